@@ -1,0 +1,72 @@
+# Every target makes the environment it needs first (test-gpu takes the one at hand); `make help` lists them.
+#   RECIPE=demo|1.3b|7b   TO=<extension stage>   CKPT=<Hugging Face folder>   GPUS=<per node>   ARGS="key=value ..."
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE ?= demo
+GPUS ?=
+ARGS ?=
+TASKS ?=
+WORKERS ?= 2
+# the extension stages of the recipe, shortest first: extend-2k.yaml -> 2k
+STAGES := $(shell ls recipes/$(RECIPE)/extend-*.yaml 2>/dev/null | sed 's/.*extend-\(.*\)\.yaml/\1/' | sort -n)
+TO ?= $(firstword $(STAGES))
+# the newest stage that has been exported, unless CKPT says otherwise
+CKPT ?= $(firstword $(wildcard $(foreach s,$(shell printf '%s\n' $(STAGES) | sort -rn),runs/$(RECIPE)/extend-$(s)/hf)) runs/$(RECIPE)/pretrain/hf)
+DEVICES := $(if $(GPUS),trainer.devices=$(GPUS))
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: help setup test test-gpu lint demo pretrain extend eval needle bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo '  settings: RECIPE=$(RECIPE) TO=$(TO) CKPT=$(CKPT) GPUS=$(GPUS) ARGS="key=value ..."'
+
+setup: $(VENV)/.ready ## make .venv with everything installed
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV) (a few minutes the first time)'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## the whole recipe on this machine: pretrain, extend, lm-eval table, needle heatmap
+	$(MAKE) pretrain
+	$(MAKE) extend
+	$(MAKE) eval
+
+pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished)
+	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)
+
+extend: setup ## extend RECIPE's last stage to the context length TO
+	@test -n '$(TO)' || { echo 'error: recipes/$(RECIPE) has no extend-*.yaml'; exit 2; }
+	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/extend-$(TO).yaml $(DEVICES) $(ARGS)
+
+eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap
+	@test -z '$(EVAL_DATA)' -o -n '$(TASKS)' || { echo 'error: EVAL_DATA=$(EVAL_DATA) needs TASKS=<stock tasks>'; exit 2; }
+	$(BIN)/python -m eval.lm --ckpt $(CKPT) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) $(ARGS)
+	$(if $(TASKS),,$(MAKE) needle CKPT=$(CKPT) ARGS=)
+
+needle: setup ## needle-in-a-haystack heatmap of CKPT
+	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(ARGS)
+
+test: setup ## the test suite, no GPU needed (WORKERS processes)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu' $(ARGS)
+
+test-gpu: ## the attention tests on a CUDA device, with the environment at hand (PYTHON=...) or .venv
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -n $(WORKERS) tests/attention tests/model/test_triton_op.py $(ARGS)
+
+lint: setup ## ruff (check and format) and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup ## time the kernels beside their baselines on this GPU, report into docs/benchmarks/
+	$(BIN)/python scripts/bench_attention.py $(ARGS)
+
+clean: ## remove .venv, caches and build products (never runs/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
