@@ -1,0 +1,92 @@
+"""Tile shapes of the Triton kernels: a pure function of dtype, head dimension, block size and chip, never of the
+sequence length, so a new length costs no tuning. Measured on an H200; smaller chips get shapes that fit their shared
+memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+MAX_PART = 128  # widest part of the head dimension (Split-D)
+MIN_PART = 16  # narrowest operand of a matrix instruction
+# wgmma operands narrower than 128 bytes come out wrong in triton 3.6 (checked on an H200 with parts of 16 and 32
+# columns; 64 and 128 are right), so 16-bit parts on Hopper are at least this wide
+MIN_PART_HOPPER = 64
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    block_m: int  # query rows of a tile
+    block_n: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+
+
+def split_head_dim(head_dim: int, itemsize: int, capability: tuple[int, int]) -> tuple[int, int]:
+    """Widths of the one or two parts a head dimension is processed in (the second may be 0), least padding first:
+    64 -> 64, 80 -> 64 + 16, 96 -> 64 + 32, 128 -> 128, 256 -> 128 + 128.
+
+    Raises:
+        ValueError: the dimension is not a multiple of 8 up to 256.
+    """
+    if head_dim % 8 or not 8 <= head_dim <= 2 * MAX_PART:
+        raise ValueError(
+            f"head_dim={head_dim} is not supported by the triton backend; use a multiple of 8 up to {2 * MAX_PART}, "
+            "or backend='sdpa'"
+        )
+    narrowest = MIN_PART_HOPPER if capability[0] == 9 and itemsize == 2 else MIN_PART
+    whole = max(triton.next_power_of_2(head_dim), narrowest)
+    first = max(whole // 2, narrowest)
+    rest = max(triton.next_power_of_2(max(head_dim - first, 1)), narrowest)
+    if whole > MAX_PART or first + rest < whole:
+        return first, rest
+    return whole, 0
+
+
+def pack_heads(group: int, block_size: int, block_m: int) -> int:
+    """Merge-Q: how many query heads of a KV head share a tile, so that its tokens do not outgrow one block."""
+    pack = 1
+    while group % (pack * 2) == 0 and pack * 2 * min(block_size, block_m) <= block_m:
+        pack *= 2
+    return pack
+
+
+def small_shared_memory(capability: tuple[int, int]) -> bool:
+    """Chips with about 100 KB of shared memory a block (sm_86, sm_89, sm_120)."""
+    return capability[0] in (8, 12) and capability != (8, 0)
+
+
+def forward_config(head_dim: int, itemsize: int, capability: tuple[int, int]) -> TileConfig:
+    if itemsize == 4:
+        return TileConfig(64, 32, 4, 1 if head_dim > 128 else 2)
+    if small_shared_memory(capability):
+        return TileConfig(64, 32, 4, 2) if head_dim > 128 else TileConfig(128, 32, 4 if head_dim <= 64 else 8, 3)
+    if head_dim > 128:
+        return TileConfig(128, 64, 8, 2) if capability[0] >= 9 else TileConfig(64, 64, 4, 2)
+    if capability[0] == 9:
+        return TileConfig(64, 64, 4, 3)
+    return TileConfig(128, 64, 4 if head_dim <= 64 else 8, 3)
+
+
+def backward_q_config(head_dim: int, itemsize: int, capability: tuple[int, int]) -> TileConfig:
+    if itemsize == 4:
+        return TileConfig(32, 32, 4, 1) if head_dim > 128 else TileConfig(64, 32, 4, 1)
+    if small_shared_memory(capability):
+        return TileConfig(32, 32, 4, 1) if head_dim > 128 else TileConfig(64, 32, 4, 2)
+    if head_dim > 128:
+        return TileConfig(64, 32, 4, 2)
+    return TileConfig(128, 64, 8, 3 if capability[0] >= 9 else 2)
+
+
+def backward_kv_config(head_dim: int, itemsize: int, capability: tuple[int, int]) -> TileConfig:
+    if itemsize == 4:
+        if head_dim > 128:
+            return TileConfig(16, 32, 4, 1)
+        return TileConfig(32, 32 if small_shared_memory(capability) else 64, 4, 1)
+    if small_shared_memory(capability):
+        return TileConfig(16, 32, 4, 1) if head_dim > 128 else TileConfig(32, 64, 4, 2)
+    if head_dim > 128:
+        return TileConfig(32, 64, 8, 2)
+    return TileConfig(64, 128, 8, 2)

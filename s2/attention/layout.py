@@ -1,0 +1,95 @@
+"""Which layer has which pattern: the hybrid layout of a model as one string.
+
+L8V16                  every layer sparse
+L4V24+dense10-22       layers 10 to 22 (0-based, inclusive) dense, the others L4V24
+L8V16+sink1+dense0,1   first two layers dense, the others L8V16 with one sink block
+L8V16-inter            every second layer dense, starting with a sparse one
+dense                  every layer dense
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .pattern import Pattern
+
+_LAYOUT = re.compile(r"(?P<pattern>.+?)(?P<inter>-inter)?(?:\+dense(?P<dense>.*))?")
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One pattern per layer. `layout[i]` is layer i's pattern.
+
+    Attributes:
+        spec: the string it was read from.
+        patterns: one `Pattern` a layer.
+        rotations: what layer i passes to `s2_attention(layer=)`: its position among the layers of the same
+            pattern, so that residues rotate through sparse layers without a gap at each dense one.
+    """
+
+    spec: str
+    patterns: tuple[Pattern, ...]
+    rotations: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, spec: str, num_layers: int, block_size: int = 64) -> LayerLayout:
+        """Read a layout string.
+
+        Raises:
+            ValueError: names the layout and the part that is wrong.
+        """
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers={num_layers!r} must be a positive whole number")
+        match = _LAYOUT.fullmatch(spec) if isinstance(spec, str) else None
+        if match is None:
+            raise ValueError(f"attention_layout {spec!r} is not understood; write for example 'L8V16+dense0,1'")
+        named = f"attention_layout {spec!r}"
+        try:
+            sparse = Pattern.parse(match["pattern"], block_size)
+        except ValueError as error:
+            raise ValueError(f"{named}: {error}") from None
+        dense_layers = set(range(1, num_layers, 2)) if match["inter"] else set()
+        if match["dense"] is not None:
+            dense_layers |= _parse_layers(match["dense"], num_layers, named)
+        dense = Pattern.parse("dense", block_size)
+        patterns = tuple(dense if i in dense_layers else sparse for i in range(num_layers))
+        seen: dict[Pattern, int] = {}
+        rotations = []
+        for pattern in patterns:
+            rotations.append(seen.get(pattern, 0))
+            seen[pattern] = rotations[-1] + 1
+        return cls(spec, patterns, tuple(rotations))
+
+    def __getitem__(self, layer: int) -> Pattern:
+        return self.patterns[layer]
+
+    def __len__(self) -> int:
+        return len(self.patterns)
+
+    def __iter__(self) -> Iterator[Pattern]:
+        return iter(self.patterns)
+
+    def density(self, seq_len: int, num_kv_heads: int) -> float:
+        """Visible over causal pairs, averaged over layers and heads."""
+        per_layer = [
+            pattern.density(seq_len, num_kv_heads, layer=rotation)
+            for pattern, rotation in zip(self.patterns, self.rotations, strict=True)
+        ]
+        return sum(per_layer) / len(per_layer)
+
+
+def _parse_layers(text: str, num_layers: int, named: str) -> set[int]:
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise ValueError(f"{named}: '+dense{text}' has {part!r} where a layer or a range like 10-22 belongs")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ValueError(f"{named}: the dense range {part!r} runs backwards; write {last}-{first}")
+        if last >= num_layers:
+            raise ValueError(f"{named}: dense layer {last} does not exist; the model has layers 0 to {num_layers - 1}")
+        layers |= set(range(first, last + 1))
+    return layers

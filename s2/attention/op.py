@@ -1,0 +1,286 @@
+"""The attention op: `s2_attention` checks its arguments, picks a backend and calls it.
+
+The Triton backend is a pair of registered custom ops (`s2::attention_forward`, `s2::attention_backward`) with fakes,
+so `torch.compile(fullgraph=True)`, `torch.library.opcheck` and selective activation checkpointing work on it.
+Patterns travel through the ops by key (`pattern_from_key`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .kernels.hopper.launch import run_forward as run_hopper_forward
+from .kernels.hopper.launch import supports_forward as hopper_supports
+from .kernels.triton.launch import Problem, run_backward, run_forward
+from .pattern import Pattern, pattern_from_key
+from .reference import reference_attention
+from .sdpa import dense_attention, masked_attention
+
+BACKENDS = ("reference", "sdpa", "triton", "hopper")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# ---------------------------------------------------------------- custom ops
+
+
+@torch.library.custom_op("s2::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    pattern: str,
+    layer: int,
+    head_offset: int,
+    total_kv_heads: int,
+    softmax_scale: float,
+    hopper: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, T]`, float32). With `hopper` the Hopper kernel
+    runs; the caller has checked `supports_forward`."""
+    if hopper:
+        heads = (layer, head_offset, total_kv_heads)
+        return run_hopper_forward(q, k, v, pattern_from_key(pattern), heads, softmax_scale)
+    problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
+    return run_forward(q, k, v, problem)
+
+
+@attention_forward.register_fake
+def _(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper=False):
+    tokens, heads = q.shape[:-2], q.shape[-2]
+    lse_shape = (heads, tokens[0]) if cu_seqlens is not None else (tokens[0], heads, tokens[1])
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("s2::attention_backward", mutates_args=())
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pattern: str,
+    layer: int,
+    head_offset: int,
+    total_kv_heads: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
+    return run_backward(q, k, v, out, lse, dout, dlse, problem)
+
+
+@attention_backward.register_fake
+def _(q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, cu_seqlens, *settings = inputs
+    ctx.settings = settings[:5]
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 10
+    if dout is None:
+        dout = torch.zeros_like(out)
+    gradients = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings)
+    return *gradients, *(None,) * 7
+
+
+attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# ---------------------------------------------------------------- public function
+
+
+@overload
+def s2_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, layer: int = 0, cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None, return_lse: Literal[False] = False, head_offset: int = 0,
+    total_kv_heads: int | None = None, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def s2_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, layer: int = 0, cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None, return_lse: Literal[True], head_offset: int = 0,
+    total_kv_heads: int | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def s2_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    layer: int = 0,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    head_offset: int = 0,
+    total_kv_heads: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention under a block pattern, differentiable in q, k, v (and through the log-sum-exp).
+
+    Args:
+        q: `[B, Sq, Hq, D]`, or packed `[T, Hq, D]` with `cu_seqlens`.
+        k: `[B, Skv, Hkv, D]`, or packed `[T, Hkv, D]`. `Hkv` divides `Hq`. `Skv >= Sq`: the queries are the last
+            `Sq` positions (decoding, chunked prefill).
+        v: as `k`.
+        pattern: which blocks each KV head sees. A pattern with one rule (or mask) per *query* head is accepted too;
+            K and V are then expanded to the query heads.
+        layer: rotates residues when there are fewer KV heads than the stride (`LayerLayout.rotations`).
+        cu_seqlens: int32 `[n + 1]`, borders of packed documents (0 first, T last, repeats allowed). Blocks and
+            residues count from the start of each document.
+        softmax_scale: default `1 / sqrt(D)`.
+        return_lse: also return the log-sum-exp of the scaled scores, `[B, Hq, Sq]` or packed `[Hq, T]`, in float32
+            (float64 for the reference on float64); -inf where a query sees no key.
+        head_offset: global index of the first KV head held here, under tensor or sequence parallelism.
+        total_kv_heads: KV heads of the whole layer (default: those held here). Patterns use global head indices.
+        backend: "reference", "sdpa", "triton" or "hopper" (its forward; the backward is Triton's). None picks by
+            device: on CUDA the Hopper kernel where it applies, else Triton's (dense patterns: the fastest dense
+            kernel torch has), elsewhere "sdpa".
+
+    Returns:
+        The output, shape and dtype of `q`; with `return_lse` the pair (output, lse).
+
+    Raises:
+        ValueError: a shape, dtype, head count, border tensor or backend that does not fit, by name.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} does not exist; use one of {BACKENDS} or None")
+    _check(q, k, v, pattern, cu_seqlens, layer, head_offset, total_kv_heads)
+    kv_heads = k.shape[-2]
+    total = kv_heads if total_kv_heads is None else total_kv_heads
+    group = q.shape[-2] // kv_heads
+    if group > 1 and _is_per_query_head(pattern, total, group):
+        k, v = (x.repeat_interleave(group, dim=-2) for x in (k, v))
+        head_offset, total = head_offset * group, total * group
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if not scale > 0:
+        raise ValueError(f"softmax_scale={softmax_scale!r} must be positive")
+
+    if backend is None and _prefers_dense_kernel(q, k, pattern, cu_seqlens, return_lse):
+        return dense_attention(q, k, v, scale)
+    hopper = backend in (None, "hopper") and hopper_supports(q, k, v, pattern, packed=cu_seqlens is not None)
+    if backend == "hopper" and not hopper:
+        raise ValueError(
+            "the hopper backend needs sm_90, float16 or bfloat16, head_dim 64 or 128, block_size 64 or more, a rule "
+            f"pattern and unpacked q and k of one length; got {q.dtype} q {list(q.shape)}, k {list(k.shape)} and "
+            f"pattern {pattern} on {q.device}; use backend=None or 'triton'"
+        )
+    backend = backend or _default_backend(q)
+    if backend in ("triton", "hopper"):
+        if q.dtype not in _KERNEL_DTYPES:
+            raise ValueError(f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}")
+        borders = None if cu_seqlens is None else cu_seqlens.to(device=q.device, dtype=torch.int32)
+        out, lse = attention_forward(q, k, v, borders, pattern.key, layer, head_offset, total, scale, hopper)
+        return (out, lse) if return_lse else out
+    if backend == "sdpa" and not return_lse:
+        return masked_attention(
+            q, k, v, pattern,
+            layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
+        )  # fmt: skip
+    out, lse = reference_attention(  # also for sdpa with the log-sum-exp, which torch's SDPA does not return
+        q, k, v, pattern,
+        layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _default_backend(q: Tensor) -> str:
+    return "triton" if q.is_cuda else "sdpa"
+
+
+def _prefers_dense_kernel(q: Tensor, k: Tensor, pattern: Pattern, cu_seqlens: Tensor | None, return_lse: bool) -> bool:
+    """Dense sequences of one length go to cuDNN or flash SDPA. Packed ones stay with our kernels, which were faster
+    on an H200 than torch's own for documents of mixed lengths (docs/log.md)."""
+    low = q.dtype in (torch.float16, torch.bfloat16)
+    plain = cu_seqlens is None and not return_lse and q.shape[1] == k.shape[1]
+    return q.is_cuda and pattern.is_dense and low and plain
+
+
+def _is_per_query_head(pattern: Pattern, total_kv_heads: int, group: int) -> bool:
+    if pattern.heads:
+        return len(pattern.heads) == total_kv_heads * group
+    return pattern.mask is not None and pattern.mask.shape[0] == total_kv_heads * group
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    cu_seqlens: Tensor | None,
+    layer: int,
+    head_offset: int,
+    total_kv_heads: int | None,
+) -> None:
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be an int32 tensor of document borders, got {type(cu_seqlens).__name__}")
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
+    if layer < 0:
+        raise ValueError(f"layer={layer} must be 0 or more")
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a Pattern (see Pattern.parse), got {type(pattern).__name__}")
+    dims = 4 if cu_seqlens is None else 3
+    wanted = "[B, S, H, D]" if cu_seqlens is None else "packed [T, H, D] with cu_seqlens"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != dims:
+            raise ValueError(f"{name} must be {wanted}, got shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q has head dimension {q.shape[-1]} but k and v have {k.shape[-1]}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
+    if cu_seqlens is None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"q has batch {q.shape[0]} but k and v have {k.shape[0]}")
+        if k.shape[1] < q.shape[1]:
+            raise ValueError(
+                f"{q.shape[1]} queries cannot be the last of {k.shape[1]} keys: k must be at least as long"
+            )
+    else:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"packed q has {q.shape[0]} tokens but k and v have {k.shape[0]}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens must be int32 [n + 1] document borders, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            )
+        readable = (
+            cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        )  # a GPU would have to be awaited
+        if readable and not _are_borders(cu_seqlens.tolist(), q.shape[0]):
+            raise ValueError(f"cu_seqlens must grow from 0 to {q.shape[0]} tokens, got {cu_seqlens.tolist()}")
+    if head_offset < 0:
+        raise ValueError(f"head_offset={head_offset} must be 0 or more")
+    if head_offset > 0 and total_kv_heads is None:
+        raise ValueError(f"head_offset={head_offset} needs total_kv_heads, the KV heads of the whole layer")
+    if total_kv_heads is not None and head_offset + kv_heads > total_kv_heads:
+        raise ValueError(
+            f"heads {head_offset} to {head_offset + kv_heads - 1} do not fit in total_kv_heads={total_kv_heads}"
+        )
+
+
+def _are_borders(borders: list[int], tokens: int) -> bool:
+    return borders[0] == 0 and borders[-1] == tokens and borders == sorted(borders)

@@ -1,0 +1,429 @@
+"""What each head may see: block patterns of sparsely-sharded attention (S2-Attention, arXiv 2407.17678).
+
+Tokens are grouped in blocks of `block_size`. A pattern says, for every KV head, which key blocks a query block
+attends to; inside a kept block attention is causal at token level. Two families:
+
+- *Rules* (`Pattern.parse`, `Pattern.from_ranges`, `Pattern.per_head`): a local window plus strides by block distance,
+  given in closed form by a few integers a head (`HeadRule`). Kernels never see a mask tensor for these.
+- *Masks* (`Pattern.from_mask`, `Pattern.from_masks`): any boolean block mask, for exploration.
+
+`Pattern.block_mask` is the definition in executable form; everything else is tested against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+UNBOUNDED = 1 << 30  # a distance no context reaches, in blocks
+
+_SPEC = re.compile(r"(?:(?P<dense>dense)|W(?P<window>\d+)|L(?P<local>\d+)V(?P<stride>\d+))(?:\+sink(?P<sinks>\d+))?")
+_registry: dict[str, Pattern] = {}
+
+
+@dataclass(frozen=True)
+class Level:
+    """Key blocks `b % stride == residue` are visible up to (not including) block distance `end`."""
+
+    stride: int
+    residue: int
+    end: int
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """One head's rule: the last `local` blocks, the strided `levels` beyond, and the first `sinks` blocks.
+
+    Levels are ordered by `end`; level k applies to block distances from the previous end (`local` for the
+    first) up to its own.
+    """
+
+    local: int
+    levels: tuple[Level, ...] = ()
+    sinks: int = 0
+
+    @property
+    def is_dense(self) -> bool:
+        return self.local >= UNBOUNDED
+
+    @property
+    def is_nested(self) -> bool:
+        """Each stride divides the next, so that a key block's queries are one contiguous run (KV-efficiency)."""
+        return all(far.stride % near.stride == 0 for near, far in itertools.pairwise(self.levels))
+
+    def visible(self, distance: Tensor, key_block: Tensor) -> Tensor:
+        """Whether a key block is kept, from its block distance to the query and its index (broadcast, bool)."""
+        keep = distance < self.local
+        begin = self.local
+        for level in self.levels:
+            in_range = (distance >= begin) & (distance < level.end)
+            keep = keep | (in_range & (key_block % level.stride == level.residue))
+            begin = level.end
+        return (keep | (key_block < self.sinks)) & (distance >= 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A block pattern for all KV heads of a layer. Build one with `parse`, `from_ranges`, `per_head` or `from_mask`.
+
+    Attributes:
+        block_size: tokens in a block, one of `BLOCK_SIZES`.
+        local: blocks in the local window, the query's own block included (`UNBOUNDED`: dense).
+        ranges: `(stride, end)` pairs by block distance; the last `end` is usually `UNBOUNDED`.
+        sinks: leading blocks that every query keeps.
+        heads: one pattern a head, for heads that differ in kind.
+        mask: bool `[H, nq, nk]` for mask patterns, else None.
+        key: names the pattern in this process; equal patterns have equal keys.
+    """
+
+    block_size: int
+    local: int = UNBOUNDED
+    ranges: tuple[tuple[int, int], ...] = ()
+    sinks: int = 0
+    heads: tuple[Pattern, ...] = ()
+    mask: Tensor | None = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size={self.block_size!r} is not supported; use one of {BLOCK_SIZES}")
+        object.__setattr__(self, "key", self._make_key())
+        _registry.setdefault(self.key, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _registry.setdefault(self.key, self)  # an unpickled pattern is known in its new process
+
+    # ---------------------------------------------------------------- constructors
+
+    @classmethod
+    def parse(cls, spec: str, block_size: int = 64) -> Pattern:
+        """Read `dense`, `L8V16` (8 local blocks, stride 16) or `W16` (window of 16 blocks), optionally `+sink2`.
+
+        Raises:
+            ValueError: names the spec and the part that is wrong.
+        """
+        match = _SPEC.fullmatch(spec) if isinstance(spec, str) else None
+        if match is None:
+            raise ValueError(
+                f"attention pattern {spec!r} is not understood; "
+                "write 'dense', 'W<blocks>' or 'L<blocks>V<stride>', optionally followed by '+sink<blocks>'"
+            )
+        sinks = int(match["sinks"] or 0)
+        if match["dense"]:
+            return cls(block_size=block_size)
+        if match["window"]:
+            return cls.from_ranges(int(match["window"]), (), block_size=block_size, sinks=sinks, spec=spec)
+        ranges = ((int(match["stride"]), UNBOUNDED),)
+        return cls.from_ranges(int(match["local"]), ranges, block_size=block_size, sinks=sinks, spec=spec)
+
+    @classmethod
+    def from_ranges(
+        cls,
+        local: int,
+        ranges: Sequence[tuple[int, int | None]] = (),
+        *,
+        block_size: int = 64,
+        sinks: int = 0,
+        spec: str | None = None,
+    ) -> Pattern:
+        """Build a pattern from a window and strides by context range.
+
+        Args:
+            local: window in blocks, the diagonal block included; at least 1.
+            ranges: `(stride, end)` by block distance, `end` exclusive and growing, None for "to the beginning";
+                `[(4, 64), (16, None)]` is stride 4 within 64 blocks and stride 16 beyond.
+            block_size: tokens in a block.
+            sinks: leading blocks that every query keeps.
+            spec: what to call the pattern in error messages.
+        """
+        named = f"attention pattern {spec!r}" if spec else f"attention pattern (local={local}, ranges={ranges!r})"
+        if not isinstance(local, int) or local < 1:
+            raise ValueError(f"{named}: the local window is {local!r} blocks, but must be at least 1")
+        if not isinstance(sinks, int) or not 0 <= sinks < UNBOUNDED:
+            raise ValueError(f"{named}: sinks={sinks!r} must be a number of blocks, 0 or more")
+        checked: list[tuple[int, int]] = []
+        begin = local
+        for stride, end in ranges:
+            end = UNBOUNDED if end is None else end
+            if not isinstance(stride, int) or not isinstance(end, int):
+                raise ValueError(f"{named}: the range ({stride!r}, {end!r}) must be two whole numbers of blocks")
+            if stride < 1:
+                raise ValueError(f"{named}: stride {stride} must be at least 1")
+            if end <= begin:
+                raise ValueError(f"{named}: the range up to distance {end} must reach beyond {begin} blocks")
+            if stride == 1:  # every block is kept: the window simply reaches further
+                if checked:
+                    raise ValueError(f"{named}: stride 1 beyond stride {checked[-1][0]} is not a sparse pattern")
+                local = begin = end
+                continue
+            checked.append((stride, end))
+            begin = end
+        local = min(local, UNBOUNDED)
+        if local >= UNBOUNDED:
+            return cls(block_size=block_size)
+        return cls(block_size=block_size, local=local, ranges=tuple(checked), sinks=sinks)
+
+    @classmethod
+    def per_head(cls, heads: Sequence[Pattern]) -> Pattern:
+        """Give every head its own rule pattern: one a KV head, or one a query head for training experiments.
+
+        Strided heads keep the residue of their global head index. All heads share one block size.
+        """
+        if not heads:
+            raise ValueError("per_head needs one pattern a head, got none")
+        if any(head.mask is not None or head.heads for head in heads):
+            raise ValueError("per_head takes rule patterns ('dense', 'W..', 'L..V..'), not masks or nested per_head")
+        sizes = sorted({head.block_size for head in heads})
+        if len(sizes) > 1:
+            raise ValueError(f"per_head patterns must share one block_size, got {sizes}")
+        if len({head.key for head in heads}) == 1 and heads[0].is_dense:
+            return heads[0]
+        return cls(block_size=sizes[0], heads=tuple(heads))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, block_size: int = 64) -> Pattern:
+        """Use a boolean block mask `[H, nq, nk]`, H the number of KV heads (or of query heads, or 1 for all).
+
+        Only the causal half counts. The mask must be square and cover the longest sequence used with it; shorter
+        sequences use its top-left corner.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[1] != mask.shape[2] or not mask.shape[0]:
+            raise ValueError(f"a block mask must be bool with shape [H, n, n], got {mask.dtype} {list(mask.shape)}")
+        return cls(block_size=block_size, local=0, mask=torch.tril(mask.detach().cpu()).contiguous())
+
+    @classmethod
+    def from_masks(cls, masks: Sequence[tuple[Tensor, int | None]], *, block_size: int = 64) -> Pattern:
+        """Use a different mask for each context range: `(mask, end)` by block distance, `end` exclusive, growing."""
+        if not masks:
+            raise ValueError("from_masks needs at least one (mask, end) pair")
+        shape = masks[0][0].shape
+        combined = torch.zeros(shape, dtype=torch.bool)
+        begin = 0
+        for mask, end in masks:
+            if mask.dim() != 3 or mask.dtype != torch.bool or mask.shape != shape:
+                raise ValueError(f"all masks must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+            end = UNBOUNDED if end is None else end
+            if end <= begin:
+                raise ValueError(f"the range up to distance {end} must reach beyond {begin} blocks")
+            distance = _block_distance(shape[1])
+            combined |= mask.cpu() & (distance >= begin) & (distance < end)
+            begin = end
+        return cls.from_mask(combined, block_size=block_size)
+
+    # ---------------------------------------------------------------- what the pattern is
+
+    @property
+    def is_dense(self) -> bool:
+        return self.mask is None and not self.heads and self.local >= UNBOUNDED
+
+    @property
+    def max_stride(self) -> int:
+        """The widest stride (1 when no head has one)."""
+        return max((head.max_stride for head in self.heads), default=self.ranges[-1][0] if self.ranges else 1)
+
+    def rules(self, num_heads: int, *, layer: int = 0) -> tuple[HeadRule, ...]:
+        """The rule of every head, by global head index. Mask patterns have none (ValueError).
+
+        Residues cover every block between them: `floor(h * V / H)` where `H >= V`, else `(h + layer * H) % V`,
+        which rotates so that `ceil(V / H)` consecutive layers are complete together.
+        """
+        if self.mask is not None:
+            raise ValueError("a mask pattern has no closed-form rules")
+        _check_heads(num_heads)
+        if self.heads:
+            if len(self.heads) != num_heads:
+                raise ValueError(
+                    f"the pattern has {len(self.heads)} per-head rules but the layer has {num_heads} heads"
+                )
+            return tuple(head.rules(num_heads, layer=layer)[h] for h, head in enumerate(self.heads))
+        widest = self.max_stride
+        rules = []
+        for head in range(num_heads):
+            covers = num_heads >= widest
+            residue = head * widest // num_heads if covers else (head + layer * num_heads) % widest
+            levels = tuple(Level(stride, residue % stride, end) for stride, end in self.ranges)
+            rules.append(HeadRule(self.local, levels, self.sinks))
+        return tuple(rules)
+
+    def block_mask(self, num_blocks: int, num_kv_heads: int, *, layer: int = 0) -> Tensor:
+        """The definition: bool `[num_kv_heads, num_blocks, num_blocks]`, True where query block i keeps key block b."""
+        if not isinstance(num_blocks, int) or num_blocks < 0:
+            raise ValueError(f"num_blocks={num_blocks!r} must be a whole number, 0 or more")
+        _check_heads(num_kv_heads)
+        if self.mask is not None:
+            heads, size, _ = self.mask.shape
+            if heads not in (1, num_kv_heads):
+                raise ValueError(f"the block mask has {heads} heads but the layer has {num_kv_heads}")
+            if num_blocks > size:
+                raise ValueError(f"the block mask covers {size} blocks but {num_blocks} are needed")
+            return self.mask[:, :num_blocks, :num_blocks].expand(num_kv_heads, -1, -1).clone()
+        distance = _block_distance(num_blocks)
+        key_block = torch.arange(num_blocks)[None, :]
+        rules = self.rules(num_kv_heads, layer=layer)
+        masks = [rule.visible(distance, key_block) for rule in rules]
+        return torch.stack(masks) if masks else torch.zeros(0, num_blocks, num_blocks, dtype=torch.bool)
+
+    def is_kv_efficient(
+        self, num_blocks: int | None = None, num_kv_heads: int | None = None, *, layer: int = 0
+    ) -> bool:
+        """Whether each key block is attended by one contiguous run of query blocks, starting at itself.
+
+        Without `num_blocks` the answer holds at every length (strides nest); with it, for that many blocks exactly.
+        """
+        num_kv_heads = num_kv_heads or self._own_heads()
+        if num_blocks is None:
+            if self.mask is None:
+                return all(rule.is_nested for rule in self.rules(num_kv_heads, layer=layer))
+            num_blocks = self.mask.shape[1]
+        mask = self.block_mask(num_blocks, num_kv_heads, layer=layer)
+        # a key that comes back: not visible for query i - 1 (or i == key) yet visible for a later one
+        came_back = mask[:, 1:] & ~mask[:, :-1]
+        return not bool(torch.tril(came_back, diagonal=0).any())
+
+    def union_coverage(self, num_blocks: int, num_kv_heads: int, *, layer: int = 0, num_layers: int = 1) -> float:
+        """Share of the causal block pairs that some head keeps in `num_layers` consecutive layers from `layer`.
+
+        1.0 is union-complete: between them the heads see the whole context.
+        """
+        if num_blocks < 1 or num_layers < 1:
+            raise ValueError(f"num_blocks={num_blocks} and num_layers={num_layers} must be at least 1")
+        _check_heads(num_kv_heads)
+        covered = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+        if self.mask is not None:
+            covered |= self.block_mask(num_blocks, num_kv_heads).any(dim=0)
+        else:
+            distance = _block_distance(num_blocks)
+            key_block = torch.arange(num_blocks)[None, :]
+            distinct = {r for i in range(num_layers) for r in self.rules(num_kv_heads, layer=layer + i)}
+            for rule in distinct:
+                covered |= rule.visible(distance, key_block)
+        return int(covered.sum()) / (num_blocks * (num_blocks + 1) // 2)
+
+    def layers_to_cover(self, num_kv_heads: int) -> int | None:
+        """Consecutive layers that are union-complete together; None when no number of them is (windows)."""
+        if self.mask is not None:
+            return 1 if self.union_coverage(self.mask.shape[1], num_kv_heads) == 1.0 else None
+        if any(rule.is_dense for rule in self.rules(num_kv_heads)):
+            return 1
+        widest = self.max_stride
+        num_blocks = 2 * (max(rule.local for rule in self.rules(num_kv_heads)) + widest)
+        for num_layers in range(1, widest + 1):
+            if self.union_coverage(num_blocks, num_kv_heads, num_layers=num_layers) == 1.0:
+                return num_layers
+        return None
+
+    def density(self, seq_len: int, num_kv_heads: int | None = None, *, layer: int = 0) -> float:
+        """Visible query-key token pairs over causal pairs `S (S + 1) / 2`, averaged over heads."""
+        if not isinstance(seq_len, int) or seq_len < 1:
+            raise ValueError(f"seq_len={seq_len!r} must be a positive whole number")
+        if self.is_dense:
+            return 1.0
+        heads = num_kv_heads or self._own_heads()
+        pairs = sum(self.visible_pairs(seq_len, heads, layer=layer)) / heads
+        return pairs / (seq_len * (seq_len + 1) / 2)
+
+    def visible_pairs(self, seq_len: int, num_kv_heads: int, *, layer: int = 0) -> list[int]:
+        """Visible query-key token pairs of each head for one sequence of `seq_len` tokens."""
+        size = self.block_size
+        num_blocks = -(-seq_len // size)
+        tail = seq_len - (num_blocks - 1) * size  # tokens in the last block
+        rows = torch.full((num_blocks,), size, dtype=torch.int64)
+        rows[-1] = tail
+        diagonal = rows * (rows + 1) // 2
+        if self.mask is not None:
+            mask = self.block_mask(num_blocks, num_kv_heads)
+            below = torch.tril(mask, diagonal=-1).sum(dim=2)  # [H, nq]
+            own = torch.diagonal(mask, dim1=1, dim2=2)
+            return [int(((b * rows * size) + o * diagonal).sum()) for b, o in zip(below, own, strict=True)]
+        query = torch.arange(num_blocks)
+        counted: dict[HeadRule, int] = {}
+        rules = self.rules(num_kv_heads, layer=layer)
+        for rule in rules:
+            if rule not in counted:
+                blocks_below = _kept_blocks(rule, query) - 1  # without the diagonal block
+                counted[rule] = int((blocks_below * rows * size + diagonal).sum())
+        return [counted[rule] for rule in rules]
+
+    def _own_heads(self) -> int:
+        """The head count of patterns that have one; else as many as show every residue."""
+        return self.mask.shape[0] if self.mask is not None else len(self.heads) or self.max_stride
+
+    # ---------------------------------------------------------------- naming
+
+    def _make_key(self) -> str:
+        if self.mask is not None:
+            digest = hashlib.sha256(self.mask.numpy().tobytes()).hexdigest()[:32]
+            return f"mask{list(self.mask.shape)}:{digest}/{self.block_size}"
+        if self.heads:
+            return "|".join(head.key for head in self.heads)
+        return f"{self}/{self.block_size}"
+
+    def __str__(self) -> str:
+        if self.mask is not None:
+            return self.key
+        if self.heads:
+            return "|".join(str(head) for head in self.heads)
+        if self.local >= UNBOUNDED:
+            return "dense"
+        if not self.ranges:
+            text = f"W{self.local}"
+        elif len(self.ranges) == 1 and self.ranges[0][1] >= UNBOUNDED:
+            text = f"L{self.local}V{self.ranges[0][0]}"
+        else:
+            text = f"L{self.local}" + "".join(f"V{s}" + (f"<{e}" if e < UNBOUNDED else "") for s, e in self.ranges)
+        return text + (f"+sink{self.sinks}" if self.sinks else "")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pattern) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def pattern_from_key(key: str) -> Pattern:
+    """The pattern that was built under `key` in this process (custom ops carry patterns by key)."""
+    try:
+        return _registry[key]
+    except KeyError:
+        raise ValueError(f"no pattern with key {key!r} was built in this process") from None
+
+
+def _kept_blocks(rule: HeadRule, query: Tensor) -> Tensor:
+    """How many blocks each query block keeps under `rule`, in closed form. `query`: int64 `[nq]` block indices."""
+    first_local = (query - rule.local + 1).clamp(min=0)
+    kept = query - first_local + 1
+    near_end = first_local  # blocks before this are beyond what was counted
+    for level in rule.levels:
+        low = (query - level.end + 1).clamp(min=0).clamp(max=near_end)
+        kept = kept + _members(near_end, level) - _members(low, level)
+        near_end = low
+    if rule.sinks:
+        sink = torch.arange(rule.sinks)[None, :]
+        distance = query[:, None] - sink
+        missing = ~HeadRule(rule.local, rule.levels).visible(distance, sink) & (distance >= 0)
+        kept = kept + missing.sum(dim=1)
+    return kept
+
+
+def _members(bound: Tensor, level: Level) -> Tensor:
+    """Number of blocks `b < bound` with `b % stride == residue`."""
+    return (bound - level.residue + level.stride - 1).div(level.stride, rounding_mode="floor").clamp(min=0)
+
+
+def _block_distance(num_blocks: int) -> Tensor:
+    index = torch.arange(num_blocks)
+    return index[:, None] - index[None, :]
+
+
+def _check_heads(num_heads: int) -> None:
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_kv_heads={num_heads!r} must be a positive whole number")

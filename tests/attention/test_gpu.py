@@ -1,0 +1,157 @@
+"""The Triton kernels on a CUDA device: every dtype, head dimension, block size, GQA ratio, packed and not, forward and
+backward, within the bounds; no shared-memory overflow; indices beyond 2^31; dense dispatch; compile and checkpointing
+run through test_op and test_kernels on the same device (`make test-gpu` runs them all).
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from s2.attention import Pattern, s2_attention
+from tests.attention.checks import Case, assert_correct
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+BLOCKS = (16, 32, 64, 128, 256)
+GROUPS = (1, 4, 8)
+SPECS = ("L2V5", "L1V4+sink1", "L3V8", "W3", "dense")
+PACKED = (0, 0, 1, 130, 130, 131, 400, 917)  # zero and one token long, not multiples of any block
+
+
+def grid():
+    """Every (dtype, head_dim, block) with GQA ratio, pattern and packing cycling so that each pair meets."""
+    for n, (dtype, dim, block) in enumerate(itertools.product(DTYPES, HEAD_DIMS, BLOCKS)):
+        yield dtype, dim, block, GROUPS[n % 3], SPECS[(n + n // 5) % 5], n % 2 == 1
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "block", "group", "spec", "packed"), list(grid()))
+def test_triton_within_bounds(dtype, head_dim, block, group, spec, packed):
+    tokens = PACKED[-1] if packed else 700 + head_dim
+    case = Case(
+        Pattern.parse(spec, block), tokens, tokens, 2 * group, 2, head_dim,
+        batch=1 if packed else 2, cu_seqlens=PACKED if packed else None,
+    )  # fmt: skip
+    assert_correct(case, dtype, device="cuda", seed=torch.seed() % (1 << 30))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_gqa_ratios_at_every_block_size(group, packed, block):
+    tokens = PACKED[-1] if packed else 900
+    borders = PACKED if packed else None
+    case = Case(Pattern.parse("L2V3+sink1", block), tokens, tokens, 2 * group, 2, 128, cu_seqlens=borders)
+    assert_correct(case, torch.bfloat16, device="cuda", seed=torch.seed() % (1 << 30))
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_other_patterns(block):
+    size = -(-600 // block)
+    patterns = [
+        Pattern.from_ranges(2, [(2, 5), (4, None)], block_size=block, sinks=1),
+        Pattern.from_ranges(1, [(2, 4), (3, None)], block_size=block),
+        Pattern.per_head([Pattern.parse(s, block) for s in ("dense", "W2", "L1V4", "L2V3+sink1")]),
+        Pattern.from_mask(torch.rand(4, size, size) < 0.4, block_size=block),
+        Pattern.from_mask(torch.rand(8, size, size) < 0.4, block_size=block),  # one a query head
+    ]
+    for pattern in patterns:
+        assert_correct(Case(pattern, 600, 600, 8, 4, 64), torch.bfloat16, device="cuda")
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 64, 333])
+def test_queries_at_the_end_of_longer_keys(q_len):
+    for spec in ("L2V5", "dense"):
+        assert_correct(Case(Pattern.parse(spec, 64), q_len, 1001, 8, 2, 128, batch=2), torch.bfloat16, device="cuda")
+
+
+def test_more_tiles_than_one_wave_and_many_heads():
+    assert_correct(Case(Pattern.parse("L2V7", 16), 500, 500, 64, 16, 64, batch=5), torch.bfloat16, device="cuda")
+
+
+def test_offsets_beyond_two_to_the_31():
+    tokens, heads, dim = 1 << 20, 17, 128  # 2.3e9 elements
+    q = torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16)
+    pattern = Pattern.parse("W1", 64)
+    out = s2_attention(q, q, q, pattern, backend="triton")
+    tail = s2_attention(*(q[:, -64:].contiguous(),) * 3, pattern, backend="triton")
+    assert torch.equal(out[:, -64:], tail)
+
+
+def test_heads_beyond_two_to_the_31():
+    tokens, heads, dim = 1 << 20, 20, 128  # head-major: the last heads start past 2^31 elements
+    q = torch.randn(1, heads, tokens, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    pattern = Pattern.parse("W1", 64)
+    out = s2_attention(q, q, q, pattern, backend="triton")
+    last = s2_attention(*(q[:, :128, -1:].contiguous(),) * 3, pattern, backend="triton")
+    assert torch.equal(out[:, :128, -1:], last)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_dense_dispatch_equals_the_kernels(kv_heads):
+    q, k, v = (torch.randn(2, 500, h, 128, device="cuda", dtype=torch.bfloat16) for h in (8, kv_heads, kv_heads))
+    dense = Pattern.parse("dense")
+    fast = s2_attention(q, k, v, dense)
+    torch.testing.assert_close(fast, s2_attention(q, k, v, dense, backend="triton"), atol=2e-2, rtol=2e-2)
+
+
+def test_dense_dispatch_compiles_in_one_graph():
+    q = torch.randn(1, 256, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dense = Pattern.parse("dense")
+
+    def loss(q):
+        return s2_attention(q, q, q, dense).square().sum()
+
+    (grad,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q), q)
+    (eager,) = torch.autograd.grad(loss(q), q)
+    torch.testing.assert_close(grad, eager, atol=2e-2, rtol=2e-2)
+
+
+def test_forward_and_backward_repeat_bit_for_bit():
+    q, k, v = (torch.randn(1, 2000, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (8, 2, 2))
+    runs = []
+    for _ in range(3):
+        out = s2_attention(q, k, v, Pattern.parse("L2V5"), backend="triton")
+        runs.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs an sm_90 device"
+)
+
+
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128, 256])
+@pytest.mark.parametrize("spec", ["L1V15", "L8V16", "L2V5+sink1", "W3", "dense"])
+def test_hopper_within_bounds(dtype, head_dim, block, spec):
+    for tokens, group in ((1, 1), (63, 4), (700, 1), (1111, 4), (2048, 8)):
+        case = Case(Pattern.parse(spec, block), tokens, tokens, 2 * group, 2, head_dim, batch=2)
+        assert_correct(case, dtype, device="cuda", backend="hopper", seed=torch.seed() % (1 << 30))
+
+
+@hopper
+def test_hopper_takes_ranges_and_mixed_heads_and_views():
+    patterns = [
+        Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1),
+        Pattern.per_head([Pattern.parse(s) for s in ("dense", "W2", "L1V4", "L2V3+sink1")]),
+    ]
+    for pattern in patterns:
+        assert_correct(Case(pattern, 1500, 1500, 8, 4, 128), torch.bfloat16, device="cuda", backend="hopper")
+    q, k, v = torch.randn(1, 4, 900, 3, 128, device="cuda", dtype=torch.bfloat16).unbind(3)  # heads first
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = s2_attention(q, k, v, patterns[0], backend="hopper")
+    torch.testing.assert_close(out, s2_attention(q, k, v, patterns[0], backend="triton"), atol=2e-2, rtol=2e-2)
+
+
+@hopper
+def test_hopper_repeats_bit_for_bit_and_is_the_default():
+    q = torch.randn(1, 5000, 16, 128, device="cuda", dtype=torch.bfloat16)
+    pattern = Pattern.parse("L1V15")
+    first = s2_attention(q, q, q, pattern, backend="hopper")
+    assert all(torch.equal(first, s2_attention(q, q, q, pattern)) for _ in range(10))

@@ -1,0 +1,174 @@
+"""The custom op: opcheck, torch.compile in one graph, activation checkpointing, and argument errors."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from s2.attention import Pattern, s2_attention
+from s2.attention.op import attention_backward, attention_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATTERN = Pattern.parse("L1V2", 16)
+
+
+def make(tokens=40, heads=2, kv_heads=1, dim=32, grad=True, packed=False):
+    shape = (lambda h: (tokens, h, dim)) if packed else (lambda h: (1, tokens, h, dim))
+    return [torch.randn(shape(h), device=DEVICE, requires_grad=grad) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed):
+    q, k, v = make(packed=packed)
+    borders = torch.tensor([0, 7, 40], dtype=torch.int32, device=DEVICE) if packed else None
+    torch.library.opcheck(attention_forward, (q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2))
+    out, lse = attention_forward(q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2)
+    inputs = [x.detach() for x in (q, k, v, out, lse, out)]
+    torch.library.opcheck(attention_backward, (*inputs, None, borders, PATTERN.key, 0, 0, 1, 0.2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_in_one_graph_and_gives_the_same_gradients(packed):
+    borders = torch.tensor([0, 7, 40], dtype=torch.int32, device=DEVICE) if packed else None
+
+    def loss(q, k, v):
+        out, lse = s2_attention(q * 2, k, v, PATTERN, cu_seqlens=borders, return_lse=True, backend="triton")
+        return out.square().sum() + lse.sum()
+
+    q, k, v = make(packed=packed)
+    eager = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(q, k, v), (q, k, v))
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["L1V3+sink1", "dense"])
+def test_sdpa_compiles_in_one_graph(spec):
+    pattern = Pattern.parse(spec, 16)
+
+    def loss(q, k, v):
+        return s2_attention(q, k, v, pattern, backend="sdpa").square().sum()
+
+    inputs = make(70, heads=4, kv_heads=2)
+    eager = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiles_with_dynamic_lengths():
+    run = torch.compile(lambda q, k, v: s2_attention(q, k, v, PATTERN, backend="triton"), fullgraph=True, dynamic=True,
+                        backend="aot_eager")  # fmt: skip
+    for tokens in (33, 50, 64):
+        q, k, v = make(tokens, grad=False)
+        torch.testing.assert_close(run(q, k, v), s2_attention(q, k, v, PATTERN, backend="triton"))
+
+
+def test_selective_checkpointing_can_save_the_output(monkeypatch):
+    from s2.attention import op
+
+    calls = []
+    original = op.run_forward
+    monkeypatch.setattr(op, "run_forward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    saved = {torch.ops.s2.attention_forward.default}
+
+    def policy(ctx, function, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if function in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q, k, v):
+        return s2_attention(q.sin(), k.sin(), v.sin(), PATTERN, backend="triton").square().sum()
+
+    q, k, v = make()
+    plain = torch.autograd.grad(block(q, k, v), (q, k, v))
+    calls.clear()
+    out = checkpoint(block, q, k, v, use_reentrant=False,
+                     context_fn=lambda: create_selective_checkpoint_contexts(policy))  # fmt: skip
+    selective = torch.autograd.grad(out, (q, k, v))
+    assert len(calls) == 1, "the attention output was recomputed although the policy saves it"
+    calls.clear()
+    full = torch.autograd.grad(checkpoint(block, q, k, v, use_reentrant=False), (q, k, v))
+    assert len(calls) == 2
+    for a, b, c in zip(plain, selective, full, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_gradient_through_lse_alone():
+    q, k, v = make()
+    _, lse = s2_attention(q, k, v, PATTERN, return_lse=True, backend="triton")
+    dq, dk = torch.autograd.grad(lse.sum(), (q, k), allow_unused=True)
+    _, exact = s2_attention(q, k, v, PATTERN, return_lse=True, backend="reference")
+    wanted = torch.autograd.grad(exact.sum(), (q, k))
+    torch.testing.assert_close(dq, wanted[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dk, wanted[1], atol=1e-5, rtol=1e-4)
+
+
+def test_empty_inputs():
+    q, k, v = make(tokens=0)
+    out, lse = s2_attention(q, k, v, PATTERN, backend="triton", return_lse=True)
+    assert out.shape == q.shape and lse.shape == (1, 2, 0)
+    out.sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
+def shaped(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+BORDERS = torch.tensor([0, 4, 8], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda: s2_attention(shaped(8, 2, 16), shaped(8, 2, 16), shaped(8, 2, 16), PATTERN), "[8, 2, 16]"),
+        (lambda: s2_attention(shaped(1, 8, 3, 16), *[shaped(1, 8, 2, 16)] * 2, PATTERN), "3 query heads"),
+        (lambda: s2_attention(shaped(1, 8, 2, 16), *[shaped(1, 4, 2, 16)] * 2, PATTERN), "8 queries"),
+        (lambda: s2_attention(shaped(2, 8, 2, 16), *[shaped(1, 8, 2, 16)] * 2, PATTERN), "batch 2"),
+        (lambda: s2_attention(shaped(1, 8, 2, 16), *[shaped(1, 8, 2, 32)] * 2, PATTERN), "dimension 16"),
+        (
+            lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 2, shaped(1, 8, 2, 16, dtype=torch.float16), PATTERN),
+            "float16",
+        ),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, "L1V2"), "str"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, backend="flash"), "'flash'"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, backend="dense"), "'dense'"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, head_offset=2), "total_kv_heads"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, layer=-1), "layer=-1"),
+        (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=[0, 8]), "list"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16).int()] * 3, PATTERN), "int32"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, softmax_scale=-1.0), "softmax_scale=-1.0"),
+        (
+            lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, head_offset=3, total_kv_heads=4),
+            "3 to 4",
+        ),
+        (lambda: s2_attention(*[shaped(9, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS), "9 tokens"),
+        (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS.flip(0)), "[8, 4, 0]"),
+        (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS.float()), "float32"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 12)] * 3, PATTERN, backend="triton"), "head_dim=12"),
+        (
+            lambda: s2_attention(*[shaped(1, 8, 2, 16, dtype=torch.float64)] * 3, PATTERN, backend="triton"),
+            "float64",
+        ),
+        (
+            lambda: s2_attention(
+                *[shaped(1, 80, 2, 16)] * 3,
+                Pattern.from_mask(torch.ones(2, 2, 2, dtype=torch.bool), block_size=16),
+                backend="triton",
+            ),
+            "2 blocks",
+        ),
+        (
+            lambda: s2_attention(
+                *[shaped(80, 2, 16)] * 3,
+                Pattern.from_mask(torch.ones(2, 2, 2, dtype=torch.bool), block_size=16),
+                cu_seqlens=torch.tensor([0, 80], dtype=torch.int32),
+                backend="triton",
+            ),
+            "a document has 5",
+        ),
+    ],
+)
+def test_errors_name_what_is_wrong(call, names):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert names in str(error.value)
