@@ -1,0 +1,264 @@
+"""What a model is: the Hugging Face Llama keys plus `attention_layout` and `block_size`.
+
+`ModelConfig` is the one description of a network. Recipes write it as YAML, checkpoints as `config.json`;
+everything else (layer patterns, parameter counts, FLOPs, memory) is derived from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from s2.attention import LayerLayout
+
+from .rope import validate_rope_scaling
+
+# What transformers' LlamaConfig assumes for a key that config.json leaves out.
+_HF_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_layout": "dense",
+    "block_size": 64,
+}
+_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why nothing else
+    "model_type": ("llama", "only Llama checkpoints can be read"),
+    "hidden_act": ("silu", "the MLP is SwiGLU"),
+    "attention_bias": (False, "projections have no bias"),
+    "mlp_bias": (False, "projections have no bias"),
+    "attention_dropout": (0.0, "attention has no dropout"),
+    "partial_rotary_factor": (1.0, "all dimensions of a head are rotated"),
+    "quantization_config": (None, "quantised weights cannot be trained here"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A hybrid Llama: keys, meaning and defaults of Hugging Face Llama, plus the attention layout.
+
+    Attributes:
+        vocab_size: rows of the embedding; at least the tokenizer's size.
+        hidden_size: width of the residual stream; a multiple of num_attention_heads (Hugging Face insists).
+        intermediate_size: width of the SwiGLU MLP.
+        num_hidden_layers: transformer blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; divides num_attention_heads. Default: num_attention_heads.
+        head_dim: width of a head, even. Default: hidden_size / num_attention_heads.
+        max_position_embeddings: longest document, in tokens; longer input is refused.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None or a mapping with `rope_type` linear, llama3 or yarn and the keys Hugging Face
+            gives it.
+        tie_word_embeddings: the language-model head is the embedding.
+        initializer_range: standard deviation of initial weights.
+        bos_token_id, eos_token_id: document delimiters (several eos ids are allowed), None where there is
+            none.
+        attention_layout: which layer attends how, e.g. "L4V24+dense10-22", "L8V16-inter", "dense".
+        block_size: tokens in an attention block: 16, 32, 64, 128 or 256.
+
+    Raises:
+        ValueError: a value does not fit; the message names the key, the value and what would be right.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = None  # type: ignore[assignment]  # resolved below
+    head_dim: int = None  # type: ignore[assignment]  # resolved below
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    attention_layout: str = "dense"
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        _check_sizes(self)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if not _is_whole(self.head_dim) or self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim!r} must be a positive even number (RoPE rotates pairs)")
+        for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            _check_number(key, getattr(self, key))
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} must be true or false")
+        validate_rope_scaling(self.rope_scaling, "ModelConfig")
+        for key in ("bos_token_id", "eos_token_id"):
+            _check_token_ids(key, getattr(self, key), self.vocab_size)
+        _ = self.layout  # a wrong layout stops here, not at the first batch
+
+    @cached_property
+    def layout(self) -> LayerLayout:
+        """The attention pattern of every layer."""
+        return LayerLayout.parse(self.attention_layout, self.num_hidden_layers, self.block_size)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All ids that end a document (empty when there is none)."""
+        if self.eos_token_id is None:
+            return ()
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, list) else (self.eos_token_id,)
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Trainable parameters; a tied head counts once.
+
+        Args:
+            embeddings: False leaves the embedding table out where it is only looked up. What remains is what
+                takes part in matrix multiplications (and norms): the N of the usual 6N FLOPs.
+        """
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        blocks = self.num_hidden_layers * (attention + mlp + 2 * self.hidden_size)
+        tables = 1 if self.tie_word_embeddings or not embeddings else 2
+        return blocks + self.hidden_size + tables * self.vocab_size * self.hidden_size
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some keys changed, e.g. `rope_theta` and `max_position_embeddings` for context
+        extension.
+
+        Changing `hidden_size`, `num_attention_heads` alone keeps the old head_dim and num_key_value_heads.
+        """
+        _refuse_unknown(changes, "ModelConfig.replace")
+        return replace(self, **changes)
+
+    # ---------------------------------------------------------------- dictionaries
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "model config") -> ModelConfig:
+        """Build from a recipe's mapping. Unknown keys are errors.
+
+        Raises:
+            ValueError: names `source`, the key and the nearest known one.
+        """
+        _refuse_unknown(values, source)
+        if missing := [key for key in _HF_REQUIRED if key not in values]:
+            raise ValueError(f"{source}: lacks {missing}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """`config.json` of a Hugging Face Llama, readable by transformers 4.x and 5.x.
+
+        RoPE is written twice: `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
+        """
+        rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+        fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **asdict(self),
+            "rope_parameters": rope,
+            **fixed,
+        }
+
+    @classmethod
+    def from_hf_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face Llama `config.json` of transformers 4.x or 5.x.
+
+        Without `attention_layout` the model is dense. Keys that do not change the network are ignored.
+
+        Args:
+            values: the parsed JSON.
+            source: where it came from, for error messages.
+
+        Raises:
+            ValueError: another architecture, an unsupported option or a missing key; names `source` and the
+                key.
+        """
+        if "model_type" not in values:
+            raise ValueError(f"{source}: lacks model_type; a Llama config.json has model_type 'llama'")
+        for key, (supported, reason) in _HF_FIXED.items():
+            if values.get(key) is not None and values[key] != supported:
+                raise ValueError(f"{source}: {key}={values[key]!r} is not supported, must be {supported!r}: {reason}")
+        if missing := [key for key in _HF_REQUIRED if values.get(key) is None]:
+            raise ValueError(f"{source}: lacks {missing}")
+        known = {key: values.get(key, default) for key, default in _HF_DEFAULTS.items()}
+        known |= {key: values[key] for key in _HF_REQUIRED}
+        theta, scaling = _read_rope(values, known["max_position_embeddings"], source)
+        return cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
+
+
+def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[float, dict[str, Any] | None]:
+    """`rope_theta` and `rope_scaling` from either spelling. Where both are present they are read as
+    transformers
+    reads them: `rope_scaling` wins, and a theta inside wins over one outside."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{source}: rope_scaling={rope!r} must be null or a mapping with a rope_type")
+    scaling = dict(rope)
+    outside = values.get("rope_theta")
+    if outside is None and values.get("rope_parameters"):
+        outside = values["rope_parameters"].get("rope_theta")
+    theta = scaling.pop("rope_theta", None) or outside or 10000.0
+    legacy = scaling.pop("type", None)
+    kind = scaling.setdefault("rope_type", legacy or "default")
+    if scaling.pop("partial_rotary_factor", None) not in (None, 1.0):
+        raise ValueError(f"{source}: partial_rotary_factor must be 1.0: all dimensions of a head are rotated")
+    if kind == "default":
+        return theta, None
+    if kind == "yarn" and scaling.get("original_max_position_embeddings") is None:
+        scaling["original_max_position_embeddings"] = longest
+    validate_rope_scaling(scaling, source)
+    return theta, scaling
+
+
+def _refuse_unknown(values: Mapping[str, Any], source: str) -> None:
+    known = [field.name for field in fields(ModelConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {known}"
+            raise ValueError(f"{source}: unknown key {key!r} (value {values[key]!r}); {hint}")
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    positive = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings",
+    )  # fmt: skip
+    for key in positive:
+        value = getattr(config, key)
+        if not _is_whole(value) or value < 1:
+            raise ValueError(f"{key}={value!r} must be a positive whole number")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
+    if config.hidden_size % heads:
+        raise ValueError(f"hidden_size={config.hidden_size} must be a multiple of num_attention_heads={heads}")
+
+
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, str):
+        raise ValueError(f"{key}={value!r} is text, not a number; YAML needs a point in exponents: 1.0e-5, not 1e-5")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"{key}={value!r} must be a positive number")
+
+
+def _check_token_ids(key: str, value: Any, vocab_size: int) -> None:
+    ids = value if key == "eos_token_id" and isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not _is_whole(token) or not 0 <= token < vocab_size:
+            raise ValueError(f"{key}={value!r} must be a token id below vocab_size={vocab_size}, or null")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,148 @@
+"""One block of the network: norm, grouped-query attention under the layer's pattern, SwiGLU.
+
+Every weight is used only inside the forward of the module that owns it, and drawn in that module's
+constructor, which is what DeepSpeed ZeRO-3 needs to gather and partition it.
+
+Shapes: B batch, S sequence, T = B * S packed tokens, E hidden size, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2.attention import Pattern, s2_attention
+
+from .checkpointing import CheckpointMode, run_checkpointed
+from .config import ModelConfig
+from .rope import apply_rotary
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens (`s2.inference.cache.KVCache`)."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence held so far."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new k, v `[B, S, Hkv, D]` and return all of them `[B, length + S, Hkv, D]`."""
+
+    def advance(self, num_tokens: int) -> None:
+        """All layers have appended `num_tokens`."""
+
+
+class Linear(nn.Linear):
+    """`x @ weight.T` without bias, weight `[out, in]` drawn from N(0, std**2)."""
+
+    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+        self.std = std
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Embedding(nn.Embedding):
+    """Token embedding, weight `[V, E]` drawn from N(0, std**2)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, std: float) -> None:
+        self.std = std
+        super().__init__(num_embeddings, embedding_dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last dimension; the mean square is taken in fp32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention under the layer's pattern."""
+
+    def __init__(self, config: ModelConfig, layer: int, pattern: Pattern, rotation: int) -> None:
+        super().__init__()
+        self.layer, self.pattern, self.rotation = layer, pattern, rotation
+        self.head_dim = config.head_dim
+        width, std = config.num_attention_heads * config.head_dim, config.initializer_range
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, width, std)
+        self.k_proj = Linear(config.hidden_size, kv_width, std)
+        self.v_proj = Linear(config.hidden_size, kv_width, std)
+        self.o_proj = Linear(width, config.hidden_size, _residual_std(config))
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        B, S, _ = x.shape
+        q = apply_rotary(self.q_proj(x).view(B, S, -1, self.head_dim), cos, sin)
+        k = apply_rotary(self.k_proj(x).view(B, S, -1, self.head_dim), cos, sin)
+        v = self.v_proj(x).view(B, S, -1, self.head_dim)
+        if cu_seqlens is not None:
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [T, H, D]
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = s2_attention(q, k, v, self.pattern, layer=self.rotation, cu_seqlens=cu_seqlens)
+        return self.o_proj(out.reshape(B, S, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        std = config.initializer_range
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, std)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, std)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, _residual_std(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream `[B, S, E]`."""
+
+    def __init__(self, config: ModelConfig, layer: int, pattern: Pattern, rotation: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, pattern, rotation)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.checkpointing: CheckpointMode = "none"
+        self._narrow = max(config.hidden_size, config.num_attention_heads * config.head_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        return run_checkpointed(self._forward, self.checkpointing, self._narrow, x, cos, sin, cu_seqlens, cache)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _residual_std(config: ModelConfig) -> float:
+    return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)

@@ -1,0 +1,221 @@
+"""The network: a Llama decoder whose layers attend by the patterns of `ModelConfig.layout`.
+
+Parameter names equal `LlamaForCausalLM`'s, so a state dict needs no conversion. The head computes the loss in
+its own forward, so that DeepSpeed ZeRO-3 gathers its weight there like any other.
+
+Shapes: B batch, S sequence, T = B * S packed tokens, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import cast, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpointing import CHECKPOINT_MODES, CheckpointMode
+from .config import ModelConfig
+from .layers import Block, Cache, Embedding, Linear, RMSNorm
+from .loss import chunked_cross_entropy
+from .rope import RotaryEmbedding, document_positions
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: token ids `[B, S]` to hidden states `[B, S, E]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
+        rotations = _distinct_rotations(config)
+        self.layers = nn.ModuleList(
+            Block(config, i, pattern, rotations[i]) for i, pattern in enumerate(config.layout.patterns)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, as what they are."""
+        return [cast(Block, layer) for layer in self.layers]
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+        B, S = input_ids.shape
+        if cu_seqlens is not None:
+            positions = document_positions(cu_seqlens, B * S).view(B, S)
+        else:
+            first = 0 if cache is None else cache.length
+            positions = torch.arange(first, first + S, device=input_ids.device)[None]  # [1, S]
+        cos, sin = self.rope(positions)
+        x = self.embed_tokens(input_ids)
+        for block in self.blocks:
+            # a compiled block would be recompiled for every cache length
+            x = block(x, cos, sin, cu_seqlens) if cache is None else block.forward(x, cos, sin, None, cache)
+        return self.norm(x)
+
+
+class LMHead(nn.Module):
+    """Hidden states to logits or, given labels, to the summed loss without ever holding all logits."""
+
+    def __init__(self, config: ModelConfig, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.std = config.initializer_range
+        self.loss_backend: str | None = None  # of torch.compile; None is eager
+        if tied is not None:
+            self.weight = tied
+        else:
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """`[B, S, E]` -> logits `[B, S, V]`, or with labels `[B, S]` -> (loss sum, number of labels)."""
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.weight, labels.flatten(), compile_backend=self.loss_backend
+        )
+
+
+class Transformer(nn.Module):
+    """A causal language model; its state dict has the keys of Hugging Face's `LlamaForCausalLM`.
+
+    Args:
+        config: sizes and layout. Weights are drawn from N(0, initializer_range**2), the projections into the
+            residual stream (o_proj, down_proj) narrower by `sqrt(2 * num_hidden_layers)` (GPT-2), norms are
+            ones.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        table = cast(nn.Parameter, self.model.embed_tokens.weight)
+        self.lm_head = LMHead(config, table if config.tie_word_embeddings else None)
+
+    @overload
+    def forward(
+        self, input_ids: Tensor, *, labels: None = None, cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None, logits_to_keep: int = 0,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input_ids: Tensor, *, labels: Tensor, cu_seqlens: Tensor | None = None, cache: None = None,
+        logits_to_keep: int = 0,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or the loss when labels are given.
+
+        Args:
+            input_ids: int64 `[B, S]`.
+            labels: int64 `[B, S]`, already shifted: `labels[b, t]` is the target at position t, -100 is
+                ignored.
+            cu_seqlens: int32 `[n + 1]`, document borders over the flattened B * S tokens (0 first, B * S
+                last, repeats allowed). Attention stays within documents and positions restart in each. Every
+                row start must be a border.
+            cache: earlier keys and values; `input_ids` continue them and are appended.
+            logits_to_keep: compute logits of the last so many positions only (0: of all).
+
+        Returns:
+            Logits `[B, S or logits_to_keep, V]` in the weights' dtype, or (summed loss in nats, fp32 scalar;
+            number of labels that counted, int64 scalar).
+
+        Raises:
+            ValueError: a row (with the cache before it) beyond max_position_embeddings, shapes or options
+                that do not fit together.
+        """
+        self._check(input_ids, labels, cu_seqlens, cache, logits_to_keep)
+        hidden = self.model(input_ids, cu_seqlens, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return self.lm_head(hidden[:, -logits_to_keep:], labels)
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: Cache | None,
+        logits_to_keep: int,
+    ) -> None:
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids must be [B, S] with at least one token, got {list(input_ids.shape)}")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids {list(input_ids.shape)}")
+        if labels is not None and (cache is not None or logits_to_keep):
+            raise ValueError("labels cannot be combined with cache or logits_to_keep")
+        if cu_seqlens is not None and cache is not None:
+            raise ValueError("cu_seqlens cannot be combined with cache: a cache holds one document a row")
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 (all) or more")
+        length = input_ids.shape[1] + (0 if cache is None else cache.length)
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a row of {length} tokens is longer than max_position_embeddings="
+                f"{self.config.max_position_embeddings}; shorten it or load the model with a larger value"
+            )
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, e.g. after building on the meta device and `to_empty`."""
+        for module in self.modules():
+            tied = module is self.lm_head and self.config.tie_word_embeddings
+            if isinstance(module, Linear | Embedding | RMSNorm | LMHead) and not tied:
+                module.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter again after an assigning `load_state_dict`."""
+        self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+
+    def set_activation_checkpointing(self, mode: CheckpointMode) -> None:
+        """Choose what blocks recompute in the backward: "none", "selective" or "full" (see `checkpointing`).
+
+        Raises:
+            ValueError: another mode.
+        """
+        if mode not in CHECKPOINT_MODES:
+            raise ValueError(f"activation_checkpointing={mode!r} does not exist; use one of {list(CHECKPOINT_MODES)}")
+        for block in self.model.blocks:
+            block.checkpointing = mode
+
+    def compile_blocks(self, *, fullgraph: bool = False, backend: str = "inductor") -> None:
+        """Compile each block (and the loss's elementwise part) in place; parameter names do not change.
+
+        Blocks share one compiled graph for each distinct pattern. Decoding with a cache stays eager.
+
+        Args:
+            fullgraph: fail instead of falling back to eager code where a block cannot be captured whole.
+            backend: of torch.compile.
+        """
+        variants = {(block.self_attn.pattern, block.self_attn.rotation) for block in self.model.blocks}
+        dynamo = torch._dynamo.config
+        # training, evaluation and a changed shape each count as a variant of their own
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(variants))
+        for block in self.model.blocks:
+            block.compile(fullgraph=fullgraph, backend=backend)
+        self.lm_head.loss_backend = backend
+
+
+def _distinct_rotations(config: ModelConfig) -> list[int]:
+    """The layout's rotations, reduced to the first layer whose heads have the same rules.
+
+    Residues repeat (at once where there are as many KV heads as the stride), and torch.compile makes one
+    graph for each distinct value.
+    """
+    first: dict[object, int] = {}
+    reduced = []
+    for pattern, rotation in zip(config.layout.patterns, config.layout.rotations, strict=True):
+        rules = pattern.rules(config.num_key_value_heads, layer=rotation) if pattern.mask is None else ()
+        reduced.append(first.setdefault((pattern.key, rules), rotation))
+    return reduced

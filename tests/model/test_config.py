@@ -1,0 +1,141 @@
+"""ModelConfig: derived sizes, Hugging Face dictionaries of both spellings, errors that name what is wrong."""
+
+import pytest
+from transformers import LlamaConfig
+
+from s2.model import ModelConfig, Transformer
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+
+
+def test_defaults_are_derived_from_sizes():
+    config = ModelConfig.from_dict({**SIZES, "num_key_value_heads": None})
+    assert (config.head_dim, config.num_key_value_heads) == (8, 6)
+    assert len(config.layout) == 3 and all(pattern.is_dense for pattern in config.layout)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head_dim", [None, 10])
+def test_num_parameters_equals_the_network(tied, head_dim):
+    config = ModelConfig(**SIZES, tie_word_embeddings=tied, head_dim=head_dim)
+    model = Transformer(config)
+    assert config.num_parameters() == sum(p.numel() for p in model.parameters())
+    looked_up = 0 if tied else model.model.embed_tokens.weight.numel()
+    assert config.num_parameters(embeddings=False) == config.num_parameters() - looked_up
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}, LLAMA3])
+def test_hf_dict_round_trip_and_transformers_agree(scaling):
+    config = ModelConfig(
+        **SIZES,
+        max_position_embeddings=4096,
+        rope_theta=5e5,
+        rope_scaling=scaling,
+        eos_token_id=[2, 3],
+        attention_layout="L2V4+dense1",
+        block_size=16,
+    )
+    assert ModelConfig.from_hf_dict(config.to_hf_dict()) == config
+    theirs = LlamaConfig.from_dict(config.to_hf_dict())
+    assert theirs.rope_parameters == {"rope_type": "default", **(scaling or {}), "rope_theta": 5e5}
+    assert (theirs.head_dim, theirs.attention_layout, theirs.block_size) == (8, "L2V4+dense1", 16)
+    assert ModelConfig.from_hf_dict(theirs.to_dict()) == config  # as transformers 5.x writes it
+
+
+def test_transformers_4_spelling_is_read():
+    config = ModelConfig.from_hf_dict(
+        {
+            "model_type": "llama",
+            **SIZES,
+            "rope_theta": 5e5,
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "pretraining_tp": 1,
+            "use_cache": True,
+            "torch_dtype": "bfloat16",
+        }
+    )
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    assert config.attention_layout == "dense"
+    assert config.rms_norm_eps == LlamaConfig().rms_norm_eps  # what a left-out key means there
+
+
+def test_yarn_without_original_length_means_the_current_one():
+    values = {"model_type": "llama", **SIZES, "max_position_embeddings": 1024}
+    config = ModelConfig.from_hf_dict({**values, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert config.rope_scaling is not None
+    assert config.rope_scaling["original_max_position_embeddings"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "qwen2"}, ["model_type='qwen2'", "'llama'"]),
+        ({"attention_bias": True}, ["attention_bias=True", "bias"]),
+        ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"hidden_size": None}, ["hidden_size", "lacks"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'", "llama3", "yarn"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["lacks", "low_freq_factor"]),
+    ],
+)
+def test_unsupported_hf_configs_name_file_key_and_value(change, words):
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_hf_dict({"model_type": "llama", **SIZES, **change}, source="some/config.json")
+    for word in ["some/config.json", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_key_value_heads": 4}, ["num_key_value_heads=4", "num_attention_heads=6"]),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, ["hidden_size=48", "5"]),
+        ({"head_dim": 7}, ["head_dim=7", "even"]),
+        ({"vocab_size": 0}, ["vocab_size=0"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers=True"]),
+        ({"rope_theta": "1e6"}, ["rope_theta='1e6'", "1.0e-5"]),
+        ({"rms_norm_eps": 0.0}, ["rms_norm_eps=0.0"]),
+        ({"eos_token_id": 96}, ["eos_token_id=96", "vocab_size=96"]),
+        ({"tie_word_embeddings": "no"}, ["tie_word_embeddings='no'"]),
+        ({"attention_layout": "L2V4+dense7"}, ["dense layer 7"]),
+        ({"attention_layout": "X3"}, ["X3"]),
+        ({"attention_layout": "L2V4", "block_size": 48}, ["block_size=48"]),
+        ({"rope_scaling": {"factor": 2.0}}, ["rope_scaling", "rope_type"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, ["factor=0.5"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1}}, ["beta_fast"]),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, ["low_freq_factor=4.0"]),
+        ({"num_layers": 3}, ["'num_layers'", "num_hidden_layers"]),
+    ],
+)
+def test_wrong_values_are_named(change, words):
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_dict({**SIZES, **change}, source="recipe.yaml")
+    for word in ["recipe.yaml", *words]:
+        assert word in str(error.value)
+
+
+def test_replace_checks_keys_and_values():
+    config = ModelConfig(**SIZES)
+    assert config.replace(rope_theta=8e6, max_position_embeddings=65536).rope_theta == 8e6
+    with pytest.raises(ValueError, match="did you mean 'rope_theta'"):
+        config.replace(rope_teta=8e6)
+    with pytest.raises(ValueError, match="max_position_embeddings=0"):
+        config.replace(max_position_embeddings=0)

@@ -1,0 +1,256 @@
+"""Hugging Face folders: the logits of transformers both ways, the same token ids, errors that name files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from s2.model import ModelConfig, Transformer
+from s2.model.hf import load_config, load_pretrained, load_state_dict, save_pretrained
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def config(**changes):
+    return ModelConfig(
+        **{
+            "vocab_size": 300,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "rope_theta": 5e4,
+            "initializer_range": 0.2,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **changes,
+        }
+    )
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    built = Transformer(config(**changes))
+    for parameter in built.parameters():  # norms too: a lost norm weight must show
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return built
+
+
+def ids():
+    return torch.randint(300, (2, 200), generator=torch.Generator().manual_seed(1))
+
+
+def assert_same_logits(ours, theirs):
+    with torch.no_grad():
+        mine, other = ours(ids()), theirs(ids()).logits
+    assert other.std() > 0.1
+    torch.testing.assert_close(mine, other, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaling", [None, LLAMA3], ids=["plain", "llama3"])
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_transformers_reads_our_folder_with_the_same_logits(tmp_path, tied, scaling, head_dim):
+    ours = model(tie_word_embeddings=tied, rope_scaling=scaling, head_dim=head_dim)
+    save_pretrained(ours, ours.config, tmp_path, dtype=torch.float32)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert theirs.dtype == torch.float32
+    assert_same_logits(ours, theirs)
+    assert ("lm_head.weight" in load_state_dict(tmp_path)) is not tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaling", [None, LLAMA3], ids=["plain", "llama3"])
+def test_we_read_a_transformers_folder_with_the_same_logits(tmp_path, tied, scaling):
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            **{k: v for k, v in config().to_hf_dict().items() if not k.startswith(("rope", "tie_", "attention_l"))},
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": 5e4},
+        )
+    )
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ours = load_pretrained(tmp_path)
+    assert ours.config.rope_scaling == scaling
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) is tied
+    assert all(p.requires_grad for p in ours.parameters())
+    assert_same_logits(ours, theirs)
+
+
+def test_our_folder_comes_back_bit_for_bit(tmp_path):
+    ours = model(attention_layout="L2V4+dense1", block_size=16)
+    save_pretrained(ours.state_dict(), ours.config, tmp_path, dtype=torch.float32, max_shard_size=60_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    back = load_pretrained(tmp_path)
+    assert back.config == ours.config
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_saving_again_leaves_no_old_shard(tmp_path):
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path, max_shard_size=60_000)
+    save_pretrained(ours, ours.config, tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("model*")) == ["model.safetensors"]
+    assert load_state_dict(tmp_path)["model.norm.weight"].dtype == torch.bfloat16
+    assert load_pretrained(tmp_path, dtype=torch.float32).lm_head.weight.dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+def test_overrides_extend_the_context(tmp_path):
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path, dtype=torch.float32)
+    changes = {
+        "rope_theta": 1e6,
+        "max_position_embeddings": 1024,
+        "attention_layout": "L2V4",
+        "block_size": 16,
+    }
+    longer = load_pretrained(tmp_path, overrides=changes)
+    assert longer.config == ours.config.replace(**changes)
+    assert longer(torch.zeros(1, 1000, dtype=torch.int64)).isfinite().all()
+    expected = Transformer(longer.config)
+    expected.load_state_dict(ours.state_dict())
+    assert torch.equal(longer(ids()), expected(ids()))
+    with pytest.raises(ValueError, match=r"overrides of .*did you mean 'rope_theta'"):
+        load_pretrained(tmp_path, overrides={"rope_thetta": 1e6})
+
+
+# -------------------------------------------------------------------- tokenizer and generation config
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the needle is in the haystack, the haystack is long"] * 20, trainer)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_exported_tokenizer_gives_the_same_ids(tmp_path, tokenizer_file):
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path / "hf", tokenizer_file)
+    text = "The needle's  in\n\nthe haystack: 3.14 naïve 大<|end|>"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    expected = Tokenizer.from_file(str(tokenizer_file)).encode(text).ids
+    assert theirs(text)["input_ids"] == expected
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+    assert theirs.model_max_length == 256
+    generation = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (generation.bos_token_id, generation.eos_token_id) == (0, 1)
+
+
+def test_settings_beside_the_tokenizer_are_taken_over(tmp_path, tokenizer_file):
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": "{{ messages }}",
+        "eos_token": "<|end|>",
+    }
+    (tokenizer_file.parent / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path / "hf", tokenizer_file)
+    written = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert written == {**settings, "model_max_length": 256}
+
+
+def test_a_tokenizer_that_does_not_fit_stops_the_export(tmp_path, tokenizer_file):
+    small = model(vocab_size=200)
+    with pytest.raises(ValueError, match=r"tokenizer.json: \d+ tokens do not fit in vocab_size=200"):
+        save_pretrained(small, small.config, tmp_path / "hf", tokenizer_file)
+    other = model(eos_token_id=299)
+    with pytest.raises(ValueError, match="no token with id 299"):
+        save_pretrained(other, other.config, tmp_path / "hf", tokenizer_file)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save_pretrained(other, other.config, tmp_path / "hf", tmp_path / "nowhere.json")
+    assert not (tmp_path / "hf/config.json").exists()
+
+
+# -------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    ours = model()
+    return save_pretrained(ours, ours.config, tmp_path / "hf", dtype=torch.float32)
+
+
+def test_missing_files_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing/config.json: not found"):
+        load_config(tmp_path / "nothing")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
+        load_pretrained(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path, max_shard_size=60_000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        load_pretrained(tmp_path)
+
+
+def test_a_wrong_shape_names_tensor_both_shapes_and_folder(folder):
+    with pytest.raises(ValueError) as error:
+        load_pretrained(folder, overrides={"vocab_size": 310})
+    for word in ("model.embed_tokens.weight", "[300, 48]", "[310, 48]", str(folder)):
+        assert word in str(error.value)
+
+
+def test_missing_and_unexpected_tensors_are_named(folder):
+    state = load_file(folder / "model.safetensors")
+    weight = state.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"hf: tensor 'model.layers.1.mlp.up_proj.weight' .*\[80, 48\] is missing"):
+        load_pretrained(folder)
+    save_file(
+        {**state, "model.layers.1.mlp.up_proj.weight": weight, "extra": weight.clone()},
+        folder / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"unexpected tensors.*extra"):
+        load_pretrained(folder)
+
+
+def test_damaged_files_are_named(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors: not a readable safetensors file"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: not valid JSON"):
+        load_config(folder)
+
+
+def test_an_incomplete_state_dict_is_not_saved(tmp_path):
+    ours = model()
+    state = ours.state_dict()
+    state["model.norm.weight"] = state["model.norm.weight"][:0]  # what an ungathered ZeRO-3 shard looks like
+    with pytest.raises(ValueError, match=r"'model.norm.weight' has shape \[0\], but the config asks for \[48\]"):
+        save_pretrained(state, ours.config, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,240 @@
+"""The network: documents, losses, initialisation, activation checkpointing, compilation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2.model import ModelConfig, Transformer
+
+SPARSE = "L2V4+dense1"
+
+
+def build(layout=SPARSE, **changes):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        **{
+            "vocab_size": 61,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "attention_layout": layout,
+            "block_size": 16,
+            "initializer_range": 0.1,
+            **changes,
+        }
+    )
+    return Transformer(config)
+
+
+def tokens(*shape):
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+
+
+def borders(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("layout", ["dense", SPARSE, "L1V3-inter", "W2"])
+def test_packed_documents_equal_documents_alone(layout):
+    model = build(layout)
+    ids = tokens(2, 150)
+    packed = model(ids, cu_seqlens=borders(0, 1, 90, 90, 150, 217, 300, 300)).flatten(0, 1)
+    for begin, end in [(0, 1), (1, 90), (90, 150), (150, 217), (217, 300)]:
+        alone = model(ids.flatten()[None, begin:end])[0]
+        torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_window_layer_forgets_what_a_dense_layer_sees():
+    window = build("W2", num_hidden_layers=1)
+    dense = build("dense", num_hidden_layers=1)
+    dense.load_state_dict(window.state_dict())
+    ids = tokens(1, 128)
+    changed = ids.clone()
+    changed[0, 20] = (ids[0, 20] + 1) % 61  # block 1: in the window of blocks 1 and 2 only
+    for model, sees in [(window, slice(20, 48)), (dense, slice(20, 128))]:
+        differs = (model(ids) - model(changed))[0].abs().amax(dim=-1) > 0
+        expected = torch.zeros(128, dtype=torch.bool)
+        expected[sees] = True
+        assert torch.equal(differs, expected)
+
+
+def test_no_token_sees_the_future():
+    model = build()
+    ids = tokens(1, 100)
+    changed = ids.clone()
+    changed[0, 60:] = (ids[0, 60:] + 1) % 61
+    before, after = model(ids), model(changed)
+    torch.testing.assert_close(before[:, :60], after[:, :60], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(before[:, 60:], after[:, 60:], atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_equal_cross_entropy_of_the_logits(tied):
+    model = build(tie_word_embeddings=tied)
+    ids, labels = tokens(2, 80), tokens(2, 80).roll(1, 1)
+    labels[0, :30] = -100
+    cu_seqlens = borders(0, 30, 80, 160)
+    loss, count = model(ids, labels=labels, cu_seqlens=cu_seqlens)
+    assert loss.dtype == torch.float32 and int(count) == 130
+    ours = torch.autograd.grad(loss / count, list(model.parameters()))
+    logits = model(ids, cu_seqlens=cu_seqlens)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    theirs = torch.autograd.grad(expected / count, list(model.parameters()))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-4)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+
+
+def test_all_labels_ignored_trains_nothing_and_gives_no_nan():
+    model = build()
+    ids = tokens(1, 40)
+    loss, count = model(ids, labels=torch.full_like(ids, -100))
+    loss.backward()
+    assert (loss.item(), count.item()) == (0.0, 0)
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
+def test_logits_to_keep_are_the_last_ones():
+    model = build()
+    ids = tokens(2, 50)
+    torch.testing.assert_close(model(ids, logits_to_keep=3), model(ids)[:, -3:], atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_model_stays_close_to_fp32_and_keeps_exact_positions():
+    model = build("dense", max_position_embeddings=4096)
+    ids = tokens(1, 2000)
+    exact = model(ids, logits_to_keep=200).detach()
+    low = model.to(torch.bfloat16)(ids, logits_to_keep=200)
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).norm() / exact.norm() < 3e-2
+
+
+def test_initial_weights_follow_the_config():
+    model = build(num_hidden_layers=8, hidden_size=192, initializer_range=0.05)
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.05, rel=0.05)
+    assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(0.05 / 4, rel=0.05)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.05 / 4, rel=0.05)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.05, rel=0.05)
+    assert (layer.input_layernorm.weight == 1).all()
+
+
+def test_meta_device_construction_and_reset_gives_the_same_kind_of_weights():
+    with torch.device("meta"):
+        model = build(tie_word_embeddings=True)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.reset_parameters()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model(tokens(1, 20)).isfinite().all()
+
+
+def test_layers_of_one_pattern_rotate_residues_and_share_them_where_they_repeat():
+    rotations = [b.self_attn.rotation for b in build("L1V4+dense2", num_hidden_layers=6).model.blocks]
+    assert rotations == [0, 1, 0, 0, 1, 0]  # stride 4 over 2 heads repeats after two sparse layers
+    complete = build("L1V4", num_key_value_heads=6, num_hidden_layers=4)
+    assert [b.self_attn.rotation for b in complete.model.blocks] == [0, 0, 0, 0]
+
+
+# -------------------------------------------------------------------- checkpointing, compile
+
+
+def gradients(model, cu_seqlens=None):
+    model.zero_grad()
+    ids = tokens(2, 64)
+    loss, count = model(ids, labels=ids.roll(-1, 1), cu_seqlens=cu_seqlens)
+    (loss / count).backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointing_changes_no_gradient(mode, packed):
+    model = build()
+    cu_seqlens = borders(0, 20, 64, 128) if packed else None
+    loss, expected = gradients(model, cu_seqlens)
+    model.set_activation_checkpointing(mode)
+    again, recomputed = gradients(model, cu_seqlens)
+    assert torch.equal(loss, again)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=0, rtol=0, msg=name)
+
+
+def calls_in_backward(mode):
+    """How often each op of interest runs from the backward on, for a model of three dense layers."""
+    model = build("dense")
+    model.set_activation_checkpointing(mode)
+    ids = tokens(1, 64)
+    loss, _ = model(ids, labels=ids)
+    seen = {"attention": 0, "mm": 0, "silu": 0}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name
+            seen["attention"] += name.startswith("aten::_scaled_dot_product") and "backward" not in name
+            seen["mm"] += name == "aten::mm"
+            seen["silu"] += name == "aten::silu"
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        loss.backward()
+    return seen
+
+
+def test_what_each_mode_recomputes():
+    none, selective, full = (calls_in_backward(mode) for mode in ("none", "selective", "full"))
+    assert (none["attention"], none["silu"]) == (0, 0)
+    # gate and up are recomputed in every layer, attention and its projections are not
+    assert selective == {"attention": 0, "mm": none["mm"] + 3 * 2, "silu": 3}
+    # all but down_proj, whose output no gradient needs
+    assert full == {"attention": 3, "mm": none["mm"] + 3 * 6, "silu": 3}
+
+
+def test_unknown_checkpointing_mode_is_an_error():
+    with pytest.raises(ValueError, match=r"activation_checkpointing='some'.*selective"):
+        build().set_activation_checkpointing("some")
+
+
+def assert_compiled_is_the_same(model, mode, backend):
+    names = list(model.state_dict())
+    loss, expected = gradients(model)
+    model.set_activation_checkpointing(mode)
+    torch._dynamo.reset()
+    model.compile_blocks(fullgraph=True, backend=backend)
+    compiled_loss, compiled = gradients(model)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(compiled[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_blocks_are_captured_whole(mode):
+    assert_compiled_is_the_same(build("dense"), mode, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_no_gradient():
+    assert_compiled_is_the_same(build("dense", num_hidden_layers=2), "selective", "inductor")
+
+
+# -------------------------------------------------------------------- errors
+
+
+def test_wrong_calls_are_named():
+    model = build(max_position_embeddings=64)
+    with pytest.raises(ValueError, match="65 tokens is longer than max_position_embeddings=64"):
+        model(tokens(1, 65))
+    with pytest.raises(ValueError, match=r"labels \[1, 63\].*\[1, 64\]"):
+        model(tokens(1, 64), labels=tokens(1, 63))
+    with pytest.raises(ValueError, match="input_ids must be"):
+        model(tokens(64))
+    with pytest.raises(ValueError, match="logits_to_keep=-1"):
+        model(tokens(1, 64), logits_to_keep=-1)
+    with pytest.raises(ValueError, match="labels cannot be combined"):
+        model(tokens(1, 8), labels=tokens(1, 8), logits_to_keep=1)
