@@ -1,0 +1,108 @@
+"""Text generation: prefill the prompt, then decode token by token from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s2.model.transformer import Transformer
+
+from .cache import KVCache
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    prefill_chunk: int | None = None,
+) -> Tensor:
+    """Continue a batch of prompts of one length.
+
+    Args:
+        model: on its device, in its dtype.
+        input_ids: int64 `[B, S]`; all rows are real tokens (group prompts of different lengths by length).
+        max_new_tokens: at most so many tokens are added.
+        temperature: 0 takes the likeliest token, otherwise logits are divided by it and a token is drawn.
+        top_p: draw only from the likeliest tokens that together reach this probability (nucleus sampling,
+            arXiv 1904.09751).
+        eos_token_id: one or several ids that end a row. Rows that ended are filled with the id that ended
+            them; generation stops early when all have. None never stops.
+        generator: random numbers for the draw, on the model's device.
+        prefill_chunk: feed the prompt in pieces of so many tokens, which bounds activation memory at long
+            context.
+
+    Returns:
+        int64 `[B, n]`, the new tokens only, `n <= max_new_tokens`.
+
+    Raises:
+        ValueError: prompt and new tokens exceed max_position_embeddings, or an option is out of range.
+    """
+    _check(model, input_ids, max_new_tokens, temperature, top_p, prefill_chunk)
+    batch, prompt = input_ids.shape
+    weight = model.model.embed_tokens.weight
+    stop = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    stop_ids = torch.tensor(stop, dtype=input_ids.dtype, device=input_ids.device)
+    # the last token drawn is never fed back
+    cache = KVCache(model.config, batch, prompt + max_new_tokens - 1, device=weight.device, dtype=weight.dtype)
+    for piece in input_ids.split(prefill_chunk or prompt, dim=1):
+        logits = model(piece, cache=cache, logits_to_keep=1)
+
+    tokens: list[Tensor] = []
+    ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    while True:
+        token = _draw(logits[:, -1], temperature, top_p, generator)
+        if tokens:
+            token = torch.where(ended, tokens[-1], token)
+        tokens.append(token)
+        ended = ended | torch.isin(token, stop_ids)
+        if len(tokens) == max_new_tokens or (stop and bool(ended.all())):
+            return torch.stack(tokens, dim=1)
+        logits = model(token[:, None], cache=cache, logits_to_keep=1)
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One token for each row of logits `[B, V]`, int64 `[B]`."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        before = ranked.cumsum(dim=-1) - ranked  # probability of all likelier tokens
+        ranked = ranked.masked_fill(before >= top_p, 0.0)
+        drawn = torch.multinomial(ranked, 1, generator=generator)
+        return order.gather(1, drawn).squeeze(1)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def _check(
+    model: Transformer,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    prefill_chunk: int | None,
+) -> None:
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be [B, S] with at least one token, got {list(input_ids.shape)}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1 token")
+    total, longest = input_ids.shape[1] + max_new_tokens, model.config.max_position_embeddings
+    if total > longest:
+        raise ValueError(
+            f"{input_ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} make {total}, more than "
+            f"max_position_embeddings={longest}; shorten the prompt or load the model with a larger value"
+        )

@@ -1,0 +1,145 @@
+"""Cached decoding equals the full forward on sparse layouts; generation repeats, stops and refuses."""
+
+import pytest
+import torch
+
+from s2.inference import KVCache, generate
+from s2.model import ModelConfig, Transformer
+
+
+def build(layout="L2V4+dense1", **changes):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        **{
+            "vocab_size": 61,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 160,
+            "attention_layout": layout,
+            "block_size": 16,
+            "initializer_range": 0.1,
+            **changes,
+        }
+    )
+    return Transformer(config).eval()
+
+
+def tokens(*shape):
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layout", ["dense", "L2V4+dense1", "L1V3-inter", "W2"])
+@pytest.mark.parametrize("pieces", [[100] + [1] * 20, [1] * 40, [16, 3, 61, 40]], ids=["decode", "tokens", "chunks"])
+def test_cached_forward_equals_full_forward(layout, pieces):
+    model = build(layout)
+    ids = tokens(2, sum(pieces))
+    cache = KVCache(model.config, 2, ids.shape[1])
+    with torch.no_grad():
+        logits = torch.cat([model(piece, cache=cache) for piece in ids.split(pieces, dim=1)], dim=1)
+        expected = model(ids)
+    assert cache.length == ids.shape[1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_greedy_generation_takes_the_likeliest_token_of_the_full_forward(chunk):
+    model = build()
+    prompt = tokens(2, 50)
+    new = generate(model, prompt, 30, prefill_chunk=chunk)
+    assert new.shape == (2, 30)
+    ids = prompt
+    with torch.no_grad():
+        for step in range(30):
+            best = model(ids, logits_to_keep=1)[:, -1].argmax(-1)
+            assert torch.equal(best, new[:, step])
+            ids = torch.cat([ids, best[:, None]], dim=1)
+
+
+def test_generation_repeats_exactly_with_a_seed_and_differs_without_it():
+    model, prompt = build(), tokens(1, 20)
+    assert torch.equal(generate(model, prompt, 40), generate(model, prompt, 40))
+
+    def sample(seed):
+        return generate(model, prompt, 40, 1.0, 0.9, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+
+
+def test_sampling_follows_temperature_and_nucleus():
+    model, prompt = build(), tokens(1, 20).expand(400, 20)
+    with torch.no_grad():
+        logits = model(prompt[:1], logits_to_keep=1)[0, 0]
+    drawn = generate(model, prompt, 1, 0.5, 0.6, generator=torch.Generator().manual_seed(0)).flatten()
+    probs, order = (logits / 0.5).softmax(-1).sort(descending=True)
+    size = int((probs.cumsum(0) < 0.6).sum()) + 1
+    assert 2 <= size < 61
+    assert set(drawn.tolist()) <= set(order[:size].tolist())
+    expected = probs[0] / probs[:size].sum()
+    assert abs((drawn == order[0]).float().mean() - expected) < 0.1
+    nearly_zero = generate(model, prompt, 1, 1e-4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(nearly_zero, generate(model, prompt, 1))
+
+
+def test_rows_stop_at_eos_and_generation_when_all_have():
+    model, prompt = build(), tokens(2, 20)
+    free = generate(model, prompt, 30)
+    stop = [int(free[0, 4]), int(free[1, 9])]
+    ends = [min(i for i, t in enumerate(row.tolist()) if t in stop) for row in free]
+    assert max(ends) < 29
+    new = generate(model, prompt, 30, eos_token_id=stop)
+    assert new.shape[1] == max(ends) + 1
+    for row, unstopped, end in zip(new.tolist(), free.tolist(), ends, strict=True):
+        assert row[: end + 1] == unstopped[: end + 1]
+        assert set(row[end:]) == {unstopped[end]}
+
+
+def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():
+    model, prompt = build(), tokens(1, 150)
+    assert generate(model, prompt, 10).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"150 prompt tokens and max_new_tokens=11 make 161.*=160"):
+        generate(model, prompt, 11)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"max_new_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
+        ({"max_new_tokens": 1, "prefill_chunk": 0}, "prefill_chunk=0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        generate(build(), tokens(1, 8), **options)
+
+
+def test_cache_refuses_what_does_not_fit_and_can_be_cut_back():
+    model = build()
+    with pytest.raises(ValueError, match="161 tokens is longer than max_position_embeddings=160"):
+        KVCache(model.config, 1, 161)
+    cache = KVCache(model.config, 2, 40)
+    assert cache.num_bytes == 2 * 3 * 2 * 40 * 2 * 8 * 4
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="41 tokens do not fit in a cache of max_length=40"):
+            model(tokens(2, 41), cache=cache)
+        with pytest.raises(ValueError, match="made for 2 sequences, got 1"):
+            model(tokens(1, 4), cache=cache)
+        assert cache.length == 0
+        first = model(tokens(2, 30), cache=cache)
+        cache.truncate(20)
+        again = model(tokens(2, 30)[:, 20:], cache=cache)
+    torch.testing.assert_close(again, first[:, 20:], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="cannot truncate to 31 tokens"):
+        cache.truncate(31)
+
+
+def test_cache_and_documents_exclude_each_other():
+    model = build()
+    cache = KVCache(model.config, 1, 40)
+    with pytest.raises(ValueError, match="cu_seqlens cannot be combined with cache"):
+        model(tokens(1, 8), cache=cache, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
