@@ -1,0 +1,326 @@
+"""`PackedDataModule`: the data of a recipe, for Lightning.
+
+There is one global order of samples, a pure function of the seed. A checkpoint stores how many of them have
+been trained on, so a run resumes at the very next sample on any number of GPUs, whatever the workers had read
+ahead.
+"""
+
+import math
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from data.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
+from data.mixture import Component, Mixture, PackedStream, check_length_filter
+from data.prepare import parse_sections, prepare
+from data.schema import differences, from_mapping, whole_number
+from data.shards import TokenShards
+from data.unigram import target_counts, unigram_loss
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """One entry of a recipe's `validation`.
+
+    name: as it appears in the logs. path: a shard folder. seq_len: another length than training's.
+    micro_batch_size: rows a rank and batch; by default about as many tokens as in training.
+    min_tokens, max_tokens: use only documents of that many tokens (inclusive).
+    """
+
+    name: str
+    path: str
+    seq_len: int | None = None
+    micro_batch_size: int | None = None
+    min_tokens: int = 0
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("seq_len", "micro_batch_size"):
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, whole_number(getattr(self, key), key, least=1))
+        check_length_filter(self)
+
+
+class PackedDataModule(LightningDataModule):
+    """Packed token batches from a weighted mixture of shard folders (batch layout: `data.loader`).
+
+    Args:
+        seq_len: inputs a row.
+        micro_batch_size: rows a rank and micro-step (gradient accumulation is the trainer's business).
+        mixture: list of {path, weight, min_tokens, max_tokens}, see `data.mixture.Component`.
+        validation: list of {name, path, seq_len, micro_batch_size, min_tokens, max_tokens}, see `HeldOutSet`.
+        prepare: how to make the shards if they are not there, see `data.prepare.PrepareSpec`; or a list of
+            such. Without `mixture` / `validation`, the prepared train / held-out folders are used.
+        seed: of the sample order.
+        num_workers: reader processes a rank.
+        document_mask: attention and positions stop at document borders.
+
+    Raises ValueError for a wrong setting (naming its key), shards of different tokenizers, or a filter that
+    leaves too little; FileNotFoundError for a missing or unfinished shard folder.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        micro_batch_size: int,
+        mixture: list[dict[str, Any]] | None = None,
+        validation: list[dict[str, Any]] | None = None,
+        prepare: dict[str, Any] | list[dict[str, Any]] | None = None,
+        seed: int = 0,
+        num_workers: int = 2,
+        document_mask: bool = True,
+    ):
+        super().__init__()
+        self.prepare_data_per_node = False  # shards lie on storage that all nodes share
+        self.seq_len = whole_number(seq_len, "data.seq_len", least=1)
+        self.micro_batch_size = whole_number(micro_batch_size, "data.micro_batch_size", least=1)
+        self.num_workers = whole_number(num_workers, "data.num_workers")
+        self.seed, self.document_mask = seed, document_mask
+        self._prepare_specs = parse_sections(prepare, "data.prepare") if prepare else []
+        folders = [spec.folders for spec in self._prepare_specs]
+        if mixture is None:
+            mixture = [{"path": str(folder["train"])} for folder in folders]
+        if validation is None:
+            heldout = [folder["heldout"] for folder in folders if "heldout" in folder]
+            names = ["heldout"] if len(heldout) == 1 else [folder.parent.name for folder in heldout]
+            validation = [{"name": n, "path": str(f)} for n, f in zip(names, heldout, strict=True)]
+        if not mixture:
+            raise ValueError("data.mixture: empty; list at least one {path, weight}, or give a `prepare` section")
+        self.components = [from_mapping(Component, c, f"data.mixture[{i}]") for i, c in enumerate(mixture)]
+        self.heldout_sets = [from_mapping(HeldOutSet, v, f"data.validation[{i}]") for i, v in enumerate(validation)]
+        names = self.validation_names
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"data.validation: the name {duplicates.pop()!r} occurs twice")
+        self._mixture: Mixture | None = None
+        self._heldout: dict[str, PackedStream] = {}
+        # Position of the run: `_samples` were consumed when the trainer had processed `_micro_steps`.
+        self._samples = self._micro_steps = 0
+        self._started_at: int | None = None
+        self._last_trainer: Any = lambda: None
+
+    # --- Data
+
+    def prepare_data(self) -> None:
+        """Make missing shards (global rank 0 only; the others wait)."""
+        for spec in self._prepare_specs:
+            prepare(spec)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the shards and check that they fit together; on `fit`, begin a new run at sample 0 unless this
+        trainer has trained before."""
+        if stage == "fit":
+            self._started_at = None
+            if self._last_trainer() is not self.trainer:
+                self._samples = self._micro_steps = 0
+                self._last_trainer = weakref.ref(self.trainer) if self.trainer is not None else lambda: None
+        if self._mixture is not None:
+            return
+        opened: dict[str, TokenShards] = {}
+        for path in [c.path for c in self.components] + [v.path for v in self.heldout_sets]:
+            if path not in opened:
+                opened[path] = TokenShards(path)
+        self._check_one_tokenizer(list(opened.values()))
+        streams = [
+            PackedStream(
+                opened[c.path],
+                self.seq_len,
+                min_tokens=c.min_tokens,
+                max_tokens=c.max_tokens,
+                where=f"data.mixture[{i}]",
+            )
+            for i, c in enumerate(self.components)
+        ]
+        self._heldout = {
+            v.name: PackedStream(
+                opened[v.path],
+                v.seq_len or self.seq_len,
+                min_tokens=v.min_tokens,
+                max_tokens=v.max_tokens,
+                keep_tail=True,
+                where=f"data.validation[{i}]",
+            )
+            for i, v in enumerate(self.heldout_sets)
+        }
+        self._mixture = Mixture(streams, [c.weight for c in self.components], self.seed)
+
+    @staticmethod
+    def _check_one_tokenizer(folders: list[TokenShards]) -> None:
+        first = folders[0]
+        for shards in folders[1:]:
+            if shards.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
+                raise ValueError(
+                    f"data: {first.folder} and {shards.folder} were tokenized by different tokenizers"
+                    f" (sha256 {first.manifest['tokenizer']['sha256'][:12]} and"
+                    f" {shards.manifest['tokenizer']['sha256'][:12]}); prepare both with one tokenizer.json"
+                )
+
+    @property
+    def mixture(self) -> Mixture:
+        """The training sequence (after `setup`)."""
+        if self._mixture is None:
+            self.setup()
+        assert self._mixture is not None
+        return self._mixture
+
+    @property
+    def _shards(self) -> TokenShards:
+        return self.mixture.streams[0].shards
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary of the tokenizer: a model needs at least this many embeddings."""
+        return self._shards.vocab_size
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer.json of the shards; raises FileNotFoundError where it was moved away."""
+        file = self._shards.tokenizer_file
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: the tokenizer of {self._shards.folder} is missing; it belongs there")
+        return file
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._shards.manifest["tokenizer"]["bos_id"]
+
+    @property
+    def eos_token_id(self) -> int:
+        return self._shards.manifest["tokenizer"]["eos_id"]
+
+    def check_vocab_size(self, model_vocab_size: int) -> None:
+        """Raises ValueError where the data has tokens the model has no embedding for."""
+        if model_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"model vocab_size {model_vocab_size} is smaller than the tokenizer's {self.vocab_size}"
+                f" ({self._shards.folder}); set vocab_size to at least {self.vocab_size}"
+            )
+
+    # --- Loaders
+
+    def _rank(self) -> tuple[int, int]:
+        """(data-parallel rank, data-parallel size), as the strategy says: ranks that share a sequence see the
+        same rows if its `distributed_sampler_kwargs` say so."""
+        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        return kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
+
+    def _loader(self, dataset: Any, sampler: Any, batch_size: int, seq_len: int) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=Collate(seq_len, self.document_mask),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        sampler = TrainSampler(*self._rank(), self.micro_batch_size, self._start)
+        return self._loader(TrainDataset(self.mixture), sampler, self.micro_batch_size, self.seq_len)
+
+    @property
+    def validation_names(self) -> list[str]:
+        """Names of the held-out sets, in the order of `dataloader_idx`."""
+        return [heldout.name for heldout in self.heldout_sets]
+
+    def val_dataloader(self) -> list[DataLoader[Sample]]:
+        loaders = []
+        for settings, stream in zip(self.heldout_sets, self._streams(), strict=True):
+            tokens = self.micro_batch_size * self.seq_len
+            rows = settings.micro_batch_size or max(1, tokens // stream.seq_len)
+            dataset = HeldOutDataset(stream)
+            sampler = HeldOutSampler(*self._rank(), rows, len(dataset))
+            loaders.append(self._loader(dataset, sampler, rows, stream.seq_len))
+        return loaders
+
+    def _streams(self) -> list[PackedStream]:
+        self.mixture  # noqa: B018  # opens the shards on first use
+        return list(self._heldout.values())
+
+    # --- Position in the training sequence
+
+    @property
+    def consumed_samples(self) -> int:
+        """Global samples trained on so far, over all ranks. It counts micro-steps whose training step is
+        done, so it is right in every hook from `on_train_batch_end` on, and ignores what loaders have read
+        ahead."""
+        if self.trainer is None:
+            return self._samples
+        processed = self._progress().total.processed
+        # Before the trainer has restored its own counters `processed` is still below the restored one.
+        micro_steps = max(0, processed - self._micro_steps)
+        return self._samples + micro_steps * self._rank()[1] * self.micro_batch_size
+
+    def _progress(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress
+
+    def _start(self) -> int:
+        self._started_at = self.consumed_samples
+        return self._started_at
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, for Lightning's checkpoint. Warns inside an accumulation window, whose gradients are
+        lost."""
+        processed = 0
+        if self.trainer is not None:
+            processed = self._progress().total.processed
+            pending = self._progress().current.processed % self.trainer.accumulate_grad_batches
+            if pending:
+                rank_zero_warn(
+                    f"checkpoint between optimizer steps: the gradients of {pending} accumulated"
+                    " micro-batches are not in it; save after whole steps to resume exactly"
+                )
+        return {
+            "consumed_samples": self.consumed_samples,
+            "micro_steps": max(processed, self._micro_steps),
+            "order": self.mixture.fingerprint(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at a checkpoint's position; does nothing unless the trainer is fitting.
+
+        Raises ValueError where data, mixture, seq_len or seed are not those of the checkpoint: the position
+        would mean nothing. RuntimeError where something drew training batches before the checkpoint was read.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if lines := differences(state_dict["order"], self.mixture.fingerprint()):
+            raise ValueError(
+                "data: the checkpoint was trained on another sample sequence"
+                f" ({'; '.join(lines[:3])}; checkpoint != recipe). Resume with the same data,"
+                " seq_len and seed, or start a new stage from the weights alone"
+            )
+        if self._started_at not in (None, state_dict["consumed_samples"]):
+            raise RuntimeError(
+                "training batches were drawn before the checkpoint was restored, so its position is lost"
+                " (trainer.estimated_stepping_batches in configure_optimizers does that; use max_steps)"
+            )
+        self._samples = state_dict["consumed_samples"]
+        self._micro_steps = state_dict["micro_steps"]
+
+    # --- Baselines
+
+    def _heldout_stream(self, name: str) -> PackedStream:
+        self.mixture  # noqa: B018  # opens the shards on first use
+        if name not in self._heldout:
+            raise ValueError(f"no validation set {name!r}; there are: {', '.join(self._heldout)}")
+        return self._heldout[name]
+
+    def unigram_loss(self, name: str) -> float:
+        """Loss (nats per target token) that token frequencies alone reach on held-out set `name`; comparable
+        with the model's held-out loss, see `data.unigram`."""
+        train = [(s.shards, c.weight) for s, c in zip(self.mixture.streams, self.components, strict=True)]
+        return unigram_loss(train, self._heldout_stream(name))
+
+    def bits_per_byte(self, name: str, loss: float) -> float:
+        """A held-out loss in nats per token as bits per UTF-8 byte of text, which compares across
+        tokenizers."""
+        stream = self._heldout_stream(name)
+        return loss * int(target_counts(stream).sum()) / stream.num_bytes / math.log(2)

@@ -1,0 +1,132 @@
+"""From windows to batches: datasets, rank-aware samplers and the collate function.
+
+Shapes: B rows a batch, S = seq_len. A batch is a dict of `input_ids` int64 [B, S]; `labels` int64 [B, S],
+where labels[t] is the token after position t, or -100 where that one opens another document (or is padding);
+`cu_seqlens` int32 [64 k + 1], borders over the flattened B * S tokens, padded with B * S so that its shape
+varies little; `position` int64 scalar, the global sample index of the first row.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+from data.mixture import Mixture, PackedStream
+from data.permutation import Permutation
+
+IGNORED = -100
+CU_SEQLENS_MULTIPLE = 64
+
+Sample = tuple[int, np.ndarray, np.ndarray]  # index, tokens (up to S + 1), document starts in [1, len(tokens))
+
+
+class TrainDataset(Dataset[Sample]):
+    """The endless training sequence, indexed by global sample number."""
+
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
+
+    def __getitem__(self, index: int) -> Sample:
+        return (index, *self.mixture[index])
+
+
+class HeldOutDataset(Dataset[Sample]):
+    """Every window of a held-out set once, in a fixed shuffled order, so that the first n are a fair sample.
+
+    An index beyond the end is an empty sample, whose labels are all ignored.
+    """
+
+    def __init__(self, stream: PackedStream):
+        self.stream = stream
+        self._order = Permutation(stream.num_windows, "held-out")
+
+    def __len__(self) -> int:
+        return self.stream.num_windows
+
+    def __getitem__(self, index: int) -> Sample:
+        if index >= len(self):
+            return index, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return (index, *self.stream.window(self._order[index]))
+
+
+class _RankSampler(DistributedSampler):
+    """Base of samplers that already are per rank. It is a DistributedSampler only because that is how
+    Lightning knows not to wrap it into one; nothing of that class is used."""
+
+    def __init__(self, rank: int, world_size: int, micro_batch_size: int):
+        self.rank, self.num_replicas, self.micro_batch_size = rank, world_size, micro_batch_size
+
+    def _rows(self, start: int, micro_step: int) -> Iterator[int]:
+        first = start + (micro_step * self.num_replicas + self.rank) * self.micro_batch_size
+        return iter(range(first, first + self.micro_batch_size))
+
+
+class TrainSampler(_RankSampler):
+    """Endless: micro-step m gives rank r of W the rows start + m*W*b + r*b + i, i < b. `start` is asked for
+    whenever iteration begins."""
+
+    def __init__(self, rank: int, world_size: int, micro_batch_size: int, start: Callable[[], int]):
+        super().__init__(rank, world_size, micro_batch_size)
+        self._start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return self._endless(self._start())
+
+    def _endless(self, start: int) -> Iterator[int]:
+        micro_step = 0
+        while True:
+            yield from self._rows(start, micro_step)
+            micro_step += 1
+
+    def __len__(self) -> int:
+        raise TypeError("the training sequence has no end; limit training by max_steps")
+
+
+class HeldOutSampler(_RankSampler):
+    """One pass over `size` rows. No row comes twice; ranks that run out get rows beyond the end (empty
+    samples), so that all of them do the same number of batches, which sharded parameters need."""
+
+    def __init__(self, rank: int, world_size: int, micro_batch_size: int, size: int):
+        super().__init__(rank, world_size, micro_batch_size)
+        self.num_batches = -(-size // (world_size * micro_batch_size))
+
+    def __iter__(self) -> Iterator[int]:
+        for micro_step in range(self.num_batches):
+            yield from self._rows(0, micro_step)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.micro_batch_size
+
+
+class Collate:
+    """Samples to one batch (see the top of this file). Without `document_mask` only rows are borders, so
+    attention and positions run across documents; the labels are the same either way, which keeps losses
+    comparable."""
+
+    def __init__(self, seq_len: int, document_mask: bool):
+        self.seq_len, self.document_mask = seq_len, document_mask
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        B, S = len(samples), self.seq_len
+        input_ids = np.zeros((B, S), dtype=np.int64)
+        labels = np.full((B, S), IGNORED, dtype=np.int64)
+        borders = [np.zeros(1, dtype=np.int64)]
+        for row, (_, tokens, starts) in enumerate(samples):
+            inputs = tokens[:S]
+            input_ids[row, : len(inputs)] = inputs
+            labels[row, : max(0, len(tokens) - 1)] = tokens[1:]
+            labels[row, starts - 1] = IGNORED
+            if self.document_mask:
+                borders.append(starts[starts < S] + row * S)
+            borders.append(np.array([(row + 1) * S]))
+        cu_seqlens = np.concatenate(borders)
+        padding = -(len(cu_seqlens) - 1) % CU_SEQLENS_MULTIPLE
+        cu_seqlens = np.pad(cu_seqlens, (0, padding), constant_values=B * S)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
+            "position": torch.tensor(samples[0][0], dtype=torch.int64),
+        }

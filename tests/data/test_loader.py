@@ -1,0 +1,157 @@
+"""Batches against brute force, and which rank gets which row."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from data.datamodule import PackedDataModule
+from data.loader import Collate, HeldOutSampler, TrainSampler
+from tests.data.shard_factory import random_documents, write_shards
+
+LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]
+
+
+def brute_force(samples, S, document_mask):
+    """labels [B, S] and the unpadded borders, token by token."""
+    labels, borders = [], [0]
+    for row, (_, tokens, starts) in enumerate(samples):
+        opens = set(starts.tolist())
+        for t in range(S):
+            known = t + 1 < len(tokens) and (t + 1) not in opens
+            labels.append(int(tokens[t + 1]) if known else -100)
+            if document_mask and t in opens:
+                borders.append(row * S + t)
+        borders.append((row + 1) * S)
+    return torch.tensor(labels).view(len(samples), S), borders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    write_shards(tmp_path / "train", random_documents(LENGTHS * 3, seed=1))
+    write_shards(tmp_path / "heldout", random_documents(LENGTHS, seed=2))
+    return tmp_path
+
+
+def datamodule(folders, **overrides):
+    settings = {
+        "seq_len": 32,
+        "micro_batch_size": 2,
+        "mixture": [{"path": str(folders / "train")}],
+        "validation": [{"name": "heldout", "path": str(folders / "heldout")}],
+        "num_workers": 0,
+    }
+    return PackedDataModule(**settings | overrides)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_batches_equal_brute_force(folders, document_mask):
+    dm = datamodule(folders, document_mask=document_mask, micro_batch_size=3)
+    for step, batch in enumerate(itertools.islice(dm.train_dataloader(), 40)):
+        samples = [(i, *dm.mixture[i]) for i in range(step * 3, step * 3 + 3)]
+        labels, borders = brute_force(samples, 32, document_mask)
+        assert batch["input_ids"].tolist() == [tokens[:32].tolist() for _, tokens, _ in samples]
+        assert torch.equal(batch["labels"], labels)
+        cu_seqlens = batch["cu_seqlens"]
+        assert cu_seqlens.dtype == torch.int32
+        assert cu_seqlens[: len(borders)].tolist() == borders
+        assert (cu_seqlens[len(borders) :] == 96).all()
+        assert len(cu_seqlens) % 64 == 1
+        assert len(cu_seqlens) - len(borders) < 64
+        assert batch["position"].shape == ()
+        assert batch["position"] == step * 3
+
+
+def test_many_documents_still_fit_the_padded_borders():
+    starts = np.arange(1, 129)
+    batch = Collate(128, True)([(0, np.ones(129, dtype=np.int64), starts)])
+    assert batch["cu_seqlens"].tolist() == list(range(129))
+    assert (batch["labels"] == -100).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("seq_len", [None, 50])
+def test_held_out_pass_has_every_target_once_on_any_number_of_ranks(folders, world_size, seq_len, monkeypatch):
+    validation = [{"name": "h", "path": str(folders / "heldout"), "seq_len": seq_len, "min_tokens": 2}]
+    dm = datamodule(folders, validation=validation)
+    seen, batches = [], set()
+    for rank in range(world_size):
+        monkeypatch.setattr(dm, "_rank", lambda rank=rank: (rank, world_size))
+        [loader] = dm.val_dataloader()
+        batches.add(len(list(loader)))
+        assert len(loader) in batches
+        for batch in loader:
+            assert batch["input_ids"].shape[1] == (seq_len or 32)
+            seen += batch["labels"][batch["labels"] != -100].tolist()
+    documents = [d for d in random_documents(LENGTHS, seed=2) if len(d) >= 2]
+    assert sorted(seen) == sorted(int(t) for d in documents for t in d[1:])
+    assert len(batches) == 1, "ranks must do the same number of batches"
+
+
+def test_first_batches_of_a_held_out_pass_are_the_same_for_any_number_of_ranks():
+    rows = {
+        world_size: {
+            index
+            for rank in range(world_size)
+            for index in list(HeldOutSampler(rank, world_size, 12 // world_size, 100))[: 2 * 12 // world_size]
+        }
+        for world_size in (1, 2, 4)
+    }
+    assert rows[1] == rows[2] == rows[4] == set(range(24))
+
+
+@pytest.mark.parametrize("start", [0, 17])
+def test_training_rows_follow_the_global_order_on_any_number_of_ranks(start):
+    for world_size, micro_batch_size in [(1, 4), (2, 2), (4, 1), (3, 5)]:
+        ranks = [iter(TrainSampler(r, world_size, micro_batch_size, lambda: start)) for r in range(world_size)]
+        rows = [next(rank) for _ in range(60 // world_size) for rank in ranks for _ in range(micro_batch_size)]
+        assert rows == list(range(start, start + len(rows)))
+
+
+def test_workers_do_not_change_the_order(folders):
+    def first(num_workers):
+        loader = datamodule(folders, num_workers=num_workers).train_dataloader()
+        return [batch["input_ids"] for batch in itertools.islice(loader, 20)]
+
+    for alone, together in zip(first(0), first(2), strict=True):
+        assert torch.equal(alone, together)
+
+
+def test_wrong_settings_name_their_key(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.mixture\[0\]: unknown key 'wieght'; known keys: path, weight"):
+        datamodule(folders, mixture=[{"path": "x", "wieght": 1}])
+    with pytest.raises(ValueError, match=r"data\.validation\[0\]: missing key 'name'"):
+        datamodule(folders, validation=[{"path": "x"}])
+    with pytest.raises(ValueError, match="the name 'a' occurs twice"):
+        datamodule(folders, validation=[{"name": "a", "path": "x"}, {"name": "a", "path": "y"}])
+    with pytest.raises(ValueError, match=r"data\.seq_len: expected a whole number >= 1, got 0"):
+        datamodule(folders, seq_len=0)
+    with pytest.raises(ValueError, match=r"data\.mixture: empty"):
+        datamodule(folders, mixture=None)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        datamodule(folders, mixture=[{"path": str(tmp_path / "nowhere")}]).setup()
+    with pytest.raises(ValueError, match=r"data\.mixture\[0\]: none of the 36 documents"):
+        datamodule(folders, mixture=[{"path": str(folders / "train"), "min_tokens": 5000}]).setup()
+    write_shards(folders / "foreign", random_documents([100]), tokenizer="b")
+    with pytest.raises(ValueError, match="tokenized by different tokenizers"):
+        datamodule(folders, validation=[{"name": "v", "path": str(folders / "foreign")}]).setup()
+
+
+def test_vocabulary_and_tokenizer_are_checked(folders):
+    dm = datamodule(folders)
+    assert dm.vocab_size == 500
+    dm.check_vocab_size(512)
+    with pytest.raises(ValueError, match=r"vocab_size 499 is smaller than the tokenizer's 500"):
+        dm.check_vocab_size(499)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: the tokenizer of .*train is missing"):
+        _ = dm.tokenizer_file
+    assert (dm.bos_token_id, dm.eos_token_id) == (0, 1)
+
+
+def test_bits_per_byte_counts_every_target_over_the_bytes(folders):
+    documents = random_documents(LENGTHS, seed=2)
+    ratio = sum(len(d) - 1 for d in documents) / sum(2 * len(d) for d in documents)
+    assert datamodule(folders).bits_per_byte("heldout", float(np.log(2))) == pytest.approx(ratio)
+    with pytest.raises(ValueError, match="no validation set 'other'; there are: heldout"):
+        datamodule(folders).unigram_loss("other")
