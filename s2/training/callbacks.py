@@ -1,0 +1,173 @@
+"""What a run says while it trains: the step line, metrics.csv, TensorBoard, the progress bar."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+from s2.model.flops import model_flops_utilization
+from s2.training.checkpoint import RunCheckpoint, tokens_per_step
+from s2.training.metrics import MetricsFile, read_metrics
+from s2.training.run import RunConfig
+from s2.training.throughput import clock, device_peak, peak_memory_gib
+
+
+class TrainingLog(Callback):
+    """One line per `trainer.log_every_n_steps` optimizer steps and per validation, on the console and in the files.
+
+    Throughput and MFU cover the steps since the last line, without validations and checkpoints.
+
+    Args:
+        run: where the files go.
+        checkpoint: tells how long saving took.
+    """
+
+    def __init__(self, run: RunConfig, checkpoint: RunCheckpoint) -> None:
+        self.run = run
+        self.checkpoint = checkpoint
+        self._file: MetricsFile | None = None
+        self._bar: tqdm | None = None
+        self._opened_at = 0.0
+        self._seen_step = self._logged_step = 0
+        self._logged_at = 0.0
+        self._validating = self._validation_began = 0.0
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(trainer)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_validation(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(trainer)
+        if self._owes_validation(trainer):
+            _validate(trainer)
+        self._seen_step = self._logged_step = trainer.global_step
+        self._logged_at = self._training_clock()
+        if trainer.is_global_zero and sys.stderr.isatty():
+            self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step")
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen_step:
+            return  # inside a gradient accumulation
+        self._seen_step = step
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
+            self._log_step(trainer, pl_module)
+        if step == trainer.max_steps:
+            trainer.val_check_batch = 1  # the last step is always validated
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validating += time.perf_counter() - self._validation_began
+        if not trainer.sanity_checking:
+            self._log_validation(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _open(self, trainer: Trainer) -> None:
+        if self._opened_at == 0.0:
+            self._opened_at = time.perf_counter()
+            if trainer.is_global_zero:
+                self._file = MetricsFile(self.run.folder / "logs" / "metrics.csv", trainer.global_step)
+
+    def _owes_validation(self, trainer: Trainer) -> bool:
+        """Whether the run was stopped between a step's checkpoint and its validation; Lightning would skip it."""
+        step = trainer.global_step
+        owed = step > 0 and step % self.run.validate_every == 0 and trainer.enable_validation
+        if self._file is not None:
+            rows = read_metrics(self._file.path)
+            owed &= not any(row["step"] == step and any(key.startswith("val/") for key in row) for row in rows)
+        return trainer.strategy.broadcast(owed)
+
+    def _training_clock(self) -> float:
+        return time.perf_counter() - self._validating - self.checkpoint.seconds
+
+    def _log_step(self, trainer: Any, module: Any) -> None:
+        now, step = self._training_clock(), trainer.global_step
+        seconds, steps = max(now - self._logged_at, 1e-9), step - self._logged_step
+        self._logged_at, self._logged_step = now, step
+        rate = steps * tokens_per_step(trainer) / seconds / trainer.world_size
+        row = {
+            "train/loss": module.pop_train_loss(),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **_grad_norm(trainer),
+            "tokens_per_second_per_device": rate,
+            "memory_gib": peak_memory_gib(module.device),
+        }
+        peak = device_peak(module.device)
+        if peak is not None:
+            seq_len = trainer.datamodule.seq_len
+            for name, executed in (("mfu_dense_equivalent", False), ("mfu_executed", True)):
+                row[name] = model_flops_utilization(module.config, seq_len, rate, peak, executed=executed)
+        left = (trainer.max_steps - step) * seconds / max(steps, 1)
+        self._record(trainer, row, step_line(step, trainer.max_steps, row, left, module.device.type))
+
+    def _log_validation(self, trainer: Trainer, module: Any) -> None:
+        row: dict[str, float] = {}
+        parts = []
+        for name, loss in module.validation_losses.items():
+            perplexity = math.exp(min(loss, 700.0))
+            row |= {f"val/{name}/loss": loss, f"val/{name}/perplexity": perplexity}
+            parts.append(f"{name} loss {loss:.4f} perplexity {perplexity:.2f}")
+        if row:
+            self._record(trainer, row, f"held-out at step {trainer.global_step} | " + " | ".join(parts))
+
+    def _record(self, trainer: Trainer, row: Mapping[str, float], line: str) -> None:
+        if self._file is None:
+            return
+        step = trainer.global_step
+        seconds = self._file.seconds + time.perf_counter() - self._opened_at
+        self._file.write({"step": step, "tokens": step * tokens_per_step(trainer), "seconds": seconds, **row})
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(row), step=step)
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def _validate(trainer: Trainer) -> None:
+    """Run the validation loop inside `fit`, as Lightning does between two batches."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+def step_line(step: int, max_steps: int, row: Mapping[str, float], seconds_left: float, device_type: str) -> str:
+    """The console line of a step; MFU only where the device's peak is known."""
+    unit = "GPU" if device_type == "cuda" else "process"
+    parts = [
+        f"step {step}/{max_steps}",
+        f"loss {row['train/loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        *([f"grad norm {row['grad_norm']:.2f}"] if "grad_norm" in row else []),
+        f"{row['tokens_per_second_per_device']:,.0f} tokens/s/{unit}",
+    ]
+    if "mfu_executed" in row:
+        dense, executed = row["mfu_dense_equivalent"], row["mfu_executed"]
+        parts.append(f"MFU {dense:.1%} dense-equivalent, {executed:.1%} executed")
+    parts += [f"{row['memory_gib']:.2f} GiB", f"{clock(seconds_left)} left"]
+    return " | ".join(parts)
+
+
+def _grad_norm(trainer: Trainer) -> dict[str, float]:
+    """Norm of the last step's gradient over all ranks, before clipping; only DeepSpeed tells it."""
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    norm = engine.get_global_grad_norm() if engine is not None else None
+    return {} if norm is None else {"grad_norm": float(norm)}

@@ -1,0 +1,136 @@
+"""Checkpoints at step boundaries, and preemption.
+
+A signal handler only sets a flag. At the next optimizer step all ranks agree on it, write one checkpoint and leave
+together; saving inside the handler would hang ranks that are in the middle of a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from s2.training.run import RunConfig, checkpoint_folder, publish_checkpoint
+from s2.training.workers import SIGNALS
+
+
+class Preempted(Exception):  # noqa: N818 -- not an error: the run is saved and can go on
+    """The run was told to stop and has saved a checkpoint."""
+
+
+class RunCheckpoint(Checkpoint):
+    """Save every `run.checkpoint_every` steps, at the end, and when told to stop.
+
+    Lightning runs `Checkpoint` callbacks last, so what the others write for a step is on disk before it counts as
+    saved.
+
+    Attributes:
+        seconds: time spent saving so far, which throughput leaves out.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.checkpoints = run.folder / "checkpoints"
+        self.seconds = 0.0
+        self._signal: int | None = None
+        self._seen_step = -1
+        self._saved_step = -1
+        self._handlers: dict[int, Any] = {}
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install_handlers()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install_handlers()
+        self._seen_step = self._saved_step = trainer.global_step
+
+    def _install_handlers(self) -> None:
+        # Lightning has put its own handlers in place just before; they broadcast from inside the handler.
+        for number in SIGNALS:
+            previous = signal.signal(number, self._note_signal)
+            self._handlers.setdefault(number, previous)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen_step:
+            return  # inside a gradient accumulation
+        self._seen_step = step
+        if self._any_rank_signalled(trainer):
+            self._save(trainer, pl_module)
+            self._requeue(trainer)
+            raise Preempted(f"stopped at step {step}; the checkpoint is {checkpoint_folder(self.checkpoints, step)}")
+        if step % self.run.checkpoint_every == 0 and step < trainer.max_steps:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._saved_step:
+            self._save(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _any_rank_signalled(self, trainer: Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self._signal is not None
+        flag = torch.tensor(float(self._signal is not None), device=trainer.strategy.root_device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _save(self, trainer: Trainer, module: Any) -> None:
+        started = time.perf_counter()
+        step = trainer.global_step
+        final = checkpoint_folder(self.checkpoints, step)
+        partial = final.with_name(final.name + ".partial")
+        on_rank_zero(trainer, lambda: _fresh_folder(partial))
+        trainer.save_checkpoint(partial / "state")
+        meta = {
+            "step": step,
+            "tokens": step * tokens_per_step(trainer),
+            "world_size": trainer.world_size,
+            "zero_stage": getattr(trainer.strategy, "stage", 0),
+            "model": asdict(module.config),
+        }
+        on_rank_zero(trainer, lambda: publish_checkpoint(partial, final, meta, self.run.keep_checkpoints))
+        self._saved_step = step
+        self.seconds += time.perf_counter() - started
+
+    def _requeue(self, trainer: Trainer) -> None:
+        job = os.environ.get("SLURM_JOB_ID")
+        if self.run.slurm_requeue and job and trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", job], check=True)
+
+
+def tokens_per_step(trainer: Trainer) -> int:
+    """Tokens of one optimizer step over all ranks."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return data.micro_batch_size * data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
+
+
+def on_rank_zero(trainer: Trainer, work: Callable[[], None]) -> None:
+    """Do file work on the first rank while the others wait for it."""
+    if trainer.is_global_zero:
+        work()
+    trainer.strategy.barrier()
+
+
+def _fresh_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)

@@ -1,0 +1,96 @@
+"""The end of a stage: loss plot, Hugging Face export, and a summary of what came out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from s2.training.checkpoint import on_rank_zero, tokens_per_step
+from s2.training.metrics import plot_losses, read_metrics, validation_curve
+from s2.training.run import RunConfig, complete_checkpoints, read_meta, write_atomically
+from s2.training.throughput import clock
+from s2.training.weights import export
+
+
+class Finish(Callback):
+    """Runs before the last checkpoint is written: a stage counts as finished once that one is there."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        data = trainer.datamodule
+        on_rank_zero(trainer, lambda: self._write_summary(trainer, pl_module, data))
+        export(pl_module.model, pl_module.config, self.run.folder / "hf", data.tokenizer_file)
+        trainer.strategy.barrier()
+
+    def _write_summary(self, trainer: Trainer, module: Any, data: Any) -> None:
+        folder = self.run.folder
+        rows = read_metrics(folder / "logs" / "metrics.csv")
+        validation = {}
+        for name in data.validation_names:
+            curve = validation_curve(rows, name)
+            validation[name] = {
+                "initial_loss": curve[0][1] if curve and curve[0][0] == 0 else None,
+                "loss": curve[-1][1] if curve else None,
+                "unigram_loss": data.unigram_loss(name),
+                "bits_per_byte": data.bits_per_byte(name, curve[-1][1]) if curve else None,
+            }
+        step = trainer.global_step
+        summary = {
+            "recipe": self.run.recipe,
+            "stage": self.run.stage,
+            "step": step,
+            "tokens": step * tokens_per_step(trainer),
+            "seconds": max((row["seconds"] for row in rows), default=0.0),
+            "memory_gib": max((row.get("memory_gib", 0.0) for row in rows), default=0.0),
+            "world_size": trainer.world_size,
+            "init_from": module.init_from,
+            "validation": validation,
+        }
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
+        baselines = {name: values["unigram_loss"] for name, values in validation.items()}
+        plot_losses(
+            folder / "logs" / "metrics.csv", folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}"
+        )
+
+
+def is_finished(run: RunConfig, max_steps: int) -> bool:
+    """Whether the stage's newest complete checkpoint is its last step.
+
+    Raises:
+        ValueError: it is, but the export is gone.
+    """
+    checkpoints = complete_checkpoints(run.folder / "checkpoints")
+    if not checkpoints or read_meta(checkpoints[-1])["step"] < max_steps:
+        return False
+    for name in ("hf/config.json", "summary.json"):
+        if not (run.folder / name).is_file():
+            raise ValueError(
+                f"{run.folder} is trained to step {max_steps} but has no {name}; remove {checkpoints[-1]} to train "
+                f"from the checkpoint before it and export again"
+            )
+    return True
+
+
+def closing_words(folder: Path) -> str:
+    """What came out of a finished stage and where it lies."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [
+        f"{summary['recipe']} {summary['stage']}: {summary['step']} steps, {summary['tokens']:,} tokens, "
+        f"{clock(summary['seconds'])} on {summary['world_size']} process(es), {summary['memory_gib']:.2f} GiB"
+    ]
+    for name, values in summary["validation"].items():
+        if values["loss"] is None:
+            continue
+        line = f"  held-out {name}: loss {values['loss']:.4f} nats/token ({values['bits_per_byte']:.3f} bits per byte)"
+        if values["initial_loss"] is not None:
+            start = f"{summary['init_from']} as it is" if summary["init_from"] else "before training"
+            line += f", {start} {values['initial_loss']:.4f}"
+        lines.append(f"{line}, unigram {values['unigram_loss']:.4f}")
+    places = {"weights": "hf", "checkpoints": "checkpoints", "metrics": "logs/metrics.csv", "plot": "loss.png"}
+    lines += [f"  {what}: {folder / place}" for what, place in places.items()]
+    return "\n".join(lines)

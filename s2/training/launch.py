@@ -1,0 +1,202 @@
+"""From a resolved recipe to a running trainer: devices, the run folder, checks, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from s2.training.callbacks import TrainingLog
+from s2.training.checkpoint import RunCheckpoint
+from s2.training.finish import Finish, closing_words, is_finished
+from s2.training.module import PretrainModule
+from s2.training.parser import RecipeCLI
+from s2.training.report import launch_report
+from s2.training.run import RunConfig, check_same_model, complete_checkpoints, read_meta, write_atomically
+from s2.training.strategy import register_strategies
+
+
+def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> None:
+    """Train the stage that `recipe` describes, from where it stands.
+
+    Args:
+        recipe: keys after overrides.
+        source: the file they came from.
+        overridden: keys that were set on the command line.
+    """
+    _quieten()
+    register_strategies()
+    trainer_keys = recipe.setdefault("trainer", {})
+    for key, value in topology(os.environ).items():
+        trainer_keys.setdefault(key, value)
+    cli = RecipeCLI(recipe, source, overridden, trainer_extras)
+    run, trainer, module, data = cli.config_init.run, cli.trainer, cli.model, cli.datamodule
+    check_lengths(module, data, trainer)
+    if run.resume == "auto" and is_finished(run, trainer.max_steps):
+        _say(trainer, f"{run.folder} is finished, nothing to do\n{closing_words(run.folder)}")
+        return
+    check_disk(run, module.config.num_parameters(), low_precision=trainer.precision != "32-true")
+    resume = _prepare_folder(run, module, trainer)
+    _set_accumulation(run, trainer, data)
+    _say(trainer, launch_report(run, module, data, trainer))
+    if trainer.is_global_zero:
+        header = (
+            f"# {source} as it was resolved; train it again with: python -m s2.training.cli {run.folder}/config.yaml\n"
+        )
+        write_atomically(run.folder / "config.yaml", header + cli.parser.dump(cli.config, skip_none=False))
+    _fit(trainer, module, data, resume)
+    _say(trainer, closing_words(run.folder))
+
+
+def topology(environment: Mapping[str, str]) -> dict[str, int]:
+    """`trainer.devices` and `trainer.num_nodes` as torchrun or srun (one task per GPU) laid the processes out; empty
+    elsewhere. Keys that the recipe sets win."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        devices = int(environment["LOCAL_WORLD_SIZE"])
+        return {"devices": devices, "num_nodes": int(environment["WORLD_SIZE"]) // devices}
+    if SLURMEnvironment.detect():
+        nodes = int(environment.get("SLURM_NNODES", "1"))
+        return {"devices": int(environment["SLURM_NTASKS"]) // nodes, "num_nodes": nodes}
+    return {}
+
+
+def trainer_extras(config: Any) -> dict[str, Any]:
+    """Trainer arguments that a recipe cannot write down: callbacks, loggers, and what depends on the machine."""
+    run: RunConfig = config.run
+    checkpoint = RunCheckpoint(run)
+    ours = [TrainingLog(run, checkpoint), Finish(run), checkpoint]
+    extras: dict[str, Any] = {
+        "callbacks": [*(config.trainer.callbacks or []), *ours],
+        "default_root_dir": str(run.folder),
+        "val_check_interval": run.validate_every,
+        "logger": config.trainer.logger
+        or TensorBoardLogger(run.folder / "logs", name="tensorboard", version="", default_hp_metric=False),
+    }
+    if config.trainer.accelerator == "auto":
+        extras["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if extras.get("accelerator", config.trainer.accelerator) == "cpu":
+        extras["precision"] = "32-true"  # bf16 gains nothing there
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        torch.set_float32_matmul_precision("high")
+    if "TORCHELASTIC_RUN_ID" not in os.environ and SLURMEnvironment.detect():
+        # Lightning's requeue saves inside the signal handler; `RunCheckpoint` does it at the step boundary.
+        extras["plugins"] = [*(config.trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
+    return extras
+
+
+def check_lengths(module: PretrainModule, data: Any, trainer: Trainer) -> None:
+    """Refuse what would fail or mean nothing later.
+
+    Raises:
+        ValueError: a sequence beyond the model's context, no end of training, or a warmup beyond that end.
+    """
+    if trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps={trainer.max_steps}: a stage needs a number of optimizer steps")
+    module.schedule_config.factor(0, trainer.max_steps)
+    limit = module.config.max_position_embeddings
+    lengths = {"data.seq_len": data.seq_len}
+    for heldout in getattr(data, "heldout_sets", []):
+        lengths[f"data.validation {heldout.name} seq_len"] = heldout.seq_len or data.seq_len
+    for key, length in lengths.items():
+        if length > limit:
+            raise ValueError(
+                f"{key}={length} is longer than the model's max_position_embeddings={limit}; raise "
+                f"model.config.max_position_embeddings (and rope_theta with it), or shorten the sequence"
+            )
+
+
+def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
+    """Refuse a run whose checkpoints would fill the disk.
+
+    A checkpoint holds fp32 weights and two moments, and bf16 weights beside them in low precision; one more than
+    `run.keep_checkpoints` exists while it is written. The export takes 2 bytes a parameter.
+
+    Raises:
+        ValueError: the space needed and the space there is.
+    """
+    each = parameters * (14 if low_precision else 12)
+    kept = sum(f.stat().st_size for f in (run.folder / "checkpoints").rglob("*") if f.is_file() and not f.is_symlink())
+    needed = (run.keep_checkpoints + 1) * each + 2 * parameters - kept
+    existing = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"run.keep_checkpoints={run.keep_checkpoints}: that many checkpoints of {each / 1e9:.1f} GB and one being "
+            f"written need {needed / 1e9:.1f} GB more below {run.folder}, which has {free / 1e9:.1f} GB free; keep "
+            f"fewer, or point run.root at a larger disk"
+        )
+
+
+def _prepare_folder(run: RunConfig, module: PretrainModule, trainer: Trainer) -> Path | None:
+    """Make the run folder and return the checkpoint to continue from, if there is one.
+
+    With run.resume=never what lies there moves aside to <stage>.1, .2, ...: nothing is deleted.
+    """
+    if run.resume == "never":
+        if trainer.is_global_zero and run.folder.exists():
+            number = 1
+            while (aside := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
+                number += 1
+            run.folder.rename(aside)
+            print(f"run.resume=never: the earlier run is now {aside}")
+        checkpoints = []
+    else:
+        checkpoints = complete_checkpoints(run.folder / "checkpoints")
+    if trainer.is_global_zero:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    if not checkpoints:
+        return None
+    newest = checkpoints[-1]
+    meta = read_meta(newest)
+    check_same_model(meta, asdict(module.config), newest)
+    _say(trainer, f"continuing from {newest} ({meta['tokens']:,} tokens)")
+    return newest / "state"
+
+
+def _set_accumulation(run: RunConfig, trainer: Trainer, data: Any) -> None:
+    steps = run.accumulation(data.micro_batch_size, data.seq_len, trainer.world_size)
+    if steps is not None:
+        trainer.accumulate_grad_batches = steps
+    # Lightning counts micro-batches here, a recipe counts optimizer steps.
+    trainer.val_check_interval = run.validate_every * trainer.accumulate_grad_batches
+
+
+def _fit(trainer: Trainer, module: PretrainModule, data: LightningDataModule, resume: Path | None) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    except BaseException:
+        # Ranks that wait for this one in a collective would wait for the process group's timeout.
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.terminate()
+        raise
+
+
+def _say(trainer: Trainer, text: str) -> None:
+    if trainer.is_global_zero:
+        print(text)
+        sys.stdout.flush()
+
+
+def _quieten() -> None:
+    """Keep the console for the run's own lines; warnings that are about other ways of using Lightning go."""
+    for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*`?srun`? command is available.*", ".*treespec, LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls

@@ -1,0 +1,188 @@
+"""The Lightning module: a Transformer, its loss over all ranks, and held-out losses.
+
+Shape letters: B sequences of a micro-batch, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from s2.model.config import ModelConfig
+from s2.model.hf import load_config
+from s2.model.rope import RotaryEmbedding
+from s2.model.transformer import Transformer
+from s2.training.optim import OptimizerConfig, ScheduleConfig, build_adamw
+from s2.training.weights import load_into
+
+_ADAMW = OptimizerConfig()
+_COSINE = ScheduleConfig()
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The training loss became NaN or infinite."""
+
+
+def resolve_config(keys: dict[str, Any], init_from: str | None) -> ModelConfig:
+    """The model's config: the recipe's keys, on top of those of the checkpoint it starts from.
+
+    Raises:
+        ValueError: an unknown key (the closest known one is named) or a bad value.
+        FileNotFoundError: `init_from` is not a Hugging Face folder.
+    """
+    if init_from is None:
+        return ModelConfig.from_dict(keys, source="model.config")
+    if not (Path(init_from) / "config.json").is_file():
+        raise FileNotFoundError(_missing_checkpoint(init_from))
+    base = asdict(load_config(init_from))
+    return ModelConfig.from_dict({**base, **keys}, source=f"model.config (on top of {init_from}/config.json)")
+
+
+def _missing_checkpoint(init_from: str) -> str:
+    message = f"model.init_from={init_from!r} has no config.json: there is no trained model to start from"
+    path = Path(init_from)
+    if path.name == "hf" and len(path.parts) >= 3:
+        stage, recipe = path.parts[-2], path.parts[-3]
+        command = f"make pretrain RECIPE={recipe}"
+        if stage.startswith("extend-"):
+            command = f"make extend RECIPE={recipe} TO={stage.removeprefix('extend-')}"
+        message += f"; run `{command}` first, or point model.init_from at a Hugging Face folder"
+    return message
+
+
+class PretrainModule(LightningModule):
+    """Next-token training of a Transformer.
+
+    Args:
+        config: `ModelConfig` keys. With `init_from`, only the ones to change.
+        init_from: Hugging Face folder to start from (an earlier stage's `hf/`); None starts from random weights.
+        optimizer: AdamW.
+        schedule: learning rate over the run.
+        activation_checkpointing: `none`, `selective` (attention outputs and the costly matmuls are kept) or `full`.
+        compile: torch.compile each block.
+
+    The loss of a micro-batch is the mean over all valid tokens of all ranks. DeepSpeed averages gradients over
+    ranks, so each rank returns local_sum * ranks / global_count; a rank whose tokens are all masked adds zero.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        init_from: str | None = None,
+        optimizer: OptimizerConfig = _ADAMW,
+        schedule: ScheduleConfig = _COSINE,
+        activation_checkpointing: Literal["none", "selective", "full"] = "none",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = resolve_config(config, init_from)
+        self.init_from = init_from
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile
+        self.model: Transformer | None = None
+        self.train_totals = [0.0, 0.0]  # loss sum and valid tokens since `pop_train_loss`, over all ranks
+        self.validation_names: list[str] = []
+        self.validation_losses: dict[str, float] = {}
+        self._validation_totals = torch.zeros(0)
+
+    def configure_model(self) -> None:
+        """Build the model; under ZeRO-3 Lightning calls this where every parameter is sharded as it is made."""
+        if self.model is not None:
+            return
+        model = Transformer(self.config)
+        if self.init_from is not None:
+            load_into(model, self.init_from)
+        model.set_activation_checkpointing(self.activation_checkpointing)
+        if self.compile_blocks:
+            model.compile_blocks()
+        self.model = model
+
+    def setup(self, stage: str) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.check_vocab_size(self.config.vocab_size)
+        # The exported config must delimit documents as the training data did.
+        self.config = replace(self.config, bos_token_id=data.bos_token_id, eos_token_id=data.eos_token_id)
+        self.validation_names = list(data.validation_names)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        offloaded = getattr(self.trainer.strategy, "offloads_optimizer", False)
+        fused = self.trainer.strategy.root_device.type == "cuda" and not offloaded
+        return build_adamw(self, self.optimizer_config, fused=fused)
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next optimizer step."""
+        factor = self.schedule_config.factor(self.trainer.global_step, self.trainer.max_steps)
+        return self.optimizer_config.lr * factor
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        rate = self.learning_rate
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss_sum, num_valid = self._loss(batch)
+        total, count = self._sum_over_ranks(torch.stack((loss_sum.detach().double(), num_valid.double()))).tolist()
+        if not math.isfinite(total):
+            raise NonFiniteLossError(
+                f"the loss is {total} at step {self.trainer.global_step} (micro-batch {batch_idx}), in the batch that "
+                f"starts at data position {int(batch['position'])}; no checkpoint holds this state. Resume with a "
+                f"lower model.optimizer.lr or trainer.gradient_clip_val, or look at that batch"
+            )
+        self.train_totals[0] += total
+        self.train_totals[1] += count
+        return loss_sum * (self.trainer.world_size / max(count, 1.0))
+
+    def pop_train_loss(self) -> float:
+        """Mean loss per token since the last call, over all ranks and micro-batches."""
+        total, count = self.train_totals
+        self.train_totals = [0.0, 0.0]
+        return total / max(count, 1.0)
+
+    def on_validation_epoch_start(self) -> None:
+        if self.trainer.sanity_checking and self.init_from is not None:
+            # Before training the number to beat is that of the checkpoint as it is, not with this recipe's RoPE.
+            _attend_as(self.model, self.config, load_config(self.init_from))
+        self._validation_totals = torch.zeros(max(len(self.validation_names), 1), 2, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        loss_sum, num_valid = self._loss(batch)
+        self._validation_totals[dataloader_idx] += torch.stack((loss_sum.double(), num_valid.double())).cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking and self.init_from is not None:
+            _attend_as(self.model, load_config(self.init_from), self.config)
+        totals = self._sum_over_ranks(self._validation_totals.to(self.device)).cpu()
+        self.validation_losses = {
+            name: float(total / count) if count else math.nan
+            for name, (total, count) in zip(self.validation_names, totals, strict=True)
+        }
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        assert self.model is not None
+        return self.model(batch["input_ids"], labels=batch["labels"], cu_seqlens=batch["cu_seqlens"])
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def _attend_as(model: Transformer | None, old: ModelConfig, new: ModelConfig) -> None:
+    """Switch a model from `old`'s rotary frequencies and layout to `new`'s; weights stay."""
+    assert model is not None
+    model.model.rope = RotaryEmbedding(new.head_dim, new.rope_theta, new.rope_scaling)
+    if (new.attention_layout, new.block_size) != (old.attention_layout, old.block_size):
+        layout = new.layout
+        blocks: Any = model.model.layers
+        for block, pattern, rotation in zip(blocks, layout.patterns, layout.rotations, strict=True):
+            block.self_attn.pattern, block.self_attn.rotation = pattern, rotation

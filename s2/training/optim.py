@@ -1,0 +1,121 @@
+"""AdamW and learning-rate schedules.
+
+A schedule is a pure function of the step, so it has no state to save and a resumed run cannot drift from an
+uninterrupted one.
+
+    cosine   linear warmup, then half a cosine from the peak down to min_ratio * peak
+    wsd      warmup, a stable plateau at the peak, then decay over the last decay_ratio of the run
+    linear   warmup, then a straight line down to min_ratio * peak
+    constant warmup, then the peak
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled decay of the matrices; norms and biases (one-dimensional) are never decayed.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"model.optimizer.lr={self.lr} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"model.optimizer.betas={list(self.betas)} must both lie in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"model.optimizer.weight_decay={self.weight_decay} must not be negative")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run, as a share of the peak.
+
+    Attributes:
+        name: cosine, wsd, linear or constant.
+        warmup_steps: steps of linear warmup; step 0 already has a rate above zero.
+        min_ratio: rate at the last step over the peak rate.
+        decay_ratio: wsd only, the share of the run spent decaying (Hu et al., arXiv 2404.06395, use 0.1).
+        decay_shape: wsd only; `sqrt` is 1 - sqrt(progress) (Hägele et al., arXiv 2405.18392), or `linear`.
+    """
+
+    name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_ratio: float = 0.1
+    decay_ratio: float = 0.1
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"model.schedule.warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"model.schedule.min_ratio={self.min_ratio} must lie between 0 and 1")
+        if not 0 < self.decay_ratio <= 1:
+            raise ValueError(f"model.schedule.decay_ratio={self.decay_ratio} must lie above 0 and up to 1")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step `step` (0-based) over the peak.
+
+        Raises:
+            ValueError: the warmup does not fit into the run.
+        """
+        if self.warmup_steps >= total_steps:
+            raise ValueError(
+                f"model.schedule.warmup_steps={self.warmup_steps} must be below trainer.max_steps={total_steps}"
+            )
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        start = self.warmup_steps
+        if self.name == "wsd":
+            start = max(start, total_steps - round(self.decay_ratio * total_steps))
+        if self.name == "constant" or step < start:
+            return 1.0
+        # 0 at the first step after `start`, 1 at the last step of the run and beyond.
+        progress = min((step - start) / max(total_steps - 1 - start, 1), 1.0)
+        return self.min_ratio + (1 - self.min_ratio) * self._decay(progress)
+
+    def _decay(self, progress: float) -> float:
+        if self.name == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.name == "wsd" and self.decay_shape == "sqrt":
+            return 1 - math.sqrt(progress)
+        return 1 - progress
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """Two AdamW groups: matrices with decay, everything one-dimensional without.
+
+    ZeRO-3 leaves a partitioned parameter empty and keeps its shape in `ds_shape`.
+    """
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for _, parameter in named:
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) >= 2 else undecayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over `model`, matrices decayed only; `fused` runs one kernel per group on CUDA."""
+    groups = parameter_groups(model.named_parameters(), config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -1,0 +1,142 @@
+"""DeepSpeed ZeRO under Lightning, on GPUs and on the CPU.
+
+    trainer.strategy: zero_1   optimizer states sharded over the data-parallel ranks
+    trainer.strategy: zero_2   + gradients
+    trainer.strategy: zero_3   + parameters, created sharded
+    zero_2_offload, zero_3_offload: optimizer states (and parameters) live in host memory
+
+Precision comes from `trainer.precision`: 32-true, bf16-mixed or bf16-true (DeepSpeed keeps fp32 master weights
+and fp32 optimizer states for both). Gradient clipping comes from `trainer.gradient_clip_val`.
+
+On the CPU the same ZeRO code runs over gloo, which is how tests and the demo cover the training path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+
+from s2.training import resize
+from s2.training.workers import shield_workers
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "zero_1": {"stage": 1},
+    "zero_2": {"stage": 2},
+    "zero_2_offload": {"stage": 2, "offload_optimizer": True},
+    "zero_3": {"stage": 3},
+    "zero_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+
+
+class ZeROStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy without its CUDA-only check.
+
+    Args:
+        stage: ZeRO stage 1, 2 or 3.
+        offload_optimizer: keep optimizer states in host memory.
+        offload_parameters: stage 3 only, keep parameters in host memory.
+        bucket_size: elements per reduce and all-gather bucket; sets the size of the communication buffers.
+        prefetch_elements: stage 3 only, parameters gathered ahead of use.
+    """
+
+    def __init__(
+        self,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        bucket_size: int = 200_000_000,
+        prefetch_elements: int = 50_000_000,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise ValueError(f"ZeRO stage {stage} does not exist; use 1, 2 or 3")
+        if offload_parameters and stage != 3:
+            raise ValueError(f"offload_parameters needs ZeRO stage 3, not {stage}")
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            allgather_bucket_size=bucket_size,
+            reduce_bucket_size=bucket_size,
+            # DeepSpeed only reports with it, and Lightning's guess would build a second dataloader.
+            logging_batch_size_per_gpu=1,
+            logging_level=logging.WARNING,
+        )
+        assert isinstance(self.config, dict)
+        zero = self.config["zero_optimization"]
+        if stage == 3:
+            zero["stage3_prefetch_bucket_size"] = prefetch_elements
+            zero["stage3_gather_16bit_weights_on_model_save"] = False
+        # With offload torch's AdamW stays the optimizer, so that no compiled DeepSpeed op is needed.
+        self.config["zero_force_ds_cpu_optimizer"] = False
+        # Long accumulations in bf16 lose small gradients.
+        self.config["data_types"] = {"grad_accum_dtype": "fp32"}
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage: 1, 2 or 3."""
+        assert isinstance(self.config, dict)
+        return self.config["zero_optimization"]["stage"]
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether optimizer states live in host memory."""
+        assert isinstance(self.config, dict)
+        return "offload_optimizer" in self.config["zero_optimization"]
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device, always with an index: DeepSpeed reads `device.index` as the local rank."""
+        device = super().root_device
+        return torch.device(device.type, self.local_rank) if device.index is None else device
+
+    def setup_environment(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            # Lightning's class refuses anything but CUDA in this method; its parents' version is what we need.
+            super(DeepSpeedStrategy, self).setup_environment()
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            import deepspeed
+
+            # gloo does; the shared-memory op would be compiled with the machine's C++ compiler at every first run.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restore weights and optimizer, also when they were saved by another number of ranks."""
+        state = Path(checkpoint_path)
+        if resize.saved_ranks(state) in (0, self.world_size):
+            return super().load_checkpoint(state, weights_only)
+        if self.is_global_zero:
+            resize.add_missing_ranks(resize.to_universal(state), self.world_size)
+        self.barrier()
+        engine = self.deepspeed_engine
+        with resize.universal_load(engine):
+            return super().load_checkpoint(resize.to_universal(state), weights_only)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Schedulers signal every process of a job; loader workers must live on until the checkpoint is written."""
+        return shield_workers(super().process_dataloader(dataloader))
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def register_strategies() -> None:
+    """Make the names of `STRATEGIES` known to `trainer.strategy`."""
+    for name, arguments in STRATEGIES.items():
+        if name not in StrategyRegistry:
+            StrategyRegistry.register(name, ZeROStrategy, description="DeepSpeed ZeRO", **arguments)

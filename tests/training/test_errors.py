@@ -1,0 +1,163 @@
+"""Whatever is wrong with a recipe is said in one line that names it, before any work is done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from s2.training.cli import EXIT_WRONG_INPUT, main
+from s2.training.recipe import apply_overrides, load_recipe
+from tests.training.tiny import tiny_recipe, train, write_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the tiny recipe with overrides that must be refused; returns the one line said."""
+
+    def run(*overrides: str, recipe: dict[str, Any] | None = None) -> str:
+        path = write_recipe(tmp_path, recipe or tiny_recipe(tmp_path))
+        assert main([str(path), *overrides]) == EXIT_WRONG_INPUT
+        error = capsys.readouterr().err
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in error, error
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "hint"),
+    [
+        ("trainer.max_step=5", "trainer.max_step", "trainer.max_steps"),
+        ("model.optimizer.learning_rate=1", "model.optimizer.learning_rate", "model.optimizer.lr"),
+        ("model.config.rope_thetas=1e6", "rope_thetas", "rope_theta"),
+        ("data.sequence_len=128", "data.sequence_len", "data.seq_len"),
+        ("run.stag=x", "run.stag", "run.stage"),
+        ("modle.compile=true", "modle", "model.compile"),
+    ],
+)
+def test_an_unknown_key_names_itself_and_the_closest_known_one(
+    refuse: Callable[..., str], override: str, named: str, hint: str
+) -> None:
+    error = refuse(override)
+    assert named in error and hint in error
+
+
+def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe["trainer"]["max_step"] = 5
+    error = refuse(recipe=recipe)
+    assert "trainer.max_step " in error and "pretrain.yaml" in error and "trainer.max_steps" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.max_steps=many", ["trainer.max_steps", "many", "int"]),
+        ("trainer.max_steps=0", ["trainer.max_steps", "0"]),
+        ("model.schedule.name=cosin", ["model.schedule.name", "cosin", "cosine"]),
+        ("model.schedule.warmup_steps=6", ["warmup_steps=6", "max_steps=6"]),
+        ("model.optimizer.lr=-1", ["model.optimizer.lr=-1"]),
+        ("model.config.attention_layout=L1V2+dens1", ["attention_layout", "L1V2+dens1"]),
+        ("model.config.attention_layout=L1V2+dense7", ["dense layer 7", "0 to 1"]),
+        ("model.config.num_key_value_heads=3", ["num_key_value_heads=3"]),
+        ("data.seq_len=128", ["data.seq_len=128", "max_position_embeddings=64"]),
+        ("data.validation.0.seq_len=128", ["validation heldout", "128", "max_position_embeddings=64"]),
+        ("data.class_path=data.Missing", ["data.class_path", "data.Missing"]),
+        ("run.tokens_per_step=100", ["tokens_per_step=100", "multiple of 128"]),
+        ("run.stage=a/b", ["run.stage='a/b'"]),
+        ("trainer.strategy=zero_9", ["zero_9"]),
+        ("model.init_from=runs/nowhere/pretrain/hf", ["runs/nowhere/pretrain/hf", "make pretrain RECIPE=nowhere"]),
+        ("model.init_from=runs/x/extend-32k/hf", ["make extend RECIPE=x TO=32k"]),
+        ("max_steps", ["'max_steps'", "key=value"]),
+        ("data.mixture.3.weight=1", ["data.mixture", "'3'"]),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_remedy(
+    refuse: Callable[..., str], override: str, expected: list[str]
+) -> None:
+    error = refuse(override)
+    for part in expected:
+        assert part in error
+
+
+def test_a_missing_corpus_is_named(refuse: Callable[..., str]) -> None:
+    assert "nowhere/*.parquet" in refuse("data.prepare.sources=['nowhere/*.parquet']", "data.prepare.output=nowhere")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(refuse: Callable[..., str]) -> None:
+    error = refuse("model.config.vocab_size=290")
+    assert "290" in error and "300" in error
+
+
+def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny_recipe(tmp_path)
+    del recipe["run"]["stage"]
+    path = tmp_path / "nameless.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main([str(path)]) == EXIT_WRONG_INPUT
+    assert f"error: {path}: the key run.stage is missing" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_shape_is_not_resumed(refuse: Callable[..., str], tmp_path: Path) -> None:
+    train(tmp_path, "trainer.max_steps=3")
+    error = refuse("model.config.intermediate_size=96")
+    assert "intermediate_size=64" in error and "96" in error and "step-00000003" in error
+    error = refuse("model.config.attention_layout=dense")
+    assert "attention_layout='L1V2-inter'" in error
+
+
+def test_a_checkpoint_of_other_data_is_not_resumed(refuse: Callable[..., str], tmp_path: Path) -> None:
+    train(tmp_path, "trainer.max_steps=3")
+    assert "seed" in refuse("data.seed=5")
+
+
+def test_weights_that_do_not_fit_are_named(refuse: Callable[..., str], tmp_path: Path) -> None:
+    _, run = train(tmp_path, "trainer.max_steps=3")
+    error = refuse(f"model.init_from={run}/hf", "model.config.intermediate_size=96", "run.stage=next")
+    assert "mlp.gate_proj.weight" in error and "[64, 32]" in error and "[96, 32]" in error
+
+
+def test_a_finished_run_without_its_export_says_what_to_do(refuse: Callable[..., str], tmp_path: Path) -> None:
+    _, run = train(tmp_path)
+    (run / "hf" / "config.json").unlink()
+    error = refuse()
+    assert "hf/config.json" in error and "step-00000006" in error
+
+
+def test_a_missing_recipe_and_bad_yaml_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.yaml")]) == EXIT_WRONG_INPUT
+    assert "none.yaml does not exist" in capsys.readouterr().err
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run:\n  recipe: a\n  stage: [b\n")
+    assert main([str(broken)]) == EXIT_WRONG_INPUT
+    assert f"{broken}:4: not valid YAML" in capsys.readouterr().err
+
+
+def test_the_command_line_exits_with_2_and_one_line() -> None:
+    command = [sys.executable, "-m", "s2.training.cli", "recipes/demo/pretrain.yaml", "trainer.max_step=5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_WRONG_INPUT
+    assert done.stderr.strip() == (
+        "error: unknown key trainer.max_step on the command line; did you mean trainer.max_steps?"
+    )
+
+
+def test_overrides_reach_lists_init_args_and_floats_without_a_point(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, tiny_recipe(tmp_path)))
+    arguments = ["model.config.rope_theta=8e6", "data.mixture.0.weight=0.5", "--data.seq_len=32", "run.resume=never"]
+    keys = apply_overrides(recipe, arguments)
+    assert recipe["model"]["config"]["rope_theta"] == 8e6
+    assert recipe["data"]["init_args"]["mixture"][0]["weight"] == 0.5
+    assert recipe["data"]["init_args"]["seq_len"] == 32
+    assert keys[2] == "data.seq_len"
+    assert json.loads(json.dumps(recipe))["run"]["resume"] == "never"

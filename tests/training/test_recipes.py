@@ -1,0 +1,91 @@
+"""Every recipe in the repository parses, builds its model's config, and chains onto the stage before it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2.model.transformer import Transformer
+from s2.training.launch import check_lengths, trainer_extras
+from s2.training.module import resolve_config
+from s2.training.parser import RecipeCLI
+from s2.training.recipe import load_recipe
+from s2.training.report import launch_report
+from s2.training.strategy import ZeROStrategy, register_strategies
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+WORLD_SIZES = {"demo": (1,), "1.3b": (8, 16, 32, 64), "7b": (16, 32, 64)}
+
+
+def build(path: Path, folder: Path) -> RecipeCLI:
+    """The recipe as the command line builds it, after writing the config.json its `init_from` needs into
+    `folder`."""
+    recipe = load_recipe(path)
+    init_from = recipe["model"].get("init_from")
+    if init_from:
+        previous = load_recipe(path.parent / f"{Path(init_from).parent.name}.yaml")
+        before = previous["model"].get("init_from")
+        if before:
+            build(path.parent / f"{Path(init_from).parent.name}.yaml", folder)
+        config = resolve_config(previous["model"]["config"], before)
+        target = folder / init_from / "config.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(config.to_hf_dict()))
+    register_strategies()
+    return RecipeCLI(recipe, path, [], trainer_extras)
+
+
+def test_the_recipes_are_there() -> None:
+    names = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
+    assert names >= {
+        "demo/pretrain.yaml", "demo/extend-2k.yaml", "1.3b/pretrain.yaml", "1.3b/extend-32k.yaml",
+        "7b/pretrain.yaml", "7b/extend-32k.yaml", "7b/extend-128k.yaml",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = build(path, tmp_path)
+    run, trainer, module, data = cli.config_init.run, cli.trainer, cli.model, cli.datamodule
+    assert (run.recipe, run.stage) == (path.parent.name, path.stem)
+    check_lengths(module, data, trainer)
+    assert isinstance(trainer.strategy, ZeROStrategy)
+    assert module.config.max_position_embeddings >= data.seq_len
+    for world_size in WORLD_SIZES.get(path.parent.name, (8,)):
+        steps = run.accumulation(data.micro_batch_size, data.seq_len, world_size)
+        assert steps is not None and steps * data.micro_batch_size * data.seq_len * world_size == run.tokens_per_step
+    with torch.device("meta"):
+        model = Transformer(module.config)
+    assert sum(p.numel() for p in model.parameters()) == module.config.num_parameters()
+    report = launch_report(run, module, data, trainer)
+    assert module.config.attention_layout in report and "memory estimate" in report
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.startswith("extend")], ids=lambda p: str(p.parent.name))
+def test_an_extension_raises_length_and_theta_and_keeps_short_documents(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = build(path, tmp_path)
+    init_from = Path(cli.model.init_from)
+    before = json.loads((tmp_path / init_from / "config.json").read_text())
+    assert cli.model.config.max_position_embeddings > before["max_position_embeddings"]
+    assert cli.model.config.rope_theta > before["rope_theta"]
+    components = cli.datamodule.components
+    total = sum(c.weight for c in components)
+    long = sum(c.weight for c in components if c.min_tokens >= before["max_position_embeddings"])
+    assert 0.5 <= long / total <= 0.7
+    assert {"long", "short"} <= set(cli.datamodule.validation_names)
+
+
+def test_every_stage_of_1_3b_and_7b_covers_the_whole_context_within_one_layer() -> None:
+    for path in RECIPES:
+        config = load_recipe(path)["model"]["config"]
+        if "attention_layout" in config and path.parent.name in ("1.3b", "7b"):
+            model = resolve_config(config, None)
+            assert all(pattern.layers_to_cover(model.num_key_value_heads) == 1 for pattern in model.layout.patterns)

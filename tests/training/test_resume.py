@@ -1,0 +1,181 @@
+"""A run that is killed goes on as if nothing had happened, and only from checkpoints that are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s2.training.callbacks import TrainingLog
+from s2.training.cli import EXIT_DIVERGED, EXIT_PREEMPTED
+from s2.training.module import PretrainModule
+from s2.training.run import complete_checkpoints
+from tests.training.tiny import curve, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    code, run = train(folder, stage="whole")
+    assert code == 0
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "hf" / "model.safetensors")
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    for column in ("train/loss", "lr", "grad_norm", "val/heldout/loss"):
+        assert curve(run, column) == curve(reference, column), column
+    expected = weights(reference)
+    for name, value in weights(run).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> list[int]:
+    """Do `action` once, during the batch after optimizer step `step`; returns the data positions seen."""
+    positions: list[int] = []
+    original = PretrainModule.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        positions.append(int(batch["position"]))
+        if self.trainer.global_step == step:
+            action()
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(PretrainModule, "training_step", training_step)
+    return positions
+
+
+def test_the_same_seed_gives_the_same_losses_and_weights(folder: Path, uninterrupted: Path) -> None:
+    _, again = train(folder, stage="again")
+    assert_same_run(again, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_saves_at_the_step_boundary_and_the_next_run_equals_an_uninterrupted_one(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    stage = f"stopped-{number.name}"
+    with monkeypatch.context() as patch:
+        before = at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        code, run = train(folder, stage=stage)
+    assert code == EXIT_PREEMPTED
+    assert (run / "checkpoints" / "last").resolve().name == "step-00000004"
+    assert not (run / "hf").exists()
+    with monkeypatch.context() as patch:
+        after = at_step(patch, -1, lambda: None)
+        code, run = train(folder, stage=stage)
+    assert code == 0
+    assert before + after == [0, 2, 4, 6, 8, 10]
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_crash_goes_back_to_the_last_checkpoint_and_replaces_the_rows_after_it(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PowerCut(RuntimeError):  # noqa: N818 -- the name says it
+        pass
+
+    def cut() -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, cut)
+        with pytest.raises(PowerCut):
+            train(folder, stage="crashed")
+    run = uninterrupted.with_name("crashed")
+    assert max(curve(run)) == 5  # one step beyond the checkpoint of step 4
+    # What a kill in the middle of writing leaves behind: newer folders that are not whole.
+    newest = run / "checkpoints" / "step-00000004"
+    shutil.copytree(newest, run / "checkpoints" / "step-00000005.partial")
+    shutil.copytree(newest, run / "checkpoints" / "step-00000006")
+    (run / "checkpoints" / "step-00000006" / "meta.json").unlink()
+    with (run / "logs" / "metrics.csv").open("a") as file:
+        file.write("6,76")
+    code, run = train(folder, stage="crashed")
+    assert code == 0
+    assert_same_run(run, uninterrupted)
+
+
+def test_gradient_accumulation_resumes_at_whole_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulated = ("data.micro_batch_size=1", "run.tokens_per_step=128")
+    _, whole = train(folder, *accumulated, stage="accumulated")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        code, _ = train(folder, *accumulated, stage="accumulated-stopped")
+    assert code == EXIT_PREEMPTED
+    _, run = train(folder, *accumulated, stage="accumulated-stopped")
+    assert_same_run(run, whole)
+
+
+def test_accumulated_micro_batches_have_the_gradient_of_one_batch(folder: Path, uninterrupted: Path) -> None:
+    _, run = train(folder, "data.micro_batch_size=1", "run.tokens_per_step=128", stage="split")
+    for column in ("train/loss", "grad_norm"):
+        split, whole = curve(run, column), curve(uninterrupted, column)
+        assert split == pytest.approx(whole, rel=1e-4), column
+
+
+def test_a_finished_stage_is_left_alone(
+    folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(*_: Any) -> None:
+        raise AssertionError("a finished stage trained")
+
+    monkeypatch.setattr(TrainingLog, "on_train_start", touched)
+    before = (uninterrupted / "hf" / "model.safetensors").stat().st_mtime_ns
+    code, _ = train(folder, stage="whole")
+    said = capsys.readouterr().out
+    assert code == 0 and "nothing to do" in said and "unigram" in said
+    assert (uninterrupted / "hf" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_more_steps_continue_a_finished_stage(folder: Path) -> None:
+    train(folder, "trainer.max_steps=4", stage="longer")
+    code, run = train(folder, stage="longer")
+    assert code == 0
+    assert json.loads((run / "summary.json").read_text())["step"] == 6
+    assert list(curve(run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_never_moves_the_old_run_aside(folder: Path) -> None:
+    train(folder, "trainer.max_steps=3", stage="twice")
+    code, run = train(folder, "trainer.max_steps=3", "run.resume=never", stage="twice")
+    assert code == 0
+    for kept in (run, run.with_name("twice.1")):
+        assert [path.name for path in complete_checkpoints(kept / "checkpoints")] == ["step-00000002", "step-00000003"]
+
+
+def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
+    kept = complete_checkpoints(uninterrupted / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000004", "step-00000006"]
+    assert (uninterrupted / "checkpoints" / "last").resolve() == kept[-1].resolve()
+
+
+def test_a_loss_that_is_not_a_number_stops_before_it_is_saved_and_names_step_and_position(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = PretrainModule._loss
+
+    def poisoned(self: Any, batch: Any) -> Any:
+        loss, count = original(self, batch)
+        return (loss * float("nan") if int(batch["position"]) == 6 and self.training else loss), count
+
+    monkeypatch.setattr(PretrainModule, "_loss", poisoned)
+    code, run = train(folder, stage="diverged")
+    error = capsys.readouterr().err
+    assert code == EXIT_DIVERGED
+    assert "step 3" in error and "position 6" in error and "Traceback" not in error
+    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000002"]

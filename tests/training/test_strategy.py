@@ -1,0 +1,118 @@
+"""ZeRO 1, 2 and 3 on the CPU train as plain AdamW does, and what they leave behind can be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from s2.model.config import ModelConfig
+from s2.model.hf import load_pretrained
+from s2.training.metrics import read_metrics
+from s2.training.report import estimate_memory
+from s2.training.throughput import peak_flops
+from tests.training.tiny import curve, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("strategy")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Path:
+    """The same recipe without DeepSpeed."""
+    code, run = train(folder, "trainer.strategy=auto", stage="plain")
+    assert code == 0
+    return run
+
+
+@pytest.mark.parametrize("strategy", ["zero_1", "zero_2", "zero_3", "zero_2_offload", "zero_3_offload"])
+def test_zero_on_the_cpu_equals_plain_adamw(folder: Path, plain: Path, strategy: str) -> None:
+    code, run = train(folder, f"trainer.strategy={strategy}", stage=strategy)
+    assert code == 0
+    assert curve(run) == pytest.approx(curve(plain), rel=1e-5)
+    exported, expected = load_pretrained(run / "hf").state_dict(), load_pretrained(plain / "hf").state_dict()
+    for name, value in expected.items():
+        assert (exported[name].float() - value.float()).abs().max() < 1e-4, name
+
+
+def test_a_run_folder_holds_everything_a_run_promises(plain: Path) -> None:
+    for name in ("config.yaml", "logs/metrics.csv", "checkpoints/last/meta.json", "summary.json"):
+        assert (plain / name).is_file(), name
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
+        assert (plain / "hf" / name).is_file(), name
+    assert (plain / "loss.png").read_bytes().startswith(b"\x89PNG") and (plain / "loss.png").stat().st_size > 5000
+    assert list((plain / "logs" / "tensorboard").glob("events.*"))
+    config = yaml.safe_load((plain / "config.yaml").read_text())
+    assert config["trainer"]["strategy"] == "auto" and config["model"]["optimizer"]["weight_decay"] == 0.1
+
+
+def test_the_exported_config_delimits_documents_as_the_data_did(plain: Path) -> None:
+    config = json.loads((plain / "hf" / "config.json").read_text())
+    manifest = json.loads((plain.parents[2] / "data" / "train" / "manifest.json").read_text())
+    assert config["eos_token_id"] == manifest["tokenizer"]["eos_id"]
+    assert config["attention_layout"] == "L1V2-inter"
+
+
+def test_the_summary_holds_the_held_out_loss_before_and_after_and_the_unigram_loss(plain: Path) -> None:
+    heldout = json.loads((plain / "summary.json").read_text())["validation"]["heldout"]
+    losses = curve(plain, "val/heldout/loss")
+    assert list(losses) == [0, 3, 6]
+    assert heldout["initial_loss"] == losses[0] and heldout["loss"] == losses[6] < losses[0]
+    assert 2.0 < heldout["unigram_loss"] < 5.7
+
+
+def test_extension_reports_the_checkpoint_as_it_is_at_the_new_length(folder: Path, plain: Path) -> None:
+    start = f"model.init_from={plain}/hf"
+    longer = ("model.config={max_position_embeddings: 128, rope_theta: 8e6}", "data.seq_len=128")
+    code, run = train(folder, start, *longer, "data.micro_batch_size=1", stage="extended")
+    assert code == 0
+    exported = json.loads((run / "hf" / "config.json").read_text())
+    assert exported["max_position_embeddings"] == 128 and exported["rope_theta"] == 8e6
+    # The loss before step 1 is that of the checkpoint with its own rope_theta, over the same held-out rows.
+    same = train(folder, start, *longer, "model.config.rope_theta=10000.0", "data.micro_batch_size=1", stage="same")[1]
+    before = curve(run, "val/heldout/loss")[0]
+    assert before == curve(same, "val/heldout/loss")[0]
+    # ... and training itself uses the new one.
+    assert curve(run)[1] != curve(same)[1]
+
+
+def test_throughput_rows_count_tokens_of_optimizer_steps(plain: Path) -> None:
+    rows = [row for row in read_metrics(plain / "logs" / "metrics.csv") if "train/loss" in row]
+    assert [row["tokens"] for row in rows] == [128 * step for step in range(1, 7)]
+    assert all(row["tokens_per_second_per_device"] > 0 and row["memory_gib"] > 0 for row in rows)
+    assert not any("mfu_executed" in row for row in rows)  # a CPU has no known peak
+
+
+def test_peak_flops_knows_variants_of_a_name_and_nothing_it_was_not_told() -> None:
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA GB200") == 2.5e15
+    assert peak_flops("Some Future Device") is None
+
+
+@pytest.mark.parametrize(("stage", "bytes_per_parameter"), [(0, 18), (1, 7.5), (2, 4), (3, 2.25)])
+def test_memory_estimate_shards_what_each_zero_stage_shards(stage: int, bytes_per_parameter: float) -> None:
+    config = ModelConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    memory = estimate_memory(config, 0, stage=stage, world_size=8, precision="bf16-mixed", checkpointing="none")
+    assert memory.total == config.num_parameters() * bytes_per_parameter
+
+
+def test_full_checkpointing_keeps_less_than_selective_and_that_less_than_none() -> None:
+    config = ModelConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4
+    )
+    settings = {"stage": 0, "world_size": 1, "precision": "32-true"}
+    kept = [
+        estimate_memory(config, 4096, checkpointing=mode, **settings).activations
+        for mode in ("full", "selective", "none")
+    ]
+    assert kept[0] < kept[1] < kept[2]
+    assert torch.isfinite(torch.tensor(kept)).all()

@@ -1,0 +1,80 @@
+"""Two gloo processes train the same model as one, go on as one, and stop together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from s2.training.cli import EXIT_PREEMPTED, main
+from s2.training.run import complete_checkpoints, read_meta
+from tests.training.tiny import curve, tiny_recipe, write_recipe
+
+ROOT = Path(__file__).parents[2]
+TWO = ("trainer.devices=2", "data.micro_batch_size=1")
+
+
+LEFT_BY_LIGHTNING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
+
+
+def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The command line in a process group of its own, without what a run in this process left in the
+    environment."""
+    inherited = {key: value for key, value in os.environ.items() if key not in LEFT_BY_LIGHTNING}
+    return subprocess.Popen(
+        [sys.executable, "-m", "s2.training.cli", str(recipe), *overrides],
+        cwd=ROOT,
+        env={**inherited, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero_1", "zero_3"])
+def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on_there(
+    tmp_path: Path, strategy: str
+) -> None:
+    recipe = tiny_recipe(tmp_path, "two")
+    recipe["data"]["class_path"] = "tests.training.masked_data.MaskedDataModule"
+    recipe["model"]["schedule"] = {"name": "constant"}
+    recipe["trainer"]["strategy"] = strategy
+    path = write_recipe(tmp_path, recipe)
+    assert main([str(path), "run.stage=one"]) == 0
+    process = start(path, *TWO, "trainer.max_steps=4")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    runs = tmp_path / "runs" / "tiny"
+    meta = read_meta(complete_checkpoints(runs / "two" / "checkpoints")[-1])
+    assert (meta["step"], meta["world_size"]) == (4, 2)
+    assert main([str(path)]) == 0  # steps 5 and 6 on one rank, from two ranks' optimizer shards
+    for column in ("train/loss", "grad_norm"):
+        assert curve(runs / "two", column) == pytest.approx(curve(runs / "one", column), rel=1e-5), column
+    weights, expected = (load_file(runs / stage / "hf" / "model.safetensors") for stage in ("two", "one"))
+    for name, value in weights.items():
+        assert (value - expected[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_a_job_ends_in_one_checkpoint(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "job")
+    recipe["data"]["init_args"]["num_workers"] = 1  # its worker gets the signal too
+    path = write_recipe(tmp_path, recipe)
+    process = start(path, *TWO, "trainer.max_steps=100000", "run.checkpoint_every=100000")
+    run = tmp_path / "runs" / "tiny" / "job"
+    deadline = time.monotonic() + 200
+    while len(curve(run)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_PREEMPTED, errors
+    assert "stopped at step" in errors and "Traceback" not in errors
+    assert len(complete_checkpoints(run / "checkpoints")) == 1
