@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints: lm-eval tables, needle-in-a-haystack sweeps, reports."""

@@ -1,0 +1,1 @@
+"""lm-eval tasks that need no network: held-out perplexity and passkey retrieval."""
