@@ -30,8 +30,9 @@ _HF_DEFAULTS: dict[str, Any] = {
     "block_size": 64,
 }
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# A sparse model has a type of its own, so that no library opens it as a dense Llama without a word.
+_DENSE_TYPE, _SPARSE_TYPE = "llama", "s2_llama"
 _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why nothing else
-    "model_type": ("llama", "only Llama checkpoints can be read"),
     "hidden_act": ("silu", "the MLP is SwiGLU"),
     "attention_bias": (False, "projections have no bias"),
     "mlp_bias": (False, "projections have no bias"),
@@ -156,15 +157,16 @@ class ModelConfig:
             raise ValueError(f"{source}: {error}") from None
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """`config.json` of a Hugging Face Llama, readable by transformers 4.x and 5.x.
+        """`config.json` of a Hugging Face Llama, readable by transformers 4.x and 5.x where every layer is dense.
 
-        RoPE is written twice: `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
+        With sparse layers `model_type` is "s2_llama" and everything else the same. RoPE is written twice: `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
         """
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
         fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+        dense = all(pattern.is_dense for pattern in self.layout)
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM" if dense else "S2LlamaForCausalLM"],
+            "model_type": _DENSE_TYPE if dense else _SPARSE_TYPE,
             **asdict(self),
             "rope_parameters": rope,
             **fixed,
@@ -186,6 +188,11 @@ class ModelConfig:
         """
         if "model_type" not in values:
             raise ValueError(f"{source}: lacks model_type; a Llama config.json has model_type 'llama'")
+        if values["model_type"] not in (_DENSE_TYPE, _SPARSE_TYPE):
+            raise ValueError(
+                f"{source}: model_type={values['model_type']!r} is not supported, must be {_DENSE_TYPE!r} (or"
+                f" {_SPARSE_TYPE!r}, our own): only Llama checkpoints can be read"
+            )
         for key, (supported, reason) in _HF_FIXED.items():
             if values.get(key) is not None and values[key] != supported:
                 raise ValueError(f"{source}: {key}={values[key]!r} is not supported, must be {supported!r}: {reason}")

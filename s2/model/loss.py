@@ -126,7 +126,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _chunk_loss(logits: Tensor, labels: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
     """Loss (fp32 scalar) of a chunk's logits `[n, V]` and, where asked, its gradient in the logits' dtype."""
     counts = labels != IGNORE_INDEX
-    target = labels.clamp(min=0)[:, None]
+    target = labels.masked_fill(~counts, 0)[:, None]  # any other label that is no class fails in gather
     wide = logits.to(_wide(logits))
     lse = torch.logsumexp(wide, dim=-1, keepdim=True)  # [n, 1]
     losses = (lse - wide.gather(1, target)).squeeze(1)

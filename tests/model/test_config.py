@@ -50,7 +50,7 @@ def test_hf_dict_round_trip_and_transformers_agree(scaling):
         block_size=16,
     )
     assert ModelConfig.from_hf_dict(config.to_hf_dict()) == config
-    theirs = LlamaConfig.from_dict(config.to_hf_dict())
+    theirs = LlamaConfig.from_dict({**config.to_hf_dict(), "model_type": "llama"})
     assert theirs.rope_parameters == {"rope_type": "default", **(scaling or {}), "rope_theta": 5e5}
     assert (theirs.head_dim, theirs.attention_layout, theirs.block_size) == (8, "L2V4+dense1", 16)
     assert ModelConfig.from_hf_dict(theirs.to_dict()) == config  # as transformers 5.x writes it

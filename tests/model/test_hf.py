@@ -92,6 +92,15 @@ def test_we_read_a_transformers_folder_with_the_same_logits(tmp_path, tied, scal
     assert_same_logits(ours, theirs)
 
 
+def test_transformers_does_not_open_a_sparse_model_as_a_dense_one(tmp_path, tokenizer_file):
+    ours = model(attention_layout="L1V2-inter", block_size=16)
+    save_pretrained(ours, ours.config, tmp_path, tokenizer_file=tokenizer_file)
+    with pytest.raises((ValueError, KeyError), match="s2_llama"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert load_config(tmp_path) == ours.config
+    assert AutoTokenizer.from_pretrained(tmp_path)("some text")["input_ids"]
+
+
 def test_our_folder_comes_back_bit_for_bit(tmp_path):
     ours = model(attention_layout="L2V4+dense1", block_size=16)
     save_pretrained(ours.state_dict(), ours.config, tmp_path, dtype=torch.float32, max_shard_size=60_000)

@@ -138,3 +138,9 @@ def test_autocast_gives_the_loss_and_gradients_of_its_dtype():
     assert int(count) == 10 and hidden.grad.dtype == weight.grad.dtype == torch.float32
     exact = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+
+
+def test_a_negative_label_other_than_the_ignored_one_is_no_class():
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([1, -1, -100, 2])
+    with pytest.raises((RuntimeError, IndexError)):
+        chunked_cross_entropy(hidden, weight, labels, chunk_size=8)
