@@ -159,7 +159,8 @@ class ModelConfig:
     def to_hf_dict(self) -> dict[str, Any]:
         """`config.json` of a Hugging Face Llama, readable by transformers 4.x and 5.x where every layer is dense.
 
-        With sparse layers `model_type` is "s2_llama" and everything else the same. RoPE is written twice: `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
+        With sparse layers `model_type` is "s2_llama" and everything else the same. RoPE is written twice:
+        `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
         """
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
         fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
