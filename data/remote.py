@@ -1,0 +1,364 @@
+"""Corpora that lie elsewhere: the files of a Hugging Face dataset, and any remote file read by ranges.
+
+`hub_files` asks the hub once which files a subset and split consist of, at which commit. `open_remote` then reads one
+of them like a local file: a parquet reader fetches only the columns it wants, a line reader streams. Networks fail in
+a preparation that runs for days, so whatever may pass by itself (a dropped connection, silence, HTTP 429 and 5xx) is
+tried again as `RETRIES` says; what will not (no such file, no access) is reported at once.
+
+Bytes of `hf://` and `http(s)://` files come over the hub library's own http session, below its file system: that one
+hides five retries in each of ours, does not check that it got the range it asked for, and starts a block again
+from its first byte. Other urls (`s3://`) are read through the fsspec package that the user has for them.
+"""
+
+import io
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Pieces = Callable[[int, int], Iterator[bytes]]
+
+# Reading ahead starts at the least and grows fourfold with each sequential read, so that a stream soon asks for large
+# blocks while jumps between parquet columns fetch little more than the column.
+LEAST_BLOCK = 1 << 16
+MOST_BLOCK = 1 << 23
+SILENCE = 60.0  # seconds without a byte after which a request that set no limit of its own has failed
+_NETWORK_LIBRARIES = {"aiohttp", "botocore", "http", "httpx", "httpx2", "urllib3"}
+_JITTER = random.Random()  # its own generator: the global one belongs to the user's seed
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often one read is tried without a single new byte, and the seconds between: doubled up to the longest."""
+
+    attempts: int = 8
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+
+
+RETRIES = Retries()
+
+
+class SourceError(OSError):
+    """A remote file or dataset that could not be read in all attempts; the message names url, offset and cause."""
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """The files of one split, urls or local absolute paths in dataset order, and their commit (None: local)."""
+
+    files: tuple[str, ...]
+    revision: str | None
+
+
+def hub_files(name: str, subset: str | None, split: str, revision: str | None) -> HubFiles:
+    """The files of `split` of a hub dataset's `subset`, as its card lays them out; `name` may be a local folder.
+
+    Raises FileNotFoundError (no such dataset, revision or files), PermissionError (no access), ValueError (no such
+    subset or split) and SourceError (the hub cannot be reached).
+    """
+    import datasets
+
+    folder = Path(name).expanduser()
+    where, opened, commit = f"hf://datasets/{name}", str(folder.absolute()), None
+    if not folder.is_dir():
+        opened, commit = _with_retries(where, lambda: _commit(name, revision))
+
+    def data_files() -> dict[str, list[str]]:
+        _session()  # for its time limit: `datasets` lists the repository over it
+        with tempfile.TemporaryDirectory() as empty:  # in its own cache it would find old copies when the hub is down
+            return datasets.load_dataset_builder(opened, subset, revision=commit, cache_dir=empty).config.data_files
+
+    try:
+        splits = _with_retries(where, data_files)
+    except ValueError as error:
+        subsets = _with_retries(where, lambda: datasets.get_dataset_config_names(opened, revision=commit))
+        if subset in subsets or (subset is None and len(subsets) == 1):
+            raise ValueError(f"hub dataset {name!r}: {_line(error)}") from error
+        wrong = "has several subsets, choose one" if subset is None else f"has no subset {subset!r}"
+        raise ValueError(f"hub dataset {name!r} {wrong}; it has: {', '.join(subsets)}") from error
+    if split not in splits:
+        which = f" in subset {subset!r}" if subset else ""
+        raise ValueError(f"hub dataset {name!r} has no split {split!r}{which}; it has: {', '.join(splits)}")
+    if not splits[split]:
+        raise FileNotFoundError(f"hub dataset {name!r}: its card names no existing file for split {split!r}")
+    return HubFiles(tuple(dict.fromkeys(splits[split])), commit)  # a card's patterns may match a file twice
+
+
+def _commit(name: str, revision: str | None) -> tuple[str, str]:
+    """The dataset's id as the hub writes it and the commit sha that `revision` (None: the main branch) stands for."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().dataset_info(name, revision=revision, expand=["sha"], timeout=SILENCE)
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"hub dataset {name!r} has no branch, tag or commit {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        if isinstance(error, GatedRepoError):
+            raise
+        raise FileNotFoundError(
+            f"there is no hub dataset {name!r} and no such local folder, or it is private"
+            " (log in with `hf auth login` or set HF_TOKEN)"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"hub dataset {name!r}: {_line(error)}") from error
+    assert info.sha is not None
+    return info.id, info.sha
+
+
+def open_remote(url: str) -> io.BufferedIOBase:
+    """Open `url` (`hf://`, `http(s)://` or another fsspec protocol) for reading; seekable, not for several threads.
+
+    Opening and every read try again as `RETRIES` says and then raise SourceError. A read is never short before the
+    end of the file. Raises FileNotFoundError, PermissionError at once.
+    """
+    return _RemoteFile(url, *_with_retries(url, lambda: _connect(url)))
+
+
+def remote_size(url: str) -> int:
+    """Bytes in `url`; raises as `open_remote` does."""
+    return _with_retries(url, lambda: _connect(url))[0]
+
+
+class _RemoteFile(io.BufferedIOBase):
+    """A remote file of `size` bytes of which one block, the last one fetched, is held in memory."""
+
+    def __init__(self, url: str, size: int, pieces: Pieces) -> None:
+        self.name = url
+        self._size = size
+        self._pieces = pieces
+        self._offset = 0
+        self._block = b""
+        self._block_start = 0
+        self._ahead = LEAST_BLOCK
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._offset
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
+        if target < 0:
+            raise ValueError(f"{self.name}: seek to {target}, before the start of the file")
+        if target != self._offset:
+            self._offset, self._ahead = target, LEAST_BLOCK
+        return target
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.closed:
+            raise ValueError(f"{self.name}: read of a closed file")
+        start = self._offset
+        stop = self._size if size is None or size < 0 else min(start + size, self._size)
+        if stop <= start:
+            return b""
+        held = self._held(stop - start)
+        missing = start + len(held)
+        if missing < stop:
+            self._block = self._fetch(missing, min(max(stop, missing + self._ahead), self._size))
+            self._block_start = missing
+            self._ahead = min(4 * self._ahead, MOST_BLOCK)
+            held += self._block[: stop - missing]
+        self._offset = stop
+        return held
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self.read(io.DEFAULT_BUFFER_SIZE if size < 0 else size)
+
+    def peek(self, size: int = 0, /) -> bytes:
+        """Some bytes from the current position on, which stays."""
+        if not self._held(1):
+            self.seek(-len(self.read(1)), io.SEEK_CUR)
+        return self._held(io.DEFAULT_BUFFER_SIZE)
+
+    def readline(self, size: int | None = -1, /) -> bytes:  # the inherited one overshoots `size` after a short peek
+        limit = self._size if size is None or size < 0 else size
+        line = bytearray()
+        while len(line) < limit and not line.endswith(b"\n") and (ahead := self.peek()):
+            line += self.read(min(ahead.find(b"\n") + 1 or len(ahead), limit - len(line)))
+        return bytes(line)
+
+    def close(self) -> None:
+        self._block = b""
+        super().close()
+
+    def _held(self, size: int) -> bytes:
+        start = self._offset - self._block_start
+        return self._block[start : start + size] if start >= 0 else b""
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`; an attempt goes on where the last one broke off."""
+        data = bytearray()
+
+        def attempt() -> None:
+            begin = len(data)
+            for piece in self._pieces(start + begin, stop):
+                data.extend(piece)
+            if len(data) > stop - start:
+                del data[begin:]
+                raise OSError("the server sent more than the range asked for")
+            if len(data) < stop - start:
+                raise OSError(f"the server sent {len(data) - begin} of {stop - start - begin} bytes")
+
+        _with_retries(self.name, attempt, lambda: start + len(data))
+        return bytes(data)
+
+
+def _connect(url: str) -> tuple[int, Pieces]:
+    """Bytes in `url` and a function that yields those from a start to a stop as they arrive. One attempt."""
+    from fsspec.core import url_to_fs
+    from huggingface_hub.utils import build_hf_headers
+
+    if url.startswith(("http://", "https://")):
+        size = _http_size(url)
+        return size, lambda start, stop: _http_pieces(url, {}, start, stop, size)
+    _session()  # for its time limit, as above
+    files, path = url_to_fs(url)
+    info = files.info(path)
+    if info["type"] != "file":
+        raise IsADirectoryError(f"{url}: not a file")
+    if url.startswith("hf://"):
+        address = files.url(path)
+        return info["size"], lambda start, stop: _http_pieces(address, build_hf_headers(), start, stop, info["size"])
+    return info["size"], lambda start, stop: iter([files.cat_file(path, start=start, end=stop)])
+
+
+def _http_size(url: str) -> int:
+    with _session().stream("GET", url, headers=_range_header(0, 1), follow_redirects=True, timeout=SILENCE) as response:
+        if response.status_code == 416:  # only an empty file has no first byte
+            return 0
+        response.raise_for_status()
+        total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length")
+    if not str(total).isdigit():
+        raise OSError("the server does not say how large the file is")
+    return int(total)
+
+
+def _http_pieces(address: str, headers: dict[str, str], start: int, stop: int, size: int) -> Iterator[bytes]:
+    from huggingface_hub import constants
+
+    headers = {**headers, **_range_header(start, stop)}
+    limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with _session().stream("GET", address, headers=headers, follow_redirects=True, timeout=limit) as response:
+        response.raise_for_status()
+        sent = response.headers.get("Content-Range", "nothing")
+        if sent not in (f"bytes {start}-{stop - 1}/{size}", f"bytes {start}-{stop - 1}/*"):
+            raise OSError(f"asked for bytes {start}-{stop - 1}/{size}, the server announced {sent}")
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise OSError("the server compressed a range, which cannot be put together")
+        yield from response.iter_raw()
+
+
+def _range_header(start: int, stop: int) -> dict[str, str]:
+    return {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+
+
+def _session() -> Any:
+    """The hub library's http session (its proxies, certificates, offline mode), made to fail on silence."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    if _limit_silence not in session.event_hooks["request"]:
+        session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _limit_silence]}
+    return session
+
+
+def _limit_silence(request: Any) -> None:
+    # The library lists folders with no time limit at all: a connection that a router forgot would stop us for ever.
+    if request.method == "GET":
+        limits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            stage: limits.get(stage) or SILENCE for stage in ("connect", "read", "write", "pool")
+        }
+
+
+def _with_retries(url: str, attempt: Callable[[], T], offset: Callable[[], int] = lambda: 0) -> T:
+    """The result of `attempt`, which is tried until `RETRIES.attempts` in a row failed to bring `offset` further."""
+    reached, failures = offset(), 0
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            if not _may_pass(error):
+                _refuse(url, error)
+                raise
+            problem = error
+        # `datasets` reports an unreachable hub as a file that it did not find: say what lies behind.
+        reason = _line(list(_chain(problem))[-1] if isinstance(problem, FileNotFoundError) else problem)
+        failures = failures + 1 if offset() == reached else 0
+        reached = offset()
+        if failures >= RETRIES.attempts:
+            raise SourceError(f"{url}: gave up at offset {reached} after {failures} attempts ({reason})") from problem
+        wait = RETRIES.first_wait * 2 ** max(failures - 1, 0) * _JITTER.uniform(0.75, 1.25)
+        wait = max(min(wait, RETRIES.longest_wait), _asked_wait(problem))
+        again = f"trying again in {wait:.1f} s (attempt {failures + 1} of {RETRIES.attempts})"
+        print(f"{url}: {reason} at offset {reached}; {again}", file=sys.stderr, flush=True)
+        time.sleep(wait)
+
+
+def _may_pass(error: Exception) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    links = list(_chain(error))
+    if any(isinstance(link, OfflineModeIsEnabled) for link in links):
+        return False
+    if (status := _status(error)) is not None:
+        return status >= 500 or status in (408, 425, 429)
+    if any(type(link).__module__.partition(".")[0] in _NETWORK_LIBRARIES for link in links):
+        return True
+    permanent = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, io.UnsupportedOperation)
+    return isinstance(error, OSError | EOFError) and not isinstance(error, permanent)
+
+
+def _refuse(url: str, error: Exception) -> None:
+    """Raise a refusal by HTTP status as the built-in exception that a local file would raise."""
+    if isinstance(error, FileNotFoundError | PermissionError) or (status := _status(error)) is None:
+        return
+    if status in (401, 403):
+        hint = "a private or gated dataset needs `hf auth login` or HF_TOKEN, and its terms accepted"
+        raise PermissionError(f"{url}: access refused with HTTP {status}; {hint}") from error
+    if status in (404, 410):
+        raise FileNotFoundError(f"{url}: no such file (HTTP {status})") from error
+    raise SourceError(f"{url}: {_line(error)}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what lies behind it: libraries wrap a network error, some in a FileNotFoundError."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: Exception) -> int | None:
+    for link in _chain(error):
+        status = getattr(getattr(link, "response", None), "status_code", getattr(link, "status", None))
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def _asked_wait(error: Exception) -> float:
+    """Seconds for which the server asked to be left alone; the hub counts requests in windows of five minutes."""
+    for link in _chain(error):
+        headers = getattr(getattr(link, "response", None), "headers", None) or {}
+        after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", ""))
+        window = re.search(r";\s*t\s*=\s*(\d+)", headers.get("RateLimit", "")) if _status(error) == 429 else None
+        if found := after or window:
+            return min(float(found[1]), 600.0)
+    return 0.0
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()).partition(" For more information")[0]
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
