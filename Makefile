@@ -20,10 +20,15 @@ CKPT ?= $(firstword $(wildcard $(foreach s,$(shell printf '%s\n' $(STAGES) | sor
 DEVICES := $(if $(GPUS),trainer.devices=$(GPUS))
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help setup test test-gpu lint demo pretrain extend eval needle bench clean
+# what `data`, `tokenizer` and `data-report` work on: the recipe's stage, or SOURCES into OUT
+STAGE := recipes/$(RECIPE)/$(if $(filter command line,$(origin TO)),extend-$(TO),pretrain).yaml
+PREPARE = $(if $(SOURCES),--sources $(SOURCES) --output $(or $(OUT),$(error SOURCES needs OUT=<folder>)) \
+	$(if $(TOKENIZER),--tokenizer $(TOKENIZER)),--recipe $(STAGE))
+
+.PHONY: help setup test test-gpu lint demo data tokenizer data-report pretrain extend eval needle bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@echo '  settings: RECIPE=$(RECIPE) TO=$(TO) CKPT=$(CKPT) GPUS=$(GPUS) ARGS="key=value ..."'
 
@@ -39,6 +44,15 @@ demo: setup ## the whole recipe on this machine: pretrain, extend, lm-eval table
 	$(MAKE) pretrain
 	$(MAKE) extend
 	$(MAKE) eval
+
+data: setup ## token shards of RECIPE (of its extension TO), or SOURCES="path ..." OUT=dir [TOKENIZER=tokenizer.json]
+	$(BIN)/python -m data.prepare $(PREPARE) $(ARGS)
+
+tokenizer: setup ## only the tokenizer of RECIPE, or SOURCES="path ..." OUT=dir ARGS="--vocab-size 32768"
+	$(BIN)/python -m data.prepare $(PREPARE) --only-tokenizer $(ARGS)
+
+data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report.md and plots beside the shards
+	$(BIN)/python -m data.report $(if $(OUT),--output $(OUT),--recipe $(STAGE)) $(ARGS)
 
 pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished)
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)

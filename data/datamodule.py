@@ -18,24 +18,29 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from data.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
-from data.mixture import Component, Mixture, PackedStream, check_length_filter
-from data.prepare import parse_sections, prepare
+from data.mixture import Component, Curriculum, Mixture, PackedStream, check_length_filter
+from data.prepare import prepare
 from data.schema import differences, from_mapping, whole_number
 from data.shards import TokenShards
+from data.spec import parse_sections
 from data.unigram import target_counts, unigram_loss
+
+WASTEFUL = 0.05  # share of empty places that is worth a warning
 
 
 @dataclass(frozen=True)
 class HeldOutSet:
     """One entry of a recipe's `validation`.
 
-    name: as it appears in the logs. path: a shard folder. seq_len: another length than training's.
+    name: as it appears in the logs. path: a shard folder. source: only its documents of that source.
+    seq_len: another length than training's.
     micro_batch_size: rows a rank and batch; by default about as many tokens as in training.
     min_tokens, max_tokens: use only documents of that many tokens (inclusive).
     """
 
     name: str
     path: str
+    source: str | None = None
     seq_len: int | None = None
     micro_batch_size: int | None = None
     min_tokens: int = 0
@@ -48,14 +53,28 @@ class HeldOutSet:
         check_length_filter(self)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """One entry of a recipe's `curriculum`: windows of `seq_len` tokens until `tokens` have been trained on in them."""
+
+    seq_len: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        for key in ("seq_len", "tokens"):
+            object.__setattr__(self, key, whole_number(getattr(self, key), key, least=1))
+
+
 class PackedDataModule(LightningDataModule):
     """Packed token batches from a weighted mixture of shard folders (batch layout: `data.loader`).
 
     Args:
         seq_len: inputs a row.
         micro_batch_size: rows a rank and micro-step (gradient accumulation is the trainer's business).
-        mixture: list of {path, weight, min_tokens, max_tokens}, see `data.mixture.Component`.
-        validation: list of {name, path, seq_len, micro_batch_size, min_tokens, max_tokens}, see `HeldOutSet`.
+        mixture: list of {path, weight, source, min_tokens, max_tokens, long}, see `data.mixture.Component`.
+        validation: list of {name, path, source, seq_len, micro_batch_size, min_tokens, max_tokens}, see `HeldOutSet`.
+        curriculum: list of {seq_len, tokens}, see `Phase`; afterwards windows are `seq_len` long. A shorter window
+            shares its row with others, so batches keep their shape (`data.mixture.Curriculum`).
         prepare: how to make the shards if they are not there, see `data.prepare.PrepareSpec`; or a list of
             such. Without `mixture` / `validation`, the prepared train / held-out folders are used.
         seed: of the sample order.
@@ -76,6 +95,7 @@ class PackedDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 2,
         document_mask: bool = True,
+        curriculum: list[dict[str, Any]] | None = None,
     ):
         super().__init__()
         self.prepare_data_per_node = False  # shards lie on storage that all nodes share
@@ -98,7 +118,15 @@ class PackedDataModule(LightningDataModule):
         names = self.validation_names
         if duplicates := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"data.validation: the name {duplicates.pop()!r} occurs twice")
-        self._mixture: Mixture | None = None
+        self.phases = [from_mapping(Phase, p, f"data.curriculum[{i}]") for i, p in enumerate(curriculum or [])]
+        for i, phase in enumerate(self.phases):
+            if self.seq_len % phase.seq_len:
+                raise ValueError(
+                    f"data.curriculum[{i}].seq_len: windows of {phase.seq_len} do not fill a row of {self.seq_len}"
+                )
+            if phase.tokens < self.seq_len:
+                raise ValueError(f"data.curriculum[{i}].tokens: {phase.tokens} is less than a row of {self.seq_len}")
+        self._rows: Curriculum | None = None
         self._heldout: dict[str, PackedStream] = {}
         # Position of the run: `_samples` were consumed when the trainer had processed `_micro_steps`.
         self._samples = self._micro_steps = 0
@@ -120,35 +148,50 @@ class PackedDataModule(LightningDataModule):
             if self._last_trainer() is not self.trainer:
                 self._samples = self._micro_steps = 0
                 self._last_trainer = weakref.ref(self.trainer) if self.trainer is not None else lambda: None
-        if self._mixture is not None:
+        if self._rows is not None:
             return
         opened: dict[str, TokenShards] = {}
         for path in [c.path for c in self.components] + [v.path for v in self.heldout_sets]:
             if path not in opened:
                 opened[path] = TokenShards(path)
         self._check_one_tokenizer(list(opened.values()))
-        streams = [
-            PackedStream(
-                opened[c.path],
-                self.seq_len,
-                min_tokens=c.min_tokens,
-                max_tokens=c.max_tokens,
-                where=f"data.mixture[{i}]",
-            )
-            for i, c in enumerate(self.components)
-        ]
+        self._rows = Curriculum(
+            [self._mix(opened, seq_len) for seq_len in (*(phase.seq_len for phase in self.phases), self.seq_len)],
+            [phase.tokens // self.seq_len for phase in self.phases],
+        )
         self._heldout = {
             v.name: PackedStream(
                 opened[v.path],
                 v.seq_len or self.seq_len,
+                source=v.source,
                 min_tokens=v.min_tokens,
                 max_tokens=v.max_tokens,
-                keep_tail=True,
                 where=f"data.validation[{i}]",
             )
             for i, v in enumerate(self.heldout_sets)
         }
-        self._mixture = Mixture(streams, [c.weight for c in self.components], self.seed)
+
+    def _mix(self, opened: dict[str, TokenShards], seq_len: int) -> Mixture:
+        streams, weights = [], []
+        for i, component in enumerate(self.components):
+            for part in component.by_length():
+                stream = PackedStream(
+                    opened[part.path],
+                    seq_len,
+                    source=part.source,
+                    min_tokens=part.min_tokens,
+                    max_tokens=part.max_tokens,
+                    where=f"data.mixture[{i}]",
+                )
+                if stream.packing.waste > WASTEFUL:
+                    rank_zero_warn(
+                        f"data.mixture[{i}]: {stream.packing.waste:.0%} of its windows of {seq_len} tokens are empty:"
+                        f" too few documents are short enough, or long enough to be cut, to fill the gaps that"
+                        f" documents of {part.min_tokens} to {part.max_tokens or 'any number of'} tokens leave"
+                    )
+                streams.append(stream)
+                weights.append(part.weight)
+        return Mixture(streams, weights, self.seed)
 
     @staticmethod
     def _check_one_tokenizer(folders: list[TokenShards]) -> None:
@@ -162,12 +205,22 @@ class PackedDataModule(LightningDataModule):
                 )
 
     @property
-    def mixture(self) -> Mixture:
+    def prepared(self) -> list[Path]:
+        """Folders that the `prepare` sections write."""
+        return [Path(spec.output) for spec in self._prepare_specs]
+
+    @property
+    def rows(self) -> Curriculum:
         """The training sequence (after `setup`)."""
-        if self._mixture is None:
+        if self._rows is None:
             self.setup()
-        assert self._mixture is not None
-        return self._mixture
+        assert self._rows is not None
+        return self._rows
+
+    @property
+    def mixture(self) -> Mixture:
+        """The mixture of the full length, which training ends with."""
+        return self.rows.mixtures[-1]
 
     @property
     def _shards(self) -> TokenShards:
@@ -222,7 +275,7 @@ class PackedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         sampler = TrainSampler(*self._rank(), self.micro_batch_size, self._start)
-        return self._loader(TrainDataset(self.mixture), sampler, self.micro_batch_size, self.seq_len)
+        return self._loader(TrainDataset(self.rows), sampler, self.micro_batch_size, self.seq_len)
 
     @property
     def validation_names(self) -> list[str]:
@@ -240,7 +293,7 @@ class PackedDataModule(LightningDataModule):
         return loaders
 
     def _streams(self) -> list[PackedStream]:
-        self.mixture  # noqa: B018  # opens the shards on first use
+        self.rows  # noqa: B018  # opens the shards on first use
         return list(self._heldout.values())
 
     # --- Position in the training sequence
@@ -280,7 +333,7 @@ class PackedDataModule(LightningDataModule):
         return {
             "consumed_samples": self.consumed_samples,
             "micro_steps": max(processed, self._micro_steps),
-            "order": self.mixture.fingerprint(),
+            "order": self.rows.fingerprint(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -291,7 +344,7 @@ class PackedDataModule(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        if lines := differences(state_dict["order"], self.mixture.fingerprint()):
+        if lines := differences(state_dict["order"], self.rows.fingerprint()):
             raise ValueError(
                 "data: the checkpoint was trained on another sample sequence"
                 f" ({'; '.join(lines[:3])}; checkpoint != recipe). Resume with the same data,"
@@ -308,7 +361,7 @@ class PackedDataModule(LightningDataModule):
     # --- Baselines
 
     def _heldout_stream(self, name: str) -> PackedStream:
-        self.mixture  # noqa: B018  # opens the shards on first use
+        self.rows  # noqa: B018  # opens the shards on first use
         if name not in self._heldout:
             raise ValueError(f"no validation set {name!r}; there are: {', '.join(self._heldout)}")
         return self._heldout[name]
@@ -316,7 +369,8 @@ class PackedDataModule(LightningDataModule):
     def unigram_loss(self, name: str) -> float:
         """Loss (nats per target token) that token frequencies alone reach on held-out set `name`; comparable
         with the model's held-out loss, see `data.unigram`."""
-        train = [(s.shards, c.weight) for s, c in zip(self.mixture.streams, self.components, strict=True)]
+        self.rows  # noqa: B018  # opens the shards on first use
+        train = [(TokenShards(component.path), component.weight) for component in self.components]
         return unigram_loss(train, self._heldout_stream(name))
 
     def bits_per_byte(self, name: str, loss: float) -> float:

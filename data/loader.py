@@ -3,33 +3,33 @@
 Shapes: B rows a batch, S = seq_len. A batch is a dict of `input_ids` int64 [B, S]; `labels` int64 [B, S],
 where labels[t] is the token after position t, or -100 where that one opens another document (or is padding);
 `cu_seqlens` int32 [64 k + 1], borders over the flattened B * S tokens, padded with B * S so that its shape
-varies little; `position` int64 scalar, the global sample index of the first row.
+varies little; `position` int64 scalar, the global sample index of the first row. Without a border inside any row
+there is no `cu_seqlens`: rows that are one document each take the model's faster unpacked path.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from data.mixture import Mixture, PackedStream
+from data.mixture import Curriculum, PackedStream, Window
 from data.permutation import Permutation
 
 IGNORED = -100
 CU_SEQLENS_MULTIPLE = 64
 
-Sample = tuple[int, np.ndarray, np.ndarray]  # index, tokens (up to S + 1), document starts in [1, len(tokens))
+Sample = tuple[int, list[Window]]  # index; windows of equal length that fill a row side by side
 
 
 class TrainDataset(Dataset[Sample]):
     """The endless training sequence, indexed by global sample number."""
 
-    def __init__(self, mixture: Mixture):
-        self.mixture = mixture
+    def __init__(self, rows: Curriculum):
+        self.rows = rows
 
     def __getitem__(self, index: int) -> Sample:
-        return (index, *self.mixture[index])
+        return index, self.rows[index]
 
 
 class HeldOutDataset(Dataset[Sample]):
@@ -47,8 +47,8 @@ class HeldOutDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         if index >= len(self):
-            return index, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        return (index, *self.stream.window(self._order[index]))
+            return index, [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+        return index, [self.stream.window(self._order[index])]
 
 
 class _RankSampler(DistributedSampler):
@@ -101,32 +101,33 @@ class HeldOutSampler(_RankSampler):
 
 
 class Collate:
-    """Samples to one batch (see the top of this file). Without `document_mask` only rows are borders, so
-    attention and positions run across documents; the labels are the same either way, which keeps losses
-    comparable."""
+    """Samples to one batch (see the top of this file). Without `document_mask` only rows and the windows of a
+    curriculum are borders, so attention and positions run across documents; the labels are the same either way,
+    which keeps losses comparable."""
 
     def __init__(self, seq_len: int, document_mask: bool):
         self.seq_len, self.document_mask = seq_len, document_mask
 
-    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         B, S = len(samples), self.seq_len
-        input_ids = np.zeros((B, S), dtype=np.int64)
-        labels = np.full((B, S), IGNORED, dtype=np.int64)
-        borders = [np.zeros(1, dtype=np.int64)]
-        for row, (_, tokens, starts) in enumerate(samples):
-            inputs = tokens[:S]
-            input_ids[row, : len(inputs)] = inputs
-            labels[row, : max(0, len(tokens) - 1)] = tokens[1:]
-            labels[row, starts - 1] = IGNORED
-            if self.document_mask:
-                borders.append(starts[starts < S] + row * S)
-            borders.append(np.array([(row + 1) * S]))
-        cu_seqlens = np.concatenate(borders)
-        padding = -(len(cu_seqlens) - 1) % CU_SEQLENS_MULTIPLE
-        cu_seqlens = np.pad(cu_seqlens, (0, padding), constant_values=B * S)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
-            "position": torch.tensor(samples[0][0], dtype=torch.int64),
-        }
+        input_ids = torch.zeros((B, S), dtype=torch.int64)
+        labels = torch.full((B, S), IGNORED, dtype=torch.int64)
+        flat_ids, flat_labels = input_ids.numpy().reshape(-1), labels.numpy().reshape(-1)
+        borders: list[Sequence[int] | np.ndarray] = []
+        for row, (_, windows) in enumerate(samples):
+            size = S // len(windows)
+            for i, (tokens, starts) in enumerate(windows):
+                at = row * S + i * size
+                flat_ids[at : at + min(len(tokens), size)] = tokens[:size]
+                flat_labels[at : at + max(0, len(tokens) - 1)] = tokens[1:]
+                flat_labels[at + starts - 1] = IGNORED
+                borders.append([at])
+                if self.document_mask:
+                    borders.append(starts[starts < size] + at)
+        cu_seqlens = np.concatenate([*borders, [B * S]])
+        batch = {"input_ids": input_ids, "labels": labels, "position": torch.tensor(samples[0][0], dtype=torch.int64)}
+        if len(cu_seqlens) > B + 1:
+            padding = -(len(cu_seqlens) - 1) % CU_SEQLENS_MULTIPLE
+            cu_seqlens = np.pad(cu_seqlens, (0, padding), constant_values=B * S)
+            batch["cu_seqlens"] = torch.from_numpy(cu_seqlens.astype(np.int32))
+        return batch

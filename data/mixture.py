@@ -1,39 +1,80 @@
-"""Which tokens make up sample number i: packed streams of documents, and a weighted mixture of them.
+"""Which tokens make up sample number i: packed streams of documents, weighted mixtures of them, and a curriculum of
+window lengths.
 
 Everything here is a pure function of (settings, seed, index) and costs the same for any index, so resuming a
 run on other hardware, or looking at sample 10^9, needs no replay.
 """
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from data.packing import pack
 from data.permutation import Permutation
-from data.schema import whole_number
+from data.schema import from_mapping, whole_number
 from data.shards import TokenShards
 
 PERIOD = 1000  # samples after which every component has had exactly its quota
+PACKING = "best-fit/1"  # of `data.packing`; another algorithm is another sequence
+
+Window = tuple[np.ndarray, np.ndarray]  # tokens int64 [at most seq_len + 1], borders inside them int64
+
+
+@dataclass(frozen=True)
+class LongDocuments:
+    """`long` of a mixture component: which documents count as long, and their share of the component's samples."""
+
+    min_tokens: int
+    share: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "min_tokens", whole_number(self.min_tokens, "min_tokens", least=2))
+        if not 0 < self.share < 1:
+            raise ValueError(f"share: {self.share!r}, expected a number between 0 and 1")
 
 
 @dataclass(frozen=True)
 class Component:
     """One entry of a recipe's `mixture`.
 
-    path: a shard folder. weight: share of the samples (any scale; shares are weight / sum of weights).
+    path: a shard folder. source: only its documents of that source (the names are in its report).
+    weight: share of the samples (any scale; shares are weight / sum of weights).
     min_tokens, max_tokens: use only documents of that many tokens (inclusive).
+    long: {min_tokens, share} upsamples long documents inside this component and leaves its weight as it is, so that
+        domains keep their shares (per-source length upsampling, Fu et al., arXiv 2402.10171).
     """
 
     path: str
     weight: float = 1.0
+    source: str | None = None
     min_tokens: int = 0
     max_tokens: int | None = None
+    long: LongDocuments | None = None
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ValueError(f"weight: {self.weight!r}, expected a positive number")
         check_length_filter(self)
+        if self.long is not None:
+            object.__setattr__(self, "long", from_mapping(LongDocuments, self.long, "long"))
+            if not self.min_tokens < self.long.min_tokens <= (self.max_tokens or self.long.min_tokens):
+                raise ValueError(
+                    f"long.min_tokens: {self.long.min_tokens} leaves no short or no long documents between"
+                    f" min_tokens {self.min_tokens} and max_tokens {self.max_tokens}"
+                )
+
+    def by_length(self) -> list["Component"]:
+        """The components that are sampled: itself, or with `long` its short and its long documents."""
+        if self.long is None:
+            return [self]
+        bound, share = self.long.min_tokens, self.long.share
+        return [
+            replace(self, long=None, weight=self.weight * (1 - share), max_tokens=bound - 1),
+            replace(self, long=None, weight=self.weight * share, min_tokens=bound),
+        ]
 
 
 def check_length_filter(settings: Any) -> None:
@@ -45,13 +86,11 @@ def check_length_filter(settings: Any) -> None:
 
 
 class PackedStream:
-    """The documents of a shard folder, end to end, cut into windows.
+    """The documents of a shard folder that pass a filter, packed into windows (`data.packing`).
 
-    Window k holds stream tokens [k * seq_len, (k + 1) * seq_len]: seq_len inputs and one more token, because
-    the target of a position is the token after it. Neighbours share that token, so every token is a target
-    once. `keep_tail` adds the last, shorter window.
+    source: only documents of that source. min_tokens, max_tokens: only documents of that many tokens (inclusive).
 
-    Raises ValueError where no document passes the filter, or all that pass make less than one window.
+    Raises ValueError where no document passes, or all that pass hold no target.
     """
 
     def __init__(
@@ -59,61 +98,56 @@ class PackedStream:
         shards: TokenShards,
         seq_len: int,
         *,
+        source: str | None = None,
         min_tokens: int = 0,
         max_tokens: int | None = None,
-        keep_tail: bool = False,
         where: str = "",
     ):
-        if seq_len < 1:
-            raise ValueError(f"seq_len: {seq_len}, expected at least 1")
-        self.shards, self.seq_len = shards, seq_len
+        self.shards, self.seq_len, self.source = shards, seq_len, source
+        where = where or str(shards.folder)
         lengths = np.diff(shards.offsets)
-        keep = lengths >= min_tokens
+        of_source = shards.documents_of(source, where)
+        keep = np.zeros(len(lengths), dtype=bool)
+        keep[of_source] = lengths[of_source] >= min_tokens
         if max_tokens is not None:
             keep &= lengths <= max_tokens
-        where = where or str(shards.folder)
         if not keep.any():
             bound = "" if max_tokens is None else f" and at most {max_tokens}"
             raise ValueError(
-                f"{where}: none of the {len(lengths):,} documents in {shards.folder} has at least"
-                f" {min_tokens}{bound} tokens; the longest has {lengths.max():,},"
-                f" the shortest {lengths.min():,}"
+                f"{where}: none of the {len(of_source):,} documents in {shards.folder} has at least"
+                f" {min_tokens}{bound} tokens; the longest has {lengths[of_source].max():,},"
+                f" the shortest {lengths[of_source].min():,}"
             )
         self.documents = np.flatnonzero(keep)  # [n] kept documents
-        self.starts = np.zeros(len(self.documents) + 1, dtype=np.int64)  # [n + 1] where each begins in the stream
-        np.cumsum(lengths[self.documents], out=self.starts[1:])
-        self.num_tokens = int(self.starts[-1])
-        targets = self.num_tokens - 1
-        self.num_windows = -(-targets // seq_len) if keep_tail else targets // seq_len
-        if self.num_windows < 1:
-            raise ValueError(
-                f"{where}: {len(self.documents):,} documents with {self.num_tokens:,} tokens"
-                f" in {shards.folder} make less than one window of seq_len {seq_len} (+1)"
-            )
+        kept = lengths[self.documents]
+        self.num_tokens = int(kept.sum())
+        if self.num_tokens == len(kept):
+            raise ValueError(f"{where}: every document in {shards.folder} is a single token, so there is no target")
+        self.packing = pack(kept, seq_len)
+
+    @property
+    def num_windows(self) -> int:
+        return self.packing.num_windows
 
     @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the kept documents' text."""
         return int(np.diff(self.shards.byte_offsets)[self.documents].sum())
 
-    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 [seq_len + 1] of a window (fewer in a kept tail) and, int64, the positions in
-        [1, len(tokens)) at which a new document begins."""
-        start = index * self.seq_len
-        stop = min(start + self.seq_len + 1, self.num_tokens)
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.starts, stop, side="left"))  # documents [first, last) overlap
-        documents = self.documents[first:last]
-        # Kept documents that lie next to each other on disk are read in one piece.
-        breaks = np.flatnonzero(np.diff(documents) != 1) + 1
-        pieces = []
-        for i, j in zip([0, *breaks], [*breaks, len(documents)], strict=True):
-            begin, end = self.shards.offsets[documents[i]], self.shards.offsets[documents[j - 1] + 1]
-            begin += max(0, start - int(self.starts[first + i]))
-            end -= max(0, int(self.starts[first + j]) - stop)
-            pieces.append(self.shards.read(int(begin), int(end)))
-        borders = self.starts[first + 1 : last] - start
-        return np.concatenate(pieces), borders[borders > 0]
+    def window(self, index: int) -> Window:
+        """Tokens of a window, int64 [at most seq_len + 1], and the positions in [1, len(tokens)) at which another
+        piece begins, int64."""
+        packing = self.packing
+        pieces = slice(int(packing.borders[index]), int(packing.borders[index + 1]))
+        lengths = packing.length[pieces]
+        begins = self.shards.offsets[self.documents[packing.document[pieces]]] + packing.start[pieces]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        tokens = np.empty(int(ends[-1]), dtype=np.int64)
+        # Pieces that lie next to each other on disk are read in one go.
+        breaks = np.flatnonzero(begins[1:] != begins[:-1] + lengths[:-1]) + 1
+        for i, j in zip([0, *breaks.tolist()], [*breaks.tolist(), len(begins)], strict=True):
+            self.shards.read_into(tokens[int(ends[i]) - int(lengths[i]) : int(ends[j - 1])], int(begins[i]))
+        return tokens, ends[:-1]
 
 
 class Mixture:
@@ -158,8 +192,8 @@ class Mixture:
             self._permutations[key] = Permutation(size, ("windows", self.seed, component, epoch))
         return component, epoch, self._permutations[key][turn]
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and document starts of sample `index` >= 0 (see `PackedStream.window`)."""
+    def __getitem__(self, index: int) -> Window:
+        """Tokens and borders of sample `index` >= 0 (see `PackedStream.window`)."""
         component, _, window = self.locate(index)
         return self.streams[component].window(window)
 
@@ -173,11 +207,51 @@ class Mixture:
                     "data": s.shards.identity,
                     "documents": len(s.documents),
                     "tokens": s.num_tokens,
+                    "windows": s.num_windows,
                     "quota": int(q),
                 }
                 for s, q in zip(self.streams, self.quotas, strict=True)
             ],
         }
+
+
+class Curriculum:
+    """The endless training sequence: rows of `seq_len` inputs, made of one window or of several shorter ones.
+
+    Phase p takes `rows[p]` rows from mixture p, whose windows are seq_len / k long; a row then is k windows side by
+    side, and neither attention nor positions cross from one to the next. So every batch of a run has the same shape
+    and the same number of tokens. The last phase has no end. Each phase begins its own pass over the documents.
+
+    Raises ValueError where a phase's windows do not divide the row.
+    """
+
+    def __init__(self, mixtures: Sequence[Mixture], rows: Sequence[int]):
+        if len(rows) != len(mixtures) - 1:
+            raise ValueError(f"curriculum: {len(mixtures)} mixtures need {len(mixtures) - 1} numbers of rows")
+        self.mixtures = list(mixtures)
+        self.seq_len = mixtures[-1].streams[0].seq_len
+        self.begins = [0, *np.cumsum(rows, dtype=np.int64).tolist()]
+        self.windows_per_row = []
+        for mixture in mixtures:
+            window = mixture.streams[0].seq_len
+            if self.seq_len % window:
+                raise ValueError(f"curriculum: windows of {window} tokens do not fill a row of {self.seq_len}")
+            self.windows_per_row.append(self.seq_len // window)
+
+    def __getitem__(self, index: int) -> list[Window]:
+        """The windows of row `index` >= 0."""
+        phase = bisect.bisect_right(self.begins, index) - 1
+        per_row = self.windows_per_row[phase]
+        first = (index - self.begins[phase]) * per_row
+        return [self.mixtures[phase][first + i] for i in range(per_row)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the rows depend on; equal fingerprints mean equal sequences."""
+        phases = [
+            {"begins": begin, **mixture.fingerprint()}
+            for begin, mixture in zip(self.begins, self.mixtures, strict=True)
+        ]
+        return {"packing": PACKING, "seq_len": self.seq_len, "phases": phases}
 
 
 def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:

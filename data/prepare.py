@@ -1,83 +1,44 @@
 """From corpora to token shards: `python -m data.prepare --recipe recipes/demo/pretrain.yaml`.
 
-One pass over the sources writes `<output>/tokenizer.json`, `<output>/train/` and `<output>/heldout/`. A
-finished output is left alone when the settings are the same, and is an error naming the differing key when
-they are not; an interrupted one is made again from the start.
+`<output>/tokenizer.json`, `<output>/train/` and `<output>/heldout/` are written part by part, in parallel. A finished
+output is left alone when the settings are the same, and is an error naming the differing key when they are not; an
+interrupted one goes on with the parts that are missing. `<output>/work/` holds what that takes and is removed at the
+end. The result does not depend on the number of workers or on interruptions.
 """
 
 import argparse
+import errno
 import fcntl
-import hashlib
-import json
+import itertools
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 from tqdm import tqdm
 
-from data.schema import differences, from_mapping, whole_number
-from data.shards import MANIFEST, ShardWriter, TokenShards, read_manifest
-from data.sources import Document, Source
-from data.tokenizer import TextTokenizer, TokenizerSpec, tokenizer_settings, train_tokenizer
-
-_BATCH_BYTES = 8 << 20
-_BATCH_DOCUMENTS = 4096
-
-
-@dataclass(frozen=True)
-class PrepareSpec:
-    """The `prepare` section of a recipe.
-
-    output: folder to write. sources: see `data.sources.Source`; a bare string is its path.
-    tokenizer: see `data.tokenizer.TokenizerSpec`.
-    heldout_fraction, seed: a document is held out when a hash of (seed, its id) falls below the fraction;
-        which documents those are does not depend on the order or number of sources. Fraction 0 writes no
-        held-out folder.
-    shard_tokens: a shard file is closed once it holds that many tokens.
-    """
-
-    output: str
-    sources: tuple[Source, ...]
-    tokenizer: TokenizerSpec
-    heldout_fraction: float = 0.01
-    seed: int = 0
-    shard_tokens: int = 1 << 27
-
-    @classmethod
-    def parse(cls, values: Any, where: str = "prepare") -> "PrepareSpec":
-        """Build from YAML; raises ValueError naming the wrong key."""
-        spec = from_mapping(cls, values, where)
-        if not isinstance(spec.sources, list | tuple) or not spec.sources:
-            raise ValueError(f"{where}.sources: expected a list of at least one corpus, got {spec.sources!r}")
-        sources = tuple(
-            from_mapping(Source, {"path": entry} if isinstance(entry, str) else entry, f"{where}.sources[{i}]")
-            for i, entry in enumerate(spec.sources)
-        )
-        tokenizer = from_mapping(TokenizerSpec, spec.tokenizer, f"{where}.tokenizer")
-        if not 0 <= spec.heldout_fraction < 1:
-            raise ValueError(f"{where}.heldout_fraction: {spec.heldout_fraction!r} is not in [0, 1)")
-        shard_tokens = whole_number(spec.shard_tokens, f"{where}.shard_tokens", least=1)
-        return replace(spec, sources=sources, tokenizer=tokenizer, shard_tokens=shard_tokens)
-
-    @property
-    def folders(self) -> dict[str, Path]:
-        """Shard folders by split: `train`, and `heldout` unless the fraction is 0."""
-        splits = ("train", "heldout") if self.heldout_fraction else ("train",)
-        return {split: Path(self.output) / split for split in splits}
-
-    def settings(self) -> dict[str, Any]:
-        """All that decides the shards' content, as the manifest records it."""
-        settings = asdict(self) | {"tokenizer": tokenizer_settings(self.tokenizer)}
-        del settings["output"]
-        return json.loads(json.dumps(settings))
-
-    def is_heldout(self, document_id: str) -> bool:
-        digest = hashlib.blake2b(f"{self.seed}:{document_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.heldout_fraction * 2**64
+from data.dedup import Deduplicator, load_scan
+from data.pool import workers
+from data.schema import differences
+from data.shards import (
+    MANIFEST,
+    TokenShards,
+    read_json,
+    read_manifest,
+    remove_unfinished,
+    write_array,
+    write_json,
+    write_manifest,
+)
+from data.sources import PART_BYTES, Part
+from data.spec import PrepareSpec, parse_sections, prepare_section
+from data.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
+from data.work import Allowance, Budget, Task, discard_part, encode_part, part_counts, scan_part
 
 
 def is_prepared(spec: PrepareSpec) -> bool:
@@ -93,48 +54,145 @@ def is_prepared(spec: PrepareSpec) -> bool:
     return True
 
 
-def prepare(spec: PrepareSpec) -> None:
+def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
     """Make the shard folders of `spec` unless they are there.
 
+    only_tokenizer: stop after `<output>/tokenizer.json`; the next preparation goes on from there.
     Raises FileNotFoundError / ValueError for anything wrong with the sources (all are looked up before work
-    begins), and ValueError where no document fell into a split.
+    begins), ValueError where no document fell into a split, OSError for a full disk or a remote file that cannot be
+    read any more. Whatever was finished by then is used by the next attempt.
     """
     if is_prepared(spec):
+        shutil.rmtree(Path(spec.output) / "work", ignore_errors=True)  # of a run that was killed at its very end
         return
     settings = spec.settings()  # looks the tokenizer up
     for source in spec.sources:
         source.resolve()
     output = Path(spec.output)
     output.mkdir(parents=True, exist_ok=True)
-    with _exclusive(output):
-        if is_prepared(spec):  # another process was faster
-            return
-        for folder in spec.folders.values():
-            (folder / MANIFEST).unlink(missing_ok=True)
-        tokenizer = _make_tokenizer(spec, output / "tokenizer.json")
-        _write_shards(spec, tokenizer, settings)
+    try:
+        with _exclusive(output):
+            if is_prepared(spec):  # another process was faster
+                return
+            _prepare(spec, settings, only_tokenizer)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"{output}: the disk is full ({error}); make room and run again, finished parts are kept",
+        ) from error
 
 
-def _make_tokenizer(spec: PrepareSpec, file: Path) -> TextTokenizer:
+def _prepare(spec: PrepareSpec, settings: dict[str, Any], only_tokenizer: bool) -> None:
+    work = Path(spec.output) / "work"
+    plan = _plan(spec, settings, work)
+    parts = [[Part.from_json(part) for part in source["parts"]] for source in plan["sources"]]
+    tokenizer = _make_tokenizer(spec, parts, Path(spec.output) / "tokenizer.json")
+    if only_tokenizer:
+        return
+    duplicates: list[Counter[str]] = [Counter() for _ in parts]
+    if spec.deduplicate is not None:
+        parts, duplicates = _deduplicate(spec, parts)
+    records = _encode(spec, parts)
+    sources = []
+    for source, planned, done, dropped in zip(spec.sources, plan["sources"], records, duplicates, strict=True):
+        skipped = sum((Counter(record["skipped"]) for _, record in done), Counter()) + dropped
+        totals = {key: sum(record[key] for _, record in done) for key in ("documents", "tokens", "bytes")}
+        if not totals["documents"]:
+            reasons = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "it has no rows"
+            raise ValueError(f"source {source.path!r}: no documents ({reasons})")
+        files = len({path for part in planned["parts"] for path, _ in part["files"]})
+        sources.append(
+            {
+                "name": source.label,
+                "path": source.path,
+                "revision": planned["revision"],
+                "files": files,
+                **totals,
+                "skipped": dict(skipped),
+            }
+        )
+    # Training data last: whoever finds its manifest finds everything.
+    for split, folder in reversed(spec.folders.items()):
+        shards = [shard for done in records for _, record in done for shard in record["shards"][split]]
+        if not shards:
+            raise ValueError(
+                f"{spec.output}: no document fell into the {split} split"
+                f" with heldout_fraction {spec.heldout_fraction}; change the fraction or the seed"
+            )
+        counts = np.zeros((2, tokenizer.vocab_size), dtype=np.int64)
+        for done in records:
+            for task, _ in done:
+                counts += part_counts(task)[split]
+        write_manifest(
+            folder,
+            tokenizer.dtype,
+            shards,
+            counts,
+            tokenizer={**tokenizer.describe(), "file": "../tokenizer.json"},
+            split={"name": split, "heldout_fraction": spec.heldout_fraction, "seed": spec.seed},
+            sources=sources,
+            settings=settings,
+        )
+    shutil.rmtree(work)
+
+
+def _plan(spec: PrepareSpec, settings: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Which parts there are. An interrupted run's plan is taken up where the settings and the local files are the same;
+    otherwise its work is removed. A hub dataset stays at the revision at which it was begun."""
+    file = work / "plan.json"
+    if file.is_file():
+        plan = read_json(file)
+        if plan["settings"] == settings and plan["files"] == _local_files(plan):
+            return plan
+        tqdm.write(f"{spec.output}: settings or files changed since the interrupted run, so it starts again")
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in spec.folders.values():
+        remove_unfinished(folder)
+    if spec.tokenizer.train is not None:
+        (Path(spec.output) / "tokenizer.json").unlink(missing_ok=True)
+    work.mkdir()
+    plan = {"settings": settings, "sources": []}
+    for source in spec.sources:
+        parts, revision = source.parts(spec.part_bytes)
+        plan["sources"].append({"revision": revision, "parts": [part.to_json() for part in parts]})
+    plan = {**plan, "files": _local_files(plan)}
+    write_json(file, plan)
+    return read_json(file)
+
+
+def _local_files(plan: dict[str, Any]) -> dict[str, list[int]]:
+    """Size and modification time of the plan's local files; missing ones are left out."""
+    stats = {}
+    for source in plan["sources"]:
+        for part in source["parts"]:
+            for path, _ in part["files"]:
+                if "://" not in path and Path(path).is_file():
+                    stat = Path(path).stat()
+                    stats[path] = [stat.st_size, stat.st_mtime_ns]
+    return stats
+
+
+def _make_tokenizer(spec: PrepareSpec, parts: list[list[Part]], file: Path) -> TextTokenizer:
     settings = spec.tokenizer
     if settings.path is not None:
         source = Path(settings.path)
         if source.resolve() != file.resolve():
-            temporary = file.with_name("tokenizer.json.tmp")
-            temporary.write_bytes(source.read_bytes())
-            TextTokenizer(temporary, settings.bos, settings.eos)  # reject it before it takes the place
-            temporary.replace(file)
-    elif settings.train is not None:
-        train_tokenizer(_sample(spec, settings.train["sample_bytes"]), settings.train["vocab_size"], file)
+            TextTokenizer(source, settings.bos, settings.eos)  # reject it before it takes the place
+            save_tokenizer_json(source, file)
+    elif settings.train is not None and not file.is_file():
+        sample = _sample(spec, parts, settings.train["sample_bytes"])
+        train_tokenizer(sample, settings.train["vocab_size"], file)
     return TextTokenizer(file, settings.bos, settings.eos)
 
 
-def _sample(spec: PrepareSpec, sample_bytes: int) -> Iterator[str]:
+def _sample(spec: PrepareSpec, parts: list[list[Part]], sample_bytes: int) -> Iterator[str]:
     """The first training documents of each source, an equal share of bytes from each."""
-    for source in spec.sources:
+    for source, every in zip(spec.sources, parts, strict=True):
         left = sample_bytes / len(spec.sources)
         with tqdm(desc=f"tokenizer sample: {source.label}", unit="B", unit_scale=True, disable=None) as bar:
-            for document in source.documents():
+            for document in itertools.chain.from_iterable(map(source.read, every)):
                 if spec.is_heldout(document.id):
                     continue
                 yield document.text
@@ -145,92 +203,116 @@ def _sample(spec: PrepareSpec, sample_bytes: int) -> Iterator[str]:
                     break
 
 
-def _write_shards(spec: PrepareSpec, tokenizer: TextTokenizer, settings: dict[str, Any]) -> None:
-    writers = {
-        split: ShardWriter(folder, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
-        for split, folder in spec.folders.items()
-    }
-    skipped: dict[str, Counter[str]] = {}
-    try:
-        for index, source in enumerate(spec.sources):
-            reasons: Counter[str] = Counter()
-            skipped[f"{index}:{source.label}"] = reasons
-            with tqdm(desc=f"tokenize: {source.label}", unit="B", unit_scale=True, disable=None) as bar:
-                for batch in _batches(source.documents(reasons)):
-                    sizes = [len(document.text.encode()) for document in batch]
-                    encoded = tokenizer.encode_documents([document.text for document in batch])
-                    for split, writer in writers.items():
-                        chosen = [i for i, d in enumerate(batch) if spec.is_heldout(d.id) == (split == "heldout")]
-                        writer.add([encoded[i] for i in chosen], [sizes[i] for i in chosen])
-                    bar.update(sum(sizes))
-        for split, writer in writers.items():
-            if not writer.counts.any():
-                raise ValueError(
-                    f"{spec.output}: no document fell into the {split} split"
-                    f" with heldout_fraction {spec.heldout_fraction}; change the fraction or the seed"
-                )
-        # Training data last: whoever finds its manifest finds everything.
-        for split in reversed(writers):
-            writers[split].finish(
-                tokenizer={**tokenizer.describe(), "file": "../tokenizer.json"},
-                split={"name": split, "heldout_fraction": spec.heldout_fraction, "seed": spec.seed},
-                skipped={name: dict(reasons) for name, reasons in skipped.items()},
-                settings=settings,
-            )
-    finally:
-        for writer in writers.values():
-            writer.abort()
+def _deduplicate(spec: PrepareSpec, parts: list[list[Part]]) -> tuple[list[list[Part]], list[Counter[str]]]:
+    """Write which documents of each part stay.
+
+    Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
+    """
+    assert spec.deduplicate is not None
+    judge = Deduplicator(spec.deduplicate)
+    needed: list[list[Part]] = []
+    dropped: list[Counter[str]] = []
+    with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
+        for number, every in enumerate(parts):
+            source = spec.sources[number]
+            left = Budget(source.max_bytes, source.max_documents)
+            step = len(every) if left == Budget(None, None) else pool.size
+            taken, reasons, exceeded = 0, Counter[str](), False
+            while taken < len(every) and not left.spent and not exceeded:
+                tasks = [Task(spec, number, i, part) for i, part in enumerate(every)][taken : taken + step]
+                for task in tasks:
+                    pool.submit(None, scan_part, task)
+                while pool.busy:
+                    pool.done()
+                for task in tasks:
+                    scanned = load_scan(task.file(".scan.npz"))
+                    allowance = Allowance(left, first=task.index == 0)
+                    keep, why = judge.keep(scanned, allowance.takes)
+                    write_array(task.file(".keep.npy"), keep)
+                    reasons.update(why)
+                    left = left.after({"bytes": int(scanned["sizes"][keep].sum()), "documents": int(keep.sum())})
+                    exceeded |= allowance.exceeded
+                taken += len(tasks)
+            needed.append(every[:taken])
+            dropped.append(reasons)
+    return needed, dropped
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _encode(spec: PrepareSpec, parts: list[list[Part]]) -> list[list[tuple[Task, dict[str, Any]]]]:
+    """Encode all parts; the tasks and records of each source in order, up to its limit."""
+    sources = [_Progress(spec, number, every) for number, every in enumerate(parts)]
+    with workers("tokenizing", sum(map(len, parts)), spec.workers) as pool:
+        while True:
+            for source in sources:
+                for task in source.ready(pool.size):
+                    pool.submit((source, task), encode_part, task)
+            if not pool.busy:
+                return [source.confirmed for source in sources]
+            for (source, task), record in pool.done():
+                source.take(task, record)
+
+
+class _Progress:
+    """How far one source has come. Without a limit all its parts are ready at once. With one, parts are begun a little
+    ahead of what is confirmed, and what turns out to lie beyond the limit is discarded."""
+
+    def __init__(self, spec: PrepareSpec, number: int, parts: list[Part]):
+        source = spec.sources[number]
+        self.spec, self.number, self.parts = spec, number, parts
+        self.left = Budget(source.max_bytes, source.max_documents)
+        self.unlimited = self.left == Budget(None, None)
+        self.confirmed: list[tuple[Task, dict[str, Any]]] = []
+        self._begun: set[int] = set()
+        self._waiting: dict[int, tuple[Task, dict[str, Any]]] = {}
+        self._ended = False
+
+    def ready(self, ahead: int) -> list[Task]:
+        """Tasks to begin now."""
+        if self._ended:
+            return []
+        first = len(self.confirmed)
+        stop = len(self.parts) if self.unlimited else min(len(self.parts), first + ahead)
+        indices = [i for i in range(first, stop) if i not in self._begun]
+        self._begun.update(indices)
+        return [Task(self.spec, self.number, i, self.parts[i], self.left) for i in indices]
+
+    def take(self, task: Task, record: dict[str, Any]) -> None:
+        """Note a part that is done."""
+        self._waiting[task.index] = (task, record)
+        while not self._ended and (entry := self._waiting.pop(len(self.confirmed), None)):
+            if not self.left.allows(entry[1]):
+                self._begun.discard(entry[0].index)  # it was begun before the limit was known exactly
+                break
+            self.confirmed.append(entry)
+            self.left = self.left.after(entry[1])
+            self._ended = entry[1]["limited"] or self.left.spent
+        if self._ended:
+            for task, _ in self._waiting.values():
+                discard_part(task)
+            self._waiting.clear()
 
 
 @contextmanager
 def _exclusive(output: Path) -> Iterator[None]:
     """Hold the output folder's lock, so that two runs of one recipe do not write into each other's files."""
     with (output / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{output}: another process is preparing it; waiting", file=sys.stderr)
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def describe(folder: str | Path) -> str:
     """One line about a shard folder."""
     manifest = read_manifest(folder)
-    skipped = sum((Counter(reasons) for reasons in manifest["skipped"].values()), Counter())
+    skipped = sum((Counter(source["skipped"]) for source in manifest["sources"]), Counter())
     note = f"; skipped {', '.join(f'{n:,} {why}' for why, n in skipped.items())}" if skipped else ""
     return (
         f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens,"
         f" {manifest['bytes']:,} bytes of text, vocabulary {manifest['tokenizer']['vocab_size']:,}{note}"
     )
-
-
-def prepare_section(recipe: str | Path) -> list[PrepareSpec]:
-    """The `prepare` settings of a training recipe (one mapping or a list of them), below `data`."""
-    file = Path(recipe)
-    if not file.is_file():
-        raise FileNotFoundError(f"recipe {str(recipe)!r}: no such file")
-    data = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data") or {}
-    section = data.get("init_args", data).get("prepare")
-    if not section:
-        raise ValueError(f"{recipe}: no data.init_args.prepare section, so there is nothing to prepare")
-    return parse_sections(section, f"{recipe}: data.init_args.prepare")
-
-
-def parse_sections(section: Any, where: str = "prepare") -> list[PrepareSpec]:
-    """One `prepare` mapping or a list of them, as specs."""
-    if isinstance(section, list):
-        return [PrepareSpec.parse(values, f"{where}[{i}]") for i, values in enumerate(section)]
-    return [PrepareSpec.parse(section, where)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -239,12 +321,22 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--recipe", help="recipe YAML with a data.init_args.prepare section")
     what.add_argument("--sources", nargs="+", metavar="PATH", help="files, globs, folders, hf://..., python-env")
     what.add_argument("--verify", metavar="FOLDER", help="compare a shard folder with its checksums")
-    parser.add_argument("--output", help="folder to write (with --sources)")
-    parser.add_argument("--tokenizer", help="an existing tokenizer.json; else one is trained")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="of the trained tokenizer")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--heldout-fraction", type=float, default=0.01)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-tokenizer", action="store_true", help="stop after <output>/tokenizer.json")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    plain = parser.add_argument_group("with --sources")
+    plain.add_argument("--output", help="folder to write")
+    plain.add_argument("--tokenizer", help="an existing tokenizer.json or SentencePiece model; else one is trained")
+    plain.add_argument("--vocab-size", type=int, default=32768, help="of the trained tokenizer")
+    plain.add_argument("--sample-bytes", type=int, default=100_000_000, help="of text that the tokenizer is trained on")
+    plain.add_argument("--text-column", default="text")
+    plain.add_argument("--id-column")
+    plain.add_argument("--url-column")
+    plain.add_argument("--deduplicate", choices=["exact", "near"])
+    plain.add_argument("--heldout-fraction", type=float, default=0.01)
+    plain.add_argument(
+        "--part-bytes", type=int, default=PART_BYTES, help="of the sources that a worker reads in one go"
+    )
+    plain.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.verify:
         TokenShards(args.verify).verify()
@@ -255,19 +347,22 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if not args.output:
             parser.error("--sources needs --output")
-        path_or_train = {"path": args.tokenizer} if args.tokenizer else {"train": {"vocab_size": args.vocab_size}}
+        trained = {"train": {"vocab_size": args.vocab_size, "sample_bytes": args.sample_bytes}}
+        columns = {key: getattr(args, key) for key in ("text_column", "id_column", "url_column")}
         specs = parse_sections(
             {
                 "output": args.output,
-                "sources": [{"path": path, "text_column": args.text_column} for path in args.sources],
-                "tokenizer": path_or_train,
-                "heldout_fraction": args.heldout_fraction,
-                "seed": args.seed,
+                "sources": [{"path": path, **columns} for path in args.sources],
+                "tokenizer": {"path": args.tokenizer} if args.tokenizer else trained,
+                **{key: getattr(args, key) for key in ("deduplicate", "heldout_fraction", "part_bytes", "seed")},
             },
             "command line",
         )
     for spec in specs:
-        prepare(spec)
+        prepare(replace(spec, workers=args.workers or spec.workers), only_tokenizer=args.only_tokenizer)
+        if args.only_tokenizer:
+            print(Path(spec.output) / "tokenizer.json")
+            continue
         for folder in spec.folders.values():
             print(describe(folder))
 
@@ -275,5 +370,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error

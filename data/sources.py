@@ -1,25 +1,36 @@
 """Corpora as streams of documents: hub datasets, parquet, JSON lines, text files, folders, this Python
 environment.
 
-A `Source` is one entry of a recipe's `prepare.sources`. Whatever the format, reading it yields the same
-documents in
-the same order, with ids that do not depend on where the corpus lies on disk: the train/held-out split hashes
-    them.
+A `Source` is one entry of a recipe's `prepare.sources`. It comes in parts that are read independently of each other;
+whatever the format and however many parts, reading them in order yields the same documents in the same order, with
+ids that do not depend on where the corpus lies on disk: the train/held-out split hashes them.
 """
 
 import glob
-import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data.readers import RowError, read_folder, read_hub, read_jsonl, read_parquet, read_python_env, read_text
+from data.readers import (
+    Columns,
+    Row,
+    RowError,
+    folder_files,
+    open_parquet,
+    python_env_files,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
+from data.remote import hub_files, remote_size
 from data.schema import whole_number
 
 FORMATS = ("hub", "parquet", "jsonl", "text", "folder", "python-env")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+PART_BYTES = 128 << 20
 _SUFFIX_FORMAT = {
     ".parquet": "parquet",
     **{f".{stem}{pack}": "jsonl" for stem in ("jsonl", "json", "ndjson") for pack in ("", ".gz", ".zst")},
@@ -29,11 +40,36 @@ _SUFFIX_FORMAT = {
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its text, an id that is stable across machines and runs, and the name of its source."""
+    """One document: its text, an id that is stable across machines and runs, the name of its source, and its url
+    ("" where none is known)."""
 
     text: str
     id: str
     source: str
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker reads of a source in one go.
+
+    format: parquet, jsonl or text. files: (path or url, name that ids begin with). span: row groups [first, last) of
+    the one parquet file or bytes [begin, end) of the one JSON lines file; None for whole files. size: bytes on disk.
+    """
+
+    format: str
+    files: tuple[tuple[str, str], ...]
+    span: tuple[int, int] | None
+    size: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Part":
+        span = tuple(values["span"]) if values["span"] else None
+        files = tuple((path, name) for path, name in values["files"])
+        return cls(values["format"], files, span, values["size"])
 
 
 @dataclass(frozen=True)
@@ -45,12 +81,12 @@ class Source:
         library and site-packages).
     format: one of FORMATS; "auto" decides by `path`.
     name: label of the documents; by default made from `path`.
-    text_column, id_column: columns of parquet, JSON lines and hub rows. Without `id_column` a document's id
-        is its file name and row number.
+    text_column, id_column, url_column: columns of parquet, JSON lines and hub rows. Without `id_column` a document's
+        id is its file name and its place in the file.
+    keep: conditions on columns, e.g. {language: en, language_score: {min: 0.65}}, see `data.readers.Columns`.
     subset, split, revision: of a hub dataset.
     suffixes: which files of a folder (default TEXT_SUFFIXES) are documents.
-    min_chars: shorter documents are skipped (python-env: 200).
-    deduplicate: skip a document whose text was already seen in this source (python-env: true).
+    min_chars: shorter documents are skipped (default 1; python-env: 200).
     max_bytes, max_documents: stop after that much (UTF-8 bytes of text).
     """
 
@@ -59,12 +95,13 @@ class Source:
     name: str = ""
     text_column: str = "text"
     id_column: str | None = None
+    url_column: str | None = None
+    keep: Mapping[str, Any] = field(default_factory=dict)
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
     min_chars: int | None = None
-    deduplicate: bool | None = None
     max_bytes: int | None = None
     max_documents: int | None = None
 
@@ -75,6 +112,11 @@ class Source:
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, whole_number(getattr(self, key), key))
         object.__setattr__(self, "suffixes", tuple(self.suffixes))
+        self.columns  # noqa: B018  # checks the conditions
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.text_column, self.id_column, self.url_column, self.keep)
 
     @property
     def label(self) -> str:
@@ -105,64 +147,100 @@ class Source:
                 f"source path {self.path!r}: no such file, folder or match"
                 " (a Hugging Face dataset is written hf://owner/name)"
             )
-        formats = {_format_of(file) if self.format == "auto" else self.format for file in files}
+        formats = {_format_of(str(file)) if self.format == "auto" else self.format for file in files}
         if len(formats) > 1:
             raise ValueError(f"source path {self.path!r} matches files of several formats: {sorted(formats)}")
         return formats.pop(), files
 
-    def documents(self, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """Yield this corpus's documents; `skipped` counts, by reason, what was left out.
+    def parts(self, part_bytes: int = PART_BYTES) -> tuple[list[Part], str | None]:
+        """The source in parts of about `part_bytes` on disk, in reading order, and the revision of a hub dataset.
 
-        Raises FileNotFoundError (nothing at `path`) and ValueError (no such column, a broken row, an empty
-        corpus).
+        Small files share a part; parquet is split between row groups and plain JSON lines between lines; a larger
+        compressed file is one part.
+        Raises FileNotFoundError and ValueError as `resolve`, ValueError for a hub dataset in another format than
+        parquet and JSON lines, `data.remote.SourceError` where the hub does not answer.
+        """
+        kind, paths = self.resolve()
+        revision = None
+        if kind == "hub":
+            found = hub_files(self.path.removeprefix("hf://"), self.subset, self.split, self.revision)
+            revision = found.revision
+            files = [(url, _name_on_hub(url)) for url in found.files]
+            kinds = {_format_of(url) for url in found.files}
+            if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
+                raise ValueError(f"source path {self.path!r}: a hub dataset of parquet or jsonl files is expected")
+            kind = kinds.pop()
+        elif kind == "python-env":
+            files, kind = python_env_files(self.suffixes), "text"
+        elif kind == "folder":
+            files, kind = folder_files(paths[0], self.suffixes), "text"
+        else:
+            files = [(str(path), self._name(path)) for path in paths]
+        parts: list[Part] = []
+        group: list[tuple[str, str]] = []
+        group_size = 0
+        for path, name in files:
+            size = remote_size(path) if "://" in path else Path(path).stat().st_size
+            spans = self._spans(kind, path, size, part_bytes)
+            if group and (len(spans) > 1 or group_size + size > part_bytes):
+                parts.append(Part(kind, tuple(group), None, group_size))
+                group, group_size = [], 0
+            if len(spans) > 1:
+                parts += [Part(kind, ((path, name),), span, size // len(spans)) for span in spans]
+            else:
+                group.append((path, name))
+                group_size += size
+        if group:
+            parts.append(Part(kind, tuple(group), None, group_size))
+        return parts, revision
+
+    def _spans(self, kind: str, path: str, size: int, part_bytes: int) -> list[tuple[int, int]]:
+        pieces = -(-size // part_bytes)
+        if pieces < 2:
+            return []
+        if kind == "jsonl" and not path.endswith((".gz", ".zst")):
+            edges = [size * i // pieces for i in range(pieces + 1)]
+            return list(itertools.pairwise(edges))
+        if kind == "parquet":
+            try:
+                with open_parquet(path) as table:
+                    groups = table.num_row_groups
+            except RowError as error:
+                raise ValueError(f"source path {self.path!r}: {error}") from error
+            pieces = min(pieces, groups)
+            return list(itertools.pairwise(groups * i // pieces for i in range(pieces + 1))) if pieces else []
+        return []
+
+    def read(self, part: Part, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Yield the documents of one part; `skipped` counts, by reason, what was left out.
+
+        Raises ValueError naming file and place for a missing column or a broken file, `data.remote.SourceError` for a
+        remote file that cannot be read any more.
         """
         skipped = Counter() if skipped is None else skipped
-        python_env = self.resolve()[0] == "python-env"
-        min_chars = self.min_chars if self.min_chars is not None else (200 if python_env else 1)
-        deduplicate = self.deduplicate if self.deduplicate is not None else python_env
-        seen: set[bytes] = set()
-        count = size = 0
-        for text, row_id in self._rows(skipped):
-            if len(text) < min_chars:
-                skipped["short"] += 1
-                continue
-            encoded = text.encode(errors="replace")  # lone surrogates of broken JSON escapes become "?"
-            if deduplicate:
-                digest = hashlib.blake2b(encoded, digest_size=16).digest()
-                if digest in seen:
-                    skipped["duplicate"] += 1
-                    continue
-                seen.add(digest)
-            if self.max_bytes is not None and size + len(encoded) > self.max_bytes and count:
-                return
-            if self.max_documents is not None and count >= self.max_documents:
-                return
-            count += 1
-            size += len(encoded)
-            yield Document(encoded.decode(), f"{self.label}/{row_id}", self.label)
-        if not count:
-            reasons = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "it has no rows"
-            raise ValueError(f"source {self.path!r}: no documents ({reasons})")
+        min_chars = self.min_chars if self.min_chars is not None else (200 if self.path == "python-env" else 1)
+        try:
+            for path, name in part.files:
+                for row in self._rows(part, path, name, skipped):
+                    if len(row.text) < min_chars:
+                        skipped["short"] += 1
+                        continue
+                    # Lone surrogates of broken JSON escapes become "?"; everything else comes back as it was.
+                    text = row.text if row.text.isascii() else row.text.encode(errors="replace").decode()
+                    yield Document(text, f"{self.label}/{row.id}", self.label, row.url)
+        except RowError as error:
+            raise ValueError(f"source path {self.path!r}: {error}") from error
 
-    def _rows(self, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
-        kind, files = self.resolve()
-        if kind == "hub":
-            path = self.path.removeprefix("hf://")
-            yield from read_hub(path, self.subset, self.split, self.revision, self.text_column, self.id_column, skipped)
-        elif kind == "python-env":
-            yield from read_python_env(self.suffixes, skipped)
-        elif kind == "folder":
-            yield from read_folder(files[0], self.suffixes, skipped)
-        elif kind == "text":
-            for file in files:
-                yield from read_text(file, self._name(file), skipped)
-        else:
-            read = read_parquet if kind == "parquet" else read_jsonl
-            for file in files:
-                try:
-                    yield from read(file, self._name(file), self.text_column, self.id_column, skipped)
-                except RowError as error:
-                    raise ValueError(f"source {self.path!r}: {error}") from error
+    def documents(self) -> Iterator[Document]:
+        """All documents in order, whatever `max_bytes` and `max_documents` say. Raises as `parts` and `read`."""
+        for part in self.parts()[0]:
+            yield from self.read(part)
+
+    def _rows(self, part: Part, path: str, name: str, skipped: Counter[str]) -> Iterator[Row]:
+        if part.format == "text":
+            return read_text(path, name, skipped)
+        read = read_parquet if part.format == "parquet" else read_jsonl
+        return read(path, name, self.columns, skipped, part.span)
 
     def _name(self, file: Path) -> str:
         """A file's path below the part of `path` without wildcards: files of one name in many folders stay apart."""
@@ -172,9 +250,14 @@ class Source:
         return file.relative_to(root).as_posix()
 
 
-def _format_of(file: Path) -> str:
+def _name_on_hub(url: str) -> str:
+    """hf://datasets/owner/name@revision/data/x.parquet -> data/x.parquet; a local path -> its file name."""
+    return url.split("/", 5)[-1] if url.startswith("hf://datasets/") else Path(url).name
+
+
+def _format_of(file: str) -> str:
     for suffix, kind in _SUFFIX_FORMAT.items():
-        if file.name.endswith(suffix):
+        if file.endswith(suffix):
             return kind
     raise ValueError(
         f"{file}: cannot tell the format from the name; set `format` to one of {', '.join(FORMATS)}"

@@ -169,7 +169,7 @@ class PretrainModule(LightningModule):
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.model is not None
-        return self.model(batch["input_ids"], labels=batch["labels"], cu_seqlens=batch["cu_seqlens"])
+        return self.model(batch["input_ids"], labels=batch["labels"], cu_seqlens=batch.get("cu_seqlens"))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.trainer.world_size > 1:

@@ -5,16 +5,47 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import ShardWriter
+from data.shards import ShardWriter, write_manifest
 
 VOCAB_SIZE = 500
 
 
-def write_shards(folder: Path, documents: Sequence[np.ndarray], *, tokenizer: str = "a", shard_tokens: int = 700):
-    """A finished shard folder holding `documents`; each token counts as two bytes of text."""
-    writer = ShardWriter(folder, np.dtype(np.uint16), VOCAB_SIZE, shard_tokens)
-    writer.add(documents, [2 * len(document) for document in documents])
-    writer.finish(
+def write_shards(
+    folder: Path,
+    documents: Sequence[np.ndarray] | dict[str, Sequence[np.ndarray]],
+    *,
+    tokenizer: str = "a",
+    shard_tokens: int = 700,
+):
+    """A finished shard folder holding `documents` (by source, or of one called "s"); each token counts as two bytes of
+    text."""
+    by_source = documents if isinstance(documents, dict) else {"s": documents}
+    shards, sources = [], []
+    counts = np.zeros((2, VOCAB_SIZE), dtype=np.int64)
+    for number, (source, each) in enumerate(by_source.items()):
+        writer = ShardWriter(folder, f"shard-{number}", source, np.dtype(np.uint16), VOCAB_SIZE, shard_tokens)
+        ids = [f"{source}/{i}" for i in range(len(each))]
+        writer.add(each, [2 * len(document) for document in each], ids, [""] * len(each))
+        shards += writer.close()
+        counts += writer.counts
+        tokens = sum(map(len, each))
+        sources.append(
+            {
+                "name": source,
+                "path": source,
+                "revision": None,
+                "files": 1,
+                "documents": len(each),
+                "tokens": tokens,
+                "bytes": 2 * tokens,
+                "skipped": {},
+            }
+        )
+    write_manifest(
+        folder,
+        np.dtype(np.uint16),
+        shards,
+        counts,
         tokenizer={
             "sha256": tokenizer,
             "vocab_size": VOCAB_SIZE,
@@ -22,7 +53,7 @@ def write_shards(folder: Path, documents: Sequence[np.ndarray], *, tokenizer: st
             "eos_id": 1,
             "file": "../tokenizer.json",
         },
-        skipped={},
+        sources=sources,
         settings={},
     )
     return folder

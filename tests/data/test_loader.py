@@ -14,17 +14,19 @@ LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]
 
 
 def brute_force(samples, S, document_mask):
-    """labels [B, S] and the unpadded borders, token by token."""
-    labels, borders = [], [0]
-    for row, (_, tokens, starts) in enumerate(samples):
-        opens = set(starts.tolist())
-        for t in range(S):
-            known = t + 1 < len(tokens) and (t + 1) not in opens
-            labels.append(int(tokens[t + 1]) if known else -100)
-            if document_mask and t in opens:
-                borders.append(row * S + t)
-        borders.append((row + 1) * S)
-    return torch.tensor(labels).view(len(samples), S), borders
+    """input_ids, labels [B, S] and the unpadded borders, token by token."""
+    ids, labels, borders = [], [], [0]
+    for windows in samples:
+        for tokens, starts in windows:
+            opens = set(starts.tolist())
+            for t in range(S // len(windows)):
+                known = t + 1 < len(tokens) and (t + 1) not in opens
+                ids.append(int(tokens[t]) if t < len(tokens) else 0)
+                labels.append(int(tokens[t + 1]) if known else -100)
+                if document_mask and t in opens:
+                    borders.append(len(ids) - 1)
+            borders.append(len(ids))
+    return torch.tensor(ids).view(-1, S), torch.tensor(labels).view(-1, S), borders
 
 
 @pytest.fixture
@@ -46,28 +48,41 @@ def datamodule(folders, **overrides):
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_batches_equal_brute_force(folders, document_mask):
-    dm = datamodule(folders, document_mask=document_mask, micro_batch_size=3)
+@pytest.mark.parametrize("curriculum", [None, [{"seq_len": 8, "tokens": 1000}, {"seq_len": 16, "tokens": "1e3"}]])
+def test_batches_equal_brute_force(folders, document_mask, curriculum):
+    dm = datamodule(folders, document_mask=document_mask, micro_batch_size=3, curriculum=curriculum)
     for step, batch in enumerate(itertools.islice(dm.train_dataloader(), 40)):
-        samples = [(i, *dm.mixture[i]) for i in range(step * 3, step * 3 + 3)]
-        labels, borders = brute_force(samples, 32, document_mask)
-        assert batch["input_ids"].tolist() == [tokens[:32].tolist() for _, tokens, _ in samples]
+        ids, labels, borders = brute_force([dm.rows[i] for i in range(step * 3, step * 3 + 3)], 32, document_mask)
+        assert torch.equal(batch["input_ids"], ids)
         assert torch.equal(batch["labels"], labels)
+        assert batch["position"].shape == ()
+        assert batch["position"] == step * 3
+        if borders == [0, 32, 64, 96]:
+            assert "cu_seqlens" not in batch
+            continue
         cu_seqlens = batch["cu_seqlens"]
         assert cu_seqlens.dtype == torch.int32
         assert cu_seqlens[: len(borders)].tolist() == borders
         assert (cu_seqlens[len(borders) :] == 96).all()
         assert len(cu_seqlens) % 64 == 1
         assert len(cu_seqlens) - len(borders) < 64
-        assert batch["position"].shape == ()
-        assert batch["position"] == step * 3
+    if curriculum:
+        assert [len(dm.rows[i]) for i in (0, 30, 31, 61, 62, 10**6)] == [4, 4, 2, 2, 1, 1]
 
 
 def test_many_documents_still_fit_the_padded_borders():
     starts = np.arange(1, 129)
-    batch = Collate(128, True)([(0, np.ones(129, dtype=np.int64), starts)])
+    batch = Collate(128, True)([(0, [(np.ones(129, dtype=np.int64), starts)])])
     assert batch["cu_seqlens"].tolist() == list(range(129))
     assert (batch["labels"] == -100).all()
+
+
+def test_rows_of_one_document_each_need_no_borders():
+    row = [(np.arange(17), np.zeros(0, dtype=np.int64))]
+    assert "cu_seqlens" not in Collate(16, True)([(0, row), (1, row)])
+    half = [(np.arange(9), np.zeros(0, dtype=np.int64))] * 2
+    batch = Collate(16, False)([(0, row), (1, half)])
+    assert batch["cu_seqlens"][:5].tolist() == [0, 16, 24, 32, 32]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -127,6 +142,10 @@ def test_wrong_settings_name_their_key(folders, tmp_path):
         datamodule(folders, validation=[{"name": "a", "path": "x"}, {"name": "a", "path": "y"}])
     with pytest.raises(ValueError, match=r"data\.seq_len: expected a whole number >= 1, got 0"):
         datamodule(folders, seq_len=0)
+    with pytest.raises(ValueError, match=r"data\.curriculum\[0\]\.seq_len: windows of 5 do not fill a row of 32"):
+        datamodule(folders, curriculum=[{"seq_len": 5, "tokens": 100}])
+    with pytest.raises(ValueError, match=r"data\.curriculum\[0\]\.tokens: 31 is less than a row of 32"):
+        datamodule(folders, curriculum=[{"seq_len": 8, "tokens": 31}])
     with pytest.raises(ValueError, match=r"data\.mixture: empty"):
         datamodule(folders, mixture=None)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):

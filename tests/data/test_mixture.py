@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.mixture import PERIOD, Component, Mixture, PackedStream, largest_remainder
+from data.mixture import PERIOD, Component, Curriculum, Mixture, PackedStream, largest_remainder
 from data.permutation import Permutation
 from data.shards import TokenShards
 from tests.data.shard_factory import random_documents, write_shards
@@ -40,30 +40,45 @@ def test_permutation_of_a_huge_domain_costs_nothing():
 
 
 @pytest.mark.parametrize("bounds", [(0, None), (3, None), (0, 100), (64, 300), (2, 2)])
-@pytest.mark.parametrize("seq_len", [1, 3, 50, 128])
-@pytest.mark.parametrize("keep_tail", [False, True])
-def test_windows_equal_brute_force(shards, bounds, seq_len, keep_tail):
+@pytest.mark.parametrize("seq_len", [1, 3, 50, 128, 2000])
+def test_windows_hold_every_target_of_the_kept_documents_once(shards, bounds, seq_len):
     documents = [d for d in random_documents(LENGTHS) if bounds[0] <= len(d) <= (bounds[1] or 10**9)]
-    row = np.concatenate(documents)
-    owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
-    if len(row) < seq_len + 1 and not keep_tail:
-        with pytest.raises(ValueError, match=rf"{len(row)} tokens.*less than one window of seq_len {seq_len}"):
-            PackedStream(shards, seq_len, min_tokens=bounds[0], max_tokens=bounds[1])
-        return
-    stream = PackedStream(shards, seq_len, min_tokens=bounds[0], max_tokens=bounds[1], keep_tail=keep_tail)
-    round_up = seq_len - 1 if keep_tail else 0
-    assert stream.num_windows == (len(row) - 1 + round_up) // seq_len
+    stream = PackedStream(shards, seq_len, min_tokens=bounds[0], max_tokens=bounds[1])
+    pairs, whole = [], []
     for index in range(stream.num_windows):
-        part = slice(index * seq_len, (index + 1) * seq_len + 1)
         tokens, starts = stream.window(index)
-        assert tokens.tolist() == row[part].tolist()
-        assert starts.tolist() == (np.flatnonzero(np.diff(owner[part])) + 1).tolist()
-    assert stream.num_bytes == 2 * len(row)
+        assert tokens.dtype == starts.dtype == np.int64
+        assert 1 <= len(tokens) <= seq_len + 1
+        for piece in np.split(tokens, starts):
+            pairs += list(zip(piece[:-1].tolist(), piece[1:].tolist(), strict=True))
+            whole.append(piece.tolist())
+    wanted = [pair for d in documents for pair in zip(d[:-1].tolist(), d[1:].tolist(), strict=True)]
+    assert sorted(pairs) == sorted(wanted)
+    for document in documents:
+        if len(document) <= seq_len + 1:
+            assert document.tolist() in whole, "a document that fits is never cut"
+    assert stream.num_tokens == sum(map(len, documents))
+    assert stream.num_bytes == 2 * stream.num_tokens
+
+
+def test_a_stream_of_one_source_sees_only_its_documents(tmp_path):
+    sources = {"web": random_documents([30] * 40, seed=1), "books": random_documents([900] * 3, seed=2)}
+    shards = TokenShards(write_shards(tmp_path / "s", sources))
+    assert shards.sources == ["web", "books"]
+    stream = PackedStream(shards, 16, source="books", min_tokens=10)
+    assert stream.num_tokens == 2700
+    pieces = [piece for i in range(stream.num_windows) for piece in np.split(*stream.window(i))]
+    seen = sorted(int(t) for piece in pieces for t in piece[1:])
+    assert seen == sorted(int(t) for d in sources["books"] for t in d[1:])
+    with pytest.raises(ValueError, match=r"mixture\[3\]: source: .* has no source 'code'; it has: web, books"):
+        PackedStream(shards, 16, source="code", where="data.mixture[3]")
 
 
 def test_filter_that_leaves_nothing_says_how_long_documents_are(shards):
     with pytest.raises(ValueError, match=r"none of the 12 documents.*at least 2000 tokens; the longest has 1,000"):
         PackedStream(shards, 16, min_tokens=2000)
+    with pytest.raises(ValueError, match="single token, so there is no target"):
+        PackedStream(shards, 16, max_tokens=1)
 
 
 def test_largest_remainder_is_exact():
@@ -120,8 +135,65 @@ def test_shares_too_small_to_be_met_are_refused(mixture):
         ({"weight": float("nan")}, "weight: nan"),
         ({"min_tokens": 10, "max_tokens": 5}, "max_tokens: expected a whole number >= 10, got 5"),
         ({"min_tokens": "many"}, "min_tokens: expected a whole number"),
+        ({"long": {"min_tokens": 8}}, "long: missing key 'share'"),
+        ({"long": {"min_tokens": 8, "share": 1.0}}, "share: 1.0, expected a number between 0 and 1"),
+        ({"long": {"min_tokens": 8, "share": 0.5}, "max_tokens": 7}, "leaves no short or no long documents"),
+        ({"long": {"min_tokens": 8, "share": 0.5}, "min_tokens": 8}, "leaves no short or no long documents"),
     ],
 )
 def test_wrong_component_settings_name_the_key(settings, message):
     with pytest.raises(ValueError, match=message):
         Component("x", **settings)
+
+
+def test_upsampling_long_documents_keeps_the_share_of_the_component():
+    plain, short, long = [
+        part
+        for component in (Component("web", 3), Component("books", 1, long={"min_tokens": 100, "share": 0.7}))
+        for part in component.by_length()
+    ]
+    assert (plain.path, plain.weight) == ("web", 3)
+    assert short.weight + long.weight == pytest.approx(1) and long.weight == pytest.approx(0.7)
+    assert (short.min_tokens, short.max_tokens, long.min_tokens, long.max_tokens) == (0, 99, 100, None)
+
+
+@pytest.fixture
+def curriculum(tmp_path):
+    shards = TokenShards(write_shards(tmp_path / "c", random_documents([7, 30, 90] * 40, seed=4)))
+    mixtures = [Mixture([PackedStream(shards, seq_len)], [1], seed=3) for seq_len in (8, 32, 64)]
+    return Curriculum(mixtures, [5, 10])
+
+
+def test_rows_of_a_curriculum_are_windows_side_by_side(curriculum):
+    for index in [0, 4, 5, 14, 15, 10**6]:
+        phase = 0 if index < 5 else 1 if index < 15 else 2
+        windows = curriculum[index]
+        mixture, count = curriculum.mixtures[phase], (8, 2, 1)[phase]
+        first = (index - (0, 5, 15)[phase]) * count
+        assert len(windows) == count
+        for i, (tokens, starts) in enumerate(windows):
+            assert tokens.tolist() == mixture[first + i][0].tolist()
+            assert starts.tolist() == mixture[first + i][1].tolist()
+
+
+def test_a_curriculum_that_does_not_fill_rows_is_refused(curriculum):
+    with pytest.raises(ValueError, match="windows of 64 tokens do not fill a row of 8"):
+        Curriculum(curriculum.mixtures[::-1], [1, 1])
+    with pytest.raises(ValueError, match="3 mixtures need 2 numbers of rows"):
+        Curriculum(curriculum.mixtures, [1])
+
+
+def test_fingerprints_tell_sequences_apart(curriculum):
+    same = Curriculum(curriculum.mixtures, [5, 10])
+    assert same.fingerprint() == curriculum.fingerprint()
+    assert Curriculum(curriculum.mixtures, [5, 11]).fingerprint() != curriculum.fingerprint()
+    assert Curriculum(curriculum.mixtures[1:], [10]).fingerprint() != curriculum.fingerprint()
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.3, 0.2], [0.62, 0.005, 0.375], [7, 11, 3]])
+def test_shares_of_ten_thousand_samples_are_within_half_a_percent(mixture, weights):
+    asked = np.array(weights) / sum(weights)
+    mixed = Mixture(mixture.streams, weights, seed=1)
+    for begin in (0, 123, 10**7 + 77):
+        drawn = np.bincount([mixed.locate(begin + i)[0] for i in range(10_000)], minlength=3) / 10_000
+        assert np.abs(drawn - asked).max() < 0.005

@@ -1,16 +1,25 @@
 """Preparation: what lands in shards, when it is done again, and that an interrupted run never looks done."""
 
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
 import data.prepare as prepare_module
-from data.prepare import PrepareSpec, is_prepared, main, prepare
-from data.shards import TokenShards
+import data.work as work_module
+from data.prepare import is_prepared, main, prepare
+from data.shards import ShardWriter, TokenShards
 from data.sources import Source
+from data.spec import PrepareSpec
 from data.tokenizer import TextTokenizer
 
 ROWS = [{"text": f"Text of row {i}: " + "lorem ipsum dolor ✓ " * (i % 7 + 1)} for i in range(120)]
@@ -74,7 +83,8 @@ def test_split_depends_only_on_id_and_seed(corpus, tmp_path):
 
 def test_tokenizer_never_sees_heldout_text(corpus, tmp_path):
     asked = spec(corpus, tmp_path, tokenizer={"train": {"vocab_size": 300, "sample_bytes": 10**9}})
-    sample = set(prepare_module._sample(asked, 10**9))
+    parts, _ = asked.sources[0].parts()
+    sample = set(prepare_module._sample(asked, [parts], 10**9))
     expected = {d.text for d in Source(str(corpus), name="c").documents() if not asked.is_heldout(d.id)}
     assert sample == expected
 
@@ -99,51 +109,357 @@ def test_a_brought_tokenizer_is_known_by_content(corpus, tmp_path):
     assert (tmp_path / "second" / "tokenizer.json").read_bytes() == file.read_bytes()
     moved = file.rename(tmp_path / "moved.json")
     assert is_prepared(spec(corpus, tmp_path / "second", tokenizer={"path": str(moved)}))
-    with pytest.raises(FileNotFoundError, match="tokenizer path"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .*tokenizer\.json"):
         prepare(spec(corpus, tmp_path / "third", tokenizer={"path": str(file)}))
 
 
-@pytest.mark.parametrize("moment", ["first split", "second split"])
-def test_interrupted_run_is_unfinished_and_made_again(corpus, tmp_path, monkeypatch, moment):
-    writer = prepare_module.ShardWriter
-    original, calls = writer.finish, []
-
-    def finish(self, **fields):
-        calls.append(self)
-        if moment == "first split" or len(calls) == 2:
-            raise KeyboardInterrupt
-        original(self, **fields)
-
-    asked = spec(corpus, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "finish", finish)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(asked)
-    assert list((tmp_path / "out" / "train").glob("shard-*")), "the interruption should come after some writing"
-    assert not is_prepared(asked)
-    with pytest.raises(FileNotFoundError, match=r"unfinished \(it has no manifest.json\)"):
-        TokenShards(tmp_path / "out" / "train")
-    (tmp_path / "out" / "train" / "shard-00099.bin").write_bytes(b"leftover")
-    prepare(asked)
-    prepare(spec(corpus, tmp_path / "fresh"))
+def identities(output):
+    """What tells two outputs apart: tokens, counts and origins of both splits."""
+    found = []
     for split in ("train", "heldout"):
-        assert not list((tmp_path / "out" / split).glob("*.tmp"))
-        assert not (tmp_path / "out" / split / "shard-00099.bin").exists()
-        assert TokenShards(tmp_path / "out" / split).identity == TokenShards(tmp_path / "fresh" / split).identity
+        shards = TokenShards(output / split)
+        shards.verify()
+        origins = [shards.origin(i) for i in range(len(shards.offsets) - 1)]
+        found.append((shards.identity, shards.counts.tolist(), origins, shards.manifest["sources"]))
+    return found
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Two sources in several files with duplicates inside and between them."""
+    for name, begin in (("a", 0), ("b", 70)):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            rows = [f"Text of row {i % 150}: " + "lorem ipsum ✓ " * (i * 7 % 23) for i in range(begin, begin + 40)]
+            begin += 40
+            file = tmp_path / name / f"{number}.jsonl"
+            file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return tmp_path
+
+
+def many_parts(corpora, output, **overrides):
+    sources = [{"path": str(corpora / name / "*.jsonl"), "name": name} for name in "ab"]
+    return spec(None, output, sources=sources, part_bytes=4000, **overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"deduplicate": "exact"},
+        {"deduplicate": {"threshold": 0.7, "words": 2}, "heldout_fraction": 0.3},
+    ],
+)
+def test_result_does_not_depend_on_the_number_of_workers(corpora, overrides):
+    prepare(many_parts(corpora, corpora / "one", workers=1, **overrides))
+    prepare(many_parts(corpora, corpora / "two", workers=2, **overrides))
+    assert identities(corpora / "one") == identities(corpora / "two")
+    assert not (corpora / "one" / "work").exists()
+    sources = TokenShards(corpora / "one" / "train").manifest["sources"]
+    assert [source["name"] for source in sources] == ["a", "b"]
+    assert sources[0]["files"] == 4
+    if not overrides:
+        assert sum(source["documents"] for source in sources) == 320
+    if overrides.get("deduplicate") == "exact":
+        # rows 0..149 of a, 10 repeated in a; of b rows 70..149 and 0..79 again, but with other tails
+        texts = {d.text for source in many_parts(corpora, "x").sources for d in source.documents()}
+        assert sum(source["documents"] for source in sources) == len(texts) < 320
+        assert sum(source["skipped"].get("duplicate", 0) for source in sources) == 320 - len(texts)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("deduplicate", [None, "exact"])
+def test_limits_take_the_first_documents_of_a_source(corpora, workers, deduplicate):
+    sources = [
+        {"path": str(corpora / "a" / "*.jsonl"), "name": "a", "max_bytes": 13_000},
+        {"path": str(corpora / "b" / "*.jsonl"), "name": "b", "max_documents": 55},
+    ]
+    limited = spec(None, corpora / "out", sources=sources, part_bytes=2500, workers=workers, deduplicate=deduplicate)
+    prepare(limited)
+    wanted, seen = [], set()
+    for source in limited.sources:
+        size = count = 0
+        for document in source.documents():
+            if deduplicate is not None and document.text in seen:
+                continue
+            size, count = size + len(document.text.encode()), count + 1
+            if size > (source.max_bytes or 10**9) or count > (source.max_documents or 10**9):
+                break
+            wanted.append(document.id)
+            seen.add(document.text)
+    assert len(wanted) > 60
+    found = []
+    for split in ("train", "heldout"):
+        shards = TokenShards(corpora / "out" / split)
+        found += [shards.origin(i)[0] for i in range(len(shards.offsets) - 1)]
+        listed = {f"{shard['name']}.bin" for shard in shards.manifest["shards"]}
+        assert {file.name for file in (corpora / "out" / split).glob("*.bin")} == listed
+    assert sorted(found) == sorted(wanted)
+
+
+def test_a_first_document_beyond_the_limit_is_taken(corpus, tmp_path):
+    prepare(spec(corpus, tmp_path / "out", sources=[{"path": str(corpus), "max_bytes": 1}], heldout_fraction=0))
+    assert TokenShards(tmp_path / "out" / "train").manifest["documents"] == 1
+
+
+KILLED_AT_EVERY_STEP = """
+import json, os, pathlib, signal, sys
+import data.prepare, data.shards
+from data.spec import PrepareSpec
+values = json.loads(sys.argv[1])
+
+def run(step):
+    # A process that is killed just before the given atomic step; None lets it finish.
+    pid = os.fork()
+    if pid == 0:
+        count, replace = [0], pathlib.Path.replace
+        def killing(self, target):
+            if count[0] == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+            return replace(self, target)
+        pathlib.Path.replace = killing
+        data.prepare.prepare(PrepareSpec.parse(values))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+step, output = 0, values["output"]
+while True:
+    values["output"] = f"{output}/{step}"
+    code = run(step)
+    if code == 0:
+        break
+    assert code == -signal.SIGKILL, code
+    assert not (pathlib.Path(values["output"]) / "train" / "manifest.json").exists()
+    assert run(None) == 0
+    step += 1
+print(step)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_goes_on_and_ends_the_same(corpora):
+    values = {
+        "output": str(corpora / "killed"),
+        "sources": [{"path": str(corpora / name / "*.jsonl"), "name": name} for name in "ab"],
+        "tokenizer": {"train": {"vocab_size": 300, "sample_bytes": 5000}},
+        "deduplicate": "exact",
+        "heldout_fraction": 0.2,
+        "part_bytes": 1_000_000,
+        "workers": 1,
+    }
+    prepare(PrepareSpec.parse(values | {"output": str(corpora / "whole")}))
+    whole = identities(corpora / "whole")
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_STEP, json.dumps(values)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    outputs = list((corpora / "killed").iterdir())
+    assert len(outputs) > 20
+    for output in outputs:
+        assert identities(output) == whole, output
+        assert {f.name for f in output.iterdir()} == {"train", "heldout", "tokenizer.json", ".lock"}
+        assert not list(output.rglob("*.tmp"))
+
+
+def command(output, corpora, *more):
+    sources = [str(corpora / name / "*.jsonl") for name in "ab"]
+    return [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "--output",
+        str(output),
+        "--vocab-size",
+        "300",
+        *more,
+        "--sources",
+        *sources,
+    ]
+
+
+@pytest.mark.slow
+def test_killed_parent_takes_its_workers_along_and_another_run_finishes(corpora):
+    for name in "ab":
+        for file in (corpora / name).iterdir():
+            file.write_text(file.read_text() * 15)
+    values = command(corpora / "out", corpora, "--workers", "2", "--part-bytes", "30000")
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(values, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    work = corpora / "out" / "work"
+    deadline = time.monotonic() + 60
+    while not list(work.glob("0*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.kill()
+    process.wait()
+    assert workers and not (corpora / "out" / "train" / "manifest.json").exists()
+    done = {file.name: file.stat().st_mtime_ns for file in work.glob("0*.json")}
+    again = subprocess.run(values, cwd=root, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert done, "some parts should have been done"
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    other = subprocess.run(
+        [v if v != str(corpora / "out") else str(corpora / "whole") for v in values], cwd=root, capture_output=True
+    )
+    assert other.returncode == 0
+    assert identities(corpora / "out") == identities(corpora / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_preparing_the_same_data_take_turns(corpora):
+    root = Path(__file__).parents[2]
+    values = command(corpora / "out", corpora, "--workers", "1")
+    both = [subprocess.Popen(values, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "12"]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    prepare(many_parts(corpora, corpora / "alone"))
+    assert TokenShards(corpora / "out" / "train").manifest["documents"] > 200
+
+
+def test_finished_parts_are_not_done_again(corpora, monkeypatch):
+    asked = many_parts(corpora, corpora / "out", workers=1)
+    encode, done = work_module._encode, []
+
+    def stops_at_the_fourth(task):
+        if len(done) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done.append(task.name)
+        return encode(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work_module, "_encode", stops_at_the_fourth)
+        with pytest.raises(OSError, match=r"the disk is full .*make room and run again, finished parts are kept"):
+            prepare(asked)
+    assert not is_prepared(asked)
+    again = []
+    monkeypatch.setattr(work_module, "_encode", lambda task: again.append(task.name) or encode(task))
+    prepare(asked)
+    assert len(done) == 3 and again and not set(done) & set(again)
+
+
+def test_a_disk_that_fills_while_a_shard_is_written_leaves_nothing_of_the_part(corpora, monkeypatch):
+    asked = many_parts(corpora, corpora / "out", workers=1)
+    add = ShardWriter.add
+
+    def full(self, *arguments):
+        add(self, *arguments)
+        if self.prefix.endswith("00002"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", full)
+        with pytest.raises(OSError, match="the disk is full"):
+            prepare(asked)
+    assert list((corpora / "out" / "train").glob("shard-000-00001-*"))
+    for split in ("train", "heldout"):
+        assert not list((corpora / "out" / split).glob("shard-000-00002-*"))
+        with pytest.raises(FileNotFoundError, match=r"unfinished \(it has no manifest.json\)"):
+            TokenShards(corpora / "out" / split)
+    prepare(asked)
+    prepare(many_parts(corpora, corpora / "whole"))
+    assert identities(corpora / "out") == identities(corpora / "whole")
+
+
+@pytest.mark.parametrize("change", ["settings", "file"])
+def test_an_interrupted_run_with_other_settings_or_files_starts_again(corpora, monkeypatch, change, capsys):
+    def interrupted(task):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work_module, "_encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(many_parts(corpora, corpora / "out", workers=1))
+    (corpora / "out" / "train").mkdir(exist_ok=True)
+    (corpora / "out" / "train" / "shard-009-00000-000.bin").write_bytes(b"leftover")
+    (corpora / "out" / "train" / "mine.txt").write_text("not of the preparation")
+    overrides = {"shard_tokens": 900} if change == "settings" else {}
+    if change == "file":
+        (corpora / "a" / "0.jsonl").write_text('{"text": "another text"}\n')
+    prepare(many_parts(corpora, corpora / "out", **overrides))
+    assert "so it starts again" in capsys.readouterr().out
+    prepare(many_parts(corpora, corpora / "whole", **overrides))
+    assert identities(corpora / "out") == identities(corpora / "whole")
+    assert (corpora / "out" / "train" / "mine.txt").exists()
+    assert not (corpora / "out" / "train" / "shard-009-00000-000.bin").exists()
+
+
+def test_a_worker_that_dies_is_reported(corpora, monkeypatch):
+    monkeypatch.setattr(prepare_module, "encode_part", die)
+    with pytest.raises(RuntimeError, match="a worker process was killed, perhaps for memory; run again"):
+        prepare(many_parts(corpora, corpora / "out", workers=2))
+
+
+def die(task):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_broken_file_stops_the_run_and_is_named(corpora):
+    (corpora / "b" / "2.jsonl").write_text('{"text": "fine"}\n{"text": "bro')
+    with pytest.raises(ValueError, match=r"b/2\.jsonl, line 2: not valid JSON"):
+        prepare(many_parts(corpora, corpora / "out", workers=2))
+    assert not (corpora / "out" / "train" / "manifest.json").exists()
+
+
+def test_empty_and_huge_documents(tmp_path):
+    huge = "line of a very long document, number 12345 ✓\n" * 40_000
+    rows = [{"text": ""}, {"text": huge}, {"text": "end"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(spec(tmp_path / "c.jsonl", tmp_path / "out", heldout_fraction=0, sources=[str(tmp_path / "c.jsonl")]))
+    shards = TokenShards(tmp_path / "out" / "train")
+    tokenizer = TextTokenizer(shards.tokenizer_file)
+    assert shards.manifest["sources"][0]["skipped"] == {"short": 1}
+    assert len(shards.offsets) == 3
+    assert tokenizer.decode(shards.read(1, int(shards.offsets[1]) - 1)) == huge
+
+
+def test_a_source_without_documents_is_named(corpora):
+    (corpora / "empty.jsonl").write_text("\n\n")
+    (corpora / "blank.jsonl").write_text('{"text": ""}\n')
+    for name, why in (("empty", "it has no rows"), ("blank", r"1 short")):
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl': no documents \({why}\)"):
+            prepare(spec(None, corpora / name, sources=[str(corpora / f"{name}.jsonl")], heldout_fraction=0))
+
+
+def test_near_duplicates_go_and_the_first_stays(tmp_path):
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(2000)]
+    texts = []
+    for i in range(30):
+        text = rng.choice(words, size=400).tolist()
+        texts.append(" ".join(text))
+        if i % 3 == 0:
+            texts.append(" ".join([*text[:-4], "another", "end", "of", "it"]))
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    common = {"sources": [{"path": str(tmp_path / "c.jsonl"), "name": "c"}], "heldout_fraction": 0}
+    prepare(spec(None, tmp_path / "exact", deduplicate="exact", **common))
+    assert TokenShards(tmp_path / "exact" / "train").manifest["documents"] == 40
+    prepare(spec(None, tmp_path / "near", deduplicate="near", **common))
+    shards = TokenShards(tmp_path / "near" / "train")
+    assert shards.manifest["sources"][0]["skipped"] == {"near duplicate": 10}
+    tokenizer = TextTokenizer(shards.tokenizer_file)
+    kept = [
+        tokenizer.decode(shards.read(int(a), int(b)))[7:-7]
+        for a, b in zip(shards.offsets, shards.offsets[1:], strict=False)
+    ]
+    assert kept == [text for text in texts if not text.endswith("another end of it")]
 
 
 def test_damaged_shards_are_refused(corpus, tmp_path):
     prepare(spec(corpus, tmp_path / "out"))
     folder = tmp_path / "out" / "train"
-    content = (folder / "shard-00001.bin").read_bytes()
-    (folder / "shard-00001.bin").write_bytes(content[:-2])
-    with pytest.raises(ValueError, match=r"shard-00001\.bin: \d+ bytes, manifest\.json says"):
+    content = (folder / "shard-000-00000-001.bin").read_bytes()
+    (folder / "shard-000-00000-001.bin").write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=r"shard-000-00000-001\.bin: \d+ bytes, manifest\.json says"):
         TokenShards(folder)
-    (folder / "shard-00001.bin").write_bytes(content[:-1] + b"\xff")
-    with pytest.raises(ValueError, match=r"shard-00001\.bin: checksum differs"):
+    (folder / "shard-000-00000-001.bin").write_bytes(content[:-1] + b"\xff")
+    with pytest.raises(ValueError, match=r"shard-000-00000-001\.bin: checksum differs"):
         TokenShards(folder).verify()
-    (folder / "shard-00001.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00001\.bin: listed"):
+    (folder / "shard-000-00000-001.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-000-00000-001\.bin: listed"):
         TokenShards(folder)
 
 
@@ -165,6 +481,10 @@ def test_empty_split_is_an_error(corpus, tmp_path):
         ({"tokenizer": {}}, r"prepare\.tokenizer: expected exactly one of"),
         ({"shard_tokens": 0}, r"shard_tokens: expected a whole number >= 1"),
         ({"out": "x"}, "prepare: unknown key 'out'"),
+        ({"workers": 0}, r"prepare\.workers: expected a whole number >= 1"),
+        ({"deduplicate": "fuzzy"}, r"prepare\.deduplicate: unknown 'fuzzy'; known: exact, near"),
+        ({"deduplicate": {"threshold": 2}}, r"prepare\.deduplicate: threshold: 2 is not in \(0, 1\]"),
+        ({"deduplicate": {"bands": 2}}, r"prepare\.deduplicate: unknown key 'bands'"),
     ],
 )
 def test_wrong_settings_name_their_key(corpus, tmp_path, overrides, message):

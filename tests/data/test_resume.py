@@ -202,7 +202,8 @@ def test_batches_drawn_before_the_checkpoint_are_an_error(make_data):
     [
         ({"seed": 1}, "seed: 0 != 1"),
         ({"seq_len": 8}, "seq_len: 16 != 8"),
-        ({"mixture": "heldout"}, "components: 2 entries != 1 entries"),
+        ({"mixture": "heldout"}, r"phases\[0\]\.components: 2 entries != 1 entries"),
+        ({"curriculum": [{"seq_len": 8, "tokens": 64}]}, "phases: 1 entries != 2 entries"),
     ],
 )
 def test_resume_on_another_sequence_names_the_difference(tmp_path, make_data, change, message):

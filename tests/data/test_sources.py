@@ -1,14 +1,17 @@
 """Readers: every corpus format gives the same documents, and every broken corpus says what is wrong."""
 
 import gzip
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.sources import Source
+from data.sources import Part, Source
 
 ROWS = [{"text": f"Document number {i} — naïve café.", "uid": f"u{i}", "other": i} for i in range(5)]
 TEXTS = [row["text"] for row in ROWS]
@@ -21,9 +24,6 @@ def jsonl(rows: list[dict]) -> bytes:
 def write_corpus(folder: Path, suffix: str) -> Path:
     file = folder / f"corpus{suffix}"
     if suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         pq.write_table(pa.Table.from_pylist(ROWS), file)
     elif suffix.endswith(".gz"):
         file.write_bytes(gzip.compress(jsonl(ROWS)))
@@ -40,7 +40,9 @@ def test_row_formats_yield_all_documents_in_order(tmp_path, suffix):
     file = write_corpus(tmp_path, suffix)
     documents = list(Source(str(file), name="c").documents())
     assert [d.text for d in documents] == TEXTS
-    assert [d.id for d in documents] == [f"c/{file.name}:{i}" for i in range(5)]
+    begins = [len(jsonl(ROWS[:i])) for i in range(5)]
+    places = range(5) if suffix == ".parquet" else begins
+    assert [d.id for d in documents] == [f"c/{file.name}:{place}" for place in places]
     assert {d.source for d in documents} == {"c"}
     by_column = Source(str(file), name="c", id_column="uid").documents()
     assert [d.id for d in by_column] == [f"c/u{i}" for i in range(5)]
@@ -87,31 +89,99 @@ def test_folder_takes_its_suffixes_and_counts_what_it_cannot_read(tmp_path):
     (tmp_path / "zero.txt").write_bytes(b"nul\0byte")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     skipped: Counter[str] = Counter()
-    documents = list(Source(str(tmp_path), name="f").documents(skipped))
+    source = Source(str(tmp_path), name="f")
+    documents = [d for part in source.parts()[0] for d in source.read(part, skipped)]
     assert [d.id for d in documents] == ["f/a.md", "f/sub/b.py"]
     assert skipped == {"binary": 1, "undecodable": 1}
     assert [d.id for d in Source(str(tmp_path), name="f", suffixes=(".c",)).documents()] == ["f/skip.c"]
 
 
-def test_python_env_is_deterministic_deduplicated_and_capped():
-    source = Source("python-env", max_bytes=300_000)
-    documents = list(source.documents())
-    assert documents == list(source.documents())
-    assert 100_000 < sum(len(d.text.encode()) for d in documents) <= 300_000
+def test_python_env_is_deterministic_and_mixes_packages():
+    source = Source("python-env")
+    documents = list(itertools.islice(source.documents(), 60))
+    assert documents == list(itertools.islice(source.documents(), 60))
     assert all(len(d.text) >= 200 for d in documents)
-    assert len({d.text for d in documents}) == len(documents)
     assert len({d.id.split("/")[2] for d in documents}) > 3, "a capped sample should span packages"
     assert not any("__pycache__" in d.id for d in documents)
 
 
-def test_filters_and_caps(tmp_path):
-    file = tmp_path / "c.jsonl"
-    file.write_bytes(jsonl([{"text": t} for t in ["same text", "x", "same text", None, "third text", "last text"]]))
-    skipped: Counter[str] = Counter()
-    source = Source(str(file), min_chars=2, deduplicate=True, max_documents=2)
-    assert [d.text for d in source.documents(skipped)] == ["same text", "third text"]
-    assert skipped == {"short": 1, "duplicate": 1, "null": 1}
-    assert [d.text for d in Source(str(file), max_bytes="1e1").documents()] == ["same text", "x"]
+SCORED = [
+    {"text": "good", "lang": "en", "score": 0.9, "url": "http://a"},
+    {"text": "poor", "lang": "en", "score": 0.2, "url": None},
+    {"text": "gut", "lang": "de", "score": 0.9, "url": "http://c"},
+    {"text": "unknown", "lang": None, "score": None, "url": "http://d"},
+    {"text": None, "lang": "en", "score": 0.8, "url": "http://e"},
+    {"text": "x", "lang": "en", "score": 0.65, "url": "http://f"},
+]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_conditions_on_columns_and_urls(tmp_path, suffix):
+    file = tmp_path / f"c{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(SCORED), file)
+    else:
+        file.write_bytes(jsonl(SCORED))
+
+    def kept(**settings):
+        skipped: Counter[str] = Counter()
+        source = Source(str(file), url_column="url", **settings)
+        documents = [d for part in source.parts()[0] for d in source.read(part, skipped)]
+        return [(d.text, d.url) for d in documents], skipped
+
+    good, x = ("good", "http://a"), ("x", "http://f")
+    assert kept(keep={"lang": "en", "score": {"min": 0.65}}, min_chars=2) == (
+        [good],
+        {"score not kept": 1, "lang not kept": 2, "null": 1, "short": 1},
+    )
+    assert kept(keep={"score": {"min": 0.6, "max": 0.8}})[0] == [x]
+    assert kept(keep={"lang": ["de", "fr"]})[0] == [("gut", "http://c")]
+    assert kept(keep={"lang": "en"})[0] == [good, ("poor", ""), x]
+    with pytest.raises(ValueError, match="has no column 'language'; it has: lang, score, text, url"):
+        kept(keep={"language": "en"})
+    with pytest.raises(ValueError, match="column 'lang' holds 'en', which has no order"):
+        kept(keep={"lang": {"min": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"score": {"least": 1}}, r"keep\.score: expected a value, a list or \{min, max\}"),
+        ({"score": {"min": "high"}}, r"keep\.score: 'high' is not a number"),
+        (["en"], "keep: expected a mapping"),
+    ],
+)
+def test_wrong_conditions_are_refused(keep, message):
+    with pytest.raises(ValueError, match=message):
+        Source("x", keep=keep)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 300, 5000, 10**9])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
+def test_parts_are_read_on_their_own_and_together_are_the_source(tmp_path, kind, part_bytes):
+    rows = [{"text": f"row {i} " + "é✓ word " * (i * 37 % 50)} for i in range(200)]
+    for number in range(3):
+        some = rows[number * 70 : (number + 1) * 70]
+        file = tmp_path / f"f{number}.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(some), file, row_group_size=16)
+        elif kind == "txt":
+            file.write_text("\n".join(row["text"] for row in some))
+        else:
+            content = jsonl(some).replace(b"\n", b"\n\n", 3)
+            file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    source = Source(str(tmp_path / f"*.{kind}"))
+    parts, revision = source.parts(part_bytes)
+    assert revision is None
+    assert [Part.from_json(json.loads(json.dumps(part.to_json()))) for part in parts] == parts
+    whole = [d for part in source.parts(10**9)[0] for d in source.read(part)]
+    assert [d for part in parts for d in source.read(part)] == whole
+    assert kind == "txt" or [d.text for d in whole] == [row["text"] for row in rows]
+    assert len({d.id for d in whole}) == len(whole)
+    if part_bytes == 300:
+        assert len(parts) > (20 if kind == "jsonl" else 2)
+    if part_bytes == 10**9:
+        assert len(parts) == 1
 
 
 def test_lone_surrogates_do_not_stop_a_run(tmp_path):
@@ -137,8 +207,12 @@ def test_missing_column_names_file_and_columns(tmp_path, suffix):
         ("c.jsonl", b'{"text": 5}\n', "column 'text' holds int, expected text"),
         ("c.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], r"c.jsonl.gz.*(broken|not valid JSON)"),
         ("c.parquet", b"no parquet", "not a parquet file"),
-        ("c.jsonl", b"\n\n", "no documents"),
-        ("c.jsonl", b'{"text": ""}\n', r"no documents \(1 short\)"),
+        ("c.jsonl.gz", gzip.compress(jsonl(ROWS * 99))[:-200], r"c\.jsonl\.gz: broken after line \d+"),
+        ("c.jsonl.gz", b"no gzip", r"c\.jsonl\.gz: broken after line 0"),
+        ("c.jsonl.zst", zstandard.compress(jsonl(ROWS * 99))[:-9], r"c\.jsonl\.zst: broken after line \d+"),
+        ("c.jsonl.zst", b"no zstd at all", r"c\.jsonl\.zst: broken after line 0"),
+        ("c.txt.gz", gzip.compress(b"some text" * 99)[:-9], r"c\.txt\.gz: broken"),
+        ("c.jsonl", b'{"text": "a"}\n{"text": "\xff\xfe"}\n', r"c\.jsonl, line 2: not valid UTF-8"),
     ],
 )
 def test_broken_corpus_names_file_and_place(tmp_path, name, content, message):
@@ -175,3 +249,17 @@ def test_files_of_one_name_in_many_folders_have_ids_of_their_own(tmp_path):
     assert sorted(d.id.rpartition("content.txt")[0][-2:-1] for d in texts) == ["a", "b", "c"]
     rows = list(Source(path=str(tmp_path / "*" / "part.jsonl")).documents())
     assert len({d.id for d in rows}) == len(rows) == 6
+
+
+def test_truncated_parquet_is_refused_and_a_damaged_page_names_the_row(tmp_path):
+    file = tmp_path / "c.parquet"
+    rows = [{"text": f"{i} " * 500} for i in range(4000)]
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=1000, compression="zstd", use_dictionary=False)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"c\.parquet: not a parquet file, or a truncated one"):
+        list(Source(str(file)).documents())
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes(200) + content[middle + 200 :])
+    with pytest.raises(ValueError, match=r"c\.parquet: broken after row \d+"):
+        list(Source(str(file)).documents())

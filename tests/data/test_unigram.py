@@ -34,5 +34,5 @@ def test_unigram_loss_equals_brute_force(tmp_path, min_tokens):
     wanted = targets([d for d in heldout if len(d) >= min_tokens])
     expected = -sum(math.log(probability(token)) for token in wanted) / len(wanted)
     shards = TokenShards(write_shards(tmp_path / "heldout", heldout))
-    stream = PackedStream(shards, 32, min_tokens=min_tokens, keep_tail=True)
+    stream = PackedStream(shards, 32, min_tokens=min_tokens)
     assert math.isclose(unigram_loss(train, stream), expected, rel_tol=1e-12)

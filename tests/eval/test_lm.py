@@ -11,7 +11,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from data.shards import ShardWriter
+from data.shards import ShardWriter, write_manifest
 from data.tokenizer import TextTokenizer
 from eval.lm import S2LM, evaluate, main, result_stem, stock_index, table
 from eval.local_tasks import write_local_tasks
@@ -242,9 +242,13 @@ def heldout(sparse):
     tokenizer = TextTokenizer(sparse / "tokenizer.json")
     folder = sparse.parent.parent / "data" / "heldout"
     texts = [prose(20, seed) for seed in range(3)] + ["[1, 2, 3]", "42"]
-    writer = ShardWriter(folder, tokenizer.dtype, tokenizer.vocab_size, 1 << 20)
-    writer.add(tokenizer.encode_documents(texts), [len(text.encode()) for text in texts])
-    writer.finish(tokenizer={**tokenizer.describe(), "file": os.path.relpath(tokenizer.file, folder)})
+    writer = ShardWriter(folder, "shard", "prose", tokenizer.dtype, tokenizer.vocab_size, 1 << 20)
+    ids = [f"prose/{i}" for i in range(len(texts))]
+    writer.add(tokenizer.encode_documents(texts), [len(text.encode()) for text in texts], ids, [""] * len(texts))
+    file = os.path.relpath(tokenizer.file, folder)
+    write_manifest(
+        folder, tokenizer.dtype, writer.close(), writer.counts, tokenizer={**tokenizer.describe(), "file": file}
+    )
     return texts
 
 

@@ -1,0 +1,308 @@
+"""What is in the data, as a page to look at: `python -m data.report --recipe recipes/demo/pretrain.yaml`.
+
+Writes `report.md` and its plots beside the shards: totals, sources, lengths, packing, random documents; for a recipe
+also what its mixture makes of them.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+from data.mixture import Curriculum, Mixture, PackedStream
+from data.packing import pack
+from data.shards import TokenShards
+from data.spec import data_section
+from data.tokenizer import TextTokenizer
+
+SAMPLES = 20
+MIXTURE_SAMPLES = 10_000
+_EXCERPT = 240  # characters of a sample's beginning and of its end
+_WINDOWS = (2048, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Share of tokens (or of documents) by document length, in bins that double: bin k holds [2**k, 2**(k + 1))."""
+
+    label: str
+    share: np.ndarray
+
+    @classmethod
+    def of(cls, label: str, lengths: np.ndarray, weights: np.ndarray) -> "Lengths":
+        """weights: what each document counts for."""
+        bins = np.zeros(40)
+        np.add.at(bins, np.log2(lengths).astype(int), weights)
+        return cls(label, bins / bins.sum())
+
+
+def folder_report(output: str | Path, seed: int = 0) -> Path:
+    """Write `<output>/report.md` about the shard folders below `output`, and return its path.
+
+    Raises FileNotFoundError where there are none.
+    """
+    output = Path(output)
+    splits = _splits(output)
+    _write(output, [f"# {output}", *_folder_sections(output, splits, seed)])
+    return output / "report.md"
+
+
+def recipe_report(recipe: str | Path, seed: int = 0) -> Path:
+    """The same for the data of a recipe, with its mixture: beside the shards it prepares, or else beside the first ones
+    it mixes. Raises what opening them raises."""
+    from data.datamodule import PackedDataModule  # Lightning takes seconds to import
+
+    data = PackedDataModule(**data_section(Path(recipe)))
+    outputs = data.prepared or [Path(data.components[0].path).parent]
+    lines = [f"# {recipe}", *_mixture_sections(outputs[0], data.rows)]
+    for output in outputs:
+        lines += [f"## {output}", *_folder_sections(output, _splits(output), seed)]
+    _write(outputs[0], lines)
+    return outputs[0] / "report.md"
+
+
+def _splits(output: Path) -> dict[str, TokenShards]:
+    found = {name: TokenShards(output / name) for name in ("train", "heldout") if (output / name).is_dir()}
+    return found or {"train": TokenShards(output)}
+
+
+def _write(output: Path, lines: Sequence[str]) -> None:
+    (output / "report.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- A prepared folder
+
+
+def _folder_sections(output: Path, splits: dict[str, TokenShards], seed: int) -> list[str]:
+    train = splits.get("train") or next(iter(splits.values()))
+    manifest = train.manifest
+    tokenizer = manifest["tokenizer"]
+    lengths = np.diff(train.offsets)
+    by_source = {source: lengths[train.documents_of(source)] for source in train.sources}
+    curves = [Lengths.of(f"tokens, {source}", each, each) for source, each in by_source.items()]
+    curves = curves if len(curves) > 1 else []
+    plot_lengths(
+        output / "lengths.png",
+        [Lengths.of("documents", lengths, np.ones(len(lengths))), Lengths.of("tokens", lengths, lengths), *curves],
+    )
+    return [
+        f"Tokenizer: {tokenizer['vocab_size']:,} tokens, SHA-256 `{tokenizer['sha256'][:12]}`.",
+        _table(
+            ["split", "documents", "tokens", "bytes of text", "bytes a token", "longest document"],
+            [
+                [
+                    name,
+                    f"{shards.manifest['documents']:,}",
+                    f"{shards.manifest['tokens']:,}",
+                    f"{shards.manifest['bytes']:,}",
+                    f"{shards.manifest['bytes'] / shards.manifest['tokens']:.2f}",
+                    f"{np.diff(shards.offsets).max():,} tokens",
+                ]
+                for name, shards in splits.items()
+            ],
+        ),
+        "### Sources",
+        _sources_table(manifest["sources"]),
+        "### Lengths",
+        "Training documents by length in tokens: how many there are, and how many tokens they hold"
+        + (", in all and by source." if curves else "."),
+        "![lengths](lengths.png)",
+        _length_table(lengths),
+        "### Packing",
+        "Best-fit packing of all training documents into windows; empty is the share of places without a token, cut the"
+        " share of documents that are longer than a window.",
+        _packing_table(lengths),
+        f"### {SAMPLES} random training documents",
+        *_samples(train, seed),
+    ]
+
+
+def _sources_table(sources: Sequence[dict[str, Any]]) -> str:
+    total = sum(source["tokens"] for source in sources)
+    rows = []
+    for source in sources:
+        skipped = ", ".join(f"{n:,} {why}" for why, n in source["skipped"].items())
+        where = f"`{source['path']}`" + (f" at `{source['revision'][:12]}`" if source["revision"] else "")
+        numbers = [f"{source[key]:,}" for key in ("files", "documents", "tokens")]
+        share = f"{source['tokens'] / total:.2%}"
+        rows.append(
+            [source["name"], where, *numbers, share, f"{source['bytes'] / source['tokens']:.2f}", skipped or "-"]
+        )
+    head = ["source", "path", "files", "documents", "tokens", "share of tokens", "bytes a token", "left out"]
+    return _table(head, rows)
+
+
+def _length_table(lengths: np.ndarray) -> str:
+    quantiles = (0.01, 0.1, 0.5, 0.9, 0.99)
+    values = np.quantile(lengths, quantiles)
+    of_tokens = [f"{lengths[lengths >= bound].sum() / lengths.sum():.1%}" for bound in _WINDOWS]
+    return _table(
+        ["", *(f"{q:.0%}" for q in quantiles), *(f"tokens in documents >= {bound:,}" for bound in _WINDOWS)],
+        [["document length", *(f"{value:,.0f}" for value in values), *of_tokens]],
+    )
+
+
+def _packing_table(lengths: np.ndarray) -> str:
+    rows = []
+    for seq_len in _WINDOWS:
+        packing = pack(lengths, seq_len)
+        cut = (lengths > seq_len + 1).mean()
+        rows.append([f"{seq_len:,}", f"{packing.num_windows:,}", f"{packing.waste:.3%}", f"{cut:.3%}"])
+    return _table(["window", "windows", "empty", "cut"], rows)
+
+
+def _samples(shards: TokenShards, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    count = len(shards.offsets) - 1
+    chosen = np.sort(rng.choice(count, size=min(SAMPLES, count), replace=False))
+    tokenizer = TextTokenizer(shards.tokenizer_file) if shards.tokenizer_file.is_file() else None
+    lines = []
+    for document in chosen.tolist():
+        begin, end = int(shards.offsets[document]), int(shards.offsets[document + 1])
+        name, url = shards.origin(document)
+        size = int(shards.byte_offsets[document + 1] - shards.byte_offsets[document])
+        lines.append(f"**{_plain(name)}** {_plain(url)} ({end - begin:,} tokens, {size:,} bytes)".replace("  ", " "))
+        if tokenizer is not None:
+            lines.append(_fenced(_excerpt(tokenizer, shards, begin, end)))
+    return lines
+
+
+def _excerpt(tokenizer: TextTokenizer, shards: TokenShards, begin: int, end: int) -> str:
+    if end - begin <= 2 * _EXCERPT:
+        text = tokenizer.decode(shards.read(begin, end))
+        return text if len(text) <= 2 * _EXCERPT else f"{text[:_EXCERPT]}\n[...]\n{text[-_EXCERPT:]}"
+    head = tokenizer.decode(shards.read(begin, begin + _EXCERPT))[:_EXCERPT]
+    tail = tokenizer.decode(shards.read(end - _EXCERPT, end))[-_EXCERPT:]
+    return f"{head}\n[...]\n{tail}"
+
+
+def _fenced(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _plain(text: str) -> str:
+    return "".join("\\" + c if c in "\\`*_<>[]|" else c for c in text)
+
+
+# --- A mixture
+
+
+def _mixture_sections(output: Path, rows: Curriculum) -> list[str]:
+    mixture = rows.mixtures[-1]
+    sections = ["## Mixture", _mixture_table(mixture)]
+    if len(rows.mixtures) > 1:
+        ends = [*rows.begins[1:], None]
+        phases = [
+            [
+                f"{phase.streams[0].seq_len:,}",
+                f"{begin * rows.seq_len:,}",
+                "-" if end is None else f"{end * rows.seq_len:,}",
+                f"{_waste(phase):.3%}",
+            ]
+            for phase, begin, end in zip(rows.mixtures, rows.begins, ends, strict=True)
+        ]
+        sections += ["### Curriculum", _table(["window", "from token", "to token", "empty"], phases)]
+    before = _all_lengths(mixture)
+    shares = mixture.quotas / mixture.quotas.sum()
+    lengths = [np.diff(s.shards.offsets)[s.documents] for s in mixture.streams]
+    after = Lengths.of(
+        "tokens after mixing",
+        np.concatenate(lengths),
+        np.concatenate([share * each / each.sum() for share, each in zip(shares, lengths, strict=True)]),
+    )
+    plot_lengths(output / "mixture.png", [Lengths.of("tokens before mixing", before, before), after])
+    return [*sections, "![lengths before and after mixing](mixture.png)"]
+
+
+def _mixture_table(mixture: Mixture) -> str:
+    drawn = np.bincount([mixture.locate(i)[0] for i in range(MIXTURE_SAMPLES)], minlength=len(mixture.streams))
+    rows = []
+    for stream, quota, count in zip(mixture.streams, mixture.quotas, drawn, strict=True):
+        share = quota / mixture.quotas.sum()
+        epoch = stream.num_windows / share * stream.seq_len
+        rows.append(
+            [
+                f"`{stream.shards.folder}`" + (f", {stream.source}" if stream.source else ""),
+                _lengths_of(stream),
+                f"{len(stream.documents):,}",
+                f"{stream.num_tokens:,}",
+                f"{share:.1%}",
+                f"{count / MIXTURE_SAMPLES:.2%}",
+                f"{stream.packing.waste:.3%}",
+                f"{epoch:,.0f}",
+            ]
+        )
+    head = ["component", "document lengths", "documents", "tokens", "share asked"]
+    head += [f"share of the first {MIXTURE_SAMPLES:,} samples", "empty", "seen once after tokens"]
+    return _table(head, rows)
+
+
+def _lengths_of(stream: PackedStream) -> str:
+    lengths = np.diff(stream.shards.offsets)[stream.documents]
+    return f"{lengths.min():,} to {lengths.max():,}"
+
+
+def _waste(mixture: Mixture) -> float:
+    shares = mixture.quotas / mixture.quotas.sum()
+    return float(sum(share * s.packing.waste for share, s in zip(shares, mixture.streams, strict=True)))
+
+
+def _all_lengths(mixture: Mixture) -> np.ndarray:
+    folders = {stream.shards.folder: stream.shards for stream in mixture.streams}
+    return np.concatenate([np.diff(shards.offsets) for shards in folders.values()])
+
+
+# --- Tables and plots
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot_lengths(file: Path, curves: Sequence[Lengths]) -> None:
+    """Draw shares over document length, one step line a curve."""
+    used = np.flatnonzero(sum(curve.share for curve in curves) > 0)
+    first, last = int(used[0]), int(used[-1]) + 1
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        axes.stairs(100 * curve.share[first:last], 2.0 ** np.arange(first, last + 1), label=curve.label, linewidth=1.8)
+    axes.set_xscale("log", base=2)
+    ticks = [2**k for k in range(first, last + 1)]
+    axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel("document length (tokens)")
+    axes.set_ylabel("share (%)")
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def _short(tick: int) -> str:
+    return f"{tick >> 20}M" if tick >= 1 << 20 else f"{tick >> 10}k" if tick >= 1 << 10 else str(tick)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.report", description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", help="recipe YAML whose data to describe, with its mixture")
+    what.add_argument("--output", help="folder of prepared shards")
+    parser.add_argument("--seed", type=int, default=0, help="of the random documents")
+    args = parser.parse_args(argv)
+    print(recipe_report(args.recipe, args.seed) if args.recipe else folder_report(args.output, args.seed))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
