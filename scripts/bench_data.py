@@ -1,0 +1,211 @@
+"""Measure the data pipeline beside what bounds it, and write a report:
+
+    python scripts/bench_data.py --name cpu-2-cores --work /tmp/bench-data [--sources python-env ...]
+
+1. Preparation: text per second from corpus files to finished shards, against the `tokenizers` library encoding the same
+   documents from memory in batches on all cores.
+2. Packing: its time against the tokenization of the same tokens, and the places it leaves empty.
+3. Reading: tokens per second of 8 x 8,192 batches in one process, and that process's memory over a pass of a corpus of
+   --read-gb gigabytes of shards (synthetic tokens, web-like lengths).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer
+
+from data.datamodule import PackedDataModule
+from data.packing import pack
+from data.prepare import prepare
+from data.shards import ShardWriter, TokenShards, write_manifest
+from data.spec import PrepareSpec
+from data.work import batches
+
+SEQ_LEN, ROWS = 8192, 8
+VOCAB_SIZE = 32768
+
+
+def spec(output: Path, sources: list[str], tokenizer: dict[str, Any]) -> PrepareSpec:
+    return PrepareSpec.parse({"output": str(output), "sources": sources, "tokenizer": tokenizer})
+
+
+def preparation(work: Path, sources: list[str], repeats: int) -> dict[str, Any]:
+    """Raw and whole rates in turn, best of `repeats` each."""
+    tokenizer = work / "first" / "tokenizer.json"
+    prepare(spec(work / "first", sources, {"train": {"vocab_size": VOCAB_SIZE, "sample_bytes": 50_000_000}}))
+    asked = spec(work / "second", sources, {"path": str(tokenizer)})
+    documents = [document for source in asked.sources for document in source.documents()]
+    size = sum(len(document.text.encode()) for document in documents)
+    raw, whole = [], []
+    for _ in range(repeats):
+        library = Tokenizer.from_file(str(tokenizer))
+        started = time.perf_counter()
+        for batch in batches(documents):
+            library.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        raw.append(time.perf_counter() - started)
+        for file in [*asked.folders["train"].glob("*"), *asked.folders["heldout"].glob("*")]:
+            file.unlink()
+        started = time.perf_counter()
+        prepare(asked)
+        whole.append(time.perf_counter() - started)
+    lengths = np.diff(TokenShards(asked.folders["train"]).offsets)
+    packing = {}
+    for seq_len in (2048, 8192, 32768, 131072):
+        started = time.perf_counter()
+        packed = pack(lengths, seq_len)
+        packing[seq_len] = {"seconds": time.perf_counter() - started, "empty": packed.waste}
+    return {
+        "sources": sources,
+        "bytes": size,
+        "documents": len(documents),
+        "tokens": int(lengths.sum()),
+        "raw_seconds": raw,
+        "prepare_seconds": whole,
+        "ratio": min(raw) / min(whole),
+        "packing": packing,
+    }
+
+
+def write_synthetic(folder: Path, gigabytes: float) -> TokenShards:
+    """A shard folder of random tokens with log-normal document lengths, once."""
+    if not (folder / "manifest.json").is_file():
+        rng = np.random.default_rng(0)
+        writer = ShardWriter(folder, "shard-0", "synthetic", np.dtype(np.uint16), VOCAB_SIZE, 1 << 27)
+        tokens = rng.integers(3, VOCAB_SIZE, size=1 << 24, dtype=np.uint16)
+        left = int(gigabytes * 1e9 / 2)
+        while left > 0:
+            lengths = np.minimum(rng.lognormal(6.3, 1.1, size=12_000).astype(np.int64) + 2, 200_000)
+            begins = rng.integers(0, len(tokens) - 200_000, size=len(lengths))
+            documents = [tokens[b : b + n] for b, n in zip(begins.tolist(), lengths.tolist(), strict=True)]
+            writer.add(documents, (4 * lengths).tolist(), [""] * len(documents), [""] * len(documents))
+            left -= int(lengths.sum())
+        described = {"sha256": "synthetic", "vocab_size": VOCAB_SIZE, "bos_id": 0, "eos_id": 1, "file": "none"}
+        write_manifest(folder, np.dtype(np.uint16), writer.close(), writer.counts, tokenizer=described, sources=[])
+    return TokenShards(folder)
+
+
+def reading(folder: Path, gigabytes: float) -> dict[str, Any]:
+    shards = write_synthetic(folder, gigabytes)
+    for file in sorted(folder.glob("*.bin")):  # into the page cache
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
+    started = time.perf_counter()
+    data = PackedDataModule(SEQ_LEN, ROWS, mixture=[{"path": str(folder)}], validation=[], num_workers=0)
+    data.setup()
+    opened = time.perf_counter() - started
+    steps = data.rows.mixtures[0].streams[0].num_windows // ROWS  # one pass
+    loader = iter(data.train_dataloader())
+    samples = []
+    began = last = time.perf_counter()
+    for step in range(steps):
+        next(loader)
+        now = time.perf_counter()
+        if now - last > 1 or step == steps - 1:
+            samples.append({"seconds": now - began, "tokens": (step + 1) * SEQ_LEN * ROWS, **memory()})
+            last = now
+    return {
+        "bytes": shards.manifest["tokens"] * 2,
+        "documents": shards.manifest["documents"],
+        "open_seconds": opened,
+        "tokens_per_second": samples[-1]["tokens"] / samples[-1]["seconds"],
+        "empty": data.rows.mixtures[0].streams[0].packing.waste,
+        "samples": samples,
+    }
+
+
+def memory() -> dict[str, float]:
+    """Resident memory of this process in MiB, all of it and what is its own."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "RssAnon")}
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    made, read = result["preparation"], result["reading"]
+    size = made["bytes"] / 1e6
+    yield f"## Preparation: {size:,.0f} MB of text, {made['documents']:,} documents, {made['tokens']:,} tokens\n"
+    yield "| | seconds (each try) | MB/s | M tokens/s |\n|---|---|---|---|"
+    for label, key in (
+        ("`tokenizers` from memory, all cores", "raw_seconds"),
+        ("corpus files to shards", "prepare_seconds"),
+    ):
+        best = min(made[key])
+        tries = ", ".join(f"{seconds:.1f}" for seconds in made[key])
+        yield f"| {label} | {tries} | {size / best:.2f} | {made['tokens'] / best / 1e6:.2f} |"
+    yield f"\nRatio of the best tries: **{made['ratio']:.3f}**.\n"
+    yield "| window | packing, seconds | of the preparation | empty |\n|---|---|---|---|"
+    for seq_len, row in made["packing"].items():
+        share = row["seconds"] / min(made["prepare_seconds"])
+        yield f"| {int(seq_len):,} | {row['seconds']:.3f} | {share:.2%} | {row['empty']:.3%} |"
+    memory_of = [sample["VmRSS"] for sample in read["samples"]]
+    yield f"\n## Reading {ROWS} x {SEQ_LEN:,} batches of {read['bytes'] / 1e9:.1f} GB in one process\n"
+    yield "| tokens/s | empty | opening and packing | memory at first | at the end | most |\n|---|---|---|---|---|---|"
+    yield (
+        f"| **{read['tokens_per_second'] / 1e6:.1f} M** | {read['empty']:.3%} | {read['open_seconds']:.1f} s for"
+        f" {read['documents']:,} documents | "
+        + " | ".join(f"{mib:,.0f} MiB" for mib in (memory_of[0], memory_of[-1], max(memory_of)))
+        + " |"
+    )
+
+
+def plot(samples: list[dict[str, float]], file: Path) -> None:
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    read = [sample["tokens"] * 2 / 1e9 for sample in samples]
+    axes.plot(read, [sample["VmRSS"] for sample in samples], label="resident (VmRSS)")
+    axes.plot(read, [sample["RssAnon"] for sample in samples], label="its own (RssAnon)")
+    axes.set_xlabel("read so far (GB of shards)")
+    axes.set_ylabel("MiB")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the machine, for the report's file name")
+    parser.add_argument("--work", required=True, type=Path, help="folder for corpora and shards")
+    parser.add_argument("--sources", nargs="+", default=["python-env"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--read-gb", type=float, default=10)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    args = parser.parse_args()
+    result = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+        "versions": {name: version(name) for name in ("tokenizers", "numpy", "torch", "pyarrow")},
+        "command": "python scripts/bench_data.py "
+        + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k == "name"),
+        "preparation": preparation(args.work / "corpus", args.sources, args.repeats),
+        "reading": reading(args.work / "synthetic", args.read_gb),
+    }
+    stem = f"{date.today()}-{args.name}-data"
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result["reading"]["samples"], args.out / f"{stem}.png")
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    head = f"# Data pipeline, {date.today()}, {result['machine']}\n\n"
+    head += f"`{result['command']}` at {result['commit']}; {versions}.\n"
+    lines = [head, *table(result), f"\n![memory over the pass]({stem}.png)"]
+    (args.out / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
