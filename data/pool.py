@@ -26,6 +26,7 @@ class Workers:
     def __init__(self, executor: ProcessPoolExecutor | None, size: int, bar: "tqdm[Any]", counter: Any):
         self.size, self._executor, self._bar, self._counter = size, executor, bar, counter
         self._running: dict[Future[Any], Any] = {}
+        self._parts = 0
 
     @property
     def busy(self) -> int:
@@ -47,6 +48,8 @@ class Workers:
             ended, _ = wait(self._running, timeout=0.5, return_when=FIRST_COMPLETED)
             if self._counter is not None:
                 self._bar.update(self._counter.value - self._bar.n)
+        self._parts += len(ended)
+        self._bar.set_postfix(parts=self._parts)
         return [(self._running.pop(future), future.result()) for future in list(self._running) if future in ended]
 
 

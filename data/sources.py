@@ -10,6 +10,7 @@ import glob
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from data.schema import whole_number
 FORMATS = ("hub", "parquet", "jsonl", "text", "folder", "python-env")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 PART_BYTES = 128 << 20
+_LOOKUPS = 16
 _SUFFIX_FORMAT = {
     ".parquet": "parquet",
     **{f".{stem}{pack}": "jsonl" for stem in ("jsonl", "json", "ndjson") for pack in ("", ".gz", ".zst")},
@@ -179,9 +181,9 @@ class Source:
         parts: list[Part] = []
         group: list[tuple[str, str]] = []
         group_size = 0
-        for path, name in files:
-            size = remote_size(path) if "://" in path else Path(path).stat().st_size
-            spans = self._spans(kind, path, size, part_bytes)
+        with ThreadPoolExecutor(_LOOKUPS) as pool:  # a hub answers many questions at once
+            looked_up = list(pool.map(lambda file: self._size_and_spans(kind, file[0], part_bytes), files))
+        for (path, name), (size, spans) in zip(files, looked_up, strict=True):
             if group and (len(spans) > 1 or group_size + size > part_bytes):
                 parts.append(Part(kind, tuple(group), None, group_size))
                 group, group_size = [], 0
@@ -194,22 +196,21 @@ class Source:
             parts.append(Part(kind, tuple(group), None, group_size))
         return parts, revision
 
-    def _spans(self, kind: str, path: str, size: int, part_bytes: int) -> list[tuple[int, int]]:
+    def _size_and_spans(self, kind: str, path: str, part_bytes: int) -> tuple[int, list[tuple[int, int]]]:
+        """Bytes of a file, and the spans it is read in where it is more than one part."""
+        size = remote_size(path) if "://" in path else Path(path).stat().st_size
         pieces = -(-size // part_bytes)
-        if pieces < 2:
-            return []
-        if kind == "jsonl" and not path.endswith((".gz", ".zst")):
-            edges = [size * i // pieces for i in range(pieces + 1)]
-            return list(itertools.pairwise(edges))
+        if pieces < 2 or kind == "text" or path.endswith((".gz", ".zst")):
+            return size, []
+        units = size
         if kind == "parquet":
             try:
                 with open_parquet(path) as table:
-                    groups = table.num_row_groups
+                    units = table.num_row_groups
             except RowError as error:
                 raise ValueError(f"source path {self.path!r}: {error}") from error
-            pieces = min(pieces, groups)
-            return list(itertools.pairwise(groups * i // pieces for i in range(pieces + 1))) if pieces else []
-        return []
+        pieces = min(pieces, units)
+        return size, list(itertools.pairwise(units * i // pieces for i in range(pieces + 1))) if pieces else []
 
     def read(self, part: Part, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield the documents of one part; `skipped` counts, by reason, what was left out.

@@ -27,7 +27,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from data.datamodule import PackedDataModule
 from data.packing import pack
 from data.prepare import prepare
 from data.shards import ShardWriter, TokenShards, write_manifest
@@ -98,6 +97,8 @@ def write_synthetic(folder: Path, gigabytes: float) -> TokenShards:
 
 
 def reading(folder: Path, gigabytes: float) -> dict[str, Any]:
+    from data.datamodule import PackedDataModule  # here: the workers of a preparation import this file too
+
     shards = write_synthetic(folder, gigabytes)
     for file in sorted(folder.glob("*.bin")):  # into the page cache
         with file.open("rb") as stream:

@@ -124,6 +124,37 @@ def test_training_rows_follow_the_global_order_on_any_number_of_ranks(start):
         assert rows == list(range(start, start + len(rows)))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_global_batches_are_the_same_for_1_2_and_8_ranks(folders, num_workers, monkeypatch):
+    curriculum = [{"seq_len": 8, "tokens": 2000}]
+
+    def global_batches(world_size):
+        """The first ten batches of 8 rows, put together from what each rank reads."""
+        parts = []
+        for rank in range(world_size):
+            dm = datamodule(folders, num_workers=num_workers, micro_batch_size=8 // world_size, curriculum=curriculum)
+            monkeypatch.setattr(dm, "_rank", lambda rank=rank: (rank, world_size))
+            parts.append([b["input_ids"] for b in itertools.islice(dm.train_dataloader(), 10)])
+        return [torch.cat(ranks) for ranks in zip(*parts, strict=True)]
+
+    alone = global_batches(1)
+    for world_size in (2, 8):
+        for one, many in zip(alone, global_batches(world_size), strict=True):
+            assert torch.equal(one, many)
+
+
+def test_fifty_random_resumptions_are_bit_identical(folders):
+    curriculum = [{"seq_len": 8, "tokens": 3000}]
+    whole = list(itertools.islice(datamodule(folders, curriculum=curriculum).train_dataloader(), 400))
+    state = datamodule(folders, curriculum=curriculum).state_dict()
+    for step in np.random.default_rng(0).choice(399, size=50, replace=False).tolist():
+        resumed = datamodule(folders, curriculum=curriculum)
+        resumed.load_state_dict(state | {"consumed_samples": 2 * step, "micro_steps": step})
+        for batch, expected in zip(resumed.train_dataloader(), whole[step : step + 2], strict=False):
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(batch[key], expected[key]) for key in batch)
+
+
 def test_workers_do_not_change_the_order(folders):
     def first(num_workers):
         loader = datamodule(folders, num_workers=num_workers).train_dataloader()
