@@ -21,8 +21,8 @@ DEVICES := $(if $(GPUS),trainer.devices=$(GPUS))
 export TOKENIZERS_PARALLELISM ?= true
 
 # what `data`, `tokenizer` and `data-report` work on: the recipe's stage, or SOURCES into OUT
-STAGE := recipes/$(RECIPE)/$(if $(filter command line,$(origin TO)),extend-$(TO),pretrain).yaml
-PREPARE = $(if $(SOURCES),--sources $(SOURCES) --output $(or $(OUT),$(error SOURCES needs OUT=<folder>)) \
+STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origin TO))),extend-$(TO),pretrain).yaml
+PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output $(or $(OUT),$(error SOURCES needs OUT=<folder>)) \
 	$(if $(TOKENIZER),--tokenizer $(TOKENIZER)),--recipe $(STAGE))
 
 .PHONY: help setup test test-gpu lint demo data tokenizer data-report pretrain extend eval needle bench clean

@@ -25,7 +25,7 @@ from data.shards import TokenShards
 from data.spec import parse_sections
 from data.unigram import target_counts, unigram_loss
 
-WASTEFUL = 0.05  # share of empty places that is worth a warning
+WASTEFUL = 0.05  # share of empty places that is worth a warning; length filters cost some
 
 
 @dataclass(frozen=True)
@@ -369,8 +369,8 @@ class PackedDataModule(LightningDataModule):
     def unigram_loss(self, name: str) -> float:
         """Loss (nats per target token) that token frequencies alone reach on held-out set `name`; comparable
         with the model's held-out loss, see `data.unigram`."""
-        self.rows  # noqa: B018  # opens the shards on first use
-        train = [(TokenShards(component.path), component.weight) for component in self.components]
+        opened = {str(stream.shards.folder): stream.shards for stream in self.mixture.streams}
+        train = [(opened[str(Path(c.path))], c.source, c.weight) for c in self.components]
         return unigram_loss(train, self._heldout_stream(name))
 
     def bits_per_byte(self, name: str, loss: float) -> float:

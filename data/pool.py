@@ -47,7 +47,7 @@ class Workers:
         while not ended:
             ended, _ = wait(self._running, timeout=0.5, return_when=FIRST_COMPLETED)
             if self._counter is not None:
-                self._bar.update(self._counter.value - self._bar.n)
+                self._bar.update(self._counter.get_obj().value - self._bar.n)  # its lock may belong to a dead worker
         self._parts += len(ended)
         self._bar.set_postfix(parts=self._parts)
         return [(self._running.pop(future), future.result()) for future in list(self._running) if future in ended]

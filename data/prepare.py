@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.dedup import Deduplicator, load_scan
-from data.pool import workers
+from data.pool import Workers, workers
 from data.schema import differences
 from data.shards import (
     MANIFEST,
@@ -35,7 +35,7 @@ from data.shards import (
     write_json,
     write_manifest,
 )
-from data.sources import PART_BYTES, Part
+from data.sources import PART_BYTES, Part, Source
 from data.spec import PrepareSpec, parse_sections, prepare_section
 from data.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
 from data.work import Allowance, Budget, Task, discard_part, encode_part, part_counts, scan_part
@@ -93,8 +93,8 @@ def _prepare(spec: PrepareSpec, settings: dict[str, Any], only_tokenizer: bool) 
         return
     duplicates: list[Counter[str]] = [Counter() for _ in parts]
     if spec.deduplicate is not None:
-        parts, duplicates = _deduplicate(spec, parts)
-    records = _encode(spec, parts)
+        parts, duplicates = _deduplicate(spec, parts, work / "kept.json")
+    records = _encode(spec, parts, tokenizer.sha256)
     sources = []
     for source, planned, done, dropped in zip(spec.sources, plan["sources"], records, duplicates, strict=True):
         skipped = sum((Counter(record["skipped"]) for _, record in done), Counter()) + dropped
@@ -102,7 +102,7 @@ def _prepare(spec: PrepareSpec, settings: dict[str, Any], only_tokenizer: bool) 
         if not totals["documents"]:
             reasons = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "it has no rows"
             raise ValueError(f"source {source.path!r}: no documents ({reasons})")
-        files = len({path for part in planned["parts"] for path, _ in part["files"]})
+        files = len({path for task, _ in done for path, _ in task.part.files})
         sources.append(
             {
                 "name": source.label,
@@ -121,10 +121,10 @@ def _prepare(spec: PrepareSpec, settings: dict[str, Any], only_tokenizer: bool) 
                 f"{spec.output}: no document fell into the {split} split"
                 f" with heldout_fraction {spec.heldout_fraction}; change the fraction or the seed"
             )
-        counts = np.zeros((2, tokenizer.vocab_size), dtype=np.int64)
-        for done in records:
+        counts = {source.label: np.zeros((2, tokenizer.vocab_size), dtype=np.int64) for source in spec.sources}
+        for source, done in zip(spec.sources, records, strict=True):
             for task, _ in done:
-                counts += part_counts(task)[split]
+                counts[source.label] += part_counts(task)[split]
         write_manifest(
             folder,
             tokenizer.dtype,
@@ -135,37 +135,58 @@ def _prepare(spec: PrepareSpec, settings: dict[str, Any], only_tokenizer: bool) 
             sources=sources,
             settings=settings,
         )
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # another process that finds everything finished may be at it too
 
 
 def _plan(spec: PrepareSpec, settings: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Which parts there are. An interrupted run's plan is taken up where the settings and the local files are the same;
-    otherwise its work is removed. A hub dataset stays at the revision at which it was begun."""
+    """Which parts there are. The plan of an interrupted run is taken up; a hub dataset stays at the revision at which
+    it was begun.
+
+    Raises ValueError where parts are done but the settings or the local files are not those of that run, and for a
+    source whose first row cannot be read. Before any part is done, a changed plan is made anew.
+    """
     file = work / "plan.json"
-    if file.is_file():
-        plan = read_json(file)
-        if plan["settings"] == settings and plan["files"] == _local_files(plan):
-            return plan
-        tqdm.write(f"{spec.output}: settings or files changed since the interrupted run, so it starts again")
+    begun = read_json(file) if file.is_file() else None
+    if begun is not None:
+        changes = differences(begun["settings"], settings) or _changed_files(spec, begun)
+        if not changes:
+            return begun
+        if list(work.glob("[0-9]*.json")):
+            raise ValueError(
+                f"{spec.output}: an interrupted preparation is here, and since then {'; '.join(changes[:3])}"
+                f" (then != now). Undo that to go on with it, or delete {work} to start again"
+            )
     shutil.rmtree(work, ignore_errors=True)
     for folder in spec.folders.values():
         remove_unfinished(folder)
     if spec.tokenizer.train is not None:
         (Path(spec.output) / "tokenizer.json").unlink(missing_ok=True)
     work.mkdir()
-    plan = {"settings": settings, "sources": []}
+    sources = []
     for source in spec.sources:
         parts, revision = source.parts(spec.part_bytes)
-        plan["sources"].append({"revision": revision, "parts": [part.to_json() for part in parts]})
-    plan = {**plan, "files": _local_files(plan)}
-    write_json(file, plan)
+        if parts:
+            next(source.read(parts[0]), None)  # a wrong column or format shows before any work is done
+        sources.append({"revision": revision, "parts": [part.to_json() for part in parts]})
+    write_json(file, {"settings": settings, "sources": sources, "files": _local_files(sources)})
     return read_json(file)
 
 
-def _local_files(plan: dict[str, Any]) -> dict[str, list[int]]:
-    """Size and modification time of the plan's local files; missing ones are left out."""
+def _changed_files(spec: PrepareSpec, plan: dict[str, Any]) -> list[str]:
+    """What differs between the local files of a plan and those that are there, one line a file."""
+    now = []
+    for source, planned in zip(spec.sources, plan["sources"], strict=True):
+        if source.resolve()[0] == "hub":
+            now.append(planned)
+        else:
+            now.append({"parts": [part.to_json() for part in source.parts(spec.part_bytes)[0]]})
+    return differences(plan["files"], _local_files(now))
+
+
+def _local_files(sources: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Size and modification time of the local files of all parts; missing ones are left out."""
     stats = {}
-    for source in plan["sources"]:
+    for source in sources:
         for part in source["parts"]:
             for path, _ in part["files"]:
                 if "://" not in path and Path(path).is_file():
@@ -203,48 +224,61 @@ def _sample(spec: PrepareSpec, parts: list[list[Part]], sample_bytes: int) -> It
                     break
 
 
-def _deduplicate(spec: PrepareSpec, parts: list[list[Part]]) -> tuple[list[list[Part]], list[Counter[str]]]:
-    """Write which documents of each part stay.
+def _deduplicate(spec: PrepareSpec, parts: list[list[Part]], file: Path) -> tuple[list[list[Part]], list[Counter[str]]]:
+    """Write which documents of each part stay, once: `file` says that it is done.
 
     Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
     """
     assert spec.deduplicate is not None
-    judge = Deduplicator(spec.deduplicate)
-    needed: list[list[Part]] = []
-    dropped: list[Counter[str]] = []
-    with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
-        for number, every in enumerate(parts):
-            source = spec.sources[number]
-            left = Budget(source.max_bytes, source.max_documents)
-            step = len(every) if left == Budget(None, None) else pool.size
-            taken, reasons, exceeded = 0, Counter[str](), False
-            while taken < len(every) and not left.spent and not exceeded:
-                tasks = [Task(spec, number, i, part) for i, part in enumerate(every)][taken : taken + step]
-                for task in tasks:
-                    pool.submit(None, scan_part, task)
-                while pool.busy:
-                    pool.done()
-                for task in tasks:
-                    scanned = load_scan(task.file(".scan.npz"))
-                    allowance = Allowance(left, first=task.index == 0)
-                    keep, why = judge.keep(scanned, allowance.takes)
-                    write_array(task.file(".keep.npy"), keep)
-                    reasons.update(why)
-                    left = left.after({"bytes": int(scanned["sizes"][keep].sum()), "documents": int(keep.sum())})
-                    exceeded |= allowance.exceeded
-                taken += len(tasks)
-            needed.append(every[:taken])
-            dropped.append(reasons)
-    return needed, dropped
+    if not file.is_file():
+        judge = Deduplicator(spec.deduplicate)
+        with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
+            write_json(file, [_judge(spec, number, every, judge, pool) for number, every in enumerate(parts)])
+    results = read_json(file)
+    return (
+        [every[:taken] for every, (taken, _) in zip(parts, results, strict=True)],
+        [Counter(reasons) for _, reasons in results],
+    )
 
 
-def _encode(spec: PrepareSpec, parts: list[list[Part]]) -> list[list[tuple[Task, dict[str, Any]]]]:
+def _judge(
+    spec: PrepareSpec, number: int, parts: list[Part], judge: Deduplicator, pool: Workers
+) -> tuple[int, dict[str, int]]:
+    """Scan a source's parts and decide about them in order; returns how many it takes and what was dropped."""
+    source = spec.sources[number]
+    left = Budget(source.max_bytes, source.max_documents)
+    ahead = len(parts) if left == Budget(None, None) else 2 * pool.size
+    tasks = [Task(spec, number, i, part) for i, part in enumerate(parts)]
+    reasons: Counter[str] = Counter()
+    scanned: set[int] = set()
+    submitted = taken = 0
+    while taken < len(tasks):
+        for task in tasks[submitted : taken + ahead]:
+            pool.submit(task.index, scan_part, task)
+            submitted += 1
+        while taken not in scanned:
+            scanned.update(index for index, _ in pool.done())
+        scan = load_scan(tasks[taken].file(".scan.npz"))
+        allowance = Allowance(left, first=taken == 0)
+        keep, why = judge.keep(scan, allowance.takes)
+        write_array(tasks[taken].file(".keep.npy"), keep)
+        reasons.update(why)
+        left = left.after({"bytes": int(scan["sizes"][keep].sum()), "documents": int(keep.sum())})
+        taken += 1
+        if allowance.exceeded or left.spent:
+            break
+    while pool.busy:
+        pool.done()
+    return taken, dict(reasons)
+
+
+def _encode(spec: PrepareSpec, parts: list[list[Part]], tokenizer: str) -> list[list[tuple[Task, dict[str, Any]]]]:
     """Encode all parts; the tasks and records of each source in order, up to its limit."""
-    sources = [_Progress(spec, number, every) for number, every in enumerate(parts)]
+    sources = [_Progress(spec, number, every, tokenizer) for number, every in enumerate(parts)]
     with workers("tokenizing", sum(map(len, parts)), spec.workers) as pool:
         while True:
             for source in sources:
-                for task in source.ready(pool.size):
+                for task in source.ready(1 if pool.size == 1 else 2 * pool.size):
                     pool.submit((source, task), encode_part, task)
             if not pool.busy:
                 return [source.confirmed for source in sources]
@@ -256,9 +290,9 @@ class _Progress:
     """How far one source has come. Without a limit all its parts are ready at once. With one, parts are begun a little
     ahead of what is confirmed, and what turns out to lie beyond the limit is discarded."""
 
-    def __init__(self, spec: PrepareSpec, number: int, parts: list[Part]):
+    def __init__(self, spec: PrepareSpec, number: int, parts: list[Part], tokenizer: str):
         source = spec.sources[number]
-        self.spec, self.number, self.parts = spec, number, parts
+        self.spec, self.number, self.parts, self.tokenizer = spec, number, parts, tokenizer
         self.left = Budget(source.max_bytes, source.max_documents)
         self.unlimited = self.left == Budget(None, None)
         self.confirmed: list[tuple[Task, dict[str, Any]]] = []
@@ -274,7 +308,7 @@ class _Progress:
         stop = len(self.parts) if self.unlimited else min(len(self.parts), first + ahead)
         indices = [i for i in range(first, stop) if i not in self._begun]
         self._begun.update(indices)
-        return [Task(self.spec, self.number, i, self.parts[i], self.left) for i in indices]
+        return [Task(self.spec, self.number, i, self.parts[i], self.tokenizer, self.left) for i in indices]
 
     def take(self, task: Task, record: dict[str, Any]) -> None:
         """Note a part that is done."""
@@ -301,6 +335,10 @@ def _exclusive(output: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"{output}: another process is preparing it; waiting", file=sys.stderr)
             fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{output}: its file system has no locks ({error}); prepare elsewhere"
+            ) from error
         yield
 
 
@@ -313,6 +351,13 @@ def describe(folder: str | Path) -> str:
         f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens,"
         f" {manifest['bytes']:,} bytes of text, vocabulary {manifest['tokenizer']['vocab_size']:,}{note}"
     )
+
+
+def _name(path: str, every: list[str]) -> str:
+    """A source's name on the command line: its usual one where that is its alone, else its path."""
+    names = [Source(path=other).label for other in every]
+    label = Source(path=path).label
+    return label if names.count(label) == 1 else path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -342,7 +387,12 @@ def main(argv: list[str] | None = None) -> None:
         TokenShards(args.verify).verify()
         print(f"{describe(args.verify)}: checksums match")
         return
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
     if args.recipe:
+        for action in plain._group_actions:
+            if getattr(args, action.dest) != action.default:
+                parser.error(f"{action.option_strings[0]} goes with --sources; a recipe says it in its prepare section")
         specs = prepare_section(args.recipe)
     else:
         if not args.output:
@@ -352,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
         specs = parse_sections(
             {
                 "output": args.output,
-                "sources": [{"path": path, **columns} for path in args.sources],
+                "sources": [{"path": path, "name": _name(path, args.sources), **columns} for path in args.sources],
                 "tokenizer": {"path": args.tokenizer} if args.tokenizer else trained,
                 **{key: getattr(args, key) for key in ("deduplicate", "heldout_fraction", "part_bytes", "seed")},
             },

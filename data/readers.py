@@ -23,7 +23,7 @@ import zstandard
 
 from data.remote import SourceError, open_remote
 
-_PARQUET_ROWS = 1024
+_PARQUET_BYTES = 16 << 20
 _BUFFER = 1 << 20
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
@@ -44,6 +44,8 @@ class RowError(Exception):
 class Columns:
     """Which columns of a row mean what.
 
+    id, url: rows that lack them get an id from their place, and no url. The first row of JSON lines must have all
+        columns, later ones may leave out any but the text.
     keep: conditions by column; a row that fails one, or has no value there, is left out. A condition is a value, a list
         of values, or {min, max} (inclusive, either may be missing).
     """
@@ -71,7 +73,7 @@ class Columns:
     def rejects(self, row: Mapping[str, Any], file: object) -> str | None:
         """The column whose condition the row fails, None where it passes all; RowError for an incomparable value."""
         for column, wanted in self.keep.items():
-            value = row[column]
+            value = row.get(column)
             if isinstance(wanted, Mapping):
                 if value is None:
                     return column
@@ -87,7 +89,8 @@ class Columns:
 
 def open_binary(file: str | Path) -> IO[bytes]:
     """Open a plain, .gz or .zst file, local or remote, for reading bytes."""
-    raw: Any = open_remote(str(file)) if "://" in str(file) else Path(file).open("rb")  # noqa: SIM115
+    remote = "://" in str(file)
+    raw: Any = io.BufferedReader(open_remote(str(file)), _BUFFER) if remote else Path(file).open("rb")  # noqa: SIM115
     if str(file).endswith(".gz"):
         return io.BufferedReader(_Unpacked(raw, gzip.GzipFile(fileobj=raw).readinto), _BUFFER)
     if str(file).endswith(".zst"):
@@ -164,10 +167,14 @@ def read_jsonl(
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise RowError(f"{file}, {place} {number}: expected a JSON object, got {line[:60]!r}")
+                if number == 1 and not begin:
+                    for column in columns.names:
+                        if column not in row:
+                            raise RowError(_no_column(column, row, file))
                 yield from _pick(row, columns, f"{name}:{here}", file, skipped)
     except UnicodeDecodeError as error:
         raise RowError(f"{file}, {place} {number}: not valid UTF-8 ({error})") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RowError(f"{file}, {place} {number}: not valid JSON ({error})") from error
     except _BROKEN as error:
         raise RowError(f"{file}: broken after line {number} ({error})") from error
@@ -189,7 +196,7 @@ def read_parquet(
         first, last = span or (0, table.num_row_groups)
         number = sum(table.metadata.row_group(i).num_rows for i in range(first))
         try:
-            for batch in table.iter_batches(_PARQUET_ROWS, range(first, last), columns.names):
+            for batch in table.iter_batches(_rows_at_once(table), range(first, last), columns.names):
                 for row in batch.to_pylist():
                     yield from _pick(row, columns, f"{name}:{number}", file, skipped)
                     number += 1
@@ -197,6 +204,13 @@ def read_parquet(
             if isinstance(error, SourceError) or getattr(error, "errno", None) is not None:
                 raise  # the disk or the network; pyarrow's own complaints about the content have no number
             raise RowError(f"{file}: broken after row {number} ({error})") from error
+
+
+def _rows_at_once(table: Any) -> int:
+    """Rows that are about `_PARQUET_BYTES` of the file: books need smaller batches than web pages."""
+    groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+    size = sum(group.total_byte_size for group in groups) / max(1, sum(group.num_rows for group in groups))
+    return int(min(1024, max(1, _PARQUET_BYTES / max(1, size))))
 
 
 def open_parquet(file: str | Path) -> Any:
@@ -253,9 +267,8 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _pick(row: Mapping[str, Any], columns: Columns, row_id: str, file: object, skipped: Counter[str]) -> Iterator[Row]:
-    for column in columns.names:
-        if column not in row:
-            raise RowError(_no_column(column, row, file))
+    if columns.text not in row:
+        raise RowError(_no_column(columns.text, row, file))
     if (rejecting := columns.rejects(row, file)) is not None:
         skipped[f"{rejecting} not kept"] += 1
         return
@@ -265,9 +278,9 @@ def _pick(row: Mapping[str, Any], columns: Columns, row_id: str, file: object, s
         return
     if not isinstance(text, str):
         raise RowError(f"{file}, row {row_id}: column {columns.text!r} holds {type(text).__name__}, expected text")
-    if columns.id is not None:
+    if columns.id is not None and row.get(columns.id) is not None:
         row_id = str(row[columns.id])
-    url = row[columns.url] if columns.url is not None else None
+    url = row.get(columns.url) if columns.url is not None else None
     yield Row(text, row_id, "" if url is None else str(url))
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
+from tokenizers import Tokenizer
 
 from data.mixture import Curriculum, Mixture, PackedStream
 from data.packing import pack
 from data.shards import TokenShards
 from data.spec import data_section
-from data.tokenizer import TextTokenizer
 
 SAMPLES = 20
 MIXTURE_SAMPLES = 10_000
@@ -159,7 +159,7 @@ def _samples(shards: TokenShards, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     count = len(shards.offsets) - 1
     chosen = np.sort(rng.choice(count, size=min(SAMPLES, count), replace=False))
-    tokenizer = TextTokenizer(shards.tokenizer_file) if shards.tokenizer_file.is_file() else None
+    tokenizer = Tokenizer.from_file(str(shards.tokenizer_file)) if shards.tokenizer_file.is_file() else None
     lines = []
     for document in chosen.tolist():
         begin, end = int(shards.offsets[document]), int(shards.offsets[document + 1])
@@ -171,13 +171,17 @@ def _samples(shards: TokenShards, seed: int) -> list[str]:
     return lines
 
 
-def _excerpt(tokenizer: TextTokenizer, shards: TokenShards, begin: int, end: int) -> str:
+def _excerpt(tokenizer: Tokenizer, shards: TokenShards, begin: int, end: int) -> str:
     if end - begin <= 2 * _EXCERPT:
-        text = tokenizer.decode(shards.read(begin, end))
+        text = _decode(tokenizer, shards.read(begin, end))
         return text if len(text) <= 2 * _EXCERPT else f"{text[:_EXCERPT]}\n[...]\n{text[-_EXCERPT:]}"
-    head = tokenizer.decode(shards.read(begin, begin + _EXCERPT))[:_EXCERPT]
-    tail = tokenizer.decode(shards.read(end - _EXCERPT, end))[-_EXCERPT:]
+    head = _decode(tokenizer, shards.read(begin, begin + _EXCERPT))[:_EXCERPT]
+    tail = _decode(tokenizer, shards.read(end - _EXCERPT, end))[-_EXCERPT:]
     return f"{head}\n[...]\n{tail}"
+
+
+def _decode(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
 
 def _fenced(text: str) -> str:

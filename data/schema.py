@@ -41,6 +41,18 @@ def whole_number(value: Any, key: str, least: int = 0) -> int:
     return value if isinstance(value, int) else int(number)
 
 
+def fraction(value: Any, key: str, *, zero: bool = False) -> float:
+    """`value` as a float between 0 and 1, 0 itself only where `zero`; YAML reads `5e-4` as text, so that counts too.
+    Raises ValueError naming `key`."""
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not (0 < number < 1 or (zero and number == 0)):
+        raise ValueError(f"{key}: {value!r} is not in {'[' if zero else '('}0, 1)")
+    return number
+
+
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Human-readable lines, one for each leaf in which two JSON-like values differ (`sources[0].path: 'a' !=
     'b'`)."""

@@ -2,16 +2,18 @@
 
 A shard folder holds, for each shard, `<name>.bin` (the tokens of its documents one after another, uint16 or
 uint32), `<name>.npy` (int64 [2, documents + 1]: row 0 where each document's tokens begin in the .bin, row 1 where
-its UTF-8 bytes would begin) and `<name>.parquet` (the id and url of each document); `counts.npy` (see
-`TokenShards.counts`) and `manifest.json`, which is written last: a folder without it is unfinished, whatever else
-lies in it. A shard's documents come from one source.
+its UTF-8 bytes would begin) and `<name>.parquet` (the id and url of each document); `counts.npy` (int64
+[sources, 2, vocab_size], see `TokenShards.counts`) and `manifest.json`, which is written last: a folder without it is
+unfinished, whatever else lies in it. A shard's documents come from one source.
 """
 
 import hashlib
+import itertools
 import json
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ import numpy as np
 MANIFEST = "manifest.json"
 COUNTS = "counts.npy"
 FORMAT = "s2-token-shards/2"
-_PAGE = mmap.PAGESIZE
+# A page fault maps the pages around it too, in aligned runs of this size (Linux, fault_around_bytes).
+_MAPPED_AT_ONCE = max(1 << 16, mmap.PAGESIZE)
 
 
 class ShardWriter:
@@ -36,8 +39,6 @@ class ShardWriter:
         self.folder, self.prefix, self.source = folder, prefix, source
         self.dtype, self.shard_tokens = np.dtype(dtype), shard_tokens
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{prefix}-*"):
-            leftover.unlink()
         self.counts = np.zeros((2, vocab_size), dtype=np.int64)
         self.shards: list[dict[str, Any]] = []
         self._stream: Any = None
@@ -94,7 +95,7 @@ class ShardWriter:
         np.cumsum(lengths, out=offsets[0, 1:])
         np.cumsum(self._sizes, out=offsets[1, 1:])
         write_array(self.folder / f"{self._name}.npy", offsets)
-        _write_origins(self.folder / f"{self._name}.parquet", self._ids, self._urls)
+        write_origins(self.folder / f"{self._name}.parquet", self._ids, self._urls)
         self.shards.append(
             {
                 "name": self._name,
@@ -104,6 +105,7 @@ class ShardWriter:
                 "bytes": int(offsets[1, -1]),
                 "sha256": self._sha256.hexdigest(),
                 "offsets_sha256": _sha256(self.folder / f"{self._name}.npy"),
+                "origins_sha256": _sha256(self.folder / f"{self._name}.parquet"),
             }
         )
 
@@ -118,17 +120,42 @@ class ShardWriter:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        for file in self.folder.glob(f"{self.prefix}-*"):
+        remove_shards(self.folder, self.prefix)
+
+
+def remove_shards(folder: Path, prefix: str) -> None:
+    """Remove the shards of a writer, finished or not."""
+    for number in itertools.count():
+        name = f"{prefix}-{number:03d}"
+        files = [folder / f"{name}{end}{tmp}" for end in (".bin", ".npy", ".parquet") for tmp in ("", ".tmp")]
+        found = [file for file in files if file.exists()]
+        for file in found:
             file.unlink()
+        if not found:
+            return
 
 
 def write_manifest(
-    folder: Path, dtype: np.dtype, shards: Sequence[Mapping[str, Any]], counts: np.ndarray, **fields: Any
+    folder: Path, dtype: np.dtype, shards: Sequence[Mapping[str, Any]], counts: Mapping[str, np.ndarray], **fields: Any
 ) -> None:
-    """Finish a shard folder: token counts, then the manifest with totals, `fields` and the shards' records."""
-    write_array(folder / COUNTS, counts)
-    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
-    manifest = {"format": FORMAT, "dtype": np.dtype(dtype).name, **totals, **fields, "shards": list(shards)}
+    """Finish a shard folder: token counts by source, then the manifest with totals, `fields` and the shards' records.
+
+    counts: for each source int64 [2, vocab_size], see `TokenShards.counts`. Files of shards that are not listed are
+    removed.
+    """
+    listed = {shard["name"] for shard in shards}
+    for file in folder.glob("shard-*"):
+        if file.name.partition(".")[0] not in listed:
+            file.unlink()
+    write_array(folder / COUNTS, np.stack(list(counts.values())))
+    manifest = {
+        "format": FORMAT,
+        "dtype": np.dtype(dtype).name,
+        **{key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")},
+        **fields,
+        "counts": {"sources": list(counts), "sha256": _sha256(folder / COUNTS)},
+        "shards": list(shards),
+    }
     write_json(folder / MANIFEST, manifest)
 
 
@@ -147,7 +174,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         state = "is unfinished (it has no manifest.json)" if file.parent.is_dir() else "does not exist"
         raise FileNotFoundError(f"shard folder {folder} {state}; prepare it with `python -m data.prepare`")
-    manifest = read_json(file)
+    try:
+        manifest = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable ({error}); prepare again") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file}: format {manifest.get('format')!r}, expected {FORMAT!r}; prepare it again")
     return manifest
@@ -157,9 +187,6 @@ class TokenShards:
     """A finished shard folder, memory-mapped and seen as one long row of tokens.
 
     offsets: int64 [documents + 1], where each document's tokens begin in that row.
-    byte_offsets: int64 [documents + 1], the same in UTF-8 bytes of text.
-    counts: int64 [2, vocab_size], how often each token occurs (row 0) and how often it opens a document (row
-        1).
 
     Raises FileNotFoundError / ValueError where a file is missing or its size is not what the manifest says;
     `verify` also reads everything and compares the checksums.
@@ -170,24 +197,32 @@ class TokenShards:
         self.manifest = read_manifest(folder)
         self.dtype = np.dtype(self.manifest["dtype"])
         self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
-        self._maps: list[mmap.mmap] = []
-        self._rows: list[np.ndarray] = []
-        starts, byte_starts, token_base, byte_base = [], [], [0], 0
+        self._files: list[tuple[Path, int, int]] = []  # path, size and modification time
         for shard in self.manifest["shards"]:
-            offsets = np.load(self._file(shard, ".npy", None), mmap_mode="r")
-            bin_file = self._file(shard, ".bin", shard["tokens"] * self.dtype.itemsize)
+            file = self._file(shard, ".bin", shard["tokens"] * self.dtype.itemsize)
+            stat = file.stat()
+            self._files.append((file, stat.st_size, stat.st_mtime_ns))
+        self._base = np.cumsum([0, *(shard["tokens"] for shard in self.manifest["shards"])], dtype=np.int64)
+        self.offsets = self._offsets(0, "tokens")
+
+    @cached_property
+    def byte_offsets(self) -> np.ndarray:
+        """int64 [documents + 1], where each document's text begins, in UTF-8 bytes of all text before it."""
+        return self._offsets(1, "bytes")
+
+    def _offsets(self, row: int, total: str) -> np.ndarray:
+        base, pieces = 0, []
+        for shard in self.manifest["shards"]:
+            file = self._file(shard, ".npy", None)
+            try:
+                offsets = np.load(file, mmap_mode="r")
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{file}: not readable ({error}); prepare again") from error
             if offsets.shape != (2, shard["documents"] + 1) or offsets[0, -1] != shard["tokens"]:
-                raise ValueError(f"{bin_file.with_suffix('.npy')}: does not match manifest.json; prepare again")
-            with bin_file.open("rb") as stream:
-                self._maps.append(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-            self._rows.append(np.frombuffer(self._maps[-1], dtype=self.dtype))
-            starts.append(offsets[0, :-1] + token_base[-1])
-            byte_starts.append(offsets[1, :-1] + byte_base)
-            token_base.append(token_base[-1] + shard["tokens"])
-            byte_base += shard["bytes"]
-        self._base = np.array(token_base, dtype=np.int64)
-        self.offsets = np.concatenate([*starts, [token_base[-1]]]).astype(np.int64)
-        self.byte_offsets = np.concatenate([*byte_starts, [byte_base]]).astype(np.int64)
+                raise ValueError(f"{file}: does not match manifest.json; prepare again")
+            pieces.append(offsets[row, :-1] + base)
+            base += shard[total]
+        return np.concatenate([*pieces, [base]]).astype(np.int64)
 
     def __reduce__(self) -> Any:  # workers started by spawn reopen the files instead of copying them
         return TokenShards, (self.folder,)
@@ -200,9 +235,11 @@ class TokenShards:
             raise ValueError(f"{file}: {file.stat().st_size} bytes, manifest.json says {size}; prepare again")
         return file
 
-    @property
-    def counts(self) -> np.ndarray:
-        return np.load(self.folder / COUNTS)
+    def counts(self, source: str | None = None) -> np.ndarray:
+        """int64 [2, vocab_size]: how often each token occurs (row 0) and how often it opens a document (row 1), in one
+        source or in all."""
+        counts = np.load(self.folder / COUNTS)
+        return counts.sum(axis=0) if source is None else counts[self.manifest["counts"]["sources"].index(source)]
 
     @property
     def identity(self) -> str:
@@ -259,19 +296,34 @@ class TokenShards:
         done = 0
         while done < len(out):
             begin = start + done - int(self._base[shard])
-            size = min(len(out) - done, len(self._rows[shard]) - begin)
-            out[done : done + size] = self._rows[shard][begin : begin + size]
-            first = begin * self.dtype.itemsize // _PAGE * _PAGE
-            self._maps[shard].madvise(mmap.MADV_DONTNEED, first, (begin + size) * self.dtype.itemsize - first)
+            pages, row = _mapped(*self._files[shard], self.dtype)
+            size = min(len(out) - done, len(row) - begin)
+            out[done : done + size] = row[begin : begin + size]
+            first = begin * self.dtype.itemsize // _MAPPED_AT_ONCE * _MAPPED_AT_ONCE
+            last = -(-(begin + size) * self.dtype.itemsize // _MAPPED_AT_ONCE) * _MAPPED_AT_ONCE
+            pages.madvise(mmap.MADV_DONTNEED, first, min(last, len(pages)) - first)
             done, shard = done + size, shard + 1
 
     def verify(self) -> None:
-        """Compare every file with its checksum; raises ValueError naming the first that differs."""
+        """Compare every file, the tokenizer's too, with its checksum; raises ValueError naming the first that differs,
+        FileNotFoundError for a missing one."""
+        checksums = [(self.folder / COUNTS, self.manifest["counts"]["sha256"])]
+        checksums.append((self.tokenizer_file, self.manifest["tokenizer"]["sha256"]))
+        kinds = ((".bin", "sha256"), (".npy", "offsets_sha256"), (".parquet", "origins_sha256"))
         for shard in self.manifest["shards"]:
-            for suffix, key in ((".bin", "sha256"), (".npy", "offsets_sha256")):
-                file = self.folder / (shard["name"] + suffix)
-                if _sha256(file) != shard[key]:
-                    raise ValueError(f"{file}: checksum differs from manifest.json; prepare again")
+            checksums += [(self.folder / (shard["name"] + suffix), shard[key]) for suffix, key in kinds]
+        for file, checksum in checksums:
+            if _sha256(file) != checksum:
+                raise ValueError(f"{file}: checksum differs from manifest.json; prepare again")
+
+
+@lru_cache(maxsize=256)
+def _mapped(file: Path, size: int, modified_ns: int, dtype: np.dtype) -> tuple[mmap.mmap, np.ndarray]:
+    """A shard's tokens in memory. Each map holds a file descriptor, so only those in use are kept; size and time tell
+    apart what was written anew under the same name."""
+    with file.open("rb") as stream:
+        pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return pages, np.frombuffer(pages, dtype=dtype)
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
@@ -279,6 +331,16 @@ def write_array(file: Path, array: np.ndarray) -> None:
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("wb") as stream:
         np.save(stream, array)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file that exists only when it is whole and on disk."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
@@ -298,12 +360,16 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _write_origins(file: Path, ids: list[str], urls: list[str]) -> None:
+def write_origins(file: Path, ids: list[str], urls: list[str]) -> None:
+    """Write the ids and urls of a shard's documents."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     temporary = file.with_name(file.name + ".tmp")
-    pq.write_table(pa.table({"id": ids, "url": urls}), temporary, compression="zstd")
+    with temporary.open("wb") as stream:
+        pq.write_table(pa.table({"id": ids, "url": urls}), stream, compression="zstd")
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(file)
 
 

@@ -110,9 +110,11 @@ class Source:
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
             raise ValueError(f"format: unknown {self.format!r}; known: auto, {', '.join(FORMATS)}")
-        for key in ("min_chars", "max_bytes", "max_documents"):
+        for key, least in (("min_chars", 0), ("max_bytes", 1), ("max_documents", 1)):
             if getattr(self, key) is not None:
-                object.__setattr__(self, key, whole_number(getattr(self, key), key))
+                object.__setattr__(self, key, whole_number(getattr(self, key), key, least))
+        if isinstance(self.suffixes, str):
+            raise ValueError(f"suffixes: expected a list such as [{self.suffixes}], got {self.suffixes!r}")
         object.__setattr__(self, "suffixes", tuple(self.suffixes))
         self.columns  # noqa: B018  # checks the conditions
 
@@ -126,7 +128,8 @@ class Source:
         if self.name:
             return self.name
         if self.format == "hub" or self.path.startswith("hf://"):
-            return self.path.removeprefix("hf://")
+            name = self.path.removeprefix("hf://")
+            return Path(name).name if Path(name).is_dir() else name
         plain = [part for part in Path(self.path).parts if not glob.has_magic(part)]
         return plain[-1] if plain else "corpus"
 
@@ -167,7 +170,7 @@ class Source:
         if kind == "hub":
             found = hub_files(self.path.removeprefix("hf://"), self.subset, self.split, self.revision)
             revision = found.revision
-            files = [(url, _name_on_hub(url)) for url in found.files]
+            files = [(url, self._name_on_hub(url)) for url in found.files]
             kinds = {_format_of(url) for url in found.files}
             if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
                 raise ValueError(f"source path {self.path!r}: a hub dataset of parquet or jsonl files is expected")
@@ -219,6 +222,7 @@ class Source:
         remote file that cannot be read any more.
         """
         skipped = Counter() if skipped is None else skipped
+        label = self.label
         min_chars = self.min_chars if self.min_chars is not None else (200 if self.path == "python-env" else 1)
         try:
             for path, name in part.files:
@@ -226,9 +230,7 @@ class Source:
                     if len(row.text) < min_chars:
                         skipped["short"] += 1
                         continue
-                    # Lone surrogates of broken JSON escapes become "?"; everything else comes back as it was.
-                    text = row.text if row.text.isascii() else row.text.encode(errors="replace").decode()
-                    yield Document(text, f"{self.label}/{row.id}", self.label, row.url)
+                    yield Document(_valid(row.text), _valid(f"{label}/{row.id}"), label, _valid(row.url))
         except RowError as error:
             raise ValueError(f"source path {self.path!r}: {error}") from error
 
@@ -243,6 +245,12 @@ class Source:
         read = read_parquet if part.format == "parquet" else read_jsonl
         return read(path, name, self.columns, skipped, part.span)
 
+    def _name_on_hub(self, url: str) -> str:
+        """A file's path inside its dataset: hf://datasets/owner/name@revision/data/x.parquet -> data/x.parquet."""
+        if url.startswith("hf://datasets/"):
+            return url.split("/", 5)[-1]
+        return Path(url).relative_to(Path(self.path.removeprefix("hf://")).absolute()).as_posix()
+
     def _name(self, file: Path) -> str:
         """A file's path below the part of `path` without wildcards: files of one name in many folders stay apart."""
         pattern = Path(self.path).expanduser()
@@ -251,9 +259,9 @@ class Source:
         return file.relative_to(root).as_posix()
 
 
-def _name_on_hub(url: str) -> str:
-    """hf://datasets/owner/name@revision/data/x.parquet -> data/x.parquet; a local path -> its file name."""
-    return url.split("/", 5)[-1] if url.startswith("hf://datasets/") else Path(url).name
+def _valid(text: str) -> str:
+    """Lone surrogates of broken JSON escapes become "?"; everything else comes back as it was."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _format_of(file: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from data.dedup import Deduplicate
-from data.schema import from_mapping, whole_number
+from data.schema import fraction, from_mapping, whole_number
 from data.sources import PART_BYTES, Source
 from data.tokenizer import TokenizerSpec, tokenizer_settings
 
@@ -51,12 +51,15 @@ class PrepareSpec:
             from_mapping(Source, {"path": entry} if isinstance(entry, str) else entry, f"{where}.sources[{i}]")
             for i, entry in enumerate(spec.sources)
         )
-        if not 0 <= spec.heldout_fraction < 1:
-            raise ValueError(f"{where}.heldout_fraction: {spec.heldout_fraction!r} is not in [0, 1)")
+        labels = [source.label for source in sources]
+        for i, label in enumerate(labels):
+            if label in labels[:i]:
+                raise ValueError(f"{where}.sources[{i}]: the name {label!r} occurs twice; set `name`")
         return replace(
             spec,
             sources=sources,
             tokenizer=from_mapping(TokenizerSpec, spec.tokenizer, f"{where}.tokenizer"),
+            heldout_fraction=fraction(spec.heldout_fraction, f"{where}.heldout_fraction", zero=True),
             deduplicate=Deduplicate.parse(spec.deduplicate, f"{where}.deduplicate"),
             workers=None if spec.workers is None else whole_number(spec.workers, f"{where}.workers", least=1),
             shard_tokens=whole_number(spec.shard_tokens, f"{where}.shard_tokens", least=1),

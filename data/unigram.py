@@ -17,8 +17,8 @@ def target_counts(stream: PackedStream) -> np.ndarray:
     The first token of a document is no target (its label is ignored, see `data.loader`), every other one is.
     """
     shards = stream.shards
-    if len(stream.documents) == len(shards.offsets) - 1:
-        every, first = shards.counts
+    if len(stream.documents) == len(shards.documents_of(stream.source)):
+        every, first = shards.counts(stream.source)
         return every - first
     counts = np.zeros(shards.vocab_size, dtype=np.int64)
     for document in stream.documents:
@@ -27,20 +27,20 @@ def target_counts(stream: PackedStream) -> np.ndarray:
     return counts
 
 
-def unigram_loss(train: Sequence[tuple[TokenShards, float]], heldout: PackedStream) -> float:
+def unigram_loss(train: Sequence[tuple[TokenShards, str | None, float]], heldout: PackedStream) -> float:
     """Cross entropy, nats per target token, of `heldout` under the token frequencies of the training data.
 
-    Frequencies are add-one smoothed target counts of each shard folder, p(t) = (count(t) + 1) / (targets +
-    V), mixed by `train`'s weights. The length filters of a training mixture are not applied to its counts
-    (that would take a pass over the corpus); those of `heldout` are. The held-out targets are exactly those
-    of a full pass of the held-out loader, so the figure stands beside the model's loss; `limit_val_batches`
-    makes the latter a sample of it.
+    train: shard folder, source in it (None for all) and weight of each component. Frequencies are add-one smoothed
+    target counts, p(t) = (count(t) + 1) / (targets + V), mixed by the weights. The length filters of a training mixture
+    are not applied to its counts (that would take a pass over the corpus); those of `heldout` are. The held-out targets
+    are exactly those of a full pass of the held-out loader, so the figure stands beside the model's loss;
+    `limit_val_batches` makes the latter a sample of it.
     """
     counts = target_counts(heldout)
-    total_weight = sum(weight for _, weight in train)
+    total_weight = sum(weight for _, _, weight in train)
     probability = np.zeros(len(counts))
-    for shards, weight in train:
-        every, first = shards.counts
+    for shards, source, weight in train:
+        every, first = shards.counts(source)
         targets = every - first
         probability += weight / total_weight * (targets + 1) / (targets.sum() + len(targets))
     return float(-(counts * np.log(probability)).sum() / counts.sum())

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data.dedup import save_scan, scan, select
-from data.shards import ShardWriter, write_json
+from data.shards import ShardWriter, remove_shards, write_arrays, write_json
 from data.sources import Document, Part
 from data.spec import PrepareSpec
 from data.tokenizer import TextTokenizer
@@ -60,12 +60,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Task:
-    """One part of one source of a preparation."""
+    """One part of one source of a preparation; tokenizer: the SHA-256 of `<output>/tokenizer.json`."""
 
     spec: PrepareSpec
     source: int
     index: int
     part: Part
+    tokenizer: str = ""
     budget: Budget = Budget(None, None)
 
     @property
@@ -81,11 +82,12 @@ class Task:
         return np.load(self.file(".keep.npy")) if self.spec.deduplicate is not None else None
 
     def record(self) -> dict[str, Any] | None:
-        """The part's record, None while it is not done."""
+        """The part's record; None while it is not done with this tokenizer and within this budget."""
         try:
-            return json.loads(self.file(".json").read_text(encoding="utf-8"))
+            record = json.loads(self.file(".json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        return record if record["tokenizer"] == self.tokenizer and self.budget.allows(record) else None
 
 
 def scan_part(task: Task) -> None:
@@ -105,7 +107,7 @@ def encode_part(task: Task) -> dict[str, Any]:
     """
     with _locked(task):
         record = task.record()
-        if record is not None and task.budget.allows(record):
+        if record is not None:
             return record
         task.file(".json").unlink(missing_ok=True)
         record = _encode(task)
@@ -118,13 +120,12 @@ def discard_part(task: Task) -> None:
     with _locked(task):
         task.file(".json").unlink(missing_ok=True)
         for folder in task.spec.folders.values():
-            for file in folder.glob(f"{_prefix(task)}-*"):
-                file.unlink()
+            remove_shards(folder, _prefix(task))
 
 
 def _encode(task: Task) -> dict[str, Any]:
     spec, source = task.spec, task.spec.sources[task.source]
-    tokenizer = _tokenizer(Path(spec.output) / "tokenizer.json", spec.tokenizer.bos, spec.tokenizer.eos)
+    tokenizer = _tokenizer(Path(spec.output), spec.tokenizer.bos, spec.tokenizer.eos, task.tokenizer)
     arguments = (_prefix(task), source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
     writers = {split: ShardWriter(folder, *arguments) for split, folder in spec.folders.items()}
     skipped: Counter[str] = Counter()
@@ -148,16 +149,14 @@ def _encode(task: Task) -> dict[str, Any]:
             totals.update(documents=len(batch), tokens=sum(map(len, tokens)), bytes=sum(sizes))
             progress(sum(sizes))
         shards = {split: writer.close() for split, writer in writers.items()}
-        with task.file(".counts.npz").open("wb") as stream:
-            np.savez_compressed(
-                stream, allow_pickle=False, **{split: writer.counts for split, writer in writers.items()}
-            )
+        write_arrays(task.file(".counts.npz"), {split: writer.counts for split, writer in writers.items()})
     except BaseException:
         for writer in writers.values():
             writer.abort()
         raise
     return {
         **{key: totals[key] for key in ("documents", "tokens", "bytes")},
+        "tokenizer": task.tokenizer,
         "skipped": dict(skipped),
         "limited": allowance.exceeded,
         "budget": [task.budget.bytes, task.budget.documents],
@@ -176,8 +175,11 @@ def _prefix(task: Task) -> str:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(file: Path, bos: str, eos: str) -> TextTokenizer:
-    return TextTokenizer(file, bos, eos)
+def _tokenizer(output: Path, bos: str, eos: str, sha256: str) -> TextTokenizer:
+    tokenizer = TextTokenizer(output / "tokenizer.json", bos, eos)
+    if tokenizer.sha256 != sha256:
+        raise ValueError(f"{tokenizer.file} was replaced while {output} was being prepared; run again")
+    return tokenizer
 
 
 class Allowance:
@@ -219,9 +221,9 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _counted(documents: Iterable[Document]) -> Iterator[Document]:
-    for document in documents:
-        yield document
-        progress(len(document.text))
+    for batch in batches(documents):
+        yield from batch
+        progress(sum(len(document.text) for document in batch))
 
 
 def _ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -92,7 +93,8 @@ def write_synthetic(folder: Path, gigabytes: float) -> TokenShards:
             writer.add(documents, (4 * lengths).tolist(), [""] * len(documents), [""] * len(documents))
             left -= int(lengths.sum())
         described = {"sha256": "synthetic", "vocab_size": VOCAB_SIZE, "bos_id": 0, "eos_id": 1, "file": "none"}
-        write_manifest(folder, np.dtype(np.uint16), writer.close(), writer.counts, tokenizer=described, sources=[])
+        counts = {"synthetic": writer.counts}
+        write_manifest(folder, np.dtype(np.uint16), writer.close(), counts, tokenizer=described, sources=[])
     return TokenShards(folder)
 
 
@@ -126,6 +128,11 @@ def reading(folder: Path, gigabytes: float) -> dict[str, Any]:
         "empty": data.rows.mixtures[0].streams[0].packing.waste,
         "samples": samples,
     }
+
+
+def in_fresh_process(function: Any, *arguments: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def memory() -> dict[str, float]:
@@ -194,7 +201,7 @@ def main() -> None:
         "command": "python scripts/bench_data.py "
         + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k == "name"),
         "preparation": preparation(args.work / "corpus", args.sources, args.repeats),
-        "reading": reading(args.work / "synthetic", args.read_gb),
+        "reading": in_fresh_process(reading, args.work / "synthetic", args.read_gb),
     }
     stem = f"{date.today()}-{args.name}-data"
     args.out.mkdir(parents=True, exist_ok=True)

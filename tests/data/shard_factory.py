@@ -21,13 +21,13 @@ def write_shards(
     text."""
     by_source = documents if isinstance(documents, dict) else {"s": documents}
     shards, sources = [], []
-    counts = np.zeros((2, VOCAB_SIZE), dtype=np.int64)
+    counts = {}
     for number, (source, each) in enumerate(by_source.items()):
         writer = ShardWriter(folder, f"shard-{number}", source, np.dtype(np.uint16), VOCAB_SIZE, shard_tokens)
         ids = [f"{source}/{i}" for i in range(len(each))]
         writer.add(each, [2 * len(document) for document in each], ids, [""] * len(each))
         shards += writer.close()
-        counts += writer.counts
+        counts[source] = writer.counts
         tokens = sum(map(len, each))
         sources.append(
             {

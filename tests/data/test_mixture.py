@@ -1,5 +1,8 @@
 """The sample order: bijections, quotas, windows against brute force, and the errors of too little data."""
 
+import functools
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -197,3 +200,29 @@ def test_shares_of_ten_thousand_samples_are_within_half_a_percent(mixture, weigh
     for begin in (0, 123, 10**7 + 77):
         drawn = np.bincount([mixed.locate(begin + i)[0] for i in range(10_000)], minlength=3) / 10_000
         assert np.abs(drawn - asked).max() < 0.005
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path, monkeypatch):
+    import resource
+
+    import data.shards as shards_module
+
+    documents = random_documents([20] * 300, seed=5)
+    folder = write_shards(tmp_path / "many", documents, shard_tokens=20)
+    monkeypatch.setattr(shards_module, "_mapped", functools.lru_cache(maxsize=16)(shards_module._mapped.__wrapped__))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, hard))
+    try:
+        shards = TokenShards(folder)
+        assert len(shards.manifest["shards"]) == 300
+        for i in np.random.default_rng(0).permutation(300).tolist():
+            assert shards.read(20 * i, 20 * i + 20).tolist() == documents[i].tolist()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_shards_written_anew_under_the_same_names_are_read_anew(tmp_path):
+    for seed in (1, 2):
+        documents = random_documents([50] * 4, seed=seed)
+        shards = TokenShards(write_shards(tmp_path / "s", documents))
+        assert shards.read(0, 50).tolist() == documents[0].tolist()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,10 @@ def test_shards_hold_every_document_once_in_one_split(corpus, tmp_path):
         assert manifest["tokenizer"]["sha256"] == tokenizer.sha256
         assert shards.tokenizer_file == (tmp_path / "out" / "tokenizer.json").resolve()
         every = Counter(int(token) for document in documents for token in document)
-        assert {t: int(n) for t, n in enumerate(shards.counts[0]) if n} == every
-        assert shards.counts[1][tokenizer.bos_id] == len(documents) == shards.counts[1].sum()
+        counts = shards.counts()
+        assert {t: int(n) for t, n in enumerate(counts[0]) if n} == every
+        assert counts[1][tokenizer.bos_id] == len(documents) == counts[1].sum()
+        assert (shards.counts("c") == counts).all()
         texts += split_texts
     assert len(TokenShards(tmp_path / "out" / "train").manifest["shards"]) > 3
     assert sorted(texts) == sorted(row["text"] for row in ROWS)
@@ -120,7 +123,7 @@ def identities(output):
         shards = TokenShards(output / split)
         shards.verify()
         origins = [shards.origin(i) for i in range(len(shards.offsets) - 1)]
-        found.append((shards.identity, shards.counts.tolist(), origins, shards.manifest["sources"]))
+        found.append((shards.identity, shards.counts().tolist(), origins, shards.manifest["sources"]))
     return found
 
 
@@ -170,6 +173,8 @@ def test_result_does_not_depend_on_the_number_of_workers(corpora, overrides):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("deduplicate", [None, "exact"])
 def test_limits_take_the_first_documents_of_a_source(corpora, workers, deduplicate):
+    for file in (corpora / "a").iterdir():  # one that would still fit after the one that does not
+        file.write_text(file.read_text() + json.dumps({"text": f"short {file.name}"}) + "\n")
     sources = [
         {"path": str(corpora / "a" / "*.jsonl"), "name": "a", "max_bytes": 13_000},
         {"path": str(corpora / "b" / "*.jsonl"), "name": "b", "max_documents": 55},
@@ -195,6 +200,8 @@ def test_limits_take_the_first_documents_of_a_source(corpora, workers, deduplica
         listed = {f"{shard['name']}.bin" for shard in shards.manifest["shards"]}
         assert {file.name for file in (corpora / "out" / split).glob("*.bin")} == listed
     assert sorted(found) == sorted(wanted)
+    prepare(replace(limited, output=str(corpora / "other"), workers=3 - workers))
+    assert identities(corpora / "other") == identities(corpora / "out")
 
 
 def test_a_first_document_beyond_the_limit_is_taken(corpus, tmp_path):
@@ -316,8 +323,9 @@ def test_two_processes_preparing_the_same_data_take_turns(corpora):
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
-    prepare(many_parts(corpora, corpora / "alone"))
-    assert TokenShards(corpora / "out" / "train").manifest["documents"] > 200
+    alone = subprocess.run(command(corpora / "alone", corpora, "--workers", "2"), cwd=root, capture_output=True)
+    assert alone.returncode == 0
+    assert identities(corpora / "out") == identities(corpora / "alone")
 
 
 def test_finished_parts_are_not_done_again(corpora, monkeypatch):
@@ -365,7 +373,7 @@ def test_a_disk_that_fills_while_a_shard_is_written_leaves_nothing_of_the_part(c
 
 
 @pytest.mark.parametrize("change", ["settings", "file"])
-def test_an_interrupted_run_with_other_settings_or_files_starts_again(corpora, monkeypatch, change, capsys):
+def test_a_run_interrupted_before_any_part_was_done_may_change(corpora, monkeypatch, change):
     def interrupted(task):
         raise KeyboardInterrupt
 
@@ -380,11 +388,85 @@ def test_an_interrupted_run_with_other_settings_or_files_starts_again(corpora, m
     if change == "file":
         (corpora / "a" / "0.jsonl").write_text('{"text": "another text"}\n')
     prepare(many_parts(corpora, corpora / "out", **overrides))
-    assert "so it starts again" in capsys.readouterr().out
     prepare(many_parts(corpora, corpora / "whole", **overrides))
     assert identities(corpora / "out") == identities(corpora / "whole")
     assert (corpora / "out" / "train" / "mine.txt").exists()
     assert not (corpora / "out" / "train" / "shard-009-00000-000.bin").exists()
+
+
+def interrupt_after(parts, monkeypatch, asked):
+    """Prepare until some parts are done, then fail."""
+    encode, done = work_module._encode, []
+
+    def fails(task):
+        if len(done) == parts:
+            raise KeyboardInterrupt
+        done.append(task.name)
+        return encode(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work_module, "_encode", fails)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(asked)
+    return done
+
+
+@pytest.mark.parametrize("change", ["settings", "changed file", "added file"])
+def test_done_parts_are_not_thrown_away_for_a_change_without_asking(corpora, monkeypatch, change):
+    done = interrupt_after(3, monkeypatch, many_parts(corpora, corpora / "out", workers=1))
+    file = corpora / "a" / ("0.jsonl" if change == "changed file" else "9.jsonl")
+    before = file.read_bytes() if file.exists() else None
+    stat = file.stat() if file.exists() else None
+    if change != "settings":
+        file.write_text('{"text": "another text"}\n')
+    expected = {"settings": "shard_tokens: 400 != 900"}.get(change, file.name.replace(".", r"\."))
+    overrides = {"shard_tokens": 900} if change == "settings" else {}
+    with pytest.raises(ValueError, match=rf"an interrupted preparation is here, .*{expected}.*delete .*work to start"):
+        prepare(many_parts(corpora, corpora / "out", **overrides))
+    if before is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_bytes(before)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = []
+    encode = work_module._encode
+    monkeypatch.setattr(work_module, "_encode", lambda task: again.append(task.name) or encode(task))
+    prepare(many_parts(corpora, corpora / "out", workers=1))
+    assert again and not set(again) & set(done)
+
+
+def test_a_wrong_column_in_the_last_source_shows_before_any_work(corpora, monkeypatch):
+    monkeypatch.setattr(work_module, "_encode", lambda task: pytest.fail("nothing should be encoded"))
+    sources = [str(corpora / "a" / "*.jsonl"), {"path": str(corpora / "b" / "*.jsonl"), "text_column": "body"}]
+    with pytest.raises(ValueError, match=r"b/0\.jsonl has no column 'body'; it has: text"):
+        prepare(spec(None, corpora / "out", sources=sources, workers=1))
+
+
+def test_parts_of_another_tokenizer_are_made_again(corpora, monkeypatch):
+    """A user replaces tokenizer.json between two attempts, in one process: no part keeps the old ids."""
+    asked = many_parts(corpora, corpora / "out", workers=1, heldout_fraction=0)
+    done = interrupt_after(3, monkeypatch, asked)
+    prepare(many_parts(corpora, corpora / "x", tokenizer={"train": {"vocab_size": 280}}, heldout_fraction=0))
+    (corpora / "out" / "tokenizer.json").write_bytes((corpora / "x" / "tokenizer.json").read_bytes())
+    prepare(asked)
+    shards = TokenShards(corpora / "out" / "train")
+    shards.verify()
+    tokenizer = TextTokenizer(shards.tokenizer_file)
+    texts = [d.text for source in asked.sources for d in source.documents()]
+    assert done
+    for i, text in enumerate(texts):
+        assert tokenizer.decode(shards.read(int(shards.offsets[i]), int(shards.offsets[i + 1])))[7:-7] == text
+
+
+def test_folders_hold_only_what_the_manifest_lists(corpora):
+    asked = many_parts(corpora, corpora / "out", workers=1)
+    (corpora / "out" / "train").mkdir(parents=True)
+    for name in ("shard-000-00099-000.bin", "shard-000-00000-007.npy", "shard-000-00000-000.bin.tmp"):
+        (corpora / "out" / "train" / name).write_bytes(b"of an earlier attempt")
+    prepare(asked)
+    shards = TokenShards(corpora / "out" / "train").manifest["shards"]
+    wanted = {f"{shard['name']}{end}" for shard in shards for end in (".bin", ".npy", ".parquet")}
+    assert {file.name for file in (corpora / "out" / "train").iterdir()} == wanted | {"manifest.json", "counts.npy"}
 
 
 def test_a_worker_that_dies_is_reported(corpora, monkeypatch):
@@ -458,6 +540,19 @@ def test_damaged_shards_are_refused(corpus, tmp_path):
     (folder / "shard-000-00000-001.bin").write_bytes(content[:-1] + b"\xff")
     with pytest.raises(ValueError, match=r"shard-000-00000-001\.bin: checksum differs"):
         TokenShards(folder).verify()
+    (folder / "shard-000-00000-001.bin").write_bytes(content)
+    for name in ("shard-000-00000-001.parquet", "counts.npy", "../tokenizer.json"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(ValueError, match=rf"{Path(name).name}: checksum differs"):
+            TokenShards(folder).verify()
+        (folder / name).write_bytes(before)
+    TokenShards(folder).verify()
+    offsets = (folder / "shard-000-00000-000.npy").read_bytes()
+    (folder / "shard-000-00000-000.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"shard-000-00000-000\.npy: not readable"):
+        TokenShards(folder)
+    (folder / "shard-000-00000-000.npy").write_bytes(offsets)
     (folder / "shard-000-00000-001.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard-000-00000-001\.bin: listed"):
         TokenShards(folder)
@@ -483,7 +578,13 @@ def test_empty_split_is_an_error(corpus, tmp_path):
         ({"out": "x"}, "prepare: unknown key 'out'"),
         ({"workers": 0}, r"prepare\.workers: expected a whole number >= 1"),
         ({"deduplicate": "fuzzy"}, r"prepare\.deduplicate: unknown 'fuzzy'; known: exact, near"),
-        ({"deduplicate": {"threshold": 2}}, r"prepare\.deduplicate: threshold: 2 is not in \(0, 1\]"),
+        ({"deduplicate": {"threshold": 2}}, r"prepare\.deduplicate: threshold: 2 is not in \(0, 1\)"),
+        ({"deduplicate": {"threshold": 0.999, "permutations": 16}}, r"deduplicate: threshold: 0\.999 with 16 perm"),
+        ({"heldout_fraction": "a tenth"}, r"prepare\.heldout_fraction: 'a tenth' is not in \[0, 1\)"),
+        (
+            {"sources": ["a/data.jsonl", "b/data.jsonl"]},
+            r"sources\[1\]: the name 'data\.jsonl' occurs twice; set `name`",
+        ),
         ({"deduplicate": {"bands": 2}}, r"prepare\.deduplicate: unknown key 'bands'"),
     ],
 )

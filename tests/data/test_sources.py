@@ -186,8 +186,30 @@ def test_parts_are_read_on_their_own_and_together_are_the_source(tmp_path, kind,
 
 def test_lone_surrogates_do_not_stop_a_run(tmp_path):
     file = tmp_path / "c.jsonl"
-    file.write_text('{"text": "broken \\ud800 escape"}\n')
-    assert [d.text for d in Source(str(file)).documents()] == ["broken ? escape"]
+    file.write_text('{"text": "broken \\ud800 escape", "id": "\\ud800", "url": "\\ud800"}\n')
+    [document] = Source(str(file), id_column="id", url_column="url").documents()
+    assert (document.text, document.id, document.url) == ("broken ? escape", "c.jsonl/?", "?")
+
+
+def test_rows_without_an_id_get_one_from_their_place(tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(jsonl([{"text": "a", "id": "x", "url": None}, {"text": "b", "id": None}, {"text": "c"}]))
+    documents = list(Source(str(file), id_column="id", url_column="url", name="s").documents())
+    assert documents[0].id == "s/x" and len({d.id for d in documents}) == 3
+    assert documents[2].id.startswith("s/c.jsonl:")
+
+
+def test_a_local_hub_folder_keeps_files_of_one_name_apart(tmp_path):
+    for name in ("2013", "2014"):
+        (tmp_path / "web" / "data" / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([{"text": name}] * 3), tmp_path / "web" / "data" / name / "0.parquet")
+    ids = [d.id for d in Source(str(tmp_path / "web"), format="hub").documents()]
+    assert ids == [f"web/data/{name}/0.parquet:{i}" for name in ("2013", "2014") for i in range(3)]
+
+
+def test_one_suffix_needs_a_list():
+    with pytest.raises(ValueError, match=r"suffixes: expected a list such as \[\.txt\], got '\.txt'"):
+        Source("x", suffixes=".txt")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
@@ -207,11 +229,11 @@ def test_missing_column_names_file_and_columns(tmp_path, suffix):
         ("c.jsonl", b'{"text": 5}\n', "column 'text' holds int, expected text"),
         ("c.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], r"c.jsonl.gz.*(broken|not valid JSON)"),
         ("c.parquet", b"no parquet", "not a parquet file"),
-        ("c.jsonl.gz", gzip.compress(jsonl(ROWS * 99))[:-200], r"c\.jsonl\.gz: broken after line \d+"),
+        ("c.jsonl.gz", gzip.compress(jsonl(ROWS * 99), mtime=0)[:-200], r"c\.jsonl\.gz: broken after line \d+"),
         ("c.jsonl.gz", b"no gzip", r"c\.jsonl\.gz: broken after line 0"),
         ("c.jsonl.zst", zstandard.compress(jsonl(ROWS * 99))[:-9], r"c\.jsonl\.zst: broken after line \d+"),
         ("c.jsonl.zst", b"no zstd at all", r"c\.jsonl\.zst: broken after line 0"),
-        ("c.txt.gz", gzip.compress(b"some text" * 99)[:-9], r"c\.txt\.gz: broken"),
+        ("c.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-9], r"c\.txt\.gz: broken"),
         ("c.jsonl", b'{"text": "a"}\n{"text": "\xff\xfe"}\n', r"c\.jsonl, line 2: not valid UTF-8"),
     ],
 )
@@ -236,7 +258,7 @@ def test_unknown_paths_and_formats_are_refused(tmp_path):
         Source(str(tmp_path / "*[lt]")).resolve()
     with pytest.raises(ValueError, match="format: unknown 'csv'"):
         Source("x", format="csv")
-    with pytest.raises(ValueError, match="max_bytes: expected a whole number >= 0, got -1"):
+    with pytest.raises(ValueError, match="max_bytes: expected a whole number >= 1, got -1"):
         Source("x", max_bytes=-1)
 
 

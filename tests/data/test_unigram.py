@@ -20,8 +20,8 @@ def test_unigram_loss_equals_brute_force(tmp_path, min_tokens):
     first, second = random_documents([300, 40, 500], seed=1), random_documents([90] * 9, seed=2)
     heldout = random_documents([20, 70, 2, 400], seed=3)
     train = [
-        (TokenShards(write_shards(tmp_path / "first", first)), 3.0),
-        (TokenShards(write_shards(tmp_path / "second", second)), 1.0),
+        (TokenShards(write_shards(tmp_path / "first", {"other": heldout, "s": first})), "s", 3.0),
+        (TokenShards(write_shards(tmp_path / "second", second)), None, 1.0),
     ]
     counts = [Counter(targets(documents)) for documents in (first, second)]
     totals = [len(targets(documents)) for documents in (first, second)]

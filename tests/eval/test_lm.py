@@ -247,7 +247,11 @@ def heldout(sparse):
     writer.add(tokenizer.encode_documents(texts), [len(text.encode()) for text in texts], ids, [""] * len(texts))
     file = os.path.relpath(tokenizer.file, folder)
     write_manifest(
-        folder, tokenizer.dtype, writer.close(), writer.counts, tokenizer={**tokenizer.describe(), "file": file}
+        folder,
+        tokenizer.dtype,
+        writer.close(),
+        {"prose": writer.counts},
+        tokenizer={**tokenizer.describe(), "file": file},
     )
     return texts
 
