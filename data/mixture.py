@@ -118,7 +118,7 @@ class PackedStream:
                 f" {min_tokens}{bound} tokens; the longest has {lengths[of_source].max():,},"
                 f" the shortest {lengths[of_source].min():,}"
             )
-        self.documents = np.flatnonzero(keep)  # [n] kept documents
+        self.documents = np.flatnonzero(keep).astype(np.int32 if len(keep) < 1 << 31 else np.int64)  # [n] kept ones
         kept = lengths[self.documents]
         self.num_tokens = int(kept.sum())
         if self.num_tokens == len(kept):

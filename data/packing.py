@@ -28,8 +28,8 @@ class Packing:
     """Windows as pieces of documents; piece p is tokens [start[p], start[p] + length[p]) of document[p].
 
     borders: int64 [windows + 1]; window w holds the pieces borders[w] to borders[w + 1].
-    document: int64 [pieces], index into the lengths given. start: int64 [pieces]. length: int32 [pieces].
-    seq_len: inputs a window.
+    document [pieces], index into the lengths given, and start [pieces]: int32 where that is enough, else int64.
+    length: int32 [pieces]. seq_len: inputs a window.
     """
 
     borders: np.ndarray
@@ -64,8 +64,8 @@ def pack(lengths: np.ndarray, seq_len: int) -> Packing:
     borders = [p.borders[:-1] + offset for p, offset in zip(packed, offsets[:-1], strict=True)]
     return Packing(
         np.concatenate([*borders, offsets[-1:]]).astype(np.int64),
-        _join([p.document for p in packed], np.int64),
-        _join([p.start for p in packed], np.int64),
+        _join([p.document for p in packed], _narrow(len(lengths))),
+        _join([p.start for p in packed], _narrow(lengths.max(initial=0))),
         _join([p.length for p in packed], np.int32),
         seq_len,
     )
@@ -183,6 +183,11 @@ def _ranges(counts: np.ndarray) -> np.ndarray:
     """0 .. counts[0] - 1, 0 .. counts[1] - 1, and so on, in one array."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+
+
+def _narrow(most: int) -> type:
+    """The integer type for a corpus of that size: these arrays are the memory that a large corpus takes."""
+    return np.int32 if most < 1 << 31 else np.int64
 
 
 def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -21,7 +21,7 @@ def target_counts(stream: PackedStream) -> np.ndarray:
         every, first = shards.counts(stream.source)
         return every - first
     counts = np.zeros(shards.vocab_size, dtype=np.int64)
-    for document in stream.documents:
+    for document in stream.documents.tolist():
         tokens = shards.read(int(shards.offsets[document]) + 1, int(shards.offsets[document + 1]))
         counts += np.bincount(tokens, minlength=shards.vocab_size)
     return counts
