@@ -10,6 +10,7 @@ import argparse
 import errno
 import fcntl
 import itertools
+import os
 import shutil
 import sys
 from collections import Counter
@@ -189,8 +190,8 @@ def _local_files(sources: list[dict[str, Any]]) -> dict[str, list[int]]:
     for source in sources:
         for part in source["parts"]:
             for path, _ in part["files"]:
-                if "://" not in path and Path(path).is_file():
-                    stat = Path(path).stat()
+                if "://" not in path and os.path.isfile(path):
+                    stat = os.stat(path)
                     stats[path] = [stat.st_size, stat.st_mtime_ns]
     return stats
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import sysconfig
 import zlib
 from collections import Counter
@@ -243,7 +244,12 @@ def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[
 
 def folder_files(root: Path, suffixes: Iterable[str]) -> list[tuple[str, str]]:
     """(path, path below `root`) of every file below `root` with one of `suffixes`, in sorted order."""
-    return [(str(file), file.relative_to(root).as_posix()) for file in _walk(root, tuple(suffixes))]
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name != "__pycache__"]
+        paths = [os.path.join(folder, name) for name in names if name.endswith(tuple(suffixes))]
+        found += [(path, os.path.relpath(path, root)) for path in paths if os.path.isfile(path)]
+    return sorted(found, key=lambda file: file[1].split(os.sep))
 
 
 def python_env_files(suffixes: Iterable[str]) -> list[tuple[str, str]]:
@@ -253,17 +259,13 @@ def python_env_files(suffixes: Iterable[str]) -> list[tuple[str, str]]:
     of the alphabet.
     """
     paths = sysconfig.get_paths()
-    stdlib, site = Path(paths["stdlib"]), Path(paths["purelib"])
-    files = [(f"stdlib/{file.relative_to(stdlib).as_posix()}", file) for file in _walk(stdlib, tuple(suffixes))]
-    files = [(name, file) for name, file in files if not file.is_relative_to(site) and "site-packages" not in name]
-    files += [(f"site-packages/{f.relative_to(site).as_posix()}", f) for f in _walk(site, tuple(suffixes))]
-    by_hash: Callable[[tuple[str, Path]], bytes] = lambda item: hashlib.blake2b(item[0].encode()).digest()  # noqa: E731
-    return [(str(file), name) for name, file in sorted(files, key=by_hash)]
-
-
-def _walk(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    files = (file for file in root.rglob("*") if file.name.endswith(suffixes))
-    return sorted(file for file in files if "__pycache__" not in file.parts and file.is_file())
+    files = [
+        (path, f"stdlib/{name}")
+        for path, name in folder_files(Path(paths["stdlib"]), suffixes)
+        if "site-packages" not in name and not path.startswith(paths["purelib"] + os.sep)
+    ]
+    files += [(path, f"site-packages/{name}") for path, name in folder_files(Path(paths["purelib"]), suffixes)]
+    return sorted(files, key=lambda file: hashlib.blake2b(file[1].encode()).digest())
 
 
 def _pick(row: Mapping[str, Any], columns: Columns, row_id: str, file: object, skipped: Counter[str]) -> Iterator[Row]:

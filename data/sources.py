@@ -8,6 +8,7 @@ ids that do not depend on where the corpus lies on disk: the train/held-out spli
 
 import glob
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -184,8 +185,11 @@ class Source:
         parts: list[Part] = []
         group: list[tuple[str, str]] = []
         group_size = 0
-        with ThreadPoolExecutor(_LOOKUPS) as pool:  # a hub answers many questions at once
-            looked_up = list(pool.map(lambda file: self._size_and_spans(kind, file[0], part_bytes), files))
+        if any("://" in path for path, _ in files):
+            with ThreadPoolExecutor(_LOOKUPS) as pool:  # a hub answers many questions at once
+                looked_up = list(pool.map(lambda file: self._size_and_spans(kind, file[0], part_bytes), files))
+        else:
+            looked_up = [self._size_and_spans(kind, path, part_bytes) for path, _ in files]
         for (path, name), (size, spans) in zip(files, looked_up, strict=True):
             if group and (len(spans) > 1 or group_size + size > part_bytes):
                 parts.append(Part(kind, tuple(group), None, group_size))
@@ -201,7 +205,7 @@ class Source:
 
     def _size_and_spans(self, kind: str, path: str, part_bytes: int) -> tuple[int, list[tuple[int, int]]]:
         """Bytes of a file, and the spans it is read in where it is more than one part."""
-        size = remote_size(path) if "://" in path else Path(path).stat().st_size
+        size = remote_size(path) if "://" in path else os.stat(path).st_size
         pieces = -(-size // part_bytes)
         if pieces < 2 or kind == "text" or path.endswith((".gz", ".zst")):
             return size, []

@@ -6,9 +6,11 @@ is done or not, whenever the process is killed. A worker holds the part's lock w
 
 import fcntl
 import json
+import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -133,9 +135,7 @@ def _encode(task: Task) -> dict[str, Any]:
     allowance = Allowance(task.budget, first=task.index == 0)
     documents = _within(select(source.read(task.part, skipped), task.keep), allowance)
     try:
-        read = _ahead(batches(documents))
-        # Three threads: one reads, one encodes (mostly without the interpreter's lock), one writes.
-        for batch, tokens in _ahead((batch, tokenizer.encode_documents([d.text for d in batch])) for batch in read):
+        for batch, tokens in _encoded(_ahead(batches(documents)), tokenizer):
             sizes = [len(document.text.encode()) for document in batch]
             held = [spec.is_heldout(document.id) for document in batch]
             for split, writer in writers.items():
@@ -218,6 +218,23 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _encoded(
+    read: Iterable[list[Document]], tokenizer: TextTokenizer
+) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+    """Batches with their tokens. Two batches are under way where the tokenizer uses several cores: the library encodes
+    one while the ids of the other, for which the interpreter is needed, are taken over."""
+    at_once = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else 2
+    under_way: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(at_once) as pool:
+        for batch in read:
+            under_way.append((batch, pool.submit(tokenizer.encode_documents, [d.text for d in batch])))
+            if len(under_way) > at_once:
+                batch, tokens = under_way.popleft()
+                yield batch, tokens.result()
+        for batch, tokens in under_way:
+            yield batch, tokens.result()
 
 
 def _counted(documents: Iterable[Document]) -> Iterator[Document]:
