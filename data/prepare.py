@@ -210,15 +210,16 @@ def _make_tokenizer(spec: PrepareSpec, parts: list[list[Part]], file: Path) -> T
 
 
 def _sample(spec: PrepareSpec, parts: list[list[Part]], sample_bytes: int) -> Iterator[str]:
-    """The first training documents of each source, an equal share of bytes from each."""
+    """The first training documents of each source, an equal share of bytes from each; the last one is cut."""
     for source, every in zip(spec.sources, parts, strict=True):
-        left = sample_bytes / len(spec.sources)
+        left = max(1, sample_bytes // len(spec.sources))
         with tqdm(desc=f"tokenizer sample: {source.label}", unit="B", unit_scale=True, disable=None) as bar:
             for document in itertools.chain.from_iterable(map(source.read, every)):
                 if spec.is_heldout(document.id):
                     continue
-                yield document.text
-                size = len(document.text.encode())
+                text = document.text.encode()[:left]
+                yield text.decode(errors="ignore")
+                size = len(text)
                 bar.update(size)
                 left -= size
                 if left <= 0:

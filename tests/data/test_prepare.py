@@ -486,16 +486,23 @@ def test_a_broken_file_stops_the_run_and_is_named(corpora):
     assert not (corpora / "out" / "train" / "manifest.json").exists()
 
 
-def test_empty_and_huge_documents(tmp_path):
-    huge = "line of a very long document, number 12345 ✓\n" * 40_000
+@pytest.mark.slow
+def test_empty_and_100_mb_documents(tmp_path):
+    line = "line of a very long document, number 12345 ✓\n"
+    huge = line * (100_000_000 // len(line.encode()))
     rows = [{"text": ""}, {"text": huge}, {"text": "end"}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(spec(tmp_path / "c.jsonl", tmp_path / "out", heldout_fraction=0, sources=[str(tmp_path / "c.jsonl")]))
+    trained = {"train": {"vocab_size": 400, "sample_bytes": 50_000}}
+    source = str(tmp_path / "c.jsonl")
+    prepare(spec(None, tmp_path / "out", heldout_fraction=0, sources=[source], tokenizer=trained, shard_tokens=1 << 24))
     shards = TokenShards(tmp_path / "out" / "train")
     tokenizer = TextTokenizer(shards.tokenizer_file)
     assert shards.manifest["sources"][0]["skipped"] == {"short": 1}
     assert len(shards.offsets) == 3
-    assert tokenizer.decode(shards.read(1, int(shards.offsets[1]) - 1)) == huge
+    end = int(shards.offsets[1]) - 1
+    assert int(shards.byte_offsets[1]) == len(huge.encode()) > 99_000_000
+    for begin, text in ((1, huge[:500]), (end - 400, huge[-500:])):
+        assert tokenizer.decode(shards.read(begin, begin + 400))[-100:] in text
 
 
 def test_a_source_without_documents_is_named(corpora):
