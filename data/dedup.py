@@ -9,7 +9,6 @@ compared by the similarity that the signatures estimate. What is kept does not d
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from data.schema import fraction, from_mapping, whole_number
-from data.shards import write_arrays
 from data.sources import Document
 
 
@@ -144,16 +142,6 @@ class Deduplicator:
 
 def _sketch(signature: np.ndarray) -> MinHash:
     return MinHash(len(signature), seed=1, scheme="affine32", hashvalues=signature)
-
-
-def save_scan(file: Path, scanned: dict[str, np.ndarray]) -> None:
-    """Write a scan; the file exists only when it is whole and on disk."""
-    write_arrays(file, scanned)
-
-
-def load_scan(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file) as arrays:
-        return dict(arrays)
 
 
 def select(documents: Iterable[Document], keep: np.ndarray | None) -> Iterator[Document]:

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.dedup import Deduplicator, load_scan
+from data.dedup import Deduplicator
 from data.pool import Workers, workers
 from data.schema import differences
 from data.shards import (
     MANIFEST,
     TokenShards,
+    read_arrays,
     read_json,
     read_manifest,
     remove_unfinished,
@@ -260,7 +261,7 @@ def _judge(
             submitted += 1
         while taken not in scanned:
             scanned.update(index for index, _ in pool.done())
-        scan = load_scan(tasks[taken].file(".scan.npz"))
+        scan = read_arrays(tasks[taken].file(".scan.npz"))
         allowance = Allowance(left, first=taken == 0)
         keep, why = judge.keep(scan, allowance.takes)
         write_array(tasks[taken].file(".keep.npy"), keep)

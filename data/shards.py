@@ -12,10 +12,11 @@ import itertools
 import json
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -95,7 +96,7 @@ class ShardWriter:
         np.cumsum(lengths, out=offsets[0, 1:])
         np.cumsum(self._sizes, out=offsets[1, 1:])
         write_array(self.folder / f"{self._name}.npy", offsets)
-        write_origins(self.folder / f"{self._name}.parquet", self._ids, self._urls)
+        _write_origins(self.folder / f"{self._name}.parquet", self._ids, self._urls)
         self.shards.append(
             {
                 "name": self._name,
@@ -326,51 +327,50 @@ def _mapped(file: Path, size: int, modified_ns: int, dtype: np.dtype) -> tuple[m
     return pages, np.frombuffer(pages, dtype=dtype)
 
 
-def write_array(file: Path, array: np.ndarray) -> None:
-    """Write a .npy file that exists only when it is whole and on disk."""
+@contextmanager
+def _whole(file: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes `file` only when it is complete and on disk."""
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("wb") as stream:
-        np.save(stream, array)
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """Write a .npy file that exists only when it is whole and on disk."""
+    with _whole(file) as stream:
+        np.save(stream, array)
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file that exists only when it is whole and on disk."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
+    with _whole(file) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as arrays:
+        return dict(arrays)
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file that exists only when it is whole and on disk."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    with _whole(file) as stream:
+        stream.write(json.dumps(value, indent=1).encode())
 
 
 def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def write_origins(file: Path, ids: list[str], urls: list[str]) -> None:
-    """Write the ids and urls of a shard's documents."""
+def _write_origins(file: Path, ids: list[str], urls: list[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
+    with _whole(file) as stream:
         pq.write_table(pa.table({"id": ids, "url": urls}), stream, compression="zstd")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def _sync_and_close(stream: Any) -> None:

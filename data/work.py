@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data.dedup import save_scan, scan, select
-from data.shards import ShardWriter, remove_shards, write_arrays, write_json
+from data.dedup import scan, select
+from data.shards import ShardWriter, read_arrays, remove_shards, write_arrays, write_json
 from data.sources import Document, Part
 from data.spec import PrepareSpec
 from data.tokenizer import TextTokenizer
@@ -99,7 +99,7 @@ def scan_part(task: Task) -> None:
             return
         assert task.spec.deduplicate is not None
         source = task.spec.sources[task.source]
-        save_scan(task.file(".scan.npz"), scan(_counted(source.read(task.part)), task.spec.deduplicate))
+        write_arrays(task.file(".scan.npz"), scan(_counted(source.read(task.part)), task.spec.deduplicate))
 
 
 def encode_part(task: Task) -> dict[str, Any]:
@@ -166,8 +166,7 @@ def _encode(task: Task) -> dict[str, Any]:
 
 def part_counts(task: Task) -> dict[str, np.ndarray]:
     """Token counts of a part that is done, by split; see `TokenShards.counts`."""
-    with np.load(task.file(".counts.npz")) as arrays:
-        return dict(arrays)
+    return read_arrays(task.file(".counts.npz"))
 
 
 def _prefix(task: Task) -> str:

@@ -200,8 +200,8 @@ def main() -> None:
         ).stdout.strip(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
         "versions": {name: version(name) for name in ("tokenizers", "numpy", "torch", "pyarrow")},
-        "command": "python scripts/bench_data.py "
-        + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k == "name"),
+        "command": f"python scripts/bench_data.py --name {args.name} --work <folder> --sources {' '.join(args.sources)}"
+        f" --repeats {args.repeats} --read-gb {args.read_gb:g}",
         "preparation": preparation(args.work / "corpus", args.sources, args.repeats),
         "reading": in_fresh_process(reading, args.work / "synthetic", args.read_gb),
     }
