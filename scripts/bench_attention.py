@@ -24,7 +24,7 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper.launch import supports_forward
+from s2.attention.kernels.hopper.launch import supports
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
@@ -90,7 +90,7 @@ def measure_length(args: argparse.Namespace, seq_len: int) -> Iterator[dict]:
         visible = pattern.density(seq_len, args.kv_heads) * pairs
 
         for backend in args.backends:
-            if backend == "hopper" and not supports_forward(*inputs, pattern, packed=False):
+            if backend == "hopper" and not supports(*inputs, pattern, packed=False):
                 continue
 
             def sparse(pattern: Pattern = pattern, backend: str = backend) -> torch.Tensor:

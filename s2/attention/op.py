@@ -1,6 +1,6 @@
 """The attention op: `s2_attention` checks its arguments, picks a backend and calls it.
 
-The Triton backend is a pair of registered custom ops (`s2::attention_forward`, `s2::attention_backward`) with fakes,
+The kernels stand behind a pair of registered custom ops (`s2::attention_forward`, `s2::attention_backward`) with fakes,
 so `torch.compile(fullgraph=True)`, `torch.library.opcheck` and selective activation checkpointing work on it.
 Patterns travel through the ops by key (`pattern_from_key`).
 """
@@ -13,8 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .kernels.hopper.launch import run_forward as run_hopper_forward
-from .kernels.hopper.launch import supports_forward as hopper_supports
+from .kernels.hopper import launch as hopper_launch
 from .kernels.triton.launch import Problem, run_backward, run_forward
 from .pattern import Pattern, pattern_from_key
 from .reference import reference_attention
@@ -25,81 +24,85 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # ---------------------------------------------------------------- custom ops
+# Defined through `torch.library.Library`: with gradients a call costs half of what `torch.library.custom_op` takes.
+
+_library = torch.library.Library("s2", "DEF")
+_SETTINGS = "str pattern, int layer, int head_offset, int total_kv_heads, float softmax_scale, bool hopper"
+_library.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {_SETTINGS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
+    f"Tensor? cu_seqlens, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+attention_forward = torch.ops.s2.attention_forward.default
+attention_backward = torch.ops.s2.attention_backward.default
 
 
-@torch.library.custom_op("s2::attention_forward", mutates_args=())
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    pattern: str,
-    layer: int,
-    head_offset: int,
-    total_kv_heads: int,
-    softmax_scale: float,
-    hopper: bool = False,
-) -> tuple[Tensor, Tensor]:
+@torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
+def _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper):
     """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, T]`, float32). With `hopper` the Hopper kernel
-    runs; the caller has checked `supports_forward`."""
+    runs; the caller has checked `hopper.supports`."""
     if hopper:
         heads = (layer, head_offset, total_kv_heads)
-        return run_hopper_forward(q, k, v, pattern_from_key(pattern), heads, softmax_scale)
+        return hopper_launch.run_forward(q, k, v, pattern_from_key(pattern), heads, softmax_scale)
     problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
     return run_forward(q, k, v, problem)
 
 
-@attention_forward.register_fake
-def _(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper=False):
+@torch.library.register_fake("s2::attention_forward", lib=_library)
+def _forward_shapes(q, k, v, cu_seqlens, *settings):
     tokens, heads = q.shape[:-2], q.shape[-2]
     lse_shape = (heads, tokens[0]) if cu_seqlens is not None else (tokens[0], heads, tokens[1])
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("s2::attention_backward", mutates_args=())
-def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pattern: str,
-    layer: int,
-    head_offset: int,
-    total_kv_heads: int,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _backward(
+    q, k, v, out, lse, dout, dlse, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper
+):
+    if hopper:
+        heads = (layer, head_offset, total_kv_heads)
+        rule = pattern_from_key(pattern)
+        return hopper_launch.run_backward(q, k, v, out, lse, dout, dlse, rule, heads, softmax_scale)
     problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
     return run_backward(q, k, v, out, lse, dout, dlse, problem)
 
 
-@attention_backward.register_fake
-def _(q, k, v, *rest):
+@torch.library.register_fake("s2::attention_backward", lib=_library)
+def _backward_shapes(q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx, inputs, output):
-    q, k, v, cu_seqlens, *settings = inputs
-    ctx.settings = settings[:5]
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, *settings):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = attention_forward(q, k, v, cu_seqlens, *settings)
+        ctx.settings = settings
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        none = (None,) * (1 + len(ctx.settings))
+        if dout is None and dlse is None:
+            return None, None, None, *none
+        if dout is None:
+            dout = torch.zeros_like(out)
+        return *attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *none
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return (None,) * 10
-    if dout is None:
-        dout = torch.zeros_like(out)
-    gradients = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings)
-    return *gradients, *(None,) * 7
-
-
-attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
+@torch.library.impl(_library, "attention_forward", "Autograd")
+def _differentiable(q, k, v, *rest):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_forward(q, k, v, *rest)
 
 
 # ---------------------------------------------------------------- public function
@@ -152,7 +155,7 @@ def s2_attention(
             (float64 for the reference on float64); -inf where a query sees no key.
         head_offset: global index of the first KV head held here, under tensor or sequence parallelism.
         total_kv_heads: KV heads of the whole layer (default: those held here). Patterns use global head indices.
-        backend: "reference", "sdpa", "triton" or "hopper" (its forward; the backward is Triton's). None picks by
+        backend: "reference", "sdpa", "triton" or "hopper". None picks by
             device: on CUDA the Hopper kernel where it applies, else Triton's (dense patterns: the fastest dense
             kernel torch has), elsewhere "sdpa".
 
@@ -177,7 +180,7 @@ def s2_attention(
 
     if backend is None and _prefers_dense_kernel(q, k, pattern, cu_seqlens, return_lse):
         return dense_attention(q, k, v, scale)
-    hopper = backend in (None, "hopper") and hopper_supports(q, k, v, pattern, packed=cu_seqlens is not None)
+    hopper = backend in (None, "hopper") and hopper_launch.supports(q, k, v, pattern, packed=cu_seqlens is not None)
     if backend == "hopper" and not hopper:
         raise ValueError(
             "the hopper backend needs sm_90, float16 or bfloat16, head_dim 64 or 128, block_size 64 or more, a rule "

@@ -20,10 +20,10 @@ def make(tokens=40, heads=2, kv_heads=1, dim=32, grad=True, packed=False):
 def test_opcheck(packed):
     q, k, v = make(packed=packed)
     borders = torch.tensor([0, 7, 40], dtype=torch.int32, device=DEVICE) if packed else None
-    torch.library.opcheck(attention_forward, (q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2))
-    out, lse = attention_forward(q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2)
+    torch.library.opcheck(attention_forward, (q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2, False))
+    out, lse = attention_forward(q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2, False)
     inputs = [x.detach() for x in (q, k, v, out, lse, out)]
-    torch.library.opcheck(attention_backward, (*inputs, None, borders, PATTERN.key, 0, 0, 1, 0.2))
+    torch.library.opcheck(attention_backward, (*inputs, None, borders, PATTERN.key, 0, 0, 1, 0.2, False))
 
 
 @pytest.mark.parametrize("packed", [False, True])

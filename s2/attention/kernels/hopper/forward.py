@@ -18,113 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
+from .common import advance, get
+from .rows import CONSUMERS, KEYS, ROWS, locate, produce_rows, sees
 
-ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
-KEYS = gl.constexpr(64)  # keys of a stage
-CONSUMERS = gl.constexpr(3)
 LN2 = gl.constexpr(0.6931471805599453)
-SCALAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-
-
-@gluon.jit
-def _put(buffer, index, value):
-    buffer.index(index).store(gl.full([1], value, gl.int32, SCALAR))
-
-
-@gluon.jit
-def _get(buffer, index):
-    return gl.max(buffer.index(index).load(SCALAR), 0)
-
-
-@gluon.jit
-def _locate(tile, heads, tiles_per_head):
-    """`(batch, head, first row)` of a tile."""
-    group = tile // tiles_per_head
-    row = (tiles_per_head - 1 - tile % tiles_per_head) * (ROWS * CONSUMERS)
-    return group // heads, group % heads, row
-
-
-@gluon.jit
-def _key_tile(n, num_full, full, masked, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
-    """Block and first key of the n-th key tile of a plan, unmasked ones first."""
-    first, stride, index = full_tile(n, full, LEVELS, SINKS)
-    masked_first, masked_stride, masked_index, _ = masked_tile(n - num_full, masked, LEVELS, SINKS)
-    unmasked = n < num_full
-    first = gl.where(unmasked, first, masked_first)
-    stride = gl.where(unmasked, stride, masked_stride)
-    index = gl.where(unmasked, index, masked_index)
-    per_block: gl.constexpr = BLOCK // KEYS
-    block = first + (index // per_block) * stride
-    return block, block * BLOCK + (index % per_block) * KEYS
-
-
-@gluon.jit
-def _sees(row, key, until, BLOCK: gl.constexpr):
-    """Whether the consumer whose rows start at `row` sees the key tile at `key`, visible to blocks below `until`."""
-    return (key <= row + (ROWS - 1)) & (row // BLOCK < until)
-
-
-@gluon.jit
-def _advance(stage, phase, STAGES: gl.constexpr):
-    wrap = stage == STAGES - 1
-    return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)
-
-
-@gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
-    tile_buf, slot_buf, tile_full, tile_empty,
-    table, counter, length, heads, group, tiles_per_head, num_tiles,
-    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    D: gl.constexpr = q_desc.block_type.shape[3]
-    stage, phase, round = 0, 0, 0
-    tile = gl.atomic_add(counter, 1)
-    while tile < num_tiles:
-        next_tile = gl.atomic_add(counter, 1)  # early: its latency hides behind this tile
-        batch, head, row = _locate(tile, heads, tiles_per_head)
-        kv_head = head // group
-        rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)
-        last_row = gl.minimum(row + ROWS * CONSUMERS, length) - 1
-        full, masked = key_plan(row, last_row, rule, BLOCK, KEYS, LEVELS, SINKS)
-        num_full = full_tiles(full)
-        total = num_full + masked_tiles(masked)
-        mbarrier.wait(tile_empty, (round & 1) ^ 1)
-        _put(tile_buf, 0, tile)
-        _put(tile_buf, 1, num_full)
-        _put(tile_buf, 2, total - num_full)
-        for c in gl.static_range(CONSUMERS):
-            count = 0
-            for n in range(num_full, total):
-                block, key = _key_tile(n, num_full, full, masked, BLOCK, LEVELS, SINKS)
-                until = block + reach_of(block, rule, LEVELS, SINKS)
-                count += _sees(row + c * ROWS, key, until, BLOCK).to(gl.int32)
-            _put(tile_buf, 3 + c, count)
-        mbarrier.arrive(tile_full, count=1)
-        for n in range(total):
-            block, key = _key_tile(n, num_full, full, masked, BLOCK, LEVELS, SINKS)
-            mbarrier.wait(kv_empty.index(stage), phase ^ 1)
-            if n >= num_full:
-                _put(slot_buf, 2 * stage, key)
-                _put(slot_buf, 2 * stage + 1, block + reach_of(block, rule, LEVELS, SINKS))
-            mbarrier.expect(k_full.index(stage), KEYS * D * 2)
-            tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], k_full.index(stage), k_buf.index(stage))
-            if n == 0:
-                for c in gl.static_range(CONSUMERS):
-                    mbarrier.wait(q_empty.index(c), (round & 1) ^ 1)
-                    mbarrier.expect(q_full.index(c), ROWS * D * 2)
-                    tma.async_copy_global_to_shared(
-                        q_desc, [batch, head, row + c * ROWS, 0], q_full.index(c), q_buf.index(c)
-                    )
-            mbarrier.expect(v_full.index(stage), KEYS * D * 2)
-            tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], v_full.index(stage), v_buf.index(stage))
-            stage, phase = _advance(stage, phase, STAGES)
-        round += 1
-        tile = next_tile
-    mbarrier.wait(tile_empty, (round & 1) ^ 1)
-    _put(tile_buf, 0, -1)
-    mbarrier.arrive(tile_full, count=1)
 
 
 @gluon.jit
@@ -154,13 +51,13 @@ def _consume(
     o = o_buf.index(C).reshape([ROWS, D])
     stage, phase, round = 0, 0, 0
     mbarrier.wait(tile_full, 0)
-    tile = _get(tile_buf, 0)
-    num_full = _get(tile_buf, 1)
-    left = _get(tile_buf, 2)
-    count = _get(tile_buf, 3 + C)
+    tile = get(tile_buf, 0)
+    num_full = get(tile_buf, 1)
+    left = get(tile_buf, 2)
+    count = (get(tile_buf, 3) >> (8 * C)) & 255
     mbarrier.arrive(tile_empty, count=1)
     while tile >= 0:
-        batch, head, row = _locate(tile, heads, tiles_per_head)
+        batch, head, row = locate(tile, heads, tiles_per_head)
         row += C * ROWS
         position = row + gl.arange(0, ROWS, s_rows)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
@@ -180,7 +77,7 @@ def _consume(
         for _ in range(num_full - 1):
             probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2, o_rows)
             p = gl.convert_layout(probs.to(element), p_layout)
-            next_stage, next_phase = _advance(stage, phase, STAGES)
+            next_stage, next_phase = advance(stage, phase, STAGES)
             mbarrier.wait(v_full.index(stage), phase)
             pending_out = warpgroup_mma(p, v_buf.index(stage).reshape([KEYS, D]), acc, is_async=True)
             mbarrier.wait(k_full.index(next_stage), next_phase)
@@ -197,21 +94,21 @@ def _consume(
             pending = warpgroup_mma(p, v_buf.index(stage).reshape([KEYS, D]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[pending])
             mbarrier.arrive(kv_empty.index(stage), count=1)
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
 
         # tiles at the edges: those this consumer does not see are handed back, the diagonal is masked
         for _ in range(count):
             mbarrier.wait(k_full.index(stage), phase)
-            key = _get(slot_buf, 2 * stage)
-            seen = _sees(row, key, _get(slot_buf, 2 * stage + 1), BLOCK)
+            key = get(slot_buf, 2 * stage)
+            seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
             while not seen:
                 mbarrier.wait(v_full.index(stage), phase)
                 mbarrier.arrive(kv_empty.index(stage), count=1)
                 left -= 1
-                stage, phase = _advance(stage, phase, STAGES)
+                stage, phase = advance(stage, phase, STAGES)
                 mbarrier.wait(k_full.index(stage), phase)
-                key = _get(slot_buf, 2 * stage)
-                seen = _sees(row, key, _get(slot_buf, 2 * stage + 1), BLOCK)
+                key = get(slot_buf, 2 * stage)
+                seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
             k_edge = k_buf.index(stage).reshape([KEYS, D]).permute([1, 0])
             blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
             pending = warpgroup_mma(q, k_edge, blank, use_acc=False, is_async=True)
@@ -226,13 +123,13 @@ def _consume(
             acc = warpgroup_mma_wait(0, deps=[pending])
             mbarrier.arrive(kv_empty.index(stage), count=1)
             left -= 1
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(C), count=1)
         for _ in range(left):
             mbarrier.wait(k_full.index(stage), phase)  # a slot is handed back only once it is filled
             mbarrier.wait(v_full.index(stage), phase)
             mbarrier.arrive(kv_empty.index(stage), count=1)
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
 
         statistics = lse + (batch * heads + head).to(gl.int64) * length
         gl.store(statistics + position, (row_max + gl.log2(row_sum)) * LN2, mask=position < length)
@@ -243,15 +140,15 @@ def _consume(
         tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_buf.index(C))
         round += 1
         mbarrier.wait(tile_full, round & 1)
-        tile = _get(tile_buf, 0)
-        num_full = _get(tile_buf, 1)
-        left = _get(tile_buf, 2)
-        count = _get(tile_buf, 3 + C)
+        tile = get(tile_buf, 0)
+        num_full = get(tile_buf, 1)
+        left = get(tile_buf, 2)
+        count = (get(tile_buf, 3) >> (8 * C)) & 255
         mbarrier.arrive(tile_empty, count=1)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["length", "tiles_per_head", "num_tiles"])
+@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles"])
 def attention_forward(
     q_desc, k_desc, v_desc, o_desc, lse, table, counter,
     scale_log2, length, heads, group, tiles_per_head, num_tiles,
@@ -274,7 +171,7 @@ def attention_forward(
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     tile_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     tile_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    tile_buf = gl.allocate_shared_memory(gl.int32, [8, 1], words)  # tile, unmasked, masked, seen by each consumer
+    tile_buf = gl.allocate_shared_memory(gl.int32, [4, 1], words)  # tile, unmasked, masked, seen by each consumer
     slot_buf = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], words)  # first key, visible to blocks below
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
@@ -289,10 +186,10 @@ def attention_forward(
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
         [
-            (_produce, (q_desc, k_desc, v_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
-                        tile_buf, slot_buf, tile_full, tile_empty,
-                        table, counter, length, heads, group, tiles_per_head, num_tiles,
-                        TABLE, BLOCK, LEVELS, SINKS, STAGES)),
+            (produce_rows, (q_desc, q_desc, k_desc, v_desc, q_buf, q_buf, k_buf, v_buf,
+                            q_full, q_empty, k_full, v_full, kv_empty, tile_buf, slot_buf, tile_full, tile_empty,
+                            table, counter, length, heads, group, tiles_per_head, num_tiles,
+                            False, TABLE, BLOCK, LEVELS, SINKS, STAGES)),
             (_consume, (0, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
                         lse, scale_log2, length, heads, tiles_per_head, BLOCK, STAGES, D)),

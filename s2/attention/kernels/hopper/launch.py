@@ -1,6 +1,14 @@
-"""Host side of the Hopper kernels: what they support, their descriptors and grid."""
+"""Host side of the Hopper kernels: what they take, and how a call reaches the device.
+
+Everything about a call but its pointers is a `_Plan`, made once for a shape and kept: descriptors, grids, compiled
+kernels. After that a call allocates its results, fills in the pointers and launches.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,60 +16,349 @@ from torch import Tensor
 from ... import schedule
 from ...pattern import Pattern
 
-_BOX_ROWS = 64
+CHUNK = 64  # rows of a box, keys of a consumer
 _TILE_ROWS = 192
 _STAGES = {64: 8, 128: 4}  # key and value tiles in flight, by head dimension
-_REGISTERS = 160  # of a consumer thread; more would be dropped without a word
+_Q_STAGES = {64: 6, 128: 3}  # the same beside the rows of dO
+_KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
+_ROW_REGISTERS = 160  # of a consumer thread, three warpgroups; more would be dropped without a word
+_KEY_REGISTERS = 240  # two warpgroups
+_WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
+_LOG2E = 1.4426950408889634
+_MAX_PLANS = 512
+
+Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 
-def supports_forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
-    """Whether the forward kernel takes this call: sm_90, 16 bits, head dimension 64 or 128, blocks of 64 and more, a
+def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
+    """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, blocks of 64 and more, a
     closed-form pattern, whole sequences (not packed, as many queries as keys), and strides that TMA can read."""
-    if packed or not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if packed or not q.is_cuda or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return False
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in _STAGES or q.numel() == 0:
-        return False
-    if q.shape[1] != k.shape[1] or pattern.block_size < _BOX_ROWS or not schedule.has_closed_form(pattern):
-        return False
-    return all(_readable(x) for x in (q, k, v))
+    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, pattern.key)
+    known = _SUPPORTED.get(key)
+    if known is None:
+        if len(_SUPPORTED) >= _MAX_PLANS:
+            _SUPPORTED.clear()
+        known = _SUPPORTED[key] = (
+            torch.cuda.get_device_capability(q.device) == (9, 0)
+            and q.dtype in (torch.float16, torch.bfloat16)
+            and q.shape[-1] in _STAGES
+            and q.numel() > 0
+            and q.shape[1] == k.shape[1]
+            and pattern.block_size >= CHUNK
+            and schedule.has_closed_form(pattern)
+            and all(_has_readable_strides(x) for x in (q, k, v))
+        )
+    return known
 
 
-def _readable(x: Tensor) -> bool:
-    """TMA reads 16-byte aligned rows with unit stride."""
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
-    return aligned and x.stride(3) == 1
+_SUPPORTED: dict[tuple, bool] = {}
 
 
-def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: tuple[int, int, int], softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]`, heads = (layer, head_offset, total KV heads) -> out and lse."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+def _has_readable_strides(x: Tensor) -> bool:
+    """TMA reads rows with unit stride that start at multiples of 16 bytes."""
+    return x.stride(3) == 1 and all(stride % 8 == 0 and stride > 0 for stride in x.stride()[:3])
 
+
+# ---------------------------------------------------------------- launching
+
+
+class _Launch:
+    """A kernel on a grid with fixed constants. The first call compiles and keeps the kernel; later ones hand the
+    arguments straight to it, since everything that Triton would specialize on is part of the plan's key."""
+
+    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], num_warps: int) -> None:
+        self.function, self.grid, self.num_warps = function, grid, num_warps
+        self.constants, self.values = constants, tuple(constants.values())
+        self.run: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.run is None:
+            kernel = self.function[self.grid](*arguments, **self.constants, num_warps=self.num_warps)
+            self.run = kernel[self.grid]
+        else:
+            self.run(*arguments, *self.values)
+
+
+class _Boxes:
+    """TMA descriptors of tensors of one shape and stride, which are checked once."""
+
+    def __init__(self, x: Tensor, shape: list[int], strides: list[int], box: list[int], swizzle: int) -> None:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        layout = gl.NVMMASharedLayout(
+            swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=len(shape)
+        )
+        self.kind = TensorDescriptor
+        self.fields = {**vars(TensorDescriptor(x, shape, strides, box, layout)), "base": None}
+
+    @classmethod
+    def of_rows(cls, x: Tensor) -> _Boxes:
+        """`[B, S, H, D]` as `[B, H, S, D]`, in boxes of 64 rows of one head."""
+        shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
+        return cls(x, shape, [x.stride(0), x.stride(2), x.stride(1), 1], [1, 1, CHUNK, x.shape[3]], swizzle=128)
+
+    @classmethod
+    def of_statistics(cls, x: Tensor) -> _Boxes:
+        """`[B H chunks, 128]`, in boxes of one row."""
+        return cls(x, list(x.shape), [x.shape[1], 1], [1, x.shape[1]], swizzle=0)
+
+    def __call__(self, x: Tensor) -> Any:
+        descriptor = self.kind.__new__(self.kind)
+        descriptor.__dict__ = {**self.fields, "base": x}
+        return descriptor
+
+
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counter(device: torch.device) -> Tensor:
+    """A zero from which the CTAs of a persistent kernel draw their work; the kernel leaves it zero. Kernels of one
+    stream share one. A graph gets its own, since it may be replayed beside anything."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    counter = _COUNTERS.get((device, stream))
+    if counter is None:
+        counter = _COUNTERS[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
+
+
+@dataclass
+class _Plan:
+    """One shape of call. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV (all contiguous)."""
+
+    q: _Boxes
+    k: _Boxes
+    v: _Boxes
+    rows: _Boxes
+    keys: _Boxes
+    table: Tensor
+    constants: dict[str, Any]
+    scalars: tuple[Any, ...]
+    forward: _Launch
+    backward: _Backward | None = None
+
+
+_PLANS: dict[tuple, _Plan] = {}
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
+    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, pattern.key, heads, softmax_scale)
+    plan = _PLANS.get(key)
+    if plan is None:
+        if len(_PLANS) >= _MAX_PLANS:
+            _PLANS.clear()
+        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale)
+    return plan
+
+
+def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
     from . import forward
 
     batch, length, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-
-    def describe(x: Tensor) -> TensorDescriptor:
-        """[B, H, S, D], in boxes of 64 rows of one head."""
-        shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-        strides = [x.stride(0), x.stride(2), x.stride(1), 1]
-        return TensorDescriptor(x, shape, strides, [1, 1, _BOX_ROWS, head_dim], layout)
-
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, num_heads, length, dtype=torch.float32, device=q.device)
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     rules = schedule.rule_schedule(pattern.key, kv_heads, *heads, q.device)
+    constants = {
+        "TABLE": schedule.TABLE_COLUMNS,
+        "BLOCK": pattern.block_size,
+        "LEVELS": rules.num_levels,
+        "SINKS": rules.has_sinks,
+    }
     tiles_per_head = -(-length // _TILE_ROWS)
     num_tiles = tiles_per_head * num_heads * batch
-    programs = min(num_tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    forward.attention_forward[(programs,)](
-        describe(q), describe(k), describe(v), describe(out), lse, rules.table, counter,
-        softmax_scale * 1.4426950408889634, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles,
-        TABLE=schedule.TABLE_COLUMNS, BLOCK=pattern.block_size, LEVELS=rules.num_levels, SINKS=rules.has_sinks,
-        STAGES=_STAGES[head_dim], REGISTERS=_REGISTERS, num_warps=4,
-    )  # fmt: skip
+    return _Plan(
+        q=_Boxes.of_rows(q),
+        k=_Boxes.of_rows(k),
+        v=_Boxes.of_rows(v),
+        rows=_Boxes.of_rows(torch.empty(q.shape, dtype=q.dtype, device=q.device)),
+        keys=_Boxes.of_rows(torch.empty(k.shape, dtype=k.dtype, device=k.device)),
+        table=rules.table,
+        constants=constants,
+        scalars=(softmax_scale * _LOG2E, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
+        forward=_Launch(
+            forward.attention_forward,
+            (min(num_tiles, _processors(q.device)), 1, 1),
+            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS},
+            num_warps=4,
+        ),
+    )
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# ---------------------------------------------------------------- forward
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`."""
+    plan = _plan(q, k, v, pattern, heads, softmax_scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    counter = _counter(q.device)
+    plan.forward(plan.q(q), plan.k(k), plan.v(v), plan.rows(out), lse, plan.table, counter, *plan.scalars)
     return out, lse
+
+
+# ---------------------------------------------------------------- backward
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the key chunks of a launch become work items. `tiles[n]` pairs of chunks a head belong to level n (0: the
+    local window), the most of any head; each is divided into `segments[n]` segments of `segment_rows` queries. An item
+    takes `batches[n]` tiles, one after the other."""
+
+    tiles: tuple[int, int, int]
+    segments: tuple[int, int, int]
+    segment_rows: int
+    batches: tuple[int, int, int]
+    wave: int  # KV heads worked on together: their queries stay in the L2 cache
+
+    @property
+    def num_parts(self) -> int:
+        """Chunks of divided levels, a head."""
+        return sum(2 * tiles for tiles, segments in zip(self.tiles, self.segments, strict=True) if segments > 1)
+
+    @property
+    def num_items(self) -> int:
+        """Work items a head."""
+        levels = zip(self.tiles, self.segments, self.batches, strict=True)
+        return sum(-(-tiles // batch) * segments for tiles, segments, batch in levels)
+
+
+_MIN_ITEM_STEPS, _MAX_ITEM_STEPS = 32, 512  # below, the fixed cost of an item shows; above, its length at the end
+_SMALL_PARTS = 1 << 18  # 64 MB of parts at head dimension 128 are always granted; else 1.25 times what q takes
+_SHORT_STEPS, _SHORT_BATCH = 8, 4  # tiles of that few steps are drawn four at a time
+_ITEMS_A_PROCESSOR = 8  # the longest item is at most an eighth of a processor's share
+
+
+def divide_columns(
+    table: list[list[int]], num_levels: int, length: int, block_size: int, groups: int, group: int, processors: int
+) -> Columns:
+    """Work items for KV heads with these rows of the rule table (`schedule.rule_schedule`), repeated over a batch to
+    `groups` heads in all, each read by `group` query heads."""
+    num_blocks, num_chunks = -(-length // block_size), -(-length // CHUNK)
+    per_block = block_size // CHUNK
+    counts, reaches = [0, 0, 0], [0, 0, 0]
+    steps = 0
+    for local, _, *levels in table:
+        wider = 0
+        for level in range(num_levels, -1, -1):
+            stride, residue, reach = levels[3 * level - 3 : 3 * level] if level else (1, 0, local)
+            belong = max(num_blocks - residue + stride - 1, 0) // stride
+            blocks, wider = belong - wider, belong
+            counts[level] = max(counts[level], blocks)
+            if blocks > 0:
+                chunks = min(reach * per_block, num_chunks)
+                reaches[level] = max(reaches[level], chunks)
+                steps += blocks * per_block * max(chunks - chunks * chunks // (2 * num_chunks), 1)
+    share = steps * group * (groups // len(table)) // (2 * processors)  # steps of two chunks, for each processor
+    item_steps = min(max(share // _ITEMS_A_PROCESSOR, _MIN_ITEM_STEPS), _MAX_ITEM_STEPS)
+    segment_chunks = max(item_steps // group, 1)
+    long_tiles = sum(
+        -(-count * per_block // 2) for count, reach in zip(counts, reaches, strict=True) if reach > 2 * segment_chunks
+    )
+    room = max(5 * groups * group * length // 4, _SMALL_PARTS) // max(512 * groups * long_tiles, 1)
+    segment_chunks = -(-num_chunks // max(min(-(-num_chunks // segment_chunks), room), 1))
+    num_segments = -(-num_chunks // segment_chunks)
+    divided = tuple(num_segments if reach > 2 * segment_chunks else 1 for reach in reaches)
+    tiles = tuple(-(-count * per_block // 2) for count in counts)
+    batches = tuple(_SHORT_BATCH if reach * group <= _SHORT_STEPS else 1 for reach in reaches)
+    wave = min(max(_WAVE_ROWS // (num_chunks * CHUNK * group), 1), groups)
+    return Columns(tiles, divided, segment_chunks * CHUNK, batches, wave)  # type: ignore[arg-type]
+
+
+class _Backward:
+    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts."""
+
+    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float) -> None:
+        from . import backward_kv, backward_q, chunks
+
+        batch, length, num_heads, head_dim = q.shape
+        kv_heads, group = k.shape[2], num_heads // k.shape[2]
+        groups, processors = batch * kv_heads, _processors(q.device)
+        constants = plan.constants
+        columns = divide_columns(
+            plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
+        )
+        self.stats_shape = (batch * num_heads * -(-length // CHUNK), 2 * CHUNK)
+        self.stats_rows = _Boxes.of_statistics(torch.empty(self.stats_shape, dtype=torch.float32, device=q.device))
+        self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
+        self.q_scalars = (softmax_scale, *plan.scalars)
+        self.q = {
+            has_dlse: _Launch(
+                backward_q.attention_backward_q,
+                plan.forward.grid,
+                {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "HAS_DLSE": has_dlse},
+                num_warps=4,
+            )
+            for has_dlse in (False, True)
+        }
+        division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
+        items = columns.num_items * columns.wave * -(-groups // columns.wave)
+        self.kv_scalars = (
+            softmax_scale, softmax_scale * _LOG2E, length, kv_heads, group, groups, columns.wave, items,
+            *division, *columns.batches,
+        )  # fmt: skip
+        self.kv = _Launch(
+            backward_kv.attention_backward_kv,
+            (min(items, processors), 1, 1),
+            {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "GROUPED": group > 1},
+            num_warps=4,
+        )
+        self.sum_scalars = (length, kv_heads, *division)
+        self.sum = _Launch(
+            chunks.attention_sum_parts,
+            (columns.num_parts, groups, 1),
+            {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
+             "SINKS": constants["SINKS"]},
+            num_warps=4,
+        )  # fmt: skip
+
+
+def run_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    pattern: Pattern,
+    heads: Heads,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
+    plan = _plan(q, k, v, pattern, heads, softmax_scale)
+    if plan.backward is None:
+        plan.backward = _Backward(q, k, plan, softmax_scale)
+    backward = plan.backward
+    dout = dout.contiguous()
+    if dout.data_ptr() % 16:  # TMA's alignment
+        dout = dout.clone()
+    dlse = None if dlse is None else dlse.contiguous()
+    device = q.device
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+    stats = torch.empty(backward.stats_shape, dtype=torch.float32, device=device)
+    counter = _counter(device)
+    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(dout)
+    backward.q[dlse is not None](
+        q_rows, do_rows, k_rows, v_rows, plan.rows(dq), out.contiguous(), lse, lse if dlse is None else dlse, stats,
+        plan.table, counter, *backward.q_scalars,
+    )  # fmt: skip
+    divided = backward.parts_shape[2] > 0
+    parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
+    backward.kv(
+        q_rows, do_rows, backward.stats_rows(stats), k_rows, v_rows, plan.keys(dk), plan.keys(dv), parts, plan.table,
+        counter, *backward.kv_scalars,
+    )  # fmt: skip
+    if divided:
+        backward.sum(parts, dk, dv, plan.table, *backward.sum_scalars)
+    return dq, dk, dv

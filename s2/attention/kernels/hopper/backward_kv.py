@@ -1,0 +1,344 @@
+"""dK and dV on Hopper (sm_90a), in Gluon: warp-specialised, persistent, fed by TMA.
+
+One CTA holds a producer partition and two consumer warpgroups of 64 keys each: two chunks of one stride level (columns
+of one residue, or neighbours of the local window). A work item is such a pair of chunks and a segment of the queries
+that see them, walked from its last rows to its first: items of one head start on the same rows, which the L2 cache then
+holds. The consumers work on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands in registers:
+
+    P = exp2(scale_log2 * S - lse2)    dV += P^T dO    dS = P * (dP - delta)    dK += dS^T Q
+
+The chunks of the next item are loaded while this one is worked on. Levels with few long columns are divided into
+segments, whose sums leave as float32 parts (see `launch`).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..triton.indexing import load_rule
+from .chunks import chunk_run, part_begin
+from .common import advance, get, opaque
+
+ROWS = gl.constexpr(64)  # queries of a step
+KEYS = gl.constexpr(64)  # keys of a consumer
+CONSUMERS = gl.constexpr(2)
+SLOTS = gl.constexpr(2)  # items whose keys and values are held
+WORDS = gl.constexpr(8)  # pairs of integers a slot: head and segment; then of each consumer first key, part, and steps
+PAIR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+WIDE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def _locate_item(item, groups, wave, tiles, segments, batches, LEVELS: gl.constexpr):
+    """`(level, segment, batch x KV head, first tile, tile after the last)` of a work item. Items come in waves of
+    `wave` heads, whose queries the L2 cache holds; of a wave the widest level first, and of a level its late
+    segments."""
+    items = 0
+    for level in gl.static_range(LEVELS + 1):
+        items += (tiles[level] + batches[level] - 1) // batches[level] * segments[level] * wave
+    start = item // items * wave
+    item = item % items
+    found, segment, group, first, last = -1, 0, 0, 0, 0
+    for step in gl.static_range(LEVELS + 1):
+        most = tiles[LEVELS - step]
+        batch = batches[LEVELS - step]
+        per_head = (most + batch - 1) // batch
+        parts = segments[LEVELS - step]
+        size = per_head * parts * wave
+        if (found < 0) & (item < size):
+            rest = item % (per_head * wave)
+            found = LEVELS - step
+            segment = parts - 1 - item // (per_head * wave)
+            group = start + rest // per_head
+            first = rest % per_head * batch
+            last = gl.where(group < groups, gl.minimum(first + batch, most), first)
+        if found < 0:
+            item -= size
+    return found, segment, group, first, last
+
+
+@gluon.jit
+def _pick(pair, lane, which: gl.constexpr):
+    return gl.sum(gl.where(lane == which, pair, 0), 0)
+
+
+@gluon.jit
+def _produce(
+    q_desc, do_desc, stats_desc, k_desc, v_desc,
+    q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
+    table, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, tiles, segments, batches,
+    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    D: gl.constexpr = q_desc.block_type.shape[3]
+    stage, phase, slot, round = 0, 0, 0, 0
+    num_blocks = (length + BLOCK - 1) // BLOCK
+    chunks = (length + ROWS - 1) // ROWS
+    lane = gl.arange(0, CONSUMERS, PAIR)
+    item = gl.atomic_add(counter, 1)
+    while item < num_items:
+        level, segment, batch_head, first_tile, last_tile = _locate_item(
+            item, groups, wave, tiles, segments, batches, LEVELS
+        )
+        batch = batch_head // kv_heads
+        kv_head = batch_head % kv_heads
+        rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)  # of a head past the last: never used
+        split = segments[0]
+        for other in gl.static_range(1, LEVELS + 1):
+            split = gl.where(level == other, segments[other], split)
+        low = gl.where(split > 1, segment * segment_rows, 0)
+        high = gl.where(split > 1, gl.minimum(low + segment_rows, chunks * ROWS), chunks * ROWS)
+        part = part_begin(level, tiles, segments, LEVELS)
+        item = gl.atomic_add(counter, 1)
+        for tile in range(first_tile, last_tile):
+            index = tile * CONSUMERS + lane
+            key, begin, end = chunk_run(index, level, num_blocks, low, high, rule, BLOCK, LEVELS, SINKS)
+            exists = begin < end
+            top = gl.max(gl.where(exists, end, 0), 0)
+            bottom = gl.min(begin, 0)
+            rows = gl.maximum(top - bottom, 0) // ROWS
+            if rows > 0:
+                before = gl.where(exists, top - end, rows * ROWS) // ROWS
+                diagonal = (exists & (begin == key)).to(gl.int32)
+                inside = gl.where(exists, (end - begin) // ROWS, 0) - diagonal
+                mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
+                item_buf.index(slot * WORDS).store(gl.where(lane == 0, batch_head, gl.where(split > 1, segment, -1)))
+                item_buf.index(slot * WORDS + 1).store(gl.where(exists, key, -1))
+                item_buf.index(slot * WORDS + 2).store(part + index)
+                item_buf.index(slot * WORDS + 3).store(before * group)
+                item_buf.index(slot * WORDS + 4).store(inside * group)
+                item_buf.index(slot * WORDS + 5).store(diagonal * group)
+                item_buf.index(slot * WORDS + 6).store((rows - before - inside - diagonal) * group)
+                mbarrier.arrive(item_full.index(slot), count=1)
+                mbarrier.wait(kv_empty.index(slot), (round & 1) ^ 1)
+                loaded = kv_full.index(slot)
+                mbarrier.expect(loaded, 2 * CONSUMERS * KEYS * D * 2)
+                for c in gl.static_range(CONSUMERS):
+                    first = _pick(key, lane, c)
+                    to = 2 * (slot * CONSUMERS + c)
+                    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to))
+                    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to + 1))
+                for n in range(rows):
+                    row = top - (n + 1) * ROWS
+                    for g in range(group):
+                        head = kv_head * group + g
+                        chunk = (batch * kv_heads * group + head) * chunks + row // ROWS
+                        ready = q_full.index(stage)
+                        mbarrier.wait(step_empty.index(stage), phase ^ 1)
+                        mbarrier.expect(ready, ROWS * D * 2 + 2 * ROWS * 4)
+                        tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], ready, q_buf.index(stage))
+                        tma.async_copy_global_to_shared(stats_desc, [chunk, 0], ready, stats_buf.index(stage))
+                        ready_do = do_full.index(stage)
+                        mbarrier.expect(ready_do, ROWS * D * 2)
+                        tma.async_copy_global_to_shared(do_desc, [batch, head, row, 0], ready_do, do_buf.index(stage))
+                        stage, phase = advance(stage, phase, STAGES)
+                round += slot
+                slot = slot ^ 1
+    if item == num_items + gl.num_programs(0) - 1:  # the last draw of all: the counter is zero for the next launch
+        gl.atomic_xchg(counter, 0)
+    mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
+    item_buf.index(slot * WORDS).store(lane * 0 - 1)
+    mbarrier.arrive(item_full.index(slot), count=1)
+
+
+@gluon.jit
+def _step(
+    k, v, q_buf, do_buf, stats_buf, q_full, do_full, step_empty, stage, phase, scores, dk, dv, scale_log2, diagonal,
+    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, NEXT: gl.constexpr,
+):  # fmt: skip
+    """Adds one step of 64 queries, whose scores are there, to dK and dV (both `[64, D]` float32), and with `NEXT`
+    computes the scores of the next one. With `MASKED` a step on the diagonal, where a query sees keys up to its own, is
+    one with `diagonal` set."""
+    s_layout: gl.constexpr = scores.type.layout
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    element: gl.constexpr = q_buf.dtype
+    q = q_buf.index(opaque(stage)).reshape([ROWS, D])
+    do = do_buf.index(opaque(stage)).reshape([ROWS, D])
+    stats = stats_buf.index(stage)._reinterpret(gl.float32, [2, ROWS], WIDE)
+    blank = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
+    mbarrier.wait(do_full.index(stage), phase)
+    pending_dp = warpgroup_mma(v, do.permute([1, 0]), blank, use_acc=False, is_async=True)
+    lse = stats.slice(0, 1).load(s_layout)
+    probs = gl.exp2(scores * scale_log2 - lse)
+    if MASKED:
+        key = gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
+        row = gl.arange(0, ROWS, columns)
+        probs = gl.where((key[:, None] <= row[None, :]) | (diagonal == 0), probs, 0.0)
+    p = gl.convert_layout(probs.to(element), p_layout)
+    pending_dv = warpgroup_mma(p, do, dv, is_async=True)
+    delta = stats.slice(1, 1).load(s_layout)
+    dprobs = warpgroup_mma_wait(1, deps=[pending_dp])
+    ds = gl.convert_layout((probs * (dprobs - delta)).to(element), p_layout)
+    pending_dk = warpgroup_mma(ds, q, dk, is_async=True)
+    next_stage, next_phase = advance(stage, phase, STAGES)
+    if NEXT:
+        mbarrier.wait(q_full.index(next_stage), next_phase)
+        q_next = q_buf.index(next_stage).reshape([ROWS, D])
+        blank_next = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
+        pending_s = warpgroup_mma(k, q_next.permute([1, 0]), blank_next, use_acc=False, is_async=True)
+        dv, dk, scores = warpgroup_mma_wait(0, deps=[pending_dv, pending_dk, pending_s])
+    else:
+        dv, dk = warpgroup_mma_wait(0, deps=[pending_dv, pending_dk])
+    mbarrier.arrive(step_empty.index(stage), count=1)
+    return scores, dk, dv, next_stage, next_phase
+
+
+@gluon.jit
+def _skip(steps, q_full, do_full, step_empty, stage, phase, STAGES: gl.constexpr):
+    for _ in range(steps):
+        mbarrier.wait(q_full.index(stage), phase)  # a stage is handed back only once it is filled
+        mbarrier.wait(do_full.index(stage), phase)
+        mbarrier.arrive(step_empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _consume(
+    C: gl.constexpr, dk_desc, dv_desc, parts,
+    q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
+    scale, scale_log2, kv_heads, groups, num_parts,
+    D: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr,
+):  # fmt: skip
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    element: gl.constexpr = q_buf.dtype
+    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    info = item_buf._reinterpret(gl.int32, [SLOTS * WORDS * 2, 1], words)
+    stage, phase, slot, round = 0, 0, 0, 0
+    mbarrier.wait(item_full.index(0), 0)
+    batch_head = get(info, 0)
+    while batch_head >= 0:
+        word = slot * (WORDS * 2)
+        segment = get(info, word + 1)
+        key = get(info, word + 2 + C)
+        part = get(info, word + 4 + C)
+        before = get(info, word + 6 + C)
+        inside = get(info, word + 8 + C)
+        diagonal = get(info, word + 10 + C)
+        after = get(info, word + 12 + C)
+        mbarrier.arrive(item_empty.index(slot), count=1)
+        dk = gl.zeros([KEYS, D], gl.float32, d_layout)
+        dv = gl.zeros([KEYS, D], gl.float32, d_layout)
+        scores = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
+        k4 = kv_buf.index(2 * (slot * CONSUMERS + C))
+        v4 = kv_buf.index(2 * (slot * CONSUMERS + C) + 1)
+        k = k4.reshape([KEYS, D])
+        v = v4.reshape([KEYS, D])
+        mbarrier.wait(kv_full.index(slot), round & 1)
+        # the previous item's gradients have left its slot, which may be filled again
+        tma.store_wait(0)
+        mbarrier.arrive(kv_empty.index(slot ^ 1), count=1, pred=(round > 0) | (slot > 0))
+        stage, phase = _skip(before, q_full, do_full, step_empty, stage, phase, STAGES)
+        # loops of one step stand where an `if` would: a branch around a wgmma makes ptxas serialise them all
+        some = gl.minimum(inside + diagonal, 1)
+        for _ in range(some):
+            mbarrier.wait(q_full.index(stage), phase)
+            q = q_buf.index(opaque(stage)).reshape([ROWS, D]).permute([1, 0])
+            k_first = kv_buf.index(2 * (opaque(slot) * CONSUMERS + C)).reshape([KEYS, D])
+            pending = warpgroup_mma(k_first, q, scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[pending])
+        for n in range(inside + diagonal - 1):
+            scores, dk, dv, stage, phase = _step(
+                k, v, q_buf, do_buf, stats_buf, q_full, do_full, step_empty, stage, phase, scores, dk, dv,
+                scale_log2, (n >= inside).to(gl.int32), D, STAGES, GROUPED, True,
+            )  # fmt: skip
+        again = opaque(slot)
+        k_last = kv_buf.index(2 * (again * CONSUMERS + C)).reshape([KEYS, D])
+        v_last = kv_buf.index(2 * (again * CONSUMERS + C) + 1).reshape([KEYS, D])
+        for _ in range(some):
+            scores, dk, dv, stage, phase = _step(
+                k_last, v_last, q_buf, do_buf, stats_buf, q_full, do_full, step_empty, stage, phase, scores, dk, dv,
+                scale_log2, diagonal, D, STAGES, True, False,
+            )  # fmt: skip
+        stage, phase = _skip(after, q_full, do_full, step_empty, stage, phase, STAGES)
+        dk = dk * scale
+        if key >= 0:
+            if segment >= 0:
+                rows = gl.arange(0, KEYS, gl.SliceLayout(1, d_layout))
+                columns = gl.arange(0, D, gl.SliceLayout(0, d_layout))
+                first = ((segment * groups + batch_head) * num_parts + part).to(gl.int64) * (2 * KEYS * D)
+                offsets = rows[:, None] * D + columns[None, :]
+                gl.store(parts + first + offsets, dk)
+                gl.store(parts + first + KEYS * D + offsets, dv)
+            else:
+                k.store(dk.to(element))
+                v.store(dv.to(element))
+                fence_async_shared()
+                batch = batch_head // kv_heads
+                tma.async_copy_shared_to_global(dk_desc, [batch, batch_head % kv_heads, key, 0], k4)
+                tma.async_copy_shared_to_global(dv_desc, [batch, batch_head % kv_heads, key, 0], v4)
+        round += slot
+        slot = slot ^ 1
+        mbarrier.wait(item_full.index(slot), round & 1)
+        batch_head = get(info, slot * (WORDS * 2))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=[
+    "length", "kv_heads", "group", "groups", "wave", "segment_rows", "num_items", "num_parts", "tiles0", "tiles1",
+    "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
+])  # fmt: skip
+def attention_backward_kv(
+    q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, parts, table, counter,
+    scale, scale_log2, length, kv_heads, group, groups, wave, num_items, segment_rows, num_parts,
+    tiles0, tiles1, tiles2, segments0, segments1, segments2, batch0, batch1, batch2,
+    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, GROUPED: gl.constexpr,
+):  # fmt: skip
+    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq chunks, 128]: lse2 and delta of 64 rows;
+    # parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32; groups = B Hkv, in waves; tiles, segments and
+    # tiles an item of each level
+    D: gl.constexpr = q_desc.block_type.shape[3]
+    element: gl.constexpr = q_desc.dtype
+    q_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, ROWS, D], q_desc.layout)
+    do_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, ROWS, D], q_desc.layout)
+    kv_buf = gl.allocate_shared_memory(element, [SLOTS * CONSUMERS * 2, 1, 1, KEYS, D], k_desc.layout)
+    stats_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * ROWS], stats_desc.layout)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    step_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    item_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    item_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    item_buf = gl.allocate_shared_memory(gl.int32, [SLOTS * WORDS, 2], words)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(step_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(kv_full.index(i), count=1)
+        mbarrier.init(kv_empty.index(i), count=CONSUMERS)
+        mbarrier.init(item_full.index(i), count=1)
+        mbarrier.init(item_empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    # argument tuples stand inline: constexprs inside a named tuple would become tensors
+    gl.warp_specialize(
+        [
+            (_produce, (q_desc, do_desc, stats_desc, k_desc, v_desc,
+                        q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
+                        item_buf, item_full, item_empty,
+                        table, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
+                        (tiles0, tiles1, tiles2), (segments0, segments1, segments2), (batch0, batch1, batch2),
+                        TABLE, BLOCK, LEVELS, SINKS, STAGES)),
+            (_consume, (0, dk_desc, dv_desc, parts,
+                        q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
+                        item_buf, item_full, item_empty,
+                        scale, scale_log2, kv_heads, groups, num_parts, D, STAGES, GROUPED)),
+            (_consume, (1, dk_desc, dv_desc, parts,
+                        q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
+                        item_buf, item_full, item_empty,
+                        scale, scale_log2, kv_heads, groups, num_parts, D, STAGES, GROUPED)),
+        ],
+        [4, 4],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip
