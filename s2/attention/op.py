@@ -12,6 +12,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .kernels.hopper import launch as hopper_launch
 from .kernels.triton.launch import Problem, run_backward, run_forward
@@ -76,17 +77,32 @@ def _backward_shapes(q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing watches the ops (compilation, dispatch modes such as selective checkpointing, functorch, tensor
+    subclasses): then a call may skip the dispatcher, which takes as long as the rest of its host side."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, *settings):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = attention_forward(q, k, v, cu_seqlens, *settings)
+        if _is_plain(q, k, v):
+            out, lse = _forward(q, k, v, cu_seqlens, *settings)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = attention_forward(q, k, v, cu_seqlens, *settings)
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         none = (None,) * (1 + len(ctx.settings))
@@ -94,15 +110,27 @@ class _Attention(torch.autograd.Function):
             return None, None, None, *none
         if dout is None:
             dout = torch.zeros_like(out)
-        return *attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *none
+        run = _backward if _is_plain(q, k, v, dout) else attention_backward
+        return *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *none
+
+
+def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 @torch.library.impl(_library, "attention_forward", "Autograd")
 def _differentiable(q, k, v, *rest):
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _needs_gradient(q, k, v):
         return _Attention.apply(q, k, v, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return attention_forward(q, k, v, *rest)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """The forward op, or what it does where nothing watches."""
+    if not _is_plain(q, k, v):
+        return attention_forward(q, k, v, *rest)
+    return _Attention.apply(q, k, v, *rest) if _needs_gradient(q, k, v) else _forward(q, k, v, *rest)
 
 
 # ---------------------------------------------------------------- public function
@@ -192,7 +220,7 @@ def s2_attention(
         if q.dtype not in _KERNEL_DTYPES:
             raise ValueError(f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}")
         borders = None if cu_seqlens is None else cu_seqlens.to(device=q.device, dtype=torch.int32)
-        out, lse = attention_forward(q, k, v, borders, pattern.key, layer, head_offset, total, scale, hopper)
+        out, lse = _call(q, k, v, borders, pattern.key, layer, head_offset, total, scale, hopper)
         return (out, lse) if return_lse else out
     if backend == "sdpa" and not return_lse:
         return masked_attention(

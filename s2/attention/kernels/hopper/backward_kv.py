@@ -282,8 +282,8 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=[
-    "length", "kv_heads", "group", "groups", "wave", "segment_rows", "num_items", "num_parts", "tiles0", "tiles1",
-    "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
+    "length", "kv_heads", "group", "groups", "wave", "segment_rows", "num_items", "num_parts", "tiles0",
+    "tiles1", "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
 ])  # fmt: skip
 def attention_backward_kv(
     q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, parts, table, counter,

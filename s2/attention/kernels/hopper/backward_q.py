@@ -16,16 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import advance, get
-from .rows import CONSUMERS, KEYS, ROWS, locate, produce_rows, sees
+from .common import advance, count_bits, get, lowest_bit, ring_slot
+from .rows import CONSUMERS, KEYS, ROWS, TILE_WORDS, locate, produce_rows
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
 def _key_step(
-    q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, lse, delta, row, key, scale_log2,
-    D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
+    q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, lse, delta, row, scale_log2,
+    D: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Adds one key tile to dQ `[64, D]`; with `EDGE` keys after a row's own are masked."""
     s_layout: gl.constexpr = lse.type.layout.parent
@@ -39,7 +39,8 @@ def _key_step(
     pending_dp = warpgroup_mma(do, v.permute([1, 0]), blank, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[pending_s])
     probs = gl.exp2(scores * scale_log2 - lse[:, None])
-    if EDGE:  # noqa: SIM102 (one is known when compiling)
+    if EDGE:
+        key = get(slot_buf, stage)
         if key + KEYS - 1 > row:
             rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
             keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
@@ -49,28 +50,29 @@ def _key_step(
     pending_dq = warpgroup_mma(ds, k, dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=[pending_dq])
     mbarrier.arrive(kv_empty.index(stage), count=1)
-    stage, phase = advance(stage, phase, STAGES)
-    return dq, stage, phase
+    return dq
 
 
 @gluon.jit
-def _statistics(
-    do, do_full, phase, out, lse, dlse, stats, batch, head, row, length, heads,
-    D: gl.constexpr, HAS_DLSE: gl.constexpr,
-):  # fmt: skip
-    """`lse2` and `delta` of 64 rows, stored for the other kernel; rows past the end get inf and 0, and add nothing.
-    Waits for the rows of dO."""
+def _load_out(out, batch, head, row, length, heads, D: gl.constexpr):
+    """64 rows of the output, with the layout in which `delta` is summed."""
     columns: gl.constexpr = D // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
+    token = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    offset = ((batch * length + token).to(gl.int64) * heads + head) * D
+    column = gl.arange(0, D, gl.SliceLayout(0, layout))
+    return gl.load(out + offset[:, None] + column[None, :], mask=(token < length)[:, None], other=0.0)
+
+
+@gluon.jit
+def _statistics(o, do, lse, dlse, stats, batch, head, row, length, heads, HAS_DLSE: gl.constexpr):
+    """`lse2` and `delta` of 64 rows, stored for the other kernel; rows past the end get inf and 0, and add nothing."""
+    layout: gl.constexpr = o.type.layout
     lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     token = row + lanes
     exists = token < length
-    offset = ((batch * length + token).to(gl.int64) * heads + head) * D
-    column = gl.arange(0, D, gl.SliceLayout(0, layout))
-    o = gl.load(out + offset[:, None] + column[None, :], mask=exists[:, None], other=0.0)
     position = (batch * heads + head).to(gl.int64) * length + token
     lse2 = gl.load(lse + position, mask=exists, other=float("inf")) * LOG2E
-    mbarrier.wait(do_full, phase)
     delta = gl.sum(o.to(gl.float32) * do.load(layout).to(gl.float32), 1)
     if HAS_DLSE:
         delta -= gl.load(dlse + position, mask=exists, other=0.0)
@@ -87,67 +89,51 @@ def _consume(
     C: gl.constexpr, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
     tile_buf, slot_buf, tile_full, tile_empty,
     out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     q = q_buf.index(C).reshape([ROWS, D])
     do = do_buf.index(C).reshape([ROWS, D])
-    stage, phase, round = 0, 0, 0
+    begin, round = 0, 0  # ring position of the tile's first key tile, tiles done
     mbarrier.wait(tile_full, 0)
     tile = get(tile_buf, 0)
-    num_full = get(tile_buf, 1)
-    left = get(tile_buf, 2)
-    count = (get(tile_buf, 3) >> (8 * C)) & 255
-    mbarrier.arrive(tile_empty, count=1)
     while tile >= 0:
+        num_full = get(tile_buf, 1)
+        edges = get(tile_buf, 2)
+        seen = get(tile_buf, 3 + C)
+        mbarrier.arrive(tile_empty, count=1)
         batch, head, row = locate(tile, heads, tiles_per_head)
         row += C * ROWS
-        lse2, delta = _statistics(
-            do, q_full.index(C), round & 1, out, lse, dlse, stats, batch, head, row, length, heads, D, HAS_DLSE
-        )
+        o = _load_out(out, batch, head, row, length, heads, D)
+        mbarrier.wait(q_full.index(C), round & 1)
+        lse2, delta = _statistics(o, do, lse, dlse, stats, batch, head, row, length, heads, HAS_DLSE)
         row_lse = gl.convert_layout(lse2, s_rows)
         row_delta = gl.convert_layout(delta, s_rows)
         dq = gl.zeros([ROWS, D], gl.float32, dq_layout)
+        # the masked key tiles that these rows see, then the unmasked ones
+        for _ in range(count_bits(seen)):
+            stage, phase = ring_slot(begin + lowest_bit(seen), STAGES)
+            seen = seen & (seen - 1)
+            dq = _key_step(
+                q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, row_lse, row_delta, row,
+                scale_log2, D, True,
+            )  # fmt: skip
+        stage, phase = ring_slot(begin + edges, STAGES)
         for _ in range(num_full):
-            dq, stage, phase = _key_step(
-                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, 0,
-                scale_log2, D, STAGES, False,
+            dq = _key_step(
+                q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, row_lse, row_delta, row,
+                scale_log2, D, False,
             )  # fmt: skip
-        # tiles at the edges: those this consumer does not see are handed back, the diagonal is masked
-        for _ in range(count):
-            mbarrier.wait(k_full.index(stage), phase)
-            key = get(slot_buf, 2 * stage)
-            seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
-            while not seen:
-                mbarrier.wait(v_full.index(stage), phase)
-                mbarrier.arrive(kv_empty.index(stage), count=1)
-                left -= 1
-                stage, phase = advance(stage, phase, STAGES)
-                mbarrier.wait(k_full.index(stage), phase)
-                key = get(slot_buf, 2 * stage)
-                seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
-            dq, stage, phase = _key_step(
-                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, key,
-                scale_log2, D, STAGES, True,
-            )  # fmt: skip
-            left -= 1
-        for _ in range(left):
-            mbarrier.wait(k_full.index(stage), phase)  # a slot is handed back only once it is filled
-            mbarrier.wait(v_full.index(stage), phase)
-            mbarrier.arrive(kv_empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
+        begin += edges + num_full
         q.store((dq * scale).to(q_buf.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(dq_desc, [batch, head, row, 0], q_buf.index(C))
         round += 1
         mbarrier.wait(tile_full, round & 1)
         tile = get(tile_buf, 0)
-        num_full = get(tile_buf, 1)
-        left = get(tile_buf, 2)
-        count = (get(tile_buf, 3) >> (8 * C)) & 255
-        mbarrier.arrive(tile_empty, count=1)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(C), count=1)
 
@@ -176,8 +162,8 @@ def attention_backward_q(
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     tile_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     tile_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    tile_buf = gl.allocate_shared_memory(gl.int32, [4, 1], words)  # tile, unmasked, masked, seen by each consumer
-    slot_buf = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], words)  # first key, visible to blocks below
+    tile_buf = gl.allocate_shared_memory(gl.int32, [TILE_WORDS, 1], words)
+    slot_buf = gl.allocate_shared_memory(gl.int32, [STAGES, 1], words)  # first key of masked tiles
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=1)
@@ -198,15 +184,15 @@ def attention_backward_q(
             (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
                         out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        BLOCK, STAGES, D, HAS_DLSE)),
+                        STAGES, D, HAS_DLSE)),
             (_consume, (1, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
                         out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        BLOCK, STAGES, D, HAS_DLSE)),
+                        STAGES, D, HAS_DLSE)),
             (_consume, (2, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
                         out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        BLOCK, STAGES, D, HAS_DLSE)),
+                        STAGES, D, HAS_DLSE)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

@@ -76,18 +76,19 @@ def attention_sum_parts(
     high = (length + CHUNK - 1) // CHUNK * CHUNK
     own = index - part_begin(level, tiles, segments, LEVELS)
     key, begin, end = chunk_run(own, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
+    # a program adds up 32 rows of dK or of dV
+    half: tl.constexpr = CHUNK // 2
+    which = tl.program_id(2) // 2
+    rows = tl.program_id(2) % 2 * half + tl.arange(0, half)
     if begin < end:
-        rows = tl.arange(0, CHUNK)
         column = tl.arange(0, D)
-        offsets = rows[:, None] * D + column[None, :]
-        sum_k = tl.zeros([CHUNK, D], tl.float32)
-        sum_v = tl.zeros([CHUNK, D], tl.float32)
+        offsets = (which * CHUNK + rows)[:, None] * D + column[None, :]
+        total = tl.zeros([half, D], tl.float32)
         for segment in range(begin // segment_rows, (end - 1) // segment_rows + 1):
             source = part + ((segment * groups + group) * parts + index).to(tl.int64) * (2 * CHUNK * D)
-            sum_k += tl.load(source + offsets)
-            sum_v += tl.load(source + CHUNK * D + offsets)
+            total += tl.load(source + offsets)
         row = key + rows
         batch = (group // kv_heads).to(tl.int64)
         to = ((batch * length + row) * kv_heads + group % kv_heads)[:, None] * D + column[None, :]
-        tl.store(dk + to, sum_k.to(dk.dtype.element_ty), mask=(row < length)[:, None])
-        tl.store(dv + to, sum_v.to(dv.dtype.element_ty), mask=(row < length)[:, None])
+        gradient = dv if which else dk
+        tl.store(gradient + to, total.to(dk.dtype.element_ty), mask=(row < length)[:, None])

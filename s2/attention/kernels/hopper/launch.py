@@ -316,7 +316,7 @@ class _Backward:
         self.sum_scalars = (length, kv_heads, *division)
         self.sum = _Launch(
             chunks.attention_sum_parts,
-            (columns.num_parts, groups, 1),
+            (columns.num_parts, groups, 4),
             {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
              "SINKS": constants["SINKS"]},
             num_warps=4,

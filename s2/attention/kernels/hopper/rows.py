@@ -11,7 +11,8 @@ from .common import SCALAR, advance, put
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
 KEYS = gl.constexpr(64)  # keys of a stage
 CONSUMERS = gl.constexpr(3)
-MOST_MASKED = gl.constexpr(32)  # key tiles at the edges of a tile of rows: at most 20, with blocks of 256
+MOST_EDGES = gl.constexpr(32)  # masked key tiles of a tile of rows: at most 20, with blocks of 256
+TILE_WORDS = gl.constexpr(8)  # tile, unmasked key tiles, masked ones, those seen by each consumer
 
 
 @gluon.jit
@@ -23,53 +24,49 @@ def locate(tile, heads, tiles_per_head):
 
 
 @gluon.jit
-def key_tile(n, num_full, full, masked, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
-    """Block and first key of the n-th key tile of a plan, unmasked ones first."""
-    first, stride, index = full_tile(n, full, LEVELS, SINKS)
-    masked_first, masked_stride, masked_index, _ = masked_tile(n - num_full, masked, LEVELS, SINKS)
-    unmasked = n < num_full
-    first = gl.where(unmasked, first, masked_first)
-    stride = gl.where(unmasked, stride, masked_stride)
-    index = gl.where(unmasked, index, masked_index)
+def _key_tile(n, edges, full, masked, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
+    """Block and first key of the n-th key tile of a plan: `edges` masked ones, then the unmasked ones."""
+    first, stride, index, _ = masked_tile(n, masked, LEVELS, SINKS)
+    full_first, full_stride, full_index = full_tile(n - edges, full, LEVELS, SINKS)
+    unmasked = n >= edges
+    first = gl.where(unmasked, full_first, first)
+    stride = gl.where(unmasked, full_stride, stride)
+    index = gl.where(unmasked, full_index, index)
     per_block: gl.constexpr = BLOCK // KEYS
     block = first + (index // per_block) * stride
     return block, block * BLOCK + (index % per_block) * KEYS
 
 
 @gluon.jit
-def sees(row, key, until, BLOCK: gl.constexpr):
-    """Whether the consumer whose rows start at `row` sees the key tile at `key`, visible to blocks below `until`."""
-    return (key <= row + (ROWS - 1)) & (row // BLOCK < until)
-
-
-@gluon.jit
-def _seen(num_full, total, row, full, masked, rule, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
-    """How many of the masked key tiles each consumer sees: a byte each, counted by a lane for each tile."""
-    n = num_full + gl.arange(0, MOST_MASKED, SCALAR)
-    block, key = key_tile(n, num_full, full, masked, BLOCK, LEVELS, SINKS)
+def _seen(row, last_row, edges, full, masked, rule, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
+    """Which of the masked key tiles the consumer whose rows start at `row` sees: a bit each, from a lane each. A
+    consumer past the last row looks where that one does, so that everybody sees a tile."""
+    lane = gl.arange(0, MOST_EDGES, SCALAR)
+    block, key = _key_tile(lane, edges, full, masked, BLOCK, LEVELS, SINKS)
     until = block + reach_of(block, rule, LEVELS, SINKS)
-    seen = n * 0
-    for c in gl.static_range(CONSUMERS):
-        seen += gl.where((n < total) & sees(row + c * ROWS, key, until, BLOCK), 1 << (8 * c), 0)
-    return gl.sum(seen, 0)
+    row = gl.minimum(row, last_row // ROWS * ROWS)
+    seen = (lane < edges) & (key <= row + (ROWS - 1)) & (row // BLOCK < until)
+    return gl.sum(gl.where(seen, 1 << lane, 0), 0)
 
 
 @gluon.jit
 def _load(
-    n, num_full, full, masked, rule, batch, head, row, kv_head, round, stage, phase,
+    n, edges, full, masked, seen, batch, head, row, kv_head, round, stage, phase,
     q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
     q_full, q_empty, k_full, v_full, kv_empty, slot_buf, first,
     GRADIENT: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fills a stage with the n-th key tile, and with the first the consumers' rows."""
+    """Fills a stage with the n-th key tile, and with the first the consumers' rows. Hands the stage back for consumers
+    that do not see the tile; one that nobody sees (the end of a large block) is not loaded."""
     D: gl.constexpr = q_desc.block_type.shape[3]
-    block, key = key_tile(n, num_full, full, masked, BLOCK, LEVELS, SINKS)
+    _, key = _key_tile(n, edges, full, masked, BLOCK, LEVELS, SINKS)
     mbarrier.wait(kv_empty.index(stage), phase ^ 1)
-    if n >= num_full:
-        put(slot_buf, 2 * stage, key)
-        put(slot_buf, 2 * stage + 1, block + reach_of(block, rule, LEVELS, SINKS))
-    mbarrier.expect(k_full.index(stage), KEYS * D * 2)
-    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], k_full.index(stage), k_buf.index(stage))
+    if n < edges:
+        put(slot_buf, stage, key)
+    wanted = (n >= edges) | (((seen[0] | seen[1] | seen[2]) >> n) & 1 == 1)
+    loaded = k_full.index(stage)
+    mbarrier.expect(loaded, KEYS * D * 2, pred=wanted)
+    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], loaded, k_buf.index(stage), pred=wanted)
     if first:
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (round & 1) ^ 1)
@@ -78,8 +75,14 @@ def _load(
             tma.async_copy_global_to_shared(q_desc, [batch, head, rows, 0], q_full.index(c), q_buf.index(c))
             if GRADIENT:
                 tma.async_copy_global_to_shared(do_desc, [batch, head, rows, 0], q_full.index(c), do_buf.index(c))
-    mbarrier.expect(v_full.index(stage), KEYS * D * 2)
-    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], v_full.index(stage), v_buf.index(stage))
+    loaded_v = v_full.index(stage)
+    mbarrier.expect(loaded_v, KEYS * D * 2, pred=wanted)
+    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], loaded_v, v_buf.index(stage), pred=wanted)
+    if n < edges:
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.arrive(kv_empty.index(stage), count=1, pred=((seen[c] >> n) & 1) == 0)
+        mbarrier.arrive(loaded, count=1, pred=wanted == 0)
+        mbarrier.arrive(loaded_v, count=1, pred=wanted == 0)
     return advance(stage, phase, STAGES)
 
 
@@ -92,7 +95,7 @@ def produce_rows(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer of kernels that walk query rows: tiles from the counter, their rows (of dO too with `GRADIENT`) and
-    the key tiles that they see, unmasked ones first."""
+    the key tiles that they see, masked ones first."""
     stage, phase, round = 0, 0, 0
     tile = gl.atomic_add(counter, 1)
     batch, head, row = locate(tile, heads, tiles_per_head)
@@ -101,18 +104,23 @@ def produce_rows(
         last_row = gl.minimum(row + ROWS * CONSUMERS, length) - 1
         full, masked = key_plan(row, last_row, rule, BLOCK, KEYS, LEVELS, SINKS)
         num_full = full_tiles(full)
-        total = num_full + masked_tiles(masked)
-        seen = _seen(num_full, total, row, full, masked, rule, BLOCK, LEVELS, SINKS)
+        edges = masked_tiles(masked)
+        seen0 = _seen(row, last_row, edges, full, masked, rule, BLOCK, LEVELS, SINKS)
+        seen1 = _seen(row + ROWS, last_row, edges, full, masked, rule, BLOCK, LEVELS, SINKS)
+        seen2 = _seen(row + 2 * ROWS, last_row, edges, full, masked, rule, BLOCK, LEVELS, SINKS)
         mbarrier.wait(tile_empty, (round & 1) ^ 1)
         put(tile_buf, 0, tile)
         put(tile_buf, 1, num_full)
-        put(tile_buf, 2, total - num_full)
-        put(tile_buf, 3, seen)
+        put(tile_buf, 2, edges)
+        put(tile_buf, 3, seen0)
+        put(tile_buf, 4, seen1)
+        put(tile_buf, 5, seen2)
         mbarrier.arrive(tile_full, count=1)
+        total = edges + num_full
         early = gl.maximum(total - STAGES, 1)
         for n in range(early):
             stage, phase = _load(
-                n, num_full, full, masked, rule, batch, head, row, head // group, round, stage, phase,
+                n, edges, full, masked, (seen0, seen1, seen2), batch, head, row, head // group, round, stage, phase,
                 q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
                 q_full, q_empty, k_full, v_full, kv_empty, slot_buf, n == 0,
                 GRADIENT, BLOCK, LEVELS, SINKS, STAGES,
@@ -123,7 +131,7 @@ def produce_rows(
         next_rule = load_rule(table + (next_head // group) * TABLE, LEVELS, SINKS)
         for n in range(early, total):
             stage, phase = _load(
-                n, num_full, full, masked, rule, batch, head, row, head // group, round, stage, phase,
+                n, edges, full, masked, (seen0, seen1, seen2), batch, head, row, head // group, round, stage, phase,
                 q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
                 q_full, q_empty, k_full, v_full, kv_empty, slot_buf, False,
                 GRADIENT, BLOCK, LEVELS, SINKS, STAGES,
