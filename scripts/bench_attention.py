@@ -1,166 +1,232 @@
 """Time S2-Attention beside its baselines on this GPU and write a report.
 
-    python scripts/bench_attention.py [--lengths 8192,32768,131072] [--patterns L1V15,L8V16] [--heads 32] ...
+    python scripts/bench_attention.py [--cases default,gqa,d64] [--lengths 8192,32768] [--patterns L1V15,L8V16] ...
 
-All figures come from one process: dense causal attention through SDPA (FlashAttention-2 and cuDNN) and our kernels, on
-the same random inputs. Useful TFLOP/s count visible query-key pairs only: 4 D per pair and head forward, 10 D backward.
-Writes docs/benchmarks/<date>-<machine>-attention.{md,json,png}.
+All figures come from one process, on the same random inputs: dense causal attention through SDPA (FlashAttention-2 and
+cuDNN), our kernels, FlexAttention with a block mask made from the pattern, and the peers named with --peer. Useful
+TFLOP/s count visible query-key pairs only: 4 D per pair and head forward, 10 D backward. A kernel that cannot run
+gets a row with the reason. Writes docs/benchmarks/<date>-<machine>-attention.{md,json} and a plot for each case.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from bench_kernels import MAX_FLEX_LENGTH, Entry, dense_entries, flex_entries, peer_entry, s2_entry
+from bench_measure import GRAPH_LENGTHS, Inputs, Known, Timing, first_line, free_memory, measure, measure_host
+from bench_report import Row, blank_row, line, write
+from torch import Tensor
 
-from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper.launch import supports
+from s2.attention import Pattern
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINES = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+HOST_LENGTH, HOST_HEADS = 256, 4
+BACKENDS = ("triton", "hopper")
 
 
-def median_ms(function: Callable[[], object]) -> float:
-    return triton.testing.do_bench(function, warmup=50, rep=250, return_mode="median")
+@dataclass(frozen=True)
+class Case:
+    """One set-up of heads and sizes. `lengths` None: those of --lengths. `only_ours`: our kernels and cuDNN."""
 
+    name: str
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    block_size: int = 64
+    lengths: tuple[int, ...] | None = None
+    only_ours: bool = False
 
-def peak_gib(function: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def measure(name: str, seq_len: int, flops: float, forward: Callable[[], torch.Tensor], inputs: tuple, dout) -> dict:
-    def both() -> None:
-        torch.autograd.grad(forward(), inputs, dout)
-
-    out = forward()
-    forward_ms = median_ms(forward)
-    backward_ms = median_ms(lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True))
-    row = {
-        "name": name,
-        "seq_len": seq_len,
-        "forward_ms": forward_ms,
-        "backward_ms": backward_ms,
-        "forward_tflops": flops / forward_ms / 1e9,
-        "backward_tflops": 2.5 * flops / backward_ms / 1e9,
-        "peak_gib": peak_gib(both),
-    }
-    print(
-        f"{seq_len:>8} {name:<24} fwd {forward_ms:9.3f} ms {row['forward_tflops']:5.0f} TF"
-        f"   bwd {backward_ms:9.3f} ms {row['backward_tflops']:5.0f} TF   {row['peak_gib']:.2f} GiB",
-        flush=True,
-    )
-    return row
-
-
-def measure_length(args: argparse.Namespace, seq_len: int) -> Iterator[dict]:
-    shape = (args.batch, seq_len, args.heads, args.head_dim)
-    kv_shape = (args.batch, seq_len, args.kv_heads, args.head_dim)
-    q, k, v, dout = (
-        torch.randn(s, device="cuda", dtype=getattr(torch, args.dtype)) for s in (shape, kv_shape, kv_shape, shape)
-    )
-    inputs = tuple(x.requires_grad_() for x in (q, k, v))
-    per_pair = 4 * args.head_dim * args.batch * args.heads
-    pairs = seq_len * (seq_len + 1) / 2
-    for name, backend in BASELINES.items():
-        with sdpa_kernel(backend):
-
-            def dense() -> torch.Tensor:
-                heads_first = (x.transpose(1, 2) for x in inputs)
-                gqa = args.heads != args.kv_heads
-                return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-
-            yield measure(f"dense {name}", seq_len, per_pair * pairs, dense, inputs, dout)
-    for spec in args.patterns:
-        pattern = Pattern.parse(spec, args.block_size)
-        visible = pattern.density(seq_len, args.kv_heads) * pairs
-
-        for backend in args.backends:
-            if backend == "hopper" and not supports(*inputs, pattern, packed=False):
-                continue
-
-            def sparse(pattern: Pattern = pattern, backend: str = backend) -> torch.Tensor:
-                return s2_attention(*inputs, pattern, backend=backend)
-
-            yield measure(f"S2 {spec} {backend}", seq_len, per_pair * visible, sparse, inputs, dout)
-
-
-def speedup(rows: list[dict], row: dict, baseline: str, key: str) -> float:
-    base = next(r for r in rows if r["seq_len"] == row["seq_len"] and r["name"] == f"dense {baseline}")
-    if key == "both_ms":
-        return (base["forward_ms"] + base["backward_ms"]) / (row["forward_ms"] + row["backward_ms"])
-    return base[key] / row[key]
-
-
-def table(rows: list[dict]) -> str:
-    lines = [
-        "| length | kernel | forward ms | TFLOP/s | backward ms | TFLOP/s | peak GiB "
-        "| time vs FA2, fwd | fwd+bwd | rate / cuDNN, fwd | bwd |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        # a ratio of rates is the inverse of `speedup`, which divides baseline by row
-        rates = [1 / speedup(rows, row, "cuDNN", f"{way}_tflops") for way in ("forward", "backward")]
-        lines.append(
-            f"| {row['seq_len']:,} | {row['name']} | {row['forward_ms']:.3f} | {row['forward_tflops']:.0f} "
-            f"| {row['backward_ms']:.3f} | {row['backward_tflops']:.0f} | {row['peak_gib']:.2f} "
-            f"| {speedup(rows, row, 'FlashAttention-2', 'forward_ms'):.2f}x "
-            f"| {speedup(rows, row, 'FlashAttention-2', 'both_ms'):.2f}x "
-            f"| {rates[0]:.2f} | {rates[1]:.2f} |"
+    def title(self, dtype: str) -> str:
+        return (
+            f"{self.name}: batch {self.batch}, {self.heads}/{self.kv_heads} heads, d {self.head_dim}, "
+            f"block {self.block_size}, {dtype}"
         )
-    return "\n".join(lines)
 
 
-def plot(rows: list[dict], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(19, 4.4), constrained_layout=True)
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    for name in names:
-        mine = [row for row in rows if row["name"] == name]
-        lengths = [row["seq_len"] for row in mine]
-        style = {"marker": "o", "linestyle": "--" if name.startswith("dense") else "-", "label": name}
-        axes[0].plot(lengths, [row["forward_ms"] + row["backward_ms"] for row in mine], **style)
-        axes[1].plot(lengths, [row["forward_tflops"] for row in mine], **style)
-        axes[2].plot(lengths, [row["backward_tflops"] for row in mine], **style)
-        axes[3].plot(lengths, [speedup(rows, row, "FlashAttention-2", "both_ms") for row in mine], **style)
-    labels = (
-        "forward + backward, ms",
-        "forward, useful TFLOP/s",
-        "backward, useful TFLOP/s",
-        "speed-up over FlashAttention-2",
+CASES = {
+    case.name: case
+    for case in (
+        Case("default"),
+        Case("gqa", kv_heads=8),
+        Case("gqa70b", heads=64, kv_heads=8),
+        Case("d64", head_dim=64),
+        Case("small", batch=4, lengths=(4096,)),
     )
-    lengths = sorted({row["seq_len"] for row in rows})
-    for axis, label in zip(axes, labels, strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-        axis.set_xlabel("sequence length")
-        axis.set_title(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[3].set_yscale("log")
-    axes[1].set_ylim(bottom=0)
-    axes[2].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+}
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entry]:
+    yield from dense_entries()[1 if case.only_ours else 0 :]
+    for spec in args.patterns:
+        pattern = Pattern.parse(spec, case.block_size)
+        for backend in args.backends:
+            yield s2_entry(spec, pattern, backend)
+        if case.only_ours:
+            continue
+        if seq_len in args.flex_lengths:
+            yield from flex_entries(spec, pattern)
+        for name, target in args.peers:
+            yield peer_entry(name, target, spec, pattern)
+
+
+def random_inputs(case: Case, seq_len: int, args: argparse.Namespace) -> tuple[Inputs, Tensor]:
+    """q, k, v and the gradient of the output."""
+    shape, kv_shape = ((case.batch, seq_len, heads, case.head_dim) for heads in (case.heads, case.kv_heads))
+    dtype = getattr(torch, args.dtype)
+    q, k, v, dout = (torch.randn(s, device=args.device, dtype=dtype) for s in (shape, kv_shape, kv_shape, shape))
+    return tuple(x.requires_grad_(args.backward) for x in (q, k, v)), dout
+
+
+def measure_length(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Row]:
+    free_memory()
+    wanted = list(entries(case, seq_len, args))
+    try:
+        inputs, dout = random_inputs(case, seq_len, args)
+    except Exception as error:  # too large, or a kernel before broke the device
+        full = isinstance(error, torch.cuda.OutOfMemoryError)
+        status = {"status": "out of memory" if full else "failed", "note": f"inputs: {first_line(error)}"}
+        for entry in wanted:
+            yield blank_row(entry.name, seq_len) | status
+        return
+    known: Known = {}
+    for entry in wanted:
+        density = entry.pattern.density(seq_len, case.kv_heads) if entry.pattern else 1.0
+        pairs = density * seq_len * (seq_len + 1) / 2
+        flops = 4 * case.head_dim * case.batch * case.heads * pairs
+        yield measure(entry, inputs, dout, flops, Timing(args.warmup, args.rep), known)
+        free_memory()
+
+
+def host_costs(case: Case, args: argparse.Namespace) -> Iterator[Row]:
+    """At a size where the device is never behind the host."""
+    small = replace(case, batch=1, heads=HOST_HEADS, kv_heads=HOST_HEADS)
+    inputs, dout = random_inputs(small, HOST_LENGTH, args)
+    spec = args.patterns[0]
+    pattern = Pattern.parse(spec, case.block_size)
+    for entry in (*dense_entries(), *(s2_entry(spec, pattern, backend) for backend in args.backends)):
+        yield measure_host(entry, inputs, dout)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 8192,32768") from None
+    if any(number < 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} has a length below 1")
+    return numbers
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def peer(text: str) -> tuple[str, str]:
+    name, equals, target = text.partition("=")
+    module, colon, function = target.partition(":")
+    if not (name and equals and module and colon and function):
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; write NAME=module:function")
+    return name, target
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)}, each a table (default: default)")
+    add("--lengths", default="4096,8192,16384,32768,65536,131072", type=whole_numbers)
+    add("--long-lengths", default="", type=whole_numbers, help="also these, with fewer heads: our kernels and cuDNN")
+    add("--long-heads", type=int, default=8, help="query heads of --long-lengths (default 8)")
+    add("--flex-lengths", default="8192,32768,131072", type=whole_numbers, help="which lengths FlexAttention runs at")
+    add("--patterns", default="L1V15,L8V16", type=names)
+    add("--backends", default="triton,hopper", type=names)
+    add("--peer", dest="peers", action="append", default=[], type=peer, metavar="NAME=module:function",
+        help="another kernel: function(q, k, v, pattern) returns a forward call; may be repeated")  # fmt: skip
+    for field, kind in (("batch", int), ("heads", int), ("kv-heads", int), ("head-dim", int), ("block-size", int)):
+        add(f"--{field}", type=kind, help="instead of the cases' own")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    add("--no-backward", dest="backward", action="store_false", help="time the forward only, without gradients")
+    add("--warmup", type=int, default=50, help="ms of calls before each figure (default 50)")
+    add("--rep", type=int, default=200, help="ms of calls for each figure (default 200)")
+    add("--targets", action="store_true", help="end with our rates over cuDNN's at 8k, 32k and 128k")
+    add("--commit", default=None, help="commit to name in the report (default: git)")
+    add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
+    args = parser.parse_args(argv)
+    args.device = "cuda"
+    try:
+        args.cases = chosen_cases(args)
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """The cases with the sizes asked for, and after each its long lengths."""
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown or not args.cases:
+        raise ValueError(f"--cases: {unknown or args.cases} is not among {', '.join(CASES)}")
+    fields = ("batch", "heads", "kv_heads", "head_dim", "block_size")
+    sizes = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    cases = []
+    for name in dict.fromkeys(args.cases):
+        case = replace(CASES[name], **sizes)
+        cases.append(replace(case, lengths=case.lengths or tuple(args.lengths)))
+        if args.long_lengths:
+            kv_heads = max(1, case.kv_heads * args.long_heads // case.heads)
+            fewer = {"heads": args.long_heads, "kv_heads": kv_heads, "only_ours": True}
+            cases.append(replace(case, name=f"{name}-long", lengths=tuple(args.long_lengths), **fewer))
+    return cases
+
+
+def check(args: argparse.Namespace) -> None:
+    for option, values in (("--lengths", args.lengths), ("--patterns", args.patterns), ("--backends", args.backends)):
+        if not values:
+            raise ValueError(f"{option} is empty")
+    for backend in args.backends:
+        if backend not in BACKENDS:
+            raise ValueError(f"--backends: {backend!r} is not one of {', '.join(BACKENDS)}")
+    if len(dict(args.peers)) < len(args.peers):
+        raise ValueError("--peer: two peers have one name")
+    for length in args.flex_lengths:
+        if length > MAX_FLEX_LENGTH:
+            raise ValueError(f"--flex-lengths: {length} is more than {MAX_FLEX_LENGTH}, the most for FlexAttention")
+    for case in args.cases:
+        if min(case.batch, case.heads, case.kv_heads, case.head_dim) < 1:
+            raise ValueError(f"{case.title(args.dtype)}: every size must be 1 or more")
+        if case.heads % case.kv_heads:
+            raise ValueError(f"case {case.name}: {case.heads} heads are not a multiple of {case.kv_heads} KV heads")
+        for spec in args.patterns:
+            Pattern.parse(spec, case.block_size)  # names the spec and what is wrong
+
+
+# ---------------------------------------------------------------- the run
+
+
+METHOD = [
+    "medians of `triton.testing.do_bench`, which empties the L2 cache before each call (calls of over a second: median "
+    "of three); all rows of one length share inputs and process",
+    "useful TFLOP/s count visible pairs only: 4 D a pair and head forward, 10 D backward",
+    f"fwd graph ms: the forward without gradients in a CUDA graph, with a warm cache, up to {GRAPH_LENGTHS:,} tokens",
+    "time vs FA2: time of dense FlashAttention-2 over the row's; rate / cuDNN: the row's TFLOP/s over dense cuDNN's",
+    "Flex: FlexAttention under torch.compile, its block mask (queries x keys) built from the pattern, tiles that are "
+    "visible as a whole marked so",
+]
 
 
 def git_commit() -> str:
@@ -170,59 +236,49 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="8192,32768,131072", type=lambda s: [int(x) for x in s.split(",")])
-    parser.add_argument("--patterns", default="L1V15,L8V16", type=lambda s: s.split(","))
-    parser.add_argument("--backends", default="triton,hopper", type=lambda s: s.split(","))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    parser.add_argument("--commit", default=None, help="commit to name in the report (default: git)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks")
-    return parser.parse_args()
+def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:
+    setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device")}
+    return {
+        "machine": machine,
+        "date": datetime.date.today().isoformat(),
+        "commit": args.commit or git_commit(),
+        "command": " ".join(["python scripts/bench_attention.py", *argv]),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda or "none",
+                     "cudnn": str(torch.backends.cudnn.version())},
+        "method": METHOD,
+        "targets": args.targets,
+        "setup": setup,
+        "sections": [],
+        "host": [],
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:
+    """Measure every case into `record`. The page is written after each length, so a stopped run keeps its rows."""
+    record["host"] = list(host_costs(args.cases[0], args))
+    for case in args.cases:
+        section = {"name": case.name, "title": case.title(args.dtype), "case": asdict(case), "rows": []}
+        record["sections"].append(section)
+        print(section["title"], flush=True)
+        for seq_len in case.lengths:
+            for row in measure_length(case, seq_len, args):
+                section["rows"].append(row)
+                print(line(row), flush=True)
+            write(record, args.output, with_plots=False)
+    return write(record, args.output, with_plots=True)
 
 
 def main() -> None:
     args = parse_arguments()
     if not torch.cuda.is_available():
         sys.exit("error: bench needs a CUDA device")
-    machine = torch.cuda.get_device_name()
-    rows = [row for seq_len in args.lengths for row in measure_length(args, seq_len)]
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda or "none",
-                "cudnn": str(torch.backends.cudnn.version())}  # fmt: skip
-    date = datetime.date.today().isoformat()
-    stem = args.output / f"{date}-{re.sub('[^a-z0-9]+', '-', machine.lower())}-attention"
-    args.output.mkdir(parents=True, exist_ok=True)
-    setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit")}
-    commit = args.commit or git_commit()
-    record = {
-        "machine": machine,
-        "date": date,
-        "commit": commit,
-        "versions": versions,
-        "setup": setup,
-        "rows": rows,
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    title = (
-        f"S2-Attention on {machine}: batch {args.batch}, {args.heads}/{args.kv_heads} heads, d {args.head_dim}, "
-        f"block {args.block_size}, {args.dtype}"
-    )
-    plot(rows, stem.with_suffix(".png"), title)
-    command = "python scripts/bench_attention.py " + " ".join(sys.argv[1:])
-    stem.with_suffix(".md").write_text(
-        f"# {title}\n\n"
-        f"- command: `{command.strip()}`\n- commit: {commit}\n"
-        f"- versions: {', '.join(f'{k} {v}' for k, v in versions.items())}\n"
-        f"- medians of `triton.testing.do_bench`; all rows of one length share inputs and process\n"
-        f"- useful TFLOP/s count visible pairs only: 4 D a pair and head forward, 10 D backward\n\n"
-        f"{table(rows)}\n\n![latency, rates and speed-up]({stem.name}.png)\n"
-    )
-    print(f"wrote {stem}.md, .json and .png")
+    record = new_record(args, torch.cuda.get_device_name(), sys.argv[1:])
+    page = run(args, record)
+    print(f"wrote {page} with its .json and plots")
+    rows = [row for section in record["sections"] for row in section["rows"]]
+    failed = [row["name"] for row in rows if row["status"] == "failed" and row["name"].startswith("S2 ")]
+    if failed:
+        sys.exit(f"error: {len(failed)} of our own rows failed: {', '.join(dict.fromkeys(failed))}")
 
 
 if __name__ == "__main__":

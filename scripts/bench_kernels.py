@@ -1,0 +1,285 @@
+"""The kernels that `bench_attention.py` times, ours and their baselines, all of one shape: an `Entry`.
+
+FlexAttention's block mask is built here from a pattern's closed form, head by head and a few tiles at a time: its own
+builder evaluates the mask for every pair of tokens, which at 128k and per-head masks takes terabytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from s2.attention import HeadRule, Pattern, s2_attention
+from s2.attention.kernels.hopper.launch import supports
+from s2.attention.pattern import UNBOUNDED
+
+Forward = Callable[[], Tensor]  # -> [B, S, H, D]
+
+FLEX_ROWS = 128  # queries of a FlexAttention tile
+MAX_FLEX_LENGTH = 131072
+MAX_FLEX_LISTS = 4 * 2**30  # bytes of block lists that one mask may take
+_CHUNK = 1 << 22  # block pairs looked at together
+
+
+class Skipped(Exception):  # noqa: N818
+    """A kernel that cannot run here; the message is the reason for the report."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel to time. `build(q, k, v)` (`[B, S, H, D]`) gives the forward call; a forward whose result has no
+    gradient gets no backward figure. `pattern` None is dense causal attention."""
+
+    name: str
+    build: Callable[[Tensor, Tensor, Tensor], Forward]
+    pattern: Pattern | None = None
+    context: Callable[[], AbstractContextManager] = nullcontext
+    graph: bool = False  # also time the forward in a CUDA graph
+    note: str = ""
+
+
+# ---------------------------------------------------------------- ours and dense
+
+
+def dense_entries() -> list[Entry]:
+    flash = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
+    cudnn = partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
+    return [
+        Entry("dense FlashAttention-2", _dense, context=flash),
+        Entry("dense cuDNN", _dense, context=cudnn, graph=True),
+    ]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Forward:
+    gqa = q.shape[2] != k.shape[2]
+
+    def forward() -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+
+    return forward
+
+
+def s2_entry(spec: str, pattern: Pattern, backend: str) -> Entry:
+    def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
+        if backend == "hopper" and not supports(q, k, v, pattern, packed=False):
+            raise Skipped("the Hopper kernels do not take this case")
+        return partial(s2_attention, q, k, v, pattern, backend=backend)
+
+    return Entry(f"S2 {spec} {backend}", build, pattern, graph=backend == "hopper")
+
+
+def peer_entry(name: str, target: str, spec: str, pattern: Pattern) -> Entry:
+    """A kernel of another library: `module:function` gets (q, k, v, pattern) and returns the forward call."""
+
+    def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
+        module, _, function = target.partition(":")
+        try:
+            make = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise Skipped(f"cannot import {target}: {error}") from error
+        return make(q, k, v, pattern)
+
+    return Entry(f"{name} {spec}", build, pattern)
+
+
+# ---------------------------------------------------------------- FlexAttention
+
+
+def flex_entries(spec: str, pattern: Pattern) -> list[Entry]:
+    """FlexAttention with key tiles of the pattern's block where it can have them: its forward takes 128x64 tiles, its
+    backward needs 128x128."""
+    entries = []
+    if pattern.block_size < 128:
+        build = partial(_flex, pattern=pattern, tile=(FLEX_ROWS, 64), differentiable=False)
+        note = "forward only: FlexAttention's backward does not take 128x64 blocks"
+        entries.append(Entry(f"Flex {spec} 128x64", build, pattern, note=note))
+    build = partial(_flex, pattern=pattern, tile=(FLEX_ROWS, 128), differentiable=True)
+    entries.append(Entry(f"Flex {spec} 128x128", build, pattern))
+    return entries
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, tile: tuple[int, int], differentiable: bool) -> Forward:
+    if q.shape[1] > MAX_FLEX_LENGTH:
+        raise Skipped(f"FlexAttention is timed up to {MAX_FLEX_LENGTH:,} tokens")
+    if not differentiable:
+        q, k, v = (x.detach() for x in (q, k, v))
+    mask = flex_mask(pattern, q.shape[1], q.shape[2], k.shape[2], tile, with_backward=q.requires_grad, device=q.device)
+    # Each mask is another graph. Past its limit of graphs torch.compile would run FlexAttention unfused, which makes
+    # the whole score matrix: forget the graphs before, and raise instead (fullgraph).
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # the timed backward runs many times on one forward
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    options = {"BLOCK_M": FLEX_ROWS, "BLOCK_N": 64} if tile[1] == 64 else None
+    gqa = q.shape[2] != k.shape[2]
+
+    def forward() -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(*heads_first, block_mask=mask, enable_gqa=gqa, kernel_options=options).transpose(1, 2)
+
+    return forward
+
+
+def flex_mask(
+    pattern: Pattern,
+    seq_len: int,
+    heads: int,
+    kv_heads: int,
+    tile: tuple[int, int],
+    *,
+    with_backward: bool,
+    device: torch.device | str,
+) -> BlockMask:
+    """The pattern as a FlexAttention mask with tiles of `tile` (queries, keys), for `heads` query heads."""
+    lists = partial(block_lists, pattern, seq_len, kv_heads, tile, group=heads // kv_heads, device=device)
+    kv_partial, kv_full = lists()
+    q_partial, q_full = lists(by_key=True) if with_backward else ((None, None), (None, None))
+    return BlockMask(
+        seq_lengths=(seq_len, seq_len),
+        kv_num_blocks=kv_partial[0],
+        kv_indices=kv_partial[1],
+        full_kv_num_blocks=kv_full[0],
+        full_kv_indices=kv_full[1],
+        q_num_blocks=q_partial[0],
+        q_indices=q_partial[1],
+        full_q_num_blocks=q_full[0],
+        full_q_indices=q_full[1],
+        BLOCK_SIZE=tile,
+        mask_mod=mask_mod(pattern, heads, kv_heads, device),
+    )
+
+
+Lists = tuple[Tensor, Tensor]  # counts [1, H, n] and indices [1, H, n, columns], int32
+
+
+def block_lists(
+    pattern: Pattern,
+    seq_len: int,
+    kv_heads: int,
+    tile: tuple[int, int],
+    *,
+    group: int = 1,
+    by_key: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[Lists, Lists]:
+    """The tiles that need the mask, and those that are visible as a whole: for each tile of queries its tiles of keys
+    (ascending), or with `by_key` the other way round. Each KV head is repeated for its `group` of query heads.
+
+    Like FlexAttention's own builder it counts a tile that reaches past the end of the sequence as partial.
+    """
+    queries, keys = (-(-seq_len // size) for size in tile)
+    rows, columns = (keys, queries) if by_key else (queries, keys)
+    # As wide as the mask although a sparse row is short: FlexAttention takes the strides of the partial lists for the
+    # full ones too (torch 2.11), and on CPUs checks the width.
+    size = 2 * 4 * kv_heads * group * rows * columns
+    if size > MAX_FLEX_LISTS:
+        raise Skipped(f"the block lists would take {size / 2**30:.1f} GiB, more than {MAX_FLEX_LISTS / 2**30:.0f}")
+    every = torch.arange(columns, device=device)
+    blocks = [max(1, size // pattern.block_size) for size in tile]  # pattern blocks in a tile
+    step = max(1, _CHUNK // (columns * blocks[0] * blocks[1]))
+    found: dict[HeadRule, tuple[Found, Found]] = {}
+    rules = pattern.rules(kv_heads)
+    for rule in set(rules):
+        chunks = []
+        for some in torch.arange(rows, device=device).split(step):
+            pair = (every, some) if by_key else (some, every)
+            visible = _tiles(rule, pattern.block_size, seq_len, tile, *pair)
+            chunks.append([_found(kind.T if by_key else kind) for kind in visible])
+        found[rule] = tuple(
+            tuple(torch.cat(parts) for parts in zip(*kind, strict=True)) for kind in zip(*chunks, strict=True)
+        )
+    partly, wholly = ([found[rule][kind] for rule in rules] for kind in (0, 1))
+    return _padded(partly, columns, group), _padded(wholly, columns, group)
+
+
+Found = tuple[Tensor, Tensor]  # counts of each row, and the columns of all rows one after the other
+
+
+def _found(visible: Tensor) -> Found:
+    return visible.sum(dim=1), visible.nonzero()[:, 1]
+
+
+def _padded(heads: list[Found], columns: int, group: int) -> Lists:
+    counts = torch.stack([count for count, _ in heads])  # [H, n]
+    indices = torch.zeros(*counts.shape, columns, dtype=torch.int32, device=counts.device)
+    taken = torch.arange(columns, device=counts.device) < counts[..., None]
+    indices[taken] = torch.cat([columns for _, columns in heads]).int()
+    counts, indices = (x.int().repeat_interleave(group, dim=0)[None] for x in (counts, indices))
+    return counts, indices
+
+
+def _tiles(
+    rule: HeadRule, block: int, seq_len: int, tile: tuple[int, int], queries: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which tiles of `queries` x `keys` (tile indices) are visible in part, and which as a whole: bool `[nq, nk]`."""
+
+    def blocks(tiles: Tensor, size: int) -> Tensor:  # the pattern blocks in each tile, [tiles, blocks]
+        offsets = torch.arange(0, size, min(block, size), device=tiles.device)
+        return (tiles[:, None] * size + offsets) // block
+
+    num_blocks = -(-seq_len // block)
+    query = blocks(queries, tile[0])[:, :, None, None]
+    key = blocks(keys, tile[1])[None, None]
+    kept = rule.visible(query - key, key) & (query < num_blocks) & (key < num_blocks)  # [nq, blocks, nk, blocks]
+    first_query, last_query = queries[:, None] * tile[0], ((queries[:, None] + 1) * tile[0]).clamp(max=seq_len) - 1
+    first_key, last_key = keys[None] * tile[1], (keys[None] + 1) * tile[1] - 1
+    some = kept.any(dim=3).any(dim=1) & (first_key <= last_query)
+    inside = ((queries[:, None] + 1) * tile[0] <= seq_len) & (last_key < seq_len)
+    full = kept.all(dim=3).all(dim=1) & (last_key <= first_query) & inside
+    return some & ~full, full
+
+
+def mask_mod(
+    pattern: Pattern, heads: int, kv_heads: int, device: torch.device | str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The pattern's rule for single tokens: whether query `i` of query head `h` sees key `j`."""
+    rules = [rule for rule in pattern.rules(kv_heads) for _ in range(heads // kv_heads)]
+    depth = max(len(rule.levels) for rule in rules)
+
+    def per_head(values: list[int]) -> int | Tensor:
+        """One number where all heads agree, so that the kernel has it as a constant."""
+        return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.int32, device=device)
+
+    def levels(field: str, absent: int) -> list[int | Tensor]:
+        return [
+            per_head([getattr(rule.levels[n], field) if n < len(rule.levels) else absent for rule in rules])
+            for n in range(depth)
+        ]
+
+    block = pattern.block_size
+    local, sinks = per_head([rule.local for rule in rules]), per_head([rule.sinks for rule in rules])
+    # an absent level ends at once
+    strided = list(zip(levels("stride", 1), levels("residue", 0), levels("end", 0), strict=True))
+
+    def of_head(value: int | Tensor, h: Tensor) -> int | Tensor:
+        return value[h] if isinstance(value, Tensor) else value
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        key = j // block
+        distance = i // block - key
+        begin = of_head(local, h)
+        keep = distance < begin
+        for stride, residue, end in strided:
+            matches = key % of_head(stride, h) == of_head(residue, h)
+            end = of_head(end, h)
+            in_range = distance >= begin
+            if isinstance(end, Tensor) or end < UNBOUNDED:
+                in_range = in_range & (distance < end)
+            keep = keep | (in_range & matches)
+            begin = end
+        if isinstance(sinks, Tensor) or sinks:
+            keep = keep | (key < of_head(sinks, h))
+        return keep & (i >= j)
+
+    return visible

@@ -1,0 +1,190 @@
+"""How `bench_attention.py` measures one kernel: times, memory, host cost, and whether it computes the same result."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+from bench_kernels import Entry, Skipped
+from bench_report import Row, blank_host_row, blank_row
+from torch import Tensor
+
+GRAPH_LENGTHS = 16384  # up to here host time counts, and the forward is timed in a CUDA graph too
+SLOW_MS = 1000.0  # beyond this the median of three calls is enough
+LARGEST_DIFFERENCE = 1e-2  # relative RMSE between two kernels of one pattern in 16 bits
+HOST_CALLS = 200
+
+Call = Callable[[], object]
+Inputs = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, S, H, D]; they want gradients unless only the forward counts
+Known = dict[str, tuple[str, Tensor]]  # the first kernel of a pattern and its result, by the pattern's key
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of calls before a figure and for it."""
+
+    warmup: int
+    rep: int
+
+
+# ---------------------------------------------------------------- single figures
+
+
+def median_ms(function: Call, timing: Timing) -> float:
+    function()  # compiles
+    first = event_ms(function)
+    if first < SLOW_MS:
+        return triton.testing.do_bench(function, warmup=timing.warmup, rep=timing.rep, return_mode="median")
+    return statistics.median([first, event_ms(function), event_ms(function)])
+
+
+def event_ms(function: Call) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+@torch.no_grad()
+def graph_ms(function: Call, timing: Timing) -> float:
+    """In a CUDA graph, which is replayed ten times and holds a quarter of `rep` of calls."""
+    return triton.testing.do_bench_cudagraph(function, rep=max(1, timing.rep // 4), return_mode="median")
+
+
+def peak_gib(function: Call) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def issue_us(function: Call) -> float:
+    """Host time of one call: calls are issued without waiting for the device; the median of five rounds."""
+    rounds = []
+    for count in (HOST_CALLS // 10, *[HOST_CALLS] * 5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            function()
+        rounds.append((time.perf_counter() - begin) / count * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(rounds[1:])  # the first warms up
+
+
+# ---------------------------------------------------------------- rows
+
+
+def measure(entry: Entry, inputs: Inputs, dout: Tensor, flops: float, timing: Timing, known: Known) -> Row:
+    """The row of one kernel; `flops` are its useful operations forward. It never raises: a kernel that cannot run
+    gets the reason, one whose backward cannot keeps its forward figures."""
+    seq_len = inputs[0].shape[1]
+    row, stage = blank_row(entry.name, seq_len), "forward"
+    try:
+        with entry.context():
+            forward = entry.build(*inputs)
+            out = forward()
+            row["forward_ms"] = median_ms(forward, timing)
+            row["forward_tflops"] = flops / row["forward_ms"] / 1e9
+            stage = "check"
+            compare(entry, out.detach(), row, known)
+            if entry.graph and seq_len <= GRAPH_LENGTHS:
+                try:
+                    row["graph_ms"] = graph_ms(forward, timing)
+                except Exception as error:
+                    add_note(row, f"no graph: {first_line(error)}")
+            stage = "backward"
+            differentiable = out.requires_grad
+            if differentiable:
+                backward = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
+                row["backward_ms"] = median_ms(backward, timing)
+                row["backward_tflops"] = 2.5 * flops / row["backward_ms"] / 1e9
+                del backward
+            elif inputs[0].requires_grad:
+                add_note(row, entry.note or "no backward: the result has no gradient")
+            stage = "peak memory"
+            del out
+            both = (lambda: torch.autograd.grad(forward(), inputs, dout)) if differentiable else forward
+            row["peak_gib"] = peak_gib(both)
+    except Skipped as reason:
+        fail(row, stage, "skipped", str(reason))
+    except torch.cuda.OutOfMemoryError:
+        fail(row, stage, "out of memory")
+    except Exception as error:
+        fail(row, stage, "failed", first_line(error))
+    return row
+
+
+def compare(entry: Entry, out: Tensor, row: Row, known: Known) -> None:
+    """Note a result that differs from the first kernel's with this pattern: such a row times something else."""
+    if entry.pattern is None:
+        return
+    name, reference = known.setdefault(entry.pattern.key, (entry.name, out))
+    if name == entry.name:
+        return
+    if out.shape != reference.shape:
+        raise ValueError(f"the result has shape {list(out.shape)}, not {list(reference.shape)}")
+    row["difference"] = relative_rmse(out, reference)
+    if not row["difference"] <= LARGEST_DIFFERENCE:
+        add_note(row, f"WRONG? its result differs from that of {name}: relative RMSE {row['difference']:.2g}")
+
+
+def relative_rmse(x: Tensor, reference: Tensor) -> float:
+    error = size = 0.0
+    for a, b in zip(x.split(8192, dim=1), reference.split(8192, dim=1), strict=True):
+        error += float((a.float() - b.float()).square().sum())
+        size += float(b.float().square().sum())
+    return (error / size) ** 0.5
+
+
+def measure_host(entry: Entry, inputs: Inputs, dout: Tensor) -> Row:
+    """What issuing one call costs the host; the sizes must keep the device ahead of it."""
+    row = blank_host_row(entry.name, inputs[0].shape[1])
+    try:
+        with entry.context():
+            forward = entry.build(*inputs)
+            with torch.no_grad():
+                row["forward_us"] = issue_us(forward)
+            if inputs[0].requires_grad:
+                row["forward_grad_us"] = issue_us(forward)
+                row["backward_us"] = issue_us(partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True))
+    except Skipped as reason:
+        row |= {"status": "skipped", "note": str(reason)}
+    except Exception as error:
+        row |= {"status": "failed", "note": first_line(error)}
+    return row
+
+
+def fail(row: Row, stage: str, status: str, reason: str = "") -> None:
+    """A row without a forward figure has failed as a whole; later failures are notes to it."""
+    if row["forward_ms"] is None:
+        row["status"] = status
+        add_note(row, reason)
+    else:
+        add_note(row, ": ".join(filter(None, (stage, status, reason))))
+
+
+def add_note(row: Row, text: str) -> None:
+    row["note"] = "; ".join(filter(None, (row["note"], text)))
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0][:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # after a kernel's illegal access every call fails
+            torch.cuda.empty_cache()

@@ -1,0 +1,236 @@
+"""The report of `bench_attention.py`: tables, plots and the files they go to. Works on the rows alone, without a GPU.
+
+A record is a dict with `machine`, `date`, `commit`, `command`, `versions`, `method` (lines of text), `sections` (each
+`name`, `title`, `rows`), `host` (rows of host costs), and optionally `targets`. A row has `name`, `seq_len`, `status`
+("ok", "skipped", "out of memory" or "failed"), `note`, and its figures, None where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+FIGURES = (
+    "forward_ms", "graph_ms", "forward_tflops", "backward_ms", "backward_tflops", "peak_gib", "difference",
+)  # fmt: skip
+HOST_FIGURES = ("forward_us", "forward_grad_us", "backward_us")
+TARGET_LENGTHS = (8192, 32768, 131072)
+TARGET_SPECS = ("L1V15", "L8V16")
+
+
+def blank_row(name: str, seq_len: int) -> Row:
+    return {"name": name, "seq_len": seq_len, "status": "ok", "note": "", **dict.fromkeys(FIGURES)}
+
+
+def blank_host_row(name: str, seq_len: int) -> Row:
+    return {"name": name, "seq_len": seq_len, "status": "ok", "note": "", **dict.fromkeys(HOST_FIGURES)}
+
+
+# ---------------------------------------------------------------- ratios
+
+
+def ratio(rows: list[Row], row: Row, baseline: str, *keys: str) -> float | None:
+    """The baseline's figure over the row's at the same length, summed over `keys`; None where one is missing."""
+    base = next((r for r in rows if r["seq_len"] == row["seq_len"] and r["name"] == f"dense {baseline}"), None)
+    if base is None or any(r[key] is None for r in (base, row) for key in keys):
+        return None
+    return sum(base[key] for key in keys) / sum(row[key] for key in keys)
+
+
+def speedup(rows: list[Row], row: Row, *keys: str) -> float | None:
+    """Time of FlashAttention-2 over the row's."""
+    return ratio(rows, row, "FlashAttention-2", *keys)
+
+
+def rate(rows: list[Row], row: Row, way: str) -> float | None:
+    """The row's useful TFLOP/s over cuDNN's; `way` is "forward" or "backward"."""
+    inverse = ratio(rows, row, "cuDNN", f"{way}_tflops")
+    return None if inverse is None else 1 / inverse
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(rows: list[Row]) -> str:
+    header = (
+        "length", "kernel", "forward ms", "fwd graph ms", "TFLOP/s", "backward ms", "TFLOP/s", "peak GiB",
+        "time vs FA2, fwd", "fwd+bwd", "rate / cuDNN, fwd", "bwd",
+    )  # fmt: skip
+    return markdown(header, [_cells(rows, row) for row in rows], text_columns=(1,))
+
+
+def _cells(rows: list[Row], row: Row) -> list[str]:
+    return [
+        f"{row['seq_len']:,}",
+        row["name"],
+        _cell(row["forward_ms"], ".3f") if row["status"] == "ok" else row["status"],
+        _cell(row["graph_ms"], ".3f"),
+        _cell(row["forward_tflops"], ".0f"),
+        _cell(row["backward_ms"], ".3f"),
+        _cell(row["backward_tflops"], ".0f"),
+        _cell(row["peak_gib"], ".2f"),
+        _cell(speedup(rows, row, "forward_ms"), ".2f", "x"),
+        _cell(speedup(rows, row, "forward_ms", "backward_ms"), ".2f", "x"),
+        _cell(rate(rows, row, "forward"), ".2f"),
+        _cell(rate(rows, row, "backward"), ".2f"),
+    ]
+
+
+def notes(rows: list[Row]) -> str:
+    """One line for each kernel and reason, with the lengths where it holds."""
+    lengths: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        said = row["note"] if row["status"] == "ok" else ": ".join(filter(None, (row["status"], row["note"])))
+        if said:
+            lengths.setdefault((row["name"], said), []).append(f"{row['seq_len']:,}")
+    return "\n".join(f"- {name} at {', '.join(where)}: {said}" for (name, said), where in lengths.items())
+
+
+def line(row: Row) -> str:
+    """A row as it is printed while the benchmark runs."""
+    start = f"{row['seq_len']:>8} {row['name']:<24}"
+    if row["status"] != "ok":
+        return f"{start} {row['status']} {row['note']}".rstrip()
+    text = f"{start} fwd {row['forward_ms']:9.3f} ms {row['forward_tflops']:5.0f} TF"
+    if row["backward_ms"] is not None:
+        text += f"   bwd {row['backward_ms']:9.3f} ms {row['backward_tflops']:5.0f} TF"
+    if row["peak_gib"] is not None:
+        text += f"   {row['peak_gib']:.2f} GiB"
+    return f"{text}   {row['note']}".rstrip()
+
+
+def host_table(rows: list[Row]) -> str:
+    header = ("kernel", "forward", "forward, with gradients", "backward")
+    body = [[row["name"], *(_cell(row[key], ".1f") for key in HOST_FIGURES)] for row in rows]
+    return markdown(header, body, text_columns=(0,))
+
+
+def targets(sections: list[dict[str, Any]]) -> str:
+    """Our rate over cuDNN's dense causal one, for the Hopper kernels."""
+    header = ("case", "pattern", "way", *(f"{length // 1024}k" for length in TARGET_LENGTHS))
+    body = []
+    for section in sections:
+        found = {(row["name"], row["seq_len"]): row for row in section["rows"]}
+        for spec in TARGET_SPECS:
+            mine = [found.get((f"S2 {spec} hopper", length)) for length in TARGET_LENGTHS]
+            if any(mine):
+                for way in ("forward", "backward"):
+                    ratios = [rate(section["rows"], row, way) if row else None for row in mine]
+                    body.append([section["name"], spec, way, *(_cell(value, ".2f") for value in ratios)])
+    return markdown(header, body, text_columns=(0, 1, 2))
+
+
+def markdown(header: tuple[str, ...], body: list[list[str]], text_columns: tuple[int, ...]) -> str:
+    rule = "|".join("---" if i in text_columns else "---:" for i in range(len(header)))
+    return "\n".join([_line(header), f"|{rule}|", *map(_line, body)])
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+# ---------------------------------------------------------------- plots
+
+
+def plot(rows: list[Row], title: str, path: Path) -> None:
+    """Time, useful rate and speed-up over the sequence length: the forward above, the backward below."""
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[str, str, Callable[[Row], float | None]]] = [
+        ("forward, ms", "log", lambda row: row["forward_ms"]),
+        ("forward, useful TFLOP/s", "linear", lambda row: row["forward_tflops"]),
+        ("forward, speed-up over FlashAttention-2", "times", lambda row: speedup(rows, row, "forward_ms")),
+        ("backward, ms", "log", lambda row: row["backward_ms"]),
+        ("backward, useful TFLOP/s", "linear", lambda row: row["backward_tflops"]),
+        (
+            "forward + backward, speed-up over FlashAttention-2",
+            "times",
+            lambda row: speedup(rows, row, "forward_ms", "backward_ms"),
+        ),
+    ]
+    figure = Figure(figsize=(17, 8), layout="constrained")
+    grid = figure.subplots(2, 3)
+    names = list(dict.fromkeys(row["name"] for row in rows if row["forward_ms"] is not None))
+    lengths = sorted({row["seq_len"] for row in rows})
+    for axis, (label, scale, value) in zip(grid.flat, panels, strict=True):
+        if all(value(row) is None for row in rows):  # no backward, or no baseline
+            axis.set_axis_off()
+            continue
+        for index, name in enumerate(names):
+            points = [(row["seq_len"], value(row)) for row in rows if row["name"] == name]
+            points = [(x, y) for x, y in points if y is not None]
+            line = "--" if name.startswith("dense") else "-" if name.startswith("S2") else ":"
+            axis.plot(*zip(*points, strict=True) if points else ([], []), line, marker="o", color=_colour(index), ms=4)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+        axis.set_xticks([], minor=True)
+        if scale == "times":
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        else:
+            axis.set_yscale(scale)
+        if scale == "linear":
+            axis.set_ylim(bottom=0)
+        axis.set_xlabel("sequence length")
+        axis.set_title(label)
+        axis.grid(alpha=0.3)
+    figure.legend(grid.flat[0].lines, names, loc="outside right upper", fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def _colour(index: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab10"](index) if index < 10 else colormaps["tab20"]((2 * index + 1) % 20)
+
+
+# ---------------------------------------------------------------- files
+
+
+def stem(record: dict[str, Any]) -> str:
+    return f"{record['date']}-{re.sub('[^a-z0-9]+', '-', record['machine'].lower())}-attention"
+
+
+def report(record: dict[str, Any], plots: dict[str, str]) -> str:
+    """The Markdown page; `plots` maps a section's name to its picture."""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    parts = [
+        f"# S2-Attention on {record['machine']}",
+        f"- command: `{record['command']}`\n- commit: {record['commit']}\n- versions: {versions}\n"
+        + "\n".join(f"- {line}" for line in record["method"]),
+    ]
+    for section in record["sections"]:
+        parts += [f"## {section['title']}", table(section["rows"]), notes(section["rows"])]
+        if section["name"] in plots:
+            parts.append(f"![time, rates and speed-up, {section['name']}]({plots[section['name']]})")
+    if record["host"]:
+        parts += ["## Host time of one call, microseconds", host_table(record["host"]), notes(record["host"])]
+    if record.get("targets"):
+        parts += ["## Targets: rate over cuDNN's", targets(record["sections"])]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def write(record: dict[str, Any], folder: Path, *, with_plots: bool) -> Path:
+    """Write `<date>-<machine>-attention.md` and `.json`, and a `.png` for each section of several lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = stem(record)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    plots = {}
+    for section in record["sections"] if with_plots else []:
+        measured = [row for row in section["rows"] if row["forward_ms"] is not None]
+        if len({row["seq_len"] for row in measured}) > 1:
+            plots[section["name"]] = f"{name}-{section['name']}.png"
+            plot(section["rows"], f"{record['machine']}, {section['title']}", folder / plots[section["name"]])
+    page = folder / f"{name}.md"
+    page.write_text(report(record, plots))
+    return page

@@ -1,0 +1,413 @@
+"""The attention benchmark without a GPU: FlexAttention's block lists, rows of what cannot run, arguments, report."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as `python scripts/bench_attention.py` has it
+
+import bench_attention
+import bench_kernels
+import bench_measure
+import bench_report
+from torch.nn.attention.flex_attention import create_block_mask
+
+from s2.attention import Pattern, s2_attention
+from s2.attention.pattern import UNBOUNDED
+
+SPECS = ("L1V15", "L8V16", "L2V5+sink1", "dense", "W3")
+
+
+def parse(*argv):
+    return bench_attention.parse_arguments(list(argv))
+
+
+def tokens(pattern, seq_len, kv_heads):
+    """The definition, for single tokens: bool [H, S, S]."""
+    size = pattern.block_size
+    blocks = pattern.block_mask(-(-seq_len // size), kv_heads)
+    return blocks.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :seq_len, :seq_len].tril()
+
+
+def tiles(visible, tile):
+    """Which tiles are visible in part and which as a whole: bool [H, nq, nk] each."""
+    heads, seq_len, _ = visible.shape
+    nq, nk = (-(-seq_len // size) for size in tile)
+    padded = torch.zeros(heads, nq * tile[0], nk * tile[1], dtype=torch.bool)
+    padded[:, :seq_len, :seq_len] = visible
+    grid = padded.view(heads, nq, tile[0], nk, tile[1])
+    whole = grid.all(4).all(2)
+    return grid.any(4).any(2) & ~whole, whole
+
+
+def dense_of(lists, columns):
+    """Lists back to a mask; the columns of each row must ascend."""
+    (counts,), (indices,) = lists
+    mask = torch.zeros(*counts.shape, columns, dtype=torch.bool)
+    for head, row in torch.cartesian_prod(torch.arange(counts.shape[0]), torch.arange(counts.shape[1])).tolist():
+        kept = indices[head, row, : counts[head, row]].long()
+        assert bool((kept.diff() > 0).all())
+        mask[head, row, kept] = True
+    return mask
+
+
+# ---------------------------------------------------------------- FlexAttention's block mask
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("block_size", "seq_len", "heads"), [(64, 1024, 4), (64, 1000, 16), (16, 333, 5), (256, 900, 4)]
+)
+@pytest.mark.parametrize("tile", [(128, 64), (128, 128)])
+def test_flex_lists_are_the_pattern_both_ways_round(spec, block_size, seq_len, heads, tile):
+    pattern = Pattern.parse(spec, block_size)
+    nq, nk = (-(-seq_len // size) for size in tile)
+    expected = tiles(tokens(pattern, seq_len, heads), tile)
+    for lists, wanted in zip(bench_kernels.block_lists(pattern, seq_len, heads, tile), expected, strict=True):
+        assert torch.equal(dense_of(lists, nk), wanted)
+    by_key = bench_kernels.block_lists(pattern, seq_len, heads, tile, by_key=True)
+    for lists, wanted in zip(by_key, expected, strict=True):
+        assert torch.equal(dense_of(lists, nq), wanted.transpose(1, 2))
+
+
+def test_flex_lists_do_not_depend_on_the_chunks_they_are_built_in(monkeypatch):
+    pattern = Pattern.parse("L2V5", 64)
+    whole = bench_kernels.block_lists(pattern, 2000, 5, (128, 64), by_key=True)
+    monkeypatch.setattr(bench_kernels, "_CHUNK", 64)
+    parts = bench_kernels.block_lists(pattern, 2000, 5, (128, 64), by_key=True)
+    for a, b in zip(whole, parts, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_flex_mask_is_the_one_that_flex_attention_would_build():
+    pattern, tile = Pattern.parse("L3V4+sink1", 64), (128, 128)
+    mine = bench_kernels.flex_mask(pattern, 700, 8, 4, tile, with_backward=True, device="cpu")
+    theirs = create_block_mask(mine.mask_mod, 1, 8, 700, 700, device="cpu", BLOCK_SIZE=tile)
+    assert mine.shape == theirs.shape
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(mine, f"{kind}_{part}") for part in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(theirs, f"{kind}_num_blocks"))
+        listed = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(indices[listed], getattr(theirs, f"{kind}_indices")[listed])
+
+
+def rules_of_several_kinds():
+    two_levels = Pattern.from_ranges(2, [(2, 6), (4, None)], block_size=64, sinks=1)
+    return Pattern.per_head([two_levels, Pattern.parse("dense"), Pattern.parse("W2"), Pattern.parse("L1V3")])
+
+
+@pytest.mark.parametrize("pattern", [*(Pattern.parse(spec, 64) for spec in SPECS), rules_of_several_kinds()], ids=str)
+def test_flex_mask_rule_is_exact_for_every_token_and_query_head(pattern):
+    seq_len, heads, kv_heads = 1000, 8, 4
+    rule = bench_kernels.mask_mod(pattern, heads, kv_heads, "cpu")
+    index = torch.arange(seq_len)
+    seen = rule(None, torch.arange(heads)[:, None, None], index[None, :, None], index[None, None])
+    expected = tokens(pattern, seq_len, kv_heads).repeat_interleave(2, dim=0)
+    assert torch.equal(seen.expand(heads, -1, -1), expected)
+
+
+def test_flex_mask_keeps_what_all_heads_share_as_constants():
+    pattern = Pattern.parse("L8V16", 64)
+    cells = bench_kernels.mask_mod(pattern, 32, 32, "cpu").__closure__
+    (((stride, residue, end),),) = [c.cell_contents for c in cells if isinstance(c.cell_contents, list)]
+    assert (stride, end) == (16, UNBOUNDED)
+    assert residue.tolist() == [h // 2 for h in range(32)]
+
+
+def test_flex_lists_that_take_too_much_memory_are_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "MAX_FLEX_LISTS", 1000)
+    with pytest.raises(bench_kernels.Skipped, match=r"block lists would take .* GiB"):
+        bench_kernels.block_lists(Pattern.parse("L1V15"), 8192, 4, (128, 64))
+
+
+def test_flex_entries_say_their_tiles_and_which_one_has_a_backward():
+    small, large = bench_kernels.flex_entries("L1V15", Pattern.parse("L1V15", 64))
+    assert small.name == "Flex L1V15 128x64"
+    assert "forward only" in small.note
+    assert large.name == "Flex L1V15 128x128"
+    assert [e.name for e in bench_kernels.flex_entries("W2", Pattern.parse("W2", 128))] == ["Flex W2 128x128"]
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_with_our_mask_is_the_reference():
+    pattern = Pattern.parse("L2V3", 64)
+    q, k, v = torch.randn(1, 640, 4, 32), torch.randn(1, 640, 2, 32), torch.randn(1, 640, 2, 32)
+    for entry in bench_kernels.flex_entries("L2V3", pattern):
+        out = entry.build(q, k, v)()
+        torch.testing.assert_close(out, s2_attention(q, k, v, pattern, backend="reference"), atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- one row
+
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    """Figures without a device: every call takes two milliseconds, and is made."""
+
+    def call(value):
+        def figure(function, *_):
+            function()
+            return value
+
+        return figure
+
+    for name, value in (("median_ms", 2.0), ("graph_ms", 1.0), ("peak_gib", 0.5), ("issue_us", 30.0)):
+        monkeypatch.setattr(bench_measure, name, call(value))
+
+
+def measure(build, pattern=None, known=None, **fields):
+    inputs = tuple(torch.randn(1, 128, 2, 16, requires_grad=True) for _ in range(3))
+    entry = bench_kernels.Entry("kernel", build, pattern, **fields)
+    known = {} if known is None else known
+    return bench_measure.measure(entry, inputs, torch.randn(1, 128, 2, 16), 4e9, bench_measure.Timing(1, 1), known)
+
+
+def test_row_has_useful_rates_with_the_backward_counted_two_and_a_half_times(no_clock):
+    row = measure(lambda q, k, v: lambda: q + k + v, graph=True)
+    assert (row["status"], row["note"], row["graph_ms"], row["peak_gib"]) == ("ok", "", 1.0, 0.5)
+    assert row["forward_tflops"] == pytest.approx(2.0)
+    assert row["backward_tflops"] == pytest.approx(5.0)
+
+
+def test_kernel_without_gradient_gets_a_forward_row_and_says_so(no_clock):
+    row = measure(lambda q, k, v: lambda: (q + k + v).detach(), note="forward only: because")
+    assert row["forward_ms"] == 2.0
+    assert row["backward_ms"] is None
+    assert row["note"] == "forward only: because"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "note"),
+    [
+        (bench_kernels.Skipped("needs other hardware"), "skipped", "needs other hardware"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory", ""),
+        (RuntimeError("No kernel\nmore | text"), "failed", "RuntimeError: No kernel"),
+    ],
+)
+def test_kernel_that_cannot_run_becomes_a_row_with_the_reason(no_clock, error, status, note):
+    def build(q, k, v):
+        raise error
+
+    row = measure(build)
+    assert (row["status"], row["note"], row["forward_ms"]) == (status, note, None)
+
+
+def test_kernel_whose_backward_runs_out_of_memory_keeps_its_forward(no_clock):
+    class Heavy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    row = measure(lambda q, k, v: lambda: Heavy.apply(q + k + v))
+    assert (row["status"], row["forward_ms"], row["backward_ms"]) == ("ok", 2.0, None)
+    assert row["note"] == "backward: out of memory"
+
+
+def test_kernel_that_computes_something_else_is_marked(no_clock):
+    pattern = Pattern.parse("W1")
+    base = torch.randn(1, 128, 2, 16)
+    known = {pattern.key: ("S2 W1 triton", base)}
+    row = measure(lambda q, k, v: lambda: base * 1.5, pattern, known)
+    assert row["difference"] == pytest.approx(0.5)
+    assert "WRONG? its result differs from that of S2 W1 triton" in row["note"]
+    assert "WRONG" not in measure(lambda q, k, v: lambda: base * 1.001, pattern, known)["note"]
+    assert "WRONG" in measure(lambda q, k, v: lambda: base * float("nan"), pattern, known)["note"]
+    assert "shape" in measure(lambda q, k, v: lambda: base[:, :64], pattern, known)["note"]
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_default_run_is_one_case_at_six_lengths():
+    args = parse()
+    (case,) = args.cases
+    assert (case.name, case.batch, case.heads, case.kv_heads, case.head_dim, case.block_size) == (
+        "default", 1, 32, 32, 128, 64,
+    )  # fmt: skip
+    assert case.lengths == (4096, 8192, 16384, 32768, 65536, 131072)
+    assert args.flex_lengths == [8192, 32768, 131072]
+
+
+def test_cases_and_sizes_combine():
+    default, gqa, small = parse("--cases", "default,gqa,small", "--head-dim", "64", "--lengths", "8192").cases
+    assert (default.head_dim, gqa.head_dim) == (64, 64)
+    assert (gqa.heads, gqa.kv_heads, gqa.lengths) == (32, 8, (8192,))
+    assert (small.batch, small.lengths) == (4, (4096,))
+
+
+def test_long_lengths_are_a_section_of_few_heads_with_our_kernels_and_cudnn():
+    args = parse("--cases", "gqa", "--lengths", "4096", "--long-lengths", "524288,1048576", "--peer", "other=a:b")
+    case = args.cases[1]
+    assert (case.name, case.heads, case.kv_heads, case.lengths) == ("gqa-long", 8, 2, (524288, 1048576))
+    found = [entry.name for entry in bench_attention.entries(case, 524288, args)]
+    assert found == ["dense cuDNN", *(f"S2 {spec} {b}" for spec in ("L1V15", "L8V16") for b in ("triton", "hopper"))]
+
+
+def test_flex_and_peers_run_beside_ours_at_their_lengths():
+    args = parse("--patterns", "L8V16", "--peer", "other=a:b")
+    names = [[entry.name for entry in bench_attention.entries(args.cases[0], n, args)] for n in (4096, 8192)]
+    ours = ["dense FlashAttention-2", "dense cuDNN", "S2 L8V16 triton", "S2 L8V16 hopper"]
+    assert names[0] == [*ours, "other L8V16"]
+    assert names[1] == [*ours, "Flex L8V16 128x64", "Flex L8V16 128x128", "other L8V16"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cases", "default,huge"], "--cases: ['huge'] is not among default, gqa, gqa70b, d64, small"),
+        (["--cases", ""], "--cases: [] is not among default"),
+        (["--peer", "dkernel"], "'dkernel' is not understood; write NAME=module:function"),
+        (["--peer", "dkernel=module"], "'dkernel=module' is not understood; write NAME=module:function"),
+        (["--peer", "a=b:c", "--peer", "a=d:e"], "two peers have one name"),
+        (["--lengths", "8k"], "'8k' is not a list of whole numbers like 8192,32768"),
+        (["--lengths", "0"], "'0' has a length below 1"),
+        (["--lengths", ""], "--lengths is empty"),
+        (["--flex-lengths", "262144"], "--flex-lengths: 262144 is more than 131072"),
+        (["--backends", "cuda"], "--backends: 'cuda' is not one of triton, hopper"),
+        (["--patterns", "L0V4"], "the local window is 0 blocks"),
+        (["--block-size", "48"], "block_size=48 is not supported"),
+        (["--heads", "12"], "case default: 12 heads are not a multiple of 32 KV heads"),
+        (["--batch", "0"], "every size must be 1 or more"),
+    ],
+)
+def test_bad_arguments_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert message in capsys.readouterr().err
+
+
+def test_peer_that_cannot_be_imported_is_skipped_and_one_that_can_gets_the_pattern(tmp_path, monkeypatch):
+    (tmp_path / "my_peer.py").write_text("def make(q, k, v, pattern):\n    return lambda: (q, str(pattern))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    pattern = Pattern.parse("W2")
+    assert bench_kernels.peer_entry("mine", "my_peer:make", "W2", pattern).build(1, 2, 3)() == (1, "W2")
+    for target in ("no_such_module:make", "my_peer:missing"):
+        with pytest.raises(bench_kernels.Skipped, match=f"cannot import {target}"):
+            bench_kernels.peer_entry("mine", target, "W2", pattern).build(1, 2, 3)
+
+
+# ---------------------------------------------------------------- report
+
+
+def row(name, seq_len, forward=None, backward=None, **fields):
+    """A row whose useful work takes 100 TFLOP/s at one millisecond."""
+    figures = {"forward_ms": forward, "backward_ms": backward}
+    rates = {f"{way}_tflops": 100 / ms for way, ms in (("forward", forward), ("backward", backward)) if ms}
+    return bench_report.blank_row(name, seq_len) | figures | rates | fields
+
+
+ROWS = [
+    row("dense FlashAttention-2", 8192, 2.0, 6.0, peak_gib=0.25),
+    row("dense cuDNN", 8192, 1.0, 3.0, graph_ms=0.9),
+    row("S2 L1V15 hopper", 8192, 0.5, 1.5),
+    row("Flex L1V15 128x64", 8192, 0.8, note="forward only"),
+    row("peer L1V15", 8192, status="skipped", note="cannot import it"),
+    row("S2 L1V15 hopper", 16384, 1.0, 3.0),
+    row("dense FlashAttention-2", 32768, status="out of memory"),
+    row("dense cuDNN", 32768, status="out of memory"),
+    row("S2 L1V15 hopper", 32768, 2.0, 6.0),
+]
+
+
+def test_table_has_ratios_where_both_figures_are_there():
+    lines = bench_report.table(ROWS).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == 13
+    assert lines[2] == (
+        "| 8,192 | dense FlashAttention-2 | 2.000 | - | 50 | 6.000 | 17 | 0.25 | 1.00x | 1.00x | 0.50 | 0.50 |"
+    )
+    assert lines[3].startswith("| 8,192 | dense cuDNN | 1.000 | 0.900 | 100 |")
+    assert lines[4].endswith("| 4.00x | 4.00x | 2.00 | 2.00 |")
+    assert lines[5] == "| 8,192 | Flex L1V15 128x64 | 0.800 | - | 125 | - | - | - | 2.50x | - | 1.25 | - |"
+    assert lines[6] == "| 8,192 | peer L1V15 | skipped" + " | -" * 9 + " |"
+    assert lines[7].endswith("| 1.000 | - | 100 | 3.000 | 33 | - | - | - | - | - |")  # no baseline at this length
+    assert lines[8].startswith("| 32,768 | dense FlashAttention-2 | out of memory | - |")
+    assert lines[10].endswith("| - | - | - | - | - |")
+
+
+def test_notes_gather_the_lengths_of_one_reason():
+    noted = bench_report.notes([*ROWS, row("peer L1V15", 16384, status="skipped", note="cannot import it")])
+    assert noted.splitlines() == [
+        "- Flex L1V15 128x64 at 8,192: forward only",
+        "- peer L1V15 at 8,192, 16,384: skipped: cannot import it",
+        "- dense FlashAttention-2 at 32,768: out of memory",
+        "- dense cuDNN at 32,768: out of memory",
+    ]
+
+
+def test_targets_are_rates_of_the_hopper_rows_over_cudnn():
+    lines = bench_report.targets([{"name": "default", "rows": ROWS}]).splitlines()
+    assert lines[0] == "| case | pattern | way | 8k | 32k | 128k |"
+    assert lines[2:] == [
+        "| default | L1V15 | forward | 2.00 | - | - |",
+        "| default | L1V15 | backward | 2.00 | - | - |",
+    ]
+
+
+def test_report_holds_the_tables_and_plots_and_json_every_row(tmp_path):
+    record = bench_attention.new_record(parse("--targets", "--commit", "abc"), "NVIDIA H200", ["--targets"])
+    record["sections"] = [
+        {"name": "default", "title": "default: batch 1", "rows": ROWS},
+        {"name": "small", "title": "small: batch 4", "rows": ROWS[:3]},
+        {"name": "gqa", "title": "gqa: batch 1", "rows": [row("S2 L1V15 hopper", n, status="failed") for n in (1, 2)]},
+    ]
+    record["host"] = [bench_report.blank_host_row("S2 L1V15 hopper", 256) | {"forward_us": 31.26}]
+    page = bench_report.write(record, tmp_path, with_plots=True)
+    text = page.read_text()
+    assert page.name == f"{record['date']}-nvidia-h200-attention.md"
+    for wanted in (
+        "# S2-Attention on NVIDIA H200",
+        "`python scripts/bench_attention.py --targets`",
+        "- commit: abc",
+        "## default: batch 1",
+        "## small: batch 4",
+        "| S2 L1V15 hopper | 31.3 | - | - |",
+        "## Targets",
+    ):
+        assert wanted in text  # fmt: skip
+    assert [p.name for p in tmp_path.glob("*.png")] == [f"{page.stem}-default.png"]  # the others have no two lengths
+    assert text.count(".png)") == 1
+    assert json.loads(page.with_suffix(".json").read_text()) == json.loads(json.dumps(record))
+
+
+def test_plot_leaves_out_what_nothing_was_measured_for(tmp_path):
+    bench_report.plot([row("S2 L1V15 hopper", n, 1.0) for n in (262144, 524288)], "long", tmp_path / "long.png")
+    assert (tmp_path / "long.png").stat().st_size > 10_000
+
+
+def test_whole_run_without_a_gpu_reports_what_runs_and_what_does_not(tmp_path, no_clock):
+    sizes = "--lengths 128,256 --heads 2 --kv-heads 2 --head-dim 16 --dtype float16 --patterns L1V2"
+    args = parse(*sizes.split(), "--output", str(tmp_path), "--targets", "--peer", "other=no_such_module:f")
+    args.device = "cpu"
+    record = bench_attention.new_record(args, "cpu", [])
+    page = bench_attention.run(args, record)
+    (section,) = record["sections"]
+    status = {(r["name"], r["seq_len"]): r["status"] for r in section["rows"]}
+    assert status["dense FlashAttention-2", 128] == status["S2 L1V2 triton", 256] == "ok"
+    assert status["dense cuDNN", 128] == "failed"
+    assert status["S2 L1V2 hopper", 128] == status["other L1V2", 256] == "skipped"
+    pairs = 2 * sum(Pattern.parse("L1V2").visible_pairs(256, 2)) / 2
+    ours = next(r for r in section["rows"] if (r["name"], r["seq_len"]) == ("S2 L1V2 triton", 256))
+    assert ours["forward_tflops"] == pytest.approx(4 * 16 * pairs / 2.0 / 1e9)
+    assert [r["name"] for r in record["host"]] == [
+        "dense FlashAttention-2", "dense cuDNN", "S2 L1V2 triton", "S2 L1V2 hopper",
+    ]  # fmt: skip
+    assert "other L1V2 at 128, 256: skipped: cannot import no_such_module:f" in page.read_text()
+
+
+def test_inputs_that_do_not_fit_give_rows_for_every_kernel(monkeypatch):
+    args = parse("--patterns", "L1V15")
+
+    def too_large(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(bench_attention, "random_inputs", too_large)
+    rows = list(bench_attention.measure_length(args.cases[0], 4096, args))
+    assert [r["name"] for r in rows][2:] == ["S2 L1V15 triton", "S2 L1V15 hopper"]
+    assert {r["status"] for r in rows} == {"out of memory"}
