@@ -228,7 +228,9 @@ class Pattern:
     @property
     def max_stride(self) -> int:
         """The widest stride (1 when no head has one)."""
-        return max((head.max_stride for head in self.heads), default=self.ranges[-1][0] if self.ranges else 1)
+        if self.heads:
+            return max(head.max_stride for head in self.heads)
+        return self.ranges[-1][0] if self.ranges else 1
 
     def rules(self, num_heads: int, *, layer: int = 0) -> tuple[HeadRule, ...]:
         """The rule of every head, by global head index. Mask patterns have none (ValueError).

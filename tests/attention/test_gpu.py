@@ -124,15 +124,69 @@ hopper = pytest.mark.skipif(
 )
 
 
+def hopper_grid():
+    """Every (head_dim, block, pattern), with dtype and packing cycling so that each pair meets."""
+    specs = ("L1V15", "L8V16", "L2V5+sink1", "W3", "dense")
+    for n, (dim, block, spec) in enumerate(itertools.product((64, 128), (64, 128, 256), specs)):
+        yield DTYPES[n % 2], dim, block, spec, (n // 2) % 2 == 1
+
+
 @hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("block", [64, 128, 256])
-@pytest.mark.parametrize("spec", ["L1V15", "L8V16", "L2V5+sink1", "W3", "dense"])
-def test_hopper_within_bounds(dtype, head_dim, block, spec):
+@pytest.mark.parametrize(("dtype", "head_dim", "block", "spec", "packed"), list(hopper_grid()))
+def test_hopper_within_bounds(dtype, head_dim, block, spec, packed):
+    pattern = Pattern.parse(spec, block)
     for tokens, group in ((1, 1), (63, 4), (700, 1), (1111, 4), (2048, 8)):
-        case = Case(Pattern.parse(spec, block), tokens, tokens, 2 * group, 2, head_dim, batch=2)
+        borders = None
+        if packed:
+            borders = (*sorted({0, tokens, *(b for b in (1, 65, 66, 260, 900) if b < tokens)}), tokens)
+        batch = 1 if packed else 2
+        case = Case(pattern, tokens, tokens, 2 * group, 2, head_dim, batch=batch, cu_seqlens=borders)
         assert_correct(case, dtype, device="cuda", backend="hopper", seed=torch.seed() % (1 << 30))
+
+
+@hopper
+def test_hopper_packed_equals_separate_bit_for_bit():
+    lengths = [0, 1, 64, 1000, 130, 0, 2049, 77, *[65] * 30]
+    borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    q, k, v, dout = (torch.randn(sum(lengths), h, 128, device="cuda", dtype=torch.bfloat16) for h in (4, 4, 4, 4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    pattern = Pattern.parse("L2V5+sink1")
+    out = s2_attention(q, k, v, pattern, cu_seqlens=borders, backend="hopper")
+    packed = (out, *torch.autograd.grad(out, (q, k, v), dout))
+    for begin, end in itertools.pairwise(borders.tolist()):
+        if begin == end:
+            continue
+        alone = [x[None, begin:end].detach().requires_grad_() for x in (q, k, v)]
+        own = s2_attention(*alone, pattern, backend="hopper")
+        gradients = torch.autograd.grad(own, alone, dout[None, begin:end])
+        for whole, part in zip(packed, (own, *gradients), strict=True):
+            assert torch.equal(whole[begin:end], part[0])
+
+
+@hopper
+def test_hopper_runs_in_a_cuda_graph():
+    q, k, v = (torch.randn(1, 3000, h, 128, device="cuda", dtype=torch.bfloat16) for h in (16, 16, 16))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    dout, pattern = torch.randn_like(q), Pattern.parse("L1V15")
+
+    def step():
+        out = s2_attention(q, k, v, pattern, backend="hopper")
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = [x.clone() for x in step()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for x in captured:
+            x.detach().zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
 
 
 @hopper
@@ -155,3 +209,7 @@ def test_hopper_repeats_bit_for_bit_and_is_the_default():
     pattern = Pattern.parse("L1V15")
     first = s2_attention(q, q, q, pattern, backend="hopper")
     assert all(torch.equal(first, s2_attention(q, q, q, pattern)) for _ in range(10))
+    assert not torch.equal(first, s2_attention(q, q, q, pattern, backend="triton")), "else this shows nothing"
+    q.requires_grad_()
+    runs = [torch.autograd.grad(s2_attention(q, q, q, pattern).float().square().sum(), q)[0] for _ in range(5)]
+    assert all(torch.equal(runs[0], other) for other in runs[1:])

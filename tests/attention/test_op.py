@@ -42,6 +42,28 @@ def test_compiles_in_one_graph_and_gives_the_same_gradients(packed):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
+    from s2.attention import op
+    from s2.attention.kernels.hopper import launch
+
+    calls = []
+    monkeypatch.setattr(op, "_default_backend", lambda q: "triton")
+    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    monkeypatch.setattr(launch, "run_forward", lambda q, *rest: calls.append(rest) or (q * 2, q[..., 0].mT.float()))
+    pattern = Pattern.parse("L1V3+sink1")
+    q = torch.randn(1, 100, 2, 128, device=DEVICE, dtype=torch.bfloat16)
+    run = torch.compile(lambda q: s2_attention(q, q, q, pattern), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(run(q), q * 2)
+    assert len(calls) == 3
+    assert launch.supports(q, q, q, pattern, False) and launch.is_default(q, pattern, False)
+    assert not launch.supports(q.float(), q, q, pattern, False)
+    assert not launch.supports(q, q, q, Pattern.parse("L1V3", 32), False)
+    assert not launch.supports(q[:, -4:], q, q, pattern, False)  # fewer queries than keys
+    assert not launch.supports(q.expand(3, -1, -1, -1), q, q, pattern, False)  # TMA does not read stride 0
+
+
 @pytest.mark.parametrize("spec", ["L1V3+sink1", "dense"])
 def test_sdpa_compiles_in_one_graph(spec):
     pattern = Pattern.parse(spec, 16)

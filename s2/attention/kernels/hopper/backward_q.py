@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import advance, count_bits, get, lowest_bit, ring_slot
-from .rows import CONSUMERS, KEYS, ROWS, TILE_WORDS, locate, produce_rows
+from .rows import CONSUMERS, KEYS, ROWS, TILE_WORDS, produce_rows, store_rows
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -54,30 +54,31 @@ def _key_step(
 
 
 @gluon.jit
-def _load_out(out, batch, head, row, length, heads, D: gl.constexpr):
+def _load_out(out, batch, head, begin, row, length, tokens, heads, D: gl.constexpr):
     """64 rows of the output, with the layout in which `delta` is summed."""
     columns: gl.constexpr = D // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
     token = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    offset = ((batch * length + token).to(gl.int64) * heads + head) * D
+    offset = ((batch * tokens + begin + token).to(gl.int64) * heads + head) * D
     column = gl.arange(0, D, gl.SliceLayout(0, layout))
     return gl.load(out + offset[:, None] + column[None, :], mask=(token < length)[:, None], other=0.0)
 
 
 @gluon.jit
-def _statistics(o, do, lse, dlse, stats, batch, head, row, length, heads, HAS_DLSE: gl.constexpr):
+def _statistics(
+    o, do, lse, dlse, stats, batch, head, begin, row, length, chunk, tokens, heads, chunks, HAS_DLSE: gl.constexpr
+):
     """`lse2` and `delta` of 64 rows, stored for the other kernel; rows past the end get inf and 0, and add nothing."""
     layout: gl.constexpr = o.type.layout
     lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     token = row + lanes
     exists = token < length
-    position = (batch * heads + head).to(gl.int64) * length + token
+    position = (batch * heads + head).to(gl.int64) * tokens + begin + token
     lse2 = gl.load(lse + position, mask=exists, other=float("inf")) * LOG2E
     delta = gl.sum(o.to(gl.float32) * do.load(layout).to(gl.float32), 1)
     if HAS_DLSE:
         delta -= gl.load(dlse + position, mask=exists, other=0.0)
-    chunk = (batch * heads + head).to(gl.int64) * ((length + ROWS - 1) // ROWS) + row // ROWS
-    to = stats + chunk * (2 * ROWS) + lanes
+    to = stats + ((batch * heads + head).to(gl.int64) * chunks + chunk + row // ROWS) * (2 * ROWS) + lanes
     stored = (lanes >= 0) & (row < length)
     gl.store(to, lse2, mask=stored)
     gl.store(to + ROWS, delta, mask=stored)
@@ -88,49 +89,55 @@ def _statistics(o, do, lse, dlse, stats, batch, head, row, length, heads, HAS_DL
 def _consume(
     C: gl.constexpr, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
     tile_buf, slot_buf, tile_full, tile_empty,
-    out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-    STAGES: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr,
+    out, lse, dlse, stats, dq_pointer, scale, scale_log2, tokens, heads, chunks,
+    STAGES: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     q = q_buf.index(C).reshape([ROWS, D])
     do = do_buf.index(C).reshape([ROWS, D])
-    begin, round = 0, 0  # ring position of the tile's first key tile, tiles done
+    ring, round = 0, 0  # ring position of the tile's first key tile, tiles done
     mbarrier.wait(tile_full, 0)
     tile = get(tile_buf, 0)
     while tile >= 0:
         num_full = get(tile_buf, 1)
         edges = get(tile_buf, 2)
         seen = get(tile_buf, 3 + C)
+        batch = get(tile_buf, 6)
+        head = get(tile_buf, 7)
+        row = get(tile_buf, 8) + C * ROWS
+        begin = get(tile_buf, 9)
+        length = get(tile_buf, 10)
+        chunk = get(tile_buf, 11)
         mbarrier.arrive(tile_empty, count=1)
-        batch, head, row = locate(tile, heads, tiles_per_head)
-        row += C * ROWS
-        o = _load_out(out, batch, head, row, length, heads, D)
+        o = _load_out(out, batch, head, begin, row, length, tokens, heads, D)
         mbarrier.wait(q_full.index(C), round & 1)
-        lse2, delta = _statistics(o, do, lse, dlse, stats, batch, head, row, length, heads, HAS_DLSE)
+        lse2, delta = _statistics(
+            o, do, lse, dlse, stats, batch, head, begin, row, length, chunk, tokens, heads, chunks, HAS_DLSE
+        )
         row_lse = gl.convert_layout(lse2, s_rows)
         row_delta = gl.convert_layout(delta, s_rows)
         dq = gl.zeros([ROWS, D], gl.float32, dq_layout)
         # the masked key tiles that these rows see, then the unmasked ones
         for _ in range(count_bits(seen)):
-            stage, phase = ring_slot(begin + lowest_bit(seen), STAGES)
+            stage, phase = ring_slot(ring + lowest_bit(seen), STAGES)
             seen = seen & (seen - 1)
             dq = _key_step(
                 q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, row_lse, row_delta, row,
                 scale_log2, D, True,
             )  # fmt: skip
-        stage, phase = ring_slot(begin + edges, STAGES)
+        stage, phase = ring_slot(ring + edges, STAGES)
         for _ in range(num_full):
             dq = _key_step(
                 q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, row_lse, row_delta, row,
                 scale_log2, D, False,
             )  # fmt: skip
             stage, phase = advance(stage, phase, STAGES)
-        begin += edges + num_full
-        q.store((dq * scale).to(q_buf.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dq_desc, [batch, head, row, 0], q_buf.index(C))
+        ring += edges + num_full
+        gradient = (dq * scale).to(q_buf.dtype)
+        own = q_buf.index(C)
+        store_rows(gradient, own, dq_desc, dq_pointer, batch, head, begin, row, length, tokens, heads, PACKED)
         round += 1
         mbarrier.wait(tile_full, round & 1)
         tile = get(tile_buf, 0)
@@ -138,15 +145,15 @@ def _consume(
         mbarrier.arrive(q_empty.index(C), count=1)
 
 
-@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles"])
+@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles", "chunks", "num_documents"])
 def attention_backward_q(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, out, lse, dlse, stats, table, counter,
-    scale, scale_log2, length, heads, group, tiles_per_head, num_tiles,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, dq, out, lse, dlse, stats, table, documents, cu_seqlens, counter,
+    scale, scale_log2, length, heads, group, tiles_per_head, num_tiles, chunks, num_documents,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, HAS_DLSE: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; out [B, S, H, D], lse and dlse
-    # [B, H, S] contiguous; stats [B H chunks, 128] float32: lse2 and delta of 64 rows
+    # [B, H, S] contiguous; stats [B H chunks, 128] float32: lse2 and delta of 64 rows; packed as in the forward
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
@@ -179,20 +186,20 @@ def attention_backward_q(
         [
             (produce_rows, (q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
                             q_full, q_empty, k_full, v_full, kv_empty, tile_buf, slot_buf, tile_full, tile_empty,
-                            table, counter, length, heads, group, tiles_per_head, num_tiles,
-                            True, TABLE, BLOCK, LEVELS, SINKS, STAGES)),
+                            table, documents, cu_seqlens, counter, length, heads, group, tiles_per_head, num_tiles,
+                            num_documents, True, TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
             (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        STAGES, D, HAS_DLSE)),
+                        out, lse, dlse, stats, dq, scale, scale_log2, length, heads, chunks,
+                        STAGES, D, HAS_DLSE, PACKED)),
             (_consume, (1, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        STAGES, D, HAS_DLSE)),
+                        out, lse, dlse, stats, dq, scale, scale_log2, length, heads, chunks,
+                        STAGES, D, HAS_DLSE, PACKED)),
             (_consume, (2, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        STAGES, D, HAS_DLSE)),
+                        out, lse, dlse, stats, dq, scale, scale_log2, length, heads, chunks,
+                        STAGES, D, HAS_DLSE, PACKED)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

@@ -33,6 +33,52 @@ def chunk_run(
 
 
 @triton.jit
+def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """`(level, tile of the level)` of a document's `tile`-th pair of chunks, widest level first; level < 0: a spare."""
+    per_block: tl.constexpr = BLOCK // CHUNK
+    wider, found, index = 0, -1, 0
+    for step in tl.static_range(LEVELS + 1):
+        belong = num_blocks
+        if step < LEVELS:
+            belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
+        tiles = ((belong - wider) * per_block + 1) // 2
+        here = (found < 0) & (tile < tiles)
+        found = tl.where(here, LEVELS - step, found)
+        index = tl.where(here, tile, index)
+        tile = tl.where(found < 0, tile - tiles, tile)
+        wider = belong
+    return found, index
+
+
+@triton.jit(do_not_specialize=["num_documents"])
+def attention_documents(
+    cu_seqlens, documents, num_documents,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """documents int32 `[3, n + 1]`: before each packed document and at the end, how many tiles of TILE rows, chunks of
+    64 rows, and pairs of key chunks (with room for one that is not full in every level) there are."""
+    tiles, chunks, pairs = 0, 0, 0
+    for start in range(0, num_documents, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        exists = lane < num_documents
+        begin = tl.load(cu_seqlens + lane, mask=exists, other=0)
+        length = tl.load(cu_seqlens + lane + 1, mask=exists, other=0) - begin
+        own_tiles = (length + TILE - 1) // TILE
+        own_chunks = (length + CHUNK - 1) // CHUNK
+        key_chunks = (length + BLOCK - 1) // BLOCK * (BLOCK // CHUNK)
+        own_pairs = tl.where(length > 0, (key_chunks + LEVELS + 1) // 2, 0)
+        tl.store(documents + lane, tiles + tl.cumsum(own_tiles, 0) - own_tiles, mask=exists)
+        tl.store(documents + (num_documents + 1) + lane, chunks + tl.cumsum(own_chunks, 0) - own_chunks, mask=exists)
+        tl.store(documents + 2 * (num_documents + 1) + lane, pairs + tl.cumsum(own_pairs, 0) - own_pairs, mask=exists)
+        tiles += tl.sum(own_tiles, 0)
+        chunks += tl.sum(own_chunks, 0)
+        pairs += tl.sum(own_pairs, 0)
+    tl.store(documents + num_documents, tiles)
+    tl.store(documents + 2 * num_documents + 1, chunks)
+    tl.store(documents + 3 * num_documents + 2, pairs)
+
+
+@triton.jit
 def part_begin(level, tiles, segments, LEVELS: tl.constexpr):
     """First part of a level: those of wider levels that are divided into segments come before, two chunks a tile."""
     begin = 0

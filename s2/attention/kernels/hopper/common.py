@@ -47,3 +47,17 @@ def lowest_bit(bits):
 def ring_slot(position, STAGES: gl.constexpr):
     """Stage and phase of the `position`-th use of a ring."""
     return position % STAGES, (position // STAGES) & 1
+
+
+@gluon.jit
+def find_document(first, num_documents, index):
+    """The document that item `index` belongs to; `first` `[n + 1]` holds the first item of each, and their total."""
+    low = index * 0
+    high = low + num_documents
+    while low < high:
+        middle = (low + high + 1) // 2
+        if gl.load(first + middle) <= index:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import advance, count_bits, get, lowest_bit, opaque, ring_slot
-from .rows import CONSUMERS, KEYS, ROWS, TILE_WORDS, locate, produce_rows
+from .rows import CONSUMERS, KEYS, ROWS, TILE_WORDS, produce_rows, store_rows
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -71,8 +71,8 @@ def _mask(scores, key, row, position):
 def _consume(
     C: gl.constexpr, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
     tile_buf, slot_buf, tile_full, tile_empty,
-    lse, scale_log2, length, heads, tiles_per_head,
-    STAGES: gl.constexpr, D: gl.constexpr,
+    out, lse, scale_log2, tokens, heads,
+    STAGES: gl.constexpr, D: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -81,17 +81,19 @@ def _consume(
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     element: gl.constexpr = q_buf.dtype
     q = q_buf.index(C).reshape([ROWS, D])
-    o = o_buf.index(C).reshape([ROWS, D])
-    begin, round = 0, 0  # ring position of the tile's first key tile, tiles done
+    ring, round = 0, 0  # ring position of the tile's first key tile, tiles done
     mbarrier.wait(tile_full, 0)
     tile = get(tile_buf, 0)
     while tile >= 0:
         num_full = get(tile_buf, 1)
         edges = get(tile_buf, 2)
         seen = get(tile_buf, 3 + C)
+        batch = get(tile_buf, 6)
+        head = get(tile_buf, 7)
+        row = get(tile_buf, 8) + C * ROWS
+        begin = get(tile_buf, 9)
+        length = get(tile_buf, 10)
         mbarrier.arrive(tile_empty, count=1)
-        batch, head, row = locate(tile, heads, tiles_per_head)
-        row += C * ROWS
         position = row + gl.arange(0, ROWS, s_rows)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
         row_sum = gl.full([ROWS], 0.0, gl.float32, s_rows)
@@ -99,7 +101,7 @@ def _consume(
         blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
 
         # the masked key tiles that these rows see, then the unmasked ones
-        stage, phase = ring_slot(begin + lowest_bit(seen), STAGES)
+        stage, phase = ring_slot(ring + lowest_bit(seen), STAGES)
         seen = seen & (seen - 1)
         mbarrier.wait(q_full.index(C), round & 1)
         mbarrier.wait(k_full.index(stage), phase)
@@ -109,7 +111,7 @@ def _consume(
         scores = warpgroup_mma_wait(0, deps=[pending])
         scores = _mask(scores, get(slot_buf, stage), row, position)
         for _ in range(count_bits(seen)):
-            next_stage, next_phase = ring_slot(begin + lowest_bit(seen), STAGES)
+            next_stage, next_phase = ring_slot(ring + lowest_bit(seen), STAGES)
             seen = seen & (seen - 1)
             scores, row_max, row_sum, acc = _step(
                 q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
@@ -117,7 +119,7 @@ def _consume(
             )  # fmt: skip
             scores = _mask(scores, get(slot_buf, next_stage), row, position)
             stage, phase = next_stage, next_phase
-        next_stage, next_phase = ring_slot(begin + edges, STAGES)
+        next_stage, next_phase = ring_slot(ring + edges, STAGES)
         for _ in range(num_full):
             scores, row_max, row_sum, acc = _step(
                 q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
@@ -132,29 +134,29 @@ def _consume(
         pending_out = warpgroup_mma(p, v_buf.index(opaque(stage)).reshape([KEYS, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[pending_out])
         mbarrier.arrive(kv_empty.index(stage), count=1)
-        begin += edges + num_full
+        ring += edges + num_full
 
-        statistics = lse + (batch * heads + head).to(gl.int64) * length
+        statistics = lse + (batch * heads + head).to(gl.int64) * tokens + begin
         gl.store(statistics + position, (row_max + gl.log2(row_sum)) * LN2, mask=position < length)
         acc = acc * gl.convert_layout(1.0 / row_sum, o_rows)[:, None]
         tma.store_wait(0)  # the previous tile's output has left the buffer
-        o.store(acc.to(element))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_buf.index(C))
+        o = o_buf.index(C)
+        store_rows(acc.to(element), o, o_desc, out, batch, head, begin, row, length, tokens, heads, PACKED)
         round += 1
         mbarrier.wait(tile_full, round & 1)
         tile = get(tile_buf, 0)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles"])
+@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles", "num_documents"])
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, lse, table, counter,
-    scale_log2, length, heads, group, tiles_per_head, num_tiles,
+    q_desc, k_desc, v_desc, o_desc, out, lse, table, documents, cu_seqlens, counter,
+    scale_log2, length, heads, group, tiles_per_head, num_tiles, num_documents,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; lse [B, H, S]
+    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; out [B, S, H, D]; lse [B, H, S]; packed: B = 1,
+    # S = tokens, documents [3, n + 1] (`chunks.attention_documents`), cu_seqlens [n + 1]
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
@@ -187,17 +189,17 @@ def attention_forward(
         [
             (produce_rows, (q_desc, q_desc, k_desc, v_desc, q_buf, q_buf, k_buf, v_buf,
                             q_full, q_empty, k_full, v_full, kv_empty, tile_buf, slot_buf, tile_full, tile_empty,
-                            table, counter, length, heads, group, tiles_per_head, num_tiles,
-                            False, TABLE, BLOCK, LEVELS, SINKS, STAGES)),
+                            table, documents, cu_seqlens, counter, length, heads, group, tiles_per_head, num_tiles,
+                            num_documents, False, TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
             (_consume, (0, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        lse, scale_log2, length, heads, tiles_per_head, STAGES, D)),
+                        out, lse, scale_log2, length, heads, STAGES, D, PACKED)),
             (_consume, (1, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        lse, scale_log2, length, heads, tiles_per_head, STAGES, D)),
+                        out, lse, scale_log2, length, heads, STAGES, D, PACKED)),
             (_consume, (2, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        lse, scale_log2, length, heads, tiles_per_head, STAGES, D)),
+                        out, lse, scale_log2, length, heads, STAGES, D, PACKED)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import schedule
-from ...pattern import Pattern
+from ...pattern import Pattern, pattern_from_key
 
 CHUNK = 64  # rows of a box, keys of a consumer
 _TILE_ROWS = 192
@@ -32,33 +32,63 @@ Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
     """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, blocks of 64 and more, a
-    closed-form pattern, whole sequences (not packed, as many queries as keys), and strides that TMA can read."""
-    if packed or not q.is_cuda or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+    closed-form pattern, as many queries as keys, and strides that TMA can read."""
+    if not on_hopper(q):
         return False
-    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, pattern.key)
-    known = _SUPPORTED.get(key)
+    if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
+        return _takes(q, k, v, pattern, packed)
+    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, pattern.key)
+    known = _TAKEN.get(key)
     if known is None:
-        if len(_SUPPORTED) >= _MAX_PLANS:
-            _SUPPORTED.clear()
-        known = _SUPPORTED[key] = (
-            torch.cuda.get_device_capability(q.device) == (9, 0)
-            and q.dtype in (torch.float16, torch.bfloat16)
-            and q.shape[-1] in _STAGES
-            and q.numel() > 0
-            and q.shape[1] == k.shape[1]
-            and pattern.block_size >= CHUNK
-            and schedule.has_closed_form(pattern)
-            and all(_has_readable_strides(x) for x in (q, k, v))
-        )
+        if len(_TAKEN) >= _MAX_PLANS:
+            _TAKEN.clear()
+        known = _TAKEN[key] = _takes(q, k, v, pattern, packed)
     return known
 
 
-_SUPPORTED: dict[tuple, bool] = {}
+def on_hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] in _STAGES
+        and q.numel() > 0
+        and (packed or q.shape[1] == k.shape[1])
+        and pattern.block_size >= CHUNK
+        and _has_closed_form(pattern.key)
+        and all(_has_readable_strides(x) for x in (q, k, v))
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_closed_form(key: str) -> bool:
+    return schedule.has_closed_form(pattern_from_key(key))
+
+
+def is_default(q: Tensor, pattern: Pattern, packed: bool) -> bool:
+    """Whether a supported call comes here without being asked to: the configurations that have passed every check on a
+    GPU (bfloat16, head dimension 128, blocks of 64, unpacked). The others run with `backend="hopper"` only."""
+    return q.dtype == torch.bfloat16 and q.shape[-1] == 128 and pattern.block_size == 64 and not packed
+
+
+_TAKEN: dict[tuple, bool] = {}
+
+
+def _at_16(x: Tensor) -> Tensor:
+    """At a multiple of 16 bytes, as TMA wants it and as a kept kernel (`_Launch`) was compiled for."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous too."""
+    return _at_16(x.contiguous())
 
 
 def _has_readable_strides(x: Tensor) -> bool:
     """TMA reads rows with unit stride that start at multiples of 16 bytes."""
-    return x.stride(3) == 1 and all(stride % 8 == 0 and stride > 0 for stride in x.stride()[:3])
+    return x.stride(-1) == 1 and all(stride % 8 == 0 and stride > 0 for stride in x.stride()[:-1])
 
 
 # ---------------------------------------------------------------- launching
@@ -66,7 +96,8 @@ def _has_readable_strides(x: Tensor) -> bool:
 
 class _Launch:
     """A kernel on a grid with fixed constants. The first call compiles and keeps the kernel; later ones hand the
-    arguments straight to it, since everything that Triton would specialize on is part of the plan's key."""
+    arguments straight to it: everything that Triton would specialize on is part of the plan's key, excluded from
+    specialization, or aligned to 16 bytes."""
 
     def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], num_warps: int) -> None:
         self.function, self.grid, self.num_warps = function, grid, num_warps
@@ -128,7 +159,8 @@ def _counter(device: torch.device) -> Tensor:
 
 @dataclass
 class _Plan:
-    """One shape of call. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV (all contiguous)."""
+    """One shape of call, packed calls as a batch of one. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV
+    (all contiguous)."""
 
     q: _Boxes
     k: _Boxes
@@ -138,6 +170,7 @@ class _Plan:
     table: Tensor
     constants: dict[str, Any]
     scalars: tuple[Any, ...]
+    documents: _Launch
     forward: _Launch
     backward: _Backward | None = None
 
@@ -145,18 +178,32 @@ class _Plan:
 _PLANS: dict[tuple, _Plan] = {}
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
-    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, pattern.key, heads, softmax_scale)
+def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool) -> _Plan:
+    key = (
+        q.shape,
+        q.stride(),
+        k.shape,
+        k.stride(),
+        v.stride(),
+        q.dtype,
+        q.device,
+        pattern.key,
+        heads,
+        softmax_scale,
+        packed,
+    )
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale)
+        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale, packed)
     return plan
 
 
-def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
-    from . import forward
+def _make_plan(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool
+) -> _Plan:
+    from . import chunks, forward
 
     batch, length, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -169,6 +216,7 @@ def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, 
     }
     tiles_per_head = -(-length // _TILE_ROWS)
     num_tiles = tiles_per_head * num_heads * batch
+    processors = _processors(q.device)
     return _Plan(
         q=_Boxes.of_rows(q),
         k=_Boxes.of_rows(k),
@@ -178,10 +226,16 @@ def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, 
         table=rules.table,
         constants=constants,
         scalars=(softmax_scale * _LOG2E, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
+        documents=_Launch(
+            chunks.attention_documents,
+            (1, 1, 1),
+            {"TILE": _TILE_ROWS, "BLOCK": pattern.block_size, "LEVELS": rules.num_levels, "WIDTH": 256},
+            num_warps=4,
+        ),
         forward=_Launch(
             forward.attention_forward,
-            (min(num_tiles, _processors(q.device)), 1, 1),
-            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS},
+            (processors if packed else min(num_tiles, processors), 1, 1),
+            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed},
             num_warps=4,
         ),
     )
@@ -191,19 +245,51 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@dataclass(frozen=True)
+class _Documents:
+    """What the kernels get of the borders: `cu_seqlens`, the table made from them, and the number of documents. An
+    unpacked call gets placeholders."""
+
+    table: Tensor
+    cu_seqlens: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, plan: _Plan, cu_seqlens: Tensor | None) -> _Documents:
+        if cu_seqlens is None:
+            return cls(plan.table, plan.table, 0)
+        cu_seqlens, count = _aligned(cu_seqlens), cu_seqlens.shape[0] - 1
+        table = torch.empty(3 * (count + 1), dtype=torch.int32, device=cu_seqlens.device)
+        plan.documents(cu_seqlens, table, count)
+        return cls(table, cu_seqlens, count)
+
+
 # ---------------------------------------------------------------- forward
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    pattern: Pattern,
+    heads: Heads,
+    softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`."""
-    plan = _plan(q, k, v, pattern, heads, softmax_scale)
+    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
+    -> lse `[Hq, T]`."""
+    q, k, v = _at_16(q), _at_16(k), _at_16(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    packed = cu_seqlens is not None
+    q, k, v, o = (x[None] for x in (q, k, v, out)) if packed else (q, k, v, out)
+    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    counter = _counter(q.device)
-    plan.forward(plan.q(q), plan.k(k), plan.v(v), plan.rows(out), lse, plan.table, counter, *plan.scalars)
-    return out, lse
+    documents = _Documents.of(plan, cu_seqlens)
+    plan.forward(
+        plan.q(q), plan.k(k), plan.v(v), plan.rows(o), out, lse, plan.table, documents.table, documents.cu_seqlens,
+        _counter(q.device), *plan.scalars, documents.count,
+    )  # fmt: skip
+    return out, lse[0] if packed else lse
 
 
 # ---------------------------------------------------------------- backward
@@ -276,43 +362,46 @@ def divide_columns(
 
 
 class _Backward:
-    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts."""
+    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. Packed documents are
+    not divided into segments."""
 
-    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float) -> None:
+    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float, packed: bool) -> None:
         from . import backward_kv, backward_q, chunks
 
         batch, length, num_heads, head_dim = q.shape
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         groups, processors = batch * kv_heads, _processors(q.device)
-        constants = plan.constants
-        columns = divide_columns(
-            plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
-        )
-        self.stats_shape = (batch * num_heads * -(-length // CHUNK), 2 * CHUNK)
-        self.stats_rows = _Boxes.of_statistics(torch.empty(self.stats_shape, dtype=torch.float32, device=q.device))
+        constants = {**plan.constants, "PACKED": packed}
+        columns, items = Columns((0, 0, 0), (1, 1, 1), 0, (1, 1, 1), 1), 0
+        if not packed:
+            columns = divide_columns(
+                plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
+            )
+            items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
         self.q_scalars = (softmax_scale, *plan.scalars)
         self.q = {
             has_dlse: _Launch(
                 backward_q.attention_backward_q,
                 plan.forward.grid,
-                {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "HAS_DLSE": has_dlse},
+                {**plan.constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed,
+                 "HAS_DLSE": has_dlse},
                 num_warps=4,
             )
             for has_dlse in (False, True)
-        }
+        }  # fmt: skip
         division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
-        items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.kv_scalars = (
             softmax_scale, softmax_scale * _LOG2E, length, kv_heads, group, groups, columns.wave, items,
-            *division, *columns.batches,
         )  # fmt: skip
+        self.kv_division = (*division, *columns.batches)
         self.kv = _Launch(
             backward_kv.attention_backward_kv,
-            (min(items, processors), 1, 1),
-            {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "GROUPED": group > 1},
+            (processors if packed else min(items, processors), 1, 1),
+            {**plan.constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "PACKED": packed,
+             "GROUPED": group > 1},
             num_warps=4,
-        )
+        )  # fmt: skip
         self.sum_scalars = (length, kv_heads, *division)
         self.sum = _Launch(
             chunks.attention_sum_parts,
@@ -321,6 +410,17 @@ class _Backward:
              "SINKS": constants["SINKS"]},
             num_warps=4,
         )  # fmt: skip
+        self._statistics_boxes: dict[int, _Boxes] = {}
+
+    def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
+        """Room for the statistics of `rows` chunks, and its descriptor."""
+        stats = torch.empty((rows, 2 * CHUNK), dtype=torch.float32, device=device)
+        boxes = self._statistics_boxes.get(rows)
+        if boxes is None:
+            if len(self._statistics_boxes) >= _MAX_PLANS:
+                self._statistics_boxes.clear()
+            boxes = self._statistics_boxes[rows] = _Boxes.of_statistics(stats)
+        return stats, boxes(stats)
 
 
 def run_backward(
@@ -331,33 +431,37 @@ def run_backward(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
+    cu_seqlens: Tensor | None,
     pattern: Pattern,
     heads: Heads,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
-    plan = _plan(q, k, v, pattern, heads, softmax_scale)
+    q, k, v = _at_16(q), _at_16(k), _at_16(v)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    out, lse, dout = _aligned(out), _aligned(lse), _aligned(dout)
+    dlse = None if dlse is None else _aligned(dlse)
+    packed = cu_seqlens is not None
+    tensors = (q, k, v, dout, dq, dk, dv)
+    q, k, v, grad_out, grad_q, grad_k, grad_v = (x[None] for x in tensors) if packed else tensors
+    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
     if plan.backward is None:
-        plan.backward = _Backward(q, k, plan, softmax_scale)
-    backward = plan.backward
-    dout = dout.contiguous()
-    if dout.data_ptr() % 16:  # TMA's alignment
-        dout = dout.clone()
-    dlse = None if dlse is None else dlse.contiguous()
-    device = q.device
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    stats = torch.empty(backward.stats_shape, dtype=torch.float32, device=device)
-    counter = _counter(device)
-    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(dout)
+        plan.backward = _Backward(q, k, plan, softmax_scale, packed)
+    backward, device = plan.backward, q.device
+    documents, counter = _Documents.of(plan, cu_seqlens), _counter(device)
+    chunks = q.shape[1] // CHUNK + documents.count if packed else -(-q.shape[1] // CHUNK)
+    stats, stats_rows = backward.statistics(q.shape[0] * q.shape[2] * chunks, device)
+    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(grad_out)
     backward.q[dlse is not None](
-        q_rows, do_rows, k_rows, v_rows, plan.rows(dq), out.contiguous(), lse, lse if dlse is None else dlse, stats,
-        plan.table, counter, *backward.q_scalars,
+        q_rows, do_rows, k_rows, v_rows, plan.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
+        plan.table, documents.table, documents.cu_seqlens, counter, *backward.q_scalars, chunks, documents.count,
     )  # fmt: skip
     divided = backward.parts_shape[2] > 0
     parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
     backward.kv(
-        q_rows, do_rows, backward.stats_rows(stats), k_rows, v_rows, plan.keys(dk), plan.keys(dv), parts, plan.table,
-        counter, *backward.kv_scalars,
+        q_rows, do_rows, stats_rows, k_rows, v_rows, plan.keys(grad_k), plan.keys(grad_v), dk, dv, parts,
+        plan.table, documents.table, documents.cu_seqlens, counter,
+        *backward.kv_scalars, chunks, documents.count, *backward.kv_division,
     )  # fmt: skip
     if divided:
         backward.sum(parts, dk, dv, plan.table, *backward.sum_scalars)
