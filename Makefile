@@ -73,7 +73,8 @@ test: setup ## the test suite, no GPU needed (WORKERS processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu' $(ARGS)
 
 test-gpu: ## the attention tests on a CUDA device, with the environment at hand (PYTHON=...) or .venv
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -n $(WORKERS) tests/attention tests/model/test_triton_op.py $(ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -n $(WORKERS) --dist worksteal \
+		tests/attention tests/model/test_triton_op.py $(ARGS)
 
 lint: setup ## ruff (check and format) and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
