@@ -1,0 +1,36 @@
+"""The sweep draws what it says and reports what fails (`tests/attention/sweep.py`)."""
+
+import itertools
+
+import pytest
+import torch
+
+from s2.attention.kernels.hopper.launch import CHUNK
+from tests.attention import sweep
+
+
+def test_a_seed_draws_the_same_case_and_cases_differ():
+    drawn = [sweep.draw_case(seed, "mixed", 64, 128, seed % 2 == 0, 2000) for seed in range(40)]
+    assert drawn == [sweep.draw_case(seed, "mixed", 64, 128, seed % 2 == 0, 2000) for seed in range(40)]
+    assert len({(c.q_len, c.heads, c.cu_seqlens) for c in drawn}) > 30
+    packed = [c.cu_seqlens for c in drawn if c.cu_seqlens]
+    assert all(borders[0] == 0 and list(borders) == sorted(borders) for borders in packed)
+    assert any(a == b for borders in packed for a, b in itertools.pairwise(borders)), "no empty document"
+    assert any(c.q_len % CHUNK for c in drawn) and all(1 <= c.q_len <= 2000 for c in drawn)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="small cases in Triton's interpreter")
+def test_it_checks_a_backend_and_counts_failures(monkeypatch, capsys):
+    run = ["--backend", "triton", "--device", "cpu", "--seed", "5", "--cases", "3", "--max-tokens", "40"]
+    monkeypatch.setattr(sweep, "DTYPES", {"triton": (torch.float32,), "hopper": ()})
+    monkeypatch.setattr(sweep, "BLOCKS", {"triton": (16, 32), "hopper": ()})
+    assert sweep.main(run) == 0
+    assert "3 cases from seed 5, 0 failed" in capsys.readouterr().out
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("too far off")
+
+    monkeypatch.setattr(sweep, "assert_correct", refuse)
+    assert sweep.main(run) == 1
+    out = capsys.readouterr().out
+    assert "FAILED --seed 5:" in out and "too far off" in out and "3 cases from seed 5, 3 failed" in out
