@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     end, done, failed = time.monotonic() + 60 * args.minutes, 0, 0
     while time.monotonic() < end and (args.cases is None or done < args.cases):
         family = random.Random((seed + done) // args.each)
-        kind, packed = family.choice(KINDS), family.random() < 0.5
+        kind, packed = family.choice(KINDS), args.backend == "triton" and family.random() < 0.5
         dtype = family.choice(DTYPES[args.backend])
         block, dim = family.choice(BLOCKS[args.backend]), family.choice(HEAD_DIMS[args.backend])
         case = draw_case(seed + done, kind, block, dim, packed, args.max_tokens)

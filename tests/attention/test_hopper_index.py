@@ -1,5 +1,5 @@
 """How the Hopper backward divides its work, in Triton's interpreter: every visible pair of chunks lies in exactly one
-work item's run, packed or not."""
+work item's run."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper.chunks import attention_documents, chunk_run, chunk_tile
+from s2.attention.kernels.hopper.chunks import chunk_run
 from s2.attention.kernels.hopper.launch import CHUNK, divide_columns
 from s2.attention.kernels.triton.indexing import load_rule
 from s2.attention.schedule import TABLE_COLUMNS, rule_schedule
@@ -27,15 +27,6 @@ def runs(table, out, level, num_blocks, low, high, N: tl.constexpr, TABLE: tl.co
     tl.store(out + lane, key)
     tl.store(out + N + lane, begin)
     tl.store(out + 2 * N + lane, end)
-
-
-@triton.jit
-def tiles(table, out, num_blocks, N: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
-    lane = tl.arange(0, N)
-    rule = load_rule(table, LEVELS, SINKS)
-    level, index = chunk_tile(lane, num_blocks, rule, BLOCK, LEVELS)
-    tl.store(out + lane, level)
-    tl.store(out + N + lane, index)
 
 
 def chunk_mask(pattern: Pattern, length: int, heads: int) -> torch.Tensor:
@@ -106,38 +97,3 @@ def test_division_covers_every_head_within_its_room(pattern, group):
     table = schedule.table.tolist()
     short = divide_columns(table, schedule.num_levels, 300, block, heads, group, 132)
     assert max(short.segments) == 1, "a short sequence gains nothing from being divided"
-
-
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
-def test_documents_and_their_tiles(spec, block):
-    pattern, heads = Pattern.parse(spec, block), 4
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
-    lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 20]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    count = len(lengths)
-    documents = torch.full((3, count + 1), -1, dtype=torch.int32)
-    attention_documents[(1,)](cu_seqlens, documents, count, TILE=192, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8)
-    for row, tile in ((0, 192), (1, CHUNK)):
-        own = [-(-n // tile) for n in lengths]
-        assert documents[row].tolist() == torch.tensor([0, *own]).cumsum(0).tolist()
-    pairs = documents[2].diff().tolist()
-    for length, room in zip(lengths, pairs, strict=True):
-        if length == 0:
-            assert room == 0
-            continue
-        wanted = chunk_mask(pattern, length, heads)
-        rows, size = -(-length // CHUNK) * CHUNK, triton.next_power_of_2(max(room, 2))
-        for head in range(heads):
-            out = torch.full((2, size), -1, dtype=torch.int32)
-            tiles[(1,)](schedule.table[head], out, -(-length // block), N=size, BLOCK=block,
-                        LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
-            assert (out[0, room:] == -1).all(), "a tile beyond the document's room"
-            found = torch.zeros_like(wanted[head], dtype=torch.int32)
-            for level, index in out[:, :room].T.tolist():
-                if level >= 0:
-                    chunk_runs = call_runs(schedule, head, level, length, block, 0, rows)
-                    for key, begin, end in chunk_runs[2 * index : 2 * index + 2]:
-                        if begin < end:
-                            found[key // CHUNK, begin // CHUNK : end // CHUNK] += 1
-            assert torch.equal(found, wanted[head].int())

@@ -22,17 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.indexing import load_rule
-from .chunks import chunk_run, chunk_tile, part_begin
-from .common import advance, find_document, get, opaque
-from .rows import store_rows
+from .chunks import chunk_run, part_begin
+from .common import advance, get, opaque
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
 CONSUMERS = gl.constexpr(2)
 SLOTS = gl.constexpr(2)  # items whose keys and values are held
-WORDS = gl.constexpr(
-    8
-)  # pairs of integers a slot: head and segment; of each consumer first key, part and steps; document
+WORDS = gl.constexpr(8)  # pairs of integers a slot: head and segment; then of each consumer first key, part, and steps
 PAIR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 WIDE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
@@ -75,50 +72,28 @@ def _pick(pair, lane, which: gl.constexpr):
 def _produce(
     q_desc, do_desc, stats_desc, k_desc, v_desc,
     q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
-    table, documents, cu_seqlens, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, chunks,
-    num_documents, tiles, segments, batches,
+    table, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, tiles, segments, batches,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
-    PACKED: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_desc.block_type.shape[3]
     stage, phase, slot, round = 0, 0, 0, 0
-    begin_token, first_chunk = 0, 0
-    if PACKED:
-        num_items = gl.load(documents + 3 * num_documents + 2) * groups
+    num_blocks = (length + BLOCK - 1) // BLOCK
+    chunks = (length + ROWS - 1) // ROWS
     lane = gl.arange(0, CONSUMERS, PAIR)
     item = gl.atomic_add(counter, 1)
     while item < num_items:
-        if PACKED:  # heads vary fastest: all start with the widest columns of a document
-            batch_head = item % groups
-            pair = item // groups
-            document = find_document(documents + 2 * (num_documents + 1), num_documents, pair)
-            begin_token = gl.load(cu_seqlens + document)
-            length = gl.load(cu_seqlens + document + 1) - begin_token
-            first_chunk = gl.load(documents + (num_documents + 1) + document)
-            pair -= gl.load(documents + 2 * (num_documents + 1) + document)
-        else:
-            level, segment, batch_head, first_tile, last_tile = _locate_item(
-                item, groups, wave, tiles, segments, batches, LEVELS
-            )
+        level, segment, batch_head, first_tile, last_tile = _locate_item(
+            item, groups, wave, tiles, segments, batches, LEVELS
+        )
         batch = batch_head // kv_heads
         kv_head = batch_head % kv_heads
         rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)  # of a head past the last: never used
-        num_blocks = (length + BLOCK - 1) // BLOCK
-        low = 0
-        high = (length + ROWS - 1) // ROWS * ROWS
-        part = 0
-        if PACKED:
-            segment = -1
-            level, first_tile = chunk_tile(pair, num_blocks, rule, BLOCK, LEVELS)
-            last_tile = gl.where(level < 0, first_tile, first_tile + 1)
-        else:
-            split = segments[0]
-            for other in gl.static_range(1, LEVELS + 1):
-                split = gl.where(level == other, segments[other], split)
-            low = gl.where(split > 1, segment * segment_rows, 0)
-            high = gl.where(split > 1, gl.minimum(low + segment_rows, high), high)
-            segment = gl.where(split > 1, segment, -1)
-            part = part_begin(level, tiles, segments, LEVELS)
+        split = segments[0]
+        for other in gl.static_range(1, LEVELS + 1):
+            split = gl.where(level == other, segments[other], split)
+        low = gl.where(split > 1, segment * segment_rows, 0)
+        high = gl.where(split > 1, gl.minimum(low + segment_rows, chunks * ROWS), chunks * ROWS)
+        part = part_begin(level, tiles, segments, LEVELS)
         item = gl.atomic_add(counter, 1)
         for tile in range(first_tile, last_tile):
             index = tile * CONSUMERS + lane
@@ -132,20 +107,19 @@ def _produce(
                 diagonal = (exists & (begin == key)).to(gl.int32)
                 inside = gl.where(exists, (end - begin) // ROWS, 0) - diagonal
                 mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
-                item_buf.index(slot * WORDS).store(gl.where(lane == 0, batch_head, segment))
+                item_buf.index(slot * WORDS).store(gl.where(lane == 0, batch_head, gl.where(split > 1, segment, -1)))
                 item_buf.index(slot * WORDS + 1).store(gl.where(exists, key, -1))
                 item_buf.index(slot * WORDS + 2).store(part + index)
                 item_buf.index(slot * WORDS + 3).store(before * group)
                 item_buf.index(slot * WORDS + 4).store(inside * group)
                 item_buf.index(slot * WORDS + 5).store(diagonal * group)
                 item_buf.index(slot * WORDS + 6).store((rows - before - inside - diagonal) * group)
-                item_buf.index(slot * WORDS + 7).store(gl.where(lane == 0, begin_token, length))
                 mbarrier.arrive(item_full.index(slot), count=1)
                 mbarrier.wait(kv_empty.index(slot), (round & 1) ^ 1)
                 loaded = kv_full.index(slot)
                 mbarrier.expect(loaded, 2 * CONSUMERS * KEYS * D * 2)
                 for c in gl.static_range(CONSUMERS):
-                    first = begin_token + _pick(key, lane, c)
+                    first = _pick(key, lane, c)
                     to = 2 * (slot * CONSUMERS + c)
                     tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to))
                     tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to + 1))
@@ -153,16 +127,15 @@ def _produce(
                     row = top - (n + 1) * ROWS
                     for g in range(group):
                         head = kv_head * group + g
-                        chunk = (batch * kv_heads * group + head) * chunks + first_chunk + row // ROWS
+                        chunk = (batch * kv_heads * group + head) * chunks + row // ROWS
                         ready = q_full.index(stage)
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
                         mbarrier.expect(ready, ROWS * D * 2 + 2 * ROWS * 4)
-                        token = begin_token + row
-                        tma.async_copy_global_to_shared(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
+                        tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], ready, q_buf.index(stage))
                         tma.async_copy_global_to_shared(stats_desc, [chunk, 0], ready, stats_buf.index(stage))
                         ready_do = do_full.index(stage)
                         mbarrier.expect(ready_do, ROWS * D * 2)
-                        tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready_do, do_buf.index(stage))
+                        tma.async_copy_global_to_shared(do_desc, [batch, head, row, 0], ready_do, do_buf.index(stage))
                         stage, phase = advance(stage, phase, STAGES)
                 round += slot
                 slot = slot ^ 1
@@ -228,10 +201,10 @@ def _skip(steps, q_full, do_full, step_empty, stage, phase, STAGES: gl.constexpr
 
 @gluon.jit
 def _consume(
-    C: gl.constexpr, dk_desc, dv_desc, dk_pointer, dv_pointer, parts,
+    C: gl.constexpr, dk_desc, dv_desc, parts,
     q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
-    scale, scale_log2, tokens, kv_heads, groups, num_parts,
-    D: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr, PACKED: gl.constexpr,
+    scale, scale_log2, kv_heads, groups, num_parts,
+    D: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -250,8 +223,6 @@ def _consume(
         inside = get(info, word + 8 + C)
         diagonal = get(info, word + 10 + C)
         after = get(info, word + 12 + C)
-        begin = get(info, word + 14)
-        length = get(info, word + 15)
         mbarrier.arrive(item_empty.index(slot), count=1)
         dk = gl.zeros([KEYS, D], gl.float32, d_layout)
         dv = gl.zeros([KEYS, D], gl.float32, d_layout)
@@ -297,14 +268,12 @@ def _consume(
                 gl.store(parts + first + offsets, dk)
                 gl.store(parts + first + KEYS * D + offsets, dv)
             else:
+                k.store(dk.to(element))
+                v.store(dv.to(element))
+                fence_async_shared()
                 batch = batch_head // kv_heads
-                head = batch_head % kv_heads
-                store_rows(
-                    dk.to(element), k4, dk_desc, dk_pointer, batch, head, begin, key, length, tokens, kv_heads, PACKED
-                )
-                store_rows(
-                    dv.to(element), v4, dv_desc, dv_pointer, batch, head, begin, key, length, tokens, kv_heads, PACKED
-                )
+                tma.async_copy_shared_to_global(dk_desc, [batch, batch_head % kv_heads, key, 0], k4)
+                tma.async_copy_shared_to_global(dv_desc, [batch, batch_head % kv_heads, key, 0], v4)
         round += slot
         slot = slot ^ 1
         mbarrier.wait(item_full.index(slot), round & 1)
@@ -313,15 +282,15 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=[
-    "length", "kv_heads", "group", "groups", "wave", "segment_rows", "num_items", "chunks", "num_documents",
-    "num_parts", "tiles0", "tiles1", "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
+    "length", "kv_heads", "group", "groups", "wave", "segment_rows", "num_items", "num_parts", "tiles0", "tiles1",
+    "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
 ])  # fmt: skip
 def attention_backward_kv(
-    q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, dk, dv, parts, table, documents, cu_seqlens, counter,
-    scale, scale_log2, length, kv_heads, group, groups, wave, num_items, chunks, num_documents, segment_rows, num_parts,
+    q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, parts, table, counter,
+    scale, scale_log2, length, kv_heads, group, groups, wave, num_items, segment_rows, num_parts,
     tiles0, tiles1, tiles2, segments0, segments1, segments2, batch0, batch1, batch2,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, GROUPED: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq chunks, 128]: lse2 and delta of 64 rows;
     # parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32; groups = B Hkv, in waves; tiles, segments and
@@ -358,18 +327,17 @@ def attention_backward_kv(
             (_produce, (q_desc, do_desc, stats_desc, k_desc, v_desc,
                         q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        table, documents, cu_seqlens, counter, length, kv_heads, group, segment_rows, groups, wave,
-                        num_items, chunks, num_documents,
+                        table, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
                         (tiles0, tiles1, tiles2), (segments0, segments1, segments2), (batch0, batch1, batch2),
-                        TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
-            (_consume, (0, dk_desc, dv_desc, dk, dv, parts,
+                        TABLE, BLOCK, LEVELS, SINKS, STAGES)),
+            (_consume, (0, dk_desc, dv_desc, parts,
                         q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
-            (_consume, (1, dk_desc, dv_desc, dk, dv, parts,
+                        scale, scale_log2, kv_heads, groups, num_parts, D, STAGES, GROUPED)),
+            (_consume, (1, dk_desc, dv_desc, parts,
                         q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
+                        scale, scale_log2, kv_heads, groups, num_parts, D, STAGES, GROUPED)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],

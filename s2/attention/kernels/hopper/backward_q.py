@@ -16,16 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import advance, count_bits, get, lowest_bit, ring_slot
-from .rows import CONSUMERS, KEYS, ROWS, TILE_WORDS, produce_rows, store_rows
+from .common import advance, get
+from .rows import CONSUMERS, KEYS, ROWS, locate, produce_rows, sees
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
 def _key_step(
-    q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, lse, delta, row, scale_log2,
-    D: gl.constexpr, EDGE: gl.constexpr,
+    q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, lse, delta, row, key, scale_log2,
+    D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Adds one key tile to dQ `[64, D]`; with `EDGE` keys after a row's own are masked."""
     s_layout: gl.constexpr = lse.type.layout.parent
@@ -39,8 +39,7 @@ def _key_step(
     pending_dp = warpgroup_mma(do, v.permute([1, 0]), blank, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[pending_s])
     probs = gl.exp2(scores * scale_log2 - lse[:, None])
-    if EDGE:
-        key = get(slot_buf, stage)
+    if EDGE:  # noqa: SIM102 (one is known when compiling)
         if key + KEYS - 1 > row:
             rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
             keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
@@ -50,35 +49,33 @@ def _key_step(
     pending_dq = warpgroup_mma(ds, k, dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=[pending_dq])
     mbarrier.arrive(kv_empty.index(stage), count=1)
-    return dq
-
-
-@gluon.jit
-def _load_out(out, batch, head, begin, row, length, tokens, heads, D: gl.constexpr):
-    """64 rows of the output, with the layout in which `delta` is summed."""
-    columns: gl.constexpr = D // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
-    token = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    offset = ((batch * tokens + begin + token).to(gl.int64) * heads + head) * D
-    column = gl.arange(0, D, gl.SliceLayout(0, layout))
-    return gl.load(out + offset[:, None] + column[None, :], mask=(token < length)[:, None], other=0.0)
+    stage, phase = advance(stage, phase, STAGES)
+    return dq, stage, phase
 
 
 @gluon.jit
 def _statistics(
-    o, do, lse, dlse, stats, batch, head, begin, row, length, chunk, tokens, heads, chunks, HAS_DLSE: gl.constexpr
-):
-    """`lse2` and `delta` of 64 rows, stored for the other kernel; rows past the end get inf and 0, and add nothing."""
-    layout: gl.constexpr = o.type.layout
+    do, do_full, phase, out, lse, dlse, stats, batch, head, row, length, heads,
+    D: gl.constexpr, HAS_DLSE: gl.constexpr,
+):  # fmt: skip
+    """`lse2` and `delta` of 64 rows, stored for the other kernel; rows past the end get inf and 0, and add nothing.
+    Waits for the rows of dO."""
+    columns: gl.constexpr = D // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
     lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     token = row + lanes
     exists = token < length
-    position = (batch * heads + head).to(gl.int64) * tokens + begin + token
+    offset = ((batch * length + token).to(gl.int64) * heads + head) * D
+    column = gl.arange(0, D, gl.SliceLayout(0, layout))
+    o = gl.load(out + offset[:, None] + column[None, :], mask=exists[:, None], other=0.0)
+    position = (batch * heads + head).to(gl.int64) * length + token
     lse2 = gl.load(lse + position, mask=exists, other=float("inf")) * LOG2E
+    mbarrier.wait(do_full, phase)
     delta = gl.sum(o.to(gl.float32) * do.load(layout).to(gl.float32), 1)
     if HAS_DLSE:
         delta -= gl.load(dlse + position, mask=exists, other=0.0)
-    to = stats + ((batch * heads + head).to(gl.int64) * chunks + chunk + row // ROWS) * (2 * ROWS) + lanes
+    chunk = (batch * heads + head).to(gl.int64) * ((length + ROWS - 1) // ROWS) + row // ROWS
+    to = stats + chunk * (2 * ROWS) + lanes
     stored = (lanes >= 0) & (row < length)
     gl.store(to, lse2, mask=stored)
     gl.store(to + ROWS, delta, mask=stored)
@@ -89,71 +86,81 @@ def _statistics(
 def _consume(
     C: gl.constexpr, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
     tile_buf, slot_buf, tile_full, tile_empty,
-    out, lse, dlse, stats, dq_pointer, scale, scale_log2, tokens, heads, chunks,
-    STAGES: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr, PACKED: gl.constexpr,
+    out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     q = q_buf.index(C).reshape([ROWS, D])
     do = do_buf.index(C).reshape([ROWS, D])
-    ring, round = 0, 0  # ring position of the tile's first key tile, tiles done
+    stage, phase, round = 0, 0, 0
     mbarrier.wait(tile_full, 0)
     tile = get(tile_buf, 0)
+    num_full = get(tile_buf, 1)
+    left = get(tile_buf, 2)
+    count = (get(tile_buf, 3) >> (8 * C)) & 255
+    mbarrier.arrive(tile_empty, count=1)
     while tile >= 0:
-        num_full = get(tile_buf, 1)
-        edges = get(tile_buf, 2)
-        seen = get(tile_buf, 3 + C)
-        batch = get(tile_buf, 6)
-        head = get(tile_buf, 7)
-        row = get(tile_buf, 8) + C * ROWS
-        begin = get(tile_buf, 9)
-        length = get(tile_buf, 10)
-        chunk = get(tile_buf, 11)
-        mbarrier.arrive(tile_empty, count=1)
-        o = _load_out(out, batch, head, begin, row, length, tokens, heads, D)
-        mbarrier.wait(q_full.index(C), round & 1)
+        batch, head, row = locate(tile, heads, tiles_per_head)
+        row += C * ROWS
         lse2, delta = _statistics(
-            o, do, lse, dlse, stats, batch, head, begin, row, length, chunk, tokens, heads, chunks, HAS_DLSE
+            do, q_full.index(C), round & 1, out, lse, dlse, stats, batch, head, row, length, heads, D, HAS_DLSE
         )
         row_lse = gl.convert_layout(lse2, s_rows)
         row_delta = gl.convert_layout(delta, s_rows)
         dq = gl.zeros([ROWS, D], gl.float32, dq_layout)
-        # the masked key tiles that these rows see, then the unmasked ones
-        for _ in range(count_bits(seen)):
-            stage, phase = ring_slot(ring + lowest_bit(seen), STAGES)
-            seen = seen & (seen - 1)
-            dq = _key_step(
-                q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, row_lse, row_delta, row,
-                scale_log2, D, True,
-            )  # fmt: skip
-        stage, phase = ring_slot(ring + edges, STAGES)
         for _ in range(num_full):
-            dq = _key_step(
-                q, do, k_buf, v_buf, k_full, v_full, kv_empty, slot_buf, stage, phase, dq, row_lse, row_delta, row,
-                scale_log2, D, False,
+            dq, stage, phase = _key_step(
+                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, 0,
+                scale_log2, D, STAGES, False,
             )  # fmt: skip
+        # tiles at the edges: those this consumer does not see are handed back, the diagonal is masked
+        for _ in range(count):
+            mbarrier.wait(k_full.index(stage), phase)
+            key = get(slot_buf, 2 * stage)
+            seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
+            while not seen:
+                mbarrier.wait(v_full.index(stage), phase)
+                mbarrier.arrive(kv_empty.index(stage), count=1)
+                left -= 1
+                stage, phase = advance(stage, phase, STAGES)
+                mbarrier.wait(k_full.index(stage), phase)
+                key = get(slot_buf, 2 * stage)
+                seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
+            dq, stage, phase = _key_step(
+                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, key,
+                scale_log2, D, STAGES, True,
+            )  # fmt: skip
+            left -= 1
+        for _ in range(left):
+            mbarrier.wait(k_full.index(stage), phase)  # a slot is handed back only once it is filled
+            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.arrive(kv_empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
-        ring += edges + num_full
-        gradient = (dq * scale).to(q_buf.dtype)
-        own = q_buf.index(C)
-        store_rows(gradient, own, dq_desc, dq_pointer, batch, head, begin, row, length, tokens, heads, PACKED)
+        q.store((dq * scale).to(q_buf.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dq_desc, [batch, head, row, 0], q_buf.index(C))
         round += 1
         mbarrier.wait(tile_full, round & 1)
         tile = get(tile_buf, 0)
+        num_full = get(tile_buf, 1)
+        left = get(tile_buf, 2)
+        count = (get(tile_buf, 3) >> (8 * C)) & 255
+        mbarrier.arrive(tile_empty, count=1)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(C), count=1)
 
 
-@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles", "chunks", "num_documents"])
+@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles"])
 def attention_backward_q(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, dq, out, lse, dlse, stats, table, documents, cu_seqlens, counter,
-    scale, scale_log2, length, heads, group, tiles_per_head, num_tiles, chunks, num_documents,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, out, lse, dlse, stats, table, counter,
+    scale, scale_log2, length, heads, group, tiles_per_head, num_tiles,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, HAS_DLSE: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; out [B, S, H, D], lse and dlse
-    # [B, H, S] contiguous; stats [B H chunks, 128] float32: lse2 and delta of 64 rows; packed as in the forward
+    # [B, H, S] contiguous; stats [B H chunks, 128] float32: lse2 and delta of 64 rows
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
@@ -169,8 +176,8 @@ def attention_backward_q(
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     tile_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     tile_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    tile_buf = gl.allocate_shared_memory(gl.int32, [TILE_WORDS, 1], words)
-    slot_buf = gl.allocate_shared_memory(gl.int32, [STAGES, 1], words)  # first key of masked tiles
+    tile_buf = gl.allocate_shared_memory(gl.int32, [4, 1], words)  # tile, unmasked, masked, seen by each consumer
+    slot_buf = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], words)  # first key, visible to blocks below
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=1)
@@ -186,20 +193,20 @@ def attention_backward_q(
         [
             (produce_rows, (q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
                             q_full, q_empty, k_full, v_full, kv_empty, tile_buf, slot_buf, tile_full, tile_empty,
-                            table, documents, cu_seqlens, counter, length, heads, group, tiles_per_head, num_tiles,
-                            num_documents, True, TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
+                            table, counter, length, heads, group, tiles_per_head, num_tiles,
+                            True, TABLE, BLOCK, LEVELS, SINKS, STAGES)),
             (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, dq, scale, scale_log2, length, heads, chunks,
-                        STAGES, D, HAS_DLSE, PACKED)),
+                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
+                        BLOCK, STAGES, D, HAS_DLSE)),
             (_consume, (1, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, dq, scale, scale_log2, length, heads, chunks,
-                        STAGES, D, HAS_DLSE, PACKED)),
+                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
+                        BLOCK, STAGES, D, HAS_DLSE)),
             (_consume, (2, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
                         tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, dq, scale, scale_log2, length, heads, chunks,
-                        STAGES, D, HAS_DLSE, PACKED)),
+                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
+                        BLOCK, STAGES, D, HAS_DLSE)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

@@ -33,52 +33,6 @@ def chunk_run(
 
 
 @triton.jit
-def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """`(level, tile of the level)` of a document's `tile`-th pair of chunks, widest level first; level < 0: a spare."""
-    per_block: tl.constexpr = BLOCK // CHUNK
-    wider, found, index = 0, -1, 0
-    for step in tl.static_range(LEVELS + 1):
-        belong = num_blocks
-        if step < LEVELS:
-            belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
-        tiles = ((belong - wider) * per_block + 1) // 2
-        here = (found < 0) & (tile < tiles)
-        found = tl.where(here, LEVELS - step, found)
-        index = tl.where(here, tile, index)
-        tile = tl.where(found < 0, tile - tiles, tile)
-        wider = belong
-    return found, index
-
-
-@triton.jit(do_not_specialize=["num_documents"])
-def attention_documents(
-    cu_seqlens, documents, num_documents,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """documents int32 `[3, n + 1]`: before each packed document and at the end, how many tiles of TILE rows, chunks of
-    64 rows, and pairs of key chunks (with room for one that is not full in every level) there are."""
-    tiles, chunks, pairs = 0, 0, 0
-    for start in range(0, num_documents, WIDTH):
-        lane = start + tl.arange(0, WIDTH)
-        exists = lane < num_documents
-        begin = tl.load(cu_seqlens + lane, mask=exists, other=0)
-        length = tl.load(cu_seqlens + lane + 1, mask=exists, other=0) - begin
-        own_tiles = (length + TILE - 1) // TILE
-        own_chunks = (length + CHUNK - 1) // CHUNK
-        key_chunks = (length + BLOCK - 1) // BLOCK * (BLOCK // CHUNK)
-        own_pairs = tl.where(length > 0, (key_chunks + LEVELS + 1) // 2, 0)
-        tl.store(documents + lane, tiles + tl.cumsum(own_tiles, 0) - own_tiles, mask=exists)
-        tl.store(documents + (num_documents + 1) + lane, chunks + tl.cumsum(own_chunks, 0) - own_chunks, mask=exists)
-        tl.store(documents + 2 * (num_documents + 1) + lane, pairs + tl.cumsum(own_pairs, 0) - own_pairs, mask=exists)
-        tiles += tl.sum(own_tiles, 0)
-        chunks += tl.sum(own_chunks, 0)
-        pairs += tl.sum(own_pairs, 0)
-    tl.store(documents + num_documents, tiles)
-    tl.store(documents + 2 * num_documents + 1, chunks)
-    tl.store(documents + 3 * num_documents + 2, pairs)
-
-
-@triton.jit
 def part_begin(level, tiles, segments, LEVELS: tl.constexpr):
     """First part of a level: those of wider levels that are divided into segments come before, two chunks a tile."""
     begin = 0
@@ -122,19 +76,18 @@ def attention_sum_parts(
     high = (length + CHUNK - 1) // CHUNK * CHUNK
     own = index - part_begin(level, tiles, segments, LEVELS)
     key, begin, end = chunk_run(own, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
-    # a program adds up 32 rows of dK or of dV
-    half: tl.constexpr = CHUNK // 2
-    which = tl.program_id(2) // 2
-    rows = tl.program_id(2) % 2 * half + tl.arange(0, half)
     if begin < end:
+        rows = tl.arange(0, CHUNK)
         column = tl.arange(0, D)
-        offsets = (which * CHUNK + rows)[:, None] * D + column[None, :]
-        total = tl.zeros([half, D], tl.float32)
+        offsets = rows[:, None] * D + column[None, :]
+        sum_k = tl.zeros([CHUNK, D], tl.float32)
+        sum_v = tl.zeros([CHUNK, D], tl.float32)
         for segment in range(begin // segment_rows, (end - 1) // segment_rows + 1):
             source = part + ((segment * groups + group) * parts + index).to(tl.int64) * (2 * CHUNK * D)
-            total += tl.load(source + offsets)
+            sum_k += tl.load(source + offsets)
+            sum_v += tl.load(source + CHUNK * D + offsets)
         row = key + rows
         batch = (group // kv_heads).to(tl.int64)
         to = ((batch * length + row) * kv_heads + group % kv_heads)[:, None] * D + column[None, :]
-        gradient = dv if which else dk
-        tl.store(gradient + to, total.to(dk.dtype.element_ty), mask=(row < length)[:, None])
+        tl.store(dk + to, sum_k.to(dk.dtype.element_ty), mask=(row < length)[:, None])
+        tl.store(dv + to, sum_v.to(dv.dtype.element_ty), mask=(row < length)[:, None])

@@ -30,34 +30,3 @@ def opaque(value):
     loop shares with the code after it into the loop's preheader, which a loop of no steps skips: the code after it then
     reads registers that nothing wrote. Descriptors made from an opaque index are not shared."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def count_bits(bits):
-    return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def lowest_bit(bits):
-    """Index of the lowest bit set."""
-    return count_bits((bits & -bits) - 1)
-
-
-@gluon.jit
-def ring_slot(position, STAGES: gl.constexpr):
-    """Stage and phase of the `position`-th use of a ring."""
-    return position % STAGES, (position // STAGES) & 1
-
-
-@gluon.jit
-def find_document(first, num_documents, index):
-    """The document that item `index` belongs to; `first` `[n + 1]` holds the first item of each, and their total."""
-    low = index * 0
-    high = low + num_documents
-    while low < high:
-        middle = (low + high + 1) // 2
-        if gl.load(first + middle) <= index:
-            low = middle
-        else:
-            high = middle - 1
-    return low

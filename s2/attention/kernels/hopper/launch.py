@@ -32,17 +32,17 @@ Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
     """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, blocks of 64 and more, a
-    closed-form pattern, as many queries as keys, and strides that TMA can read."""
-    if not on_hopper(q):
+    closed-form pattern, whole sequences (not packed, as many queries as keys), and strides that TMA can read."""
+    if packed or not on_hopper(q):
         return False
     if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
-        return _takes(q, k, v, pattern, packed)
+        return _takes(q, k, v, pattern)
     key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, pattern.key)
     known = _TAKEN.get(key)
     if known is None:
         if len(_TAKEN) >= _MAX_PLANS:
             _TAKEN.clear()
-        known = _TAKEN[key] = _takes(q, k, v, pattern, packed)
+        known = _TAKEN[key] = _takes(q, k, v, pattern)
     return known
 
 
@@ -50,12 +50,12 @@ def on_hopper(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
-def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
+def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> bool:
     return (
         q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in _STAGES
         and q.numel() > 0
-        and (packed or q.shape[1] == k.shape[1])
+        and q.shape[1] == k.shape[1]
         and pattern.block_size >= CHUNK
         and _has_closed_form(pattern.key)
         and all(_has_readable_strides(x) for x in (q, k, v))
@@ -67,10 +67,10 @@ def _has_closed_form(key: str) -> bool:
     return schedule.has_closed_form(pattern_from_key(key))
 
 
-def is_default(q: Tensor, pattern: Pattern, packed: bool) -> bool:
-    """Whether a supported call comes here without being asked to: the configurations that have passed every check on a
-    GPU (bfloat16, head dimension 128, blocks of 64, unpacked). The others run with `backend="hopper"` only."""
-    return q.dtype == torch.bfloat16 and q.shape[-1] == 128 and pattern.block_size == 64 and not packed
+def is_default(q: Tensor, pattern: Pattern) -> bool:
+    """Whether a supported call comes here without being asked to: the configurations whose forward and backward have
+    been checked on a GPU (bfloat16, head dimension 128, blocks of 64). Others run with `backend="hopper"` only."""
+    return q.dtype == torch.bfloat16 and q.shape[-1] == 128 and pattern.block_size == 64
 
 
 _TAKEN: dict[tuple, bool] = {}
@@ -126,10 +126,12 @@ class _Boxes:
         self.fields = {**vars(TensorDescriptor(x, shape, strides, box, layout)), "base": None}
 
     @classmethod
-    def of_rows(cls, x: Tensor) -> _Boxes:
-        """`[B, S, H, D]` as `[B, H, S, D]`, in boxes of 64 rows of one head."""
-        shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-        return cls(x, shape, [x.stride(0), x.stride(2), x.stride(1), 1], [1, 1, CHUNK, x.shape[3]], swizzle=128)
+    def of_rows(cls, x: Tensor, contiguous: bool = False) -> _Boxes:
+        """`[B, S, H, D]` as `[B, H, S, D]`, in boxes of 64 rows of one head: of x, or of tensors of its shape that are
+        contiguous."""
+        batch, length, heads, dim = x.shape
+        strides = (length * heads * dim, heads * dim, dim) if contiguous else x.stride()
+        return cls(x, [batch, heads, length, dim], [strides[0], strides[2], strides[1], 1], [1, 1, CHUNK, dim], 128)
 
     @classmethod
     def of_statistics(cls, x: Tensor) -> _Boxes:
@@ -159,8 +161,7 @@ def _counter(device: torch.device) -> Tensor:
 
 @dataclass
 class _Plan:
-    """One shape of call, packed calls as a batch of one. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV
-    (all contiguous)."""
+    """One shape of call. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV (all contiguous)."""
 
     q: _Boxes
     k: _Boxes
@@ -170,7 +171,6 @@ class _Plan:
     table: Tensor
     constants: dict[str, Any]
     scalars: tuple[Any, ...]
-    documents: _Launch
     forward: _Launch
     backward: _Backward | None = None
 
@@ -178,32 +178,18 @@ class _Plan:
 _PLANS: dict[tuple, _Plan] = {}
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool) -> _Plan:
-    key = (
-        q.shape,
-        q.stride(),
-        k.shape,
-        k.stride(),
-        v.stride(),
-        q.dtype,
-        q.device,
-        pattern.key,
-        heads,
-        softmax_scale,
-        packed,
-    )
+def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
+    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, pattern.key, heads, softmax_scale)
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale, packed)
+        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale)
     return plan
 
 
-def _make_plan(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool
-) -> _Plan:
-    from . import chunks, forward
+def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
+    from . import forward
 
     batch, length, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -216,26 +202,19 @@ def _make_plan(
     }
     tiles_per_head = -(-length // _TILE_ROWS)
     num_tiles = tiles_per_head * num_heads * batch
-    processors = _processors(q.device)
     return _Plan(
         q=_Boxes.of_rows(q),
         k=_Boxes.of_rows(k),
         v=_Boxes.of_rows(v),
-        rows=_Boxes.of_rows(torch.empty(q.shape, dtype=q.dtype, device=q.device)),
-        keys=_Boxes.of_rows(torch.empty(k.shape, dtype=k.dtype, device=k.device)),
+        rows=_Boxes.of_rows(q, contiguous=True),
+        keys=_Boxes.of_rows(k, contiguous=True),
         table=rules.table,
         constants=constants,
         scalars=(softmax_scale * _LOG2E, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
-        documents=_Launch(
-            chunks.attention_documents,
-            (1, 1, 1),
-            {"TILE": _TILE_ROWS, "BLOCK": pattern.block_size, "LEVELS": rules.num_levels, "WIDTH": 256},
-            num_warps=4,
-        ),
         forward=_Launch(
             forward.attention_forward,
-            (processors if packed else min(num_tiles, processors), 1, 1),
-            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed},
+            (min(num_tiles, _processors(q.device)), 1, 1),
+            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS},
             num_warps=4,
         ),
     )
@@ -245,51 +224,20 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@dataclass(frozen=True)
-class _Documents:
-    """What the kernels get of the borders: `cu_seqlens`, the table made from them, and the number of documents. An
-    unpacked call gets placeholders."""
-
-    table: Tensor
-    cu_seqlens: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, plan: _Plan, cu_seqlens: Tensor | None) -> _Documents:
-        if cu_seqlens is None:
-            return cls(plan.table, plan.table, 0)
-        cu_seqlens, count = _aligned(cu_seqlens), cu_seqlens.shape[0] - 1
-        table = torch.empty(3 * (count + 1), dtype=torch.int32, device=cu_seqlens.device)
-        plan.documents(cu_seqlens, table, count)
-        return cls(table, cu_seqlens, count)
-
-
 # ---------------------------------------------------------------- forward
 
 
 def run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    pattern: Pattern,
-    heads: Heads,
-    softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
-    -> lse `[Hq, T]`."""
+    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`."""
     q, k, v = _at_16(q), _at_16(k), _at_16(v)
+    plan = _plan(q, k, v, pattern, heads, softmax_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    packed = cu_seqlens is not None
-    q, k, v, o = (x[None] for x in (q, k, v, out)) if packed else (q, k, v, out)
-    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    documents = _Documents.of(plan, cu_seqlens)
-    plan.forward(
-        plan.q(q), plan.k(k), plan.v(v), plan.rows(o), out, lse, plan.table, documents.table, documents.cu_seqlens,
-        _counter(q.device), *plan.scalars, documents.count,
-    )  # fmt: skip
-    return out, lse[0] if packed else lse
+    counter = _counter(q.device)
+    plan.forward(plan.q(q), plan.k(k), plan.v(v), plan.rows(out), lse, plan.table, counter, *plan.scalars)
+    return out, lse
 
 
 # ---------------------------------------------------------------- backward
@@ -362,65 +310,51 @@ def divide_columns(
 
 
 class _Backward:
-    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. Packed documents are
-    not divided into segments."""
+    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts."""
 
-    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float, packed: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float) -> None:
         from . import backward_kv, backward_q, chunks
 
         batch, length, num_heads, head_dim = q.shape
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         groups, processors = batch * kv_heads, _processors(q.device)
-        constants = {**plan.constants, "PACKED": packed}
-        columns, items = Columns((0, 0, 0), (1, 1, 1), 0, (1, 1, 1), 1), 0
-        if not packed:
-            columns = divide_columns(
-                plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
-            )
-            items = columns.num_items * columns.wave * -(-groups // columns.wave)
+        constants = plan.constants
+        columns = divide_columns(
+            plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
+        )
+        self.stats_shape = (batch * num_heads * -(-length // CHUNK), 2 * CHUNK)
+        self.stats_rows = _Boxes.of_statistics(torch.empty(self.stats_shape, dtype=torch.float32, device=q.device))
         self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
         self.q_scalars = (softmax_scale, *plan.scalars)
         self.q = {
             has_dlse: _Launch(
                 backward_q.attention_backward_q,
                 plan.forward.grid,
-                {**plan.constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed,
-                 "HAS_DLSE": has_dlse},
+                {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "HAS_DLSE": has_dlse},
                 num_warps=4,
             )
             for has_dlse in (False, True)
-        }  # fmt: skip
+        }
         division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
+        items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.kv_scalars = (
             softmax_scale, softmax_scale * _LOG2E, length, kv_heads, group, groups, columns.wave, items,
+            *division, *columns.batches,
         )  # fmt: skip
-        self.kv_division = (*division, *columns.batches)
         self.kv = _Launch(
             backward_kv.attention_backward_kv,
-            (processors if packed else min(items, processors), 1, 1),
-            {**plan.constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "PACKED": packed,
-             "GROUPED": group > 1},
+            (min(items, processors), 1, 1),
+            {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "GROUPED": group > 1},
             num_warps=4,
-        )  # fmt: skip
+        )
         self.sum_scalars = (length, kv_heads, *division)
         self.sum = _Launch(
             chunks.attention_sum_parts,
-            (columns.num_parts, groups, 4),
+            (columns.num_parts, groups, 1),
             {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
              "SINKS": constants["SINKS"]},
             num_warps=4,
         )  # fmt: skip
-        self._statistics_boxes: dict[int, _Boxes] = {}
-
-    def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
-        """Room for the statistics of `rows` chunks, and its descriptor."""
-        stats = torch.empty((rows, 2 * CHUNK), dtype=torch.float32, device=device)
-        boxes = self._statistics_boxes.get(rows)
-        if boxes is None:
-            if len(self._statistics_boxes) >= _MAX_PLANS:
-                self._statistics_boxes.clear()
-            boxes = self._statistics_boxes[rows] = _Boxes.of_statistics(stats)
-        return stats, boxes(stats)
 
 
 def run_backward(
@@ -431,37 +365,32 @@ def run_backward(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    cu_seqlens: Tensor | None,
     pattern: Pattern,
     heads: Heads,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
     q, k, v = _at_16(q), _at_16(k), _at_16(v)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     out, lse, dout = _aligned(out), _aligned(lse), _aligned(dout)
     dlse = None if dlse is None else _aligned(dlse)
-    packed = cu_seqlens is not None
-    tensors = (q, k, v, dout, dq, dk, dv)
-    q, k, v, grad_out, grad_q, grad_k, grad_v = (x[None] for x in tensors) if packed else tensors
-    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
+    plan = _plan(q, k, v, pattern, heads, softmax_scale)
     if plan.backward is None:
-        plan.backward = _Backward(q, k, plan, softmax_scale, packed)
-    backward, device = plan.backward, q.device
-    documents, counter = _Documents.of(plan, cu_seqlens), _counter(device)
-    chunks = q.shape[1] // CHUNK + documents.count if packed else -(-q.shape[1] // CHUNK)
-    stats, stats_rows = backward.statistics(q.shape[0] * q.shape[2] * chunks, device)
-    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(grad_out)
+        plan.backward = _Backward(q, k, plan, softmax_scale)
+    backward = plan.backward
+    device = q.device
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+    stats = torch.empty(backward.stats_shape, dtype=torch.float32, device=device)
+    counter = _counter(device)
+    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(dout)
     backward.q[dlse is not None](
-        q_rows, do_rows, k_rows, v_rows, plan.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
-        plan.table, documents.table, documents.cu_seqlens, counter, *backward.q_scalars, chunks, documents.count,
+        q_rows, do_rows, k_rows, v_rows, plan.rows(dq), out, lse, lse if dlse is None else dlse, stats,
+        plan.table, counter, *backward.q_scalars,
     )  # fmt: skip
     divided = backward.parts_shape[2] > 0
     parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
     backward.kv(
-        q_rows, do_rows, stats_rows, k_rows, v_rows, plan.keys(grad_k), plan.keys(grad_v), dk, dv, parts,
-        plan.table, documents.table, documents.cu_seqlens, counter,
-        *backward.kv_scalars, chunks, documents.count, *backward.kv_division,
+        q_rows, do_rows, backward.stats_rows(stats), k_rows, v_rows, plan.keys(dk), plan.keys(dv), parts, plan.table,
+        counter, *backward.kv_scalars,
     )  # fmt: skip
     if divided:
         backward.sum(parts, dk, dv, plan.table, *backward.sum_scalars)
