@@ -16,10 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..triton.forward import LOG2E
 from .common import advance, get
-from .rows import CONSUMERS, KEYS, ROWS, locate, produce_rows, sees
-
-LOG2E = gl.constexpr(1.4426950408889634)
+from .rows import CONSUMERS, KEYS, ROWS, locate, make_rings, produce_rows, sees
 
 
 @gluon.jit
@@ -167,27 +166,7 @@ def attention_backward_q(
     do_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    tile_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    tile_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    tile_buf = gl.allocate_shared_memory(gl.int32, [4, 1], words)  # tile, unmasked, masked, seen by each consumer
-    slot_buf = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], words)  # first key, visible to blocks below
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_empty.index(c), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(kv_empty.index(i), count=CONSUMERS)
-    mbarrier.init(tile_full, count=1)
-    mbarrier.init(tile_empty, count=CONSUMERS)
-    fence_async_shared()
+    q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, slot_buf = make_rings(STAGES)
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
         [

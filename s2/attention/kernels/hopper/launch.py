@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import schedule
 from ...pattern import Pattern, pattern_from_key
+from ..triton.forward import LOG2E
 
 CHUNK = 64  # rows of a box, keys of a consumer
 _TILE_ROWS = 192
@@ -24,7 +25,7 @@ _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
 _ROW_REGISTERS = 160  # of a consumer thread, three warpgroups; more would be dropped without a word
 _KEY_REGISTERS = 240  # two warpgroups
 _WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
-_LOG2E = 1.4426950408889634
+_WARPS = 4  # of the producer partition, and of the pass that adds up parts
 _MAX_PLANS = 512
 
 Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
@@ -99,14 +100,14 @@ class _Launch:
     arguments straight to it: everything that Triton would specialize on is part of the plan's key, excluded from
     specialization, or aligned to 16 bytes."""
 
-    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], num_warps: int) -> None:
-        self.function, self.grid, self.num_warps = function, grid, num_warps
+    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any]) -> None:
+        self.function, self.grid = function, grid
         self.constants, self.values = constants, tuple(constants.values())
         self.run: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Any) -> None:
         if self.run is None:
-            kernel = self.function[self.grid](*arguments, **self.constants, num_warps=self.num_warps)
+            kernel = self.function[self.grid](*arguments, **self.constants, num_warps=_WARPS)
             self.run = kernel[self.grid]
         else:
             self.run(*arguments, *self.values)
@@ -210,12 +211,11 @@ def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, 
         keys=_Boxes.of_rows(k, contiguous=True),
         table=rules.table,
         constants=constants,
-        scalars=(softmax_scale * _LOG2E, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
+        scalars=(softmax_scale * LOG2E.value, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
         forward=_Launch(
             forward.attention_forward,
             (min(num_tiles, _processors(q.device)), 1, 1),
             {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS},
-            num_warps=4,
         ),
     )
 
@@ -331,21 +331,19 @@ class _Backward:
                 backward_q.attention_backward_q,
                 plan.forward.grid,
                 {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "HAS_DLSE": has_dlse},
-                num_warps=4,
             )
             for has_dlse in (False, True)
         }
         division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
         items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.kv_scalars = (
-            softmax_scale, softmax_scale * _LOG2E, length, kv_heads, group, groups, columns.wave, items,
+            softmax_scale, softmax_scale * LOG2E.value, length, kv_heads, group, groups, columns.wave, items,
             *division, *columns.batches,
         )  # fmt: skip
         self.kv = _Launch(
             backward_kv.attention_backward_kv,
             (min(items, processors), 1, 1),
             {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "GROUPED": group > 1},
-            num_warps=4,
         )
         self.sum_scalars = (length, kv_heads, *division)
         self.sum = _Launch(
@@ -353,7 +351,6 @@ class _Backward:
             (columns.num_parts, groups, 1),
             {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
              "SINKS": constants["SINKS"]},
-            num_warps=4,
         )  # fmt: skip
 
 

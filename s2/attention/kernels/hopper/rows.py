@@ -3,7 +3,7 @@ forward and the dQ kernel."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from ..triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
 from .common import SCALAR, advance, put
@@ -81,6 +81,35 @@ def _load(
     mbarrier.expect(v_full.index(stage), KEYS * D * 2)
     tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], v_full.index(stage), v_buf.index(stage))
     return advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def make_rings(STAGES: gl.constexpr):
+    """Barriers of the consumers' rows, of the key and value stages and of the tile at work, with its words (tile,
+    unmasked and masked key tiles, those seen by each consumer) and those of each stage (first key, visible to blocks
+    below)."""
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    tile_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    tile_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    tile_buf = gl.allocate_shared_memory(gl.int32, [4, 1], words)
+    slot_buf = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], words)
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(q_empty.index(c), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(kv_empty.index(i), count=CONSUMERS)
+    mbarrier.init(tile_full, count=1)
+    mbarrier.init(tile_empty, count=CONSUMERS)
+    fence_async_shared()
+    return q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, slot_buf
 
 
 @gluon.jit

@@ -135,7 +135,7 @@ def run_forward(
         q, k, v, o, lse,
         plan.table, *plan.key_lists, plan.list_stride,
         cu_seqlens, *documents,
-        q_len, k.shape[1], problem.softmax_scale * 1.4426950408889634, num_tiles, num_heads // k.shape[2],
+        q_len, k.shape[1], problem.softmax_scale * forward.LOG2E.value, num_tiles, num_heads // k.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
         D=head_dim, D0=d0, D1=d1, BLOCK_M=block_m, BLOCK_N=block_n, PACK=pack, STAGES=config.num_stages,
         **plan.constants(problem), num_warps=config.num_warps,
