@@ -48,7 +48,7 @@ def _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, s
     runs; the caller has checked `hopper.supports`."""
     if hopper:
         heads = (layer, head_offset, total_kv_heads)
-        return hopper_launch.run_forward(q, k, v, pattern_from_key(pattern), heads, softmax_scale)
+        return hopper_launch.run_forward(q, k, v, cu_seqlens, pattern_from_key(pattern), heads, softmax_scale)
     problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
     return run_forward(q, k, v, problem)
 
@@ -67,7 +67,7 @@ def _backward(
     if hopper:
         heads = (layer, head_offset, total_kv_heads)
         rule = pattern_from_key(pattern)
-        return hopper_launch.run_backward(q, k, v, out, lse, dout, dlse, rule, heads, softmax_scale)
+        return hopper_launch.run_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, rule, heads, softmax_scale)
     problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
     return run_backward(q, k, v, out, lse, dout, dlse, problem)
 
@@ -213,7 +213,7 @@ def s2_attention(
     if backend == "hopper" and not hopper:
         raise ValueError(
             "the hopper backend needs sm_90, float16 or bfloat16, head_dim 64 or 128, block_size 64 or more, a rule "
-            f"pattern and unpacked q and k of one length; got {q.dtype} q {list(q.shape)}, k {list(k.shape)} and "
+            f"pattern and q and k of one length; got {q.dtype} q {list(q.shape)}, k {list(k.shape)} and "
             f"pattern {pattern} on {q.device}; use backend=None or 'triton'"
         )
     backend = backend or _default_backend(q)

@@ -125,18 +125,42 @@ hopper = pytest.mark.skipif(
 
 
 def hopper_grid():
-    """Every (head_dim, block, pattern), with dtype cycling so that each pair meets."""
+    """Every (head_dim, block, pattern), with dtype and packing cycling so that each pair meets."""
     specs = ("L1V15", "L8V16", "L2V5+sink1", "W3", "dense")
     for n, (dim, block, spec) in enumerate(itertools.product((64, 128), (64, 128, 256), specs)):
-        yield DTYPES[n % 2], dim, block, spec
+        yield DTYPES[n % 2], dim, block, spec, (n // 2) % 2 == 1
 
 
 @hopper
-@pytest.mark.parametrize(("dtype", "head_dim", "block", "spec"), list(hopper_grid()))
-def test_hopper_within_bounds(dtype, head_dim, block, spec):
+@pytest.mark.parametrize(("dtype", "head_dim", "block", "spec", "packed"), list(hopper_grid()))
+def test_hopper_within_bounds(dtype, head_dim, block, spec, packed):
+    pattern = Pattern.parse(spec, block)
     for tokens, group in ((1, 1), (63, 4), (700, 1), (1111, 4), (2048, 8)):
-        case = Case(Pattern.parse(spec, block), tokens, tokens, 2 * group, 2, head_dim, batch=2)
+        borders = None
+        if packed:
+            borders = (*sorted({0, tokens, *(b for b in (1, 65, 66, 260, 900) if b < tokens)}), tokens)
+        batch = 1 if packed else 2
+        case = Case(pattern, tokens, tokens, 2 * group, 2, head_dim, batch=batch, cu_seqlens=borders)
         assert_correct(case, dtype, device="cuda", backend="hopper", seed=torch.seed() % (1 << 30))
+
+
+@hopper
+def test_hopper_packed_equals_separate_bit_for_bit():
+    lengths = [0, 1, 64, 1000, 130, 0, 2049, 77, *[65] * 30]
+    borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    q, k, v, dout = (torch.randn(sum(lengths), h, 128, device="cuda", dtype=torch.bfloat16) for h in (4, 4, 4, 4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    pattern = Pattern.parse("L2V5+sink1")
+    out = s2_attention(q, k, v, pattern, cu_seqlens=borders, backend="hopper")
+    packed = (out, *torch.autograd.grad(out, (q, k, v), dout))
+    for begin, end in itertools.pairwise(borders.tolist()):
+        if begin == end:
+            continue
+        alone = [x[None, begin:end].detach().requires_grad_() for x in (q, k, v)]
+        own = s2_attention(*alone, pattern, backend="hopper")
+        gradients = torch.autograd.grad(own, alone, dout[None, begin:end])
+        for whole, part in zip(packed, (own, *gradients), strict=True):
+            assert torch.equal(whole[begin:end], part[0])
 
 
 @hopper
@@ -181,11 +205,11 @@ def test_hopper_takes_ranges_and_mixed_heads_and_views():
 
 @hopper
 def test_hopper_repeats_bit_for_bit_and_is_the_default():
-    q = torch.randn(1, 5000, 16, 128, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (torch.randn(1, 5000, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     pattern = Pattern.parse("L1V15")
-    first = s2_attention(q, q, q, pattern, backend="hopper")
-    assert all(torch.equal(first, s2_attention(q, q, q, pattern)) for _ in range(10))
-    assert not torch.equal(first, s2_attention(q, q, q, pattern, backend="triton")), "else this shows nothing"
-    q.requires_grad_()
-    runs = [torch.autograd.grad(s2_attention(q, q, q, pattern).float().square().sum(), q)[0] for _ in range(5)]
-    assert all(torch.equal(runs[0], other) for other in runs[1:])
+    first = s2_attention(q, k, v, pattern, backend="hopper")
+    assert all(torch.equal(first, s2_attention(q, k, v, pattern)) for _ in range(10))
+    assert not torch.equal(first, s2_attention(q, k, v, pattern, backend="triton")), "else this shows nothing"
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    runs = [torch.autograd.grad(s2_attention(q, k, v, pattern).float().square().sum(), tensors) for _ in range(5)]
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))

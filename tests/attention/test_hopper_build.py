@@ -60,9 +60,9 @@ def type_of(parameter):
         return "i32"
     if name.startswith("scale"):
         return "fp32"
-    if name in ("table", "counter"):
+    if name in ("table", "counter", "documents"):
         return "*i32"
-    return "*" + case["element"] if name == "out" else "*fp32"
+    return "*" + case["element"] if name in ("out", "dq", "dk", "dv") else "*fp32"
 
 
 types = {parameter.name: type_of(parameter) for parameter in function.params}
@@ -89,20 +89,20 @@ class Build:
         return f"{self.kernel}-d{self.head_dim}-{self.element}-{constants}"
 
 
-def _constants(levels: int, sinks: bool, block: int = 64, **others: bool) -> dict[str, int]:
-    return {"LEVELS": levels, "SINKS": sinks, "BLOCK": block, **others}
+def _constants(levels: int, sinks: bool, block: int = 64, packed: bool = False, **others: bool) -> dict[str, int]:
+    return {"LEVELS": levels, "SINKS": sinks, "BLOCK": block, "PACKED": packed, **others}
 
 
 BUILDS = [
-    Build("forward", 128, _constants(1, False), spills=0),
-    Build("forward", 128, _constants(0, True, block=128), spills=0, element="fp16"),
-    Build("forward", 64, _constants(2, True), spills=0),
+    Build("forward", 128, _constants(1, False), spills=64),  # of the producer
+    Build("forward", 128, _constants(0, True, block=128, packed=True), spills=64, element="fp16"),
+    Build("forward", 64, _constants(2, True), spills=64),
     Build("backward_q", 128, _constants(1, False, HAS_DLSE=True), spills=256),
-    Build("backward_q", 128, _constants(2, True, HAS_DLSE=False), spills=450),
-    Build("backward_q", 64, _constants(0, False, block=128, HAS_DLSE=True), spills=0),
+    Build("backward_q", 128, _constants(2, True, packed=True, HAS_DLSE=False), spills=450),
+    Build("backward_q", 64, _constants(0, False, block=128, HAS_DLSE=True), spills=64),
     Build("backward_kv", 128, _constants(1, False, GROUPED=False), spills=300),
-    Build("backward_kv", 128, _constants(2, True, GROUPED=True), spills=450),
-    Build("backward_kv", 64, _constants(0, True, GROUPED=False), spills=128),
+    Build("backward_kv", 128, _constants(2, True, packed=True, GROUPED=True), spills=450),
+    Build("backward_kv", 64, _constants(0, True, packed=True, GROUPED=False), spills=128),
     Build("backward_kv", 64, _constants(1, False, block=128, GROUPED=True), spills=128),
 ]
 

@@ -1,5 +1,5 @@
 """How the Hopper backward divides its work, in Triton's interpreter: every visible pair of chunks lies in exactly one
-work item's run."""
+work item's run, packed or not."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper.chunks import chunk_run
+from s2.attention.kernels.hopper.chunks import attention_documents, chunk_run, chunk_tile
 from s2.attention.kernels.hopper.launch import CHUNK, divide_columns
 from s2.attention.kernels.triton.indexing import load_rule
 from s2.attention.schedule import TABLE_COLUMNS, rule_schedule
@@ -27,6 +27,15 @@ def runs(table, out, level, num_blocks, low, high, N: tl.constexpr, TABLE: tl.co
     tl.store(out + lane, key)
     tl.store(out + N + lane, begin)
     tl.store(out + 2 * N + lane, end)
+
+
+@triton.jit
+def tiles(table, out, num_blocks, N: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
+    lane = tl.arange(0, N)
+    rule = load_rule(table, LEVELS, SINKS)
+    level, index = chunk_tile(lane, num_blocks, rule, BLOCK, LEVELS)
+    tl.store(out + lane, level)
+    tl.store(out + N + lane, index)
 
 
 def chunk_mask(pattern: Pattern, length: int, heads: int) -> torch.Tensor:
@@ -97,3 +106,53 @@ def test_division_covers_every_head_within_its_room(pattern, group):
     table = schedule.table.tolist()
     short = divide_columns(table, schedule.num_levels, 300, block, heads, group, 132)
     assert max(short.segments) == 1, "a short sequence gains nothing from being divided"
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
+def test_documents_and_their_tiles(spec, block):
+    pattern, heads = Pattern.parse(spec, block), 4
+    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 20]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    count = len(lengths)
+    most_tiles = sum(lengths) // 192 + count
+    documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
+    attention_documents[(count,)](
+        cu_seqlens, documents, count, most_tiles, TILE=192, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8
+    )
+    num_tiles, num_pairs = documents[0, :2].tolist()
+    chunks = torch.tensor([0, *[-(-n // CHUNK) for n in lengths]]).cumsum(0).tolist()
+    wanted = [
+        [row, begin, length, chunk]
+        for length, begin, chunk in zip(lengths, cu_seqlens.tolist(), chunks, strict=False)
+        for row in range(0, length, 192)
+    ]
+    assert documents[1 : 1 + num_tiles].tolist() == wanted
+    assert (documents[1 + num_tiles : 1 + most_tiles] == -1).all()
+    entries = documents[1 + most_tiles :][:num_pairs].tolist()
+    assert (documents[1 + most_tiles + num_pairs :] == -1).all()
+    pairs = []
+    for length, begin, chunk in zip(lengths, cu_seqlens.tolist(), chunks, strict=False):
+        own = [entry for entry in entries if entry[1:] == [begin, length, chunk]] if length else []
+        assert [entry[0] for entry in own] == list(range(len(own)))
+        pairs.append(len(own))
+    assert sum(pairs) == num_pairs
+    for length, room in zip(lengths, pairs, strict=True):
+        if length == 0:
+            continue
+        wanted = chunk_mask(pattern, length, heads)
+        rows, size = -(-length // CHUNK) * CHUNK, triton.next_power_of_2(max(room, 2))
+        for head in range(heads):
+            out = torch.full((2, size), -1, dtype=torch.int32)
+            tiles[(1,)](schedule.table[head], out, -(-length // block), N=size, BLOCK=block,
+                        LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
+            assert (out[0, room:] == -1).all(), "a tile beyond the document's room"
+            found = torch.zeros_like(wanted[head], dtype=torch.int32)
+            for level, index in out[:, :room].T.tolist():
+                if level >= 0:
+                    chunk_runs = call_runs(schedule, head, level, length, block, 0, rows)
+                    for key, begin, end in chunk_runs[2 * index : 2 * index + 2]:
+                        if begin < end:
+                            found[key // CHUNK, begin // CHUNK : end // CHUNK] += 1
+            assert torch.equal(found, wanted[head].int())

@@ -33,12 +33,15 @@ def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
     return passed, constants, {p.name for p in known if not p.is_constexpr and not p.do_not_specialize}
 
 
-def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False, dtype=torch.bfloat16):
-    q = torch.randn(batch, length, heads, dim, dtype=dtype)
-    k, v = (torch.randn(batch, length, kv_heads, dim, dtype=dtype) for _ in range(2))
-    settings = (pattern, (0, 0, kv_heads), 0.1)
+def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False, cu_seqlens=None):
+    q = torch.randn(batch, length, heads, dim, dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, length, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2))
+    if cu_seqlens is not None:
+        q, k, v = q[0], k[0], v[0]
+    settings = (cu_seqlens, pattern, (0, 0, kv_heads), 0.1)
     out, lse = launch.run_forward(q, k, v, *settings)
-    assert out.shape == q.shape and lse.shape == (batch, heads, length)
+    assert out.shape == q.shape
+    assert lse.shape == ((batch, heads, length) if cu_seqlens is None else (heads, length))
     gradients = launch.run_backward(q, k, v, out, lse, out, lse if dlse else None, *settings)
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
     return q, k, v, out
@@ -46,10 +49,13 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
 
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
 @pytest.mark.parametrize(("length", "dim", "dlse"), [(1000, 128, True), (1, 64, False), (20000, 128, False)])
-def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, dlse):
-    run(Pattern.parse(spec), length=length, dim=dim, batch=1, dlse=dlse)
-    names = [name for name, _, _ in launches]
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, dlse, packed):
+    borders = torch.tensor([0, length // 3, length], dtype=torch.int32) if packed else None
+    run(Pattern.parse(spec), length=length, dim=dim, batch=1, dlse=dlse, cu_seqlens=borders)
+    names = [name for name, _, _ in launches if name != "attention_documents"]
     assert names[:3] == ["attention_forward", "attention_backward_q", "attention_backward_kv"]
+    assert (len(names) < len(launches)) == packed
     for name, kernel, arguments in launches:
         passed, constants, specialized = parameters(kernel)
         assert len(arguments) == len(passed), name
@@ -61,8 +67,10 @@ def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, d
         assert not baked, f"{name} would be compiled for these values: {baked}"
         if "length" in values:
             assert values["length"] == length
-    constants = launches[1][1].constants
-    assert constants["HAS_DLSE"] is dlse and launches[2][1].constants["GROUPED"] is True
+    constants = {name: kernel.constants for name, kernel, _ in launches}
+    assert constants["attention_backward_q"]["HAS_DLSE"] is dlse
+    assert constants["attention_backward_kv"]["GROUPED"] is True
+    assert all(constants[name]["PACKED"] is packed for name in names[:3])
 
 
 def test_descriptors_are_of_the_tensors_of_this_call(launches):
@@ -86,7 +94,7 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
 def test_views_and_unaligned_gradients(launches):
     whole = torch.randn(1, 500, 3, 4, 128, dtype=torch.bfloat16)
     q, k, v = whole.unbind(2)  # strides of a fused projection
-    settings = (Pattern.parse("L1V3"), (0, 0, 4), 0.1)
+    settings = (None, Pattern.parse("L1V3"), (0, 0, 4), 0.1)
     out, lse = launch.run_forward(q, k, v, *settings)
     dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)  # 2 bytes off
     launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)

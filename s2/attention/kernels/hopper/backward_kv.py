@@ -22,15 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.indexing import load_rule
-from .chunks import chunk_run, part_begin
-from .common import advance, get, opaque
+from .chunks import chunk_run, chunk_tile, part_begin
+from .common import LANES, WORDS, advance, get, load_entry, opaque, store_rows
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
 CONSUMERS = gl.constexpr(2)
 SLOTS = gl.constexpr(2)  # items whose keys and values are held
-WORDS = gl.constexpr(8)  # pairs of integers a slot: head and segment; then of each consumer first key, part, and steps
-PAIR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+ITEM_WORDS = gl.constexpr(32)  # see `_produce`
 WIDE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
@@ -72,31 +71,50 @@ def _pick(pair, lane, which: gl.constexpr):
 def _produce(
     q_desc, do_desc, stats_desc, k_desc, v_desc,
     q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
-    table, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, tiles, segments, batches,
+    table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, chunks, most_tiles,
+    tiles, segments, batches,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
+    """Draws items and loads what they need. The words of a pair of chunks: KV head of the batch (-1 after the last),
+    segment (-1: the whole column), where the document begins and its length; then for either consumer first key (-1:
+    none), part, and steps before it, unmasked, masked and after it."""
     D: gl.constexpr = q_desc.block_type.shape[3]
     stage, phase, slot, round = 0, 0, 0, 0
-    num_blocks = (length + BLOCK - 1) // BLOCK
-    chunks = (length + ROWS - 1) // ROWS
-    lane = gl.arange(0, CONSUMERS, PAIR)
-    item = gl.atomic_add(counter, 1)
+    begin_token, first_chunk = 0, 0
+    if PACKED:
+        num_items = gl.load(documents + 1) * groups
+    lane = gl.arange(0, ITEM_WORDS, LANES)
+    item = gl.atomic_add(counter, 1, sem="relaxed")
     while item < num_items:
-        level, segment, batch_head, first_tile, last_tile = _locate_item(
-            item, groups, wave, tiles, segments, batches, LEVELS
-        )
+        part, low = 0, 0
+        if PACKED:  # heads vary fastest: all start with a document's widest columns
+            batch_head = item % groups
+            pair, begin_token, length, first_chunk = load_entry(documents + 4 * (1 + most_tiles), item // groups)
+        else:
+            level, segment, batch_head, first_tile, last_tile = _locate_item(
+                item, groups, wave, tiles, segments, batches, LEVELS
+            )
         batch = batch_head // kv_heads
         kv_head = batch_head % kv_heads
         rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)  # of a head past the last: never used
-        split = segments[0]
-        for other in gl.static_range(1, LEVELS + 1):
-            split = gl.where(level == other, segments[other], split)
-        low = gl.where(split > 1, segment * segment_rows, 0)
-        high = gl.where(split > 1, gl.minimum(low + segment_rows, chunks * ROWS), chunks * ROWS)
-        part = part_begin(level, tiles, segments, LEVELS)
-        item = gl.atomic_add(counter, 1)
+        num_blocks = (length + BLOCK - 1) // BLOCK
+        high = (length + ROWS - 1) // ROWS * ROWS
+        if PACKED:
+            segment = -1
+            level, first_tile = chunk_tile(pair, num_blocks, rule, BLOCK, LEVELS)
+            last_tile = gl.where(level < 0, first_tile, first_tile + 1)
+        else:
+            split = segments[0]
+            for other in gl.static_range(1, LEVELS + 1):
+                split = gl.where(level == other, segments[other], split)
+            low = gl.where(split > 1, segment * segment_rows, 0)
+            high = gl.where(split > 1, gl.minimum(low + segment_rows, high), high)
+            segment = gl.where(split > 1, segment, -1)
+            part = part_begin(level, tiles, segments, LEVELS)
+        item = gl.atomic_add(counter, 1, sem="relaxed")
         for tile in range(first_tile, last_tile):
-            index = tile * CONSUMERS + lane
+            index = tile * CONSUMERS + lane % CONSUMERS
             key, begin, end = chunk_run(index, level, num_blocks, low, high, rule, BLOCK, LEVELS, SINKS)
             exists = begin < end
             top = gl.max(gl.where(exists, end, 0), 0)
@@ -107,19 +125,22 @@ def _produce(
                 diagonal = (exists & (begin == key)).to(gl.int32)
                 inside = gl.where(exists, (end - begin) // ROWS, 0) - diagonal
                 mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
-                item_buf.index(slot * WORDS).store(gl.where(lane == 0, batch_head, gl.where(split > 1, segment, -1)))
-                item_buf.index(slot * WORDS + 1).store(gl.where(exists, key, -1))
-                item_buf.index(slot * WORDS + 2).store(part + index)
-                item_buf.index(slot * WORDS + 3).store(before * group)
-                item_buf.index(slot * WORDS + 4).store(inside * group)
-                item_buf.index(slot * WORDS + 5).store(diagonal * group)
-                item_buf.index(slot * WORDS + 6).store((rows - before - inside - diagonal) * group)
+                words = gl.where(lane == 0, batch_head, segment)
+                words = gl.where(lane == 2, begin_token, words)
+                words = gl.where(lane == 3, length, words)
+                words = gl.where(lane // CONSUMERS == 2, gl.where(exists, key, -1), words)
+                words = gl.where(lane // CONSUMERS == 3, part + index, words)
+                words = gl.where(lane // CONSUMERS == 4, before * group, words)
+                words = gl.where(lane // CONSUMERS == 5, inside * group, words)
+                words = gl.where(lane // CONSUMERS == 6, diagonal * group, words)
+                words = gl.where(lane // CONSUMERS == 7, (rows - before - inside - diagonal) * group, words)
+                item_buf.index(slot).store(words)
                 mbarrier.arrive(item_full.index(slot), count=1)
                 mbarrier.wait(kv_empty.index(slot), (round & 1) ^ 1)
                 loaded = kv_full.index(slot)
                 mbarrier.expect(loaded, 2 * CONSUMERS * KEYS * D * 2)
                 for c in gl.static_range(CONSUMERS):
-                    first = _pick(key, lane, c)
+                    first = begin_token + _pick(key, lane, c)
                     to = 2 * (slot * CONSUMERS + c)
                     tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to))
                     tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to + 1))
@@ -127,22 +148,23 @@ def _produce(
                     row = top - (n + 1) * ROWS
                     for g in range(group):
                         head = kv_head * group + g
-                        chunk = (batch * kv_heads * group + head) * chunks + row // ROWS
+                        chunk = (batch * kv_heads * group + head) * chunks + first_chunk + row // ROWS
+                        token = begin_token + row
                         ready = q_full.index(stage)
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
                         mbarrier.expect(ready, ROWS * D * 2 + 2 * ROWS * 4)
-                        tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], ready, q_buf.index(stage))
+                        tma.async_copy_global_to_shared(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
                         tma.async_copy_global_to_shared(stats_desc, [chunk, 0], ready, stats_buf.index(stage))
                         ready_do = do_full.index(stage)
                         mbarrier.expect(ready_do, ROWS * D * 2)
-                        tma.async_copy_global_to_shared(do_desc, [batch, head, row, 0], ready_do, do_buf.index(stage))
+                        tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready_do, do_buf.index(stage))
                         stage, phase = advance(stage, phase, STAGES)
                 round += slot
                 slot = slot ^ 1
     if item == num_items + gl.num_programs(0) - 1:  # the last draw of all: the counter is zero for the next launch
-        gl.atomic_xchg(counter, 0)
+        gl.atomic_xchg(counter, 0, sem="relaxed")
     mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
-    item_buf.index(slot * WORDS).store(lane * 0 - 1)
+    item_buf.index(slot).store(lane * 0 - 1)
     mbarrier.arrive(item_full.index(slot), count=1)
 
 
@@ -201,28 +223,29 @@ def _skip(steps, q_full, do_full, step_empty, stage, phase, STAGES: gl.constexpr
 
 @gluon.jit
 def _consume(
-    C: gl.constexpr, dk_desc, dv_desc, parts,
+    C: gl.constexpr, dk_desc, dv_desc, dk_pointer, dv_pointer, parts,
     q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
-    scale, scale_log2, kv_heads, groups, num_parts,
-    D: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr,
+    scale, scale_log2, tokens, kv_heads, groups, num_parts,
+    D: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     element: gl.constexpr = q_buf.dtype
-    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    info = item_buf._reinterpret(gl.int32, [SLOTS * WORDS * 2, 1], words)
+    info = item_buf._reinterpret(gl.int32, [SLOTS * ITEM_WORDS, 1], WORDS)
     stage, phase, slot, round = 0, 0, 0, 0
     mbarrier.wait(item_full.index(0), 0)
     batch_head = get(info, 0)
     while batch_head >= 0:
-        word = slot * (WORDS * 2)
+        word = slot * ITEM_WORDS
         segment = get(info, word + 1)
-        key = get(info, word + 2 + C)
-        part = get(info, word + 4 + C)
-        before = get(info, word + 6 + C)
-        inside = get(info, word + 8 + C)
-        diagonal = get(info, word + 10 + C)
-        after = get(info, word + 12 + C)
+        begin = get(info, word + 2)
+        length = get(info, word + 3)
+        key = get(info, word + 4 + C)
+        part = get(info, word + 6 + C)
+        before = get(info, word + 8 + C)
+        inside = get(info, word + 10 + C)
+        diagonal = get(info, word + 12 + C)
+        after = get(info, word + 14 + C)
         mbarrier.arrive(item_empty.index(slot), count=1)
         dk = gl.zeros([KEYS, D], gl.float32, d_layout)
         dv = gl.zeros([KEYS, D], gl.float32, d_layout)
@@ -268,33 +291,33 @@ def _consume(
                 gl.store(parts + first + offsets, dk)
                 gl.store(parts + first + KEYS * D + offsets, dv)
             else:
-                k.store(dk.to(element))
-                v.store(dv.to(element))
-                fence_async_shared()
                 batch = batch_head // kv_heads
-                tma.async_copy_shared_to_global(dk_desc, [batch, batch_head % kv_heads, key, 0], k4)
-                tma.async_copy_shared_to_global(dv_desc, [batch, batch_head % kv_heads, key, 0], v4)
+                head = batch_head % kv_heads
+                store_rows(dk.to(element), k4, dk_desc, dk_pointer, batch, head, begin, key, length, tokens, kv_heads,
+                           PACKED)  # fmt: skip
+                store_rows(dv.to(element), v4, dv_desc, dv_pointer, batch, head, begin, key, length, tokens, kv_heads,
+                           PACKED)  # fmt: skip
         round += slot
         slot = slot ^ 1
         mbarrier.wait(item_full.index(slot), round & 1)
-        batch_head = get(info, slot * (WORDS * 2))
+        batch_head = get(info, slot * ITEM_WORDS)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=[
-    "length", "kv_heads", "group", "groups", "wave", "segment_rows", "num_items", "num_parts", "tiles0", "tiles1",
-    "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
+    "length", "kv_heads", "group", "groups", "wave", "num_items", "chunks", "most_tiles", "segment_rows", "num_parts",
+    "tiles0", "tiles1", "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
 ])  # fmt: skip
 def attention_backward_kv(
-    q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, parts, table, counter,
-    scale, scale_log2, length, kv_heads, group, groups, wave, num_items, segment_rows, num_parts,
+    q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, dk, dv, parts, table, documents, counter,
+    scale, scale_log2, length, kv_heads, group, groups, wave, num_items, chunks, most_tiles, segment_rows, num_parts,
     tiles0, tiles1, tiles2, segments0, segments1, segments2, batch0, batch1, batch2,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, GROUPED: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq chunks, 128]: lse2 and delta of 64 rows;
-    # parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32; groups = B Hkv, in waves; tiles, segments and
-    # tiles an item of each level
+    # dk and dv [B, S, Hkv, D] contiguous; parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32;
+    # groups = B Hkv, in waves; tiles, segments and tiles an item of each level; packed as in the forward
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, ROWS, D], q_desc.layout)
@@ -302,7 +325,6 @@ def attention_backward_kv(
     kv_buf = gl.allocate_shared_memory(element, [SLOTS * CONSUMERS * 2, 1, 1, KEYS, D], k_desc.layout)
     stats_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * ROWS], stats_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     step_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -310,7 +332,7 @@ def attention_backward_kv(
     kv_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     item_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     item_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    item_buf = gl.allocate_shared_memory(gl.int32, [SLOTS * WORDS, 2], words)
+    item_buf = gl.allocate_shared_memory(gl.int32, [SLOTS, ITEM_WORDS], WORDS)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
@@ -327,17 +349,18 @@ def attention_backward_kv(
             (_produce, (q_desc, do_desc, stats_desc, k_desc, v_desc,
                         q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        table, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
+                        table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
+                        chunks, most_tiles,
                         (tiles0, tiles1, tiles2), (segments0, segments1, segments2), (batch0, batch1, batch2),
-                        TABLE, BLOCK, LEVELS, SINKS, STAGES)),
-            (_consume, (0, dk_desc, dv_desc, parts,
+                        TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
+            (_consume, (0, dk_desc, dv_desc, dk, dv, parts,
                         q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, kv_heads, groups, num_parts, D, STAGES, GROUPED)),
-            (_consume, (1, dk_desc, dv_desc, parts,
+                        scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
+            (_consume, (1, dk_desc, dv_desc, dk, dv, parts,
                         q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, kv_heads, groups, num_parts, D, STAGES, GROUPED)),
+                        scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],

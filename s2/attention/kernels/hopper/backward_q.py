@@ -1,4 +1,4 @@
-"""dQ on Hopper (sm_90a), in Gluon: the forward's tiles of 3 x 64 query rows, walking the same key tiles.
+"""dQ on Hopper (sm_90a), in Gluon: the forward's tiles of 3 x 64 query rows (`rows`), walking the same key tiles.
 
     P = exp2(scale_log2 * Q K^T - lse2)    dS = P * (dO V^T - delta)    dQ = scale * dS K
 
@@ -8,17 +8,14 @@ leaves through the shared memory of its own Q rows.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..triton.forward import LOG2E
-from .common import advance, get
-from .rows import CONSUMERS, KEYS, ROWS, locate, make_rings, produce_rows, sees
+from ..triton.forward import LOG2E
+from .common import WORDS, advance, count_bits, get, lowest_bit, store_rows
+from .rows import CONSUMERS, KEYS, LIST, ROWS, TILE_WORDS, TILES, make_rings, produce_rows, skip_keys
+
+ROW_SLOTS = gl.constexpr(1)
 
 
 @gluon.jit
@@ -54,7 +51,7 @@ def _key_step(
 
 @gluon.jit
 def _statistics(
-    do, do_full, phase, out, lse, dlse, stats, batch, head, row, length, heads,
+    do, do_full, phase, out, lse, dlse, stats, batch, head, begin, row, length, chunk, tokens, heads, chunks,
     D: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """`lse2` and `delta` of 64 rows, stored for the other kernel; rows past the end get inf and 0, and add nothing.
@@ -64,128 +61,121 @@ def _statistics(
     lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     token = row + lanes
     exists = token < length
-    offset = ((batch * length + token).to(gl.int64) * heads + head) * D
+    offset = ((batch * tokens + begin + token).to(gl.int64) * heads + head) * D
     column = gl.arange(0, D, gl.SliceLayout(0, layout))
     o = gl.load(out + offset[:, None] + column[None, :], mask=exists[:, None], other=0.0)
-    position = (batch * heads + head).to(gl.int64) * length + token
+    position = (batch * heads + head).to(gl.int64) * tokens + begin + token
     lse2 = gl.load(lse + position, mask=exists, other=float("inf")) * LOG2E
     mbarrier.wait(do_full, phase)
     delta = gl.sum(o.to(gl.float32) * do.load(layout).to(gl.float32), 1)
     if HAS_DLSE:
         delta -= gl.load(dlse + position, mask=exists, other=0.0)
-    chunk = (batch * heads + head).to(gl.int64) * ((length + ROWS - 1) // ROWS) + row // ROWS
-    to = stats + chunk * (2 * ROWS) + lanes
+    to = stats + ((batch * heads + head).to(gl.int64) * chunks + chunk + row // ROWS) * (2 * ROWS) + lanes
     stored = (lanes >= 0) & (row < length)
     gl.store(to, lse2, mask=stored)
-    gl.store(to + ROWS, delta, mask=stored)
-    return lse2, delta
+    gl.store(to + ROWS, gl.where(exists, delta, 0.0), mask=stored)
+    return lse2, gl.where(exists, delta, 0.0)
 
 
 @gluon.jit
 def _consume(
     C: gl.constexpr, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
-    tile_buf, slot_buf, tile_full, tile_empty,
-    out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr,
+    tile_buf, list_buf, tile_full, tile_empty,
+    dq_pointer, out, lse, dlse, stats, scale, scale_log2, tokens, heads, chunks,
+    STAGES: gl.constexpr, HAS_DLSE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    D: gl.constexpr = q_buf.shape[4]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    words = tile_buf._reinterpret(gl.int32, [TILES * TILE_WORDS, 1], WORDS)
+    key_list = list_buf._reinterpret(gl.int32, [(TILES + 1) * LIST, 1], WORDS)
     q = q_buf.index(C).reshape([ROWS, D])
     do = do_buf.index(C).reshape([ROWS, D])
     stage, phase, round = 0, 0, 0
-    mbarrier.wait(tile_full, 0)
-    tile = get(tile_buf, 0)
-    num_full = get(tile_buf, 1)
-    left = get(tile_buf, 2)
-    count = (get(tile_buf, 3) >> (8 * C)) & 255
-    mbarrier.arrive(tile_empty, count=1)
-    while tile >= 0:
-        batch, head, row = locate(tile, heads, tiles_per_head)
-        row += C * ROWS
+    mbarrier.wait(tile_full.index(0), 0)
+    while get(words, round % TILES * TILE_WORDS) >= 0:
+        slot = round % TILES
+        word = slot * TILE_WORDS
+        edges = get(words, word + 1)
+        num_full = get(words, word + 2)
+        seen = get(words, word + 3 + C)
+        batch = get(words, word + 6)
+        head = get(words, word + 7)
+        row = get(words, word + 8) + C * ROWS
+        begin = get(words, word + 9)
+        length = get(words, word + 10)
+        chunk = get(words, word + 11)
         lse2, delta = _statistics(
-            do, q_full.index(C), round & 1, out, lse, dlse, stats, batch, head, row, length, heads, D, HAS_DLSE
-        )
+            do, q_full.index(C), round & 1, out, lse, dlse, stats, batch, head, begin, row, length, chunk,
+            tokens, heads, chunks, D, HAS_DLSE,
+        )  # fmt: skip
         row_lse = gl.convert_layout(lse2, s_rows)
         row_delta = gl.convert_layout(delta, s_rows)
         dq = gl.zeros([ROWS, D], gl.float32, dq_layout)
+        # the masked key tiles that these rows see, then the others
+        at = -1
+        for _ in range(count_bits(seen)):
+            then = lowest_bit(seen)
+            seen = seen & (seen - 1)
+            stage, phase = skip_keys(then - at - 1, k_full, v_full, kv_empty, stage, phase, STAGES)
+            dq, stage, phase = _key_step(
+                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row,
+                get(key_list, slot * LIST + then), scale_log2, D, STAGES, True,
+            )  # fmt: skip
+            at = then
+        mbarrier.arrive(tile_empty.index(slot), count=1)
+        stage, phase = skip_keys(edges - at - 1, k_full, v_full, kv_empty, stage, phase, STAGES)
         for _ in range(num_full):
             dq, stage, phase = _key_step(
                 q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, 0,
                 scale_log2, D, STAGES, False,
             )  # fmt: skip
-        # tiles at the edges: those this consumer does not see are handed back, the diagonal is masked
-        for _ in range(count):
-            mbarrier.wait(k_full.index(stage), phase)
-            key = get(slot_buf, 2 * stage)
-            seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
-            while not seen:
-                mbarrier.wait(v_full.index(stage), phase)
-                mbarrier.arrive(kv_empty.index(stage), count=1)
-                left -= 1
-                stage, phase = advance(stage, phase, STAGES)
-                mbarrier.wait(k_full.index(stage), phase)
-                key = get(slot_buf, 2 * stage)
-                seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
-            dq, stage, phase = _key_step(
-                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, key,
-                scale_log2, D, STAGES, True,
-            )  # fmt: skip
-            left -= 1
-        for _ in range(left):
-            mbarrier.wait(k_full.index(stage), phase)  # a slot is handed back only once it is filled
-            mbarrier.wait(v_full.index(stage), phase)
-            mbarrier.arrive(kv_empty.index(stage), count=1)
-            stage, phase = advance(stage, phase, STAGES)
-        q.store((dq * scale).to(q_buf.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dq_desc, [batch, head, row, 0], q_buf.index(C))
+        store_rows((dq * scale).to(q_buf.dtype), q_buf.index(C), dq_desc, dq_pointer, batch, head, begin, row, length,
+                   tokens, heads, PACKED)  # fmt: skip
         round += 1
-        mbarrier.wait(tile_full, round & 1)
-        tile = get(tile_buf, 0)
-        num_full = get(tile_buf, 1)
-        left = get(tile_buf, 2)
-        count = (get(tile_buf, 3) >> (8 * C)) & 255
-        mbarrier.arrive(tile_empty, count=1)
+        mbarrier.wait(tile_full.index(round % TILES), round // TILES & 1)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(C), count=1)
 
 
-@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles"])
+@gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles", "chunks"])
 def attention_backward_q(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, out, lse, dlse, stats, table, counter,
-    scale, scale_log2, length, heads, group, tiles_per_head, num_tiles,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, dq, out, lse, dlse, stats, table, documents, counter,
+    scale, scale_log2, length, heads, group, tiles_per_head, num_tiles, chunks,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, HAS_DLSE: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; out [B, S, H, D], lse and dlse
-    # [B, H, S] contiguous; stats [B H chunks, 128] float32: lse2 and delta of 64 rows
+    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; dq and out [B, S, H, D], lse and dlse [B, H, S]
+    # contiguous; stats [B H chunks, 128] float32: lse2 and delta of 64 rows; packed as in the forward
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     do_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
-    q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, slot_buf = make_rings(STAGES)
+    q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
+        ROW_SLOTS, STAGES
+    )  # fmt: skip
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
         [
             (produce_rows, (q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
-                            q_full, q_empty, k_full, v_full, kv_empty, tile_buf, slot_buf, tile_full, tile_empty,
-                            table, counter, length, heads, group, tiles_per_head, num_tiles,
-                            True, TABLE, BLOCK, LEVELS, SINKS, STAGES)),
+                            q_full, q_empty, k_full, v_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
+                            table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
+                            True, TABLE, BLOCK, LEVELS, SINKS, ROW_SLOTS, STAGES, PACKED)),
             (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
-                        tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        BLOCK, STAGES, D, HAS_DLSE)),
+                        tile_buf, list_buf, tile_full, tile_empty,
+                        dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
+                        STAGES, HAS_DLSE, PACKED)),
             (_consume, (1, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
-                        tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        BLOCK, STAGES, D, HAS_DLSE)),
+                        tile_buf, list_buf, tile_full, tile_empty,
+                        dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
+                        STAGES, HAS_DLSE, PACKED)),
             (_consume, (2, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
-                        tile_buf, slot_buf, tile_full, tile_empty,
-                        out, lse, dlse, stats, scale, scale_log2, length, heads, tiles_per_head,
-                        BLOCK, STAGES, D, HAS_DLSE)),
+                        tile_buf, list_buf, tile_full, tile_empty,
+                        dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
+                        STAGES, HAS_DLSE, PACKED)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

@@ -33,6 +33,77 @@ def chunk_run(
 
 
 @triton.jit
+def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """`(level, tile of the level)` of a document's `tile`-th pair of chunks, widest level first; level < 0: a spare."""
+    per_block: tl.constexpr = BLOCK // CHUNK
+    wider, found, index = 0, -1, 0
+    for step in tl.static_range(LEVELS + 1):
+        belong = num_blocks
+        if step < LEVELS:
+            belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
+        tiles = ((belong - wider) * per_block + 1) // 2
+        here = (found < 0) & (tile < tiles)
+        found = tl.where(here, LEVELS - step, found)
+        index = tl.where(here, tile, index)
+        tile = tl.where(found < 0, tile - tiles, tile)
+        wider = belong
+    return found, index
+
+
+@triton.jit
+def _counts(length, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """Tiles of TILE rows, chunks of 64 rows, and pairs of key chunks of documents; of the pairs one may be half empty
+    in every level."""
+    tiles = (length + TILE - 1) // TILE
+    chunks = (length + CHUNK - 1) // CHUNK
+    key_chunks = (length + BLOCK - 1) // BLOCK * (BLOCK // CHUNK)
+    return tiles, chunks, tl.where(length > 0, (key_chunks + LEVELS + 1) // 2, 0)
+
+
+@triton.jit(do_not_specialize=["num_documents", "most_tiles"])
+def attention_documents(
+    cu_seqlens, documents, num_documents, most_tiles,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The table of packed work, int32 `[1 + most_tiles + pairs, 4]`: the numbers of tiles and pairs; then for each tile
+    of TILE rows, and after room for `most_tiles` for each pair of key chunks: its first row or its number in the
+    document, the token where the document begins, its length, and the chunks of 64 rows before it. A program writes
+    one document's."""
+    document = tl.program_id(0)
+    tiles, chunks, pairs = 0, 0, 0
+    for start in range(0, document, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        before = lane < document
+        begin = tl.load(cu_seqlens + lane, mask=before, other=0)
+        length = tl.load(cu_seqlens + lane + 1, mask=before, other=0) - begin
+        own_tiles, own_chunks, own_pairs = _counts(length, TILE, BLOCK, LEVELS)
+        tiles += tl.sum(own_tiles, 0)
+        chunks += tl.sum(own_chunks, 0)
+        pairs += tl.sum(own_pairs, 0)
+    begin = tl.load(cu_seqlens + document)
+    length = tl.load(cu_seqlens + document + 1) - begin
+    own_tiles, _, own_pairs = _counts(length, TILE, BLOCK, LEVELS)
+    if document == num_documents - 1:
+        tl.store(documents, tiles + own_tiles)
+        tl.store(documents + 1, pairs + own_pairs)
+    for start in range(0, own_tiles, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        _store_entries(documents + 4 * (1 + tiles), lane, lane < own_tiles, lane * TILE, begin, length, chunks)
+    for start in range(0, own_pairs, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        _store_entries(documents + 4 * (1 + most_tiles + pairs), lane, lane < own_pairs, lane, begin, length, chunks)
+
+
+@triton.jit
+def _store_entries(to, lane, mask, first, begin, length, chunk):
+    entry = to + 4 * lane
+    tl.store(entry, first, mask=mask)
+    tl.store(entry + 1, begin + lane * 0, mask=mask)
+    tl.store(entry + 2, length + lane * 0, mask=mask)
+    tl.store(entry + 3, chunk + lane * 0, mask=mask)
+
+
+@triton.jit
 def part_begin(level, tiles, segments, LEVELS: tl.constexpr):
     """First part of a level: those of wider levels that are divided into segments come before, two chunks a tile."""
     begin = 0

@@ -1,20 +1,17 @@
-"""What the Hopper kernels share: words and rings in shared memory."""
+"""What the Hopper kernels share: words and rings in shared memory, bits, packed documents."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-SCALAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-
-
-@gluon.jit
-def put(words, index, value):
-    """Writes an integer into shared memory `[n, 1]`; a barrier follows before others read it."""
-    words.index(index).store(gl.full([1], value, gl.int32, SCALAR))
+LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # an element a lane: of 32, every warp has them all
+WORDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
 def get(words, index):
-    return gl.max(words.index(index).load(SCALAR), 0)
+    """An integer of shared memory `[n, 1]`."""
+    return gl.max(words.index(index).load(LANES), 0)
 
 
 @gluon.jit
@@ -30,3 +27,57 @@ def opaque(value):
     loop shares with the code after it into the loop's preheader, which a loop of no steps skips: the code after it then
     reads registers that nothing wrote. Descriptors made from an opaque index are not shared."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def votes(flags):
+    """Of flags over the lanes of a warp (`LANES`): their bits, in every lane."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
+        "=r,r", [flags.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def count_bits(bits):
+    return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def lowest_bit(bits):
+    """Index of the lowest bit set."""
+    return count_bits((bits & -bits) - 1)
+
+
+@gluon.jit
+def load_entry(entries, index):
+    """An entry of the table of packed work: `(row or pair, token where the document begins, its length, its first
+    chunk)`. See `chunks.attention_documents`."""
+    entry = entries + 4 * index
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
+
+
+@gluon.jit
+def store_rows(x, buffer, desc, pointer, batch, head, begin, row, length, tokens, heads, PACKED: gl.constexpr):
+    """Writes 64 rows `[64, D]` of registers through shared memory to `[B, tokens, heads, D]`: by TMA, which stops at
+    the end of the sequence, or row by row where a packed document ends among them. `row` counts from the document's
+    beginning. The caller waits for the copy."""
+    ROWS: gl.constexpr = x.shape[0]
+    D: gl.constexpr = x.shape[1]
+    flat = buffer.reshape([ROWS, D])
+    flat.store(x)
+    if PACKED:
+        if row + ROWS <= length:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(desc, [batch, head, begin + row, 0], buffer)
+        else:
+            columns: gl.constexpr = D // 8
+            layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
+            lanes = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            offset = ((batch * tokens + begin + lanes).to(gl.int64) * heads + head) * D
+            column = gl.arange(0, D, gl.SliceLayout(0, layout))
+            gl.store(pointer + offset[:, None] + column[None, :], flat.load(layout), mask=(lanes < length)[:, None])
+            fence_async_shared()  # the buffer is filled by TMA next
+    else:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(desc, [batch, head, begin + row, 0], buffer)

@@ -1,27 +1,19 @@
 """Forward kernel for Hopper (sm_90a), in Gluon: warp-specialised, persistent, fed by TMA.
 
-One CTA holds a producer partition and three consumer warpgroups. Tiles of 3 x 64 query rows are drawn from an atomic
-counter, heads in order and their longest rows first. The producer turns a tile into the list of key blocks that any of
-its rows sees (`indexing.key_plan`, closed form), loads them into a ring of shared-memory stages, and tells each
-consumer how many of the masked ones it sees; a consumer skips the others, so every 64-row group does exactly its own
-work. The product of the next key tile is issued together with the one of the current value tile, and the output leaves
-through TMA while the next tile starts.
+One CTA holds a producer partition and three consumer warpgroups of 64 query rows each (`rows`); every consumer does
+exactly the work of its own rows. The product of the next key tile is issued together with the one of the current value
+tile. The output leaves by TMA through the shared memory of its own query rows, while those of the next tile are there.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .common import advance, get
-from .rows import CONSUMERS, KEYS, ROWS, locate, make_rings, produce_rows, sees
+from .common import WORDS, advance, count_bits, get, lowest_bit, opaque, store_rows
+from .rows import CONSUMERS, KEYS, LIST, ROWS, TILE_WORDS, TILES, make_rings, produce_rows, skip_keys
 
 LN2 = gl.constexpr(0.6931471805599453)
+ROW_SLOTS = gl.constexpr(2)  # of a consumer: this tile's rows and the next one's, later their output
 
 
 @gluon.jit
@@ -35,150 +27,210 @@ def _softmax(scores, row_max, row_sum, acc, scale_log2, acc_rows: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    C: gl.constexpr, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
-    tile_buf, slot_buf, tile_full, tile_empty,
-    lse, scale_log2, length, heads, tiles_per_head,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+def _scores(q, k_buf, k_full, stage, phase, s_layout: gl.constexpr, D: gl.constexpr):
+    """Scores of a key tile."""
+    mbarrier.wait(k_full.index(stage), phase)
+    k = k_buf.index(opaque(stage)).reshape([KEYS, D]).permute([1, 0])
+    blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+    pending = warpgroup_mma(q, k, blank, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=[pending])
+
+
+@gluon.jit
+def _finish(scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D: gl.constexpr):
+    """Adds a key tile whose scores are there to the output."""
+    o_layout: gl.constexpr = acc.type.layout
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2, gl.SliceLayout(1, o_layout))
+    p = gl.convert_layout(probs.to(v_buf.dtype), p_layout)
+    mbarrier.wait(v_full.index(stage), phase)
+    pending = warpgroup_mma(p, v_buf.index(opaque(stage)).reshape([KEYS, D]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[pending])
+    mbarrier.arrive(kv_empty.index(stage), count=1)
+    return row_max, row_sum, acc
+
+
+@gluon.jit
+def _step(
+    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+    scores, row_max, row_sum, acc, scale_log2, D: gl.constexpr,
 ):  # fmt: skip
+    """Adds a key tile whose scores are there to the output, and computes the scores of the next one beside it."""
+    s_layout: gl.constexpr = scores.type.layout
+    o_layout: gl.constexpr = acc.type.layout
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2, gl.SliceLayout(1, o_layout))
+    p = gl.convert_layout(probs.to(v_buf.dtype), p_layout)
+    mbarrier.wait(v_full.index(stage), phase)
+    pending_out = warpgroup_mma(p, v_buf.index(stage).reshape([KEYS, D]), acc, is_async=True)
+    mbarrier.wait(k_full.index(next_stage), next_phase)
+    k_next = k_buf.index(next_stage).reshape([KEYS, D]).permute([1, 0])
+    blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+    pending_scores = warpgroup_mma(q, k_next, blank, use_acc=False, is_async=True)
+    acc, scores = warpgroup_mma_wait(0, deps=[pending_out, pending_scores])
+    mbarrier.arrive(kv_empty.index(stage), count=1)
+    return scores, row_max, row_sum, acc
+
+
+@gluon.jit
+def _mask(scores, key, row, position):
+    """Hides the keys after a row's own, where the tile at `key` has any."""
+    s_layout: gl.constexpr = scores.type.layout
+    if key + KEYS - 1 > row:
+        keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+        scores = gl.where(keys[None, :] <= position[:, None], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _consume(
+    C: gl.constexpr, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+    tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, tokens, heads,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    D: gl.constexpr = q_buf.shape[4]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    element: gl.constexpr = q_buf.dtype
-    q = q_buf.index(C).reshape([ROWS, D])
-    o = o_buf.index(C).reshape([ROWS, D])
+    words = tile_buf._reinterpret(gl.int32, [TILES * TILE_WORDS, 1], WORDS)
+    key_list = list_buf._reinterpret(gl.int32, [(TILES + 1) * LIST, 1], WORDS)
     stage, phase, round = 0, 0, 0
-    mbarrier.wait(tile_full, 0)
-    tile = get(tile_buf, 0)
-    num_full = get(tile_buf, 1)
-    left = get(tile_buf, 2)
-    count = (get(tile_buf, 3) >> (8 * C)) & 255
-    mbarrier.arrive(tile_empty, count=1)
-    while tile >= 0:
-        batch, head, row = locate(tile, heads, tiles_per_head)
-        row += C * ROWS
+    mbarrier.wait(tile_full.index(0), 0)
+    while get(words, round % TILES * TILE_WORDS) >= 0:
+        slot = round % TILES
+        again = round // TILES & 1
+        word = slot * TILE_WORDS
+        edges = get(words, word + 1)
+        num_full = get(words, word + 2)
+        seen = get(words, word + 3 + C)
+        batch = get(words, word + 6)
+        head = get(words, word + 7)
+        row = get(words, word + 8) + C * ROWS
+        begin = get(words, word + 9)
+        length = get(words, word + 10)
         position = row + gl.arange(0, ROWS, s_rows)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
         row_sum = gl.full([ROWS], 0.0, gl.float32, s_rows)
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        scores = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-        mbarrier.wait(q_full.index(C), round & 1)
+        q = q_buf.index(C * ROW_SLOTS + slot).reshape([ROWS, D])
 
-        # unmasked tiles: scores of the next one are computed beside the output of this one. Loops of one step stand
-        # where an `if` would: a branch around a wgmma makes ptxas serialise them all
-        some = gl.minimum(num_full, 1)
-        for _ in range(some):
-            mbarrier.wait(k_full.index(stage), phase)
-            k = k_buf.index(stage).reshape([KEYS, D]).permute([1, 0])
-            pending = warpgroup_mma(q, k, scores, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[pending])
-        for _ in range(num_full - 1):
-            probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2, o_rows)
-            p = gl.convert_layout(probs.to(element), p_layout)
-            next_stage, next_phase = advance(stage, phase, STAGES)
-            mbarrier.wait(v_full.index(stage), phase)
-            pending_out = warpgroup_mma(p, v_buf.index(stage).reshape([KEYS, D]), acc, is_async=True)
-            mbarrier.wait(k_full.index(next_stage), next_phase)
-            k_next = k_buf.index(next_stage).reshape([KEYS, D]).permute([1, 0])
-            blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-            pending_scores = warpgroup_mma(q, k_next, blank, use_acc=False, is_async=True)
-            acc, scores = warpgroup_mma_wait(0, deps=[pending_out, pending_scores])
-            mbarrier.arrive(kv_empty.index(stage), count=1)
-            stage, phase = next_stage, next_phase
-        for _ in range(some):
-            probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2, o_rows)
-            p = gl.convert_layout(probs.to(element), p_layout)
-            mbarrier.wait(v_full.index(stage), phase)
-            pending = warpgroup_mma(p, v_buf.index(stage).reshape([KEYS, D]), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[pending])
-            mbarrier.arrive(kv_empty.index(stage), count=1)
-            stage, phase = advance(stage, phase, STAGES)
-
-        # tiles at the edges: those this consumer does not see are handed back, the diagonal is masked
-        for _ in range(count):
-            mbarrier.wait(k_full.index(stage), phase)
-            key = get(slot_buf, 2 * stage)
-            seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
-            while not seen:
-                mbarrier.wait(v_full.index(stage), phase)
-                mbarrier.arrive(kv_empty.index(stage), count=1)
-                left -= 1
+        # masked key tiles that these rows see
+        at = lowest_bit(seen)
+        seen = seen & (seen - 1)
+        stage, phase = skip_keys(at, k_full, v_full, kv_empty, stage, phase, STAGES)
+        mbarrier.wait(q_full.index(C * ROW_SLOTS + slot), again)
+        scores = _scores(q, k_buf, k_full, stage, phase, s_layout, D)
+        tma.store_wait(0)  # the previous tile's output has left the other buffer
+        mbarrier.arrive(q_empty.index(C * ROW_SLOTS + 1 - slot), count=1, pred=round > 0)
+        scores = _mask(scores, get(key_list, slot * LIST + at), row, position)
+        for _ in range(count_bits(seen)):
+            then = lowest_bit(seen)
+            seen = seen & (seen - 1)
+            if BLOCK == KEYS:
+                # a stage may be held over a gap: tiles that a consumer sees are at most three positions apart
+                next_stage, next_phase = advance(stage, phase, STAGES)
+                next_stage, next_phase = skip_keys(
+                    then - at - 1, k_full, v_full, kv_empty, next_stage, next_phase, STAGES
+                )
+                scores, row_max, row_sum, acc = _step(
+                    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+                    scores, row_max, row_sum, acc, scale_log2, D,
+                )  # fmt: skip
+                stage, phase = next_stage, next_phase
+            else:
+                row_max, row_sum, acc = _finish(
+                    scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D
+                )
                 stage, phase = advance(stage, phase, STAGES)
-                mbarrier.wait(k_full.index(stage), phase)
-                key = get(slot_buf, 2 * stage)
-                seen = sees(row, key, get(slot_buf, 2 * stage + 1), BLOCK)
-            k_edge = k_buf.index(stage).reshape([KEYS, D]).permute([1, 0])
-            blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-            pending = warpgroup_mma(q, k_edge, blank, use_acc=False, is_async=True)
-            edge = warpgroup_mma_wait(0, deps=[pending])
-            if key + KEYS - 1 > row:
-                keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-                edge = gl.where(keys[None, :] <= position[:, None], edge, float("-inf"))
-            probs, row_max, row_sum, acc = _softmax(edge, row_max, row_sum, acc, scale_log2, o_rows)
-            p = gl.convert_layout(probs.to(element), p_layout)
-            mbarrier.wait(v_full.index(stage), phase)
-            pending = warpgroup_mma(p, v_buf.index(stage).reshape([KEYS, D]), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[pending])
-            mbarrier.arrive(kv_empty.index(stage), count=1)
-            left -= 1
-            stage, phase = advance(stage, phase, STAGES)
-        mbarrier.arrive(q_empty.index(C), count=1)
-        for _ in range(left):
-            mbarrier.wait(k_full.index(stage), phase)  # a slot is handed back only once it is filled
-            mbarrier.wait(v_full.index(stage), phase)
-            mbarrier.arrive(kv_empty.index(stage), count=1)
-            stage, phase = advance(stage, phase, STAGES)
+                stage, phase = skip_keys(then - at - 1, k_full, v_full, kv_empty, stage, phase, STAGES)
+                scores = _scores(q, k_buf, k_full, stage, phase, s_layout, D)
+            scores = _mask(scores, get(key_list, slot * LIST + then), row, position)
+            at = then
+        mbarrier.arrive(tile_empty.index(slot), count=1)
 
-        statistics = lse + (batch * heads + head).to(gl.int64) * length
+        # the others. Loops of one step stand where an `if` would: a branch around a wgmma makes ptxas serialise them all
+        next_stage, next_phase = advance(stage, phase, STAGES)
+        if BLOCK == KEYS:
+            next_stage, next_phase = skip_keys(
+                edges - at - 1, k_full, v_full, kv_empty, next_stage, next_phase, STAGES
+            )
+            for _ in range(num_full):
+                scores, row_max, row_sum, acc = _step(
+                    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+                    scores, row_max, row_sum, acc, scale_log2, D,
+                )  # fmt: skip
+                stage, phase = next_stage, next_phase
+                next_stage, next_phase = advance(stage, phase, STAGES)
+            row_max, row_sum, acc = _finish(
+                scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D
+            )
+        else:
+            row_max, row_sum, acc = _finish(
+                scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D
+            )
+            next_stage, next_phase = skip_keys(
+                edges - at - 1, k_full, v_full, kv_empty, next_stage, next_phase, STAGES
+            )
+            some = gl.minimum(num_full, 1)
+            for _ in range(some):
+                scores = _scores(q, k_buf, k_full, next_stage, next_phase, s_layout, D)
+            for _ in range(num_full - 1):
+                stage, phase = next_stage, next_phase
+                next_stage, next_phase = advance(stage, phase, STAGES)
+                scores, row_max, row_sum, acc = _step(
+                    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+                    scores, row_max, row_sum, acc, scale_log2, D,
+                )  # fmt: skip
+            for _ in range(some):
+                row_max, row_sum, acc = _finish(
+                    scores, v_buf, v_full, kv_empty, next_stage, next_phase, row_max, row_sum, acc, scale_log2, D
+                )
+                next_stage, next_phase = advance(next_stage, next_phase, STAGES)
+        stage, phase = next_stage, next_phase
+
+        statistics = lse + (batch * heads + head).to(gl.int64) * tokens + begin
         gl.store(statistics + position, (row_max + gl.log2(row_sum)) * LN2, mask=position < length)
-        acc = acc * gl.convert_layout(1.0 / row_sum, o_rows)[:, None]
-        tma.store_wait(0)  # the previous tile's output has left the buffer
-        o.store(acc.to(element))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_buf.index(C))
+        acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, o_layout))[:, None]
+        store_rows(acc.to(q_buf.dtype), q_buf.index(C * ROW_SLOTS + slot), o_desc, out, batch, head, begin, row, length,
+                   tokens, heads, PACKED)  # fmt: skip
         round += 1
-        mbarrier.wait(tile_full, round & 1)
-        tile = get(tile_buf, 0)
-        num_full = get(tile_buf, 1)
-        left = get(tile_buf, 2)
-        count = (get(tile_buf, 3) >> (8 * C)) & 255
-        mbarrier.arrive(tile_empty, count=1)
+        mbarrier.wait(tile_full.index(round % TILES), round // TILES & 1)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["length", "heads", "group", "tiles_per_head", "num_tiles"])
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, lse, table, counter,
+    q_desc, k_desc, v_desc, o_desc, out, lse, table, documents, counter,
     scale_log2, length, heads, group, tiles_per_head, num_tiles,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; lse [B, H, S]
+    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; out [B, S, H, D]; lse [B, H, S]; packed: B = 1,
+    # S = all tokens, documents (`chunks.attention_documents`)
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
-    o_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    q_buf = gl.allocate_shared_memory(element, [CONSUMERS * ROW_SLOTS, 1, 1, ROWS, D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
-    q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, slot_buf = make_rings(STAGES)
+    q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
+        ROW_SLOTS, STAGES
+    )  # fmt: skip
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
         [
             (produce_rows, (q_desc, q_desc, k_desc, v_desc, q_buf, q_buf, k_buf, v_buf,
-                            q_full, q_empty, k_full, v_full, kv_empty, tile_buf, slot_buf, tile_full, tile_empty,
-                            table, counter, length, heads, group, tiles_per_head, num_tiles,
-                            False, TABLE, BLOCK, LEVELS, SINKS, STAGES)),
-            (_consume, (0, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
-                        tile_buf, slot_buf, tile_full, tile_empty,
-                        lse, scale_log2, length, heads, tiles_per_head, BLOCK, STAGES, D)),
-            (_consume, (1, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
-                        tile_buf, slot_buf, tile_full, tile_empty,
-                        lse, scale_log2, length, heads, tiles_per_head, BLOCK, STAGES, D)),
-            (_consume, (2, o_desc, q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, v_full, kv_empty,
-                        tile_buf, slot_buf, tile_full, tile_empty,
-                        lse, scale_log2, length, heads, tiles_per_head, BLOCK, STAGES, D)),
+                            q_full, q_empty, k_full, v_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
+                            table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
+                            False, TABLE, BLOCK, LEVELS, SINKS, ROW_SLOTS, STAGES, PACKED)),
+            (_consume, (0, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+                        tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, length, heads,
+                        BLOCK, STAGES, PACKED)),
+            (_consume, (1, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+                        tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, length, heads,
+                        BLOCK, STAGES, PACKED)),
+            (_consume, (2, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+                        tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, length, heads,
+                        BLOCK, STAGES, PACKED)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

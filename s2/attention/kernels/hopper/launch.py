@@ -33,17 +33,17 @@ Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
     """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, blocks of 64 and more, a
-    closed-form pattern, whole sequences (not packed, as many queries as keys), and strides that TMA can read."""
-    if packed or not on_hopper(q):
+    closed-form pattern, as many queries as keys, and strides that TMA can read."""
+    if not on_hopper(q):
         return False
     if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
-        return _takes(q, k, v, pattern)
+        return _takes(q, k, v, pattern, packed)
     key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, pattern.key)
     known = _TAKEN.get(key)
     if known is None:
         if len(_TAKEN) >= _MAX_PLANS:
             _TAKEN.clear()
-        known = _TAKEN[key] = _takes(q, k, v, pattern)
+        known = _TAKEN[key] = _takes(q, k, v, pattern, packed)
     return known
 
 
@@ -51,12 +51,12 @@ def on_hopper(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
-def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> bool:
+def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
     return (
         q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in _STAGES
         and q.numel() > 0
-        and q.shape[1] == k.shape[1]
+        and (packed or q.shape[1] == k.shape[1])
         and pattern.block_size >= CHUNK
         and _has_closed_form(pattern.key)
         and all(_has_readable_strides(x) for x in (q, k, v))
@@ -95,22 +95,28 @@ def _has_readable_strides(x: Tensor) -> bool:
 # ---------------------------------------------------------------- launching
 
 
-class _Launch:
-    """A kernel on a grid with fixed constants. The first call compiles and keeps the kernel; later ones hand the
-    arguments straight to it: everything that Triton would specialize on is part of the plan's key, excluded from
-    specialization, or aligned to 16 bytes."""
+_KERNELS: dict[tuple, Any] = {}
 
-    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any]) -> None:
+
+class _Launch:
+    """A kernel on a grid with fixed constants. The first call of its kind (constants, and `kind`: what the types of the
+    arguments depend on) compiles and keeps the kernel; later ones hand the arguments straight to it: everything else
+    that Triton would specialize on is excluded from specialization, or aligned to 16 bytes."""
+
+    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], kind: tuple) -> None:
         self.function, self.grid = function, grid
         self.constants, self.values = constants, tuple(constants.values())
+        self.key = (function, self.values, kind)
         self.run: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Any) -> None:
         if self.run is None:
-            kernel = self.function[self.grid](*arguments, **self.constants, num_warps=_WARPS)
+            kernel = _KERNELS.get(self.key)
+            if kernel is None:
+                _KERNELS[self.key] = self.function[self.grid](*arguments, **self.constants, num_warps=_WARPS)
+                return
             self.run = kernel[self.grid]
-        else:
-            self.run(*arguments, *self.values)
+        self.run(*arguments, *self.values)
 
 
 class _Boxes:
@@ -162,7 +168,8 @@ def _counter(device: torch.device) -> Tensor:
 
 @dataclass
 class _Plan:
-    """One shape of call. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV (all contiguous)."""
+    """One shape of call, packed calls as a batch of one. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV
+    (all contiguous)."""
 
     q: _Boxes
     k: _Boxes
@@ -172,6 +179,7 @@ class _Plan:
     table: Tensor
     constants: dict[str, Any]
     scalars: tuple[Any, ...]
+    kind: tuple
     forward: _Launch
     backward: _Backward | None = None
 
@@ -179,17 +187,20 @@ class _Plan:
 _PLANS: dict[tuple, _Plan] = {}
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
-    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, pattern.key, heads, softmax_scale)
+def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool) -> _Plan:
+    strides = (q.stride(), k.stride(), v.stride())
+    key = (q.shape, k.shape, strides, q.dtype, q.device, pattern.key, heads, softmax_scale, packed)
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale)
+        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale, packed)
     return plan
 
 
-def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float) -> _Plan:
+def _make_plan(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool
+) -> _Plan:
     from . import forward
 
     batch, length, num_heads, head_dim = q.shape
@@ -203,6 +214,8 @@ def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, 
     }
     tiles_per_head = -(-length // _TILE_ROWS)
     num_tiles = tiles_per_head * num_heads * batch
+    processors = _processors(q.device)
+    kind = (q.dtype, head_dim, q.device)
     return _Plan(
         q=_Boxes.of_rows(q),
         k=_Boxes.of_rows(k),
@@ -212,10 +225,12 @@ def _make_plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, 
         table=rules.table,
         constants=constants,
         scalars=(softmax_scale * LOG2E.value, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
+        kind=kind,
         forward=_Launch(
             forward.attention_forward,
-            (min(num_tiles, _processors(q.device)), 1, 1),
-            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS},
+            (processors if packed else min(num_tiles, processors), 1, 1),
+            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed},
+            kind,
         ),
     )
 
@@ -224,20 +239,62 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made from their number
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """The table of packed work (`chunks.attention_documents`), where its pairs of chunks begin, and room for the chunks
+    of 64 rows of a head. An unpacked call gets another tensor in the table's place."""
+
+    table: Tensor
+    most_tiles: int
+    chunks: int
+
+    @classmethod
+    def of(cls, q: Tensor, plan: _Plan, cu_seqlens: Tensor | None) -> _Documents:
+        length = q.shape[1]
+        if cu_seqlens is None:
+            return cls(plan.table, 0, -(-length // CHUNK))
+        from . import chunks
+
+        count = cu_seqlens.shape[0] - 1
+        levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
+        most_tiles = length // _TILE_ROWS + count
+        most_pairs = (length // CHUNK + count * (block // CHUNK + levels + 1)) // 2 + count
+        table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
+        constants = {"TILE": _TILE_ROWS, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
+        launch = _Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
+        launch(_aligned(cu_seqlens), table, count, most_tiles)
+        return cls(table, most_tiles, length // CHUNK + -(-count // _DOCUMENTS) * _DOCUMENTS)
+
+
 # ---------------------------------------------------------------- forward
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    pattern: Pattern,
+    heads: Heads,
+    softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`."""
+    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
+    -> lse `[Hq, T]`."""
     q, k, v = _at_16(q), _at_16(k), _at_16(v)
-    plan = _plan(q, k, v, pattern, heads, softmax_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    packed = cu_seqlens is not None
+    q, k, v, o = (x[None] for x in (q, k, v, out)) if packed else (q, k, v, out)
+    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    counter = _counter(q.device)
-    plan.forward(plan.q(q), plan.k(k), plan.v(v), plan.rows(out), lse, plan.table, counter, *plan.scalars)
-    return out, lse
+    documents = _Documents.of(q, plan, cu_seqlens)
+    plan.forward(
+        plan.q(q), plan.k(k), plan.v(v), plan.rows(o), out, lse, plan.table, documents.table, _counter(q.device),
+        *plan.scalars,
+    )  # fmt: skip
+    return out, lse[0] if packed else lse
 
 
 # ---------------------------------------------------------------- backward
@@ -310,48 +367,63 @@ def divide_columns(
 
 
 class _Backward:
-    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts."""
+    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. Packed documents are
+    not divided into segments."""
 
-    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float) -> None:
+    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float, packed: bool) -> None:
         from . import backward_kv, backward_q, chunks
 
         batch, length, num_heads, head_dim = q.shape
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         groups, processors = batch * kv_heads, _processors(q.device)
         constants = plan.constants
-        columns = divide_columns(
-            plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
-        )
-        self.stats_shape = (batch * num_heads * -(-length // CHUNK), 2 * CHUNK)
-        self.stats_rows = _Boxes.of_statistics(torch.empty(self.stats_shape, dtype=torch.float32, device=q.device))
+        columns, items = Columns((0, 0, 0), (1, 1, 1), 0, (1, 1, 1), 1), 0
+        if not packed:
+            columns = divide_columns(
+                plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
+            )
+            items = columns.num_items * columns.wave * -(-groups // columns.wave)
+        self.statistics_boxes: dict[int, _Boxes] = {}
         self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
         self.q_scalars = (softmax_scale, *plan.scalars)
         self.q = {
             has_dlse: _Launch(
                 backward_q.attention_backward_q,
                 plan.forward.grid,
-                {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "HAS_DLSE": has_dlse},
+                {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed,
+                 "HAS_DLSE": has_dlse},
+                plan.kind,
             )
             for has_dlse in (False, True)
-        }
+        }  # fmt: skip
         division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
-        items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.kv_scalars = (
             softmax_scale, softmax_scale * LOG2E.value, length, kv_heads, group, groups, columns.wave, items,
-            *division, *columns.batches,
         )  # fmt: skip
+        self.kv_division = (*division, *columns.batches)
         self.kv = _Launch(
             backward_kv.attention_backward_kv,
-            (min(items, processors), 1, 1),
-            {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "GROUPED": group > 1},
-        )
+            (processors if packed else min(items, processors), 1, 1),
+            {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "PACKED": packed,
+             "GROUPED": group > 1},
+            plan.kind,
+        )  # fmt: skip
         self.sum_scalars = (length, kv_heads, *division)
         self.sum = _Launch(
             chunks.attention_sum_parts,
             (columns.num_parts, groups, 1),
             {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
              "SINKS": constants["SINKS"]},
+            plan.kind,
         )  # fmt: skip
+
+    def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
+        """Room for the statistics of `rows` chunks, and its descriptor."""
+        stats = torch.empty((rows, 2 * CHUNK), dtype=torch.float32, device=device)
+        boxes = self.statistics_boxes.get(rows)
+        if boxes is None:
+            boxes = self.statistics_boxes[rows] = _Boxes.of_statistics(stats)
+        return stats, boxes(stats)
 
 
 def run_backward(
@@ -362,32 +434,37 @@ def run_backward(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
+    cu_seqlens: Tensor | None,
     pattern: Pattern,
     heads: Heads,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
     q, k, v = _at_16(q), _at_16(k), _at_16(v)
-    out, lse, dout = _aligned(out), _aligned(lse), _aligned(dout)
-    dlse = None if dlse is None else _aligned(dlse)
-    plan = _plan(q, k, v, pattern, heads, softmax_scale)
-    if plan.backward is None:
-        plan.backward = _Backward(q, k, plan, softmax_scale)
-    backward = plan.backward
     device = q.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    stats = torch.empty(backward.stats_shape, dtype=torch.float32, device=device)
-    counter = _counter(device)
-    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(dout)
+    out, lse, dout = _aligned(out), _aligned(lse), _aligned(dout)
+    dlse = None if dlse is None else _aligned(dlse)
+    packed = cu_seqlens is not None
+    tensors = (q, k, v, dout, dq, dk, dv)
+    q, k, v, grad_out, grad_q, grad_k, grad_v = (x[None] for x in tensors) if packed else tensors
+    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
+    if plan.backward is None:
+        plan.backward = _Backward(q, k, plan, softmax_scale, packed)
+    backward, counter = plan.backward, _counter(device)
+    documents = _Documents.of(q, plan, cu_seqlens)
+    stats, stats_rows = backward.statistics(q.shape[0] * q.shape[2] * documents.chunks, device)
+    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(grad_out)
     backward.q[dlse is not None](
-        q_rows, do_rows, k_rows, v_rows, plan.rows(dq), out, lse, lse if dlse is None else dlse, stats,
-        plan.table, counter, *backward.q_scalars,
+        q_rows, do_rows, k_rows, v_rows, plan.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
+        plan.table, documents.table, counter, *backward.q_scalars, documents.chunks,
     )  # fmt: skip
     divided = backward.parts_shape[2] > 0
     parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
     backward.kv(
-        q_rows, do_rows, backward.stats_rows(stats), k_rows, v_rows, plan.keys(dk), plan.keys(dv), parts, plan.table,
-        counter, *backward.kv_scalars,
+        q_rows, do_rows, stats_rows, k_rows, v_rows, plan.keys(grad_k), plan.keys(grad_v), dk, dv, parts,
+        plan.table, documents.table, counter,
+        *backward.kv_scalars, documents.chunks, documents.most_tiles, *backward.kv_division,
     )  # fmt: skip
     if divided:
         backward.sum(parts, dk, dv, plan.table, *backward.sum_scalars)

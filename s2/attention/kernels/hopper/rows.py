@@ -1,166 +1,225 @@
 """Tiles of query rows: three consumer warpgroups of 64 rows each, and the producer that feeds them. Shared by the
-forward and the dQ kernel."""
+forward and the dQ kernel.
+
+The producer draws tiles from an atomic counter and turns each into the list of key tiles that any of its rows sees
+(`indexing.key_plan`, closed form): first those with a mask for some row, at the edges of the pattern, then the others.
+The list and what else the consumers need to know stand in shared memory, for two tiles, so that the next tile is
+planned while this one is worked on. Key tiles go through a ring of stages. Every consumer walks every position of the
+ring in order: it waits for both barriers of a stage also where it does not see the tile, and hands the stage back. (A
+consumer that left positions out could take an older load's phase for that of its own.)
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from ..triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
-from .common import SCALAR, advance, put
+from .common import LANES, WORDS, advance, get, load_entry, votes
 
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
 KEYS = gl.constexpr(64)  # keys of a stage
 CONSUMERS = gl.constexpr(3)
-MOST_MASKED = gl.constexpr(32)  # key tiles at the edges of a tile of rows: at most 20, with blocks of 256
+TILES = gl.constexpr(2)  # tiles planned: the one at work and the next
+TILE_WORDS = gl.constexpr(32)  # see `_plan_tile`
+LIST = gl.constexpr(128)  # key tiles planned at a time
+EDGES = gl.constexpr(32)  # room for masked key tiles, of which there are at most 20 (with blocks of 256)
 
 
 @gluon.jit
-def locate(tile, heads, tiles_per_head):
-    """`(batch, head, first row)` of a tile."""
+def _locate(tile, heads, tiles_per_head, length, documents, PACKED: gl.constexpr):
+    """`(batch, head, first row, token where the document begins, its length, its first chunk)` of a tile. Rows count
+    from the beginning of the document, which is the whole sequence where nothing is packed. Heads come one after the
+    other, their longest rows first."""
     group = tile // tiles_per_head
-    row = (tiles_per_head - 1 - tile % tiles_per_head) * (ROWS * CONSUMERS)
-    return group // heads, group % heads, row
+    index = tiles_per_head - 1 - tile % tiles_per_head
+    row, begin, chunk = index * (ROWS * CONSUMERS), 0, 0
+    if PACKED:
+        row, begin, length, chunk = load_entry(documents + 4, index)
+    return group // heads, group % heads, row, begin, length, chunk
 
 
 @gluon.jit
-def key_tile(n, num_full, full, masked, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
-    """Block and first key of the n-th key tile of a plan, unmasked ones first."""
-    first, stride, index = full_tile(n, full, LEVELS, SINKS)
-    masked_first, masked_stride, masked_index, _ = masked_tile(n - num_full, masked, LEVELS, SINKS)
-    unmasked = n < num_full
-    first = gl.where(unmasked, first, masked_first)
-    stride = gl.where(unmasked, stride, masked_stride)
-    index = gl.where(unmasked, index, masked_index)
+def _key_plan(head, row, length, table, TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr,
+              SINKS: gl.constexpr):  # fmt: skip
+    """Rule of a KV head and plan of the tile whose first row is `row`: `(edges, unmasked key tiles, plan, rule, last
+    row)`. The edges end with the tile's last row, where a larger block goes on."""
+    rule = load_rule(table + head * TABLE, LEVELS, SINKS)
+    last_row = gl.minimum(row + ROWS * CONSUMERS, length) - 1
+    full, masked = key_plan(row, last_row, rule, BLOCK, KEYS, LEVELS, SINKS)
+    beyond = ((masked[14] + masked[15]) * BLOCK - last_row - 1) // KEYS
+    return masked_tiles(masked) - beyond, full_tiles(full), (full, masked), rule, last_row
+
+
+@gluon.jit
+def _key_tile(n, edges, plan, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
+    """Block and first key of the n-th key tile of a plan: `edges` masked ones, then the unmasked ones."""
+    full, masked = plan
+    first, stride, index, _ = masked_tile(n, masked, LEVELS, SINKS)
+    full_first, full_stride, full_index = full_tile(n - edges, full, LEVELS, SINKS)
+    unmasked = n >= edges
+    first = gl.where(unmasked, full_first, first)
+    stride = gl.where(unmasked, full_stride, stride)
+    index = gl.where(unmasked, full_index, index)
     per_block: gl.constexpr = BLOCK // KEYS
     block = first + (index // per_block) * stride
     return block, block * BLOCK + (index % per_block) * KEYS
 
 
 @gluon.jit
-def sees(row, key, until, BLOCK: gl.constexpr):
-    """Whether the consumer whose rows start at `row` sees the key tile at `key`, visible to blocks below `until`."""
-    return (key <= row + (ROWS - 1)) & (row // BLOCK < until)
-
-
-@gluon.jit
-def _seen(num_full, total, row, full, masked, rule, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
-    """How many of the masked key tiles each consumer sees: a byte each, counted by a lane for each tile."""
-    n = num_full + gl.arange(0, MOST_MASKED, SCALAR)
-    block, key = key_tile(n, num_full, full, masked, BLOCK, LEVELS, SINKS)
-    until = block + reach_of(block, rule, LEVELS, SINKS)
-    seen = n * 0
-    for c in gl.static_range(CONSUMERS):
-        seen += gl.where((n < total) & sees(row + c * ROWS, key, until, BLOCK), 1 << (8 * c), 0)
-    return gl.sum(seen, 0)
-
-
-@gluon.jit
-def _load(
-    n, num_full, full, masked, rule, batch, head, row, kv_head, round, stage, phase,
-    q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
-    q_full, q_empty, k_full, v_full, kv_empty, slot_buf, first,
-    GRADIENT: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
+def _plan_tile(
+    slot, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
+    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Fills a stage with the n-th key tile, and with the first the consumers' rows."""
+    """Draws a tile, writes the beginning of its list and its words: the tile (-1 after the last), masked and unmasked
+    key tiles, bits of the masked ones that each consumer sees, then as `_locate`."""
+    tile = gl.atomic_add(counter, 1, sem="relaxed")  # fences would cost more than the rest of the plan
+    if tile == num_tiles + gl.num_programs(0) - 1:  # the last draw of all: the counter is zero for the next launch
+        gl.atomic_xchg(counter, 0, sem="relaxed")
+    known = gl.minimum(tile, num_tiles - 1)
+    batch, head, row, begin, own_length, chunk = _locate(known, heads, tiles_per_head, length, documents, PACKED)
+    edges, num_full, plan, rule, last_row = _key_plan(
+        head // group, row, own_length, table, TABLE, BLOCK, LEVELS, SINKS
+    )  # fmt: skip
+    _, keys = _key_tile(gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
+    list_buf.index(slot).store(keys)
+    lane = gl.arange(0, EDGES, LANES)
+    words = gl.where(lane == 0, gl.where(tile < num_tiles, tile, -1), edges)
+    words = gl.where(lane == 2, num_full, words)
+    block, key = _key_tile(lane, edges, plan, BLOCK, LEVELS, SINKS)
+    until = block + reach_of(block, rule, LEVELS, SINKS)
+    for c in gl.static_range(CONSUMERS):
+        # a consumer past the last row looks where that one does, so that everybody sees a tile
+        own = gl.minimum(row + c * ROWS, last_row // ROWS * ROWS)
+        seen = (lane < edges) & (key <= own + (ROWS - 1)) & (own // BLOCK < until)
+        words = gl.where(lane == 3 + c, votes(seen), words)
+    words = gl.where(lane == 6, batch, words)
+    words = gl.where(lane == 7, head, words)
+    words = gl.where(lane == 8, row, words)
+    words = gl.where(lane == 9, begin, words)
+    words = gl.where(lane == 10, own_length, words)
+    words = gl.where(lane == 11, chunk, words)
+    tile_buf.index(slot).store(words)
+
+
+@gluon.jit
+def _load_rows(
+    batch, head, row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
+    GRADIENT: gl.constexpr, ROW_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The consumers' rows of a tile, of dO too with `GRADIENT`."""
     D: gl.constexpr = q_desc.block_type.shape[3]
-    block, key = key_tile(n, num_full, full, masked, BLOCK, LEVELS, SINKS)
+    for c in gl.static_range(CONSUMERS):
+        slot = c * ROW_SLOTS + round % ROW_SLOTS
+        full = q_full.index(slot)
+        mbarrier.wait(q_empty.index(slot), (round // ROW_SLOTS & 1) ^ 1)
+        mbarrier.expect(full, ROWS * D * (4 if GRADIENT else 2))
+        tma.async_copy_global_to_shared(q_desc, [batch, head, row + c * ROWS, 0], full, q_buf.index(slot))
+        if GRADIENT:
+            tma.async_copy_global_to_shared(do_desc, [batch, head, row + c * ROWS, 0], full, do_buf.index(slot))
+
+
+@gluon.jit
+def _load_keys(
+    key, batch, kv_head, stage, phase, k_desc, v_desc, k_buf, v_buf, k_full, v_full, kv_empty, STAGES: gl.constexpr
+):
+    D: gl.constexpr = k_desc.block_type.shape[3]
     mbarrier.wait(kv_empty.index(stage), phase ^ 1)
-    if n >= num_full:
-        put(slot_buf, 2 * stage, key)
-        put(slot_buf, 2 * stage + 1, block + reach_of(block, rule, LEVELS, SINKS))
     mbarrier.expect(k_full.index(stage), KEYS * D * 2)
     tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], k_full.index(stage), k_buf.index(stage))
-    if first:
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), (round & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), ROWS * D * (4 if GRADIENT else 2))
-            rows = row + c * ROWS
-            tma.async_copy_global_to_shared(q_desc, [batch, head, rows, 0], q_full.index(c), q_buf.index(c))
-            if GRADIENT:
-                tma.async_copy_global_to_shared(do_desc, [batch, head, rows, 0], q_full.index(c), do_buf.index(c))
     mbarrier.expect(v_full.index(stage), KEYS * D * 2)
     tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], v_full.index(stage), v_buf.index(stage))
     return advance(stage, phase, STAGES)
 
 
 @gluon.jit
-def make_rings(STAGES: gl.constexpr):
-    """Barriers of the consumers' rows, of the key and value stages and of the tile at work, with its words (tile,
-    unmasked and masked key tiles, those seen by each consumer) and those of each stage (first key, visible to blocks
-    below)."""
+def make_rings(ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr):
+    """Barriers of the consumers' rows, of the key and value stages and of the tiles planned, with their words and
+    lists (the third is for the rest of a long list)."""
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * ROW_SLOTS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS * ROW_SLOTS, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    tile_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    tile_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    tile_buf = gl.allocate_shared_memory(gl.int32, [4, 1], words)
-    slot_buf = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], words)
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_empty.index(c), count=1)
+    tile_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
+    tile_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
+    tile_buf = gl.allocate_shared_memory(gl.int32, [TILES, TILE_WORDS], WORDS)
+    list_buf = gl.allocate_shared_memory(gl.int32, [TILES + 1, LIST], WORDS)
+    for i in gl.static_range(CONSUMERS * ROW_SLOTS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=CONSUMERS)
-    mbarrier.init(tile_full, count=1)
-    mbarrier.init(tile_empty, count=CONSUMERS)
+    for i in gl.static_range(TILES):
+        mbarrier.init(tile_full.index(i), count=1)
+        mbarrier.init(tile_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    return q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, slot_buf
+    return q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf
 
 
 @gluon.jit
 def produce_rows(
     q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
-    tile_buf, slot_buf, tile_full, tile_empty,
-    table, counter, length, heads, group, tiles_per_head, num_tiles,
+    tile_buf, list_buf, tile_full, tile_empty,
+    table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
     GRADIENT: gl.constexpr, TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    STAGES: gl.constexpr,
+    ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """The producer of kernels that walk query rows: tiles from the counter, their rows (of dO too with `GRADIENT`) and
-    the key tiles that they see, unmasked ones first."""
+    """The producer of kernels that walk query rows."""
+    words = tile_buf._reinterpret(gl.int32, [TILES * TILE_WORDS, 1], WORDS)
+    keys = list_buf._reinterpret(gl.int32, [(TILES + 1) * LIST, 1], WORDS)
+    if PACKED:
+        tiles_per_head = gl.load(documents)
+        num_tiles = tiles_per_head * heads
+    _plan_tile(0, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
+               TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
+    mbarrier.arrive(tile_full.index(0), count=1)
     stage, phase, round = 0, 0, 0
-    tile = gl.atomic_add(counter, 1)
-    batch, head, row = locate(tile, heads, tiles_per_head)
-    rule = load_rule(table + (head // group) * TABLE, LEVELS, SINKS)
-    while tile < num_tiles:
-        last_row = gl.minimum(row + ROWS * CONSUMERS, length) - 1
-        full, masked = key_plan(row, last_row, rule, BLOCK, KEYS, LEVELS, SINKS)
-        num_full = full_tiles(full)
-        total = num_full + masked_tiles(masked)
-        seen = _seen(num_full, total, row, full, masked, rule, BLOCK, LEVELS, SINKS)
-        mbarrier.wait(tile_empty, (round & 1) ^ 1)
-        put(tile_buf, 0, tile)
-        put(tile_buf, 1, num_full)
-        put(tile_buf, 2, total - num_full)
-        put(tile_buf, 3, seen)
-        mbarrier.arrive(tile_full, count=1)
-        early = gl.maximum(total - STAGES, 1)
-        for n in range(early):
-            stage, phase = _load(
-                n, num_full, full, masked, rule, batch, head, row, head // group, round, stage, phase,
-                q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
-                q_full, q_empty, k_full, v_full, kv_empty, slot_buf, n == 0,
-                GRADIENT, BLOCK, LEVELS, SINKS, STAGES,
-            )  # fmt: skip
-        # the next tile is drawn while the consumers work on the stages in flight
-        tile = gl.atomic_add(counter, 1)
-        next_batch, next_head, next_row = locate(tile, heads, tiles_per_head)
-        next_rule = load_rule(table + (next_head // group) * TABLE, LEVELS, SINKS)
-        for n in range(early, total):
-            stage, phase = _load(
-                n, num_full, full, masked, rule, batch, head, row, head // group, round, stage, phase,
-                q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
-                q_full, q_empty, k_full, v_full, kv_empty, slot_buf, False,
-                GRADIENT, BLOCK, LEVELS, SINKS, STAGES,
-            )  # fmt: skip
-        batch, head, row, rule = next_batch, next_head, next_row, next_rule
+    while get(words, round % TILES * TILE_WORDS) >= 0:
+        slot = round % TILES
+        word = slot * TILE_WORDS
+        total = get(words, word + 1) + get(words, word + 2)
+        batch = get(words, word + 6)
+        head = get(words, word + 7)
+        row = get(words, word + 8)
+        begin = get(words, word + 9)
+        # rows come first where their buffers have been free for long, else after the stages, which are free before
+        rows_at = -1 if ROW_SLOTS > 1 else gl.minimum(total, STAGES) - 1
+        if ROW_SLOTS > 1:
+            _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
+                       GRADIENT, ROW_SLOTS)  # fmt: skip
+        plan_at = gl.minimum(gl.maximum(total - STAGES, 1), total - 1)
+        for n in range(total):
+            if n == plan_at:  # the next tile, while the consumers work on the stages in flight
+                other = (round + 1) % TILES
+                mbarrier.wait(tile_empty.index(other), ((round + 1) // TILES & 1) ^ 1)
+                _plan_tile(other, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head,
+                           num_tiles, TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
+                mbarrier.arrive(tile_full.index(other), count=1)
+            if (n > 0) & (n % LIST == 0):
+                edges, _, plan, _, _ = _key_plan(
+                    head // group, row, get(words, word + 10), table, TABLE, BLOCK, LEVELS, SINKS
+                )  # fmt: skip
+                _, more = _key_tile(n + gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
+                list_buf.index(TILES).store(more)
+            key = begin + get(keys, gl.where(n < LIST, slot, TILES) * LIST + n % LIST)
+            stage, phase = _load_keys(key, batch, head // group, stage, phase, k_desc, v_desc, k_buf, v_buf,
+                                      k_full, v_full, kv_empty, STAGES)  # fmt: skip
+            if ROW_SLOTS == 1:
+                if n == rows_at:
+                    _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
+                               GRADIENT, ROW_SLOTS)  # fmt: skip
         round += 1
-    if tile == num_tiles + gl.num_programs(0) - 1:  # the last draw of all: the counter is zero for the next launch
-        gl.atomic_xchg(counter, 0)
-    mbarrier.wait(tile_empty, (round & 1) ^ 1)
-    put(tile_buf, 0, -1)
-    mbarrier.arrive(tile_full, count=1)
+
+
+@gluon.jit
+def skip_keys(count, k_full, v_full, kv_empty, stage, phase, STAGES: gl.constexpr):
+    """Walks past key tiles that a consumer does not see; returns where it is then."""
+    for _ in range(count):
+        mbarrier.wait(k_full.index(stage), phase)
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(kv_empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
