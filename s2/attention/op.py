@@ -184,8 +184,8 @@ def s2_attention(
         head_offset: global index of the first KV head held here, under tensor or sequence parallelism.
         total_kv_heads: KV heads of the whole layer (default: those held here). Patterns use global head indices.
         backend: "reference", "sdpa", "triton" or "hopper". None picks by device: on CUDA the Hopper kernels where
-            they apply and are proven (`hopper.launch.is_default`), else Triton's (dense patterns: the fastest dense
-            kernel torch has), elsewhere "sdpa".
+            they apply (`hopper.launch.supports`), else Triton's (dense patterns: the fastest dense kernel torch has),
+            elsewhere "sdpa".
 
     Returns:
         The output, shape and dtype of `q`; with `return_lse` the pair (output, lse).
@@ -209,7 +209,6 @@ def s2_attention(
     if backend is None and _prefers_dense_kernel(q, k, pattern, cu_seqlens, return_lse):
         return dense_attention(q, k, v, scale)
     hopper = backend in (None, "hopper") and hopper_launch.supports(q, k, v, pattern, packed=cu_seqlens is not None)
-    hopper = hopper and (backend is not None or hopper_launch.is_default(q, pattern))
     if backend == "hopper" and not hopper:
         raise ValueError(
             "the hopper backend needs sm_90, float16 or bfloat16, head_dim 64 or 128, block_size 64 or more, a rule "

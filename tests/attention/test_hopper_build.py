@@ -93,12 +93,13 @@ def _constants(levels: int, sinks: bool, block: int = 64, packed: bool = False, 
     return {"LEVELS": levels, "SINKS": sinks, "BLOCK": block, "PACKED": packed, **others}
 
 
+# With two levels and sinks it is mostly the producer that spills, which plans tiles with 32 registers
 BUILDS = [
-    Build("forward", 128, _constants(1, False), spills=64),  # of the producer
+    Build("forward", 128, _constants(1, False), spills=64),
     Build("forward", 128, _constants(0, True, block=128, packed=True), spills=64, element="fp16"),
-    Build("forward", 64, _constants(2, True), spills=64),
+    Build("forward", 64, _constants(2, True), spills=256),
     Build("backward_q", 128, _constants(1, False, HAS_DLSE=True), spills=256),
-    Build("backward_q", 128, _constants(2, True, packed=True, HAS_DLSE=False), spills=450),
+    Build("backward_q", 128, _constants(2, True, packed=True, HAS_DLSE=False), spills=720),
     Build("backward_q", 64, _constants(0, False, block=128, HAS_DLSE=True), spills=64),
     Build("backward_kv", 128, _constants(1, False, GROUPED=False), spills=300),
     Build("backward_kv", 128, _constants(2, True, packed=True, GROUPED=True), spills=450),

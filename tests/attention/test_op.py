@@ -57,7 +57,7 @@ def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
         for _ in range(3):
             assert torch.equal(run(q), q * 2)
     assert len(calls) == 3
-    assert launch.supports(q, q, q, pattern, False) and launch.is_default(q, pattern)
+    assert launch.supports(q, q, q, pattern, False) and launch.supports(q[0], q[0], q[0], pattern, True)
     assert not launch.supports(q.float(), q, q, pattern, False)
     assert not launch.supports(q, q, q, Pattern.parse("L1V3", 32), False)
     assert not launch.supports(q[:, -4:], q, q, pattern, False)  # fewer queries than keys

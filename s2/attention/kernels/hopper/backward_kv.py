@@ -70,7 +70,7 @@ def _pick(pair, lane, which: gl.constexpr):
 @gluon.jit
 def _produce(
     q_desc, do_desc, stats_desc, k_desc, v_desc,
-    q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
+    q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
     table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, chunks, most_tiles,
     tiles, segments, batches,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
@@ -150,14 +150,12 @@ def _produce(
                         head = kv_head * group + g
                         chunk = (batch * kv_heads * group + head) * chunks + first_chunk + row // ROWS
                         token = begin_token + row
-                        ready = q_full.index(stage)
+                        ready = step_full.index(stage)
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
-                        mbarrier.expect(ready, ROWS * D * 2 + 2 * ROWS * 4)
+                        mbarrier.expect(ready, 2 * ROWS * D * 2 + 2 * ROWS * 4)
                         tma.async_copy_global_to_shared(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
                         tma.async_copy_global_to_shared(stats_desc, [chunk, 0], ready, stats_buf.index(stage))
-                        ready_do = do_full.index(stage)
-                        mbarrier.expect(ready_do, ROWS * D * 2)
-                        tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready_do, do_buf.index(stage))
+                        tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready, do_buf.index(stage))
                         stage, phase = advance(stage, phase, STAGES)
                 round += slot
                 slot = slot ^ 1
@@ -170,7 +168,7 @@ def _produce(
 
 @gluon.jit
 def _step(
-    k, v, q_buf, do_buf, stats_buf, q_full, do_full, step_empty, stage, phase, scores, dk, dv, scale_log2, diagonal,
+    k, v, q_buf, do_buf, stats_buf, step_full, step_empty, stage, phase, scores, dk, dv, scale_log2, diagonal,
     D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, NEXT: gl.constexpr,
 ):  # fmt: skip
     """Adds one step of 64 queries, whose scores are there, to dK and dV (both `[64, D]` float32), and with `NEXT`
@@ -184,7 +182,6 @@ def _step(
     do = do_buf.index(opaque(stage)).reshape([ROWS, D])
     stats = stats_buf.index(stage)._reinterpret(gl.float32, [2, ROWS], WIDE)
     blank = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
-    mbarrier.wait(do_full.index(stage), phase)
     pending_dp = warpgroup_mma(v, do.permute([1, 0]), blank, use_acc=False, is_async=True)
     lse = stats.slice(0, 1).load(s_layout)
     probs = gl.exp2(scores * scale_log2 - lse)
@@ -200,7 +197,7 @@ def _step(
     pending_dk = warpgroup_mma(ds, q, dk, is_async=True)
     next_stage, next_phase = advance(stage, phase, STAGES)
     if NEXT:
-        mbarrier.wait(q_full.index(next_stage), next_phase)
+        mbarrier.wait(step_full.index(next_stage), next_phase)
         q_next = q_buf.index(next_stage).reshape([ROWS, D])
         blank_next = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
         pending_s = warpgroup_mma(k, q_next.permute([1, 0]), blank_next, use_acc=False, is_async=True)
@@ -212,10 +209,9 @@ def _step(
 
 
 @gluon.jit
-def _skip(steps, q_full, do_full, step_empty, stage, phase, STAGES: gl.constexpr):
+def _skip(steps, step_full, step_empty, stage, phase, STAGES: gl.constexpr):
     for _ in range(steps):
-        mbarrier.wait(q_full.index(stage), phase)  # a stage is handed back only once it is filled
-        mbarrier.wait(do_full.index(stage), phase)
+        mbarrier.wait(step_full.index(stage), phase)  # a stage is handed back only once it is filled
         mbarrier.arrive(step_empty.index(stage), count=1)
         stage, phase = advance(stage, phase, STAGES)
     return stage, phase
@@ -224,7 +220,7 @@ def _skip(steps, q_full, do_full, step_empty, stage, phase, STAGES: gl.constexpr
 @gluon.jit
 def _consume(
     C: gl.constexpr, dk_desc, dv_desc, dk_pointer, dv_pointer, parts,
-    q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
+    q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
     scale, scale_log2, tokens, kv_heads, groups, num_parts,
     D: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -258,18 +254,18 @@ def _consume(
         # the previous item's gradients have left its slot, which may be filled again
         tma.store_wait(0)
         mbarrier.arrive(kv_empty.index(slot ^ 1), count=1, pred=(round > 0) | (slot > 0))
-        stage, phase = _skip(before, q_full, do_full, step_empty, stage, phase, STAGES)
+        stage, phase = _skip(before, step_full, step_empty, stage, phase, STAGES)
         # loops of one step stand where an `if` would: a branch around a wgmma makes ptxas serialise them all
         some = gl.minimum(inside + diagonal, 1)
         for _ in range(some):
-            mbarrier.wait(q_full.index(stage), phase)
+            mbarrier.wait(step_full.index(stage), phase)
             q = q_buf.index(opaque(stage)).reshape([ROWS, D]).permute([1, 0])
             k_first = kv_buf.index(2 * (opaque(slot) * CONSUMERS + C)).reshape([KEYS, D])
             pending = warpgroup_mma(k_first, q, scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[pending])
         for n in range(inside + diagonal - 1):
             scores, dk, dv, stage, phase = _step(
-                k, v, q_buf, do_buf, stats_buf, q_full, do_full, step_empty, stage, phase, scores, dk, dv,
+                k, v, q_buf, do_buf, stats_buf, step_full, step_empty, stage, phase, scores, dk, dv,
                 scale_log2, (n >= inside).to(gl.int32), D, STAGES, GROUPED, True,
             )  # fmt: skip
         again = opaque(slot)
@@ -277,10 +273,10 @@ def _consume(
         v_last = kv_buf.index(2 * (again * CONSUMERS + C) + 1).reshape([KEYS, D])
         for _ in range(some):
             scores, dk, dv, stage, phase = _step(
-                k_last, v_last, q_buf, do_buf, stats_buf, q_full, do_full, step_empty, stage, phase, scores, dk, dv,
+                k_last, v_last, q_buf, do_buf, stats_buf, step_full, step_empty, stage, phase, scores, dk, dv,
                 scale_log2, diagonal, D, STAGES, True, False,
             )  # fmt: skip
-        stage, phase = _skip(after, q_full, do_full, step_empty, stage, phase, STAGES)
+        stage, phase = _skip(after, step_full, step_empty, stage, phase, STAGES)
         dk = dk * scale
         if key >= 0:
             if segment >= 0:
@@ -325,8 +321,7 @@ def attention_backward_kv(
     kv_buf = gl.allocate_shared_memory(element, [SLOTS * CONSUMERS * 2, 1, 1, KEYS, D], k_desc.layout)
     stats_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * ROWS], stats_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    step_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     step_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
@@ -334,8 +329,7 @@ def attention_backward_kv(
     item_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     item_buf = gl.allocate_shared_memory(gl.int32, [SLOTS, ITEM_WORDS], WORDS)
     for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(step_full.index(i), count=1)
         mbarrier.init(step_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(SLOTS):
         mbarrier.init(kv_full.index(i), count=1)
@@ -347,18 +341,18 @@ def attention_backward_kv(
     gl.warp_specialize(
         [
             (_produce, (q_desc, do_desc, stats_desc, k_desc, v_desc,
-                        q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
+                        q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
                         table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
                         chunks, most_tiles,
                         (tiles0, tiles1, tiles2), (segments0, segments1, segments2), (batch0, batch1, batch2),
                         TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
             (_consume, (0, dk_desc, dv_desc, dk, dv, parts,
-                        q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
+                        q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
                         scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
             (_consume, (1, dk_desc, dv_desc, dk, dv, parts,
-                        q_buf, do_buf, stats_buf, kv_buf, q_full, do_full, step_empty, kv_full, kv_empty,
+                        q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
                         scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
         ],

@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..triton.forward import LOG2E
-from ..triton.forward import LOG2E
 from .common import WORDS, advance, count_bits, get, lowest_bit, store_rows
 from .rows import CONSUMERS, KEYS, LIST, ROWS, TILE_WORDS, TILES, make_rings, produce_rows, skip_keys
 
@@ -20,7 +19,7 @@ ROW_SLOTS = gl.constexpr(1)
 
 @gluon.jit
 def _key_step(
-    q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, lse, delta, row, key, scale_log2,
+    q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, lse, delta, row, key, scale_log2,
     D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Adds one key tile to dQ `[64, D]`; with `EDGE` keys after a row's own are masked."""
@@ -29,9 +28,8 @@ def _key_step(
     k = k_buf.index(stage).reshape([KEYS, D])
     v = v_buf.index(stage).reshape([KEYS, D])
     blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-    mbarrier.wait(k_full.index(stage), phase)
+    mbarrier.wait(kv_full.index(stage), phase)
     pending_s = warpgroup_mma(q, k.permute([1, 0]), blank, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(stage), phase)
     pending_dp = warpgroup_mma(do, v.permute([1, 0]), blank, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[pending_s])
     probs = gl.exp2(scores * scale_log2 - lse[:, None])
@@ -79,7 +77,7 @@ def _statistics(
 
 @gluon.jit
 def _consume(
-    C: gl.constexpr, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+    C: gl.constexpr, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
     tile_buf, list_buf, tile_full, tile_empty,
     dq_pointer, out, lse, dlse, stats, scale, scale_log2, tokens, heads, chunks,
     STAGES: gl.constexpr, HAS_DLSE: gl.constexpr, PACKED: gl.constexpr,
@@ -118,17 +116,17 @@ def _consume(
         for _ in range(count_bits(seen)):
             then = lowest_bit(seen)
             seen = seen & (seen - 1)
-            stage, phase = skip_keys(then - at - 1, k_full, v_full, kv_empty, stage, phase, STAGES)
+            stage, phase = skip_keys(then - at - 1, kv_full, kv_empty, stage, phase, STAGES)
             dq, stage, phase = _key_step(
-                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row,
+                q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, row_lse, row_delta, row,
                 get(key_list, slot * LIST + then), scale_log2, D, STAGES, True,
             )  # fmt: skip
             at = then
         mbarrier.arrive(tile_empty.index(slot), count=1)
-        stage, phase = skip_keys(edges - at - 1, k_full, v_full, kv_empty, stage, phase, STAGES)
+        stage, phase = skip_keys(edges - at - 1, kv_full, kv_empty, stage, phase, STAGES)
         for _ in range(num_full):
             dq, stage, phase = _key_step(
-                q, do, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, 0,
+                q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, 0,
                 scale_log2, D, STAGES, False,
             )  # fmt: skip
         store_rows((dq * scale).to(q_buf.dtype), q_buf.index(C), dq_desc, dq_pointer, batch, head, begin, row, length,
@@ -154,25 +152,25 @@ def attention_backward_q(
     do_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
-    q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
+    q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
         ROW_SLOTS, STAGES
     )  # fmt: skip
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
         [
             (produce_rows, (q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
-                            q_full, q_empty, k_full, v_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
+                            q_full, q_empty, kv_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
                             table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
                             True, TABLE, BLOCK, LEVELS, SINKS, ROW_SLOTS, STAGES, PACKED)),
-            (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+            (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
                         STAGES, HAS_DLSE, PACKED)),
-            (_consume, (1, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+            (_consume, (1, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
                         STAGES, HAS_DLSE, PACKED)),
-            (_consume, (2, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+            (_consume, (2, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
                         STAGES, HAS_DLSE, PACKED)),

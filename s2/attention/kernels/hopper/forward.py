@@ -14,22 +14,55 @@ from .rows import CONSUMERS, KEYS, LIST, ROWS, TILE_WORDS, TILES, make_rings, pr
 
 LN2 = gl.constexpr(0.6931471805599453)
 ROW_SLOTS = gl.constexpr(2)  # of a consumer: this tile's rows and the next one's, later their output
+LAZY = gl.constexpr(8.0)  # see `_softmax`
+
+
+@gluon.constexpr_function
+def _multiplication(count):
+    """PTX that multiplies `count` values by as many factors, if any lane of the warp has one that is not 1. Asked are the
+    first and the third: elements of a thread come in pairs, in turn of the one and the other of its rows."""
+    moves = " ".join(f"mov.f32 ${i}, ${count + i};" for i in range(count))
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    return (
+        f"{{ .reg .pred p, q; {moves} "
+        f"setp.ne.f32 p, ${2 * count}, 0f3F800000; setp.ne.or.f32 p, ${2 * count + 2}, 0f3F800000, p; "
+        f"vote.sync.any.pred q, p, 0xffffffff; @!q bra DONE; {products} DONE: }}"
+    )
+
+
+@gluon.constexpr_function
+def _operands(count):
+    return ",".join(["=&f"] * count + ["f"] * (2 * count))
 
 
 @gluon.jit
-def _softmax(scores, row_max, row_sum, acc, scale_log2, acc_rows: gl.constexpr):
-    """One step of the online softmax in base 2; `acc` is rescaled to the new maximum."""
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+def _multiply_rows(acc, factors):
+    """`acc * factors[:, None]`, skipped by warps all of whose factors are 1."""
+    _, spread = gl.broadcast(acc, factors[:, None])
+    count: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread
+    return gl.inline_asm_elementwise(
+        _multiplication(count), _operands(count), [acc, spread], dtype=gl.float32, is_pure=True, pack=count
+    )
+
+
+@gluon.jit
+def _softmax(scores, row_max, row_sum, acc, scale_log2):
+    """One step of the online softmax in base 2. A maximum is replaced only by one that is LAZY larger: probabilities
+    stay below 2^LAZY, which float32 sums and bfloat16 and float16 factors hold, and warps none of whose rows got a new
+    maximum do not multiply their part of the output."""
+    o_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    found = gl.max(scores, 1) * scale_log2
+    new_max = gl.where(found > row_max + LAZY, found, row_max)
     probs = gl.exp2(scores * scale_log2 - new_max[:, None])
     rescale = gl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + gl.sum(probs, 1)
-    return probs, new_max, row_sum, acc * gl.convert_layout(rescale, acc_rows)[:, None]
+    return probs, new_max, row_sum, _multiply_rows(acc, gl.convert_layout(rescale, o_rows))
 
 
 @gluon.jit
-def _scores(q, k_buf, k_full, stage, phase, s_layout: gl.constexpr, D: gl.constexpr):
+def _scores(q, k_buf, kv_full, stage, phase, s_layout: gl.constexpr, D: gl.constexpr):
     """Scores of a key tile."""
-    mbarrier.wait(k_full.index(stage), phase)
+    mbarrier.wait(kv_full.index(stage), phase)
     k = k_buf.index(opaque(stage)).reshape([KEYS, D]).permute([1, 0])
     blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
     pending = warpgroup_mma(q, k, blank, use_acc=False, is_async=True)
@@ -37,13 +70,12 @@ def _scores(q, k_buf, k_full, stage, phase, s_layout: gl.constexpr, D: gl.conste
 
 
 @gluon.jit
-def _finish(scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D: gl.constexpr):
+def _finish(scores, v_buf, kv_empty, stage, row_max, row_sum, acc, scale_log2, D: gl.constexpr):
     """Adds a key tile whose scores are there to the output."""
     o_layout: gl.constexpr = acc.type.layout
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2, gl.SliceLayout(1, o_layout))
+    probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2)
     p = gl.convert_layout(probs.to(v_buf.dtype), p_layout)
-    mbarrier.wait(v_full.index(stage), phase)
     pending = warpgroup_mma(p, v_buf.index(opaque(stage)).reshape([KEYS, D]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[pending])
     mbarrier.arrive(kv_empty.index(stage), count=1)
@@ -52,18 +84,17 @@ def _finish(scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc
 
 @gluon.jit
 def _step(
-    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+    q, k_buf, v_buf, kv_full, kv_empty, stage, next_stage, next_phase,
     scores, row_max, row_sum, acc, scale_log2, D: gl.constexpr,
 ):  # fmt: skip
     """Adds a key tile whose scores are there to the output, and computes the scores of the next one beside it."""
     s_layout: gl.constexpr = scores.type.layout
     o_layout: gl.constexpr = acc.type.layout
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2, gl.SliceLayout(1, o_layout))
+    probs, row_max, row_sum, acc = _softmax(scores, row_max, row_sum, acc, scale_log2)
     p = gl.convert_layout(probs.to(v_buf.dtype), p_layout)
-    mbarrier.wait(v_full.index(stage), phase)
     pending_out = warpgroup_mma(p, v_buf.index(stage).reshape([KEYS, D]), acc, is_async=True)
-    mbarrier.wait(k_full.index(next_stage), next_phase)
+    mbarrier.wait(kv_full.index(next_stage), next_phase)
     k_next = k_buf.index(next_stage).reshape([KEYS, D]).permute([1, 0])
     blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
     pending_scores = warpgroup_mma(q, k_next, blank, use_acc=False, is_async=True)
@@ -84,7 +115,7 @@ def _mask(scores, key, row, position):
 
 @gluon.jit
 def _consume(
-    C: gl.constexpr, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+    C: gl.constexpr, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
     tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, tokens, heads,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -98,7 +129,7 @@ def _consume(
     mbarrier.wait(tile_full.index(0), 0)
     while get(words, round % TILES * TILE_WORDS) >= 0:
         slot = round % TILES
-        again = round // TILES & 1
+        own = C * ROW_SLOTS + round % ROW_SLOTS
         word = slot * TILE_WORDS
         edges = get(words, word + 1)
         num_full = get(words, word + 2)
@@ -112,78 +143,67 @@ def _consume(
         row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
         row_sum = gl.full([ROWS], 0.0, gl.float32, s_rows)
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        q = q_buf.index(C * ROW_SLOTS + slot).reshape([ROWS, D])
+        q = q_buf.index(own).reshape([ROWS, D])
 
         # masked key tiles that these rows see
         at = lowest_bit(seen)
         seen = seen & (seen - 1)
-        stage, phase = skip_keys(at, k_full, v_full, kv_empty, stage, phase, STAGES)
-        mbarrier.wait(q_full.index(C * ROW_SLOTS + slot), again)
-        scores = _scores(q, k_buf, k_full, stage, phase, s_layout, D)
-        tma.store_wait(0)  # the previous tile's output has left the other buffer
-        mbarrier.arrive(q_empty.index(C * ROW_SLOTS + 1 - slot), count=1, pred=round > 0)
+        stage, phase = skip_keys(at, kv_full, kv_empty, stage, phase, STAGES)
+        mbarrier.wait(q_full.index(own), round // ROW_SLOTS & 1)
+        scores = _scores(q, k_buf, kv_full, stage, phase, s_layout, D)
+        if ROW_SLOTS == 2:  # the previous tile's output has left the other buffer
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(C * ROW_SLOTS + 1 - slot), count=1, pred=round > 0)
         scores = _mask(scores, get(key_list, slot * LIST + at), row, position)
         for _ in range(count_bits(seen)):
             then = lowest_bit(seen)
             seen = seen & (seen - 1)
             if BLOCK == KEYS:
-                # a stage may be held over a gap: tiles that a consumer sees are at most three positions apart
+                # a stage may be held over a gap: tiles that a consumer sees are at most three positions apart (`rows`)
                 next_stage, next_phase = advance(stage, phase, STAGES)
-                next_stage, next_phase = skip_keys(
-                    then - at - 1, k_full, v_full, kv_empty, next_stage, next_phase, STAGES
-                )
+                next_stage, next_phase = skip_keys(then - at - 1, kv_full, kv_empty, next_stage, next_phase, STAGES)
                 scores, row_max, row_sum, acc = _step(
-                    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+                    q, k_buf, v_buf, kv_full, kv_empty, stage, next_stage, next_phase,
                     scores, row_max, row_sum, acc, scale_log2, D,
                 )  # fmt: skip
                 stage, phase = next_stage, next_phase
             else:
-                row_max, row_sum, acc = _finish(
-                    scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D
-                )
+                row_max, row_sum, acc = _finish(scores, v_buf, kv_empty, stage, row_max, row_sum, acc, scale_log2, D)
                 stage, phase = advance(stage, phase, STAGES)
-                stage, phase = skip_keys(then - at - 1, k_full, v_full, kv_empty, stage, phase, STAGES)
-                scores = _scores(q, k_buf, k_full, stage, phase, s_layout, D)
+                stage, phase = skip_keys(then - at - 1, kv_full, kv_empty, stage, phase, STAGES)
+                scores = _scores(q, k_buf, kv_full, stage, phase, s_layout, D)
             scores = _mask(scores, get(key_list, slot * LIST + then), row, position)
             at = then
         mbarrier.arrive(tile_empty.index(slot), count=1)
 
-        # the others. Loops of one step stand where an `if` would: a branch around a wgmma makes ptxas serialise them all
+        # the others. Loops of one step stand for `if`: a branch around a wgmma makes ptxas serialise them all
         next_stage, next_phase = advance(stage, phase, STAGES)
         if BLOCK == KEYS:
-            next_stage, next_phase = skip_keys(
-                edges - at - 1, k_full, v_full, kv_empty, next_stage, next_phase, STAGES
-            )
+            next_stage, next_phase = skip_keys(edges - at - 1, kv_full, kv_empty, next_stage, next_phase, STAGES)
             for _ in range(num_full):
                 scores, row_max, row_sum, acc = _step(
-                    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+                    q, k_buf, v_buf, kv_full, kv_empty, stage, next_stage, next_phase,
                     scores, row_max, row_sum, acc, scale_log2, D,
                 )  # fmt: skip
                 stage, phase = next_stage, next_phase
                 next_stage, next_phase = advance(stage, phase, STAGES)
-            row_max, row_sum, acc = _finish(
-                scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D
-            )
+            row_max, row_sum, acc = _finish(scores, v_buf, kv_empty, stage, row_max, row_sum, acc, scale_log2, D)
         else:
-            row_max, row_sum, acc = _finish(
-                scores, v_buf, v_full, kv_empty, stage, phase, row_max, row_sum, acc, scale_log2, D
-            )
-            next_stage, next_phase = skip_keys(
-                edges - at - 1, k_full, v_full, kv_empty, next_stage, next_phase, STAGES
-            )
+            row_max, row_sum, acc = _finish(scores, v_buf, kv_empty, stage, row_max, row_sum, acc, scale_log2, D)
+            next_stage, next_phase = skip_keys(edges - at - 1, kv_full, kv_empty, next_stage, next_phase, STAGES)
             some = gl.minimum(num_full, 1)
             for _ in range(some):
-                scores = _scores(q, k_buf, k_full, next_stage, next_phase, s_layout, D)
+                scores = _scores(q, k_buf, kv_full, next_stage, next_phase, s_layout, D)
             for _ in range(num_full - 1):
                 stage, phase = next_stage, next_phase
                 next_stage, next_phase = advance(stage, phase, STAGES)
                 scores, row_max, row_sum, acc = _step(
-                    q, k_buf, v_buf, k_full, v_full, kv_empty, stage, phase, next_stage, next_phase,
+                    q, k_buf, v_buf, kv_full, kv_empty, stage, next_stage, next_phase,
                     scores, row_max, row_sum, acc, scale_log2, D,
                 )  # fmt: skip
             for _ in range(some):
                 row_max, row_sum, acc = _finish(
-                    scores, v_buf, v_full, kv_empty, next_stage, next_phase, row_max, row_sum, acc, scale_log2, D
+                    scores, v_buf, kv_empty, next_stage, row_max, row_sum, acc, scale_log2, D
                 )
                 next_stage, next_phase = advance(next_stage, next_phase, STAGES)
         stage, phase = next_stage, next_phase
@@ -191,10 +211,13 @@ def _consume(
         statistics = lse + (batch * heads + head).to(gl.int64) * tokens + begin
         gl.store(statistics + position, (row_max + gl.log2(row_sum)) * LN2, mask=position < length)
         acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, o_layout))[:, None]
-        store_rows(acc.to(q_buf.dtype), q_buf.index(C * ROW_SLOTS + slot), o_desc, out, batch, head, begin, row, length,
+        store_rows(acc.to(q_buf.dtype), q_buf.index(own), o_desc, out, batch, head, begin, row, length,
                    tokens, heads, PACKED)  # fmt: skip
         round += 1
         mbarrier.wait(tile_full.index(round % TILES), round // TILES & 1)
+        if ROW_SLOTS == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(own), count=1)
     tma.store_wait(0)
 
 
@@ -212,23 +235,23 @@ def attention_forward(
     q_buf = gl.allocate_shared_memory(element, [CONSUMERS * ROW_SLOTS, 1, 1, ROWS, D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
-    q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
+    q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
         ROW_SLOTS, STAGES
     )  # fmt: skip
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
         [
             (produce_rows, (q_desc, q_desc, k_desc, v_desc, q_buf, q_buf, k_buf, v_buf,
-                            q_full, q_empty, k_full, v_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
+                            q_full, q_empty, kv_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
                             table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
                             False, TABLE, BLOCK, LEVELS, SINKS, ROW_SLOTS, STAGES, PACKED)),
-            (_consume, (0, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+            (_consume, (0, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, length, heads,
                         BLOCK, STAGES, PACKED)),
-            (_consume, (1, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+            (_consume, (1, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, length, heads,
                         BLOCK, STAGES, PACKED)),
-            (_consume, (2, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+            (_consume, (2, o_desc, q_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty, out, lse, scale_log2, length, heads,
                         BLOCK, STAGES, PACKED)),
         ],

@@ -20,7 +20,7 @@ from ..triton.forward import LOG2E
 CHUNK = 64  # rows of a box, keys of a consumer
 _TILE_ROWS = 192
 _STAGES = {64: 8, 128: 4}  # key and value tiles in flight, by head dimension
-_Q_STAGES = {64: 6, 128: 3}  # the same beside the rows of dO
+_Q_STAGES = {64: 6, 128: 4}  # the same beside the rows of dO
 _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
 _ROW_REGISTERS = 160  # of a consumer thread, three warpgroups; more would be dropped without a word
 _KEY_REGISTERS = 240  # two warpgroups
@@ -66,12 +66,6 @@ def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> b
 @torch.compiler.assume_constant_result
 def _has_closed_form(key: str) -> bool:
     return schedule.has_closed_form(pattern_from_key(key))
-
-
-def is_default(q: Tensor, pattern: Pattern) -> bool:
-    """Whether a supported call comes here without being asked to: the configurations whose forward and backward have
-    been checked on a GPU (bfloat16, head dimension 128, blocks of 64). Others run with `backend="hopper"` only."""
-    return q.dtype == torch.bfloat16 and q.shape[-1] == 128 and pattern.block_size == 64
 
 
 _TAKEN: dict[tuple, bool] = {}

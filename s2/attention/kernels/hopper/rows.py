@@ -5,8 +5,11 @@ The producer draws tiles from an atomic counter and turns each into the list of 
 (`indexing.key_plan`, closed form): first those with a mask for some row, at the edges of the pattern, then the others.
 The list and what else the consumers need to know stand in shared memory, for two tiles, so that the next tile is
 planned while this one is worked on. Key tiles go through a ring of stages. Every consumer walks every position of the
-ring in order: it waits for both barriers of a stage also where it does not see the tile, and hands the stage back. (A
-consumer that left positions out could take an older load's phase for that of its own.)
+ring in order: it waits for a stage also where it does not see the tile, and hands it back. (A
+consumer that left positions out could take an older load's phase for that of its own.) With blocks as large as key
+tiles, the tiles that a consumer sees at the edges, and the first one without a mask, are at most three positions apart;
+then it may hold one while it waits for the next, in a ring of four stages and more. With larger blocks it hands the one
+back first.
 """
 
 from triton.experimental import gluon
@@ -120,14 +123,14 @@ def _load_rows(
 
 @gluon.jit
 def _load_keys(
-    key, batch, kv_head, stage, phase, k_desc, v_desc, k_buf, v_buf, k_full, v_full, kv_empty, STAGES: gl.constexpr
+    key, batch, kv_head, stage, phase, k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty, STAGES: gl.constexpr
 ):
     D: gl.constexpr = k_desc.block_type.shape[3]
+    full = kv_full.index(stage)
     mbarrier.wait(kv_empty.index(stage), phase ^ 1)
-    mbarrier.expect(k_full.index(stage), KEYS * D * 2)
-    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], k_full.index(stage), k_buf.index(stage))
-    mbarrier.expect(v_full.index(stage), KEYS * D * 2)
-    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], v_full.index(stage), v_buf.index(stage))
+    mbarrier.expect(full, 2 * KEYS * D * 2)
+    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], full, k_buf.index(stage))
+    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], full, v_buf.index(stage))
     return advance(stage, phase, STAGES)
 
 
@@ -138,8 +141,7 @@ def make_rings(ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr):
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * ROW_SLOTS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS * ROW_SLOTS, 1], barrier)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    kv_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     tile_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
     tile_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
@@ -149,19 +151,18 @@ def make_rings(ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(TILES):
         mbarrier.init(tile_full.index(i), count=1)
         mbarrier.init(tile_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    return q_full, q_empty, k_full, v_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf
+    return q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf
 
 
 @gluon.jit
 def produce_rows(
-    q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, k_full, v_full, kv_empty,
+    q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
     tile_buf, list_buf, tile_full, tile_empty,
     table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
     GRADIENT: gl.constexpr, TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
@@ -206,8 +207,8 @@ def produce_rows(
                 list_buf.index(TILES).store(more)
             key = begin + get(keys, gl.where(n < LIST, slot, TILES) * LIST + n % LIST)
             stage, phase = _load_keys(key, batch, head // group, stage, phase, k_desc, v_desc, k_buf, v_buf,
-                                      k_full, v_full, kv_empty, STAGES)  # fmt: skip
-            if ROW_SLOTS == 1:
+                                      kv_full, kv_empty, STAGES)  # fmt: skip
+            if ROW_SLOTS == 1:  # noqa: SIM102 (one is known when compiling)
                 if n == rows_at:
                     _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
                                GRADIENT, ROW_SLOTS)  # fmt: skip
@@ -215,11 +216,10 @@ def produce_rows(
 
 
 @gluon.jit
-def skip_keys(count, k_full, v_full, kv_empty, stage, phase, STAGES: gl.constexpr):
+def skip_keys(count, kv_full, kv_empty, stage, phase, STAGES: gl.constexpr):
     """Walks past key tiles that a consumer does not see; returns where it is then."""
     for _ in range(count):
-        mbarrier.wait(k_full.index(stage), phase)
-        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.wait(kv_full.index(stage), phase)
         mbarrier.arrive(kv_empty.index(stage), count=1)
         stage, phase = advance(stage, phase, STAGES)
     return stage, phase
