@@ -19,7 +19,7 @@ LAZY = gl.constexpr(8.0)  # see `_softmax`
 
 @gluon.constexpr_function
 def _multiplication(count):
-    """PTX that multiplies `count` values by as many factors, if any lane of the warp has one that is not 1. Asked are the
+    """PTX that multiplies `count` values by as many factors, if a lane of the warp has one that is not 1. Asked are the
     first and the third: elements of a thread come in pairs, in turn of the one and the other of its rows."""
     moves = " ".join(f"mov.f32 ${i}, ${count + i};" for i in range(count))
     products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
