@@ -90,12 +90,8 @@ def _is_plain(*tensors: Tensor) -> bool:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, *settings):
-        if _is_plain(q, k, v):
-            out, lse = _forward(q, k, v, cu_seqlens, *settings)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                out, lse = attention_forward(q, k, v, cu_seqlens, *settings)
+    def forward(ctx, run, q, k, v, cu_seqlens, *settings):
+        out, lse = run(q, k, v, cu_seqlens, *settings)
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.set_materialize_grads(False)
@@ -107,30 +103,38 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         none = (None,) * (1 + len(ctx.settings))
         if dout is None and dlse is None:
-            return None, None, None, *none
+            return None, None, None, None, *none
         if dout is None:
             dout = torch.zeros_like(out)
         run = _backward if _is_plain(q, k, v, dout) else attention_backward
-        return *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *none
+        return None, *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *none
 
 
 def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
+# `torch.autograd.Function.apply` without its look for functorch's wrappers, a tenth of a call; `_is_plain` has looked
+_apply_plain = super(torch.autograd.Function, _Attention).apply
+
+
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_forward(*arguments)
+
+
 @torch.library.impl(_library, "attention_forward", "Autograd")
 def _differentiable(q, k, v, *rest):
     if _needs_gradient(q, k, v):
-        return _Attention.apply(q, k, v, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_forward(q, k, v, *rest)
+        return _Attention.apply(_below_autograd, q, k, v, *rest)
+    return _below_autograd(q, k, v, *rest)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
     """The forward op, or what it does where nothing watches."""
     if not _is_plain(q, k, v):
         return attention_forward(q, k, v, *rest)
-    return _Attention.apply(q, k, v, *rest) if _needs_gradient(q, k, v) else _forward(q, k, v, *rest)
+    return _apply_plain(_forward, q, k, v, *rest) if _needs_gradient(q, k, v) else _forward(q, k, v, *rest)
 
 
 # ---------------------------------------------------------------- public function
