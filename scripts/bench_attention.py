@@ -5,7 +5,7 @@
 All figures come from one process, on the same random inputs: dense causal attention through SDPA (FlashAttention-2 and
 cuDNN), our kernels, FlexAttention with a block mask made from the pattern, and the peers named with --peer. Useful
 TFLOP/s count visible query-key pairs only: 4 D per pair and head forward, 10 D backward. A kernel that cannot run
-gets a row with the reason. Writes docs/benchmarks/<date>-<machine>-attention.{md,json} and a plot for each case.
+gets a row with the reason. Writes docs/benchmarks/<date>-<machine>-<name>.{md,json} and a plot for each case.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from s2.attention import Pattern
 ROOT = Path(__file__).resolve().parent.parent
 HOST_LENGTH, HOST_HEADS = 256, 4
 BACKENDS = ("triton", "hopper")
+LONGEST_DENSE = 1 << 18
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set-up of heads and sizes. `lengths` None: those of --lengths. `only_ours`: our kernels and cuDNN."""
+    """One set-up of heads and sizes. `lengths` None: those of --lengths. `only_ours`: our kernels, and cuDNN up to
+    `LONGEST_DENSE` tokens, beyond which a dense backward takes minutes."""
 
     name: str
     batch: int = 1
@@ -69,7 +71,8 @@ CASES = {
 
 
 def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entry]:
-    yield from dense_entries()[1 if case.only_ours else 0 :]
+    if seq_len <= LONGEST_DENSE or not case.only_ours:
+        yield from dense_entries()[1 if case.only_ours else 0 :]
     for spec in args.patterns:
         pattern = Pattern.parse(spec, case.block_size)
         for backend in args.backends:
@@ -150,7 +153,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)}, each a table (default: default)")
     add("--lengths", default="4096,8192,16384,32768,65536,131072", type=whole_numbers)
-    add("--long-lengths", default="", type=whole_numbers, help="also these, with fewer heads: our kernels and cuDNN")
+    add(
+        "--long-lengths",
+        default="",
+        type=whole_numbers,
+        help="also these, with fewer heads: our kernels; cuDNN up to 256k",
+    )
     add("--long-heads", type=int, default=8, help="query heads of --long-lengths (default 8)")
     add("--flex-lengths", default="8192,32768,131072", type=whole_numbers, help="which lengths FlexAttention runs at")
     add("--patterns", default="L1V15,L8V16", type=names)
@@ -165,6 +173,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rep", type=int, default=200, help="ms of calls for each figure (default 200)")
     add("--targets", action="store_true", help="end with our rates over cuDNN's at 8k, 32k and 128k")
     add("--commit", default=None, help="commit to name in the report (default: git)")
+    add("--name", default="attention", help="last part of the report's file name (default attention)")
     add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
     args = parser.parse_args(argv)
     args.device = "cuda"
@@ -237,9 +246,10 @@ def git_commit() -> str:
 
 
 def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:
-    setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device")}
+    setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device", "name")}
     return {
         "machine": machine,
+        "name": args.name,
         "date": datetime.date.today().isoformat(),
         "commit": args.commit or git_commit(),
         "command": " ".join(["python scripts/bench_attention.py", *argv]),

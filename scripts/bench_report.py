@@ -1,8 +1,8 @@
 """The report of `bench_attention.py`: tables, plots and the files they go to. Works on the rows alone, without a GPU.
 
-A record is a dict with `machine`, `date`, `commit`, `command`, `versions`, `method` (lines of text), `sections` (each
-`name`, `title`, `rows`), `host` (rows of host costs), and optionally `targets`. A row has `name`, `seq_len`, `status`
-("ok", "skipped", "out of memory" or "failed"), `note`, and its figures, None where there is none.
+A record is a dict with `machine`, `name`, `date`, `commit`, `command`, `versions`, `method` (lines of text),
+`sections` (each `name`, `title`, `rows`), `host` (rows of host costs), and optionally `targets`. A row has `name`,
+`seq_len`, `status` ("ok", "skipped", "out of memory" or "failed"), `note`, and its figures, None where there is none.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _colour(index: int) -> Any:
 
 
 def stem(record: dict[str, Any]) -> str:
-    return f"{record['date']}-{re.sub('[^a-z0-9]+', '-', record['machine'].lower())}-attention"
+    return f"{record['date']}-{re.sub('[^a-z0-9]+', '-', record['machine'].lower())}-{record['name']}"
 
 
 def report(record: dict[str, Any], plots: dict[str, str]) -> str:
@@ -221,7 +221,7 @@ def report(record: dict[str, Any], plots: dict[str, str]) -> str:
 
 
 def write(record: dict[str, Any], folder: Path, *, with_plots: bool) -> Path:
-    """Write `<date>-<machine>-attention.md` and `.json`, and a `.png` for each section of several lengths."""
+    """Write `<date>-<machine>-<name>.md` and `.json`, and a `.png` for each section of several lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     name = stem(record)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -26,9 +26,11 @@ TABLE_COLUMNS = 2 + 3 * MAX_LEVELS  # local, sinks, then (stride, residue, end) 
 
 @dataclass(frozen=True)
 class RuleSchedule:
-    """Closed-form schedule. `table`: int32 `[H, TABLE_COLUMNS]`; `num_levels` is the most any head uses."""
+    """Closed-form schedule. `table`: int32 `[H, TABLE_COLUMNS]`, on the host `rows`; `num_levels` is the most any head
+    uses."""
 
     table: Tensor
+    rows: list[list[int]]
     num_levels: int
     has_sinks: bool
 
@@ -58,9 +60,10 @@ def rule_schedule(
 ) -> RuleSchedule:
     """The schedule of heads `[head_offset, head_offset + num_heads)` of a closed-form pattern."""
     rules = pattern_from_key(key).rules(total_heads, layer=layer)[head_offset : head_offset + num_heads]
-    table = torch.tensor([_table_row(rule) for rule in rules], dtype=torch.int32, device=device)
+    rows = [_table_row(rule) for rule in rules]
     return RuleSchedule(
-        table=table,
+        table=torch.tensor(rows, dtype=torch.int32, device=device),
+        rows=rows,
         num_levels=max(len(rule.levels) for rule in rules),
         has_sinks=any(rule.sinks > 0 for rule in rules),
     )

@@ -33,7 +33,7 @@ def runs(table, out, level, num_blocks, low, high, N: tl.constexpr, TABLE: tl.co
 def tiles(table, out, num_blocks, N: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
     lane = tl.arange(0, N)
     rule = load_rule(table, LEVELS, SINKS)
-    level, index = chunk_tile(lane, num_blocks, rule, BLOCK, LEVELS)
+    level, index = chunk_tile(lane, num_blocks, rule, BLOCK, LEVELS, SINKS)
     tl.store(out + lane, level)
     tl.store(out + N + lane, index)
 
@@ -77,7 +77,7 @@ def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
     for segment_rows in (rows, 5 * CHUNK):
         found = torch.zeros_like(wanted, dtype=torch.int32)
         for head in range(heads):
-            for level in range(schedule.num_levels + 1):
+            for level in range(schedule.num_levels + 1 + schedule.has_sinks):
                 for low in range(0, rows, segment_rows):
                     high = min(low + segment_rows, rows)
                     for key, begin, end in call_runs(schedule, head, level, length, block, low, high):
@@ -92,7 +92,7 @@ def test_division_covers_every_head_within_its_room(pattern, group):
     heads, block, head_dim = 4, pattern.block_size, 128
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     for length in (1, 700, 4096, 32768, 131072):
-        columns = divide_columns(schedule.table.tolist(), schedule.num_levels, length, block, heads, group, 132)
+        columns = divide_columns(schedule.rows, schedule.num_levels, length, block, heads, group, 132)
         chunks = -(-length // CHUNK)
         per_head = 2 * sum(columns.tiles)
         assert chunks <= per_head * heads  # mixed heads: the most of any head in every level
@@ -103,9 +103,17 @@ def test_division_covers_every_head_within_its_room(pattern, group):
         queries = heads * group * length * head_dim * 2
         assert parts <= max(1.25 * queries, 70e6)
         assert 1 <= columns.wave <= heads
-    table = schedule.table.tolist()
+    table = schedule.rows
     short = divide_columns(table, schedule.num_levels, 300, block, heads, group, 132)
     assert max(short.segments) == 1, "a short sequence gains nothing from being divided"
+
+
+def test_sinks_are_divided_like_the_other_long_columns():
+    """Else one item has all queries of a group of heads: 16k steps at 128k with 32 query and 4 KV heads."""
+    schedule = rule_schedule(Pattern.parse("L1V15+sink1").key, 4, 0, 0, 4, CPU)
+    columns = divide_columns(schedule.rows, schedule.num_levels, 131072, 64, 4, 8, 132)
+    assert columns.tiles[2] == 1 and columns.segments[2] == columns.segments[1] > 10
+    assert columns.segments[0] == 1, "the local window stays whole"
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -117,9 +125,10 @@ def test_documents_and_their_tiles(spec, block):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     count = len(lengths)
     most_tiles = sum(lengths) // 192 + count
+    sinks = max(row[1] for row in schedule.rows)
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
     attention_documents[(count,)](
-        cu_seqlens, documents, count, most_tiles, TILE=192, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8
+        cu_seqlens, documents, count, most_tiles, sinks, TILE=192, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8
     )
     num_tiles, num_pairs = documents[0, :2].tolist()
     chunks = torch.tensor([0, *[-(-n // CHUNK) for n in lengths]]).cumsum(0).tolist()

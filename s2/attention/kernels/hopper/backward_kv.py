@@ -34,25 +34,25 @@ WIDE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
-def _locate_item(item, groups, wave, tiles, segments, batches, LEVELS: gl.constexpr):
+def _locate_item(item, groups, wave, tiles, segments, batches, WIDEST: gl.constexpr):
     """`(level, segment, batch x KV head, first tile, tile after the last)` of a work item. Items come in waves of
     `wave` heads, whose queries the L2 cache holds; of a wave the widest level first, and of a level its late
     segments."""
     items = 0
-    for level in gl.static_range(LEVELS + 1):
+    for level in gl.static_range(WIDEST + 1):
         items += (tiles[level] + batches[level] - 1) // batches[level] * segments[level] * wave
     start = item // items * wave
     item = item % items
     found, segment, group, first, last = -1, 0, 0, 0, 0
-    for step in gl.static_range(LEVELS + 1):
-        most = tiles[LEVELS - step]
-        batch = batches[LEVELS - step]
+    for step in gl.static_range(WIDEST + 1):
+        most = tiles[WIDEST - step]
+        batch = batches[WIDEST - step]
         per_head = (most + batch - 1) // batch
-        parts = segments[LEVELS - step]
+        parts = segments[WIDEST - step]
         size = per_head * parts * wave
         if (found < 0) & (item < size):
             rest = item % (per_head * wave)
-            found = LEVELS - step
+            found = WIDEST - step
             segment = parts - 1 - item // (per_head * wave)
             group = start + rest // per_head
             first = rest % per_head * batch
@@ -80,6 +80,7 @@ def _produce(
     segment (-1: the whole column), where the document begins and its length; then for either consumer first key (-1:
     none), part, and steps before it, unmasked, masked and after it."""
     D: gl.constexpr = q_desc.block_type.shape[3]
+    WIDEST: gl.constexpr = LEVELS + 1 if SINKS else LEVELS  # sinks are a level of their own
     stage, phase, slot, round = 0, 0, 0, 0
     begin_token, first_chunk = 0, 0
     if PACKED:
@@ -93,7 +94,7 @@ def _produce(
             pair, begin_token, length, first_chunk = load_entry(documents + 4 * (1 + most_tiles), item // groups)
         else:
             level, segment, batch_head, first_tile, last_tile = _locate_item(
-                item, groups, wave, tiles, segments, batches, LEVELS
+                item, groups, wave, tiles, segments, batches, WIDEST
             )
         batch = batch_head // kv_heads
         kv_head = batch_head % kv_heads
@@ -102,16 +103,16 @@ def _produce(
         high = (length + ROWS - 1) // ROWS * ROWS
         if PACKED:
             segment = -1
-            level, first_tile = chunk_tile(pair, num_blocks, rule, BLOCK, LEVELS)
+            level, first_tile = chunk_tile(pair, num_blocks, rule, BLOCK, LEVELS, SINKS)
             last_tile = gl.where(level < 0, first_tile, first_tile + 1)
         else:
             split = segments[0]
-            for other in gl.static_range(1, LEVELS + 1):
+            for other in gl.static_range(1, WIDEST + 1):
                 split = gl.where(level == other, segments[other], split)
             low = gl.where(split > 1, segment * segment_rows, 0)
             high = gl.where(split > 1, gl.minimum(low + segment_rows, high), high)
             segment = gl.where(split > 1, segment, -1)
-            part = part_begin(level, tiles, segments, LEVELS)
+            part = part_begin(level, tiles, segments, WIDEST)
         item = gl.atomic_add(counter, 1, sem="relaxed")
         for tile in range(first_tile, last_tile):
             index = tile * CONSUMERS + lane % CONSUMERS
@@ -302,12 +303,13 @@ def _consume(
 
 @gluon.jit(do_not_specialize=[
     "length", "kv_heads", "group", "groups", "wave", "num_items", "chunks", "most_tiles", "segment_rows", "num_parts",
-    "tiles0", "tiles1", "tiles2", "segments0", "segments1", "segments2", "batch0", "batch1", "batch2",
+    "tiles0", "tiles1", "tiles2", "tiles3", "segments0", "segments1", "segments2", "segments3",
+    "batch0", "batch1", "batch2", "batch3",
 ])  # fmt: skip
 def attention_backward_kv(
     q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, dk, dv, parts, table, documents, counter,
     scale, scale_log2, length, kv_heads, group, groups, wave, num_items, chunks, most_tiles, segment_rows, num_parts,
-    tiles0, tiles1, tiles2, segments0, segments1, segments2, batch0, batch1, batch2,
+    tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3, batch0, batch1, batch2, batch3,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
@@ -345,7 +347,8 @@ def attention_backward_kv(
                         item_buf, item_full, item_empty,
                         table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
                         chunks, most_tiles,
-                        (tiles0, tiles1, tiles2), (segments0, segments1, segments2), (batch0, batch1, batch2),
+                        (tiles0, tiles1, tiles2, tiles3), (segments0, segments1, segments2, segments3),
+                        (batch0, batch1, batch2, batch3),
                         TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
             (_consume, (0, dk_desc, dv_desc, dk, dv, parts,
                         q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,

@@ -14,7 +14,7 @@ def chunk_run(
     index, level, num_blocks, low, high, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr
 ):
     """First key of the `index`-th chunk of a level, and the run `[begin, end)` of query rows in `[low, high)` that sees
-    it; all three are `high` where there is no such chunk or run."""
+    it; all three are `high` where there is no such chunk or run. Sinks are a level of their own, `LEVELS + 1`."""
     per_block: tl.constexpr = BLOCK // CHUNK
     nth = index // per_block
     wider, block, count = 0, 0, 0
@@ -25,6 +25,9 @@ def chunk_run(
         count = tl.where(level == LEVELS - step, belong - wider, count)
         block = tl.where(level == LEVELS - step, member(nth, LEVELS - step, rule, LEVELS), block)
         wider = belong
+    if SINKS:
+        count = tl.where(level > LEVELS, tl.minimum(rule[1], num_blocks), tl.where(block < rule[1], 0, count))
+        block = tl.where(level > LEVELS, nth, block)
     key = block * BLOCK + (index % per_block) * CHUNK
     end = tl.minimum(tl.minimum(block + reach_of(block, rule, LEVELS, SINKS), num_blocks) * BLOCK, high)
     begin = tl.maximum(key, low)
@@ -33,10 +36,16 @@ def chunk_run(
 
 
 @triton.jit
-def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """`(level, tile of the level)` of a document's `tile`-th pair of chunks, widest level first; level < 0: a spare."""
+def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
+    """`(level, tile of the level)` of a document's `tile`-th pair of chunks, sinks first, then the widest level; level
+    < 0: a spare."""
     per_block: tl.constexpr = BLOCK // CHUNK
     wider, found, index = 0, -1, 0
+    if SINKS:
+        tiles = (tl.minimum(rule[1], num_blocks) * per_block + 1) // 2
+        found = tl.where(tile < tiles, LEVELS + 1, -1)
+        index = tl.where(tile < tiles, tile, 0)
+        tile = tl.where(tile < tiles, tile, tile - tiles)
     for step in tl.static_range(LEVELS + 1):
         belong = num_blocks
         if step < LEVELS:
@@ -51,24 +60,25 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
 
 
 @triton.jit
-def _counts(length, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Tiles of TILE rows, chunks of 64 rows, and pairs of key chunks of documents; of the pairs one may be half empty
-    in every level."""
+def _counts(length, sinks, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """Tiles of TILE rows, chunks of 64 rows, and pairs of key chunks of documents, sinks twice; of the pairs one may be
+    half empty in every level."""
     tiles = (length + TILE - 1) // TILE
     chunks = (length + CHUNK - 1) // CHUNK
     key_chunks = (length + BLOCK - 1) // BLOCK * (BLOCK // CHUNK)
-    return tiles, chunks, tl.where(length > 0, (key_chunks + LEVELS + 1) // 2, 0)
+    pairs = (key_chunks + LEVELS + 1) // 2 + (tl.minimum(key_chunks, sinks * (BLOCK // CHUNK)) + 1) // 2
+    return tiles, chunks, tl.where(length > 0, pairs, 0)
 
 
-@triton.jit(do_not_specialize=["num_documents", "most_tiles"])
+@triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks"])
 def attention_documents(
-    cu_seqlens, documents, num_documents, most_tiles,
+    cu_seqlens, documents, num_documents, most_tiles, sinks,
     TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The table of packed work, int32 `[1 + most_tiles + pairs, 4]`: the numbers of tiles and pairs; then for each tile
     of TILE rows, and after room for `most_tiles` for each pair of key chunks: its first row or its number in the
     document, the token where the document begins, its length, and the chunks of 64 rows before it. A program writes
-    one document's."""
+    one document's. `sinks` are the most of any head."""
     document = tl.program_id(0)
     tiles, chunks, pairs = 0, 0, 0
     for start in range(0, document, WIDTH):
@@ -76,13 +86,13 @@ def attention_documents(
         before = lane < document
         begin = tl.load(cu_seqlens + lane, mask=before, other=0)
         length = tl.load(cu_seqlens + lane + 1, mask=before, other=0) - begin
-        own_tiles, own_chunks, own_pairs = _counts(length, TILE, BLOCK, LEVELS)
+        own_tiles, own_chunks, own_pairs = _counts(length, sinks, TILE, BLOCK, LEVELS)
         tiles += tl.sum(own_tiles, 0)
         chunks += tl.sum(own_chunks, 0)
         pairs += tl.sum(own_pairs, 0)
     begin = tl.load(cu_seqlens + document)
     length = tl.load(cu_seqlens + document + 1) - begin
-    own_tiles, _, own_pairs = _counts(length, TILE, BLOCK, LEVELS)
+    own_tiles, _, own_pairs = _counts(length, sinks, TILE, BLOCK, LEVELS)
     if document == num_documents - 1:
         tl.store(documents, tiles + own_tiles)
         tl.store(documents + 1, pairs + own_pairs)
@@ -104,10 +114,11 @@ def _store_entries(to, lane, mask, first, begin, length, chunk):
 
 
 @triton.jit
-def part_begin(level, tiles, segments, LEVELS: tl.constexpr):
-    """First part of a level: those of wider levels that are divided into segments come before, two chunks a tile."""
+def part_begin(level, tiles, segments, WIDEST: tl.constexpr):
+    """First part of a level: those of wider levels that are divided into segments come before, two chunks a tile. Sinks
+    are the widest level where there are any."""
     begin = 0
-    for other in tl.static_range(1, LEVELS + 1):
+    for other in tl.static_range(1, WIDEST + 1):
         begin += tl.where((level < other) & (segments[other] > 1), 2 * tiles[other], 0)
     return begin
 
@@ -121,31 +132,34 @@ def part_begin(level, tiles, segments, LEVELS: tl.constexpr):
         "tiles0",
         "tiles1",
         "tiles2",
+        "tiles3",
         "segments0",
         "segments1",
         "segments2",
+        "segments3",
     ]
 )
 def attention_sum_parts(
     part, dk, dv, table, length, kv_heads, segment_rows, parts,
-    tiles0, tiles1, tiles2, segments0, segments1, segments2,
+    tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3,
     TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV `[B, S, Hkv, D]` of the chunks of divided levels: the sums of their segments, first to last."""
-    tiles = (tiles0, tiles1, tiles2)
-    segments = (segments0, segments1, segments2)
+    tiles = (tiles0, tiles1, tiles2, tiles3)
+    segments = (segments0, segments1, segments2, segments3)
+    WIDEST: tl.constexpr = LEVELS + 1 if SINKS else LEVELS
     index = tl.program_id(0)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     level = -1
-    for step in tl.static_range(LEVELS + 1):
-        begin = part_begin(LEVELS - step, tiles, segments, LEVELS)
-        inside = (segments[LEVELS - step] > 1) & (index >= begin) & (index < begin + 2 * tiles[LEVELS - step])
-        level = tl.where(inside, LEVELS - step, level)
+    for other in tl.static_range(WIDEST + 1):
+        begin = part_begin(other, tiles, segments, WIDEST)
+        inside = (segments[other] > 1) & (index >= begin) & (index < begin + 2 * tiles[other])
+        level = tl.where(inside, other, level)
     rule = load_rule(table + (group % kv_heads) * TABLE, LEVELS, SINKS)
     num_blocks = (length + BLOCK - 1) // BLOCK
     high = (length + CHUNK - 1) // CHUNK * CHUNK
-    own = index - part_begin(level, tiles, segments, LEVELS)
+    own = index - part_begin(level, tiles, segments, WIDEST)
     key, begin, end = chunk_run(own, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
     if begin < end:
         rows = tl.arange(0, CHUNK)

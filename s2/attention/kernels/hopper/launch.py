@@ -170,7 +170,7 @@ class _Plan:
     v: _Boxes
     rows: _Boxes
     keys: _Boxes
-    table: Tensor
+    rules: schedule.RuleSchedule
     constants: dict[str, Any]
     scalars: tuple[Any, ...]
     kind: tuple
@@ -216,7 +216,7 @@ def _make_plan(
         v=_Boxes.of_rows(v),
         rows=_Boxes.of_rows(q, contiguous=True),
         keys=_Boxes.of_rows(k, contiguous=True),
-        table=rules.table,
+        rules=rules,
         constants=constants,
         scalars=(softmax_scale * LOG2E.value, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
         kind=kind,
@@ -249,17 +249,19 @@ class _Documents:
     def of(cls, q: Tensor, plan: _Plan, cu_seqlens: Tensor | None) -> _Documents:
         length = q.shape[1]
         if cu_seqlens is None:
-            return cls(plan.table, 0, -(-length // CHUNK))
+            return cls(plan.rules.table, 0, -(-length // CHUNK))
         from . import chunks
 
         count = cu_seqlens.shape[0] - 1
         levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
         most_tiles = length // _TILE_ROWS + count
+        sinks = max(row[1] for row in plan.rules.rows)
         most_pairs = (length // CHUNK + count * (block // CHUNK + levels + 1)) // 2 + count
+        most_pairs += min(length // CHUNK + count * (block // CHUNK), count * sinks * (block // CHUNK)) // 2 + count
         table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
         constants = {"TILE": _TILE_ROWS, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
         launch = _Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
-        launch(_aligned(cu_seqlens), table, count, most_tiles)
+        launch(_aligned(cu_seqlens), table, count, most_tiles, sinks)
         return cls(table, most_tiles, length // CHUNK + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 
@@ -285,7 +287,7 @@ def run_forward(
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     documents = _Documents.of(q, plan, cu_seqlens)
     plan.forward(
-        plan.q(q), plan.k(k), plan.v(v), plan.rows(o), out, lse, plan.table, documents.table, _counter(q.device),
+        plan.q(q), plan.k(k), plan.v(v), plan.rows(o), out, lse, plan.rules.table, documents.table, _counter(q.device),
         *plan.scalars,
     )  # fmt: skip
     return out, lse[0] if packed else lse
@@ -297,13 +299,13 @@ def run_forward(
 @dataclass(frozen=True)
 class Columns:
     """How the key chunks of a launch become work items. `tiles[n]` pairs of chunks a head belong to level n (0: the
-    local window), the most of any head; each is divided into `segments[n]` segments of `segment_rows` queries. An item
-    takes `batches[n]` tiles, one after the other."""
+    local window; sinks are one more level than the rules have), the most of any head; each is divided into
+    `segments[n]` segments of `segment_rows` queries. An item takes `batches[n]` tiles, one after the other."""
 
-    tiles: tuple[int, int, int]
-    segments: tuple[int, int, int]
+    tiles: tuple[int, int, int, int]
+    segments: tuple[int, int, int, int]
     segment_rows: int
-    batches: tuple[int, int, int]
+    batches: tuple[int, int, int, int]
     wave: int  # KV heads worked on together: their queries stay in the L2 cache
 
     @property
@@ -331,9 +333,9 @@ def divide_columns(
     `groups` heads in all, each read by `group` query heads."""
     num_blocks, num_chunks = -(-length // block_size), -(-length // CHUNK)
     per_block = block_size // CHUNK
-    counts, reaches = [0, 0, 0], [0, 0, 0]
+    counts, reaches = [0, 0, 0, 0], [0, 0, 0, 0]
     steps = 0
-    for local, _, *levels in table:
+    for local, sinks, *levels in table:
         wider = 0
         for level in range(num_levels, -1, -1):
             stride, residue, reach = levels[3 * level - 3 : 3 * level] if level else (1, 0, local)
@@ -344,6 +346,10 @@ def divide_columns(
                 chunks = min(reach * per_block, num_chunks)
                 reaches[level] = max(reaches[level], chunks)
                 steps += blocks * per_block * max(chunks - chunks * chunks // (2 * num_chunks), 1)
+        if sinks > 0:
+            counts[num_levels + 1] = max(counts[num_levels + 1], min(sinks, num_blocks))
+            reaches[num_levels + 1] = num_chunks
+            steps += min(sinks, num_blocks) * per_block * num_chunks
     share = steps * group * (groups // len(table)) // (2 * processors)  # steps of two chunks, for each processor
     item_steps = min(max(share // _ITEMS_A_PROCESSOR, _MIN_ITEM_STEPS), _MAX_ITEM_STEPS)
     segment_chunks = max(item_steps // group, 1)
@@ -371,10 +377,10 @@ class _Backward:
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         groups, processors = batch * kv_heads, _processors(q.device)
         constants = plan.constants
-        columns, items = Columns((0, 0, 0), (1, 1, 1), 0, (1, 1, 1), 1), 0
+        columns, items = Columns((0, 0, 0, 0), (1, 1, 1, 1), 0, (1, 1, 1, 1), 1), 0
         if not packed:
             columns = divide_columns(
-                plan.table.tolist(), constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
+                plan.rules.rows, constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
             )
             items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.statistics_boxes: dict[int, _Boxes] = {}
@@ -451,15 +457,15 @@ def run_backward(
     q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(grad_out)
     backward.q[dlse is not None](
         q_rows, do_rows, k_rows, v_rows, plan.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
-        plan.table, documents.table, counter, *backward.q_scalars, documents.chunks,
+        plan.rules.table, documents.table, counter, *backward.q_scalars, documents.chunks,
     )  # fmt: skip
     divided = backward.parts_shape[2] > 0
     parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
     backward.kv(
         q_rows, do_rows, stats_rows, k_rows, v_rows, plan.keys(grad_k), plan.keys(grad_v), dk, dv, parts,
-        plan.table, documents.table, counter,
+        plan.rules.table, documents.table, counter,
         *backward.kv_scalars, documents.chunks, documents.most_tiles, *backward.kv_division,
     )  # fmt: skip
     if divided:
-        backward.sum(parts, dk, dv, plan.table, *backward.sum_scalars)
+        backward.sum(parts, dk, dv, plan.rules.table, *backward.sum_scalars)
     return dq, dk, dv
