@@ -45,7 +45,10 @@ function, stages, registers = {
 constants = dict(case["constants"], TABLE=schedule.TABLE_COLUMNS, STAGES=stages[head_dim], REGISTERS=registers)
 
 element = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["element"]]
-rows = launch._Boxes.of_rows(torch.empty(1, launch.CHUNK, 1, head_dim, dtype=element)).fields
+block = min(case["constants"]["BLOCK"], launch.CHUNK)
+tensor = torch.empty(1, launch.CHUNK, launch.CHUNK // block, head_dim, dtype=element)
+rows = launch._Boxes.of_rows(tensor, block).fields
+keys = launch._Boxes.of_keys(tensor, block).fields
 statistics = launch._Boxes.of_statistics(torch.empty(1, 2 * launch.CHUNK)).fields
 
 
@@ -55,6 +58,7 @@ def type_of(parameter):
         return "constexpr"
     if name.endswith("_desc"):
         box, item = (statistics, "fp32") if name == "stats_desc" else (rows, case["element"])
+        box = keys if name in ("k_desc", "v_desc", "dk_desc", "dv_desc") else box
         return f"tensordesc<{item}{box['block_shape']},{box['layout']!r}>"
     if parameter.do_not_specialize:  # sizes and counts
         return "i32"
@@ -98,13 +102,18 @@ BUILDS = [
     Build("forward", 128, _constants(1, False), spills=64),
     Build("forward", 128, _constants(0, True, block=128, packed=True), spills=64, element="fp16"),
     Build("forward", 64, _constants(2, True), spills=256),
+    Build("forward", 128, _constants(1, False, block=16), spills=128),
+    Build("forward", 64, _constants(1, True, block=32, packed=True), spills=160, element="fp16"),
     Build("backward_q", 128, _constants(1, False, HAS_DLSE=True), spills=256),
+    Build("backward_q", 128, _constants(1, True, block=16, packed=True, HAS_DLSE=False), spills=450),
     Build("backward_q", 128, _constants(2, True, packed=True, HAS_DLSE=False), spills=720),
     Build("backward_q", 64, _constants(0, False, block=128, HAS_DLSE=True), spills=64),
     Build("backward_kv", 128, _constants(1, False, GROUPED=False), spills=300),
     Build("backward_kv", 128, _constants(2, True, packed=True, GROUPED=True), spills=450),
     Build("backward_kv", 64, _constants(0, True, packed=True, GROUPED=False), spills=128),
     Build("backward_kv", 64, _constants(1, False, block=128, GROUPED=True), spills=128),
+    Build("backward_kv", 128, _constants(1, False, block=16, GROUPED=True), spills=350),
+    Build("backward_kv", 64, _constants(1, True, block=32, packed=True, GROUPED=True), spills=128),
 ]
 
 

@@ -1,5 +1,7 @@
-"""How the Hopper backward divides its work, in Triton's interpreter: every visible pair of chunks lies in exactly one
-work item's run, packed or not."""
+"""How the Hopper kernels divide their work, in Triton's interpreter: in the backward every visible pair of chunks lies
+in exactly one work item's run, packed or not; what the rings of the row kernels rely on."""
+
+import itertools
 
 import pytest
 import torch
@@ -7,10 +9,11 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper.chunks import attention_documents, chunk_run, chunk_tile
+from s2.attention.kernels.hopper.chunks import attention_documents, chunk_block, chunk_run, chunk_tile
 from s2.attention.kernels.hopper.launch import CHUNK, divide_columns
-from s2.attention.kernels.triton.indexing import load_rule
-from s2.attention.schedule import TABLE_COLUMNS, rule_schedule
+from s2.attention.kernels.hopper.rows import EDGES
+from s2.attention.kernels.triton.indexing import key_plan, load_rule
+from s2.attention.schedule import TABLE_COLUMNS, has_closed_form, rule_schedule
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -38,12 +41,52 @@ def tiles(table, out, num_blocks, N: tl.constexpr, BLOCK: tl.constexpr, LEVELS: 
     tl.store(out + N + lane, index)
 
 
-def chunk_mask(pattern: Pattern, length: int, heads: int) -> torch.Tensor:
-    """bool `[H, key chunk, query chunk]`: which chunks of 64 keys which chunks of 64 queries see."""
-    per_block, chunks = pattern.block_size // CHUNK, -(-length // CHUNK)
+def unit_of(block: int) -> int:
+    """Tokens by which runs are counted: those of a box."""
+    return min(block, CHUNK)
+
+
+def unit_mask(pattern: Pattern, length: int, heads: int) -> torch.Tensor:
+    """bool `[H, key unit, query unit]`: which units of keys which units of queries see."""
+    unit = unit_of(pattern.block_size)
+    per_block, units = pattern.block_size // unit, -(-length // unit)
     mask = pattern.block_mask(-(-length // pattern.block_size), heads)
-    mask = mask.repeat_interleave(per_block, 1).repeat_interleave(per_block, 2)[:, :chunks, :chunks]
-    return (mask & torch.ones(chunks, chunks, dtype=torch.bool).tril()).transpose(1, 2)
+    mask = mask.repeat_interleave(per_block, 1).repeat_interleave(per_block, 2)[:, :units, :units]
+    return (mask & torch.ones(units, units, dtype=torch.bool).tril()).transpose(1, 2)
+
+
+@triton.jit
+def blocks(table, out, level, num_blocks, N: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
+    lane = tl.arange(0, N)
+    block, until, exists = chunk_block(lane, level, num_blocks, load_rule(table, LEVELS, SINKS), LEVELS, SINKS)
+    tl.store(out + lane, tl.where(exists, block, -1))
+    tl.store(out + N + lane, until)
+
+
+def add_runs(found, runs, schedule, head: int, level: int, length: int, block: int, low: int, high: int, first=0):
+    """Counts in `found` `[key unit, query unit]` what the chunks of a level, from chunk `first` on, work on; of chunks
+    of several blocks each block's part of the run."""
+    unit = unit_of(block)
+    if block >= CHUNK:
+        for key, begin, end in runs:
+            if begin < end:
+                found[key // unit, begin // unit : end // unit] += 1
+        return
+    a_chunk, num_blocks = CHUNK // block, -(-length // block)
+    size = triton.next_power_of_2((first + len(runs)) * a_chunk)
+    out = torch.full((2, size), -1, dtype=torch.int32)
+    blocks[(1,)](schedule.table[head], out, level, num_blocks, N=size, LEVELS=schedule.num_levels,
+                 SINKS=schedule.has_sinks)  # fmt: skip
+    for index, (key, begin, end) in enumerate(runs, first):
+        members = [(b, u) for b, u in out[:, index * a_chunk : (index + 1) * a_chunk].T.tolist() if b >= 0]
+        seen = [(max(b * block, low), min(u * block, high)) for b, u in members]
+        seen = [(b, e) for b, e in seen if b < e]
+        assert (begin < end) == bool(seen)
+        if seen:
+            assert (begin, end) == (min(b for b, _ in seen), max(e for _, e in seen)) and key <= begin
+            for (member, _), (b, e) in zip([m for m in members if max(m[0] * block, low) < min(m[1] * block, high)],
+                                           seen, strict=True):  # fmt: skip
+                found[member, b // unit : e // unit] += 1
 
 
 def call_runs(schedule, head: int, level: int, length: int, block: int, low: int, high: int) -> list[list[int]]:
@@ -63,6 +106,10 @@ PATTERNS = [
     Pattern.parse("L2V5+sink1", 128),
     Pattern.parse("L1V3+sink2", 256),
     Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1),
+    Pattern.parse("L1V15", 16),
+    Pattern.parse("L8V16", 32),
+    Pattern.parse("L2V5+sink3", 16),
+    Pattern.from_ranges(2, [(3, 7), (9, 20)], sinks=1, block_size=16),
     Pattern.per_head([Pattern.parse(s) for s in ("dense", "W2", "L1V4", "L2V3+sink1")]),
 ]
 
@@ -72,7 +119,7 @@ PATTERNS = [
 def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
     heads, block = 4, pattern.block_size
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
-    wanted = chunk_mask(pattern, length, heads)
+    wanted = unit_mask(pattern, length, heads)
     rows = -(-length // CHUNK) * CHUNK
     for segment_rows in (rows, 5 * CHUNK):
         found = torch.zeros_like(wanted, dtype=torch.int32)
@@ -80,9 +127,8 @@ def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
             for level in range(schedule.num_levels + 1 + schedule.has_sinks):
                 for low in range(0, rows, segment_rows):
                     high = min(low + segment_rows, rows)
-                    for key, begin, end in call_runs(schedule, head, level, length, block, low, high):
-                        if begin < end:
-                            found[head, key // CHUNK, begin // CHUNK : end // CHUNK] += 1
+                    runs = call_runs(schedule, head, level, length, block, low, high)
+                    add_runs(found[head], runs, schedule, head, level, length, block, low, high)
         assert torch.equal(found, wanted.int())
 
 
@@ -116,7 +162,7 @@ def test_sinks_are_divided_like_the_other_long_columns():
     assert columns.segments[0] == 1, "the local window stays whole"
 
 
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
 def test_documents_and_their_tiles(spec, block):
     pattern, heads = Pattern.parse(spec, block), 4
@@ -124,18 +170,19 @@ def test_documents_and_their_tiles(spec, block):
     lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 20]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     count = len(lengths)
-    most_tiles = sum(lengths) // 192 + count
+    tile, unit = 3 * unit_of(block), unit_of(block)
+    most_tiles = sum(lengths) // tile + count
     sinks = max(row[1] for row in schedule.rows)
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
     attention_documents[(count,)](
-        cu_seqlens, documents, count, most_tiles, sinks, TILE=192, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8
+        cu_seqlens, documents, count, most_tiles, sinks, TILE=tile, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8
     )
     num_tiles, num_pairs = documents[0, :2].tolist()
-    chunks = torch.tensor([0, *[-(-n // CHUNK) for n in lengths]]).cumsum(0).tolist()
+    chunks = torch.tensor([0, *[-(-n // unit) for n in lengths]]).cumsum(0).tolist()
     wanted = [
         [row, begin, length, chunk]
         for length, begin, chunk in zip(lengths, cu_seqlens.tolist(), chunks, strict=False)
-        for row in range(0, length, 192)
+        for row in range(0, length, tile)
     ]
     assert documents[1 : 1 + num_tiles].tolist() == wanted
     assert (documents[1 + num_tiles : 1 + most_tiles] == -1).all()
@@ -150,7 +197,7 @@ def test_documents_and_their_tiles(spec, block):
     for length, room in zip(lengths, pairs, strict=True):
         if length == 0:
             continue
-        wanted = chunk_mask(pattern, length, heads)
+        wanted = unit_mask(pattern, length, heads)
         rows, size = -(-length // CHUNK) * CHUNK, triton.next_power_of_2(max(room, 2))
         for head in range(heads):
             out = torch.full((2, size), -1, dtype=torch.int32)
@@ -160,8 +207,63 @@ def test_documents_and_their_tiles(spec, block):
             found = torch.zeros_like(wanted[head], dtype=torch.int32)
             for level, index in out[:, :room].T.tolist():
                 if level >= 0:
-                    chunk_runs = call_runs(schedule, head, level, length, block, 0, rows)
-                    for key, begin, end in chunk_runs[2 * index : 2 * index + 2]:
-                        if begin < end:
-                            found[key // CHUNK, begin // CHUNK : end // CHUNK] += 1
+                    own = call_runs(schedule, head, level, length, block, 0, rows)[2 * index : 2 * index + 2]
+                    add_runs(found, own, schedule, head, level, length, block, 0, rows, first=2 * index)
             assert torch.equal(found, wanted[head].int())
+
+
+# ---------------------------------------------------------------- tiles of rows
+
+
+@triton.jit
+def plans(table, out, tile_rows, length, KEYS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+          SINKS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * tile_rows
+    rule = load_rule(table, LEVELS, SINKS)
+    last = tl.minimum(row + tile_rows, length) - 1
+    full, masked = key_plan(row, last, rule, BLOCK, KEYS, LEVELS, SINKS)
+    tl.store(out + tl.program_id(0) * 17, full[0] + full[3] + full[6] + full[8])
+    for n in tl.static_range(16):
+        tl.store(out + tl.program_id(0) * 17 + 1 + n, masked[n] + 0)
+
+
+def edge_tiles(masked: list[int], block: int) -> list[list[int]]:
+    """Blocks of each masked key tile, in the order of the ring."""
+    a_tile = CHUNK // block
+    ranges = [masked[0:4], masked[4:8], [masked[8], 0, 1, masked[9]], [masked[10], masked[11], 1, masked[12]],
+              [masked[13], masked[14], 1, masked[15]]]  # fmt: skip
+    return [
+        [first + stride * n for n in range(t * a_tile, min((t + 1) * a_tile, blocks))]
+        for tiles, first, stride, blocks in ranges
+        for t in range(tiles)
+    ]
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("length", [500, 1300])
+def test_a_consumer_sees_tiles_at_most_three_positions_apart(block, length):
+    """What `rows` relies on where a consumer holds a stage while it waits for its next one, in a ring of four."""
+    heads = 4
+    specs = ("L1V15", "L8V16", "dense", "L2V5+sink1", "W3", "L1V2", "L3V3+sink2", "L1V3+sink5", "L5V24")
+    bounded = ([(2, 5), (4, None)], [(2, 3), (4, 7)], [(3, 7), (9, 20)], [(1, 6), (5, None)])
+    patterns = [Pattern.parse(spec, block) for spec in specs]
+    patterns += [Pattern.from_ranges(2, levels, sinks=1, block_size=block) for levels in bounded]
+    for pattern in patterns:
+        schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+        if not has_closed_form(pattern):
+            continue
+        tiles = -(-length // (3 * block))
+        mask = pattern.block_mask(-(-length // block), heads)
+        for head in range(heads):
+            out = torch.zeros(tiles, 17, dtype=torch.int32)
+            plans[(tiles,)](schedule.table[head], out, 3 * block, length, KEYS=CHUNK, BLOCK=block,
+                            LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
+            for tile, (num_full, *masked) in enumerate(out.tolist()):
+                edges = edge_tiles(masked, block)
+                assert len(edges) * CHUNK // block <= EDGES.value
+                for consumer in range(3):
+                    query = min(tile * 3 + consumer, (length - 1) // block)
+                    seen = [n for n, blocks in enumerate(edges) if mask[head, query, blocks].any()]
+                    assert seen, "every consumer has a first tile"
+                    stops = [*seen, len(edges)] if num_full else seen
+                    assert all(b - a <= 3 for a, b in itertools.pairwise(stops))

@@ -50,10 +50,10 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
 
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
 @pytest.mark.parametrize(("length", "dim", "dlse"), [(1000, 128, True), (1, 64, False), (20000, 128, False)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, dlse, packed):
+@pytest.mark.parametrize(("block", "packed"), [(64, False), (64, True), (16, False), (128, True)])
+def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, dlse, block, packed):
     borders = torch.tensor([0, length // 3, length], dtype=torch.int32) if packed else None
-    run(Pattern.parse(spec), length=length, dim=dim, batch=1, dlse=dlse, cu_seqlens=borders)
+    run(Pattern.parse(spec, block), length=length, heads=16, dim=dim, batch=1, dlse=dlse, cu_seqlens=borders)
     names = [name for name, _, _ in launches if name != "attention_documents"]
     assert names[:3] == ["attention_forward", "attention_backward_q", "attention_backward_kv"]
     assert (len(names) < len(launches)) == packed
@@ -92,6 +92,15 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
     assert all(boxes.fields["base"] is None for plan in launch._PLANS.values() for boxes in (plan.q, plan.rows))
 
 
+def test_small_blocks_come_in_boxes_of_several_heads(launches):
+    run(Pattern.parse("L1V15", 16), length=1000, heads=16, batch=1)
+    (_, kernel, arguments) = launches[0]
+    values = dict(zip(parameters(kernel)[0], arguments, strict=True))
+    assert values["q_desc"].block_shape == values["o_desc"].block_shape == [1, 4, 16, 128]
+    assert values["k_desc"].block_shape == [1, 1, 16, 128]
+    assert (values["tiles_per_head"], values["num_tiles"]) == (21, 21 * 4)  # 48 tokens of 4 heads a tile
+
+
 def test_views_and_unaligned_gradients(launches):
     whole = torch.randn(1, 500, 3, 4, 128, dtype=torch.bfloat16)
     q, k, v = whole.unbind(2)  # strides of a fused projection
@@ -114,7 +123,7 @@ def test_plans_do_not_pile_up(launches, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "L1V3+sink40", "dense"])
-@pytest.mark.parametrize("block", [64, 256])
+@pytest.mark.parametrize("block", [16, 32, 64, 256])
 def test_the_table_of_packed_work_has_room(spec, block):
     pattern = Pattern.parse(spec, block)
     for lengths in ([1] * 30, [64, 65, 63, 0, 0, 191, 193], [3000], [257, 1, 1, 700], [200] * 9):
@@ -124,6 +133,7 @@ def test_the_table_of_packed_work_has_room(spec, block):
         plan = SimpleNamespace(rules=rules, constants={"LEVELS": rules.num_levels, "BLOCK": block})
         documents = launch._Documents.of(q, plan, borders)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
-        assert num_tiles == sum(-(-n // 192) for n in lengths) <= documents.most_tiles
+        box = min(block, 64)
+        assert num_tiles == sum(-(-n // (3 * box)) for n in lengths) <= documents.most_tiles
         assert 0 < num_pairs <= len(documents.table) - 1 - documents.most_tiles
-        assert sum(-(-n // 64) for n in lengths) <= documents.chunks
+        assert sum(-(-n // box) for n in lengths) <= documents.boxes

@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.indexing import load_rule
-from .chunks import chunk_run, chunk_tile, part_begin
-from .common import LANES, WORDS, advance, get, load_entry, opaque, store_rows
+from .chunks import chunk_block, chunk_run, chunk_tile, part_begin
+from .common import LANES, WORDS, advance, flat_rows, get, load_entry, opaque, store_rows
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
@@ -78,8 +78,12 @@ def _produce(
 ):  # fmt: skip
     """Draws items and loads what they need. The words of a pair of chunks: KV head of the batch (-1 after the last),
     segment (-1: the whole column), where the document begins and its length; then for either consumer first key (-1:
-    none), part, and steps before it, unmasked, masked and after it."""
+    none), part, and steps before it, unmasked, masked and after it. Chunks of several blocks have no unmasked steps
+    told apart: they count as unmasked, and in place of masked ones stands the row after the last. Then follow, for
+    either consumer, each block's first key and the query after the last one that sees it (0: no block)."""
     D: gl.constexpr = q_desc.block_type.shape[3]
+    TOKENS: gl.constexpr = min(BLOCK, ROWS)  # of a step, whose 64 rows are those of one head or several
+    HEADS: gl.constexpr = ROWS // TOKENS
     WIDEST: gl.constexpr = LEVELS + 1 if SINKS else LEVELS  # sinks are a level of their own
     stage, phase, slot, round = 0, 0, 0, 0
     begin_token, first_chunk = 0, 0
@@ -100,7 +104,7 @@ def _produce(
         kv_head = batch_head % kv_heads
         rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)  # of a head past the last: never used
         num_blocks = (length + BLOCK - 1) // BLOCK
-        high = (length + ROWS - 1) // ROWS * ROWS
+        high = (length + TOKENS - 1) // TOKENS * TOKENS
         if PACKED:
             segment = -1
             level, first_tile = chunk_tile(pair, num_blocks, rule, BLOCK, LEVELS, SINKS)
@@ -120,36 +124,58 @@ def _produce(
             exists = begin < end
             top = gl.max(gl.where(exists, end, 0), 0)
             bottom = gl.min(begin, 0)
-            rows = gl.maximum(top - bottom, 0) // ROWS
+            rows = gl.maximum(top - bottom, 0) // TOKENS
+            sets = group // HEADS  # of heads that a step takes together
             if rows > 0:
-                before = gl.where(exists, top - end, rows * ROWS) // ROWS
-                diagonal = (exists & (begin == key)).to(gl.int32)
-                inside = gl.where(exists, (end - begin) // ROWS, 0) - diagonal
+                before = gl.where(exists, top - end, rows * TOKENS) // TOKENS
+                inside = gl.where(exists, (end - begin) // TOKENS, 0)
+                after = rows - before - inside
+                diagonal = inside * 0
+                if BLOCK >= KEYS:
+                    diagonal = (exists & (begin == key)).to(gl.int32)
+                    inside -= diagonal
                 mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
                 words = gl.where(lane == 0, batch_head, segment)
                 words = gl.where(lane == 2, begin_token, words)
                 words = gl.where(lane == 3, length, words)
                 words = gl.where(lane // CONSUMERS == 2, gl.where(exists, key, -1), words)
                 words = gl.where(lane // CONSUMERS == 3, part + index, words)
-                words = gl.where(lane // CONSUMERS == 4, before * group, words)
-                words = gl.where(lane // CONSUMERS == 5, inside * group, words)
-                words = gl.where(lane // CONSUMERS == 6, diagonal * group, words)
-                words = gl.where(lane // CONSUMERS == 7, (rows - before - inside - diagonal) * group, words)
+                words = gl.where(lane // CONSUMERS == 4, before * sets, words)
+                words = gl.where(lane // CONSUMERS == 5, inside * sets, words)
+                words = gl.where(lane // CONSUMERS == 6, diagonal * sets if BLOCK >= KEYS else end, words)
+                words = gl.where(lane // CONSUMERS == 7, after * sets, words)
+                block = lane * 0
+                if BLOCK < KEYS:
+                    nth = (tile * CONSUMERS + (lane // 8) % CONSUMERS) * HEADS + (lane // 2) % 4
+                    block, until, found = chunk_block(nth, level, num_blocks, rule, LEVELS, SINKS)
+                    found = found & ((lane // 2) % 4 < HEADS)
+                    block = gl.where(found, block, 0)
+                    words = gl.where(lane < 16, words, block * BLOCK)
+                    words = gl.where((lane < 16) | (lane % 2 == 0), words, gl.where(found, until * BLOCK, 0))
                 item_buf.index(slot).store(words)
                 mbarrier.arrive(item_full.index(slot), count=1)
                 mbarrier.wait(kv_empty.index(slot), (round & 1) ^ 1)
                 loaded = kv_full.index(slot)
                 mbarrier.expect(loaded, 2 * CONSUMERS * KEYS * D * 2)
                 for c in gl.static_range(CONSUMERS):
-                    first = begin_token + _pick(key, lane, c)
-                    to = 2 * (slot * CONSUMERS + c)
-                    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to))
-                    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, kv_buf.index(to + 1))
+                    k = kv_buf.index(2 * (slot * CONSUMERS + c))
+                    v = kv_buf.index(2 * (slot * CONSUMERS + c) + 1)
+                    if BLOCK >= KEYS:
+                        first = begin_token + _pick(key, lane, c)
+                        tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, k)
+                        tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, v)
+                    else:
+                        for j in gl.static_range(HEADS):  # as many blocks
+                            first = begin_token + _pick(block, lane, 16 + 8 * c + 2 * j) * BLOCK
+                            to = k.slice(j * BLOCK, BLOCK, 2)
+                            tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, to)
+                            to = v.slice(j * BLOCK, BLOCK, 2)
+                            tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, to)
                 for n in range(rows):
-                    row = top - (n + 1) * ROWS
-                    for g in range(group):
-                        head = kv_head * group + g
-                        chunk = (batch * kv_heads * group + head) * chunks + first_chunk + row // ROWS
+                    row = top - (n + 1) * TOKENS
+                    for g in range(sets):
+                        head = kv_head * group + g * HEADS
+                        chunk = (batch * kv_heads * group + head) // HEADS * chunks + first_chunk + row // TOKENS
                         token = begin_token + row
                         ready = step_full.index(stage)
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
@@ -170,26 +196,30 @@ def _produce(
 @gluon.jit
 def _step(
     k, v, q_buf, do_buf, stats_buf, step_full, step_empty, stage, phase, scores, dk, dv, scale_log2, diagonal,
-    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, NEXT: gl.constexpr,
+    keys, ends, row, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, NEXT: gl.constexpr,
 ):  # fmt: skip
     """Adds one step of 64 queries, whose scores are there, to dK and dV (both `[64, D]` float32), and with `NEXT`
     computes the scores of the next one. With `MASKED` a step on the diagonal, where a query sees keys up to its own, is
-    one with `diagonal` set."""
+    one with `diagonal` set. Of smaller blocks every step is masked: the key at `keys` is seen from there to `ends`, the
+    queries are at `row` and after."""
     s_layout: gl.constexpr = scores.type.layout
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     element: gl.constexpr = q_buf.dtype
-    q = q_buf.index(opaque(stage)).reshape([ROWS, D])
-    do = do_buf.index(opaque(stage)).reshape([ROWS, D])
+    q = flat_rows(q_buf.index(opaque(stage)))
+    do = flat_rows(do_buf.index(opaque(stage)))
     stats = stats_buf.index(stage)._reinterpret(gl.float32, [2, ROWS], WIDE)
     blank = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
     pending_dp = warpgroup_mma(v, do.permute([1, 0]), blank, use_acc=False, is_async=True)
     lse = stats.slice(0, 1).load(s_layout)
     probs = gl.exp2(scores * scale_log2 - lse)
-    if MASKED:
+    if BLOCK < KEYS:
+        query = row + gl.arange(0, ROWS, columns) % BLOCK
+        probs = gl.where((keys[:, None] <= query[None, :]) & (query[None, :] < ends[:, None]), probs, 0.0)
+    elif MASKED:
         key = gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
-        row = gl.arange(0, ROWS, columns)
-        probs = gl.where((key[:, None] <= row[None, :]) | (diagonal == 0), probs, 0.0)
+        query = gl.arange(0, ROWS, columns)
+        probs = gl.where((key[:, None] <= query[None, :]) | (diagonal == 0), probs, 0.0)
     p = gl.convert_layout(probs.to(element), p_layout)
     pending_dv = warpgroup_mma(p, do, dv, is_async=True)
     delta = stats.slice(1, 1).load(s_layout)
@@ -199,7 +229,7 @@ def _step(
     next_stage, next_phase = advance(stage, phase, STAGES)
     if NEXT:
         mbarrier.wait(step_full.index(next_stage), next_phase)
-        q_next = q_buf.index(next_stage).reshape([ROWS, D])
+        q_next = flat_rows(q_buf.index(next_stage))
         blank_next = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
         pending_s = warpgroup_mma(k, q_next.permute([1, 0]), blank_next, use_acc=False, is_async=True)
         dv, dk, scores = warpgroup_mma_wait(0, deps=[pending_dv, pending_dk, pending_s])
@@ -207,6 +237,38 @@ def _step(
         dv, dk = warpgroup_mma_wait(0, deps=[pending_dv, pending_dk])
     mbarrier.arrive(step_empty.index(stage), count=1)
     return scores, dk, dv, next_stage, next_phase
+
+
+@gluon.jit
+def _store_blocks(
+    k_buf, v_buf, dk_desc, dv_desc, dk, dv, info, word, batch, head, begin, length, tokens, kv_heads,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of several blocks, which stand in shared memory `[1, 1, 64, D]`, to where their keys are:
+    by TMA, or where packed documents may end among them row by row."""
+    if PACKED:
+        D: gl.constexpr = k_buf.shape[3]
+        columns: gl.constexpr = D // 8
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
+        lanes = gl.arange(0, KEYS, gl.SliceLayout(1, layout))
+        token = lanes
+        for j in gl.static_range(KEYS // BLOCK):
+            first = gl.where(get(info, word + 2 * j + 1) > 0, get(info, word + 2 * j), length)  # no block: past the end
+            token = gl.where(lanes // BLOCK == j, first + lanes % BLOCK, token)
+        offset = ((batch * tokens + begin + token).to(gl.int64) * kv_heads + head) * D
+        column = gl.arange(0, D, gl.SliceLayout(0, layout))
+        stored = (token < length)[:, None]
+        gl.store(dk + offset[:, None] + column[None, :], flat_rows(k_buf).load(layout), mask=stored)
+        gl.store(dv + offset[:, None] + column[None, :], flat_rows(v_buf).load(layout), mask=stored)
+        fence_async_shared()  # the buffers are filled by TMA next
+    else:
+        fence_async_shared()
+        for j in gl.static_range(KEYS // BLOCK):
+            first = get(info, word + 2 * j)
+            if get(info, word + 2 * j + 1) > 0:
+                at = [batch, head, first, 0]
+                tma.async_copy_shared_to_global(dk_desc, at, k_buf.slice(j * BLOCK, BLOCK, 2))
+                tma.async_copy_shared_to_global(dv_desc, at, v_buf.slice(j * BLOCK, BLOCK, 2))
 
 
 @gluon.jit
@@ -222,9 +284,13 @@ def _skip(steps, step_full, step_empty, stage, phase, STAGES: gl.constexpr):
 def _consume(
     C: gl.constexpr, dk_desc, dv_desc, dk_pointer, dv_pointer, parts,
     q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
-    scale, scale_log2, tokens, kv_heads, groups, num_parts,
-    D: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr, PACKED: gl.constexpr,
+    scale, scale_log2, tokens, kv_heads, group, groups, num_parts,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    D: gl.constexpr = q_buf.shape[4]
+    TOKENS: gl.constexpr = min(BLOCK, ROWS)
+    HEADS: gl.constexpr = ROWS // TOKENS
+    sets = group // HEADS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     element: gl.constexpr = q_buf.dtype
@@ -243,7 +309,19 @@ def _consume(
         inside = get(info, word + 10 + C)
         diagonal = get(info, word + 12 + C)
         after = get(info, word + 14 + C)
-        mbarrier.arrive(item_empty.index(slot), count=1)
+        key_lanes = gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
+        keys = key_lanes
+        ends = key_lanes
+        row, turn = 0, 0
+        if BLOCK < KEYS:
+            for j in gl.static_range(HEADS):
+                own = key_lanes // BLOCK == j
+                keys = gl.where(own, get(info, word + 16 + 8 * C + 2 * j) + key_lanes % BLOCK, keys)
+                ends = gl.where(own, get(info, word + 17 + 8 * C + 2 * j), ends)
+            row = diagonal - TOKENS
+            diagonal = 0
+        else:
+            mbarrier.arrive(item_empty.index(slot), count=1)
         dk = gl.zeros([KEYS, D], gl.float32, d_layout)
         dv = gl.zeros([KEYS, D], gl.float32, d_layout)
         scores = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
@@ -260,22 +338,26 @@ def _consume(
         some = gl.minimum(inside + diagonal, 1)
         for _ in range(some):
             mbarrier.wait(step_full.index(stage), phase)
-            q = q_buf.index(opaque(stage)).reshape([ROWS, D]).permute([1, 0])
+            q = flat_rows(q_buf.index(opaque(stage))).permute([1, 0])
             k_first = kv_buf.index(2 * (opaque(slot) * CONSUMERS + C)).reshape([KEYS, D])
             pending = warpgroup_mma(k_first, q, scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[pending])
         for n in range(inside + diagonal - 1):
             scores, dk, dv, stage, phase = _step(
                 k, v, q_buf, do_buf, stats_buf, step_full, step_empty, stage, phase, scores, dk, dv,
-                scale_log2, (n >= inside).to(gl.int32), D, STAGES, GROUPED, True,
+                scale_log2, (n >= inside).to(gl.int32), keys, ends, row, BLOCK, STAGES, GROUPED, True,
             )  # fmt: skip
+            if BLOCK < KEYS:  # after all heads of a query block the one before it
+                turn += 1
+                row = gl.where(turn == sets, row - TOKENS, row)
+                turn = gl.where(turn == sets, 0, turn)
         again = opaque(slot)
         k_last = kv_buf.index(2 * (again * CONSUMERS + C)).reshape([KEYS, D])
         v_last = kv_buf.index(2 * (again * CONSUMERS + C) + 1).reshape([KEYS, D])
         for _ in range(some):
             scores, dk, dv, stage, phase = _step(
                 k_last, v_last, q_buf, do_buf, stats_buf, step_full, step_empty, stage, phase, scores, dk, dv,
-                scale_log2, diagonal, D, STAGES, True, False,
+                scale_log2, diagonal, keys, ends, row, BLOCK, STAGES, True, False,
             )  # fmt: skip
         stage, phase = _skip(after, step_full, step_empty, stage, phase, STAGES)
         dk = dk * scale
@@ -290,10 +372,18 @@ def _consume(
             else:
                 batch = batch_head // kv_heads
                 head = batch_head % kv_heads
-                store_rows(dk.to(element), k4, dk_desc, dk_pointer, batch, head, begin, key, length, tokens, kv_heads,
-                           PACKED)  # fmt: skip
-                store_rows(dv.to(element), v4, dv_desc, dv_pointer, batch, head, begin, key, length, tokens, kv_heads,
-                           PACKED)  # fmt: skip
+                if BLOCK < KEYS:
+                    k.store(dk.to(element))
+                    v.store(dv.to(element))
+                    _store_blocks(k4, v4, dk_desc, dv_desc, dk_pointer, dv_pointer, info, word + 16 + 8 * C, batch,
+                                  head, begin, length, tokens, kv_heads, BLOCK, PACKED)  # fmt: skip
+                else:
+                    store_rows(dk.to(element), k4, dk_desc, dk_pointer, batch, head, begin, key, length, tokens,
+                               kv_heads, PACKED)  # fmt: skip
+                    store_rows(dv.to(element), v4, dv_desc, dv_pointer, batch, head, begin, key, length, tokens,
+                               kv_heads, PACKED)  # fmt: skip
+        if BLOCK < KEYS:
+            mbarrier.arrive(item_empty.index(slot), count=1)
         round += slot
         slot = slot ^ 1
         mbarrier.wait(item_full.index(slot), round & 1)
@@ -318,8 +408,9 @@ def attention_backward_kv(
     # groups = B Hkv, in waves; tiles, segments and tiles an item of each level; packed as in the forward
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, ROWS, D], q_desc.layout)
-    do_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, ROWS, D], q_desc.layout)
+    q_box: gl.constexpr = q_desc.block_type.shape
+    q_buf = gl.allocate_shared_memory(element, [STAGES, 1, q_box[1], q_box[2], D], q_desc.layout)
+    do_buf = gl.allocate_shared_memory(element, [STAGES, 1, q_box[1], q_box[2], D], q_desc.layout)
     kv_buf = gl.allocate_shared_memory(element, [SLOTS * CONSUMERS * 2, 1, 1, KEYS, D], k_desc.layout)
     stats_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * ROWS], stats_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -353,11 +444,13 @@ def attention_backward_kv(
             (_consume, (0, dk_desc, dv_desc, dk, dv, parts,
                         q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
+                        scale, scale_log2, length, kv_heads, group, groups, num_parts,
+                        BLOCK, STAGES, GROUPED, PACKED)),
             (_consume, (1, dk_desc, dv_desc, dk, dv, parts,
                         q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, length, kv_heads, groups, num_parts, D, STAGES, GROUPED, PACKED)),
+                        scale, scale_log2, length, kv_heads, group, groups, num_parts,
+                        BLOCK, STAGES, GROUPED, PACKED)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],

@@ -11,18 +11,32 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..triton.forward import LOG2E
-from .common import WORDS, advance, count_bits, get, lowest_bit, store_rows
-from .rows import CONSUMERS, KEYS, LIST, ROWS, TILE_WORDS, TILES, make_rings, produce_rows, skip_keys
+from .common import WORDS, advance, count_bits, flat_rows, get, store_rows
+from .rows import (
+    CONSUMERS,
+    HIDDEN,
+    KEYS,
+    LIST,
+    ROWS,
+    TILE_WORDS,
+    TILES,
+    edge_keys,
+    make_rings,
+    produce_rows,
+    seen_tiles,
+    skip_keys,
+    tile_of,
+)
 
 ROW_SLOTS = gl.constexpr(1)
 
 
 @gluon.jit
 def _key_step(
-    q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, lse, delta, row, key, scale_log2,
-    D: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
+    q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, lse, delta, key_list, slot, tile, bits, row, scale_log2,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Adds one key tile to dQ `[64, D]`; with `EDGE` keys after a row's own are masked."""
+    """Adds one key tile to dQ `[64, D]`; with `EDGE` keys that rows do not see are masked."""
     s_layout: gl.constexpr = lse.type.layout.parent
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
     k = k_buf.index(stage).reshape([KEYS, D])
@@ -33,10 +47,11 @@ def _key_step(
     pending_dp = warpgroup_mma(do, v.permute([1, 0]), blank, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[pending_s])
     probs = gl.exp2(scores * scale_log2 - lse[:, None])
-    if EDGE:  # noqa: SIM102 (one is known when compiling)
+    if EDGE:
+        key = get(key_list, slot * LIST + tile) if BLOCK >= KEYS else HIDDEN
         if key + KEYS - 1 > row:
-            rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-            keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+            rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)) % min(BLOCK, ROWS)
+            keys = edge_keys(key_list, slot, tile, bits, gl.SliceLayout(0, s_layout), BLOCK)
             probs = gl.where(keys[None, :] <= rows[:, None], probs, 0.0)
     dprobs = warpgroup_mma_wait(0, deps=[pending_dp])
     ds = gl.convert_layout((probs * (dprobs - delta[:, None])).to(k_buf.dtype), p_layout)
@@ -50,25 +65,27 @@ def _key_step(
 @gluon.jit
 def _statistics(
     do, do_full, phase, out, lse, dlse, stats, batch, head, begin, row, length, chunk, tokens, heads, chunks,
-    D: gl.constexpr, HAS_DLSE: gl.constexpr,
+    TOKENS: gl.constexpr, D: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """`lse2` and `delta` of 64 rows, stored for the other kernel; rows past the end get inf and 0, and add nothing.
     Waits for the rows of dO."""
     columns: gl.constexpr = D // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
     lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    token = row + lanes
+    token = row + lanes % TOKENS
+    own_head = head + lanes // TOKENS
     exists = token < length
-    offset = ((batch * tokens + begin + token).to(gl.int64) * heads + head) * D
+    offset = ((batch * tokens + begin + token).to(gl.int64) * heads + own_head) * D
     column = gl.arange(0, D, gl.SliceLayout(0, layout))
     o = gl.load(out + offset[:, None] + column[None, :], mask=exists[:, None], other=0.0)
-    position = (batch * heads + head).to(gl.int64) * tokens + begin + token
+    position = (batch * heads + own_head).to(gl.int64) * tokens + begin + token
     lse2 = gl.load(lse + position, mask=exists, other=float("inf")) * LOG2E
     mbarrier.wait(do_full, phase)
     delta = gl.sum(o.to(gl.float32) * do.load(layout).to(gl.float32), 1)
     if HAS_DLSE:
         delta -= gl.load(dlse + position, mask=exists, other=0.0)
-    to = stats + ((batch * heads + head).to(gl.int64) * chunks + chunk + row // ROWS) * (2 * ROWS) + lanes
+    sets = (batch * heads + head) // (ROWS // TOKENS)
+    to = stats + (sets.to(gl.int64) * chunks + chunk + row // TOKENS) * (2 * ROWS) + lanes
     stored = (lanes >= 0) & (row < length)
     gl.store(to, lse2, mask=stored)
     gl.store(to + ROWS, gl.where(exists, delta, 0.0), mask=stored)
@@ -80,16 +97,17 @@ def _consume(
     C: gl.constexpr, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
     tile_buf, list_buf, tile_full, tile_empty,
     dq_pointer, out, lse, dlse, stats, scale, scale_log2, tokens, heads, chunks,
-    STAGES: gl.constexpr, HAS_DLSE: gl.constexpr, PACKED: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_DLSE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_buf.shape[4]
+    TOKENS: gl.constexpr = min(BLOCK, ROWS)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     words = tile_buf._reinterpret(gl.int32, [TILES * TILE_WORDS, 1], WORDS)
     key_list = list_buf._reinterpret(gl.int32, [(TILES + 1) * LIST, 1], WORDS)
-    q = q_buf.index(C).reshape([ROWS, D])
-    do = do_buf.index(C).reshape([ROWS, D])
+    q = flat_rows(q_buf.index(C))
+    do = flat_rows(do_buf.index(C))
     stage, phase, round = 0, 0, 0
     mbarrier.wait(tile_full.index(0), 0)
     while get(words, round % TILES * TILE_WORDS) >= 0:
@@ -97,37 +115,38 @@ def _consume(
         word = slot * TILE_WORDS
         edges = get(words, word + 1)
         num_full = get(words, word + 2)
-        seen = get(words, word + 3 + C)
+        bits = get(words, word + 3 + C)
         batch = get(words, word + 6)
         head = get(words, word + 7)
-        row = get(words, word + 8) + C * ROWS
+        row = get(words, word + 8) + C * TOKENS
         begin = get(words, word + 9)
         length = get(words, word + 10)
         chunk = get(words, word + 11)
         lse2, delta = _statistics(
             do, q_full.index(C), round & 1, out, lse, dlse, stats, batch, head, begin, row, length, chunk,
-            tokens, heads, chunks, D, HAS_DLSE,
+            tokens, heads, chunks, TOKENS, D, HAS_DLSE,
         )  # fmt: skip
         row_lse = gl.convert_layout(lse2, s_rows)
         row_delta = gl.convert_layout(delta, s_rows)
         dq = gl.zeros([ROWS, D], gl.float32, dq_layout)
         # the masked key tiles that these rows see, then the others
+        seen = seen_tiles(bits, BLOCK)
         at = -1
         for _ in range(count_bits(seen)):
-            then = lowest_bit(seen)
+            then = tile_of(seen, BLOCK)
             seen = seen & (seen - 1)
             stage, phase = skip_keys(then - at - 1, kv_full, kv_empty, stage, phase, STAGES)
             dq, stage, phase = _key_step(
-                q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, row_lse, row_delta, row,
-                get(key_list, slot * LIST + then), scale_log2, D, STAGES, True,
+                q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, row_lse, row_delta,
+                key_list, slot, then, bits, row, scale_log2, D, BLOCK, STAGES, True,
             )  # fmt: skip
             at = then
         mbarrier.arrive(tile_empty.index(slot), count=1)
         stage, phase = skip_keys(edges - at - 1, kv_full, kv_empty, stage, phase, STAGES)
         for _ in range(num_full):
             dq, stage, phase = _key_step(
-                q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, row_lse, row_delta, row, 0,
-                scale_log2, D, STAGES, False,
+                q, do, k_buf, v_buf, kv_full, kv_empty, stage, phase, dq, row_lse, row_delta,
+                key_list, slot, 0, bits, row, scale_log2, D, BLOCK, STAGES, False,
             )  # fmt: skip
         store_rows((dq * scale).to(q_buf.dtype), q_buf.index(C), dq_desc, dq_pointer, batch, head, begin, row, length,
                    tokens, heads, PACKED)  # fmt: skip
@@ -144,12 +163,13 @@ def attention_backward_q(
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; dq and out [B, S, H, D], lse and dlse [B, H, S]
-    # contiguous; stats [B H chunks, 128] float32: lse2 and delta of 64 rows; packed as in the forward
+    # descriptors as in the forward; dq and out [B, S, H, D], lse and dlse [B, H, S] contiguous; stats [chunks, 128]
+    # float32: lse2 and delta of the 64 rows of a box, over B, sets of heads, boxes; packed as in the forward
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
-    do_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    q_box: gl.constexpr = q_desc.block_type.shape
+    q_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, q_box[1], q_box[2], D], q_desc.layout)
+    do_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, q_box[1], q_box[2], D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
     q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
@@ -165,15 +185,15 @@ def attention_backward_q(
             (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
-                        STAGES, HAS_DLSE, PACKED)),
+                        BLOCK, STAGES, HAS_DLSE, PACKED)),
             (_consume, (1, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
-                        STAGES, HAS_DLSE, PACKED)),
+                        BLOCK, STAGES, HAS_DLSE, PACKED)),
             (_consume, (2, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,
-                        STAGES, HAS_DLSE, PACKED)),
+                        BLOCK, STAGES, HAS_DLSE, PACKED)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

@@ -10,13 +10,9 @@ CHUNK = tl.constexpr(64)
 
 
 @triton.jit
-def chunk_run(
-    index, level, num_blocks, low, high, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr
-):
-    """First key of the `index`-th chunk of a level, and the run `[begin, end)` of query rows in `[low, high)` that sees
-    it; all three are `high` where there is no such chunk or run. Sinks are a level of their own, `LEVELS + 1`."""
-    per_block: tl.constexpr = BLOCK // CHUNK
-    nth = index // per_block
+def chunk_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.constexpr):
+    """The `nth` key block of a level, the query block after the last one that sees it, and whether there is such a key
+    block. Sinks are a level of their own, `LEVELS + 1`."""
     wider, block, count = 0, 0, 0
     for step in tl.static_range(LEVELS + 1):
         belong = num_blocks
@@ -28,21 +24,55 @@ def chunk_run(
     if SINKS:
         count = tl.where(level > LEVELS, tl.minimum(rule[1], num_blocks), tl.where(block < rule[1], 0, count))
         block = tl.where(level > LEVELS, nth, block)
-    key = block * BLOCK + (index % per_block) * CHUNK
-    end = tl.minimum(tl.minimum(block + reach_of(block, rule, LEVELS, SINKS), num_blocks) * BLOCK, high)
-    begin = tl.maximum(key, low)
-    exists = (nth < count) & (begin < end)
-    return tl.where(exists, key, high), tl.where(exists, begin, high), tl.where(exists, end, high)
+    return block, tl.minimum(block + reach_of(block, rule, LEVELS, SINKS), num_blocks), nth < count
+
+
+@triton.jit
+def chunk_run(
+    index, level, num_blocks, low, high, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr
+):
+    """First key of the `index`-th chunk of a level, and the run `[begin, end)` of query rows in `[low, high)` that sees
+    it; all three are `high` where there is no such chunk or run. A chunk is a part of a block, or the `CHUNK // BLOCK`
+    next blocks of the level; then the run is that of any of them, and the first key one that a row of it sees."""
+    if BLOCK >= CHUNK:
+        per_block: tl.constexpr = BLOCK // CHUNK
+        block, until, exists = chunk_block(index // per_block, level, num_blocks, rule, LEVELS, SINKS)
+        key = block * BLOCK + (index % per_block) * CHUNK
+        end = tl.minimum(until * BLOCK, high)
+        begin = tl.maximum(key, low)
+        exists = exists & (begin < end)
+        return tl.where(exists, key, high), tl.where(exists, begin, high), tl.where(exists, end, high)
+    else:
+        key = index * 0 + high
+        begin = key
+        last = index * 0
+        for j in tl.static_range(CHUNK // BLOCK):
+            block, until, exists = chunk_block(index * (CHUNK // BLOCK) + j, level, num_blocks, rule, LEVELS, SINKS)
+            own_begin = tl.maximum(block * BLOCK, low)
+            own_end = tl.minimum(until * BLOCK, high)
+            exists = exists & (own_begin < own_end)
+            key = tl.where(exists, tl.minimum(key, block * BLOCK), key)
+            begin = tl.where(exists, tl.minimum(begin, own_begin), begin)
+            last = tl.where(exists, tl.maximum(last, own_end), last)
+        return key, begin, tl.where(begin < last, last, high)
+
+
+@triton.jit
+def _pairs(blocks, BLOCK: tl.constexpr):
+    """Pairs of chunks that so many blocks of a level make."""
+    if BLOCK >= CHUNK:
+        return (blocks * (BLOCK // CHUNK) + 1) // 2
+    else:
+        return (blocks + 2 * (CHUNK // BLOCK) - 1) // (2 * (CHUNK // BLOCK))
 
 
 @triton.jit
 def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
     """`(level, tile of the level)` of a document's `tile`-th pair of chunks, sinks first, then the widest level; level
     < 0: a spare."""
-    per_block: tl.constexpr = BLOCK // CHUNK
     wider, found, index = 0, -1, 0
     if SINKS:
-        tiles = (tl.minimum(rule[1], num_blocks) * per_block + 1) // 2
+        tiles = _pairs(tl.minimum(rule[1], num_blocks), BLOCK)
         found = tl.where(tile < tiles, LEVELS + 1, -1)
         index = tl.where(tile < tiles, tile, 0)
         tile = tl.where(tile < tiles, tile, tile - tiles)
@@ -50,7 +80,7 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
         belong = num_blocks
         if step < LEVELS:
             belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
-        tiles = ((belong - wider) * per_block + 1) // 2
+        tiles = _pairs(belong - wider, BLOCK)
         here = (found < 0) & (tile < tiles)
         found = tl.where(here, LEVELS - step, found)
         index = tl.where(here, tile, index)
@@ -61,13 +91,12 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
 
 @triton.jit
 def _counts(length, sinks, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Tiles of TILE rows, chunks of 64 rows, and pairs of key chunks of documents, sinks twice; of the pairs one may be
-    half empty in every level."""
-    tiles = (length + TILE - 1) // TILE
-    chunks = (length + CHUNK - 1) // CHUNK
-    key_chunks = (length + BLOCK - 1) // BLOCK * (BLOCK // CHUNK)
-    pairs = (key_chunks + LEVELS + 1) // 2 + (tl.minimum(key_chunks, sinks * (BLOCK // CHUNK)) + 1) // 2
-    return tiles, chunks, tl.where(length > 0, pairs, 0)
+    """Tiles of TILE rows, boxes of rows, and pairs of key chunks of documents, sinks twice; of the pairs one may be
+    short in every level."""
+    box: tl.constexpr = min(BLOCK, CHUNK)
+    blocks = (length + BLOCK - 1) // BLOCK
+    pairs = _pairs(blocks, BLOCK) + LEVELS + _pairs(tl.minimum(blocks, sinks), BLOCK)
+    return (length + TILE - 1) // TILE, (length + box - 1) // box, tl.where(length > 0, pairs, 0)
 
 
 @triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks"])
@@ -77,8 +106,8 @@ def attention_documents(
 ):  # fmt: skip
     """The table of packed work, int32 `[1 + most_tiles + pairs, 4]`: the numbers of tiles and pairs; then for each tile
     of TILE rows, and after room for `most_tiles` for each pair of key chunks: its first row or its number in the
-    document, the token where the document begins, its length, and the chunks of 64 rows before it. A program writes
-    one document's. `sinks` are the most of any head."""
+    document, the token where the document begins, its length, and the boxes of rows (64 tokens, or a smaller block)
+    before it. A program writes one document's. `sinks` are the most of any head."""
     document = tl.program_id(0)
     tiles, chunks, pairs = 0, 0, 0
     for start in range(0, document, WIDTH):
@@ -168,11 +197,25 @@ def attention_sum_parts(
         sum_k = tl.zeros([CHUNK, D], tl.float32)
         sum_v = tl.zeros([CHUNK, D], tl.float32)
         for segment in range(begin // segment_rows, (end - 1) // segment_rows + 1):
+            seen = begin < end
+            if BLOCK < CHUNK:  # the runs of its blocks may leave a segment out
+                low = segment * segment_rows
+                _, own_begin, own_end = chunk_run(
+                    own, level, num_blocks, low, tl.minimum(low + segment_rows, high), rule, BLOCK, LEVELS, SINKS
+                )
+                seen = own_begin < own_end
             source = part + ((segment * groups + group) * parts + index).to(tl.int64) * (2 * CHUNK * D)
-            sum_k += tl.load(source + offsets)
-            sum_v += tl.load(source + CHUNK * D + offsets)
+            sum_k += tl.load(source + offsets, mask=seen, other=0.0)
+            sum_v += tl.load(source + CHUNK * D + offsets, mask=seen, other=0.0)
         row = key + rows
+        exists = row < length
+        if BLOCK < CHUNK:
+            block, _, exists = chunk_block(
+                own * (CHUNK // BLOCK) + rows // BLOCK, level, num_blocks, rule, LEVELS, SINKS
+            )
+            row = block * BLOCK + rows % BLOCK
+            exists = exists & (row < length)
         batch = (group // kv_heads).to(tl.int64)
         to = ((batch * length + row) * kv_heads + group % kv_heads)[:, None] * D + column[None, :]
-        tl.store(dk + to, sum_k.to(dk.dtype.element_ty), mask=(row < length)[:, None])
-        tl.store(dv + to, sum_v.to(dv.dtype.element_ty), mask=(row < length)[:, None])
+        tl.store(dk + to, sum_k.to(dk.dtype.element_ty), mask=exists[:, None])
+        tl.store(dv + to, sum_v.to(dv.dtype.element_ty), mask=exists[:, None])

@@ -58,25 +58,42 @@ def load_entry(entries, index):
 
 
 @gluon.jit
+def flat_rows(buffer):
+    """A box `[1, heads, tokens, D]` in shared memory as `[heads tokens, D]`."""
+    rows: gl.constexpr = buffer.shape[1] * buffer.shape[2]
+    if buffer.shape[1] == 1:
+        return buffer.reshape([rows, buffer.shape[3]])
+    else:
+        layout: gl.constexpr = gl.NVMMASharedLayout(
+            swizzle_byte_width=buffer.layout.swizzle_byte_width,
+            element_bitwidth=buffer.layout.element_bitwidth,
+            rank=2,
+        )
+        return buffer._reinterpret(buffer.dtype, [rows, buffer.shape[3]], layout)
+
+
+@gluon.jit
 def store_rows(x, buffer, desc, pointer, batch, head, begin, row, length, tokens, heads, PACKED: gl.constexpr):
-    """Writes 64 rows `[64, D]` of registers through shared memory to `[B, tokens, heads, D]`: by TMA, which stops at
-    the end of the sequence, or row by row where a packed document ends among them. `row` counts from the document's
-    beginning. The caller waits for the copy."""
+    """Writes 64 rows `[64, D]` of registers, of one head or several, through shared memory to `[B, tokens, heads, D]`:
+    by TMA, which stops at the end of the sequence, or row by row where a packed document ends among them. `row` counts
+    from the document's beginning. The caller waits for the copy."""
     ROWS: gl.constexpr = x.shape[0]
+    TOKENS: gl.constexpr = buffer.shape[2]
     D: gl.constexpr = x.shape[1]
-    flat = buffer.reshape([ROWS, D])
+    flat = flat_rows(buffer)
     flat.store(x)
     if PACKED:
-        if row + ROWS <= length:
+        if row + TOKENS <= length:
             fence_async_shared()
             tma.async_copy_shared_to_global(desc, [batch, head, begin + row, 0], buffer)
         else:
             columns: gl.constexpr = D // 8
             layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
-            lanes = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            offset = ((batch * tokens + begin + lanes).to(gl.int64) * heads + head) * D
+            lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            token = row + lanes % TOKENS
+            offset = ((batch * tokens + begin + token).to(gl.int64) * heads + head + lanes // TOKENS) * D
             column = gl.arange(0, D, gl.SliceLayout(0, layout))
-            gl.store(pointer + offset[:, None] + column[None, :], flat.load(layout), mask=(lanes < length)[:, None])
+            gl.store(pointer + offset[:, None] + column[None, :], flat.load(layout), mask=(token < length)[:, None])
             fence_async_shared()  # the buffer is filled by TMA next
     else:
         fence_async_shared()

@@ -9,8 +9,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .common import WORDS, advance, count_bits, get, lowest_bit, opaque, store_rows
-from .rows import CONSUMERS, KEYS, LIST, ROWS, TILE_WORDS, TILES, make_rings, produce_rows, skip_keys
+from .common import WORDS, advance, count_bits, flat_rows, get, opaque, store_rows
+from .rows import (
+    CONSUMERS,
+    KEYS,
+    LIST,
+    ROWS,
+    TILE_WORDS,
+    TILES,
+    edge_keys,
+    make_rings,
+    produce_rows,
+    seen_tiles,
+    skip_keys,
+    tile_of,
+)
 
 LN2 = gl.constexpr(0.6931471805599453)
 ROW_SLOTS = gl.constexpr(2)  # of a consumer: this tile's rows and the next one's, later their output
@@ -104,12 +117,16 @@ def _step(
 
 
 @gluon.jit
-def _mask(scores, key, row, position):
-    """Hides the keys after a row's own, where the tile at `key` has any."""
-    s_layout: gl.constexpr = scores.type.layout
-    if key + KEYS - 1 > row:
-        keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+def _mask(scores, key_list, slot, tile, bits, row, position, BLOCK: gl.constexpr):
+    """Hides the keys of a tile at the edge that rows do not see."""
+    layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    if BLOCK < KEYS:
+        keys = edge_keys(key_list, slot, tile, bits, layout, BLOCK)
         scores = gl.where(keys[None, :] <= position[:, None], scores, float("-inf"))
+    else:
+        if get(key_list, slot * LIST + tile) + KEYS - 1 > row:
+            keys = edge_keys(key_list, slot, tile, bits, layout, BLOCK)
+            scores = gl.where(keys[None, :] <= position[:, None], scores, float("-inf"))
     return scores
 
 
@@ -120,6 +137,8 @@ def _consume(
     BLOCK: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_buf.shape[4]
+    TOKENS: gl.constexpr = min(BLOCK, ROWS)
+    HOLD: gl.constexpr = BLOCK <= KEYS  # a tile, while the next one is waited for; see `rows`
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -133,20 +152,22 @@ def _consume(
         word = slot * TILE_WORDS
         edges = get(words, word + 1)
         num_full = get(words, word + 2)
-        seen = get(words, word + 3 + C)
+        bits = get(words, word + 3 + C)
         batch = get(words, word + 6)
         head = get(words, word + 7)
-        row = get(words, word + 8) + C * ROWS
+        row = get(words, word + 8) + C * TOKENS
         begin = get(words, word + 9)
         length = get(words, word + 10)
-        position = row + gl.arange(0, ROWS, s_rows)
+        lanes = gl.arange(0, ROWS, s_rows)
+        position = row + lanes % TOKENS
         row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
         row_sum = gl.full([ROWS], 0.0, gl.float32, s_rows)
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        q = q_buf.index(own).reshape([ROWS, D])
+        q = flat_rows(q_buf.index(own))
 
         # masked key tiles that these rows see
-        at = lowest_bit(seen)
+        seen = seen_tiles(bits, BLOCK)
+        at = tile_of(seen, BLOCK)
         seen = seen & (seen - 1)
         stage, phase = skip_keys(at, kv_full, kv_empty, stage, phase, STAGES)
         mbarrier.wait(q_full.index(own), round // ROW_SLOTS & 1)
@@ -154,12 +175,11 @@ def _consume(
         if ROW_SLOTS == 2:  # the previous tile's output has left the other buffer
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(C * ROW_SLOTS + 1 - slot), count=1, pred=round > 0)
-        scores = _mask(scores, get(key_list, slot * LIST + at), row, position)
+        scores = _mask(scores, key_list, slot, at, bits, row, position, BLOCK)
         for _ in range(count_bits(seen)):
-            then = lowest_bit(seen)
+            then = tile_of(seen, BLOCK)
             seen = seen & (seen - 1)
-            if BLOCK == KEYS:
-                # a stage may be held over a gap: tiles that a consumer sees are at most three positions apart (`rows`)
+            if HOLD:
                 next_stage, next_phase = advance(stage, phase, STAGES)
                 next_stage, next_phase = skip_keys(then - at - 1, kv_full, kv_empty, next_stage, next_phase, STAGES)
                 scores, row_max, row_sum, acc = _step(
@@ -172,13 +192,13 @@ def _consume(
                 stage, phase = advance(stage, phase, STAGES)
                 stage, phase = skip_keys(then - at - 1, kv_full, kv_empty, stage, phase, STAGES)
                 scores = _scores(q, k_buf, kv_full, stage, phase, s_layout, D)
-            scores = _mask(scores, get(key_list, slot * LIST + then), row, position)
+            scores = _mask(scores, key_list, slot, then, bits, row, position, BLOCK)
             at = then
         mbarrier.arrive(tile_empty.index(slot), count=1)
 
         # the others. Loops of one step stand for `if`: a branch around a wgmma makes ptxas serialise them all
         next_stage, next_phase = advance(stage, phase, STAGES)
-        if BLOCK == KEYS:
+        if HOLD:
             next_stage, next_phase = skip_keys(edges - at - 1, kv_full, kv_empty, next_stage, next_phase, STAGES)
             for _ in range(num_full):
                 scores, row_max, row_sum, acc = _step(
@@ -208,7 +228,7 @@ def _consume(
                 next_stage, next_phase = advance(next_stage, next_phase, STAGES)
         stage, phase = next_stage, next_phase
 
-        statistics = lse + (batch * heads + head).to(gl.int64) * tokens + begin
+        statistics = lse + (batch * heads + head + lanes // TOKENS).to(gl.int64) * tokens + begin
         gl.store(statistics + position, (row_max + gl.log2(row_sum)) * LN2, mask=position < length)
         acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, o_layout))[:, None]
         store_rows(acc.to(q_buf.dtype), q_buf.index(own), o_desc, out, batch, head, begin, row, length,
@@ -228,11 +248,12 @@ def attention_forward(
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; out [B, S, H, D]; lse [B, H, S]; packed: B = 1,
-    # S = all tokens, documents (`chunks.attention_documents`)
+    # descriptors over [B, H, S, D] with boxes [1, heads, tokens, D] of 64 rows, k and v [1, 1, tokens, D] of as many
+    # tokens; out [B, S, H, D]; lse [B, H, S]; packed: B = 1, S = all tokens, documents (`chunks.attention_documents`)
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(element, [CONSUMERS * ROW_SLOTS, 1, 1, ROWS, D], q_desc.layout)
+    q_box: gl.constexpr = q_desc.block_type.shape
+    q_buf = gl.allocate_shared_memory(element, [CONSUMERS * ROW_SLOTS, 1, q_box[1], q_box[2], D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
     q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(

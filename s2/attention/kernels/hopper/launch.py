@@ -18,7 +18,8 @@ from ...pattern import Pattern, pattern_from_key
 from ..triton.forward import LOG2E
 
 CHUNK = 64  # rows of a box, keys of a consumer
-_TILE_ROWS = 192
+_CONSUMERS = 3  # boxes of rows that a thread block works on
+_SMALLEST_BLOCK = 16
 _STAGES = {64: 8, 128: 4}  # key and value tiles in flight, by head dimension
 _Q_STAGES = {64: 6, 128: 4}  # the same beside the rows of dO
 _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
@@ -32,8 +33,9 @@ Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
-    """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, blocks of 64 and more, a
-    closed-form pattern, as many queries as keys, and strides that TMA can read."""
+    """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, a closed-form pattern, blocks of 64
+    and more, or of 32 and 16 with two and four query heads to a KV head (or multiples), as many queries as keys, and
+    strides that TMA can read."""
     if not on_hopper(q):
         return False
     if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
@@ -57,10 +59,16 @@ def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> b
         and q.shape[-1] in _STAGES
         and q.numel() > 0
         and (packed or q.shape[1] == k.shape[1])
-        and pattern.block_size >= CHUNK
+        and pattern.block_size >= _SMALLEST_BLOCK
+        and q.shape[-2] // k.shape[-2] % _heads_a_box(pattern.block_size) == 0
         and _has_closed_form(pattern.key)
         and all(_has_readable_strides(x) for x in (q, k, v))
     )
+
+
+def _heads_a_box(block_size: int) -> int:
+    """Query heads that the 64 rows of a box are of."""
+    return max(CHUNK // block_size, 1)
 
 
 @torch.compiler.assume_constant_result
@@ -127,12 +135,22 @@ class _Boxes:
         self.fields = {**vars(TensorDescriptor(x, shape, strides, box, layout)), "base": None}
 
     @classmethod
-    def of_rows(cls, x: Tensor, contiguous: bool = False) -> _Boxes:
-        """`[B, S, H, D]` as `[B, H, S, D]`, in boxes of 64 rows of one head: of x, or of tensors of its shape that are
-        contiguous."""
+    def of_rows(cls, x: Tensor, block: int, contiguous: bool = False) -> _Boxes:
+        """`[B, S, H, D]` as `[B, H, S, D]`, in boxes of 64 rows: `block` (at most 64) tokens of as many heads as are
+        needed. Of x, or of tensors of its shape that are contiguous."""
+        return cls._of_tokens(x, CHUNK // block, block, contiguous)
+
+    @classmethod
+    def of_keys(cls, x: Tensor, block: int, contiguous: bool = False) -> _Boxes:
+        """The same in boxes of `block` tokens of one head."""
+        return cls._of_tokens(x, 1, block, contiguous)
+
+    @classmethod
+    def _of_tokens(cls, x: Tensor, some_heads: int, tokens: int, contiguous: bool) -> _Boxes:
         batch, length, heads, dim = x.shape
         strides = (length * heads * dim, heads * dim, dim) if contiguous else x.stride()
-        return cls(x, [batch, heads, length, dim], [strides[0], strides[2], strides[1], 1], [1, 1, CHUNK, dim], 128)
+        shape, box = [batch, heads, length, dim], [1, some_heads, tokens, dim]
+        return cls(x, shape, [strides[0], strides[2], strides[1], 1], box, 128)
 
     @classmethod
     def of_statistics(cls, x: Tensor) -> _Boxes:
@@ -206,16 +224,17 @@ def _make_plan(
         "LEVELS": rules.num_levels,
         "SINKS": rules.has_sinks,
     }
-    tiles_per_head = -(-length // _TILE_ROWS)
-    num_tiles = tiles_per_head * num_heads * batch
+    tokens = min(pattern.block_size, CHUNK)  # of a box
+    tiles_per_head = -(-length // (_CONSUMERS * tokens))
+    num_tiles = tiles_per_head * (num_heads // _heads_a_box(pattern.block_size)) * batch
     processors = _processors(q.device)
     kind = (q.dtype, head_dim, q.device)
     return _Plan(
-        q=_Boxes.of_rows(q),
-        k=_Boxes.of_rows(k),
-        v=_Boxes.of_rows(v),
-        rows=_Boxes.of_rows(q, contiguous=True),
-        keys=_Boxes.of_rows(k, contiguous=True),
+        q=_Boxes.of_rows(q, tokens),
+        k=_Boxes.of_keys(k, tokens),
+        v=_Boxes.of_keys(v, tokens),
+        rows=_Boxes.of_rows(q, tokens, contiguous=True),
+        keys=_Boxes.of_keys(k, tokens, contiguous=True),
         rules=rules,
         constants=constants,
         scalars=(softmax_scale * LOG2E.value, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
@@ -238,31 +257,32 @@ _DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made 
 
 @dataclass(frozen=True)
 class _Documents:
-    """The table of packed work (`chunks.attention_documents`), where its pairs of chunks begin, and room for the chunks
-    of 64 rows of a head. An unpacked call gets another tensor in the table's place."""
+    """The table of packed work (`chunks.attention_documents`), where its pairs of chunks begin, and room for the boxes
+    of rows of a head. An unpacked call gets another tensor in the table's place."""
 
     table: Tensor
     most_tiles: int
-    chunks: int
+    boxes: int
 
     @classmethod
     def of(cls, q: Tensor, plan: _Plan, cu_seqlens: Tensor | None) -> _Documents:
         length = q.shape[1]
+        levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
+        tokens = min(block, CHUNK)
         if cu_seqlens is None:
-            return cls(plan.rules.table, 0, -(-length // CHUNK))
+            return cls(plan.rules.table, 0, -(-length // tokens))
         from . import chunks
 
         count = cu_seqlens.shape[0] - 1
-        levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
-        most_tiles = length // _TILE_ROWS + count
+        most_tiles = length // (_CONSUMERS * tokens) + count
         sinks = max(row[1] for row in plan.rules.rows)
-        most_pairs = (length // CHUNK + count * (block // CHUNK + levels + 1)) // 2 + count
-        most_pairs += min(length // CHUNK + count * (block // CHUNK), count * sinks * (block // CHUNK)) // 2 + count
+        most_keys = length + count * block  # in whole blocks
+        most_pairs = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
         table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
-        constants = {"TILE": _TILE_ROWS, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
+        constants = {"TILE": _CONSUMERS * tokens, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
         launch = _Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
         launch(_aligned(cu_seqlens), table, count, most_tiles, sinks)
-        return cls(table, most_tiles, length // CHUNK + -(-count // _DOCUMENTS) * _DOCUMENTS)
+        return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 
 # ---------------------------------------------------------------- forward
@@ -332,7 +352,10 @@ def divide_columns(
     """Work items for KV heads with these rows of the rule table (`schedule.rule_schedule`), repeated over a batch to
     `groups` heads in all, each read by `group` query heads."""
     num_blocks, num_chunks = -(-length // block_size), -(-length // CHUNK)
-    per_block = block_size // CHUNK
+
+    def chunks_of(blocks: int) -> int:
+        return -(-blocks * block_size // CHUNK)
+
     counts, reaches = [0, 0, 0, 0], [0, 0, 0, 0]
     steps = 0
     for local, sinks, *levels in table:
@@ -343,24 +366,24 @@ def divide_columns(
             blocks, wider = belong - wider, belong
             counts[level] = max(counts[level], blocks)
             if blocks > 0:
-                chunks = min(reach * per_block, num_chunks)
+                chunks = min(chunks_of(reach), num_chunks)
                 reaches[level] = max(reaches[level], chunks)
-                steps += blocks * per_block * max(chunks - chunks * chunks // (2 * num_chunks), 1)
+                steps += chunks_of(blocks) * max(chunks - chunks * chunks // (2 * num_chunks), 1)
         if sinks > 0:
             counts[num_levels + 1] = max(counts[num_levels + 1], min(sinks, num_blocks))
             reaches[num_levels + 1] = num_chunks
-            steps += min(sinks, num_blocks) * per_block * num_chunks
+            steps += chunks_of(min(sinks, num_blocks)) * num_chunks
     share = steps * group * (groups // len(table)) // (2 * processors)  # steps of two chunks, for each processor
     item_steps = min(max(share // _ITEMS_A_PROCESSOR, _MIN_ITEM_STEPS), _MAX_ITEM_STEPS)
     segment_chunks = max(item_steps // group, 1)
     long_tiles = sum(
-        -(-count * per_block // 2) for count, reach in zip(counts, reaches, strict=True) if reach > 2 * segment_chunks
+        -(-chunks_of(count) // 2) for count, reach in zip(counts, reaches, strict=True) if reach > 2 * segment_chunks
     )
     room = max(5 * groups * group * length // 4, _SMALL_PARTS) // max(512 * groups * long_tiles, 1)
     segment_chunks = -(-num_chunks // max(min(-(-num_chunks // segment_chunks), room), 1))
     num_segments = -(-num_chunks // segment_chunks)
     divided = tuple(num_segments if reach > 2 * segment_chunks else 1 for reach in reaches)
-    tiles = tuple(-(-count * per_block // 2) for count in counts)
+    tiles = tuple(-(-chunks_of(count) // 2) for count in counts)
     batches = tuple(_SHORT_BATCH if reach * group <= _SHORT_STEPS else 1 for reach in reaches)
     wave = min(max(_WAVE_ROWS // (num_chunks * CHUNK * group), 1), groups)
     return Columns(tiles, divided, segment_chunks * CHUNK, batches, wave)  # type: ignore[arg-type]
@@ -418,7 +441,7 @@ class _Backward:
         )  # fmt: skip
 
     def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
-        """Room for the statistics of `rows` chunks, and its descriptor."""
+        """Room for the statistics of `rows` boxes, and its descriptor."""
         stats = torch.empty((rows, 2 * CHUNK), dtype=torch.float32, device=device)
         boxes = self.statistics_boxes.get(rows)
         if boxes is None:
@@ -453,18 +476,19 @@ def run_backward(
         plan.backward = _Backward(q, k, plan, softmax_scale, packed)
     backward, counter = plan.backward, _counter(device)
     documents = _Documents.of(q, plan, cu_seqlens)
-    stats, stats_rows = backward.statistics(q.shape[0] * q.shape[2] * documents.chunks, device)
+    sets = q.shape[0] * q.shape[2] // _heads_a_box(pattern.block_size)
+    stats, stats_rows = backward.statistics(sets * documents.boxes, device)
     q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(grad_out)
     backward.q[dlse is not None](
         q_rows, do_rows, k_rows, v_rows, plan.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
-        plan.rules.table, documents.table, counter, *backward.q_scalars, documents.chunks,
+        plan.rules.table, documents.table, counter, *backward.q_scalars, documents.boxes,
     )  # fmt: skip
     divided = backward.parts_shape[2] > 0
     parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
     backward.kv(
         q_rows, do_rows, stats_rows, k_rows, v_rows, plan.keys(grad_k), plan.keys(grad_v), dk, dv, parts,
         plan.rules.table, documents.table, counter,
-        *backward.kv_scalars, documents.chunks, documents.most_tiles, *backward.kv_division,
+        *backward.kv_scalars, documents.boxes, documents.most_tiles, *backward.kv_division,
     )  # fmt: skip
     if divided:
         backward.sum(parts, dk, dv, plan.rules.table, *backward.sum_scalars)

@@ -6,10 +6,13 @@ The producer draws tiles from an atomic counter and turns each into the list of 
 The list and what else the consumers need to know stand in shared memory, for two tiles, so that the next tile is
 planned while this one is worked on. Key tiles go through a ring of stages. Every consumer walks every position of the
 ring in order: it waits for a stage also where it does not see the tile, and hands it back. (A
-consumer that left positions out could take an older load's phase for that of its own.) With blocks as large as key
+consumer that left positions out could take an older load's phase for that of its own.) With blocks no larger than key
 tiles, the tiles that a consumer sees at the edges, and the first one without a mask, are at most three positions apart;
 then it may hold one while it waits for the next, in a ring of four stages and more. With larger blocks it hands the one
 back first.
+
+Blocks smaller than 64 need several query heads to a KV head. The rows of a consumer are then one query block of
+`64 // BLOCK` heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
 """
 
 from triton.experimental import gluon
@@ -17,28 +20,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from ..triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
-from .common import LANES, WORDS, advance, get, load_entry, votes
+from .common import LANES, WORDS, advance, get, load_entry, lowest_bit, votes
 
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
 KEYS = gl.constexpr(64)  # keys of a stage
 CONSUMERS = gl.constexpr(3)
 TILES = gl.constexpr(2)  # tiles planned: the one at work and the next
 TILE_WORDS = gl.constexpr(32)  # see `_plan_tile`
-LIST = gl.constexpr(128)  # key tiles planned at a time
-EDGES = gl.constexpr(32)  # room for masked key tiles, of which there are at most 20 (with blocks of 256)
+LIST = gl.constexpr(128)  # entries of a list: first keys of the blocks (parts of larger ones) of key tiles
+EDGES = gl.constexpr(32)  # room for entries of masked key tiles: at most 20 tiles (blocks of 256), 6 of 4 (of 16)
+HIDDEN = gl.constexpr(1 << 29)  # a position after every row
 
 
 @gluon.jit
-def _locate(tile, heads, tiles_per_head, length, documents, PACKED: gl.constexpr):
-    """`(batch, head, first row, token where the document begins, its length, its first chunk)` of a tile. Rows count
-    from the beginning of the document, which is the whole sequence where nothing is packed. Heads come one after the
-    other, their longest rows first."""
+def _locate(tile, heads, tiles_per_head, length, documents, TOKENS: gl.constexpr, PACKED: gl.constexpr):
+    """`(batch, first head, first row, token where the document begins, its length, its first chunk)` of a tile. Rows
+    count from the beginning of the document, which is the whole sequence where nothing is packed. Heads come one after
+    the other, their longest rows first."""
     group = tile // tiles_per_head
     index = tiles_per_head - 1 - tile % tiles_per_head
-    row, begin, chunk = index * (ROWS * CONSUMERS), 0, 0
+    row, begin, chunk = index * (TOKENS * CONSUMERS), 0, 0
     if PACKED:
         row, begin, length, chunk = load_entry(documents + 4, index)
-    return group // heads, group % heads, row, begin, length, chunk
+    sets = heads // (ROWS // TOKENS)
+    return group // sets, group % sets * (ROWS // TOKENS), row, begin, length, chunk
 
 
 @gluon.jit
@@ -47,25 +52,36 @@ def _key_plan(head, row, length, table, TABLE: gl.constexpr, BLOCK: gl.constexpr
     """Rule of a KV head and plan of the tile whose first row is `row`: `(edges, unmasked key tiles, plan, rule, last
     row)`. The edges end with the tile's last row, where a larger block goes on."""
     rule = load_rule(table + head * TABLE, LEVELS, SINKS)
-    last_row = gl.minimum(row + ROWS * CONSUMERS, length) - 1
+    last_row = gl.minimum(row + min(BLOCK, ROWS) * CONSUMERS, length) - 1
     full, masked = key_plan(row, last_row, rule, BLOCK, KEYS, LEVELS, SINKS)
-    beyond = ((masked[14] + masked[15]) * BLOCK - last_row - 1) // KEYS
+    beyond = 0
+    if BLOCK > KEYS:
+        beyond = ((masked[14] + masked[15]) * BLOCK - last_row - 1) // KEYS
     return masked_tiles(masked) - beyond, full_tiles(full), (full, masked), rule, last_row
 
 
 @gluon.jit
-def _key_tile(n, edges, plan, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
-    """Block and first key of the n-th key tile of a plan: `edges` masked ones, then the unmasked ones."""
+def _key_block(n, edges, plan, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr):
+    """Block and first key of the n-th entry of a plan's list, and whether there is one: the blocks (or the parts of a
+    large one) of `edges` masked key tiles, some of which may be short of blocks, then those of the unmasked ones."""
     full, masked = plan
-    first, stride, index, _ = masked_tile(n, masked, LEVELS, SINKS)
-    full_first, full_stride, full_index = full_tile(n - edges, full, LEVELS, SINKS)
-    unmasked = n >= edges
+    blocks_a_tile: gl.constexpr = max(KEYS // BLOCK, 1)
+    tile = n // blocks_a_tile
+    first, stride, index, blocks = masked_tile(tile, masked, LEVELS, SINKS)
+    full_first, full_stride, full_index = full_tile(tile - edges, full, LEVELS, SINKS)
+    unmasked = tile >= edges
     first = gl.where(unmasked, full_first, first)
     stride = gl.where(unmasked, full_stride, stride)
     index = gl.where(unmasked, full_index, index)
-    per_block: gl.constexpr = BLOCK // KEYS
-    block = first + (index // per_block) * stride
-    return block, block * BLOCK + (index % per_block) * KEYS
+    if BLOCK < KEYS:
+        index = index * blocks_a_tile + n % blocks_a_tile
+        exists = unmasked | (index < blocks)
+        block = gl.where(exists, first + index * stride, 0)
+        return block, block * BLOCK, exists
+    else:
+        per_block: gl.constexpr = BLOCK // KEYS
+        block = first + (index // per_block) * stride
+        return block, block * BLOCK + (index % per_block) * KEYS, index >= 0
 
 
 @gluon.jit
@@ -74,26 +90,30 @@ def _plan_tile(
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws a tile, writes the beginning of its list and its words: the tile (-1 after the last), masked and unmasked
-    key tiles, bits of the masked ones that each consumer sees, then as `_locate`."""
+    key tiles, bits of the entries of masked ones that each consumer sees, then as `_locate`."""
+    TOKENS: gl.constexpr = min(BLOCK, ROWS)
     tile = gl.atomic_add(counter, 1, sem="relaxed")  # fences would cost more than the rest of the plan
     if tile == num_tiles + gl.num_programs(0) - 1:  # the last draw of all: the counter is zero for the next launch
         gl.atomic_xchg(counter, 0, sem="relaxed")
     known = gl.minimum(tile, num_tiles - 1)
-    batch, head, row, begin, own_length, chunk = _locate(known, heads, tiles_per_head, length, documents, PACKED)
+    batch, head, row, begin, own_length, chunk = _locate(
+        known, heads, tiles_per_head, length, documents, TOKENS, PACKED
+    )
     edges, num_full, plan, rule, last_row = _key_plan(
         head // group, row, own_length, table, TABLE, BLOCK, LEVELS, SINKS
     )  # fmt: skip
-    _, keys = _key_tile(gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
+    _, keys, _ = _key_block(gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
     list_buf.index(slot).store(keys)
     lane = gl.arange(0, EDGES, LANES)
     words = gl.where(lane == 0, gl.where(tile < num_tiles, tile, -1), edges)
     words = gl.where(lane == 2, num_full, words)
-    block, key = _key_tile(lane, edges, plan, BLOCK, LEVELS, SINKS)
+    block, key, exists = _key_block(lane, edges, plan, BLOCK, LEVELS, SINKS)
+    edge = exists & (lane < edges * max(KEYS // BLOCK, 1))
     until = block + reach_of(block, rule, LEVELS, SINKS)
     for c in gl.static_range(CONSUMERS):
         # a consumer past the last row looks where that one does, so that everybody sees a tile
-        own = gl.minimum(row + c * ROWS, last_row // ROWS * ROWS)
-        seen = (lane < edges) & (key <= own + (ROWS - 1)) & (own // BLOCK < until)
+        own = gl.minimum(row + c * TOKENS, last_row // TOKENS * TOKENS)
+        seen = edge & (key <= own + (TOKENS - 1)) & (own // BLOCK < until)
         words = gl.where(lane == 3 + c, votes(seen), words)
     words = gl.where(lane == 6, batch, words)
     words = gl.where(lane == 7, head, words)
@@ -107,7 +127,7 @@ def _plan_tile(
 @gluon.jit
 def _load_rows(
     batch, head, row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-    GRADIENT: gl.constexpr, ROW_SLOTS: gl.constexpr,
+    TOKENS: gl.constexpr, GRADIENT: gl.constexpr, ROW_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The consumers' rows of a tile, of dO too with `GRADIENT`."""
     D: gl.constexpr = q_desc.block_type.shape[3]
@@ -116,21 +136,29 @@ def _load_rows(
         full = q_full.index(slot)
         mbarrier.wait(q_empty.index(slot), (round // ROW_SLOTS & 1) ^ 1)
         mbarrier.expect(full, ROWS * D * (4 if GRADIENT else 2))
-        tma.async_copy_global_to_shared(q_desc, [batch, head, row + c * ROWS, 0], full, q_buf.index(slot))
+        tma.async_copy_global_to_shared(q_desc, [batch, head, row + c * TOKENS, 0], full, q_buf.index(slot))
         if GRADIENT:
-            tma.async_copy_global_to_shared(do_desc, [batch, head, row + c * ROWS, 0], full, do_buf.index(slot))
+            tma.async_copy_global_to_shared(do_desc, [batch, head, row + c * TOKENS, 0], full, do_buf.index(slot))
 
 
 @gluon.jit
 def _load_keys(
-    key, batch, kv_head, stage, phase, k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty, STAGES: gl.constexpr
-):
+    keys, entry, begin, batch, kv_head, stage, phase, k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fills a stage with the blocks whose first keys stand from `entry` on."""
+    size: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = k_desc.block_type.shape[3]
     full = kv_full.index(stage)
     mbarrier.wait(kv_empty.index(stage), phase ^ 1)
     mbarrier.expect(full, 2 * KEYS * D * 2)
-    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], full, k_buf.index(stage))
-    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], full, v_buf.index(stage))
+    for j in gl.static_range(KEYS // size):
+        key = begin + get(keys, entry + j)
+        k, v = k_buf.index(stage), v_buf.index(stage)
+        if size < KEYS:
+            k, v = k.slice(j * size, size, 2), v.slice(j * size, size, 2)
+        tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], full, k)
+        tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], full, v)
     return advance(stage, phase, STAGES)
 
 
@@ -169,11 +197,13 @@ def produce_rows(
     ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The producer of kernels that walk query rows."""
+    TOKENS: gl.constexpr = min(BLOCK, ROWS)
+    entries: gl.constexpr = max(KEYS // BLOCK, 1)  # of the list for a key tile
     words = tile_buf._reinterpret(gl.int32, [TILES * TILE_WORDS, 1], WORDS)
     keys = list_buf._reinterpret(gl.int32, [(TILES + 1) * LIST, 1], WORDS)
     if PACKED:
         tiles_per_head = gl.load(documents)
-        num_tiles = tiles_per_head * heads
+        num_tiles = tiles_per_head * (heads // (ROWS // TOKENS))
     _plan_tile(0, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
                TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
     mbarrier.arrive(tile_full.index(0), count=1)
@@ -190,7 +220,7 @@ def produce_rows(
         rows_at = -1 if ROW_SLOTS > 1 else gl.minimum(total, STAGES) - 1
         if ROW_SLOTS > 1:
             _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-                       GRADIENT, ROW_SLOTS)  # fmt: skip
+                       TOKENS, GRADIENT, ROW_SLOTS)  # fmt: skip
         plan_at = gl.minimum(gl.maximum(total - STAGES, 1), total - 1)
         for n in range(total):
             if n == plan_at:  # the next tile, while the consumers work on the stages in flight
@@ -199,19 +229,20 @@ def produce_rows(
                 _plan_tile(other, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head,
                            num_tiles, TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
                 mbarrier.arrive(tile_full.index(other), count=1)
-            if (n > 0) & (n % LIST == 0):
+            entry = n * entries
+            if (n > 0) & (entry % LIST == 0):
                 edges, _, plan, _, _ = _key_plan(
                     head // group, row, get(words, word + 10), table, TABLE, BLOCK, LEVELS, SINKS
                 )  # fmt: skip
-                _, more = _key_tile(n + gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
+                _, more, _ = _key_block(entry + gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
                 list_buf.index(TILES).store(more)
-            key = begin + get(keys, gl.where(n < LIST, slot, TILES) * LIST + n % LIST)
-            stage, phase = _load_keys(key, batch, head // group, stage, phase, k_desc, v_desc, k_buf, v_buf,
-                                      kv_full, kv_empty, STAGES)  # fmt: skip
+            entry = gl.where(entry < LIST, slot, TILES) * LIST + entry % LIST
+            stage, phase = _load_keys(keys, entry, begin, batch, head // group, stage, phase,
+                                      k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty, STAGES)  # fmt: skip
             if ROW_SLOTS == 1:  # noqa: SIM102 (one is known when compiling)
                 if n == rows_at:
                     _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-                               GRADIENT, ROW_SLOTS)  # fmt: skip
+                               TOKENS, GRADIENT, ROW_SLOTS)  # fmt: skip
         round += 1
 
 
@@ -223,3 +254,35 @@ def skip_keys(count, kv_full, kv_empty, stage, phase, STAGES: gl.constexpr):
         mbarrier.arrive(kv_empty.index(stage), count=1)
         stage, phase = advance(stage, phase, STAGES)
     return stage, phase
+
+
+@gluon.jit
+def seen_tiles(bits, BLOCK: gl.constexpr):
+    """From bits of list entries: a bit for every key tile some of whose entries are set, at the first one's place."""
+    if BLOCK == 32:
+        bits = (bits | (bits >> 1)) & 0x55555555
+    if BLOCK == 16:
+        bits = bits | (bits >> 1)
+        bits = (bits | (bits >> 2)) & 0x11111111
+    return bits
+
+
+@gluon.jit
+def tile_of(bits, BLOCK: gl.constexpr):
+    """The first key tile of those in `seen_tiles`."""
+    return lowest_bit(bits) // max(KEYS // BLOCK, 1)
+
+
+@gluon.jit
+def edge_keys(key_list, slot, tile, bits, layout: gl.constexpr, BLOCK: gl.constexpr):
+    """Positions of the keys of a masked key tile, out of everybody's sight for blocks that a consumer does not see."""
+    columns = gl.arange(0, KEYS, layout)
+    if BLOCK < KEYS:
+        keys = columns
+        for j in gl.static_range(KEYS // BLOCK):
+            entry = tile * (KEYS // BLOCK) + j
+            first = gl.where((bits >> entry) & 1 == 1, get(key_list, slot * LIST + entry), HIDDEN)
+            keys = gl.where(columns // BLOCK == j, first + columns % BLOCK, keys)
+        return keys
+    else:
+        return get(key_list, slot * LIST + tile) + columns
