@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,8 +82,22 @@ def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entr
             continue
         if seq_len in args.flex_lengths:
             yield from flex_entries(spec, pattern)
-        for name, target in args.peers:
-            yield peer_entry(name, target, spec, pattern)
+        for block in dict.fromkeys(block for _, _, block in args.peers if block):  # ours with a peer's blocks
+            theirs = nearest(spec, case.block_size, block)
+            yield s2_entry(f"{theirs}/{block}", Pattern.parse(theirs, block), args.backends[-1])
+        for name, target, block in args.peers:
+            theirs = nearest(spec, case.block_size, block) if block else spec
+            label = f"{theirs}/{block}" if block else spec
+            yield peer_entry(name, target, label, Pattern.parse(theirs, block or case.block_size))
+
+
+def nearest(spec: str, block_size: int, other: int) -> str:
+    """The local-stride pattern in blocks of `other` tokens that is nearest to `spec` in tokens."""
+    match = re.fullmatch(r"L(\d+)V(\d+)", spec)
+    if match is None:
+        raise ValueError(f"--patterns: {spec} cannot be written in a peer's blocks of {other}; use L<local>V<stride>")
+    local, stride = (max(1, round(int(number) * block_size / other)) for number in match.groups())
+    return f"L{local}V{max(stride, 2)}"
 
 
 def random_inputs(case: Case, seq_len: int, args: argparse.Namespace) -> tuple[Inputs, Tensor]:
@@ -140,12 +155,12 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def peer(text: str) -> tuple[str, str]:
-    name, equals, target = text.partition("=")
-    module, colon, function = target.partition(":")
-    if not (name and equals and module and colon and function):
-        raise argparse.ArgumentTypeError(f"{text!r} is not understood; write NAME=module:function")
-    return name, target
+def peer(text: str) -> tuple[str, str, int | None]:
+    match = re.fullmatch(r"([^=]+)=([\w.]+:\w+)(?:@(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; write NAME=module:function or ...@BLOCK")
+    name, target, block = match.groups()
+    return name, target, int(block) if block else None
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -163,8 +178,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flex-lengths", default="8192,32768,131072", type=whole_numbers, help="which lengths FlexAttention runs at")
     add("--patterns", default="L1V15,L8V16", type=names)
     add("--backends", default="triton,hopper", type=names)
-    add("--peer", dest="peers", action="append", default=[], type=peer, metavar="NAME=module:function",
-        help="another kernel: function(q, k, v, pattern) returns a forward call; may be repeated")  # fmt: skip
+    add("--peer", dest="peers", action="append", default=[], type=peer, metavar="NAME=module:function[@BLOCK]",
+        help="another kernel: function(q, k, v, pattern) returns a forward call; may be repeated; with @BLOCK it gets "
+        "the pattern nearest in tokens that has such blocks, and so do our kernels in another row")  # fmt: skip
     for field, kind in (("batch", int), ("heads", int), ("kv-heads", int), ("head-dim", int), ("block-size", int)):
         add(f"--{field}", type=kind, help="instead of the cases' own")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
@@ -210,7 +226,7 @@ def check(args: argparse.Namespace) -> None:
     for backend in args.backends:
         if backend not in BACKENDS:
             raise ValueError(f"--backends: {backend!r} is not one of {', '.join(BACKENDS)}")
-    if len(dict(args.peers)) < len(args.peers):
+    if len({name for name, _, _ in args.peers}) < len(args.peers):
         raise ValueError("--peer: two peers have one name")
     for length in args.flex_lengths:
         if length > MAX_FLEX_LENGTH:
@@ -222,6 +238,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"case {case.name}: {case.heads} heads are not a multiple of {case.kv_heads} KV heads")
         for spec in args.patterns:
             Pattern.parse(spec, case.block_size)  # names the spec and what is wrong
+            for _, _, block in args.peers:
+                if block:
+                    Pattern.parse(nearest(spec, case.block_size, block), block)
 
 
 # ---------------------------------------------------------------- the run

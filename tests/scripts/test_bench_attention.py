@@ -259,6 +259,16 @@ def test_flex_and_peers_run_beside_ours_at_their_lengths():
     assert names[1] == [*ours, "Flex L8V16 128x64", "Flex L8V16 128x128", "other L8V16"]
 
 
+def test_a_peer_with_blocks_of_its_own_gets_the_nearest_pattern_and_a_row_of_ours_beside_it():
+    args = parse("--patterns", "L1V15,L8V16", "--backends", "hopper", "--flex-lengths", "", "--peer", "other=a:b@128")
+    found = list(bench_attention.entries(args.cases[0], 8192, args))
+    assert [entry.name for entry in found[2:]] == [
+        "S2 L1V15 hopper", "S2 L1V8/128 hopper", "other L1V8/128", "S2 L8V16 hopper", "S2 L4V8/128 hopper",
+        "other L4V8/128",
+    ]  # fmt: skip
+    assert [entry.pattern.block_size for entry in found[2:5]] == [64, 128, 128]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -267,6 +277,7 @@ def test_flex_and_peers_run_beside_ours_at_their_lengths():
         (["--peer", "dkernel"], "'dkernel' is not understood; write NAME=module:function"),
         (["--peer", "dkernel=module"], "'dkernel=module' is not understood; write NAME=module:function"),
         (["--peer", "a=b:c", "--peer", "a=d:e"], "two peers have one name"),
+        (["--peer", "a=b:c@128", "--patterns", "W3"], "W3 cannot be written in a peer's blocks of 128"),
         (["--lengths", "8k"], "'8k' is not a list of whole numbers like 8192,32768"),
         (["--lengths", "0"], "'0' has a length below 1"),
         (["--lengths", ""], "--lengths is empty"),
