@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -264,6 +265,16 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def command(argv: list[str]) -> str:
+    """What was run, without where it was written to."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and not word.startswith("--output"):
+            kept.append(word)
+        skip = word == "--output"
+    return shlex.join(["python", "scripts/bench_attention.py", *kept])
+
+
 def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:
     setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device", "name")}
     return {
@@ -271,7 +282,7 @@ def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[
         "name": args.name,
         "date": datetime.date.today().isoformat(),
         "commit": args.commit or git_commit(),
-        "command": " ".join(["python scripts/bench_attention.py", *argv]),
+        "command": command(argv),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda or "none",
                      "cudnn": str(torch.backends.cudnn.version())},
         "method": METHOD,

@@ -89,7 +89,10 @@ def peer_entry(name: str, target: str, spec: str, pattern: Pattern) -> Entry:
             make = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise Skipped(f"cannot import {target}: {error}") from error
-        return make(q, k, v, pattern)
+        try:
+            return make(q, k, v, pattern)
+        except ImportError as error:
+            raise Skipped(f"{target} cannot import what it calls: {error}") from error
 
     return Entry(f"{name} {spec}", build, pattern)
 

@@ -295,6 +295,19 @@ def test_bad_arguments_are_named(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_the_peers_that_come_along_are_skipped_where_their_libraries_are_missing():
+    q = torch.zeros(1, 256, 2, 128)
+    for target in ("bench_peers:dkernel", "bench_peers:flash_attention_4"):
+        entry = bench_kernels.peer_entry("other", target, "W2", Pattern.parse("W2", 128))
+        row = bench_measure.measure(entry, (q, q, q), q, 1.0, bench_measure.Timing(1, 1), {})
+        assert row["status"] == "skipped" and "cannot import what it calls" in row["note"]
+
+
+def test_the_command_is_told_without_the_place_it_wrote_to():
+    argv = ["--cases", "gqa", "--output", "/some/where", "--rep", "5", "--output=x", "--flex-lengths", ""]
+    assert bench_attention.command(argv) == ("python scripts/bench_attention.py --cases gqa --rep 5 --flex-lengths ''")
+
+
 def test_peer_that_cannot_be_imported_is_skipped_and_one_that_can_gets_the_pattern(tmp_path, monkeypatch):
     (tmp_path / "my_peer.py").write_text("def make(q, k, v, pattern):\n    return lambda: (q, str(pattern))\n")
     monkeypatch.syspath_prepend(tmp_path)
