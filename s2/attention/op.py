@@ -46,6 +46,9 @@ attention_backward = torch.ops.s2.attention_backward.default
 def _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper):
     """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, T]`, float32). With `hopper` the Hopper kernel
     runs; the caller has checked `hopper.supports`."""
+    if _is_elsewhere(q):
+        with torch.cuda.device(q.device):
+            return _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper)
     if hopper:
         heads = (layer, head_offset, total_kv_heads)
         return hopper_launch.run_forward(q, k, v, cu_seqlens, pattern_from_key(pattern), heads, softmax_scale)
@@ -64,6 +67,10 @@ def _forward_shapes(q, k, v, cu_seqlens, *settings):
 def _backward(
     q, k, v, out, lse, dout, dlse, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper
 ):
+    if _is_elsewhere(q):
+        settings = (pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper)
+        with torch.cuda.device(q.device):
+            return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings)
     if hopper:
         heads = (layer, head_offset, total_kv_heads)
         rule = pattern_from_key(pattern)
@@ -75,6 +82,11 @@ def _backward(
 @torch.library.register_fake("s2::attention_backward", lib=_library)
 def _backward_shapes(q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _is_elsewhere(x: Tensor) -> bool:
+    """Whether x is on another GPU than the current one, on which kernels would be launched."""
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -197,6 +209,16 @@ def s2_attention(
     Raises:
         ValueError: a shape, dtype, head count, border tensor or backend that does not fit, by name.
     """
+    asked = None
+    if cu_seqlens is None and type(pattern) is Pattern and not torch.compiler.is_compiling():
+        asked = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+            k.device, v.device, pattern.key, layer, softmax_scale, return_lse, head_offset, total_kv_heads, backend,
+        )  # fmt: skip
+        settings = _ANSWERED.get(asked)
+        if settings is not None:
+            out, lse = _call(q, k, v, None, *settings)
+            return (out, lse) if return_lse else out
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; use one of {BACKENDS} or None")
     _check(q, k, v, pattern, cu_seqlens, layer, head_offset, total_kv_heads)
@@ -204,6 +226,7 @@ def s2_attention(
     total = kv_heads if total_kv_heads is None else total_kv_heads
     group = q.shape[-2] // kv_heads
     if group > 1 and _is_per_query_head(pattern, total, group):
+        asked = None
         k, v = (x.repeat_interleave(group, dim=-2) for x in (k, v))
         head_offset, total = head_offset * group, total * group
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
@@ -225,7 +248,12 @@ def s2_attention(
         if q.dtype not in _KERNEL_DTYPES:
             raise ValueError(f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}")
         borders = None if cu_seqlens is None else cu_seqlens.to(device=q.device, dtype=torch.int32)
-        out, lse = _call(q, k, v, borders, pattern.key, layer, head_offset, total, scale, hopper)
+        settings = (pattern.key, layer, head_offset, total, scale, hopper)
+        if asked is not None:
+            if len(_ANSWERED) >= _MOST_ANSWERS:
+                _ANSWERED.clear()
+            _ANSWERED[asked] = settings
+        out, lse = _call(q, k, v, borders, *settings)
         return (out, lse) if return_lse else out
     if backend == "sdpa" and not return_lse:
         return masked_attention(
@@ -237,6 +265,11 @@ def s2_attention(
         layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+# Calls that have been checked once and go to a kernel: their settings by everything that the checks look at
+_ANSWERED: dict[tuple, tuple] = {}
+_MOST_ANSWERS = 512
 
 
 def _default_backend(q: Tensor) -> str:

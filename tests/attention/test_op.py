@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from s2.attention import Pattern, s2_attention
+from s2.attention import Pattern, op, s2_attention
 from s2.attention.op import attention_backward, attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,3 +194,25 @@ def test_errors_name_what_is_wrong(call, names):
     with pytest.raises(ValueError) as error:
         call()
     assert names in str(error.value)
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Not on the current one, where they would read foreign addresses."""
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            entered.append(device)
+
+        def __enter__(self):
+            monkeypatch.setattr(op, "_is_elsewhere", lambda x: False)
+
+        def __exit__(self, *error):
+            monkeypatch.setattr(op, "_is_elsewhere", lambda x: True)
+
+    monkeypatch.setattr(op, "_is_elsewhere", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    q, k, v = make()
+    out = s2_attention(q, k, v, PATTERN, backend="triton")
+    torch.autograd.grad(out.sum(), (q, k, v))
+    assert entered == [q.device, q.device]
