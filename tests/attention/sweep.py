@@ -25,7 +25,7 @@ DTYPES = {
     "triton": (torch.bfloat16, torch.float16, torch.float32),
 }
 HEAD_DIMS = {"hopper": (64, 128), "triton": (64, 80, 96, 128, 256)}
-BLOCKS = {"hopper": (64, 128, 256), "triton": (16, 32, 64, 128, 256)}
+BLOCKS = (16, 32, 64, 128, 256)
 KINDS = ("dense", "window", "stride", "sinks", "ranges", "mixed")
 
 
@@ -60,9 +60,11 @@ def draw_borders(random: random.Random, max_tokens: int) -> tuple[int, ...]:
     return tuple(borders)
 
 
-def draw_case(seed: int, kind: str, block: int, head_dim: int, packed: bool, max_tokens: int) -> Case:
+def draw_case(seed: int, backend: str, kind: str, block: int, head_dim: int, packed: bool, max_tokens: int) -> Case:
     rng = random.Random(seed)
     kv_heads, group, batch = rng.randint(1, 6), rng.choice((1, 1, 2, 3, 4, 8)), rng.randint(1, 3)
+    if backend == "hopper" and block < 64:  # several query heads to a KV head
+        kv_heads, group = rng.randint(1, 3), 64 // block * rng.choice((1, 1, 2, 3))
     offset, total = 0, None
     pattern = draw_pattern(rng, kind, block, kv_heads)
     if kind != "mixed" and rng.random() < 0.3:  # some heads of a wider layer
@@ -91,10 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
     end, done, failed = time.monotonic() + 60 * args.minutes, 0, 0
     while time.monotonic() < end and (args.cases is None or done < args.cases):
         family = random.Random((seed + done) // args.each)
-        kind, packed = family.choice(KINDS), args.backend == "triton" and family.random() < 0.5
+        kind, packed = family.choice(KINDS), family.random() < 0.5
         dtype = family.choice(DTYPES[args.backend])
-        block, dim = family.choice(BLOCKS[args.backend]), family.choice(HEAD_DIMS[args.backend])
-        case = draw_case(seed + done, kind, block, dim, packed, args.max_tokens)
+        block, dim = family.choice(BLOCKS), family.choice(HEAD_DIMS[args.backend])
+        case = draw_case(seed + done, args.backend, kind, block, dim, packed, args.max_tokens)
         try:
             assert_correct(case, dtype, backend=args.backend, device=args.device, seed=seed + done)
         except Exception as error:

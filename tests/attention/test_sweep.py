@@ -5,13 +5,14 @@ import itertools
 import pytest
 import torch
 
+from s2.attention.kernels.hopper import launch
 from s2.attention.kernels.hopper.launch import CHUNK
 from tests.attention import sweep
 
 
 def test_a_seed_draws_the_same_case_and_cases_differ():
-    drawn = [sweep.draw_case(seed, "mixed", 64, 128, seed % 2 == 0, 2000) for seed in range(40)]
-    assert drawn == [sweep.draw_case(seed, "mixed", 64, 128, seed % 2 == 0, 2000) for seed in range(40)]
+    drawn = [sweep.draw_case(seed, "hopper", "mixed", 64, 128, seed % 2 == 0, 2000) for seed in range(40)]
+    assert drawn == [sweep.draw_case(seed, "hopper", "mixed", 64, 128, seed % 2 == 0, 2000) for seed in range(40)]
     assert len({(c.q_len, c.heads, c.cu_seqlens) for c in drawn}) > 30
     packed = [c.cu_seqlens for c in drawn if c.cu_seqlens]
     assert all(borders[0] == 0 and list(borders) == sorted(borders) for borders in packed)
@@ -19,11 +20,21 @@ def test_a_seed_draws_the_same_case_and_cases_differ():
     assert any(c.q_len % CHUNK for c in drawn) and all(1 <= c.q_len <= 2000 for c in drawn)
 
 
+def test_cases_of_the_hopper_kernels_are_such_as_they_take(monkeypatch):
+    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    for seed in range(120):
+        kind, block = sweep.KINDS[seed % len(sweep.KINDS)], sweep.BLOCKS[seed // 7 % len(sweep.BLOCKS)]
+        case = sweep.draw_case(seed, "hopper", kind, block, 64, seed % 2 == 0, 300)
+        shape = (case.q_len,) if case.cu_seqlens else (case.batch, case.q_len)
+        q, k = (torch.empty(*shape, heads, 64, dtype=torch.float16) for heads in (case.heads, case.kv_heads))
+        assert launch.supports(q, k, k, case.pattern, packed=bool(case.cu_seqlens))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="small cases in Triton's interpreter")
 def test_it_checks_a_backend_and_counts_failures(monkeypatch, capsys):
     run = ["--backend", "triton", "--device", "cpu", "--seed", "5", "--cases", "3", "--max-tokens", "40"]
     monkeypatch.setattr(sweep, "DTYPES", {"triton": (torch.float32,), "hopper": ()})
-    monkeypatch.setattr(sweep, "BLOCKS", {"triton": (16, 32), "hopper": ()})
+    monkeypatch.setattr(sweep, "BLOCKS", (16, 32))
     assert sweep.main(run) == 0
     assert "3 cases from seed 5, 0 failed" in capsys.readouterr().out
 
