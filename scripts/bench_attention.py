@@ -253,6 +253,8 @@ METHOD = [
     "useful TFLOP/s count visible pairs only: 4 D a pair and head forward, 10 D backward",
     f"fwd graph ms: the forward without gradients in a CUDA graph, with a warm cache, up to {GRAPH_LENGTHS:,} tokens",
     "time vs FA2: time of dense FlashAttention-2 over the row's; rate / cuDNN: the row's TFLOP/s over dense cuDNN's",
+    "L1V8/128 and the like: blocks of 128, in which a peer's kernels come; the pattern is the nearest in tokens, and "
+    "ours has a row with it too",
     "Flex: FlexAttention under torch.compile, its block mask (queries x keys) built from the pattern, tiles that are "
     "visible as a whole marked so",
 ]
