@@ -142,9 +142,9 @@ def _differentiable(q, k, v, *rest):
     return _below_autograd(q, k, v, *rest)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    """The forward op, or what it does where nothing watches."""
-    if not _is_plain(q, k, v):
+def _call(plain: bool, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """The forward op, or what it does where nothing watches (`_is_plain`)."""
+    if not plain:
         return attention_forward(q, k, v, *rest)
     return _apply_plain(_forward, q, k, v, *rest) if _needs_gradient(q, k, v) else _forward(q, k, v, *rest)
 
@@ -209,15 +209,15 @@ def s2_attention(
     Raises:
         ValueError: a shape, dtype, head count, border tensor or backend that does not fit, by name.
     """
-    asked = None
-    if cu_seqlens is None and type(pattern) is Pattern and not torch.compiler.is_compiling():
+    asked, plain = None, _is_plain(q, k, v)
+    if plain and cu_seqlens is None and type(pattern) is Pattern:
         asked = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
             k.device, v.device, pattern.key, layer, softmax_scale, return_lse, head_offset, total_kv_heads, backend,
         )  # fmt: skip
         settings = _ANSWERED.get(asked)
         if settings is not None:
-            out, lse = _call(q, k, v, None, *settings)
+            out, lse = _call(plain, q, k, v, None, *settings)
             return (out, lse) if return_lse else out
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; use one of {BACKENDS} or None")
@@ -253,7 +253,7 @@ def s2_attention(
             if len(_ANSWERED) >= _MOST_ANSWERS:
                 _ANSWERED.clear()
             _ANSWERED[asked] = settings
-        out, lse = _call(q, k, v, borders, *settings)
+        out, lse = _call(plain, q, k, v, borders, *settings)
         return (out, lse) if return_lse else out
     if backend == "sdpa" and not return_lse:
         return masked_attention(

@@ -24,6 +24,7 @@ from pathlib import Path
 from s2.training.recipe import apply_overrides, load_recipe
 
 EXIT_DIVERGED, EXIT_WRONG_INPUT, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: try again later
+MAIN_PROCESS = "S2_MAIN_PROCESS"  # environment: the process that started the others of a node, if Lightning did
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("LOCAL_RANK", "0")
         kind = "stopped" if code == EXIT_PREEMPTED else "error"
         print(f"{'' if rank == '0' else f'[local rank {rank}] '}{kind}: {error}", file=sys.stderr)
-        return code
+        # Lightning kills what is left of a run some seconds after one of the processes it started ended with another
+        # code than 0, and so the main process while it is still closing down; of a stopped run that one's code counts
+        return 0 if code == EXIT_PREEMPTED and _is_helper() else code
+
+
+def _is_helper() -> bool:
+    return os.environ.get(MAIN_PROCESS) == str(os.getppid())
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -65,7 +72,14 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     # From here on imports take seconds; whatever can be said without them has been said.
     from s2.training.launch import launch
 
-    launch(recipe, path, overridden)
+    if _is_helper():
+        launch(recipe, path, overridden)
+        return 0
+    os.environ[MAIN_PROCESS] = str(os.getpid())
+    try:
+        launch(recipe, path, overridden)
+    finally:
+        del os.environ[MAIN_PROCESS]
     return 0
 
 

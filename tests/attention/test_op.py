@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from s2.attention import Pattern, op, s2_attention
@@ -216,3 +217,10 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     out = s2_attention(q, k, v, PATTERN, backend="triton")
     torch.autograd.grad(out.sum(), (q, k, v))
     assert entered == [q.device, q.device]
+
+
+def test_traces_with_symbolic_sizes():
+    """Whose shapes are no keys of a dictionary."""
+    q, k, v = make(grad=False)
+    graph = make_fx(lambda q, k, v: s2_attention(q, k, v, PATTERN, backend="triton"), tracing_mode="symbolic")(q, k, v)
+    torch.testing.assert_close(graph(q, k, v), s2_attention(q, k, v, PATTERN, backend="triton"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from s2.training import cli
 from s2.training.cli import EXIT_WRONG_INPUT, main
 from s2.training.recipe import apply_overrides, load_recipe
 from tests.training.tiny import tiny_recipe, train, write_recipe
@@ -161,3 +163,19 @@ def test_overrides_reach_lists_init_args_and_floats_without_a_point(tmp_path: Pa
     assert recipe["data"]["init_args"]["seq_len"] == 32
     assert keys[2] == "data.seq_len"
     assert json.loads(json.dumps(recipe))["run"]["resume"] == "never"
+
+
+@pytest.mark.parametrize(("parent", "code"), [(True, 0), (False, cli.EXIT_PREEMPTED)])
+def test_only_the_main_process_tells_that_a_run_was_stopped(parent, code, monkeypatch, capsys):
+    """One that Lightning started would have the main process killed while it closes down."""
+
+    class Preempted(Exception):  # noqa: N818
+        pass
+
+    def stop(*_):
+        raise Preempted("stopped at step 4")
+
+    monkeypatch.setattr(cli, "train", stop)
+    monkeypatch.setenv(cli.MAIN_PROCESS, str(os.getppid() if parent else os.getpid()))
+    assert cli.main(["recipe.yaml"]) == code
+    assert "stopped at step 4" in capsys.readouterr().err
