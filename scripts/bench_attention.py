@@ -83,10 +83,11 @@ def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entr
             continue
         if seq_len in args.flex_lengths:
             yield from flex_entries(spec, pattern)
-        for block in dict.fromkeys(block for _, _, block in args.peers if block):  # ours with a peer's blocks
+        peers = args.peers if not args.peer_lengths or seq_len in args.peer_lengths else []
+        for block in dict.fromkeys(block for _, _, block in peers if block):  # ours with a peer's blocks
             theirs = nearest(spec, case.block_size, block)
             yield s2_entry(f"{theirs}/{block}", Pattern.parse(theirs, block), args.backends[-1])
-        for name, target, block in args.peers:
+        for name, target, block in peers:
             theirs = nearest(spec, case.block_size, block) if block else spec
             label = f"{theirs}/{block}" if block else spec
             yield peer_entry(name, target, label, Pattern.parse(theirs, block or case.block_size))
@@ -182,6 +183,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--peer", dest="peers", action="append", default=[], type=peer, metavar="NAME=module:function[@BLOCK]",
         help="another kernel: function(q, k, v, pattern) returns a forward call; may be repeated; with @BLOCK it gets "
         "the pattern nearest in tokens that has such blocks, and so do our kernels in another row")  # fmt: skip
+    add("--peer-lengths", default="", type=whole_numbers, help="which lengths peers run at (default: all)")
     for field, kind in (("batch", int), ("heads", int), ("kv-heads", int), ("head-dim", int), ("block-size", int)):
         add(f"--{field}", type=kind, help="instead of the cases' own")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])

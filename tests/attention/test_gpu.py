@@ -146,6 +146,23 @@ def test_hopper_within_bounds(dtype, head_dim, block, spec, packed):
 
 
 @hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("growth", [0.0, 3.0, 40.0])
+def test_hopper_follows_maxima_that_rise(growth, head_dim):
+    """Scores that grow from key tile to key tile, by more or less than a maximum may lag, in some rows only."""
+    q, k, v = (torch.randn(1, 1500, 4, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q[:, ::3] *= 0.01
+    k *= torch.linspace(1, 1 + growth, 1500, device="cuda", dtype=torch.bfloat16)[:, None, None]
+    for spec in ("L2V3", "L1V4+sink1", "dense"):
+        pattern = Pattern.parse(spec)
+        out, lse = s2_attention(q, k, v, pattern, backend="hopper", return_lse=True)
+        exact = [x.double() for x in (q, k, v)]
+        wanted, wanted_lse = s2_attention(*exact, pattern, backend="reference", return_lse=True)
+        assert (out - wanted).norm() < 4e-3 * wanted.norm()
+        torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-4, rtol=1e-5)
+
+
+@hopper
 def test_hopper_packed_equals_separate_bit_for_bit():
     lengths = [0, 1, 64, 1000, 130, 0, 2049, 77, *[65] * 30]
     borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()

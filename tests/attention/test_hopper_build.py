@@ -38,11 +38,13 @@ knobs.nvidia.dump_ptxas_log = True
 case, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 kernel, head_dim = case["kernel"], case["head_dim"]
 function, stages, registers = {
-    "forward": (forward.attention_forward, launch._STAGES, launch._ROW_REGISTERS),
-    "backward_q": (backward_q.attention_backward_q, launch._Q_STAGES, launch._ROW_REGISTERS),
+    "forward": (forward.attention_forward, launch._STAGES, launch._ROW_REGISTERS[launch._CONSUMERS[head_dim]]),
+    "backward_q": (backward_q.attention_backward_q, launch._Q_STAGES, launch._ROW_REGISTERS[launch._Q_CONSUMERS]),
     "backward_kv": (backward_kv.attention_backward_kv, launch._KV_STAGES, launch._KEY_REGISTERS),
 }[kernel]
 constants = dict(case["constants"], TABLE=schedule.TABLE_COLUMNS, STAGES=stages[head_dim], REGISTERS=registers)
+if kernel == "forward":
+    constants["CONSUMERS"] = launch._CONSUMERS[head_dim]
 
 element = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["element"]]
 block = min(case["constants"]["BLOCK"], launch.CHUNK)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
+from s2.attention.kernels.hopper import launch
 from s2.attention.kernels.hopper.chunks import attention_documents, chunk_block, chunk_run, chunk_tile
 from s2.attention.kernels.hopper.launch import CHUNK, divide_columns
 from s2.attention.kernels.hopper.rows import EDGES
@@ -241,8 +242,11 @@ def edge_tiles(masked: list[int], block: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("block", [16, 32, 64])
 @pytest.mark.parametrize("length", [500, 1300])
-def test_a_consumer_sees_tiles_at_most_three_positions_apart(block, length):
-    """What `rows` relies on where a consumer holds a stage while it waits for its next one, in a ring of four."""
+@pytest.mark.parametrize(("consumers", "most"), [(3, 3), (4, 4)])
+def test_a_consumer_finds_its_next_tile_in_the_ring(block, length, consumers, most):
+    """What `rows` relies on where a consumer holds a stage while it waits for its next one."""
+    assert all(most < stages[64] for stages in (launch._STAGES, launch._Q_STAGES))
+    assert most == 4 or all(most < stages[128] for stages in (launch._STAGES, launch._Q_STAGES))
     heads = 4
     specs = ("L1V15", "L8V16", "dense", "L2V5+sink1", "W3", "L1V2", "L3V3+sink2", "L1V3+sink5", "L5V24")
     bounded = ([(2, 5), (4, None)], [(2, 3), (4, 7)], [(3, 7), (9, 20)], [(1, 6), (5, None)])
@@ -252,18 +256,18 @@ def test_a_consumer_sees_tiles_at_most_three_positions_apart(block, length):
         schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
         if not has_closed_form(pattern):
             continue
-        tiles = -(-length // (3 * block))
+        tiles = -(-length // (consumers * block))
         mask = pattern.block_mask(-(-length // block), heads)
         for head in range(heads):
             out = torch.zeros(tiles, 17, dtype=torch.int32)
-            plans[(tiles,)](schedule.table[head], out, 3 * block, length, KEYS=CHUNK, BLOCK=block,
+            plans[(tiles,)](schedule.table[head], out, consumers * block, length, KEYS=CHUNK, BLOCK=block,
                             LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
             for tile, (num_full, *masked) in enumerate(out.tolist()):
                 edges = edge_tiles(masked, block)
                 assert len(edges) * CHUNK // block <= EDGES.value
-                for consumer in range(3):
-                    query = min(tile * 3 + consumer, (length - 1) // block)
+                for consumer in range(consumers):
+                    query = min(tile * consumers + consumer, (length - 1) // block)
                     seen = [n for n, blocks in enumerate(edges) if mask[head, query, blocks].any()]
                     assert seen, "every consumer has a first tile"
                     stops = [*seen, len(edges)] if num_full else seen
-                    assert all(b - a <= 3 for a, b in itertools.pairwise(stops))
+                    assert all(b - a <= most for a, b in itertools.pairwise(stops))

@@ -124,16 +124,17 @@ def test_plans_do_not_pile_up(launches, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "L1V3+sink40", "dense"])
 @pytest.mark.parametrize("block", [16, 32, 64, 256])
-def test_the_table_of_packed_work_has_room(spec, block):
+@pytest.mark.parametrize("consumers", [3, 4])
+def test_the_table_of_packed_work_has_room(spec, block, consumers):
     pattern = Pattern.parse(spec, block)
     for lengths in ([1] * 30, [64, 65, 63, 0, 0, 191, 193], [3000], [257, 1, 1, 700], [200] * 9):
         borders = torch.tensor([0, *lengths]).cumsum(0).int()
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
         rules = launch.schedule.rule_schedule(pattern.key, 4, 0, 0, 4, q.device)
         plan = SimpleNamespace(rules=rules, constants={"LEVELS": rules.num_levels, "BLOCK": block})
-        documents = launch._Documents.of(q, plan, borders)
+        documents = launch._Documents.of(q, plan, consumers, borders)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)
-        assert num_tiles == sum(-(-n // (3 * box)) for n in lengths) <= documents.most_tiles
+        assert num_tiles == sum(-(-n // (consumers * box)) for n in lengths) <= documents.most_tiles
         assert 0 < num_pairs <= len(documents.table) - 1 - documents.most_tiles
         assert sum(-(-n // box) for n in lengths) <= documents.boxes

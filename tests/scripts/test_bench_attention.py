@@ -257,6 +257,9 @@ def test_flex_and_peers_run_beside_ours_at_their_lengths():
     ours = ["dense FlashAttention-2", "dense cuDNN", "S2 L8V16 triton", "S2 L8V16 hopper"]
     assert names[0] == [*ours, "other L8V16"]
     assert names[1] == [*ours, "Flex L8V16 128x64", "Flex L8V16 128x128", "other L8V16"]
+    args = parse("--patterns", "L8V16", "--flex-lengths", "", "--peer", "other=a:b@128", "--peer-lengths", "8192")
+    names = [[entry.name for entry in bench_attention.entries(args.cases[0], n, args)] for n in (4096, 8192)]
+    assert names == [ours, [*ours, "S2 L4V8/128 hopper", "other L4V8/128"]]
 
 
 def test_a_peer_with_blocks_of_its_own_gets_the_nearest_pattern_and_a_row_of_ours_beside_it():

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from ..triton.forward import LOG2E
 from .common import WORDS, advance, count_bits, flat_rows, get, store_rows
 from .rows import (
-    CONSUMERS,
+    BITS,
     HIDDEN,
     KEYS,
     LIST,
@@ -28,6 +28,7 @@ from .rows import (
     tile_of,
 )
 
+CONSUMERS = gl.constexpr(3)
 ROW_SLOTS = gl.constexpr(1)
 
 
@@ -115,13 +116,13 @@ def _consume(
         word = slot * TILE_WORDS
         edges = get(words, word + 1)
         num_full = get(words, word + 2)
-        bits = get(words, word + 3 + C)
-        batch = get(words, word + 6)
-        head = get(words, word + 7)
-        row = get(words, word + 8) + C * TOKENS
-        begin = get(words, word + 9)
-        length = get(words, word + 10)
-        chunk = get(words, word + 11)
+        bits = get(words, word + BITS + C)
+        batch = get(words, word + 3)
+        head = get(words, word + 4)
+        row = get(words, word + 5) + C * TOKENS
+        begin = get(words, word + 6)
+        length = get(words, word + 7)
+        chunk = get(words, word + 8)
         lse2, delta = _statistics(
             do, q_full.index(C), round & 1, out, lse, dlse, stats, batch, head, begin, row, length, chunk,
             tokens, heads, chunks, TOKENS, D, HAS_DLSE,
@@ -173,7 +174,7 @@ def attention_backward_q(
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
     q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
-        ROW_SLOTS, STAGES
+        CONSUMERS, ROW_SLOTS, STAGES
     )  # fmt: skip
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
@@ -181,7 +182,7 @@ def attention_backward_q(
             (produce_rows, (q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
                             q_full, q_empty, kv_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
                             table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
-                            True, TABLE, BLOCK, LEVELS, SINKS, ROW_SLOTS, STAGES, PACKED)),
+                            True, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS, ROW_SLOTS, STAGES, PACKED)),
             (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,

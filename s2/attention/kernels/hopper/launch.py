@@ -18,12 +18,13 @@ from ...pattern import Pattern, pattern_from_key
 from ..triton.forward import LOG2E
 
 CHUNK = 64  # rows of a box, keys of a consumer
-_CONSUMERS = 3  # boxes of rows that a thread block works on
 _SMALLEST_BLOCK = 16
-_STAGES = {64: 8, 128: 4}  # key and value tiles in flight, by head dimension
+_CONSUMERS = {64: 4, 128: 3}  # boxes of rows that a thread block of the forward works on, by head dimension
+_Q_CONSUMERS = 3  # the same in dQ
+_STAGES = {64: 8, 128: 4}  # key and value tiles in flight
 _Q_STAGES = {64: 6, 128: 4}  # the same beside the rows of dO
 _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
-_ROW_REGISTERS = 160  # of a consumer thread, three warpgroups; more would be dropped without a word
+_ROW_REGISTERS = {3: 160, 4: 112}  # of a thread, by number of consumers; more would be dropped without a word
 _KEY_REGISTERS = 240  # two warpgroups
 _WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
 _WARPS = 4  # of the producer partition, and of the pass that adds up parts
@@ -181,7 +182,7 @@ def _counter(device: torch.device) -> Tensor:
 @dataclass
 class _Plan:
     """One shape of call, packed calls as a batch of one. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV
-    (all contiguous)."""
+    (all contiguous). `num_tiles`: those of the forward, of a head and in all."""
 
     q: _Boxes
     k: _Boxes
@@ -191,6 +192,7 @@ class _Plan:
     rules: schedule.RuleSchedule
     constants: dict[str, Any]
     scalars: tuple[Any, ...]
+    num_tiles: tuple[int, int]
     kind: tuple
     forward: _Launch
     backward: _Backward | None = None
@@ -215,7 +217,7 @@ def _make_plan(
 ) -> _Plan:
     from . import forward
 
-    batch, length, num_heads, head_dim = q.shape
+    _, length, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
     rules = schedule.rule_schedule(pattern.key, kv_heads, *heads, q.device)
     constants = {
@@ -225,9 +227,8 @@ def _make_plan(
         "SINKS": rules.has_sinks,
     }
     tokens = min(pattern.block_size, CHUNK)  # of a box
-    tiles_per_head = -(-length // (_CONSUMERS * tokens))
-    num_tiles = tiles_per_head * (num_heads // _heads_a_box(pattern.block_size)) * batch
-    processors = _processors(q.device)
+    consumers = _CONSUMERS[head_dim]
+    num_tiles, grid = _row_tiles(q, pattern.block_size, consumers, packed)
     kind = (q.dtype, head_dim, q.device)
     return _Plan(
         q=_Boxes.of_rows(q, tokens),
@@ -237,15 +238,26 @@ def _make_plan(
         keys=_Boxes.of_keys(k, tokens, contiguous=True),
         rules=rules,
         constants=constants,
-        scalars=(softmax_scale * LOG2E.value, length, num_heads, num_heads // kv_heads, tiles_per_head, num_tiles),
+        scalars=(softmax_scale * LOG2E.value, length, num_heads, num_heads // kv_heads),
+        num_tiles=num_tiles,
         kind=kind,
         forward=_Launch(
             forward.attention_forward,
-            (processors if packed else min(num_tiles, processors), 1, 1),
-            {**constants, "STAGES": _STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed},
+            grid,
+            {**constants, "CONSUMERS": consumers, "STAGES": _STAGES[head_dim],
+             "REGISTERS": _ROW_REGISTERS[consumers], "PACKED": packed},
             kind,
         ),
-    )
+    )  # fmt: skip
+
+
+def _row_tiles(q: Tensor, block: int, consumers: int, packed: bool) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Tiles of `consumers` boxes of query rows, of one head (or set of heads) and in all, and the grid for them."""
+    batch, length, num_heads, _ = q.shape
+    tiles_per_head = -(-length // (consumers * min(block, CHUNK)))
+    num_tiles = tiles_per_head * (num_heads // _heads_a_box(block)) * batch
+    processors = _processors(q.device)
+    return (tiles_per_head, num_tiles), (processors if packed else min(num_tiles, processors), 1, 1)
 
 
 def _processors(device: torch.device) -> int:
@@ -265,7 +277,7 @@ class _Documents:
     boxes: int
 
     @classmethod
-    def of(cls, q: Tensor, plan: _Plan, cu_seqlens: Tensor | None) -> _Documents:
+    def of(cls, q: Tensor, plan: _Plan, consumers: int, cu_seqlens: Tensor | None) -> _Documents:
         length = q.shape[1]
         levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
         tokens = min(block, CHUNK)
@@ -274,12 +286,12 @@ class _Documents:
         from . import chunks
 
         count = cu_seqlens.shape[0] - 1
-        most_tiles = length // (_CONSUMERS * tokens) + count
+        most_tiles = length // (consumers * tokens) + count
         sinks = max(row[1] for row in plan.rules.rows)
         most_keys = length + count * block  # in whole blocks
         most_pairs = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
         table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
-        constants = {"TILE": _CONSUMERS * tokens, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
+        constants = {"TILE": consumers * tokens, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
         launch = _Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
         launch(_aligned(cu_seqlens), table, count, most_tiles, sinks)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
@@ -305,10 +317,10 @@ def run_forward(
     q, k, v, o = (x[None] for x in (q, k, v, out)) if packed else (q, k, v, out)
     plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    documents = _Documents.of(q, plan, cu_seqlens)
+    documents = _Documents.of(q, plan, plan.forward.constants["CONSUMERS"], cu_seqlens)
     plan.forward(
         plan.q(q), plan.k(k), plan.v(v), plan.rows(o), out, lse, plan.rules.table, documents.table, _counter(q.device),
-        *plan.scalars,
+        *plan.scalars, *plan.num_tiles,
     )  # fmt: skip
     return out, lse[0] if packed else lse
 
@@ -408,13 +420,14 @@ class _Backward:
             items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.statistics_boxes: dict[int, _Boxes] = {}
         self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
-        self.q_scalars = (softmax_scale, *plan.scalars)
+        num_tiles, q_grid = _row_tiles(q, constants["BLOCK"], _Q_CONSUMERS, packed)
+        self.q_scalars = (softmax_scale, *plan.scalars, *num_tiles)
         self.q = {
             has_dlse: _Launch(
                 backward_q.attention_backward_q,
-                plan.forward.grid,
-                {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS, "PACKED": packed,
-                 "HAS_DLSE": has_dlse},
+                q_grid,
+                {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS[_Q_CONSUMERS],
+                 "PACKED": packed, "HAS_DLSE": has_dlse},
                 plan.kind,
             )
             for has_dlse in (False, True)
@@ -475,7 +488,7 @@ def run_backward(
     if plan.backward is None:
         plan.backward = _Backward(q, k, plan, softmax_scale, packed)
     backward, counter = plan.backward, _counter(device)
-    documents = _Documents.of(q, plan, cu_seqlens)
+    documents = _Documents.of(q, plan, _Q_CONSUMERS, cu_seqlens)
     sets = q.shape[0] * q.shape[2] // _heads_a_box(pattern.block_size)
     stats, stats_rows = backward.statistics(sets * documents.boxes, device)
     q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(grad_out)

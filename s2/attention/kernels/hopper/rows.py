@@ -1,5 +1,5 @@
-"""Tiles of query rows: three consumer warpgroups of 64 rows each, and the producer that feeds them. Shared by the
-forward and the dQ kernel.
+"""Tiles of query rows: three or four consumer warpgroups of 64 rows each, and the producer that feeds them. Shared by
+the forward and the dQ kernel.
 
 The producer draws tiles from an atomic counter and turns each into the list of key tiles that any of its rows sees
 (`indexing.key_plan`, closed form): first those with a mask for some row, at the edges of the pattern, then the others.
@@ -24,16 +24,18 @@ from .common import LANES, WORDS, advance, get, load_entry, lowest_bit, votes
 
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
 KEYS = gl.constexpr(64)  # keys of a stage
-CONSUMERS = gl.constexpr(3)
 TILES = gl.constexpr(2)  # tiles planned: the one at work and the next
 TILE_WORDS = gl.constexpr(32)  # see `_plan_tile`
+BITS = gl.constexpr(9)  # the first consumer's among them
 LIST = gl.constexpr(128)  # entries of a list: first keys of the blocks (parts of larger ones) of key tiles
 EDGES = gl.constexpr(32)  # room for entries of masked key tiles: at most 20 tiles (blocks of 256), 6 of 4 (of 16)
 HIDDEN = gl.constexpr(1 << 29)  # a position after every row
 
 
 @gluon.jit
-def _locate(tile, heads, tiles_per_head, length, documents, TOKENS: gl.constexpr, PACKED: gl.constexpr):
+def _locate(
+    tile, heads, tiles_per_head, length, documents, TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, PACKED: gl.constexpr
+):
     """`(batch, first head, first row, token where the document begins, its length, its first chunk)` of a tile. Rows
     count from the beginning of the document, which is the whole sequence where nothing is packed. Heads come one after
     the other, their longest rows first."""
@@ -48,7 +50,7 @@ def _locate(tile, heads, tiles_per_head, length, documents, TOKENS: gl.constexpr
 
 @gluon.jit
 def _key_plan(head, row, length, table, TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr,
-              SINKS: gl.constexpr):  # fmt: skip
+              SINKS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """Rule of a KV head and plan of the tile whose first row is `row`: `(edges, unmasked key tiles, plan, rule, last
     row)`. The edges end with the tile's last row, where a larger block goes on."""
     rule = load_rule(table + head * TABLE, LEVELS, SINKS)
@@ -87,20 +89,21 @@ def _key_block(n, edges, plan, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS:
 @gluon.jit
 def _plan_tile(
     slot, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
-    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, PACKED: gl.constexpr,
+    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, CONSUMERS: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws a tile, writes the beginning of its list and its words: the tile (-1 after the last), masked and unmasked
-    key tiles, bits of the entries of masked ones that each consumer sees, then as `_locate`."""
+    key tiles, then as `_locate`, at last for each consumer bits of the entries of masked ones that it sees."""
     TOKENS: gl.constexpr = min(BLOCK, ROWS)
     tile = gl.atomic_add(counter, 1, sem="relaxed")  # fences would cost more than the rest of the plan
     if tile == num_tiles + gl.num_programs(0) - 1:  # the last draw of all: the counter is zero for the next launch
         gl.atomic_xchg(counter, 0, sem="relaxed")
     known = gl.minimum(tile, num_tiles - 1)
     batch, head, row, begin, own_length, chunk = _locate(
-        known, heads, tiles_per_head, length, documents, TOKENS, PACKED
+        known, heads, tiles_per_head, length, documents, TOKENS, CONSUMERS, PACKED
     )
     edges, num_full, plan, rule, last_row = _key_plan(
-        head // group, row, own_length, table, TABLE, BLOCK, LEVELS, SINKS
+        head // group, row, own_length, table, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS
     )  # fmt: skip
     _, keys, _ = _key_block(gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
     list_buf.index(slot).store(keys)
@@ -114,20 +117,20 @@ def _plan_tile(
         # a consumer past the last row looks where that one does, so that everybody sees a tile
         own = gl.minimum(row + c * TOKENS, last_row // TOKENS * TOKENS)
         seen = edge & (key <= own + (TOKENS - 1)) & (own // BLOCK < until)
-        words = gl.where(lane == 3 + c, votes(seen), words)
-    words = gl.where(lane == 6, batch, words)
-    words = gl.where(lane == 7, head, words)
-    words = gl.where(lane == 8, row, words)
-    words = gl.where(lane == 9, begin, words)
-    words = gl.where(lane == 10, own_length, words)
-    words = gl.where(lane == 11, chunk, words)
+        words = gl.where(lane == BITS + c, votes(seen), words)
+    words = gl.where(lane == 3, batch, words)
+    words = gl.where(lane == 4, head, words)
+    words = gl.where(lane == 5, row, words)
+    words = gl.where(lane == 6, begin, words)
+    words = gl.where(lane == 7, own_length, words)
+    words = gl.where(lane == 8, chunk, words)
     tile_buf.index(slot).store(words)
 
 
 @gluon.jit
 def _load_rows(
     batch, head, row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-    TOKENS: gl.constexpr, GRADIENT: gl.constexpr, ROW_SLOTS: gl.constexpr,
+    TOKENS: gl.constexpr, GRADIENT: gl.constexpr, ROW_SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """The consumers' rows of a tile, of dO too with `GRADIENT`."""
     D: gl.constexpr = q_desc.block_type.shape[3]
@@ -163,7 +166,7 @@ def _load_keys(
 
 
 @gluon.jit
-def make_rings(ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr):
+def make_rings(CONSUMERS: gl.constexpr, ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr):
     """Barriers of the consumers' rows, of the key and value stages and of the tiles planned, with their words and
     lists (the third is for the rest of a long list)."""
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -194,7 +197,7 @@ def produce_rows(
     tile_buf, list_buf, tile_full, tile_empty,
     table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
     GRADIENT: gl.constexpr, TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+    CONSUMERS: gl.constexpr, ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The producer of kernels that walk query rows."""
     TOKENS: gl.constexpr = min(BLOCK, ROWS)
@@ -205,34 +208,34 @@ def produce_rows(
         tiles_per_head = gl.load(documents)
         num_tiles = tiles_per_head * (heads // (ROWS // TOKENS))
     _plan_tile(0, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
-               TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
+               TABLE, BLOCK, LEVELS, SINKS, CONSUMERS, PACKED)  # fmt: skip
     mbarrier.arrive(tile_full.index(0), count=1)
     stage, phase, round = 0, 0, 0
     while get(words, round % TILES * TILE_WORDS) >= 0:
         slot = round % TILES
         word = slot * TILE_WORDS
         total = get(words, word + 1) + get(words, word + 2)
-        batch = get(words, word + 6)
-        head = get(words, word + 7)
-        row = get(words, word + 8)
-        begin = get(words, word + 9)
+        batch = get(words, word + 3)
+        head = get(words, word + 4)
+        row = get(words, word + 5)
+        begin = get(words, word + 6)
         # rows come first where their buffers have been free for long, else after the stages, which are free before
         rows_at = -1 if ROW_SLOTS > 1 else gl.minimum(total, STAGES) - 1
         if ROW_SLOTS > 1:
             _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-                       TOKENS, GRADIENT, ROW_SLOTS)  # fmt: skip
+                       TOKENS, GRADIENT, ROW_SLOTS, CONSUMERS)  # fmt: skip
         plan_at = gl.minimum(gl.maximum(total - STAGES, 1), total - 1)
         for n in range(total):
             if n == plan_at:  # the next tile, while the consumers work on the stages in flight
                 other = (round + 1) % TILES
                 mbarrier.wait(tile_empty.index(other), ((round + 1) // TILES & 1) ^ 1)
                 _plan_tile(other, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head,
-                           num_tiles, TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
+                           num_tiles, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS, PACKED)  # fmt: skip
                 mbarrier.arrive(tile_full.index(other), count=1)
             entry = n * entries
             if (n > 0) & (entry % LIST == 0):
                 edges, _, plan, _, _ = _key_plan(
-                    head // group, row, get(words, word + 10), table, TABLE, BLOCK, LEVELS, SINKS
+                    head // group, row, get(words, word + 7), table, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS
                 )  # fmt: skip
                 _, more, _ = _key_block(entry + gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
                 list_buf.index(TILES).store(more)
@@ -242,7 +245,7 @@ def produce_rows(
             if ROW_SLOTS == 1:  # noqa: SIM102 (one is known when compiling)
                 if n == rows_at:
                     _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-                               TOKENS, GRADIENT, ROW_SLOTS)  # fmt: skip
+                               TOKENS, GRADIENT, ROW_SLOTS, CONSUMERS)  # fmt: skip
         round += 1
 
 
