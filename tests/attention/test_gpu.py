@@ -147,13 +147,16 @@ def test_hopper_within_bounds(dtype, head_dim, block, spec, packed):
 
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("growth", [0.0, 3.0, 40.0])
-def test_hopper_follows_maxima_that_rise(growth, head_dim):
-    """Scores that grow from key tile to key tile, by more or less than a maximum may lag, in some rows only."""
-    q, k, v = (torch.randn(1, 1500, 4, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    q[:, ::3] *= 0.01
-    k *= torch.linspace(1, 1 + growth, 1500, device="cuda", dtype=torch.bfloat16)[:, None, None]
-    for spec in ("L2V3", "L1V4+sink1", "dense"):
+def test_hopper_follows_maxima_that_rise(growth, dtype, head_dim):
+    """Scores that grow or fall with the position, by more or less than a maximum may lag, in some rows only. The tiles
+    at the edges come first, so falling ones rise among the others."""
+    profile = torch.linspace(1, 1 + growth, 1500, device="cuda", dtype=dtype)[:, None, None]
+    for spec, rises in itertools.product(("L2V3", "L1V4+sink1", "dense"), (profile, profile.flip(0))):
+        q, k, v = (torch.randn(1, 1500, 4, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+        q[:, ::3] *= 0.01
+        k *= rises
         pattern = Pattern.parse(spec)
         out, lse = s2_attention(q, k, v, pattern, backend="hopper", return_lse=True)
         exact = [x.double() for x in (q, k, v)]
@@ -163,10 +166,28 @@ def test_hopper_follows_maxima_that_rise(growth, head_dim):
 
 
 @hopper
-def test_hopper_packed_equals_separate_bit_for_bit():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_rows_do_not_depend_on_each_other(head_dim):
+    """Rows of a warp decide together whether to look at their maxima; their results are their own, to the last bit."""
+    q, k, v = (torch.randn(1, 1000, 4, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    pattern = Pattern.parse("L2V3")
+    before = s2_attention(q, k, v, pattern, backend="hopper", return_lse=True)
+    changed = torch.zeros(1000, dtype=torch.bool, device="cuda")
+    changed[3::7] = True
+    q[:, changed] *= 50
+    q[:, 3::70] = float("nan")
+    after = s2_attention(q, k, v, pattern, backend="hopper", return_lse=True)
+    assert torch.equal(before[0][:, ~changed], after[0][:, ~changed])
+    assert torch.equal(before[1][..., ~changed], after[1][..., ~changed])
+    assert after[0][:, 3::70].isnan().all() and not torch.equal(before[0][:, changed], after[0][:, changed])
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_packed_equals_separate_bit_for_bit(head_dim):
     lengths = [0, 1, 64, 1000, 130, 0, 2049, 77, *[65] * 30]
     borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    q, k, v, dout = (torch.randn(sum(lengths), h, 128, device="cuda", dtype=torch.bfloat16) for h in (4, 4, 4, 4))
+    q, k, v, dout = (torch.randn(sum(lengths), 4, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     pattern = Pattern.parse("L2V5+sink1")
     out = s2_attention(q, k, v, pattern, cu_seqlens=borders, backend="hopper")
@@ -182,8 +203,9 @@ def test_hopper_packed_equals_separate_bit_for_bit():
 
 
 @hopper
-def test_hopper_runs_in_a_cuda_graph():
-    q, k, v = (torch.randn(1, 3000, h, 128, device="cuda", dtype=torch.bfloat16) for h in (16, 16, 16))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_runs_in_a_cuda_graph(head_dim):
+    q, k, v = (torch.randn(1, 3000, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     dout, pattern = torch.randn_like(q), Pattern.parse("L1V15")
 
@@ -222,8 +244,9 @@ def test_hopper_takes_ranges_and_mixed_heads_and_views():
 
 
 @hopper
-def test_hopper_repeats_bit_for_bit_and_is_the_default():
-    q, k, v = (torch.randn(1, 5000, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_repeats_bit_for_bit_and_is_the_default(head_dim):
+    q, k, v = (torch.randn(1, 5000, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     pattern = Pattern.parse("L1V15")
     first = s2_attention(q, k, v, pattern, backend="hopper")
     assert all(torch.equal(first, s2_attention(q, k, v, pattern)) for _ in range(10))

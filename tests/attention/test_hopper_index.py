@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import launch
+from s2.attention.kernels.hopper import backward_q, launch
 from s2.attention.kernels.hopper.chunks import attention_documents, chunk_block, chunk_run, chunk_tile
 from s2.attention.kernels.hopper.launch import CHUNK, divide_columns
 from s2.attention.kernels.hopper.rows import EDGES
@@ -240,18 +240,35 @@ def edge_tiles(masked: list[int], block: int) -> list[list[int]]:
     ]
 
 
+def rings() -> dict[int, int]:
+    """The fewest stages that a kernel with so many consumers runs with."""
+    found: dict[int, int] = {}
+    for dim in launch._STAGES:
+        for consumers, stages in (
+            (launch._CONSUMERS[dim], launch._STAGES[dim]), (launch._Q_CONSUMERS, launch._Q_STAGES[dim]),
+        ):  # fmt: skip
+            found[consumers] = min(stages, found.get(consumers, stages))
+    return found
+
+
+RINGS = rings()
+
+
+def test_dq_is_launched_with_the_consumers_that_it_has():
+    assert backward_q.CONSUMERS.value == launch._Q_CONSUMERS
+
+
 @pytest.mark.parametrize("block", [16, 32, 64])
 @pytest.mark.parametrize("length", [500, 1300])
-@pytest.mark.parametrize(("consumers", "most"), [(3, 3), (4, 4)])
-def test_a_consumer_finds_its_next_tile_in_the_ring(block, length, consumers, most):
+@pytest.mark.parametrize("consumers", sorted(RINGS))
+def test_a_consumer_finds_its_next_tile_in_the_ring(block, length, consumers):
     """What `rows` relies on where a consumer holds a stage while it waits for its next one."""
-    assert all(most < stages[64] for stages in (launch._STAGES, launch._Q_STAGES))
-    assert most == 4 or all(most < stages[128] for stages in (launch._STAGES, launch._Q_STAGES))
     heads = 4
     specs = ("L1V15", "L8V16", "dense", "L2V5+sink1", "W3", "L1V2", "L3V3+sink2", "L1V3+sink5", "L5V24")
     bounded = ([(2, 5), (4, None)], [(2, 3), (4, 7)], [(3, 7), (9, 20)], [(1, 6), (5, None)])
     patterns = [Pattern.parse(spec, block) for spec in specs]
     patterns += [Pattern.from_ranges(2, levels, sinks=1, block_size=block) for levels in bounded]
+    patterns.append(Pattern.from_ranges(5, [(2, 14), (6, None)], sinks=1, block_size=block))  # 28 entries of 16
     for pattern in patterns:
         schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
         if not has_closed_form(pattern):
@@ -269,5 +286,5 @@ def test_a_consumer_finds_its_next_tile_in_the_ring(block, length, consumers, mo
                     query = min(tile * consumers + consumer, (length - 1) // block)
                     seen = [n for n, blocks in enumerate(edges) if mask[head, query, blocks].any()]
                     assert seen, "every consumer has a first tile"
-                    stops = [*seen, len(edges)] if num_full else seen
-                    assert all(b - a <= most for a, b in itertools.pairwise(stops))
+                    stops = [*seen, len(edges) if num_full else len(edges) - 1]  # it walks past the last ones too
+                    assert all(b - a < RINGS[consumers] for a, b in itertools.pairwise(stops))

@@ -1,4 +1,4 @@
-"""dQ on Hopper (sm_90a), in Gluon: the forward's tiles of 3 x 64 query rows (`rows`), walking the same key tiles.
+"""dQ on Hopper (sm_90a), in Gluon: tiles of 3 x 64 query rows, walked as in the forward (`rows`).
 
     P = exp2(scale_log2 * Q K^T - lse2)    dS = P * (dO V^T - delta)    dQ = scale * dS K
 

@@ -219,6 +219,7 @@ def attention_forward(
 ):  # fmt: skip
     # descriptors over [B, H, S, D] with boxes [1, heads, tokens, D] of 64 rows, k and v [1, 1, tokens, D] of as many
     # tokens; out [B, S, H, D]; lse [B, H, S]; packed: B = 1, S = all tokens, documents (`chunks.attention_documents`)
+    gl.static_assert((CONSUMERS == 3) | (CONSUMERS == 4), "one partition each stands below")
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape

@@ -5,11 +5,11 @@ The producer draws tiles from an atomic counter and turns each into the list of 
 (`indexing.key_plan`, closed form): first those with a mask for some row, at the edges of the pattern, then the others.
 The list and what else the consumers need to know stand in shared memory, for two tiles, so that the next tile is
 planned while this one is worked on. Key tiles go through a ring of stages. Every consumer walks every position of the
-ring in order: it waits for a stage also where it does not see the tile, and hands it back. (A
-consumer that left positions out could take an older load's phase for that of its own.) With blocks no larger than key
-tiles, the tiles that a consumer sees at the edges, and the first one without a mask, are at most three positions apart;
-then it may hold one while it waits for the next, in a ring of four stages and more. With larger blocks it hands the one
-back first.
+ring in order: it waits for a stage also where it does not see the tile, and hands it back. (A consumer that left
+positions out could take an older load's phase for that of its own.) With blocks no larger than key tiles, the tiles
+that a consumer sees at the edges, and the first one without a mask, are at most as many positions apart as there are
+consumers. There are more stages than that, so it may hold one while it waits for the next. With larger blocks it hands
+the one back first.
 
 Blocks smaller than 64 need several query heads to a KV head. The rows of a consumer are then one query block of
 `64 // BLOCK` heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
@@ -26,9 +26,9 @@ ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
 KEYS = gl.constexpr(64)  # keys of a stage
 TILES = gl.constexpr(2)  # tiles planned: the one at work and the next
 TILE_WORDS = gl.constexpr(32)  # see `_plan_tile`
-BITS = gl.constexpr(9)  # the first consumer's among them
+BITS = gl.constexpr(9)  # word with the bits of the first consumer; those of the others follow
 LIST = gl.constexpr(128)  # entries of a list: first keys of the blocks (parts of larger ones) of key tiles
-EDGES = gl.constexpr(32)  # room for entries of masked key tiles: at most 20 tiles (blocks of 256), 6 of 4 (of 16)
+EDGES = gl.constexpr(32)  # room for entries of masked key tiles: at most 20 tiles (blocks of 256), 8 of 4 (of 16)
 HIDDEN = gl.constexpr(1 << 29)  # a position after every row
 
 
@@ -219,7 +219,8 @@ def produce_rows(
         head = get(words, word + 4)
         row = get(words, word + 5)
         begin = get(words, word + 6)
-        # rows come first where their buffers have been free for long, else after the stages, which are free before
+        # rows come first where there are two buffers: the other is free once the consumers are past the edges of the
+        # tile before, whose keys are all on their way by then; else after the stages, which are free before
         rows_at = -1 if ROW_SLOTS > 1 else gl.minimum(total, STAGES) - 1
         if ROW_SLOTS > 1:
             _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,

@@ -4,10 +4,10 @@ A thread has 16 scores of each of two rows, and four threads of a warp have thos
 the rows' statistics, `[64, 4]` in the layout `PARTS`: maxima, the same in all four, and sums of its own columns, which
 are added up at the end.
 
-A maximum is replaced only by one that is `LAZY` larger: probabilities stay below `2^LAZY`, which float32 sums and
-bfloat16 and float16 factors hold. Most steps keep all maxima. So every thread first looks for such a score among its
-own, and only warps that have one compare theirs and multiply what was added up before. Gluon has no branch that each
-warp takes for itself, hence the PTX.
+A maximum is replaced only by one that is more than `LAZY` larger: probabilities stay below `2^LAZY`, which float32 sums
+and bfloat16 and float16 factors hold. Most steps keep all maxima. So every thread first looks for such a score among
+its own, and only warps that have one compare theirs and multiply what was added up before. Gluon has no branch that
+each warp takes for itself, hence the PTX.
 """
 
 from triton.experimental import gluon
@@ -23,13 +23,14 @@ PARTS = gl.constexpr(
 
 @gluon.jit
 def _own_max(x):
-    """`[64, 64]` -> `[64, 4]`, in few dependent steps."""
+    """The largest of a thread's own elements of each of its rows, `[64, 64]` -> `[64, 4]`, in few dependent steps."""
     x = gl.max(gl.max(x.reshape([ROWS, COLUMNS // 16, 2, 4, 2]), 4), 2)
     return gl.convert_layout(gl.max(x, 1), PARTS, assert_trivial=True)
 
 
 @gluon.jit
 def _own_sum(x):
+    """Their sums, likewise."""
     x = gl.sum(gl.sum(x.reshape([ROWS, COLUMNS // 16, 2, 4, 2]), 4), 2)
     return gl.convert_layout(gl.sum(x, 1), PARTS, assert_trivial=True)
 
@@ -84,7 +85,8 @@ def _pack(probs, like):
 @gluon.jit
 def softmax_step(scores, row_max, row_sum, scale, like):
     """Probabilities of scores `[64, 64]`, in the type of `like`, then maxima and sums of their rows (`PARTS`) and the
-    factors of what was added up before."""
+    factors of what was added up before. `scale`: positive, with log2 e in it. Maxima are -inf before the first scores,
+    of which every row must have one that is not (else it is NaN)."""
     row_max, factors = gl.inline_asm_elementwise(
         _raise_ptx(LAZY), "=&f,=&f,=&f,=&f,f,f,f,f", [_own_max(scores) * scale, row_max],
         dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
@@ -113,7 +115,8 @@ def _operands(count):
 
 @gluon.jit
 def multiply_rows(acc, factors):
-    """A product `[64, columns]` times the factors of its rows, skipped by warps all of whose factors are 1."""
+    """A product `[64, columns]` times the factors of its rows, skipped by warps all of whose factors are 1 (or NaN: the
+    sum of such a row is NaN too)."""
     count: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread
     return gl.inline_asm_elementwise(
         _product_ptx(count), _operands(count), [acc, _spread(factors, acc)],
@@ -123,7 +126,7 @@ def multiply_rows(acc, factors):
 
 @gluon.jit
 def log2(x):
-    """To 2^-22, in one instruction instead of thirty."""
+    """In one instruction instead of thirty; absolute error 2^-22 where `x` is between 0.5 and 2, relative elsewhere."""
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
