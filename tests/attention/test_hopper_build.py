@@ -104,6 +104,7 @@ BUILDS = [
     Build("forward", 128, _constants(1, False), spills=64),
     Build("forward", 128, _constants(0, True, block=128, packed=True), spills=64, element="fp16"),
     Build("forward", 64, _constants(2, True), spills=256),
+    Build("forward", 64, _constants(1, False, block=256), spills=64),
     Build("forward", 128, _constants(1, False, block=16), spills=128),
     Build("forward", 64, _constants(1, True, block=32, packed=True), spills=160, element="fp16"),
     Build("backward_q", 128, _constants(1, False, HAS_DLSE=True), spills=256),

@@ -171,7 +171,8 @@ def test_documents_and_their_tiles(spec, block):
     lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 20]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     count = len(lengths)
-    tile, unit = 3 * unit_of(block), unit_of(block)
+    consumers = 4 if block == 64 else 3
+    tile, unit = consumers * unit_of(block), unit_of(block)
     most_tiles = sum(lengths) // tile + count
     sinks = max(row[1] for row in schedule.rows)
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
