@@ -165,13 +165,13 @@ def test_sinks_are_divided_like_the_other_long_columns():
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
-def test_documents_and_their_tiles(spec, block):
+@pytest.mark.parametrize("consumers", [3, 4])
+def test_documents_and_their_tiles(spec, block, consumers):
     pattern, heads = Pattern.parse(spec, block), 4
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 20]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     count = len(lengths)
-    consumers = 4 if block == 64 else 3
     tile, unit = consumers * unit_of(block), unit_of(block)
     most_tiles = sum(lengths) // tile + count
     sinks = max(row[1] for row in schedule.rows)

@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from ..triton.forward import LOG2E
 from .common import WORDS, advance, count_bits, flat_rows, get, store_rows
 from .rows import (
-    BITS,
     HIDDEN,
     KEYS,
     LIST,
@@ -23,6 +22,7 @@ from .rows import (
     edge_keys,
     make_rings,
     produce_rows,
+    read_tile,
     seen_tiles,
     skip_keys,
     tile_of,
@@ -113,16 +113,7 @@ def _consume(
     mbarrier.wait(tile_full.index(0), 0)
     while get(words, round % TILES * TILE_WORDS) >= 0:
         slot = round % TILES
-        word = slot * TILE_WORDS
-        edges = get(words, word + 1)
-        num_full = get(words, word + 2)
-        bits = get(words, word + BITS + C)
-        batch = get(words, word + 3)
-        head = get(words, word + 4)
-        row = get(words, word + 5) + C * TOKENS
-        begin = get(words, word + 6)
-        length = get(words, word + 7)
-        chunk = get(words, word + 8)
+        edges, num_full, bits, batch, head, row, begin, length, chunk = read_tile(words, slot, C, TOKENS)
         lse2, delta = _statistics(
             do, q_full.index(C), round & 1, out, lse, dlse, stats, batch, head, begin, row, length, chunk,
             tokens, heads, chunks, TOKENS, D, HAS_DLSE,

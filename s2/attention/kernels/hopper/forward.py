@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from .common import WORDS, advance, count_bits, flat_rows, get, opaque, store_rows
 from .rows import (
-    BITS,
     KEYS,
     LIST,
     ROWS,
@@ -24,6 +23,7 @@ from .rows import (
     edge_keys,
     make_rings,
     produce_rows,
+    read_tile,
     seen_tiles,
     skip_keys,
     tile_of,
@@ -35,8 +35,9 @@ ROW_SLOTS = gl.constexpr(2)  # of a consumer: this tile's rows and the next one'
 
 
 @gluon.jit
-def _scores(q, k_buf, stage, s_layout: gl.constexpr, D: gl.constexpr):
-    """Scores of a key tile that is there."""
+def _scores(q, k_buf, kv_full, stage, phase, s_layout: gl.constexpr, D: gl.constexpr):
+    """Scores of a key tile."""
+    mbarrier.wait(kv_full.index(stage), phase)
     k = k_buf.index(opaque(stage)).reshape([KEYS, D]).permute([1, 0])
     blank = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
     pending = warpgroup_mma(q, k, blank, use_acc=False, is_async=True)
@@ -110,15 +111,7 @@ def _consume(
     while get(words, round % TILES * TILE_WORDS) >= 0:
         slot = round % TILES
         own = C * ROW_SLOTS + round % ROW_SLOTS
-        word = slot * TILE_WORDS
-        edges = get(words, word + 1)
-        num_full = get(words, word + 2)
-        bits = get(words, word + BITS + C)
-        batch = get(words, word + 3)
-        head = get(words, word + 4)
-        row = get(words, word + 5) + C * TOKENS
-        begin = get(words, word + 6)
-        length = get(words, word + 7)
+        edges, num_full, bits, batch, head, row, begin, length, _ = read_tile(words, slot, C, TOKENS)
         lanes = gl.arange(0, ROWS, s_rows)
         position = row + lanes % TOKENS
         row_max = gl.full([ROWS, 4], float("-inf"), gl.float32, PARTS)
@@ -132,8 +125,7 @@ def _consume(
         seen = seen & (seen - 1)
         stage, phase = skip_keys(at, kv_full, kv_empty, stage, phase, STAGES)
         mbarrier.wait(q_full.index(own), round // ROW_SLOTS & 1)
-        mbarrier.wait(kv_full.index(stage), phase)
-        scores = _scores(q, k_buf, stage, s_layout, D)
+        scores = _scores(q, k_buf, kv_full, stage, phase, s_layout, D)
         scores = _mask(scores, key_list, slot, at, bits, row, position, BLOCK)
         probs, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum, scale_log2, v_buf)
         for _ in range(count_bits(seen)):
@@ -152,8 +144,7 @@ def _consume(
                 acc = _finish(probs, v_buf, kv_empty, stage, acc, D)
                 stage, phase = advance(stage, phase, STAGES)
                 stage, phase = skip_keys(then - at - 1, kv_full, kv_empty, stage, phase, STAGES)
-                mbarrier.wait(kv_full.index(stage), phase)
-                scores = _scores(q, k_buf, stage, s_layout, D)
+                scores = _scores(q, k_buf, kv_full, stage, phase, s_layout, D)
                 scores = _mask(scores, key_list, slot, then, bits, row, position, BLOCK)
                 probs, row_max, row_sum, factors = softmax_step(scores, row_max, row_sum, scale_log2, v_buf)
                 acc = multiply_rows(acc, factors)
@@ -180,8 +171,7 @@ def _consume(
             next_stage, next_phase = skip_keys(edges - at - 1, kv_full, kv_empty, next_stage, next_phase, STAGES)
             some = gl.minimum(num_full, 1)
             for _ in range(some):
-                mbarrier.wait(kv_full.index(next_stage), next_phase)
-                scores = _scores(q, k_buf, next_stage, s_layout, D)
+                scores = _scores(q, k_buf, kv_full, next_stage, next_phase, s_layout, D)
                 probs, row_max, row_sum, factors = softmax_step(scores, row_max, row_sum, scale_log2, v_buf)
                 acc = multiply_rows(acc, factors)
             for _ in range(num_full - 1):

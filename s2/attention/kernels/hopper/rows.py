@@ -128,6 +128,23 @@ def _plan_tile(
 
 
 @gluon.jit
+def read_tile(words, slot, C: gl.constexpr, TOKENS: gl.constexpr):
+    """What a consumer needs to know of a tile: `(masked key tiles, unmasked ones, bits of the entries that it sees,
+    batch, head, its first row, token where the document begins, its length, its first chunk)`."""
+    word = slot * TILE_WORDS
+    edges = get(words, word + 1)
+    num_full = get(words, word + 2)
+    bits = get(words, word + BITS + C)
+    batch = get(words, word + 3)
+    head = get(words, word + 4)
+    row = get(words, word + 5) + C * TOKENS
+    begin = get(words, word + 6)
+    length = get(words, word + 7)
+    chunk = get(words, word + 8)
+    return edges, num_full, bits, batch, head, row, begin, length, chunk
+
+
+@gluon.jit
 def _load_rows(
     batch, head, row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
     TOKENS: gl.constexpr, GRADIENT: gl.constexpr, ROW_SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,

@@ -13,8 +13,8 @@ each warp takes for itself, hence the PTX.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-ROWS = gl.constexpr(64)
-COLUMNS = gl.constexpr(64)
+from .rows import KEYS, ROWS
+
 LAZY = gl.constexpr(8.0)
 PARTS = gl.constexpr(
     gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
@@ -24,14 +24,14 @@ PARTS = gl.constexpr(
 @gluon.jit
 def _own_max(x):
     """The largest of a thread's own elements of each of its rows, `[64, 64]` -> `[64, 4]`, in few dependent steps."""
-    x = gl.max(gl.max(x.reshape([ROWS, COLUMNS // 16, 2, 4, 2]), 4), 2)
+    x = gl.max(gl.max(x.reshape([ROWS, KEYS // 16, 2, 4, 2]), 4), 2)
     return gl.convert_layout(gl.max(x, 1), PARTS, assert_trivial=True)
 
 
 @gluon.jit
 def _own_sum(x):
     """Their sums, likewise."""
-    x = gl.sum(gl.sum(x.reshape([ROWS, COLUMNS // 16, 2, 4, 2]), 4), 2)
+    x = gl.sum(gl.sum(x.reshape([ROWS, KEYS // 16, 2, 4, 2]), 4), 2)
     return gl.convert_layout(gl.sum(x, 1), PARTS, assert_trivial=True)
 
 
