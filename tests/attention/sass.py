@@ -195,6 +195,8 @@ def _width(instruction: Instruction, operands: list[str], position: int, end: in
     operand, base, modifiers = operands[position], instruction.base, instruction.modifiers
     if operand.startswith(("desc", "cx")) or operand.startswith(".64", end):
         return 2
+    if base == "UTMACCTL":  # the address of the descriptor
+        return 2
     if base in ("UTMALDG", "UTMASTG", "UTMAREDG"):
         # shared address, barrier (of loads), and a coordinate each dimension; then the address of the descriptor
         if position > 0:

@@ -1,20 +1,25 @@
-"""How the Hopper kernels divide their work, in Triton's interpreter: in the backward every visible pair of chunks lies
-in exactly one work item's run, packed or not; what the rings of the row kernels rely on."""
+"""How the Hopper kernels divide their work: in the backward every visible pair of chunks lies in exactly one work
+item's run, packed or not (in Triton's interpreter); the key tiles of a tile of query rows are those that its rows see
+(`plan.cuh`, compiled for the host)."""
 
-import itertools
+import random
+import shutil
+import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import backward_q, launch
+from s2.attention.kernels.hopper import launch, rows
 from s2.attention.kernels.hopper.chunks import attention_documents, chunk_block, chunk_run, chunk_tile
 from s2.attention.kernels.hopper.launch import CHUNK, divide_columns
-from s2.attention.kernels.hopper.rows import EDGES
-from s2.attention.kernels.triton.indexing import key_plan, load_rule
-from s2.attention.schedule import TABLE_COLUMNS, has_closed_form, rule_schedule
+from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
+from s2.attention.schedule import MAX_LEVELS, TABLE_COLUMNS, has_closed_form, rule_schedule
+from tests.attention import sweep
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -47,11 +52,11 @@ def unit_of(block: int) -> int:
     return min(block, CHUNK)
 
 
-def unit_mask(pattern: Pattern, length: int, heads: int) -> torch.Tensor:
+def unit_mask(pattern: Pattern, length: int, heads: int, layer: int = 0) -> torch.Tensor:
     """bool `[H, key unit, query unit]`: which units of keys which units of queries see."""
     unit = unit_of(pattern.block_size)
     per_block, units = pattern.block_size // unit, -(-length // unit)
-    mask = pattern.block_mask(-(-length // pattern.block_size), heads)
+    mask = pattern.block_mask(-(-length // pattern.block_size), heads, layer=layer)
     mask = mask.repeat_interleave(per_block, 1).repeat_interleave(per_block, 2)[:, :units, :units]
     return (mask & torch.ones(units, units, dtype=torch.bool).tril()).transpose(1, 2)
 
@@ -216,76 +221,118 @@ def test_documents_and_their_tiles(spec, block, consumers):
 
 # ---------------------------------------------------------------- tiles of rows
 
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+PLANS = Path(__file__).with_name("plans.cpp")
+
+
+def compile_plans(folder: Path, block: int, levels: int, sinks: bool, consumers: int) -> Path:
+    """`plans.cpp` with the constants of a kernel, in a folder. It aborts where C++ does not define a result."""
+    program = folder / f"plans-{levels}-{sinks:d}"
+    constants = {"BLOCK": block, "LEVELS": levels, "SINKS": int(sinks), "CONSUMERS": consumers}
+    checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    subprocess.run(
+        [COMPILER, "-std=c++17", "-O1", *checks, *(f"-D{name}={value}" for name, value in constants.items()),
+         f"-I{Path(launch.__file__).parent}", str(PLANS), "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    return program
+
+
+def draw_rules(random: random.Random, block: int) -> tuple[Pattern, int]:
+    """A pattern of one rule and the number of its heads, of which each has its own residues."""
+    heads = random.choice((1, 4, 16))
+    pattern = sweep.draw_rule(random, random.choice(sweep.KINDS[:5]), block)
+    if random.random() < 0.2:
+        local, stride = random.randint(1, 40), random.randint(1, 9)
+        end = local + random.randint(1, 40)
+        levels = [(stride, end), (stride * random.randint(1, 5), random.choice((None, end + random.randint(1, 40))))]
+        pattern = Pattern.from_ranges(local, levels, block_size=block, sinks=random.randint(0, 9))
+    return pattern, heads
+
+
+def check_plan(line: str, seen_by: np.ndarray, row: int, last_row: int, block: int, consumers: int) -> None:
+    """`seen_by` bool `[query unit, key unit]`: what the pattern says."""
+    unit, entries = unit_of(block), max(CHUNK // block, 1)
+    edges, fulls, *numbers = map(int, line.split())
+    edge_keys, seen = np.array(numbers[: 2 * edges * entries]).reshape(-1, 2).T
+    full_keys = np.array(numbers[2 * edges * entries :], dtype=int)
+    assert len(full_keys) == fulls * entries
+    assert 0 < edges * entries <= 32, "the consumers have a bit for each entry"
+    own = row // unit + np.arange(consumers)
+    boxes = np.minimum(own, last_row // unit)  # a consumer past the last row looks where that one does
+    listed = np.concatenate([edge_keys[edge_keys >= 0], full_keys])
+    assert (listed % unit == 0).all() and len(set(listed)) == len(listed)
+    assert sorted(listed // unit) == np.flatnonzero(seen_by[boxes].any(0)).tolist()
+    assert seen_by[boxes][:, full_keys // unit].all() and (full_keys + unit - 1 <= row).all()
+    for consumer, box in enumerate(boxes):
+        sees = seen >> consumer & 1 == 1
+        exists = edge_keys >= 0
+        assert (sees == exists & seen_by[box, edge_keys // unit]).all()
+        assert sees.any(), "every consumer has a first key tile"
+        first = np.flatnonzero(sees)[0] // entries
+        shown = edge_keys[first * entries : (first + 1) * entries][sees[first * entries : (first + 1) * entries]]
+        assert shown.min() <= own[consumer] * unit, "all its rows see a key of it"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("consumers", sorted(set(launch._CONSUMERS.values())))
+def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, consumers, tmp_path):
+    rng = random.Random(seed := random.SystemRandom().randrange(1 << 30))
+    cases: dict[tuple[int, bool], list] = {(n, sinks): [] for n in range(MAX_LEVELS + 1) for sinks in (False, True)}
+    for _ in range(120):
+        pattern, heads = draw_rules(rng, block)
+        if not has_closed_form(pattern):
+            continue
+        head, layer = rng.randrange(heads), rng.randrange(30)
+        schedule = rule_schedule(pattern.key, heads, layer, 0, heads, CPU)
+        length = rng.choice((rng.randint(1, 2 * CHUNK), rng.randint(1, 40 * block), rng.randint(1, 12 * CHUNK)))
+        mask = unit_mask(pattern, length, heads, layer)[head].T.numpy()
+        # kernels may be compiled for more than a head needs: for the other heads
+        levels = rng.randint(schedule.num_levels, MAX_LEVELS)
+        sinks = schedule.has_sinks or rng.random() < 0.5
+        tile = consumers * unit_of(block)
+        starts = list(range(0, length, tile))
+        for row in sorted({0, starts[-1], *rng.sample(starts, min(len(starts), 12))}):
+            cases[levels, sinks].append((row, length, schedule.rows[head], mask, pattern))
+    for (levels, sinks), own in cases.items():
+        program = compile_plans(tmp_path, block, levels, sinks, consumers)
+        text = "\n".join(" ".join(map(str, (row, length, *rule))) for row, length, rule, _, _ in own)
+        result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+        for line, (row, length, rule, mask, pattern) in zip(result.stdout.splitlines(), own, strict=True):
+            last_row = min(row + consumers * unit_of(block), length) - 1
+            try:
+                check_plan(line, mask, row, last_row, block, consumers)
+            except AssertionError as error:
+                raise AssertionError(f"{seed=}, {pattern}, {rule=}, {row=}, {length=}, {levels=}, {sinks=}") from error
+
 
 @triton.jit
-def plans(table, out, tile_rows, length, KEYS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+def edges(table, out, tile_rows, length, KEYS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
           SINKS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * tile_rows
-    rule = load_rule(table, LEVELS, SINKS)
     last = tl.minimum(row + tile_rows, length) - 1
-    full, masked = key_plan(row, last, rule, BLOCK, KEYS, LEVELS, SINKS)
-    tl.store(out + tl.program_id(0) * 17, full[0] + full[3] + full[6] + full[8])
-    for n in tl.static_range(16):
-        tl.store(out + tl.program_id(0) * 17 + 1 + n, masked[n] + 0)
-
-
-def edge_tiles(masked: list[int], block: int) -> list[list[int]]:
-    """Blocks of each masked key tile, in the order of the ring."""
-    a_tile = CHUNK // block
-    ranges = [masked[0:4], masked[4:8], [masked[8], 0, 1, masked[9]], [masked[10], masked[11], 1, masked[12]],
-              [masked[13], masked[14], 1, masked[15]]]  # fmt: skip
-    return [
-        [first + stride * n for n in range(t * a_tile, min((t + 1) * a_tile, blocks))]
-        for tiles, first, stride, blocks in ranges
-        for t in range(tiles)
-    ]
-
-
-def rings() -> dict[int, int]:
-    """The fewest stages that a kernel with so many consumers runs with."""
-    found: dict[int, int] = {}
-    for dim in launch._STAGES:
-        for consumers, stages in (
-            (launch._CONSUMERS[dim], launch._STAGES[dim]), (launch._Q_CONSUMERS, launch._Q_STAGES[dim]),
-        ):  # fmt: skip
-            found[consumers] = min(stages, found.get(consumers, stages))
-    return found
-
-
-RINGS = rings()
+    _, masked = key_plan(row, last, load_rule(table, LEVELS, SINKS), BLOCK, KEYS, LEVELS, SINKS)
+    tl.store(out + tl.program_id(0), masked_tiles(masked))
 
 
 def test_dq_is_launched_with_the_consumers_that_it_has():
-    assert backward_q.CONSUMERS.value == launch._Q_CONSUMERS
+    assert rows.CONSUMERS.value == launch._Q_CONSUMERS
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])
-@pytest.mark.parametrize("length", [500, 1300])
-@pytest.mark.parametrize("consumers", sorted(RINGS))
-def test_a_consumer_finds_its_next_tile_in_the_ring(block, length, consumers):
-    """What `rows` relies on where a consumer holds a stage while it waits for its next one."""
-    heads = 4
+def test_the_edges_of_a_tile_of_dq_fit_its_words(block):
+    heads, length = 4, 30 * block - 5
     specs = ("L1V15", "L8V16", "dense", "L2V5+sink1", "W3", "L1V2", "L3V3+sink2", "L1V3+sink5", "L5V24")
     bounded = ([(2, 5), (4, None)], [(2, 3), (4, 7)], [(3, 7), (9, 20)], [(1, 6), (5, None)])
     patterns = [Pattern.parse(spec, block) for spec in specs]
     patterns += [Pattern.from_ranges(2, levels, sinks=1, block_size=block) for levels in bounded]
     patterns.append(Pattern.from_ranges(5, [(2, 14), (6, None)], sinks=1, block_size=block))  # 28 entries of 16
-    for pattern in patterns:
+    for pattern in filter(has_closed_form, patterns):
         schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
-        if not has_closed_form(pattern):
-            continue
-        tiles = -(-length // (consumers * block))
-        mask = pattern.block_mask(-(-length // block), heads)
-        for head in range(heads):
-            out = torch.zeros(tiles, 17, dtype=torch.int32)
-            plans[(tiles,)](schedule.table[head], out, consumers * block, length, KEYS=CHUNK, BLOCK=block,
+        tiles = -(-length // (launch._Q_CONSUMERS * block))
+        for head in (0, 3):
+            out = torch.zeros(tiles, dtype=torch.int32)
+            edges[(tiles,)](schedule.table[head], out, launch._Q_CONSUMERS * block, length, KEYS=CHUNK, BLOCK=block,
                             LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
-            for tile, (num_full, *masked) in enumerate(out.tolist()):
-                edges = edge_tiles(masked, block)
-                assert len(edges) * CHUNK // block <= EDGES.value
-                for consumer in range(consumers):
-                    query = min(tile * consumers + consumer, (length - 1) // block)
-                    seen = [n for n, blocks in enumerate(edges) if mask[head, query, blocks].any()]
-                    assert seen, "every consumer has a first tile"
-                    stops = [*seen, len(edges) if num_full else len(edges) - 1]  # it walks past the last ones too
-                    assert all(b - a < RINGS[consumers] for a, b in itertools.pairwise(stops))
+            assert out.min() > 0 and out.max() * CHUNK // block <= rows.EDGES.value

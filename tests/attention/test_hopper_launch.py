@@ -1,28 +1,73 @@
 """The host side of the Hopper kernels without a GPU: what each kernel would be launched with."""
 
+import ctypes
 import inspect
+import shutil
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import launch
+from s2.attention.kernels.hopper import cuda, launch, structs
+from tests.attention import standins
+
+
+@dataclass
+class Launches:
+    """Recorded instead of run: Gluon and Triton kernels by name, and the forward with its parameters at that time."""
+
+    gluon: list[tuple[str, Any, tuple]]
+    forward: list[tuple[structs.Forward, tuple]]
+
+
+class Driver(standins.Driver):
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self.seen = launches
+
+    def cuLaunchKernel(self, *arguments):  # noqa: N802
+        result = super().cuLaunchKernel(*arguments)
+        if result[0] == self.success:
+            self.seen.forward.append((standins.copy_of(structs.Forward, arguments), arguments))
+        return result
+
+
+STREAM = 77
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Launches by kernel name, recorded instead of run."""
-    seen = []
+    seen = Launches([], [])
+    driver = Driver(seen)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_FUNCTIONS", {})
+    monkeypatch.setattr(cuda, "TensorMap", standins.TensorMap)
+    monkeypatch.setattr(cuda, "compile_kernel", lambda source, constants: b"")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_PLANS", {})
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
-    monkeypatch.setattr(launch, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(launch, "_stream", lambda device: STREAM)
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(launch, "_counter", lambda device, stream: counter)
 
     def record(self, *arguments):
-        seen.append((self.function.fn.__name__, self, arguments))
+        seen.gluon.append((self.function.fn.__name__, self, arguments))
 
     monkeypatch.setattr(launch._Launch, "__call__", record)
     return seen
+
+
+def last_forward() -> launch._Forward:
+    *_, plan = launch._PLANS.values()
+    assert plan.forward is not None
+    return plan.forward
 
 
 def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
@@ -54,10 +99,11 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
 def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, dlse, block, packed):
     borders = torch.tensor([0, length // 3, length], dtype=torch.int32) if packed else None
     run(Pattern.parse(spec, block), length=length, heads=16, dim=dim, batch=1, dlse=dlse, cu_seqlens=borders)
-    names = [name for name, _, _ in launches if name != "attention_documents"]
-    assert names[:3] == ["attention_forward", "attention_backward_q", "attention_backward_kv"]
-    assert (len(names) < len(launches)) == packed
-    for name, kernel, arguments in launches:
+    assert len(launches.forward) == 1
+    names = [name for name, _, _ in launches.gluon if name != "attention_documents"]
+    assert names[:2] == ["attention_backward_q", "attention_backward_kv"]
+    assert (len(names) < len(launches.gluon)) == packed
+    for name, kernel, arguments in launches.gluon:
         passed, constants, specialized = parameters(kernel)
         assert len(arguments) == len(passed), name
         # the kept kernel is called with the constants after the arguments, so they must be last and in this order
@@ -68,37 +114,40 @@ def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, d
         assert not baked, f"{name} would be compiled for these values: {baked}"
         if "length" in values:
             assert values["length"] == length
-    constants = {name: kernel.constants for name, kernel, _ in launches}
+    constants = {name: kernel.constants for name, kernel, _ in launches.gluon}
     assert constants["attention_backward_q"]["HAS_DLSE"] is dlse
     assert constants["attention_backward_kv"]["GROUPED"] is True
-    assert all(constants[name]["PACKED"] is packed for name in names[:3])
+    assert all(constants[name]["PACKED"] is packed for name in names[:2])
 
 
 def test_descriptors_are_of_the_tensors_of_this_call(launches):
     pattern = Pattern.parse("L1V15")
     run(pattern)
-    launches.clear()
+    launches.gluon.clear()
     q, k, v, out = run(pattern)  # the plan is kept, the tensors are new
-    assert len(launch._PLANS) == 1
-    (_, kernel, arguments) = launches[0]
-    values = dict(zip(parameters(kernel)[0], arguments, strict=True))
-    for name, x in (("q_desc", q), ("k_desc", k), ("v_desc", v), ("o_desc", out)):
+    (plan,) = launch._PLANS.values()
+    values = dict(zip(parameters(launches.gluon[0][1])[0], launches.gluon[0][2], strict=True))
+    for name, x in (("q_desc", q), ("k_desc", k), ("v_desc", v), ("do_desc", out)):
         descriptor = values[name]
         assert descriptor.base is x
         batch, length, heads, dim = x.shape
         assert descriptor.shape == [batch, heads, length, dim]
         assert descriptor.strides == [x.stride(0), x.stride(2), x.stride(1), 1]
         assert descriptor.block_shape == [1, 1, 64, dim]
-    assert all(boxes.fields["base"] is None for plan in launch._PLANS.values() for boxes in (plan.q, plan.rows))
+    assert all(boxes.fields["base"] is None for boxes in (plan.backward.q_boxes, plan.backward.rows))
 
 
 def test_small_blocks_come_in_boxes_of_several_heads(launches):
     run(Pattern.parse("L1V15", 16), length=1000, heads=16, batch=1)
-    (_, kernel, arguments) = launches[0]
+    (_, kernel, arguments) = launches.gluon[0]
     values = dict(zip(parameters(kernel)[0], arguments, strict=True))
-    assert values["q_desc"].block_shape == values["o_desc"].block_shape == [1, 4, 16, 128]
+    assert values["q_desc"].block_shape == values["dq_desc"].block_shape == [1, 4, 16, 128]
     assert values["k_desc"].block_shape == [1, 1, 16, 128]
     assert (values["tiles_per_head"], values["num_tiles"]) == (21, 21 * 4)  # 48 tokens of 4 heads a tile
+    forward = last_forward()
+    assert forward.q.box == forward.out.box == [1, 4, 16, 64] and forward.k.box == forward.v.box == [1, 1, 16, 64]
+    problem = launches.forward[0][0].problem
+    assert (problem.tiles_per_head, problem.num_tiles) == (21, 21 * 4)
 
 
 def test_views_and_unaligned_gradients(launches):
@@ -108,10 +157,177 @@ def test_views_and_unaligned_gradients(launches):
     out, lse = launch.run_forward(q, k, v, *settings)
     dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)  # 2 bytes off
     launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)
-    values = dict(zip(parameters(launches[1][1])[0], launches[1][2], strict=True))
+    values = dict(zip(parameters(launches.gluon[0][1])[0], launches.gluon[0][2], strict=True))
     assert values["q_desc"].strides == [q.stride(0), q.stride(2), q.stride(1), 1]
     assert values["do_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["do_desc"].base, dout)
     assert values["dlse"].is_contiguous()
+
+
+# ---------------------------------------------------------------- the forward in CUDA C++
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_parameters_and_shared_memory_are_laid_out_as_in_cpp(dim, tmp_path):
+    if not launch._finds_nvrtc():
+        pytest.skip("NVRTC is needed")
+    kernel = launch._forward_kernel(torch.bfloat16, dim, 64, 1, False, False)
+    for path in kernel.source.parent.glob("*.cu*"):
+        shutil.copy(path, tmp_path)
+    facts = {"sizeof(Shared)": kernel.shared_bytes, "THREADS": kernel.threads}
+    for name, structure in (("Params", structs.Forward), ("Problem", structs.Problem)):
+        alignment = 64 if structure is structs.Forward else 8
+        facts[f"sizeof({name})"] = -(-ctypes.sizeof(structure) // alignment) * alignment
+        for field, *_ in structure._fields_:
+            # NVRTC has no offsetof
+            facts[f"__INTADDR__(&(({name}*)0)->{field})"] = getattr(structure, field).offset
+    source = tmp_path / "facts.cu"
+
+    def build(wanted):
+        checks = "\n".join(f'static_assert({fact} == {value}, "");' for fact, value in wanted.items())
+        source.write_text(f'#include "forward.cu"\n{checks}\n')
+        cuda.build(source, kernel.constants)
+
+    build(facts)
+    for fact in ("sizeof(Shared)", "sizeof(Params)"):
+        with pytest.raises(RuntimeError, match="static assertion failed"):
+            build({fact: facts[fact] + 1})
+
+
+@pytest.mark.parametrize(("dim", "consumers", "registers"), [(64, 4, 112), (128, 3, 160)])
+@pytest.mark.parametrize("block", [32, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block, dtype):
+    batch, length, heads, kv_heads = 2, 1000, 8, 4
+    whole = torch.randn(batch, length, 2, kv_heads, dim, dtype=dtype)
+    q, (k, v) = torch.randn(batch, length, heads, dim, dtype=dtype), whole.unbind(2)
+    pattern = Pattern.parse("L2V5+sink1", block)
+    out, lse = launch.run_forward(q, k, v, None, pattern, (0, 0, kv_heads), 0.1)
+    forward = last_forward()
+    ((params, arguments),) = launches.forward
+    a_box, tokens = max(64 // block, 1), min(block, 64)
+    tiles_per_head = -(-length // (consumers * tokens))
+    num_tiles = tiles_per_head * heads // a_box * batch
+    assert arguments[1:8] == (min(num_tiles, 132), 1, 1, 128 * (consumers + 1), 1, 1, forward.kernel.shared_bytes)
+    assert arguments[8] == STREAM
+    constants = forward.kernel.constants
+    assert (constants["D"], constants["BLOCK"], constants["LEVELS"], constants["SINKS"]) == (dim, block, 1, True)
+    assert (constants["CONSUMERS"], constants["CONSUMER_REGISTERS"]) == (consumers, registers)
+    assert (constants["PACKED"], constants["BF16"]) == (False, dtype == torch.bfloat16)
+    problem = params.problem
+    (plan,) = launch._PLANS.values()
+    assert problem.table == plan.rules.table.data_ptr()
+    assert problem.counter == launch._counter(None, None).data_ptr()
+    assert (problem.length, problem.heads, problem.group) == (length, heads, heads // kv_heads)
+    assert (problem.tiles_per_head, problem.num_tiles) == (tiles_per_head, num_tiles)
+    assert (params.out_rows, params.lse) == (out.data_ptr(), lse.data_ptr())
+    assert params.scale_log2 == pytest.approx(0.1 / 0.6931471805599453)
+    for field, x, box in (("q", q, a_box), ("k", k, 1), ("v", v, 1), ("out", out, a_box)):
+        own = getattr(forward, field)
+        assert getattr(params, field)[0] == x.data_ptr()
+        assert own.shape == [batch, x.shape[2], length, dim] and own.box == [1, box, tokens, 64]
+        assert own.strides == [2 * x.stride(0), 2 * x.stride(2), 2 * x.stride(1)]
+        assert (own.swizzle, own.element) == (128, dtype)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "block", "wanted"),
+    [
+        (1, 8192, 32, 64, 16),  # 43 tiles a head: 660 of them
+        (1, 131072, 32, 64, 1),  # more than 32 tiles a processor
+        (1, 16384, 32, 64, 8),
+        (1, 100, 8, 64, 8),  # all there are
+        (2, 100, 8, 16, 4),  # sets of heads
+    ],
+)
+def test_heads_at_the_end_are_worked_on_together(launches, batch, length, heads, block, wanted):
+    q = torch.empty(batch, length, heads, 128, dtype=torch.bfloat16, device="meta")
+    rules = launch.schedule.rule_schedule(Pattern.parse("L1V15", block).key, heads, 0, 0, heads, torch.device("cpu"))
+    plan = launch._Plan(rules, {"BLOCK": block}, 0.1)
+    assert launch._Forward(q, q, q, plan, packed=False).problem.together == wanted
+
+
+def test_packed_calls_pass_their_documents(launches):
+    pattern = Pattern.parse("L1V15")
+    for borders in ([0, 300, 1000], [0, *range(1, 1001)], [0, 1000]):
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+        run(pattern, length=1000, heads=8, batch=1, cu_seqlens=cu_seqlens)
+        assert len(launch._PLANS) == 1
+        params, arguments = launches.forward[-1]
+        # the table is that of the forward: it is made first
+        name, _, (_, table, count, most_tiles, _) = launches.gluon[0]
+        launches.gluon.clear()
+        assert (name, count, most_tiles) == ("attention_documents", len(borders) - 1, 1000 // 192 + count)
+        assert params.problem.documents == table.data_ptr()
+        assert params.problem.together == min(8, -(-5 * 132 // most_tiles))
+        assert arguments[1] == 132 and last_forward().kernel.constants["PACKED"] is True
+
+
+def test_threads_do_not_mix_their_calls(launches, monkeypatch):
+    """Of one shape, so that they share the parameters."""
+    q, k, v, _ = run(Pattern.parse("W3"))
+    launches.forward.clear()
+    move = standins.TensorMap.move
+    monkeypatch.setattr(standins.TensorMap, "move", lambda self, address: (time.sleep(0.001), move(self, address)))
+    calls = []
+
+    def call():
+        own = [x.clone() for x in (q, k, v)]
+        for _ in range(5):
+            out, lse = launch.run_forward(*own, None, Pattern.parse("W3"), (0, 0, 4), 0.1)
+            calls.append((*(x.data_ptr() for x in (*own, out)), out, lse))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    launched = [tuple(getattr(p, name)[0] for name in ("q", "k", "v", "out")) for p, _ in launches.forward]
+    assert len(launched) == 20 and set(launched) == {call[:4] for call in calls}
+    assert all(p.out_rows == p.out[0] for p, _ in launches.forward)
+
+
+def test_streams_and_graphs_have_their_own_counters(monkeypatch):
+    monkeypatch.setattr(launch, "_COUNTERS", {})
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    device = torch.device("cpu")
+    first = launch._counter(device, 1)
+    assert launch._counter(device, 1) is first and launch._counter(device, 2) is not first
+    capturing = True
+    assert launch._counter(device, 1) is not first and len(launch._COUNTERS) == 2
+
+
+def no_library():
+    raise RuntimeError("libnvrtc.so.13 was not found")
+
+
+@pytest.mark.parametrize(
+    ("version", "missing", "reason"),
+    [
+        (None, "cuda-bindings", "cuda"),
+        (no_library, "nvidia-cuda-nvrtc", "libnvrtc.so.13 was not found"),
+        (lambda: (0, 12, 8), "nvidia-cuda-nvrtc", "found is NVRTC 12.8"),
+    ],
+)
+def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missing, reason, monkeypatch):
+    bindings = version and SimpleNamespace(driver=None, nvrtc=SimpleNamespace(nvrtcVersion=version))
+    monkeypatch.setitem(sys.modules, "cuda", version and SimpleNamespace(bindings=bindings))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    q = torch.empty(1, 100, 2, 128, dtype=torch.bfloat16)
+    launch._finds_nvrtc.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                assert not launch.supports(q, q, q, Pattern.parse("W3"), False)
+    finally:
+        launch._finds_nvrtc.cache_clear()
+    (warning,) = caught
+    assert f"need the package {missing}" in str(warning.message) and reason in str(warning.message)
+
+
+# ---------------------------------------------------------------- plans
 
 
 def test_plans_do_not_pile_up(launches, monkeypatch):

@@ -405,7 +405,7 @@ def attention_backward_kv(
 ):  # fmt: skip
     # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq chunks, 128]: lse2 and delta of 64 rows;
     # dk and dv [B, S, Hkv, D] contiguous; parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32;
-    # groups = B Hkv, in waves; tiles, segments and tiles an item of each level; packed as in the forward
+    # groups = B Hkv, in waves; tiles, segments and tiles an item of each level; packed as in the dQ kernel
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape

@@ -1,4 +1,4 @@
-"""dQ on Hopper (sm_90a), in Gluon: tiles of 3 x 64 query rows, walked as in the forward (`rows`).
+"""dQ on Hopper (sm_90a), in Gluon: tiles of 3 x 64 query rows (`rows`).
 
     P = exp2(scale_log2 * Q K^T - lse2)    dS = P * (dO V^T - delta)    dQ = scale * dS K
 
@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from ..triton.forward import LOG2E
 from .common import WORDS, advance, count_bits, flat_rows, get, store_rows
 from .rows import (
+    CONSUMERS,
     HIDDEN,
     KEYS,
     LIST,
@@ -27,9 +28,6 @@ from .rows import (
     skip_keys,
     tile_of,
 )
-
-CONSUMERS = gl.constexpr(3)
-ROW_SLOTS = gl.constexpr(1)
 
 
 @gluon.jit
@@ -155,8 +153,10 @@ def attention_backward_q(
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    # descriptors as in the forward; dq and out [B, S, H, D], lse and dlse [B, H, S] contiguous; stats [chunks, 128]
-    # float32: lse2 and delta of the 64 rows of a box, over B, sets of heads, boxes; packed as in the forward
+    # descriptors over [B, H, S, D] with boxes [1, heads, tokens, D] of 64 rows, k and v [1, 1, tokens, D] of as many
+    # tokens; dq and out [B, S, H, D], lse and dlse [B, H, S] contiguous; stats [chunks, 128] float32: lse2 and delta of
+    # the 64 rows of a box, over B, sets of heads, boxes; packed: B = 1, S = all tokens, documents
+    # (`chunks.attention_documents`)
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape
@@ -164,16 +164,14 @@ def attention_backward_q(
     do_buf = gl.allocate_shared_memory(element, [CONSUMERS, 1, q_box[1], q_box[2], D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [STAGES, 1, 1, KEYS, D], v_desc.layout)
-    q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(
-        CONSUMERS, ROW_SLOTS, STAGES
-    )  # fmt: skip
+    q_full, q_empty, kv_full, kv_empty, tile_full, tile_empty, tile_buf, list_buf = make_rings(STAGES)
     # argument tuples stand inline: constexprs inside a named tuple would become tensors
     gl.warp_specialize(
         [
             (produce_rows, (q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf,
                             q_full, q_empty, kv_full, kv_empty, tile_buf, list_buf, tile_full, tile_empty,
                             table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
-                            True, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS, ROW_SLOTS, STAGES, PACKED)),
+                            TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
             (_consume, (0, dq_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
                         tile_buf, list_buf, tile_full, tile_empty,
                         dq, out, lse, dlse, stats, scale, scale_log2, length, heads, chunks,

@@ -1,13 +1,18 @@
 """Host side of the Hopper kernels: what they take, and how a call reaches the device.
 
 Everything about a call but its pointers is a `_Plan`, made once for a shape and kept: descriptors, grids, compiled
-kernels. After that a call allocates its results, fills in the pointers and launches.
+kernels. After that a call allocates its results, fills in the pointers and launches. The forward is CUDA C++ (`cuda`),
+the backward Gluon.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ from torch import Tensor
 from ... import schedule
 from ...pattern import Pattern, pattern_from_key
 from ..triton.forward import LOG2E
+from . import cuda, structs
 
 CHUNK = 64  # rows of a box, keys of a consumer
 _SMALLEST_BLOCK = 16
@@ -27,8 +33,12 @@ _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
 _ROW_REGISTERS = {3: 160, 4: 112}  # of a thread, by number of consumers; more would be dropped without a word
 _KEY_REGISTERS = 240  # two warpgroups
 _WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
-_WARPS = 4  # of the producer partition, and of the pass that adds up parts
+_PRODUCER_REGISTERS = 32  # of a thread of the forward's other warpgroup
+_WARPS = 4  # of the producer partition in Gluon, and of the pass that adds up parts
+_LAST_TILES = 5  # a processor at the end of the forward, of heads worked on together: the last tiles are short
+_MANY_TILES = 32  # a processor: from there on heads are worked on one by one to the end
 _MAX_PLANS = 512
+_NVRTC = 13  # the version that kernels are built and checked with; ptxas 12.8 has made wrong code (`common.opaque`)
 
 Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
@@ -36,8 +46,8 @@ Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
     """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, a closed-form pattern, blocks of 64
     and more, or of 32 and 16 with two and four query heads to a KV head (or multiples), as many queries as keys, and
-    strides that TMA can read."""
-    if not on_hopper(q):
+    strides that TMA can read. None where NVRTC is missing: warns once."""
+    if not on_hopper(q) or not _can_compile():
         return False
     if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
         return _takes(q, k, v, pattern, packed)
@@ -52,6 +62,33 @@ def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) ->
 
 def on_hopper(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def _can_compile() -> bool:
+    return _finds_nvrtc()
+
+
+@functools.cache
+def _finds_nvrtc() -> bool:
+    """Whether there is what `cuda` compiles with; warns if not."""
+    package = "cuda-bindings"
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+
+        package = "nvidia-cuda-nvrtc"
+        code, major, minor = nvrtc.nvrtcVersion()
+        if not code and major >= _NVRTC:
+            return True
+        reason = f"found is NVRTC {major}.{minor}"
+    except Exception as error:  # its types differ between versions of cuda-bindings
+        reason = str(error)
+    warnings.warn(
+        f"the Hopper kernels need the package {package} of version {_NVRTC}; Triton's, which are slower, run in their "
+        f"place ({reason})",
+        stacklevel=2,
+    )
+    return False
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
@@ -164,15 +201,18 @@ class _Boxes:
         return descriptor
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _counter(device: torch.device) -> Tensor:
+def _counter(device: torch.device, stream: int) -> Tensor:
     """A zero from which the CTAs of a persistent kernel draw their work; the kernel leaves it zero. Kernels of one
     stream share one. A graph gets its own, since it may be replayed beside anything."""
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
     counter = _COUNTERS.get((device, stream))
     if counter is None:
         counter = _COUNTERS[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -181,20 +221,12 @@ def _counter(device: torch.device) -> Tensor:
 
 @dataclass
 class _Plan:
-    """One shape of call, packed calls as a batch of one. `rows`: descriptors of out, dO and dQ; `keys`: of dK and dV
-    (all contiguous). `num_tiles`: those of the forward, of a head and in all."""
+    """One shape of call, packed calls as a batch of one."""
 
-    q: _Boxes
-    k: _Boxes
-    v: _Boxes
-    rows: _Boxes
-    keys: _Boxes
     rules: schedule.RuleSchedule
     constants: dict[str, Any]
-    scalars: tuple[Any, ...]
-    num_tiles: tuple[int, int]
-    kind: tuple
-    forward: _Launch
+    scale: float
+    forward: _Forward | None = None
     backward: _Backward | None = None
 
 
@@ -208,47 +240,15 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softm
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        plan = _PLANS[key] = _make_plan(q, k, v, pattern, heads, softmax_scale, packed)
+        rules = schedule.rule_schedule(pattern.key, k.shape[2], *heads, q.device)
+        constants = {
+            "TABLE": schedule.TABLE_COLUMNS,
+            "BLOCK": pattern.block_size,
+            "LEVELS": rules.num_levels,
+            "SINKS": rules.has_sinks,
+        }
+        plan = _PLANS[key] = _Plan(rules, constants, softmax_scale)
     return plan
-
-
-def _make_plan(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool
-) -> _Plan:
-    from . import forward
-
-    _, length, num_heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    rules = schedule.rule_schedule(pattern.key, kv_heads, *heads, q.device)
-    constants = {
-        "TABLE": schedule.TABLE_COLUMNS,
-        "BLOCK": pattern.block_size,
-        "LEVELS": rules.num_levels,
-        "SINKS": rules.has_sinks,
-    }
-    tokens = min(pattern.block_size, CHUNK)  # of a box
-    consumers = _CONSUMERS[head_dim]
-    num_tiles, grid = _row_tiles(q, pattern.block_size, consumers, packed)
-    kind = (q.dtype, head_dim, q.device)
-    return _Plan(
-        q=_Boxes.of_rows(q, tokens),
-        k=_Boxes.of_keys(k, tokens),
-        v=_Boxes.of_keys(v, tokens),
-        rows=_Boxes.of_rows(q, tokens, contiguous=True),
-        keys=_Boxes.of_keys(k, tokens, contiguous=True),
-        rules=rules,
-        constants=constants,
-        scalars=(softmax_scale * LOG2E.value, length, num_heads, num_heads // kv_heads),
-        num_tiles=num_tiles,
-        kind=kind,
-        forward=_Launch(
-            forward.attention_forward,
-            grid,
-            {**constants, "CONSUMERS": consumers, "STAGES": _STAGES[head_dim],
-             "REGISTERS": _ROW_REGISTERS[consumers], "PACKED": packed},
-            kind,
-        ),
-    )  # fmt: skip
 
 
 def _row_tiles(q: Tensor, block: int, consumers: int, packed: bool) -> tuple[tuple[int, int], tuple[int, int, int]]:
@@ -300,6 +300,95 @@ class _Documents:
 # ---------------------------------------------------------------- forward
 
 
+def _forward_kernel(
+    dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool
+) -> cuda.Kernel:
+    consumers, stages = _CONSUMERS[head_dim], _STAGES[head_dim]
+    constants = {
+        "D": head_dim,
+        "BLOCK": block,
+        "LEVELS": levels,
+        "SINKS": sinks,
+        "PACKED": packed,
+        "BF16": dtype == torch.bfloat16,
+        "CONSUMERS": consumers,
+        "STAGES": stages,
+        "CONSUMER_REGISTERS": _ROW_REGISTERS[consumers],
+        "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+    }
+    shared_bytes = structs.shared_bytes(head_dim, consumers, stages, row_slots=2, row_parts=1)
+    source = Path(__file__).with_name("forward.cu")
+    return cuda.Kernel(source, "attention_forward", constants, (consumers + 1) * 128, shared_bytes)
+
+
+class _Forward:
+    """The forward's side of a plan: its kernel, and its parameters, whose pointers a call replaces."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, packed: bool) -> None:
+        batch, length, num_heads, head_dim = q.shape
+        block = plan.constants["BLOCK"]
+        tokens, some_heads = min(block, CHUNK), _heads_a_box(block)
+        self.consumers = consumers = _CONSUMERS[head_dim]
+        self.sets, self.processors = num_heads // some_heads * batch, _processors(q.device)
+        self.kernel = _forward_kernel(q.dtype, head_dim, block, plan.rules.num_levels, plan.rules.has_sinks, packed)
+        (tiles_per_head, num_tiles), (self.grid, _, _) = _row_tiles(q, block, consumers, packed)
+        self.lock = threading.Lock()  # one call at a time changes the parameters
+        params = self.params = cuda.allocate(structs.Forward)
+        params.scale_log2 = plan.scale * LOG2E.value
+        problem = self.problem = params.problem
+        problem.table = plan.rules.table.data_ptr()
+        problem.length, problem.heads, problem.group = length, num_heads, num_heads // k.shape[2]
+        problem.tiles_per_head, problem.num_tiles = tiles_per_head, num_tiles
+        problem.together = self.together(tiles_per_head)
+        self.q = _tensor_map(params, "q", q, q.stride(), some_heads, tokens)
+        self.k = _tensor_map(params, "k", k, k.stride(), 1, tokens)
+        self.v = _tensor_map(params, "v", v, v.stride(), 1, tokens)
+        # of the output only the shape is known yet
+        contiguous = (length * num_heads * head_dim, num_heads * head_dim, head_dim)
+        self.out = _tensor_map(params, "out", q, contiguous, some_heads, tokens)
+
+    def together(self, tiles_per_head: int) -> int:
+        """Heads (or sets of them) at the end that are worked on together."""
+        if tiles_per_head * self.sets >= _MANY_TILES * self.processors:
+            return 1
+        return min(self.sets, -(-_LAST_TILES * self.processors // tiles_per_head))
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents: _Documents | None,
+        counter: Tensor,
+        stream: int,
+    ) -> None:
+        with self.lock:
+            self.q.move(q.data_ptr())
+            self.k.move(k.data_ptr())
+            self.v.move(v.data_ptr())
+            self.out.move(out.data_ptr())
+            if documents is not None:
+                self.problem.documents = documents.table.data_ptr()
+                self.problem.together = self.together(documents.most_tiles)
+            self.problem.counter = counter.data_ptr()
+            self.params.out_rows, self.params.lse = out.data_ptr(), lse.data_ptr()
+            self.kernel.launch(self.grid, self.params, stream)
+
+
+def _tensor_map(
+    params: structs.Forward, field: str, x: Tensor, strides: tuple[int, ...], some_heads: int, tokens: int
+) -> cuda.TensorMap:
+    """Of `[B, S, H, D]` as `[B, H, S, D]`, in boxes of `tokens` tokens of some heads, and of 64 columns, which a
+    128-byte swizzle spans. `strides` in elements."""
+    batch, length, heads, head_dim = x.shape
+    return cuda.TensorMap(
+        params, field, x.data_ptr(), x.dtype, [batch, heads, length, head_dim],
+        [x.element_size() * strides[dim] for dim in (0, 2, 1)], [1, some_heads, tokens, 64], promotion=128,
+    )  # fmt: skip
+
+
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -314,14 +403,16 @@ def run_forward(
     q, k, v = _at_16(q), _at_16(k), _at_16(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     packed = cu_seqlens is not None
-    q, k, v, o = (x[None] for x in (q, k, v, out)) if packed else (q, k, v, out)
+    if packed:
+        q, k, v = q[None], k[None], v[None]
     plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
+    forward = plan.forward
+    if forward is None:
+        forward = plan.forward = _Forward(q, k, v, plan, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    documents = _Documents.of(q, plan, plan.forward.constants["CONSUMERS"], cu_seqlens)
-    plan.forward(
-        plan.q(q), plan.k(k), plan.v(v), plan.rows(o), out, lse, plan.rules.table, documents.table, _counter(q.device),
-        *plan.scalars, *plan.num_tiles,
-    )  # fmt: skip
+    documents = _Documents.of(q, plan, forward.consumers, cu_seqlens) if packed else None
+    stream = _stream(q.device)
+    forward(q, k, v, out, lse, documents, _counter(q.device, stream), stream)
     return out, lse[0] if packed else lse
 
 
@@ -403,15 +494,19 @@ def divide_columns(
 
 class _Backward:
     """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. Packed documents are
-    not divided into segments."""
+    not divided into segments. `rows`: descriptors of dO and dQ; `keys`: of dK and dV (all contiguous)."""
 
-    def __init__(self, q: Tensor, k: Tensor, plan: _Plan, softmax_scale: float, packed: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, packed: bool) -> None:
         from . import backward_kv, backward_q, chunks
 
         batch, length, num_heads, head_dim = q.shape
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         groups, processors = batch * kv_heads, _processors(q.device)
-        constants = plan.constants
+        constants, kind = plan.constants, (q.dtype, head_dim, q.device)
+        tokens = min(constants["BLOCK"], CHUNK)
+        self.q_boxes = _Boxes.of_rows(q, tokens)
+        self.k_boxes, self.v_boxes = _Boxes.of_keys(k, tokens), _Boxes.of_keys(v, tokens)
+        self.rows, self.keys = _Boxes.of_rows(q, tokens, contiguous=True), _Boxes.of_keys(k, tokens, contiguous=True)
         columns, items = Columns((0, 0, 0, 0), (1, 1, 1, 1), 0, (1, 1, 1, 1), 1), 0
         if not packed:
             columns = divide_columns(
@@ -421,28 +516,27 @@ class _Backward:
         self.statistics_boxes: dict[int, _Boxes] = {}
         self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
         num_tiles, q_grid = _row_tiles(q, constants["BLOCK"], _Q_CONSUMERS, packed)
-        self.q_scalars = (softmax_scale, *plan.scalars, *num_tiles)
+        scales = (plan.scale, plan.scale * LOG2E.value)
+        self.q_scalars = (*scales, length, num_heads, group, *num_tiles)
         self.q = {
             has_dlse: _Launch(
                 backward_q.attention_backward_q,
                 q_grid,
                 {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS[_Q_CONSUMERS],
                  "PACKED": packed, "HAS_DLSE": has_dlse},
-                plan.kind,
+                kind,
             )
             for has_dlse in (False, True)
         }  # fmt: skip
         division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
-        self.kv_scalars = (
-            softmax_scale, softmax_scale * LOG2E.value, length, kv_heads, group, groups, columns.wave, items,
-        )  # fmt: skip
+        self.kv_scalars = (*scales, length, kv_heads, group, groups, columns.wave, items)
         self.kv_division = (*division, *columns.batches)
         self.kv = _Launch(
             backward_kv.attention_backward_kv,
             (processors if packed else min(items, processors), 1, 1),
             {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "PACKED": packed,
              "GROUPED": group > 1},
-            plan.kind,
+            kind,
         )  # fmt: skip
         self.sum_scalars = (length, kv_heads, *division)
         self.sum = _Launch(
@@ -450,7 +544,7 @@ class _Backward:
             (columns.num_parts, groups, 1),
             {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
              "SINKS": constants["SINKS"]},
-            plan.kind,
+            kind,
         )  # fmt: skip
 
     def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
@@ -486,20 +580,21 @@ def run_backward(
     q, k, v, grad_out, grad_q, grad_k, grad_v = (x[None] for x in tensors) if packed else tensors
     plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
     if plan.backward is None:
-        plan.backward = _Backward(q, k, plan, softmax_scale, packed)
-    backward, counter = plan.backward, _counter(device)
+        plan.backward = _Backward(q, k, v, plan, packed)
+    backward, counter = plan.backward, _counter(device, _stream(device))
     documents = _Documents.of(q, plan, _Q_CONSUMERS, cu_seqlens)
     sets = q.shape[0] * q.shape[2] // _heads_a_box(pattern.block_size)
     stats, stats_rows = backward.statistics(sets * documents.boxes, device)
-    q_rows, k_rows, v_rows, do_rows = plan.q(q), plan.k(k), plan.v(v), plan.rows(grad_out)
+    q_rows, do_rows = backward.q_boxes(q), backward.rows(grad_out)
+    k_rows, v_rows = backward.k_boxes(k), backward.v_boxes(v)
     backward.q[dlse is not None](
-        q_rows, do_rows, k_rows, v_rows, plan.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
+        q_rows, do_rows, k_rows, v_rows, backward.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
         plan.rules.table, documents.table, counter, *backward.q_scalars, documents.boxes,
     )  # fmt: skip
     divided = backward.parts_shape[2] > 0
     parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
     backward.kv(
-        q_rows, do_rows, stats_rows, k_rows, v_rows, plan.keys(grad_k), plan.keys(grad_v), dk, dv, parts,
+        q_rows, do_rows, stats_rows, k_rows, v_rows, backward.keys(grad_k), backward.keys(grad_v), dk, dv, parts,
         plan.rules.table, documents.table, counter,
         *backward.kv_scalars, documents.boxes, documents.most_tiles, *backward.kv_division,
     )  # fmt: skip

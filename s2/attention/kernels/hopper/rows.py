@@ -1,15 +1,11 @@
-"""Tiles of query rows: three or four consumer warpgroups of 64 rows each, and the producer that feeds them. Shared by
-the forward and the dQ kernel.
+"""Tiles of query rows for the dQ kernel: three consumer warpgroups of 64 rows each, and the producer that feeds them.
 
 The producer draws tiles from an atomic counter and turns each into the list of key tiles that any of its rows sees
 (`indexing.key_plan`, closed form): first those with a mask for some row, at the edges of the pattern, then the others.
 The list and what else the consumers need to know stand in shared memory, for two tiles, so that the next tile is
 planned while this one is worked on. Key tiles go through a ring of stages. Every consumer walks every position of the
 ring in order: it waits for a stage also where it does not see the tile, and hands it back. (A consumer that left
-positions out could take an older load's phase for that of its own.) With blocks no larger than key tiles, the tiles
-that a consumer sees at the edges, and the first one without a mask, are at most as many positions apart as there are
-consumers. There are more stages than that, so it may hold one while it waits for the next. With larger blocks it hands
-the one back first.
+positions out could take an older load's phase for that of its own.)
 
 Blocks smaller than 64 need several query heads to a KV head. The rows of a consumer are then one query block of
 `64 // BLOCK` heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
@@ -22,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
 from .common import LANES, WORDS, advance, get, load_entry, lowest_bit, votes
 
+CONSUMERS = gl.constexpr(3)
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
 KEYS = gl.constexpr(64)  # keys of a stage
 TILES = gl.constexpr(2)  # tiles planned: the one at work and the next
@@ -33,9 +30,7 @@ HIDDEN = gl.constexpr(1 << 29)  # a position after every row
 
 
 @gluon.jit
-def _locate(
-    tile, heads, tiles_per_head, length, documents, TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, PACKED: gl.constexpr
-):
+def _locate(tile, heads, tiles_per_head, length, documents, TOKENS: gl.constexpr, PACKED: gl.constexpr):
     """`(batch, first head, first row, token where the document begins, its length, its first chunk)` of a tile. Rows
     count from the beginning of the document, which is the whole sequence where nothing is packed. Heads come one after
     the other, their longest rows first."""
@@ -50,7 +45,7 @@ def _locate(
 
 @gluon.jit
 def _key_plan(head, row, length, table, TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr,
-              SINKS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+              SINKS: gl.constexpr):  # fmt: skip
     """Rule of a KV head and plan of the tile whose first row is `row`: `(edges, unmasked key tiles, plan, rule, last
     row)`. The edges end with the tile's last row, where a larger block goes on."""
     rule = load_rule(table + head * TABLE, LEVELS, SINKS)
@@ -89,8 +84,7 @@ def _key_block(n, edges, plan, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS:
 @gluon.jit
 def _plan_tile(
     slot, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
-    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, CONSUMERS: gl.constexpr,
-    PACKED: gl.constexpr,
+    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws a tile, writes the beginning of its list and its words: the tile (-1 after the last), masked and unmasked
     key tiles, then as `_locate`, at last for each consumer bits of the entries of masked ones that it sees."""
@@ -100,10 +94,10 @@ def _plan_tile(
         gl.atomic_xchg(counter, 0, sem="relaxed")
     known = gl.minimum(tile, num_tiles - 1)
     batch, head, row, begin, own_length, chunk = _locate(
-        known, heads, tiles_per_head, length, documents, TOKENS, CONSUMERS, PACKED
+        known, heads, tiles_per_head, length, documents, TOKENS, PACKED
     )
     edges, num_full, plan, rule, last_row = _key_plan(
-        head // group, row, own_length, table, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS
+        head // group, row, own_length, table, TABLE, BLOCK, LEVELS, SINKS
     )  # fmt: skip
     _, keys, _ = _key_block(gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
     list_buf.index(slot).store(keys)
@@ -145,20 +139,15 @@ def read_tile(words, slot, C: gl.constexpr, TOKENS: gl.constexpr):
 
 
 @gluon.jit
-def _load_rows(
-    batch, head, row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-    TOKENS: gl.constexpr, GRADIENT: gl.constexpr, ROW_SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    """The consumers' rows of a tile, of dO too with `GRADIENT`."""
+def _load_rows(batch, head, row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty, TOKENS: gl.constexpr):
+    """The consumers' rows of a tile, of q and of dO."""
     D: gl.constexpr = q_desc.block_type.shape[3]
     for c in gl.static_range(CONSUMERS):
-        slot = c * ROW_SLOTS + round % ROW_SLOTS
-        full = q_full.index(slot)
-        mbarrier.wait(q_empty.index(slot), (round // ROW_SLOTS & 1) ^ 1)
-        mbarrier.expect(full, ROWS * D * (4 if GRADIENT else 2))
-        tma.async_copy_global_to_shared(q_desc, [batch, head, row + c * TOKENS, 0], full, q_buf.index(slot))
-        if GRADIENT:
-            tma.async_copy_global_to_shared(do_desc, [batch, head, row + c * TOKENS, 0], full, do_buf.index(slot))
+        full = q_full.index(c)
+        mbarrier.wait(q_empty.index(c), (round & 1) ^ 1)
+        mbarrier.expect(full, ROWS * D * 4)
+        tma.async_copy_global_to_shared(q_desc, [batch, head, row + c * TOKENS, 0], full, q_buf.index(c))
+        tma.async_copy_global_to_shared(do_desc, [batch, head, row + c * TOKENS, 0], full, do_buf.index(c))
 
 
 @gluon.jit
@@ -183,19 +172,19 @@ def _load_keys(
 
 
 @gluon.jit
-def make_rings(CONSUMERS: gl.constexpr, ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr):
+def make_rings(STAGES: gl.constexpr):
     """Barriers of the consumers' rows, of the key and value stages and of the tiles planned, with their words and
     lists (the third is for the rest of a long list)."""
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * ROW_SLOTS, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS * ROW_SLOTS, 1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
     kv_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     tile_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
     tile_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
     tile_buf = gl.allocate_shared_memory(gl.int32, [TILES, TILE_WORDS], WORDS)
     list_buf = gl.allocate_shared_memory(gl.int32, [TILES + 1, LIST], WORDS)
-    for i in gl.static_range(CONSUMERS * ROW_SLOTS):
+    for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -213,10 +202,10 @@ def produce_rows(
     q_desc, do_desc, k_desc, v_desc, q_buf, do_buf, k_buf, v_buf, q_full, q_empty, kv_full, kv_empty,
     tile_buf, list_buf, tile_full, tile_empty,
     table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
-    GRADIENT: gl.constexpr, TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
-    CONSUMERS: gl.constexpr, ROW_SLOTS: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+    TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
-    """The producer of kernels that walk query rows."""
+    """The producer."""
     TOKENS: gl.constexpr = min(BLOCK, ROWS)
     entries: gl.constexpr = max(KEYS // BLOCK, 1)  # of the list for a key tile
     words = tile_buf._reinterpret(gl.int32, [TILES * TILE_WORDS, 1], WORDS)
@@ -225,7 +214,7 @@ def produce_rows(
         tiles_per_head = gl.load(documents)
         num_tiles = tiles_per_head * (heads // (ROWS // TOKENS))
     _plan_tile(0, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
-               TABLE, BLOCK, LEVELS, SINKS, CONSUMERS, PACKED)  # fmt: skip
+               TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
     mbarrier.arrive(tile_full.index(0), count=1)
     stage, phase, round = 0, 0, 0
     while get(words, round % TILES * TILE_WORDS) >= 0:
@@ -236,34 +225,29 @@ def produce_rows(
         head = get(words, word + 4)
         row = get(words, word + 5)
         begin = get(words, word + 6)
-        # rows come first where there are two buffers: the other is free once the consumers are past the edges of the
-        # tile before, whose keys are all on their way by then; else after the stages, which are free before
-        rows_at = -1 if ROW_SLOTS > 1 else gl.minimum(total, STAGES) - 1
-        if ROW_SLOTS > 1:
-            _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-                       TOKENS, GRADIENT, ROW_SLOTS, CONSUMERS)  # fmt: skip
+        rows_at = gl.minimum(total, STAGES) - 1  # after the stages, which are free before
         plan_at = gl.minimum(gl.maximum(total - STAGES, 1), total - 1)
         for n in range(total):
             if n == plan_at:  # the next tile, while the consumers work on the stages in flight
                 other = (round + 1) % TILES
                 mbarrier.wait(tile_empty.index(other), ((round + 1) // TILES & 1) ^ 1)
                 _plan_tile(other, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head,
-                           num_tiles, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS, PACKED)  # fmt: skip
+                           num_tiles, TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
                 mbarrier.arrive(tile_full.index(other), count=1)
             entry = n * entries
             if (n > 0) & (entry % LIST == 0):
                 edges, _, plan, _, _ = _key_plan(
-                    head // group, row, get(words, word + 7), table, TABLE, BLOCK, LEVELS, SINKS, CONSUMERS
+                    head // group, row, get(words, word + 7), table, TABLE, BLOCK, LEVELS, SINKS
                 )  # fmt: skip
                 _, more, _ = _key_block(entry + gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
                 list_buf.index(TILES).store(more)
             entry = gl.where(entry < LIST, slot, TILES) * LIST + entry % LIST
             stage, phase = _load_keys(keys, entry, begin, batch, head // group, stage, phase,
                                       k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty, STAGES)  # fmt: skip
-            if ROW_SLOTS == 1:  # noqa: SIM102 (one is known when compiling)
-                if n == rows_at:
-                    _load_rows(batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty,
-                               TOKENS, GRADIENT, ROW_SLOTS, CONSUMERS)  # fmt: skip
+            if n == rows_at:
+                _load_rows(
+                    batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty, TOKENS
+                )  # fmt: skip
         round += 1
 
 

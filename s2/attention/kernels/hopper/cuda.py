@@ -1,0 +1,223 @@
+"""Host side of kernels written in CUDA C++ for sm_90a: compiled by NVRTC when first used, launched through the driver.
+
+A kernel takes one struct by value (`const __grid_constant__ Params`), which the host keeps as a `ctypes.Structure` at a
+fixed address (`allocate`) and changes in place: pointers and numbers by assignment, TMA descriptors by
+`TensorMap.move`. A launch copies the struct, so it may be changed for the next one at once, also while a graph is
+captured; but two threads must not share one. `cuda.bindings` is imported when first needed, and compiling needs no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+_OPTIONS = (
+    "--gpu-architecture=sm_90a",
+    "--std=c++17",
+    "--no-source-include",  # only what the cache's key knows: the texts that are handed over
+    "--ptxas-options=-v",
+)
+_ALIGNMENT = 64  # of a tensor map, in host memory too
+_ELEMENTS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32", torch.int32: "INT32"}
+
+Constants = Mapping[str, int | str]
+S = TypeVar("S", bound=ctypes.Structure)
+
+# ---------------------------------------------------------------- compiling
+
+
+def compile_kernel(source: Path, constants: Constants) -> bytes:
+    """Cubin of a .cu file, from Triton's cache if nothing that goes into it has changed; see `build`. Processes that
+    find it missing together each compile it, and one of the equal results stays."""
+    from cuda.bindings import nvrtc
+    from triton.runtime.cache import get_cache_manager
+
+    _, *version = nvrtc.nvrtcVersion()
+    facts = (source.name, _texts(source), _definitions(constants), _OPTIONS, version)
+    cache = get_cache_manager(hashlib.sha256(repr(facts).encode()).hexdigest())
+    path = cache.get_file(f"{source.stem}.cubin")
+    if path is not None:
+        return Path(path).read_bytes()
+    cubin, _ = build(source, constants)
+    cache.put(cubin, f"{source.stem}.cubin")
+    return cubin
+
+
+def build(source: Path, constants: Constants) -> tuple[bytes, str]:
+    """Compiles a .cu file, which may include other .cu and .cuh files of its folder (and no others), with constants
+    defined as macros. Returns the cubin and the log: warnings, and registers and spills of every kernel. RuntimeError
+    with the log: it does not compile."""
+    from cuda.bindings import nvrtc
+
+    texts = _texts(source)
+    headers = [[text.encode() for text in texts.values()], [name.encode() for name in texts]]
+    options = [option.encode() for option in (*_OPTIONS, *_definitions(constants))]
+    _, program = nvrtc.nvrtcCreateProgram(texts[source.name].encode(), str(source).encode(), len(texts), *headers)
+    try:
+        (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+        nvrtc.nvrtcGetProgramLog(program, log)
+        messages = log.rstrip(b"\0").decode()
+        if code:
+            raise RuntimeError(f"{source} does not compile with {dict(constants)}: {code.name}\n{messages}")
+        cubin = bytearray(nvrtc.nvrtcGetCUBINSize(program)[1])
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return bytes(cubin), messages
+
+
+def _texts(source: Path) -> dict[str, str]:
+    """Of a .cu file and all that it may include, by name."""
+    return {path.name: path.read_text() for path in sorted(source.parent.iterdir()) if path.suffix in (".cu", ".cuh")}
+
+
+def _definitions(constants: Constants) -> list[str]:
+    values = {name: value if isinstance(value, str) else int(value) for name, value in sorted(constants.items())}
+    return [f"--define-macro={name}={value}" for name, value in values.items()]
+
+
+# ---------------------------------------------------------------- the driver
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _checked(call: str, result: tuple[Any, ...]) -> Any:
+    """What a driver call returned besides its code. RuntimeError: the code is an error."""
+    code = result[0]
+    if code:
+        name, text = (f(code)[1].decode() for f in (_driver().cuGetErrorName, _driver().cuGetErrorString))
+        raise RuntimeError(f"{call}: {name}, {text}")
+    return result[-1]
+
+
+def _ensure_context() -> None:
+    """Makes the primary context of torch's device current, as torch leaves it after calling the CUDA runtime. A new
+    thread, such as autograd's, may get here without: memory from torch's cache takes no such call."""
+    driver = _driver()
+    if not int(_checked("cuCtxGetCurrent", driver.cuCtxGetCurrent())):
+        context = _checked("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device()))
+        _checked("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def allocate(structure: type[S]) -> S:
+    """Zeroed parameters of a kernel at a multiple of 64 bytes, as the driver wants of tensor maps in it: fields
+    `ctypes.c_uint64 * 16` at offsets of multiples of 64. Memory goes on to the next multiple, where C++ ends a struct
+    with such members: the driver reads that far."""
+    size = -(-ctypes.sizeof(structure) // _ALIGNMENT) * _ALIGNMENT
+    memory = (ctypes.c_char * (size + _ALIGNMENT))()
+    params = structure.from_buffer(memory, -ctypes.addressof(memory) % _ALIGNMENT)
+    params.kernel_params = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # as cuLaunchKernel wants them
+    return params
+
+
+class TensorMap:
+    """The TMA descriptor in a field of allocated parameters, of a tensor `shape` at `address`, read and written in
+    boxes. All sizes are outermost first and in elements, `strides` in bytes and of all dimensions but the innermost,
+    which is dense. Elements out of bounds are read as zero and not written. `swizzle` (0 or 128) and `promotion` (of
+    reads into the L2 cache: 128 or 256) are in bytes. RuntimeError: the driver does not take it."""
+
+    def __init__(
+        self,
+        params: ctypes.Structure,
+        field: str,
+        address: int,
+        element: torch.dtype,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        box: Sequence[int],
+        swizzle: int = 128,
+        promotion: int = 256,
+    ) -> None:
+        rank = len(shape)
+        if len(strides) != rank - 1 or len(box) != rank:
+            raise ValueError(f"{field}: shape {shape} needs {rank - 1} strides and {rank} sizes, got {strides}, {box}")
+        place = ctypes.addressof(params) + getattr(type(params), field).offset
+        if place % _ALIGNMENT:
+            raise ValueError(f"{field} of {type(params).__name__} is not at a multiple of {_ALIGNMENT} bytes")
+        driver = _driver()
+        _ensure_context()
+        settings = (
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{f'{swizzle}B' if swizzle else 'NONE'}"),
+            getattr(driver.CUtensorMapL2promotion, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{promotion}B"),
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        # not the function of cuda.bindings, which encodes into memory of its own that is not aligned
+        code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+            ctypes.c_void_p(place),
+            int(getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_ELEMENTS[element]}")),
+            rank,
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * rank)(*reversed(shape)),
+            (ctypes.c_uint64 * rank)(*reversed(strides)),
+            (ctypes.c_uint32 * rank)(*reversed(box)),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            *map(int, settings),
+        )
+        call = f"cuTensorMapEncodeTiled of {field} at {address:#x}, {element}, {shape=}, {strides=}, {box=}, {swizzle=}"
+        _checked(call, (driver.CUresult(code),))
+        self.field, self.params = field, params  # keeps the memory
+        self.map = driver.CUtensorMap(_ptr=place)
+
+    def move(self, address: int) -> None:
+        """To another tensor of the same shape and strides, at a multiple of 16 bytes. RuntimeError: it is not."""
+        replace = _driver().cuTensorMapReplaceAddress
+        if replace(self.map, address)[0]:
+            _ensure_context()
+            _checked(f"cuTensorMapReplaceAddress of {self.field} by {address:#x}", replace(self.map, address))
+
+
+# ---------------------------------------------------------------- kernels
+
+_FUNCTIONS: dict[tuple, dict[int, Any]] = {}  # of equal kernels, by device; never unloaded
+
+
+class Kernel:
+    """An entry (`extern "C"`) of a .cu file compiled with constants, for blocks of `threads` threads and `shared_bytes`
+    of dynamic shared memory. The first launch on a device compiles and loads it: captured in a graph it must have run
+    before. Equal kernels are loaded once in a process."""
+
+    def __init__(self, source: Path, entry: str, constants: Constants, threads: int, shared_bytes: int) -> None:
+        self.source, self.entry, self.constants = source, entry, dict(constants)
+        self.threads, self.shared_bytes = threads, shared_bytes
+        key = (source, entry, tuple(sorted(constants.items())), shared_bytes)  # the function is allowed shared_bytes
+        self.functions = _FUNCTIONS.setdefault(key, {})
+
+    def launch(self, grid: int, params: ctypes.Structure, stream: int) -> None:
+        """On torch's device, with parameters from `allocate`, on a stream's handle. RuntimeError: it cannot be
+        compiled, loaded or launched."""
+        device = torch.cuda.current_device()
+        function = self.functions.get(device) or self._load(device)
+        run = _driver().cuLaunchKernel
+        arguments = (function, grid, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, params.kernel_params, 0)
+        if run(*arguments)[0]:
+            _ensure_context()  # a launch that failed did nothing
+            _checked(f"cuLaunchKernel of {self.entry} in {self.source}", run(*arguments))
+
+    def _load(self, device: int) -> Any:
+        driver = _driver()
+        cubin = compile_kernel(self.source, self.constants)
+        _ensure_context()
+        where = f"of {self.entry} in {self.source}"
+        module = _checked(f"cuModuleLoadData {where}", driver.cuModuleLoadData(cubin))
+        function = _checked(f"cuModuleGetFunction {where}", driver.cuModuleGetFunction(module, self.entry.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        result = driver.cuFuncSetAttribute(function, limit, self.shared_bytes)
+        _checked(f"cuFuncSetAttribute {where}: {self.shared_bytes} bytes of shared memory", result)
+        self.functions[device] = function
+        return function

@@ -1,0 +1,336 @@
+// Tiles of query rows, a box of 64 for each consumer warpgroup, and the warps that feed the consumers.
+//
+// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and results out (`move_rows`), two load keys and
+// values (`load_tiles`). Key tiles of 64 keys go through two rings of stages, edges first (`plan.cuh`). Every consumer
+// walks every position of the rings in order and hands it back, also where it does not see the key tile: one that left
+// positions out could take an older load's phase for that of its own.
+//
+// Blocks smaller than 64 need several query heads to a KV head. The rows of a box are then one query block of
+// 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
+//
+// Constants: those of `plan.cuh`, D, PACKED, STAGES; of the kernel ROW_SLOTS (tiles whose rows are held) and ROW_PARTS
+// (2 where gradients come with the rows).
+#pragma once
+
+#include "hopper.cuh"
+#include "plan.cuh"
+
+constexpr int BOX_BYTES = ROWS * D * 2;  // of rows, keys or values
+constexpr int PLANNED = 2;               // tiles whose plans are held: the one at work and the next
+
+// What the other warps need to know of a tile.
+struct Tile {
+    int index;                         // -1 after the last
+    int edges, fulls;                  // key tiles
+    int batch, head, row;              // the first row; rows count from the document's beginning
+    int begin, length;                 // of the document
+    int chunk;                         // boxes of rows before the document
+    int seen[CONSUMERS];               // bits of the entries of `keys` that a consumer sees
+    int keys[WARP];                    // first keys of the entries of the edges
+    Range far, near, sinks, window;    // the other key tiles
+};
+
+struct Shared {
+    unsigned char rows[CONSUMERS * ROW_SLOTS][ROW_PARTS][BOX_BYTES];  // the first part later holds the result
+    unsigned char keys[STAGES][BOX_BYTES];
+    unsigned char values[STAGES][BOX_BYTES];
+    Tile tiles[PLANNED];
+    unsigned long long rows_full[CONSUMERS * ROW_SLOTS], rows_done[CONSUMERS * ROW_SLOTS];
+    unsigned long long keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
+    unsigned long long tile_full[PLANNED], tile_empty[PLANNED];
+};
+
+struct Problem {
+    const int* table;      // rules [heads, TABLE]
+    const int* documents;  // packed: tiles of documents, see `chunks.attention_documents`
+    int* counter;          // 0, and 0 again at the end
+    int length, heads, group, tiles_per_head, num_tiles;
+    int together;  // heads (or sets of them) at the end whose tiles are done together, longest first
+};
+
+DEVICE void init_barriers(Shared& shared) {
+    constexpr int warps = CONSUMERS * WARPGROUP / WARP;  // a consumer's warps arrive on their own
+    for (int i = 0; i < CONSUMERS * ROW_SLOTS; i++) {
+        barrier_init(shared_address(&shared.rows_full[i]), 1);
+        barrier_init(shared_address(&shared.rows_done[i]), WARPGROUP / WARP);
+    }
+    for (int i = 0; i < STAGES; i++) {
+        barrier_init(shared_address(&shared.keys_full[i]), 1);
+        barrier_init(shared_address(&shared.keys_empty[i]), warps);
+        barrier_init(shared_address(&shared.values_full[i]), 1);
+        barrier_init(shared_address(&shared.values_empty[i]), warps);
+    }
+    for (int i = 0; i < PLANNED; i++) {
+        barrier_init(shared_address(&shared.tile_full[i]), 1);
+        barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values
+    }
+    barrier_init_fence();
+}
+
+// Draws tiles until there are none, after a first one for each thread block, and says what has to be done for each.
+DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
+    const int lane = threadIdx.x % WARP;
+    const int sets = problem.heads / (ROWS / TOKENS);
+    const int tiles_per_head = PACKED ? problem.documents[0] : problem.tiles_per_head;
+    const int num_tiles = PACKED ? tiles_per_head * sets : problem.num_tiles;
+    const int alone = num_tiles - problem.together * tiles_per_head;
+    int index = blockIdx.x;
+    Position<PLANNED> slot;
+    while (index < num_tiles) {
+        // head by head, longest rows first; the heads at the end together, so that the last tiles are short
+        int set, nth;
+        if (index < alone) {
+            set = divide(index, tiles_per_head);
+            nth = index - set * tiles_per_head;
+        } else {
+            nth = divide(index - alone, problem.together);
+            set = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
+        }
+        nth = tiles_per_head - 1 - nth;
+        int row = nth * (TOKENS * CONSUMERS), begin = 0, length = problem.length, chunk = 0;
+        if (PACKED) {
+            const int* entry = problem.documents + 4 + 4 * nth;
+            row = entry[0];
+            begin = entry[1];
+            length = entry[2];
+            chunk = entry[3];
+        }
+        const int batch = divide(set, sets);
+        const int head = (set - batch * sets) * (ROWS / TOKENS);
+        const Rule rule = load_rule(problem.table + divide(head, problem.group) * TABLE);
+        const Plan plan = plan_rows(row, length, rule);
+        const Entry entry = edge_entry(plan, lane);
+
+        barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
+        Tile& tile = shared.tiles[slot.index];
+        tile.keys[lane] = entry.key;
+#pragma unroll
+        for (int c = 0; c < CONSUMERS; c++) {
+            const unsigned seen = __ballot_sync(ALL, sees(plan, entry, row + c * TOKENS, rule));
+            if (lane == 0) tile.seen[c] = seen;
+        }
+        if (lane == 0) {
+            tile.index = index;
+            tile.edges = plan.edges;
+            tile.fulls = plan.fulls;
+            tile.batch = batch;
+            tile.head = head;
+            tile.row = row;
+            tile.begin = begin;
+            tile.length = length;
+            tile.chunk = chunk;
+            tile.far = plan.far;
+            tile.near = plan.near;
+            tile.sinks = plan.sinks;
+            tile.window = plan.window;
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&shared.tile_full[slot.index]));
+        index = draw(problem.counter, num_tiles);
+        slot.advance();
+    }
+    barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
+    if (lane == 0) {
+        shared.tiles[slot.index].index = -1;
+        barrier_arrive(shared_address(&shared.tile_full[slot.index]));
+    }
+}
+
+DEVICE void load_box(unsigned to, const TensorMap* map, unsigned full, int token, int head, int batch) {
+#pragma unroll
+    for (int x = 0; x < D; x += PANEL) tma_load(to + x / PANEL * PANEL_BYTES, map, full, x, token, head, batch);
+}
+
+DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, int batch) {
+#pragma unroll
+    for (int x = 0; x < D; x += PANEL) tma_store(map, from + x / PANEL * PANEL_BYTES, x, token, head, batch);
+}
+
+// Loads the rows of the tiles in turn, and with STORES what the consumers leave in their place. Boxes in which a packed
+// document ends are stored by the consumers themselves.
+template <bool STORES>
+DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* gradients, const TensorMap* out) {
+    const bool is_mover = elected();
+    Position<PLANNED> slot;
+    Position<ROW_SLOTS> place;
+    int rows_left[ROW_SLOTS], token[ROW_SLOTS], head[ROW_SLOTS], batch[ROW_SLOTS];  // of the tiles held, oldest last
+#pragma unroll
+    for (int i = 0; i < ROW_SLOTS; i++) rows_left[i] = token[i] = head[i] = batch[i] = 0;
+    int held = 0, ending = ROW_SLOTS;
+    while (ending > 0) {
+        bool exists = ending == ROW_SLOTS;
+        int index = -1, row = 0, begin = 0, length = 0, new_head = 0, new_batch = 0;
+        if (exists) {
+            barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
+            const Tile& tile = shared.tiles[slot.index];
+            index = tile.index;
+            row = tile.row;
+            begin = tile.begin;
+            length = tile.length;
+            new_head = tile.head;
+            new_batch = tile.batch;
+            __syncwarp();
+            if (is_mover) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
+            slot.advance();
+            exists = index >= 0;
+        }
+        if (!exists) ending--;
+#pragma unroll 1
+        for (int c = 0; c < CONSUMERS; c++) {
+            const int own = c * ROW_SLOTS + place.index;
+            const unsigned rows = shared_address(shared.rows[own][0]);
+            if (held == ROW_SLOTS) {
+                barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
+                if (STORES && is_mover && (!PACKED || rows_left[ROW_SLOTS - 1] >= (c + 1) * TOKENS)) {
+                    store_box(out, rows, token[ROW_SLOTS - 1] + c * TOKENS, head[ROW_SLOTS - 1], batch[ROW_SLOTS - 1]);
+                    tma_store_commit();
+                    tma_store_wait();
+                }
+            }
+            if (exists && is_mover) {
+                const unsigned full = shared_address(&shared.rows_full[own]);
+                barrier_expect(full, ROW_PARTS * BOX_BYTES);
+                load_box(rows, in, full, begin + row + c * TOKENS, new_head, new_batch);
+                if (ROW_PARTS > 1) load_box(rows + BOX_BYTES, gradients, full, begin + row + c * TOKENS, new_head, new_batch);
+            }
+            __syncwarp();
+        }
+#pragma unroll
+        for (int i = ROW_SLOTS - 1; i > 0; i--) {
+            rows_left[i] = rows_left[i - 1];
+            token[i] = token[i - 1];
+            head[i] = head[i - 1];
+            batch[i] = batch[i - 1];
+        }
+        rows_left[0] = length - row;
+        token[0] = begin + row;
+        head[0] = new_head;
+        batch[0] = new_batch;
+        if (held < ROW_SLOTS) held++;
+        place.advance();
+    }
+}
+
+// Loads keys or values of the tiles in turn into a ring.
+DEVICE void load_tiles(Shared& shared, const Problem& problem, const TensorMap* map, unsigned ring, unsigned ring_full,
+                       unsigned ring_empty) {
+    const int lane = threadIdx.x % WARP;
+    const bool is_loader = elected();
+    Position<STAGES> stage;
+    Position<PLANNED> slot;
+    while (true) {
+        barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
+        const Tile& tile = shared.tiles[slot.index];
+        if (tile.index < 0) return;
+        const int begin = tile.begin, batch = tile.batch, kv_head = divide(tile.head, problem.group);
+        const int edges = tile.edges, total = edges + tile.fulls;
+#pragma unroll 1
+        for (int base = 0; base < total; base += WARP / ENTRIES) {
+            const int nth = base * ENTRIES + lane - edges * ENTRIES;
+            int key = tile.keys[lane];
+            if (nth >= 0) {
+                int of_range = nth / ENTRIES;
+                const Range range = pick(of_range, tile.far, tile.near, tile.sinks, tile.window);
+                key = entry_of(range, of_range, nth).key;
+            }
+            const int count = minimum(total - base, WARP / ENTRIES);
+#pragma unroll 1
+            for (int n = 0; n < count; n++) {
+                const unsigned full = ring_full + 8 * stage.index;
+                barrier_wait(ring_empty + 8 * stage.index, stage.phase ^ 1);
+                if (is_loader) barrier_expect(full, BOX_BYTES);
+#pragma unroll
+                for (int j = 0; j < ENTRIES; j++) {
+                    const int first = begin + __shfl_sync(ALL, key, n * ENTRIES + j);
+                    const unsigned to = ring + stage.index * BOX_BYTES + j * (KEYS / ENTRIES) * PANEL * 2;
+                    if (is_loader) load_box(to, map, full, first, kv_head, batch);
+                }
+                stage.advance();
+            }
+        }
+        __syncwarp();
+        if (is_loader) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
+        slot.advance();
+    }
+}
+
+// The key tiles that a consumer's rows see, one after the other, over all tiles.
+struct Visits {
+    Shared& shared;
+    const int consumer;
+    Position<PLANNED> slot;  // of the tile
+    unsigned bits;           // entries of edges that are seen
+    unsigned seen;           // edges to come, a bit each at its first entry
+    int edges, fulls;        // edges in all, other key tiles to come after this one
+    int at;                  // positions of the rings that lie behind in this tile
+    int row;                 // the first of the own rows
+    bool is_edge, is_first;
+    int nth;                 // of the edges
+    int skip = 0;            // positions to walk past before it
+
+    // The tile at `slot`; false after the last.
+    DEVICE bool open() {
+        barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
+        if (tile().index < 0) return false;
+        edges = tile().edges;
+        fulls = tile().fulls;
+        bits = tile().seen[consumer];
+        seen = bits;
+        if (BLOCK == 32) seen = (seen | seen >> 1) & 0x55555555u;
+        if (BLOCK == 16) {
+            seen |= seen >> 1;
+            seen = (seen | seen >> 2) & 0x11111111u;
+        }
+        at = 0;
+        row = tile().row + consumer * TOKENS;
+        edge();
+        is_first = true;
+        return true;
+    }
+
+    DEVICE const Tile& tile() const { return shared.tiles[slot.index]; }
+
+    // Whether some row does not see some key of the edge.
+    DEVICE bool hides() const { return BLOCK < KEYS || tile().keys[nth] + KEYS - 1 > row; }
+
+    // To the next edge.
+    DEVICE void edge() {
+        nth = (__ffs(seen) - 1) / ENTRIES;
+        seen &= seen - 1;
+        skip += nth - at;
+        at = nth + 1;
+        is_edge = true;
+    }
+
+    // To the next one of the tile; false after the last.
+    DEVICE bool advance() {
+        is_first = false;
+        skip = 0;
+        if (seen != 0) {
+            edge();
+            return true;
+        }
+        is_edge = false;
+        skip = edges - at;
+        at = edges;
+        return fulls-- > 0;
+    }
+};
+
+// Walks past positions of a ring.
+DEVICE void walk(int count, Position<STAGES>& ring, unsigned full, unsigned empty) {
+#pragma unroll 1
+    for (; count > 0; count--) {
+        barrier_wait(full + 8 * ring.index, ring.phase);
+        if (threadIdx.x % WARP == 0) barrier_arrive(empty + 8 * ring.index);
+        ring.advance();
+    }
+}
+
+// Position of the last key, counted from the first of an edge's entry, that a row sees in it: keys after it are hidden.
+// `nth` of the edges, `row`: the first of the consumer's rows, `lane_row`: which of them.
+DEVICE int last_seen(const Tile& tile, int nth, int j, unsigned bits, int row, int lane_row) {
+    const int entry = nth * ENTRIES + j;
+    const bool is_seen = BLOCK >= KEYS || (bits >> entry & 1);
+    return is_seen ? row + lane_row % TOKENS - tile.keys[entry] : -1;
+}
