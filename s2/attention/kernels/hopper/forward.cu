@@ -11,8 +11,6 @@
 //
 // Constants: those of `rows.cuh`, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
 
-#define ROW_SLOTS 2
-#define ROW_PARTS 1
 #include "rows.cuh"
 
 constexpr float LAZY = 8.0f, MOST = 256.0f;
@@ -309,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
             load_tiles(shared, params.problem, &params.v, shared_address(shared.values),
                        shared_address(shared.values_full), shared_address(shared.values_empty));
         if (warp == 2) plan_tiles(shared, params.problem);
-        if (warp == 3) move_rows<true>(shared, &params.q, nullptr, &params.out);
+        if (warp == 3) move_rows(shared, &params.q, &params.out);
     } else {
         raise_registers<CONSUMER_REGISTERS>();
         consume(shared, params, warpgroup - 1);

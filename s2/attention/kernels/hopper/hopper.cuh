@@ -97,12 +97,6 @@ DEVICE void tma_store(const TensorMap* map, unsigned from, int x, int token, int
                  ::"l"(map), "r"(from), "r"(x), "r"(token), "r"(head), "r"(batch) : "memory");
 }
 
-// Consecutive bytes, a multiple of 16.
-DEVICE void copy_to_shared(unsigned to, const void* from, int bytes, unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
 DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Shared memory of all stores has been read.
@@ -198,7 +192,6 @@ DEVICE void product_registers(float (&x)[64], const unsigned* a, unsigned long l
 
 // ---------------------------------------------------------------- arithmetic
 
-#define PLUS_INFINITY __int_as_float(0x7f800000)
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
 // Two values as a pair of 16 bits, the first in the lower half.
@@ -210,19 +203,6 @@ DEVICE unsigned pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
 #endif
     return pair;
-}
-
-// Sum of the products of two pairs of 16 bits.
-DEVICE float dot(unsigned a, unsigned b) {
-#if BF16
-    return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
-           __uint_as_float(a & 0xffff0000) * __uint_as_float(b & 0xffff0000);
-#else
-    float x[4];
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(x[0]), "=f"(x[1]) : "r"(a));
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(x[2]), "=f"(x[3]) : "r"(b));
-    return x[0] * x[2] + x[1] * x[3];
-#endif
 }
 
 DEVICE float exp2_fast(float x) {
@@ -241,18 +221,6 @@ DEVICE float inverse(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-DEVICE float2 load_shared_pair(unsigned from) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
-    return x;
-}
-
-DEVICE uint4 load_shared(unsigned from) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-    return x;
 }
 
 // Four matrices of 8 x 8 elements of 16 bits; lane l gives the address of row l % 8 of matrix l / 8.

@@ -316,7 +316,7 @@ def _forward_kernel(
         "CONSUMER_REGISTERS": _ROW_REGISTERS[consumers],
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
-    shared_bytes = structs.shared_bytes(head_dim, consumers, stages, row_slots=2, row_parts=1)
+    shared_bytes = structs.shared_bytes(head_dim, consumers, stages)
     source = Path(__file__).with_name("forward.cu")
     return cuda.Kernel(source, "attention_forward", constants, (consumers + 1) * 128, shared_bytes)
 

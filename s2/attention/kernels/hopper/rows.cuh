@@ -8,8 +8,7 @@
 // Blocks smaller than 64 need several query heads to a KV head. The rows of a box are then one query block of
 // 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
 //
-// Constants: those of `plan.cuh`, D, PACKED, STAGES; of the kernel ROW_SLOTS (tiles whose rows are held) and ROW_PARTS
-// (2 where gradients come with the rows).
+// Constants: those of `plan.cuh`, D, PACKED, STAGES.
 #pragma once
 
 #include "hopper.cuh"
@@ -17,6 +16,7 @@
 
 constexpr int BOX_BYTES = ROWS * D * 2;  // of rows, keys or values
 constexpr int PLANNED = 2;               // tiles whose plans are held: the one at work and the next
+constexpr int ROW_SLOTS = 2;             // tiles whose rows are held
 
 // What the other warps need to know of a tile.
 struct Tile {
@@ -24,14 +24,13 @@ struct Tile {
     int edges, fulls;                  // key tiles
     int batch, head, row;              // the first row; rows count from the document's beginning
     int begin, length;                 // of the document
-    int chunk;                         // boxes of rows before the document
     int seen[CONSUMERS];               // bits of the entries of `keys` that a consumer sees
     int keys[WARP];                    // first keys of the entries of the edges
     Range far, near, sinks, window;    // the other key tiles
 };
 
 struct Shared {
-    unsigned char rows[CONSUMERS * ROW_SLOTS][ROW_PARTS][BOX_BYTES];  // the first part later holds the result
+    unsigned char rows[CONSUMERS * ROW_SLOTS][BOX_BYTES];  // later the output of the same rows
     unsigned char keys[STAGES][BOX_BYTES];
     unsigned char values[STAGES][BOX_BYTES];
     Tile tiles[PLANNED];
@@ -87,13 +86,12 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             set = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
         }
         nth = tiles_per_head - 1 - nth;
-        int row = nth * (TOKENS * CONSUMERS), begin = 0, length = problem.length, chunk = 0;
+        int row = nth * (TOKENS * CONSUMERS), begin = 0, length = problem.length;
         if (PACKED) {
             const int* entry = problem.documents + 4 + 4 * nth;
             row = entry[0];
             begin = entry[1];
             length = entry[2];
-            chunk = entry[3];
         }
         const int batch = divide(set, sets);
         const int head = (set - batch * sets) * (ROWS / TOKENS);
@@ -118,7 +116,6 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             tile.row = row;
             tile.begin = begin;
             tile.length = length;
-            tile.chunk = chunk;
             tile.far = plan.far;
             tile.near = plan.near;
             tile.sinks = plan.sinks;
@@ -146,10 +143,9 @@ DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, 
     for (int x = 0; x < D; x += PANEL) tma_store(map, from + x / PANEL * PANEL_BYTES, x, token, head, batch);
 }
 
-// Loads the rows of the tiles in turn, and with STORES what the consumers leave in their place. Boxes in which a packed
-// document ends are stored by the consumers themselves.
-template <bool STORES>
-DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* gradients, const TensorMap* out) {
+// Loads the rows of the tiles in turn, and stores the output that the consumers leave in their place. Boxes in which a
+// packed document ends are stored by the consumers themselves.
+DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* out) {
     const bool is_mover = elected();
     Position<PLANNED> slot;
     Position<ROW_SLOTS> place;
@@ -178,10 +174,10 @@ DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* grad
 #pragma unroll 1
         for (int c = 0; c < CONSUMERS; c++) {
             const int own = c * ROW_SLOTS + place.index;
-            const unsigned rows = shared_address(shared.rows[own][0]);
+            const unsigned rows = shared_address(shared.rows[own]);
             if (held == ROW_SLOTS) {
                 barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
-                if (STORES && is_mover && (!PACKED || rows_left[ROW_SLOTS - 1] >= (c + 1) * TOKENS)) {
+                if (is_mover && (!PACKED || rows_left[ROW_SLOTS - 1] >= (c + 1) * TOKENS)) {
                     store_box(out, rows, token[ROW_SLOTS - 1] + c * TOKENS, head[ROW_SLOTS - 1], batch[ROW_SLOTS - 1]);
                     tma_store_commit();
                     tma_store_wait();
@@ -189,9 +185,8 @@ DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* grad
             }
             if (exists && is_mover) {
                 const unsigned full = shared_address(&shared.rows_full[own]);
-                barrier_expect(full, ROW_PARTS * BOX_BYTES);
+                barrier_expect(full, BOX_BYTES);
                 load_box(rows, in, full, begin + row + c * TOKENS, new_head, new_batch);
-                if (ROW_PARTS > 1) load_box(rows + BOX_BYTES, gradients, full, begin + row + c * TOKENS, new_head, new_batch);
             }
             __syncwarp();
         }

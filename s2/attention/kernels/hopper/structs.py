@@ -1,10 +1,11 @@
-"""What the CUDA C++ kernels that walk query rows are given, laid out as C++ does: parameters, and shared memory."""
+"""What the CUDA C++ kernel is given, laid out as C++ does: parameters, and shared memory."""
 
 import ctypes
 
 _Map = ctypes.c_uint64 * 16  # TensorMap of hopper.cuh
 _ROWS = 64  # of a box (plan.cuh)
 _PLANNED = 2  # tiles whose plans are in shared memory (rows.cuh)
+_ROW_SLOTS = 2  # tiles whose rows are
 
 
 class Problem(ctypes.Structure):
@@ -38,9 +39,9 @@ class Forward(ctypes.Structure):
     )
 
 
-def shared_bytes(head_dim: int, consumers: int, stages: int, row_slots: int, row_parts: int) -> int:
+def shared_bytes(head_dim: int, consumers: int, stages: int) -> int:
     """Size of Shared in rows.cuh."""
     box = _ROWS * head_dim * 2
-    tile = 4 * (9 + consumers + 32 + 4 * 4)
-    barriers = 2 * consumers * row_slots + 4 * stages + 2 * _PLANNED
-    return (consumers * row_slots * row_parts + 2 * stages) * box + _PLANNED * tile + 8 * barriers
+    tile = 4 * (8 + consumers + 32 + 4 * 4)
+    barriers = 2 * consumers * _ROW_SLOTS + 4 * stages + 2 * _PLANNED
+    return (consumers * _ROW_SLOTS + 2 * stages) * box + _PLANNED * tile + 8 * barriers
