@@ -1,5 +1,5 @@
 // Prints the plans of `plan.cuh`, compiled for the host: for each case on standard input, a line with
-//     <first row> <rows of the document> <the head's rule, 8 integers>
+//     <first box> <boxes of the same rows> <rows of the document> <the head's rule, 8 integers>
 // a line with the numbers of edges and of other key tiles, then for each entry of the edges
 //     <first key, -1: does not exist> <bits of the consumers that see it>
 // and the first key of each entry of the others (-1 likewise), taken from their ranges as `load_tiles` does.
@@ -8,17 +8,17 @@
 #include "plan.cuh"
 
 int main() {
-    int row, length, table[TABLE];
-    while (std::scanf("%d %d", &row, &length) == 2) {
+    int box, share, length, table[TABLE];
+    while (std::scanf("%d %d %d", &box, &share, &length) == 3) {
         for (int& x : table)
             if (std::scanf("%d", &x) != 1) return 1;
         const Rule rule = load_rule(table);
-        const Plan plan = plan_rows(row, length, rule);
+        const Plan plan = plan_boxes(box, share, length, rule);
         std::printf("%d %d", plan.edges, plan.fulls);
         for (int nth = 0; nth < plan.edges * ENTRIES; nth++) {
             const Entry entry = edge_entry(plan, nth);
             int seen = 0;
-            for (int c = 0; c < CONSUMERS; c++) seen |= sees(plan, entry, row + c * TOKENS, rule) << c;
+            for (int c = 0; c < CONSUMERS; c++) seen |= sees(plan, entry, row_of(box + c, share), rule) << c;
             std::printf(" %d %d", entry.exists ? entry.key : -1, seen);
         }
         for (int nth = 0; nth < plan.fulls * ENTRIES; nth++) {

@@ -170,26 +170,27 @@ def test_sinks_are_divided_like_the_other_long_columns():
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
-@pytest.mark.parametrize("consumers", [3, 4])
-def test_documents_and_their_tiles(spec, block, consumers):
+@pytest.mark.parametrize(("consumers", "share"), [(3, 1), (4, 2), (3, 8)])
+def test_documents_and_their_tiles(spec, block, consumers, share):
     pattern, heads = Pattern.parse(spec, block), 4
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 20]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     count = len(lengths)
-    tile, unit = consumers * unit_of(block), unit_of(block)
-    most_tiles = sum(lengths) // tile + count
+    unit = unit_of(block)
+    most_tiles = sum(lengths) * share // (consumers * unit) + count * (2 + share // consumers)
     sinks = max(row[1] for row in schedule.rows)
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
     attention_documents[(count,)](
-        cu_seqlens, documents, count, most_tiles, sinks, TILE=tile, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8
-    )
+        cu_seqlens, documents, count, most_tiles, sinks,
+        BOXES=consumers, SHARE=share, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8,
+    )  # fmt: skip
     num_tiles, num_pairs = documents[0, :2].tolist()
     chunks = torch.tensor([0, *[-(-n // unit) for n in lengths]]).cumsum(0).tolist()
     wanted = [
-        [row, begin, length, chunk]
+        [box, begin, length, chunk]
         for length, begin, chunk in zip(lengths, cu_seqlens.tolist(), chunks, strict=False)
-        for row in range(0, length, tile)
+        for box in range(0, -(-length // unit) * share, consumers)
     ]
     assert documents[1 : 1 + num_tiles].tolist() == wanted
     assert (documents[1 + num_tiles : 1 + most_tiles] == -1).all()
@@ -250,16 +251,17 @@ def draw_rules(random: random.Random, block: int) -> tuple[Pattern, int]:
     return pattern, heads
 
 
-def check_plan(line: str, seen_by: np.ndarray, row: int, last_row: int, block: int, consumers: int) -> None:
-    """`seen_by` bool `[query unit, key unit]`: what the pattern says."""
+def check_plan(line: str, seen_by: np.ndarray, first: int, share: int, block: int, consumers: int) -> None:
+    """Of the tile of boxes from `first` on. `seen_by` bool `[query unit, key unit]`: what the pattern says."""
     unit, entries = unit_of(block), max(CHUNK // block, 1)
     edges, fulls, *numbers = map(int, line.split())
     edge_keys, seen = np.array(numbers[: 2 * edges * entries]).reshape(-1, 2).T
     full_keys = np.array(numbers[2 * edges * entries :], dtype=int)
     assert len(full_keys) == fulls * entries
     assert 0 < edges * entries <= 32, "the consumers have a bit for each entry"
-    own = row // unit + np.arange(consumers)
-    boxes = np.minimum(own, last_row // unit)  # a consumer past the last row looks where that one does
+    own = (first + np.arange(consumers)) // share
+    row = own[0] * unit
+    boxes = np.minimum(own, len(seen_by) - 1)  # a consumer past the last row looks where that one does
     listed = np.concatenate([edge_keys[edge_keys >= 0], full_keys])
     assert (listed % unit == 0).all() and len(set(listed)) == len(listed)
     assert sorted(listed // unit) == np.flatnonzero(seen_by[boxes].any(0)).tolist()
@@ -269,8 +271,8 @@ def check_plan(line: str, seen_by: np.ndarray, row: int, last_row: int, block: i
         exists = edge_keys >= 0
         assert (sees == exists & seen_by[box, edge_keys // unit]).all()
         assert sees.any(), "every consumer has a first key tile"
-        first = np.flatnonzero(sees)[0] // entries
-        shown = edge_keys[first * entries : (first + 1) * entries][sees[first * entries : (first + 1) * entries]]
+        tile = np.flatnonzero(sees)[0] // entries
+        shown = edge_keys[tile * entries : (tile + 1) * entries][sees[tile * entries : (tile + 1) * entries]]
         assert shown.min() <= own[consumer] * unit, "all its rows see a key of it"
 
 
@@ -291,20 +293,20 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, consumers
         # kernels may be compiled for more than a head needs: for the other heads
         levels = rng.randint(schedule.num_levels, MAX_LEVELS)
         sinks = schedule.has_sinks or rng.random() < 0.5
-        tile = consumers * unit_of(block)
-        starts = list(range(0, length, tile))
-        for row in sorted({0, starts[-1], *rng.sample(starts, min(len(starts), 12))}):
-            cases[levels, sinks].append((row, length, schedule.rows[head], mask, pattern))
+        share = rng.choice((1, 1, 2, 3, 4, 8))
+        starts = list(range(0, len(mask) * share, consumers))
+        for box in sorted({0, starts[-1], *rng.sample(starts, min(len(starts), 12))}):
+            cases[levels, sinks].append((box, share, length, schedule.rows[head], mask, pattern))
     for (levels, sinks), own in cases.items():
         program = compile_plans(tmp_path, block, levels, sinks, consumers)
-        text = "\n".join(" ".join(map(str, (row, length, *rule))) for row, length, rule, _, _ in own)
+        text = "\n".join(" ".join(map(str, (*case[:3], *case[3]))) for case in own)
         result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
-        for line, (row, length, rule, mask, pattern) in zip(result.stdout.splitlines(), own, strict=True):
-            last_row = min(row + consumers * unit_of(block), length) - 1
+        for line, (box, share, length, rule, mask, pattern) in zip(result.stdout.splitlines(), own, strict=True):
             try:
-                check_plan(line, mask, row, last_row, block, consumers)
+                check_plan(line, mask, box, share, block, consumers)
             except AssertionError as error:
-                raise AssertionError(f"{seed=}, {pattern}, {rule=}, {row=}, {length=}, {levels=}, {sinks=}") from error
+                case = f"{seed=}, {pattern}, {rule=}, {box=}, {share=}, {length=}, {levels=}, {sinks=}"
+                raise AssertionError(case) from error
 
 
 @triton.jit

@@ -205,8 +205,9 @@ def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block
     forward = last_forward()
     ((params, arguments),) = launches.forward
     a_box, tokens = max(64 // block, 1), min(block, 64)
-    tiles_per_head = -(-length // (consumers * tokens))
-    num_tiles = tiles_per_head * heads // a_box * batch
+    share = heads // kv_heads // a_box  # boxes of the same rows, side by side
+    tiles_per_head = -(-(-(-length // tokens) * share) // consumers)
+    num_tiles = tiles_per_head * kv_heads * batch
     assert arguments[1:8] == (min(num_tiles, 132), 1, 1, 128 * (consumers + 1), 1, 1, forward.kernel.shared_bytes)
     assert arguments[8] == STREAM
     constants = forward.kernel.constants
@@ -217,7 +218,7 @@ def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block
     (plan,) = launch._PLANS.values()
     assert problem.table == plan.rules.table.data_ptr()
     assert problem.counter == launch._counter(None, None).data_ptr()
-    assert (problem.length, problem.heads, problem.group) == (length, heads, heads // kv_heads)
+    assert (problem.length, problem.kv_heads, problem.group) == (length, kv_heads, heads // kv_heads)
     assert (problem.tiles_per_head, problem.num_tiles) == (tiles_per_head, num_tiles)
     assert (params.out_rows, params.lse) == (out.data_ptr(), lse.data_ptr())
     assert params.scale_log2 == pytest.approx(0.1 / 0.6931471805599453)
@@ -230,20 +231,23 @@ def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "heads", "block", "wanted"),
+    ("batch", "length", "kv_heads", "group", "block", "wanted"),
     [
-        (1, 8192, 32, 64, 16),  # 43 tiles a head: 660 of them
-        (1, 131072, 32, 64, 1),  # more than 32 tiles a processor
-        (1, 16384, 32, 64, 8),
-        (1, 100, 8, 64, 8),  # all there are
-        (2, 100, 8, 16, 4),  # sets of heads
+        (1, 8192, 32, 1, 64, 16),  # 43 tiles a head: 660 of them
+        (1, 131072, 32, 1, 64, 1),  # more than 32 tiles a processor
+        (1, 16384, 32, 1, 64, 8),
+        (1, 100, 8, 1, 64, 8),  # all there are
+        (1, 8192, 8, 4, 64, 4),  # 171 tiles a KV head
+        (2, 100, 2, 4, 16, 4),
     ],
 )
-def test_heads_at_the_end_are_worked_on_together(launches, batch, length, heads, block, wanted):
-    q = torch.empty(batch, length, heads, 128, dtype=torch.bfloat16, device="meta")
-    rules = launch.schedule.rule_schedule(Pattern.parse("L1V15", block).key, heads, 0, 0, heads, torch.device("cpu"))
+def test_heads_at_the_end_are_worked_on_together(launches, batch, length, kv_heads, group, block, wanted):
+    q = torch.empty(batch, length, kv_heads * group, 128, dtype=torch.bfloat16, device="meta")
+    k = q[:, :, :kv_heads]
+    key = Pattern.parse("L1V15", block).key
+    rules = launch.schedule.rule_schedule(key, kv_heads, 0, 0, kv_heads, torch.device("cpu"))
     plan = launch._Plan(rules, {"BLOCK": block}, 0.1)
-    assert launch._Forward(q, q, q, plan, packed=False).problem.together == wanted
+    assert launch._Forward(q, k, k, plan, packed=False).problem.together == wanted
 
 
 def test_packed_calls_pass_their_documents(launches):
@@ -256,9 +260,9 @@ def test_packed_calls_pass_their_documents(launches):
         # the table is that of the forward: it is made first
         name, _, (_, table, count, most_tiles, _) = launches.gluon[0]
         launches.gluon.clear()
-        assert (name, count, most_tiles) == ("attention_documents", len(borders) - 1, 1000 // 192 + count)
+        assert (name, count, most_tiles) == ("attention_documents", len(borders) - 1, 2 * 1000 // 192 + 2 * count)
         assert params.problem.documents == table.data_ptr()
-        assert params.problem.together == min(8, -(-5 * 132 // most_tiles))
+        assert params.problem.together == min(4, -(-5 * 132 // most_tiles))
         assert arguments[1] == 132 and last_forward().kernel.constants["PACKED"] is True
 
 
@@ -340,17 +344,17 @@ def test_plans_do_not_pile_up(launches, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "L1V3+sink40", "dense"])
 @pytest.mark.parametrize("block", [16, 32, 64, 256])
-@pytest.mark.parametrize("consumers", [3, 4])
-def test_the_table_of_packed_work_has_room(spec, block, consumers):
+@pytest.mark.parametrize(("consumers", "share"), [(3, 1), (4, 1), (3, 2), (4, 8), (3, 7)])
+def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
     pattern = Pattern.parse(spec, block)
     for lengths in ([1] * 30, [64, 65, 63, 0, 0, 191, 193], [3000], [257, 1, 1, 700], [200] * 9):
         borders = torch.tensor([0, *lengths]).cumsum(0).int()
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
         rules = launch.schedule.rule_schedule(pattern.key, 4, 0, 0, 4, q.device)
         plan = SimpleNamespace(rules=rules, constants={"LEVELS": rules.num_levels, "BLOCK": block})
-        documents = launch._Documents.of(q, plan, consumers, borders)
+        documents = launch._Documents.of(q, plan, consumers, borders, share)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)
-        assert num_tiles == sum(-(-n // (consumers * box)) for n in lengths) <= documents.most_tiles
+        assert num_tiles == sum(-(-(-(-n // box) * share) // consumers) for n in lengths) <= documents.most_tiles
         assert 0 < num_pairs <= len(documents.table) - 1 - documents.most_tiles
         assert sum(-(-n // box) for n in lengths) <= documents.boxes

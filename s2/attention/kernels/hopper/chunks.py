@@ -90,24 +90,26 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
 
 
 @triton.jit
-def _counts(length, sinks, TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Tiles of TILE rows, boxes of rows, and pairs of key chunks of documents, sinks twice; of the pairs one may be
-    short in every level."""
+def _counts(length, sinks, BOXES: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """Tiles of BOXES boxes of rows (SHARE of the same rows), such rows, and pairs of key chunks of documents, sinks
+    twice; of the pairs one may be short in every level."""
     box: tl.constexpr = min(BLOCK, CHUNK)
     blocks = (length + BLOCK - 1) // BLOCK
     pairs = _pairs(blocks, BLOCK) + LEVELS + _pairs(tl.minimum(blocks, sinks), BLOCK)
-    return (length + TILE - 1) // TILE, (length + box - 1) // box, tl.where(length > 0, pairs, 0)
+    boxes = (length + box - 1) // box
+    return (boxes * SHARE + BOXES - 1) // BOXES, boxes, tl.where(length > 0, pairs, 0)
 
 
 @triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks"])
 def attention_documents(
     cu_seqlens, documents, num_documents, most_tiles, sinks,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+    BOXES: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The table of packed work, int32 `[1 + most_tiles + pairs, 4]`: the numbers of tiles and pairs; then for each tile
-    of TILE rows, and after room for `most_tiles` for each pair of key chunks: its first row or its number in the
-    document, the token where the document begins, its length, and the boxes of rows (64 tokens, or a smaller block)
-    before it. A program writes one document's. `sinks` are the most of any head."""
+    of BOXES boxes of rows (64 tokens, or a smaller block; SHARE of the same rows stand side by side), and after room
+    for `most_tiles` for each pair of key chunks: its first box or its number in the document, the token where the
+    document begins, its length, and the boxes before it (not counted SHARE times). A program writes one document's.
+    `sinks` are the most of any head."""
     document = tl.program_id(0)
     tiles, chunks, pairs = 0, 0, 0
     for start in range(0, document, WIDTH):
@@ -115,19 +117,19 @@ def attention_documents(
         before = lane < document
         begin = tl.load(cu_seqlens + lane, mask=before, other=0)
         length = tl.load(cu_seqlens + lane + 1, mask=before, other=0) - begin
-        own_tiles, own_chunks, own_pairs = _counts(length, sinks, TILE, BLOCK, LEVELS)
+        own_tiles, own_chunks, own_pairs = _counts(length, sinks, BOXES, SHARE, BLOCK, LEVELS)
         tiles += tl.sum(own_tiles, 0)
         chunks += tl.sum(own_chunks, 0)
         pairs += tl.sum(own_pairs, 0)
     begin = tl.load(cu_seqlens + document)
     length = tl.load(cu_seqlens + document + 1) - begin
-    own_tiles, _, own_pairs = _counts(length, sinks, TILE, BLOCK, LEVELS)
+    own_tiles, _, own_pairs = _counts(length, sinks, BOXES, SHARE, BLOCK, LEVELS)
     if document == num_documents - 1:
         tl.store(documents, tiles + own_tiles)
         tl.store(documents + 1, pairs + own_pairs)
     for start in range(0, own_tiles, WIDTH):
         lane = start + tl.arange(0, WIDTH)
-        _store_entries(documents + 4 * (1 + tiles), lane, lane < own_tiles, lane * TILE, begin, length, chunks)
+        _store_entries(documents + 4 * (1 + tiles), lane, lane < own_tiles, lane * BOXES, begin, length, chunks)
     for start in range(0, own_pairs, WIDTH):
         lane = start + tl.arange(0, WIDTH)
         _store_entries(documents + 4 * (1 + most_tiles + pairs), lane, lane < own_pairs, lane, begin, length, chunks)

@@ -136,11 +136,12 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
         fence_async_shared();
     } else {  // a packed document ends among these rows
         const int head = held.statistics / tokens, token = held.statistics % tokens;
+        const int heads = params.problem.kv_heads * params.problem.group;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int own = lane_row + 8 * r;
             if (own % TOKENS < held.rows_left) {
-                const long long at = static_cast<long long>(token + own % TOKENS) * params.problem.heads + head + own / TOKENS;
+                const long long at = static_cast<long long>(token + own % TOKENS) * heads + head + own / TOKENS;
                 unsigned* to = static_cast<unsigned*>(params.out_rows) + at * (D / 2) + lane % 4;
 #pragma unroll
                 for (int j = 0; j < D / 8; j++)
@@ -219,7 +220,8 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         if (starts) {
             const Tile& tile = next.tile();
             held.place = consumer * ROW_SLOTS + place.index;
-            held.statistics = (tile.batch * params.problem.heads + tile.head) * params.problem.length + tile.begin + next.row;
+            held.statistics = (tile.batch * params.problem.kv_heads * params.problem.group + tile.head[consumer]) *
+                                  params.problem.length + tile.begin + next.row;
             held.rows_left = tile.length - next.row;
         }
         keys.advance();
@@ -301,13 +303,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
         lower_registers<PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(ALL, threadIdx.x / WARP, 0);
         if (warp == 0)
-            load_tiles(shared, params.problem, &params.k, shared_address(shared.keys), shared_address(shared.keys_full),
+            load_tiles(shared, &params.k, shared_address(shared.keys), shared_address(shared.keys_full),
                        shared_address(shared.keys_empty));
         if (warp == 1)
-            load_tiles(shared, params.problem, &params.v, shared_address(shared.values),
-                       shared_address(shared.values_full), shared_address(shared.values_empty));
+            load_tiles(shared, &params.v, shared_address(shared.values), shared_address(shared.values_full),
+                       shared_address(shared.values_empty));
         if (warp == 2) plan_tiles(shared, params.problem);
-        if (warp == 3) move_rows(shared, &params.q, &params.out);
+        if (warp == 3) move_rows(shared, params.problem, &params.q, &params.out);
     } else {
         raise_registers<CONSUMER_REGISTERS>();
         consume(shared, params, warpgroup - 1);

@@ -277,7 +277,8 @@ class _Documents:
     boxes: int
 
     @classmethod
-    def of(cls, q: Tensor, plan: _Plan, consumers: int, cu_seqlens: Tensor | None) -> _Documents:
+    def of(cls, q: Tensor, plan: _Plan, consumers: int, cu_seqlens: Tensor | None, share: int = 1) -> _Documents:
+        """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side."""
         length = q.shape[1]
         levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
         tokens = min(block, CHUNK)
@@ -286,12 +287,12 @@ class _Documents:
         from . import chunks
 
         count = cu_seqlens.shape[0] - 1
-        most_tiles = length // (consumers * tokens) + count
+        most_tiles = length * share // (consumers * tokens) + count * (1 if share == 1 else 2 + share // consumers)
         sinks = max(row[1] for row in plan.rules.rows)
         most_keys = length + count * block  # in whole blocks
         most_pairs = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
         table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
-        constants = {"TILE": consumers * tokens, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
+        constants = {"BOXES": consumers, "SHARE": share, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
         launch = _Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
         launch(_aligned(cu_seqlens), table, count, most_tiles, sinks)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
@@ -329,15 +330,19 @@ class _Forward:
         block = plan.constants["BLOCK"]
         tokens, some_heads = min(block, CHUNK), _heads_a_box(block)
         self.consumers = consumers = _CONSUMERS[head_dim]
-        self.sets, self.processors = num_heads // some_heads * batch, _processors(q.device)
+        kv_heads, group = k.shape[2], num_heads // k.shape[2]
+        self.share = group // some_heads  # boxes of the same rows, side by side: they share key tiles
+        self.heads, self.processors = batch * kv_heads, _processors(q.device)
         self.kernel = _forward_kernel(q.dtype, head_dim, block, plan.rules.num_levels, plan.rules.has_sinks, packed)
-        (tiles_per_head, num_tiles), (self.grid, _, _) = _row_tiles(q, block, consumers, packed)
+        tiles_per_head = -(-(-(-length // tokens) * self.share) // consumers)  # of a KV head
+        num_tiles = tiles_per_head * self.heads
+        self.grid = self.processors if packed else min(num_tiles, self.processors)
         self.lock = threading.Lock()  # one call at a time changes the parameters
         params = self.params = cuda.allocate(structs.Forward)
         params.scale_log2 = plan.scale * LOG2E.value
         problem = self.problem = params.problem
         problem.table = plan.rules.table.data_ptr()
-        problem.length, problem.heads, problem.group = length, num_heads, num_heads // k.shape[2]
+        problem.length, problem.kv_heads, problem.group = length, kv_heads, group
         problem.tiles_per_head, problem.num_tiles = tiles_per_head, num_tiles
         problem.together = self.together(tiles_per_head)
         self.q = _tensor_map(params, "q", q, q.stride(), some_heads, tokens)
@@ -348,10 +353,10 @@ class _Forward:
         self.out = _tensor_map(params, "out", q, contiguous, some_heads, tokens)
 
     def together(self, tiles_per_head: int) -> int:
-        """Heads (or sets of them) at the end that are worked on together."""
-        if tiles_per_head * self.sets >= _MANY_TILES * self.processors:
+        """KV heads at the end that are worked on together."""
+        if tiles_per_head * self.heads >= _MANY_TILES * self.processors:
             return 1
-        return min(self.sets, -(-_LAST_TILES * self.processors // tiles_per_head))
+        return min(self.heads, -(-_LAST_TILES * self.processors // tiles_per_head))
 
     def __call__(
         self,
@@ -410,7 +415,7 @@ def run_forward(
     if forward is None:
         forward = plan.forward = _Forward(q, k, v, plan, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    documents = _Documents.of(q, plan, forward.consumers, cu_seqlens) if packed else None
+    documents = _Documents.of(q, plan, forward.consumers, cu_seqlens, forward.share) if packed else None
     stream = _stream(q.device)
     forward(q, k, v, out, lse, documents, _counter(q.device, stream), stream)
     return out, lse[0] if packed else lse

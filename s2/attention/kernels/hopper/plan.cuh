@@ -97,11 +97,16 @@ DEVICE void level_ranges(int i0, int i1, int begin, int end, int stride, int res
     full = range_of(first + rest * stride, stride, blocks - rest);
 }
 
-// Rows count from the beginning of the document, which has `length` of them.
-DEVICE Plan plan_rows(int row, int length, const Rule& rule) {
+// First row of a box, counted from the beginning of its document. A KV head's boxes stand in the order of their rows,
+// those of the same rows (`share` of them, of all its query heads) side by side, so that they share key tiles.
+DEVICE int row_of(int box, int share) { return divide(box, share) * TOKENS; }
+
+// Of the tile whose first box is `box`, in a document of `length` rows.
+DEVICE Plan plan_boxes(int box, int share, int length, const Rule& rule) {
     Plan plan = {};
-    plan.last_row = minimum(row + TOKENS * CONSUMERS, length) - 1;
-    const int i0 = row / BLOCK, i1 = plan.last_row / BLOCK;
+    const int boxes = (length + TOKENS - 1) / TOKENS * share;
+    plan.last_row = minimum(row_of(minimum(box + CONSUMERS, boxes) - 1, share) + TOKENS, length) - 1;
+    const int i0 = row_of(box, share) / BLOCK, i1 = plan.last_row / BLOCK;
     const int begin = maximum(i0 - rule.local + 1, 0);  // of the local window
     const int begin_full = minimum(maximum(i1 - rule.local + 1, 0), i0);
     const int rest = (i0 - begin_full) % ENTRIES;

@@ -22,9 +22,10 @@ constexpr int ROW_SLOTS = 2;             // tiles whose rows are held
 struct Tile {
     int index;                         // -1 after the last
     int edges, fulls;                  // key tiles
-    int batch, head, row;              // the first row; rows count from the document's beginning
+    int batch, kv_head, box;           // the first box, see `row_of`
     int begin, length;                 // of the document
-    int seen[CONSUMERS];               // bits of the entries of `keys` that a consumer sees
+    int row[CONSUMERS], head[CONSUMERS];  // the first ones of a consumer's box
+    int seen[CONSUMERS];               // bits of the entries of `keys` that it sees
     int keys[WARP];                    // first keys of the entries of the edges
     Range far, near, sinks, window;    // the other key tiles
 };
@@ -43,8 +44,9 @@ struct Problem {
     const int* table;      // rules [heads, TABLE]
     const int* documents;  // packed: tiles of documents, see `chunks.attention_documents`
     int* counter;          // 0, and 0 again at the end
-    int length, heads, group, tiles_per_head, num_tiles;
-    int together;  // heads (or sets of them) at the end whose tiles are done together, longest first
+    int length, kv_heads, group;
+    int tiles_per_head, num_tiles;  // of a KV head, and in all
+    int together;                   // KV heads at the end whose tiles are done together, longest first
 };
 
 DEVICE void init_barriers(Shared& shared) {
@@ -66,37 +68,41 @@ DEVICE void init_barriers(Shared& shared) {
     barrier_init_fence();
 }
 
+// First query head of a box.
+DEVICE int first_head(int box, int kv_head, int group, int share) {
+    return kv_head * group + remainder(box, share) * (ROWS / TOKENS);
+}
+
 // Draws tiles until there are none, after a first one for each thread block, and says what has to be done for each.
 DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
     const int lane = threadIdx.x % WARP;
-    const int sets = problem.heads / (ROWS / TOKENS);
+    const int share = problem.group / (ROWS / TOKENS);
     const int tiles_per_head = PACKED ? problem.documents[0] : problem.tiles_per_head;
-    const int num_tiles = PACKED ? tiles_per_head * sets : problem.num_tiles;
+    const int num_tiles = PACKED ? tiles_per_head * problem.kv_heads : problem.num_tiles;
     const int alone = num_tiles - problem.together * tiles_per_head;
     int index = blockIdx.x;
     Position<PLANNED> slot;
     while (index < num_tiles) {
         // head by head, longest rows first; the heads at the end together, so that the last tiles are short
-        int set, nth;
+        int head, nth;  // head: of the batch
         if (index < alone) {
-            set = divide(index, tiles_per_head);
-            nth = index - set * tiles_per_head;
+            head = divide(index, tiles_per_head);
+            nth = index - head * tiles_per_head;
         } else {
             nth = divide(index - alone, problem.together);
-            set = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
+            head = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
         }
         nth = tiles_per_head - 1 - nth;
-        int row = nth * (TOKENS * CONSUMERS), begin = 0, length = problem.length;
+        int box = nth * CONSUMERS, begin = 0, length = problem.length;
         if (PACKED) {
             const int* entry = problem.documents + 4 + 4 * nth;
-            row = entry[0];
+            box = entry[0];
             begin = entry[1];
             length = entry[2];
         }
-        const int batch = divide(set, sets);
-        const int head = (set - batch * sets) * (ROWS / TOKENS);
-        const Rule rule = load_rule(problem.table + divide(head, problem.group) * TABLE);
-        const Plan plan = plan_rows(row, length, rule);
+        const int batch = divide(head, problem.kv_heads), kv_head = head - batch * problem.kv_heads;
+        const Rule rule = load_rule(problem.table + kv_head * TABLE);
+        const Plan plan = plan_boxes(box, share, length, rule);
         const Entry entry = edge_entry(plan, lane);
 
         barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
@@ -104,16 +110,21 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
         tile.keys[lane] = entry.key;
 #pragma unroll
         for (int c = 0; c < CONSUMERS; c++) {
-            const unsigned seen = __ballot_sync(ALL, sees(plan, entry, row + c * TOKENS, rule));
-            if (lane == 0) tile.seen[c] = seen;
+            const int row = row_of(box + c, share);
+            const unsigned seen = __ballot_sync(ALL, sees(plan, entry, row, rule));
+            if (lane == 0) {
+                tile.row[c] = row;
+                tile.head[c] = first_head(box + c, kv_head, problem.group, share);
+                tile.seen[c] = seen;
+            }
         }
         if (lane == 0) {
             tile.index = index;
             tile.edges = plan.edges;
             tile.fulls = plan.fulls;
             tile.batch = batch;
-            tile.head = head;
-            tile.row = row;
+            tile.kv_head = kv_head;
+            tile.box = box;
             tile.begin = begin;
             tile.length = length;
             tile.far = plan.far;
@@ -145,30 +156,25 @@ DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, 
 
 // Loads the rows of the tiles in turn, and stores the output that the consumers leave in their place. Boxes in which a
 // packed document ends are stored by the consumers themselves.
-DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* out) {
+DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* in, const TensorMap* out) {
     const bool is_mover = elected();
+    const int group = problem.group, share = group / (ROWS / TOKENS);
     Position<PLANNED> slot;
     Position<ROW_SLOTS> place;
-    int rows_left[ROW_SLOTS], token[ROW_SLOTS], head[ROW_SLOTS], batch[ROW_SLOTS];  // of the tiles held, oldest last
-#pragma unroll
-    for (int i = 0; i < ROW_SLOTS; i++) rows_left[i] = token[i] = head[i] = batch[i] = 0;
+    struct {
+        int box, kv_head, batch, begin, length;
+    } tiles[ROW_SLOTS + 1] = {};  // those held, oldest last, after the one that comes
     int held = 0, ending = ROW_SLOTS;
     while (ending > 0) {
         bool exists = ending == ROW_SLOTS;
-        int index = -1, row = 0, begin = 0, length = 0, new_head = 0, new_batch = 0;
         if (exists) {
             barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
             const Tile& tile = shared.tiles[slot.index];
-            index = tile.index;
-            row = tile.row;
-            begin = tile.begin;
-            length = tile.length;
-            new_head = tile.head;
-            new_batch = tile.batch;
+            exists = tile.index >= 0;
+            tiles[0] = {tile.box, tile.kv_head, tile.batch, tile.begin, tile.length};
             __syncwarp();
             if (is_mover) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
             slot.advance();
-            exists = index >= 0;
         }
         if (!exists) ending--;
 #pragma unroll 1
@@ -177,8 +183,10 @@ DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* out)
             const unsigned rows = shared_address(shared.rows[own]);
             if (held == ROW_SLOTS) {
                 barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
-                if (is_mover && (!PACKED || rows_left[ROW_SLOTS - 1] >= (c + 1) * TOKENS)) {
-                    store_box(out, rows, token[ROW_SLOTS - 1] + c * TOKENS, head[ROW_SLOTS - 1], batch[ROW_SLOTS - 1]);
+                const auto& done = tiles[ROW_SLOTS];
+                const int row = row_of(done.box + c, share);
+                if (is_mover && (!PACKED || row + TOKENS <= done.length)) {
+                    store_box(out, rows, done.begin + row, first_head(done.box + c, done.kv_head, group, share), done.batch);
                     tma_store_commit();
                     tma_store_wait();
                 }
@@ -186,29 +194,21 @@ DEVICE void move_rows(Shared& shared, const TensorMap* in, const TensorMap* out)
             if (exists && is_mover) {
                 const unsigned full = shared_address(&shared.rows_full[own]);
                 barrier_expect(full, BOX_BYTES);
-                load_box(rows, in, full, begin + row + c * TOKENS, new_head, new_batch);
+                const auto& next = tiles[0];
+                load_box(rows, in, full, next.begin + row_of(next.box + c, share),
+                         first_head(next.box + c, next.kv_head, group, share), next.batch);
             }
             __syncwarp();
         }
 #pragma unroll
-        for (int i = ROW_SLOTS - 1; i > 0; i--) {
-            rows_left[i] = rows_left[i - 1];
-            token[i] = token[i - 1];
-            head[i] = head[i - 1];
-            batch[i] = batch[i - 1];
-        }
-        rows_left[0] = length - row;
-        token[0] = begin + row;
-        head[0] = new_head;
-        batch[0] = new_batch;
+        for (int i = ROW_SLOTS; i > 0; i--) tiles[i] = tiles[i - 1];
         if (held < ROW_SLOTS) held++;
         place.advance();
     }
 }
 
 // Loads keys or values of the tiles in turn into a ring.
-DEVICE void load_tiles(Shared& shared, const Problem& problem, const TensorMap* map, unsigned ring, unsigned ring_full,
-                       unsigned ring_empty) {
+DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty) {
     const int lane = threadIdx.x % WARP;
     const bool is_loader = elected();
     Position<STAGES> stage;
@@ -217,7 +217,7 @@ DEVICE void load_tiles(Shared& shared, const Problem& problem, const TensorMap* 
         barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
         const Tile& tile = shared.tiles[slot.index];
         if (tile.index < 0) return;
-        const int begin = tile.begin, batch = tile.batch, kv_head = divide(tile.head, problem.group);
+        const int begin = tile.begin, batch = tile.batch, kv_head = tile.kv_head;
         const int edges = tile.edges, total = edges + tile.fulls;
 #pragma unroll 1
         for (int base = 0; base < total; base += WARP / ENTRIES) {
@@ -277,7 +277,7 @@ struct Visits {
             seen = (seen | seen >> 2) & 0x11111111u;
         }
         at = 0;
-        row = tile().row + consumer * TOKENS;
+        row = tile().row[consumer];
         edge();
         is_first = true;
         return true;

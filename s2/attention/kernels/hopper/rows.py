@@ -38,7 +38,8 @@ def _locate(tile, heads, tiles_per_head, length, documents, TOKENS: gl.constexpr
     index = tiles_per_head - 1 - tile % tiles_per_head
     row, begin, chunk = index * (TOKENS * CONSUMERS), 0, 0
     if PACKED:
-        row, begin, length, chunk = load_entry(documents + 4, index)
+        box, begin, length, chunk = load_entry(documents + 4, index)
+        row = box * TOKENS
     sets = heads // (ROWS // TOKENS)
     return group // sets, group % sets * (ROWS // TOKENS), row, begin, length, chunk
 

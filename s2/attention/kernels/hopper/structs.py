@@ -16,7 +16,7 @@ class Problem(ctypes.Structure):
         ("documents", ctypes.c_void_p),
         ("counter", ctypes.c_void_p),
         ("length", ctypes.c_int),
-        ("heads", ctypes.c_int),
+        ("kv_heads", ctypes.c_int),
         ("group", ctypes.c_int),
         ("tiles_per_head", ctypes.c_int),
         ("num_tiles", ctypes.c_int),
@@ -42,6 +42,6 @@ class Forward(ctypes.Structure):
 def shared_bytes(head_dim: int, consumers: int, stages: int) -> int:
     """Size of Shared in rows.cuh."""
     box = _ROWS * head_dim * 2
-    tile = 4 * (8 + consumers + 32 + 4 * 4)
+    tile = 4 * (8 + 3 * consumers + 32 + 4 * 4)
     barriers = 2 * consumers * _ROW_SLOTS + 4 * stages + 2 * _PLANNED
     return (consumers * _ROW_SLOTS + 2 * stages) * box + _PLANNED * tile + 8 * barriers
