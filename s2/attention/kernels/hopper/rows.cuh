@@ -62,8 +62,8 @@ DEVICE void init_barriers(Shared& shared) {
         barrier_init(shared_address(&shared.values_empty[i]), warps);
     }
     for (int i = 0; i < PLANNED; i++) {
-        barrier_init(shared_address(&shared.tile_full[i]), 1);
-        barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values
+        barrier_init(shared_address(&shared.tile_full[i]), WARP);            // lanes that have written
+        barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);      // rows, keys, values, consumers
     }
     barrier_init_fence();
 }
@@ -132,16 +132,13 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             tile.sinks = plan.sinks;
             tile.window = plan.window;
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.tile_full[slot.index]));
+        barrier_arrive(shared_address(&shared.tile_full[slot.index]));
         index = draw(problem.counter, num_tiles);
         slot.advance();
     }
     barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
-    if (lane == 0) {
-        shared.tiles[slot.index].index = -1;
-        barrier_arrive(shared_address(&shared.tile_full[slot.index]));
-    }
+    if (lane == 0) shared.tiles[slot.index].index = -1;
+    barrier_arrive(shared_address(&shared.tile_full[slot.index]));
 }
 
 DEVICE void load_box(unsigned to, const TensorMap* map, unsigned full, int token, int head, int batch) {
