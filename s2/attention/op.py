@@ -239,8 +239,8 @@ def s2_attention(
     if backend == "hopper" and not hopper:
         raise ValueError(
             "the hopper backend needs sm_90, NVRTC (cuda-bindings, nvidia-cuda-nvrtc), float16 or bfloat16, head_dim "
-            "64 or 128, a rule pattern, block_size 64 or more (32, 16: with a multiple of 2, 4 query heads a KV head) "
-            "and q and k of one length; got "
+            "64 or 128, a rule pattern, block_size 64 or more (32, 16: with a multiple of 2, 4 query heads a KV head; "
+            "256: without levels that end) and q and k of one length; got "
             f"{q.dtype} q {list(q.shape)}, k {list(k.shape)} and pattern {pattern} on {q.device}; use backend=None or "
             "'triton'"
         )

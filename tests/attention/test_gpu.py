@@ -244,6 +244,14 @@ def test_hopper_takes_ranges_and_mixed_heads_and_views():
 
 
 @hopper
+@pytest.mark.parametrize(("block", "end"), [(64, 7), (128, None), (256, 7)])
+def test_levels_that_end_come_to_their_end(block, end):
+    """With blocks of 256 on the Triton kernels, which are the default there: `launch.most_skipped`."""
+    pattern = Pattern.from_ranges(2, [(2, 5), (4, end)], block_size=block)
+    assert_correct(Case(pattern, 2560, 2560, 4, 4, 128), torch.bfloat16, device="cuda")
+
+
+@hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_repeats_bit_for_bit_and_is_the_default(head_dim):
     q, k, v = (torch.randn(1, 5000, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))

@@ -22,11 +22,12 @@ def test_a_seed_draws_the_same_case_and_cases_differ():
 
 def test_cases_of_the_hopper_kernels_are_such_as_they_take(monkeypatch):
     monkeypatch.setattr(launch, "on_hopper", lambda x: True)
-    for seed in range(120):
+    for seed in range(240):
         kind, block = sweep.KINDS[seed % len(sweep.KINDS)], sweep.BLOCKS[seed // 7 % len(sweep.BLOCKS)]
-        case = sweep.draw_case(seed, "hopper", kind, block, 64, seed % 2 == 0, 300)
+        dim = (64, 128)[seed // 120]
+        case = sweep.draw_case(seed, "hopper", kind, block, dim, seed % 2 == 0, 300)
         shape = (case.q_len,) if case.cu_seqlens else (case.batch, case.q_len)
-        q, k = (torch.empty(*shape, heads, 64, dtype=torch.float16) for heads in (case.heads, case.kv_heads))
+        q, k = (torch.empty(*shape, heads, dim, dtype=torch.float16) for heads in (case.heads, case.kv_heads))
         assert launch.supports(q, k, k, case.pattern, packed=bool(case.cu_seqlens))
 
 

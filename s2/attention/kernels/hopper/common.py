@@ -51,8 +51,8 @@ def lowest_bit(bits):
 
 @gluon.jit
 def load_entry(entries, index):
-    """An entry of the table of packed work: `(row or pair, token where the document begins, its length, its first
-    chunk)`. See `chunks.attention_documents`."""
+    """An entry of the table of packed work: `(first box of rows or pair of chunks, token where the document begins, its
+    length, its first chunk)`. See `chunks.attention_documents`."""
     entry = entries + 4 * index
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 

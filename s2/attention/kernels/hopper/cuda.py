@@ -58,16 +58,24 @@ def build(source: Path, constants: Constants) -> tuple[bytes, str]:
     texts = _texts(source)
     headers = [[text.encode() for text in texts.values()], [name.encode() for name in texts]]
     options = [option.encode() for option in (*_OPTIONS, *_definitions(constants))]
-    _, program = nvrtc.nvrtcCreateProgram(texts[source.name].encode(), str(source).encode(), len(texts), *headers)
+    what = f"{source} with {dict(constants)}"
+
+    def succeed(result: tuple[Any, ...]) -> Any:
+        if result[0]:
+            raise RuntimeError(f"{what}: {result[0].name}")
+        return result[-1]
+
+    text = texts[source.name].encode()
+    program = succeed(nvrtc.nvrtcCreateProgram(text, str(source).encode(), len(texts), *headers))
     try:
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
-        nvrtc.nvrtcGetProgramLog(program, log)
+        log = bytearray(succeed(nvrtc.nvrtcGetProgramLogSize(program)))
+        succeed(nvrtc.nvrtcGetProgramLog(program, log))
         messages = log.rstrip(b"\0").decode()
         if code:
             raise RuntimeError(f"{source} does not compile with {dict(constants)}: {code.name}\n{messages}")
-        cubin = bytearray(nvrtc.nvrtcGetCUBINSize(program)[1])
-        nvrtc.nvrtcGetCUBIN(program, cubin)
+        cubin = bytearray(succeed(nvrtc.nvrtcGetCUBINSize(program)))
+        succeed(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return bytes(cubin), messages
@@ -141,7 +149,7 @@ class TensorMap:
         strides: Sequence[int],
         box: Sequence[int],
         swizzle: int = 128,
-        promotion: int = 256,
+        promotion: int = 128,
     ) -> None:
         rank = len(shape)
         if len(strides) != rank - 1 or len(box) != rank:

@@ -2,12 +2,15 @@
 //
 // One thread block holds a warpgroup whose warps plan, load and store (`rows.cuh`) and three consumer warpgroups (four
 // with head dimension 64) of 64 query rows each. The consumers run the same code, so that they share the instruction
-// cache: short rows would wait for instructions otherwise. For the same reason a consumer's work is one loop over all key
-// tiles of all its rows: a step adds the probabilities of a key tile to the output beside the product that scores the
-// next one, which may be the first of the next rows, and then turns those scores into probabilities.
+// cache: short rows would wait for instructions otherwise. For the same reason a consumer's work is one loop over all
+// key tiles of all its rows: a step adds the probabilities of a key tile to the output beside the product that scores
+// the next one, which may be the first of the next rows, and then turns those scores into probabilities.
 //
 // A maximum is replaced only by one that is more than `LAZY` larger (base 2): probabilities stay below 2^LAZY, which
 // float32 sums and 16-bit factors hold. Most steps keep all maxima, need no shuffle and no rescaling.
+//
+// A consumer keeps the values of a key tile until the scores of the next one that it sees are on their way, so it must
+// not have to walk far through the ring of keys in between: `launch.most_skipped`.
 //
 // Constants: those of `rows.cuh`, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
 
@@ -27,7 +30,7 @@ struct Params {
 
 // Turns scores into probabilities, with new maxima and sums of the thread's two rows (sums of its own columns alone).
 // Maxima are looked for only if these are the rows' first scores, or if the sums show that one has grown by much; then
-// what was added up before is scaled. Every row must see one of its first keys.
+// what was added up before is scaled. Every row must see one of its first keys, or it is NaN.
 DEVICE void softmax(float (&scores)[32], unsigned (&probs)[16], float (&top)[2], float (&sum)[2], float (&acc)[D / 2],
                     float scale, bool first) {
     float part[2];
@@ -206,8 +209,8 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             values.advance();
         }
         if (is_last) {
-            finish(acc, top, sum, shared_address(shared.rows[held.place]), shared_address(&shared.rows_done[held.place]),
-                   held, params, lane_row);
+            finish(acc, top, sum, shared_address(shared.rows[held.place]),
+                   shared_address(&shared.rows_done[held.place]), held, params, lane_row);
             if (!more) return;
             top[0] = top[1] = MINUS_INFINITY;
             sum[0] = sum[1] = 0.0f;
@@ -234,6 +237,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             if (lane == 0) barrier_arrive(shared_address(&shared.tile_empty[next.slot.index]));
         }
         if (!is_last && !next.is_edge) {
+            // positions as uniform values, which the compiler then keeps in uniform registers, descriptors too
             const int skip = next.skip, count = __shfl_sync(ALL, next.fulls, 0);
             walk(skip, keys, keys_full, keys_empty);
             int stage = __shfl_sync(ALL, keys.index, 0), phase = __shfl_sync(ALL, keys.phase, 0);

@@ -52,9 +52,9 @@ DEVICE void barrier_wait(unsigned barrier, int parity) {
         "@!done bra AGAIN; }" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// The next of `count` pieces of work, for a warp: each thread block first takes that of its own number, then draws from a
-// counter until there is nothing left. They draw as many times in all as there are pieces, and the last draw leaves the
-// counter zero for the next launch.
+// The next of `count` pieces of work, for a warp: each thread block first takes that of its own number, then draws from
+// a counter until there is nothing left, once in vain. They draw as many times in all as there are pieces, and the last
+// draw leaves the counter zero for the next launch.
 DEVICE int draw(int* counter, int count) {
     int drawn = 0;
     if (threadIdx.x % WARP == 0) {
@@ -88,7 +88,8 @@ DEVICE void prefetch_map(const TensorMap* map) {
 
 DEVICE void tma_load(unsigned to, const TensorMap* map, unsigned barrier, int x, int token, int head, int batch) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2];"
         ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(token), "r"(head), "r"(batch) : "memory");
 }
 
@@ -131,9 +132,9 @@ DEVICE void pin(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Operands in panels of 64 rows x 128 bytes, swizzled by 128 bytes: the lower half of their descriptors, to which offsets
-// in units of 16 bytes are added. Rows are the outer dimension of the product (groups of 8 rows are 1024 bytes apart) or
-// the inner one (panels are `PANEL_BYTES` apart). Made uniform, so that it is kept in uniform registers.
+// Operands in panels of 64 rows x 128 bytes, swizzled by 128 bytes: the lower half of their descriptors, to which
+// offsets in units of 16 bytes are added. Rows are the outer dimension of the product (groups of 8 rows are 1024 bytes
+// apart) or the inner one (panels are `PANEL_BYTES` apart). Made uniform, so that it is kept in uniform registers.
 enum Inner { COLUMNS = 1, ROWS_INNER = PANEL_BYTES >> 4 };
 
 template <Inner INNER>

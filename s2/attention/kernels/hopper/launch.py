@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import schedule
-from ...pattern import Pattern, pattern_from_key
+from ...pattern import UNBOUNDED, Pattern, pattern_from_key
 from ..triton.forward import LOG2E
 from . import cuda, structs
 
@@ -46,7 +46,8 @@ Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
     """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, a closed-form pattern, blocks of 64
     and more, or of 32 and 16 with two and four query heads to a KV head (or multiples), as many queries as keys, and
-    strides that TMA can read. None where NVRTC is missing: warns once."""
+    strides that TMA can read; no blocks of 256 with levels that end (`most_skipped`). None where NVRTC is missing:
+    warns once."""
     if not on_hopper(q) or not _can_compile():
         return False
     if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
@@ -86,7 +87,7 @@ def _finds_nvrtc() -> bool:
     warnings.warn(
         f"the Hopper kernels need the package {package} of version {_NVRTC}; Triton's, which are slower, run in their "
         f"place ({reason})",
-        stacklevel=2,
+        stacklevel=5,  # the call of s2_attention
     )
     return False
 
@@ -100,6 +101,7 @@ def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> b
         and pattern.block_size >= _SMALLEST_BLOCK
         and q.shape[-2] // k.shape[-2] % _heads_a_box(pattern.block_size) == 0
         and _has_closed_form(pattern.key)
+        and keeps_moving(pattern.key, q.shape[-1])
         and all(_has_readable_strides(x) for x in (q, k, v))
     )
 
@@ -112,6 +114,29 @@ def _heads_a_box(block_size: int) -> int:
 @torch.compiler.assume_constant_result
 def _has_closed_form(key: str) -> bool:
     return schedule.has_closed_form(pattern_from_key(key))
+
+
+@torch.compiler.assume_constant_result
+def keeps_moving(key: str, head_dim: int) -> bool:
+    """Whether the forward's rings cannot come to a halt. A consumer keeps the values of the last key tile that it saw
+    until it has walked its way through the ring of keys to the next one. Meanwhile the others get as far as values that
+    are in its way, and keys a ring further: the next one must be within two rings."""
+    pattern = pattern_from_key(key)
+    return most_skipped(pattern, _CONSUMERS[head_dim]) + 1 < 2 * _STAGES[head_dim]
+
+
+def most_skipped(pattern: Pattern, consumers: int) -> int:
+    """A bound of how many positions of the forward's rings lie between two key tiles that a consumer sees: at the end
+    of a tile the edges of the others, at the beginning of the next what only the first rows see, where a level or the
+    window ends within the rows, and the keys of these rows before its own."""
+    block = pattern.block_size
+    tokens = min(block, CHUNK)
+    more_blocks = -(-(block - tokens + consumers * tokens) // block) - 1  # of the rows, after the first one's
+    ends = max(
+        sum(-(-more_blocks // stride) for stride, end in rule.ranges if end < UNBOUNDED)
+        for rule in pattern.heads or (pattern,)
+    )
+    return consumers - 1 + (ends + more_blocks) * max(block // CHUNK, 1)
 
 
 _TAKEN: dict[tuple, bool] = {}
@@ -390,7 +415,7 @@ def _tensor_map(
     batch, length, heads, head_dim = x.shape
     return cuda.TensorMap(
         params, field, x.data_ptr(), x.dtype, [batch, heads, length, head_dim],
-        [x.element_size() * strides[dim] for dim in (0, 2, 1)], [1, some_heads, tokens, 64], promotion=128,
+        [x.element_size() * strides[dim] for dim in (0, 2, 1)], [1, some_heads, tokens, 64],
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-// Which key tiles the query rows of a tile see, in closed form: index arithmetic as in `kernels/triton/indexing.py`, which
-// explains it. Nothing here needs a GPU, so that tests can compile it for the host.
+// Which key tiles the query rows of a tile see, in closed form: index arithmetic as in `kernels/triton/indexing.py`,
+// which explains it. Nothing here needs a GPU, so that tests can compile it for the host.
 //
 // Constants: BLOCK, LEVELS, SINKS, CONSUMERS; see `launch.py`.
 #pragma once
@@ -83,7 +83,8 @@ DEVICE Range range_of(int first, int stride, int blocks) { return {first, stride
 
 // Members of a level, which covers block distances [begin, end), that all rows of query blocks `i0..i1` see, and those
 // that only some see or that do not fill a key tile.
-DEVICE void level_ranges(int i0, int i1, int begin, int end, int stride, int residue, int sinks, Range& full, Range& edge) {
+DEVICE void level_ranges(int i0, int i1, int begin, int end, int stride, int residue, int sinks, Range& full,
+                         Range& edge) {
     const int high = maximum(i0 - begin + 1, 0);
     const int low = maximum(i0 - end + 1, sinks);
     const int low_full = minimum(maximum(i1 - end + 1, low), maximum(high, low));
@@ -155,8 +156,8 @@ DEVICE Entry edge_entry(const Plan& plan, int nth) {
     return entry_of(plan.diagonal, tile - plan.window_edge.tiles, nth);
 }
 
-// Whether a box whose first row is `row` sees a block (or a part of one) at an edge. A box past the last row looks where
-// that one does, so that every consumer sees a key tile.
+// Whether a box whose first row is `row` sees a block (or a part of one) at an edge. A box past the last row looks
+// where that one does, so that every consumer sees a key tile.
 DEVICE bool sees(const Plan& plan, const Entry& entry, int row, const Rule& rule) {
     const int own = minimum(row, plan.last_row / TOKENS * TOKENS);
     return entry.exists && entry.key <= own + TOKENS - 1 && own / BLOCK < entry.block + reach_of(entry.block, rule);

@@ -1,9 +1,9 @@
 // Tiles of query rows, a box of 64 for each consumer warpgroup, and the warps that feed the consumers.
 //
-// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and results out (`move_rows`), two load keys and
-// values (`load_tiles`). Key tiles of 64 keys go through two rings of stages, edges first (`plan.cuh`). Every consumer
-// walks every position of the rings in order and hands it back, also where it does not see the key tile: one that left
-// positions out could take an older load's phase for that of its own.
+// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and results out (`move_rows`), two load keys
+// and values (`load_tiles`). Key tiles of 64 keys go through two rings of stages, edges first (`plan.cuh`). Every
+// consumer walks every position of the rings in order and hands it back, also where it does not see the key tile: one
+// that left positions out could take an older load's phase for that of its own.
 //
 // Blocks smaller than 64 need several query heads to a KV head. The rows of a box are then one query block of
 // 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
@@ -183,7 +183,8 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
                 const auto& done = tiles[ROW_SLOTS];
                 const int row = row_of(done.box + c, share);
                 if (is_mover && (!PACKED || row + TOKENS <= done.length)) {
-                    store_box(out, rows, done.begin + row, first_head(done.box + c, done.kv_head, group, share), done.batch);
+                    const int head = first_head(done.box + c, done.kv_head, group, share);
+                    store_box(out, rows, done.begin + row, head, done.batch);
                     tma_store_commit();
                     tma_store_wait();
                 }
