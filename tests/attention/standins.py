@@ -45,7 +45,7 @@ class Driver:
 class TensorMap:
     """Keeps what a `cuda.TensorMap` is made of, and the address as its first word."""
 
-    def __init__(self, params, field, address, element, shape, strides, box, swizzle=128, promotion=128) -> None:
+    def __init__(self, params, field, address, element, shape, strides, box, swizzle=128) -> None:
         self.element, self.shape, self.strides, self.box, self.swizzle = element, shape, strides, box, swizzle
         self.words = getattr(params, field)  # shares the memory
         self.move(address)

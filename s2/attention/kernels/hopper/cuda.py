@@ -136,8 +136,8 @@ def allocate(structure: type[S]) -> S:
 class TensorMap:
     """The TMA descriptor in a field of allocated parameters, of a tensor `shape` at `address`, read and written in
     boxes. All sizes are outermost first and in elements, `strides` in bytes and of all dimensions but the innermost,
-    which is dense. Elements out of bounds are read as zero and not written. `swizzle` (0 or 128) and `promotion` (of
-    reads into the L2 cache: 128 or 256) are in bytes. RuntimeError: the driver does not take it."""
+    which is dense. Elements out of bounds are read as zero and not written. `swizzle` (0 or 128) is in bytes.
+    RuntimeError: the driver does not take it."""
 
     def __init__(
         self,
@@ -149,7 +149,6 @@ class TensorMap:
         strides: Sequence[int],
         box: Sequence[int],
         swizzle: int = 128,
-        promotion: int = 128,
     ) -> None:
         rank = len(shape)
         if len(strides) != rank - 1 or len(box) != rank:
@@ -162,7 +161,7 @@ class TensorMap:
         settings = (
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{f'{swizzle}B' if swizzle else 'NONE'}"),
-            getattr(driver.CUtensorMapL2promotion, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{promotion}B"),
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
         # not the function of cuda.bindings, which encodes into memory of its own that is not aligned

@@ -16,7 +16,7 @@
 
 #include "rows.cuh"
 
-constexpr float LAZY = 8.0f, MOST = 256.0f;
+constexpr float LAZY = 8.0f, MOST = 256.0f;  // MOST = 2^LAZY
 constexpr float LN2 = 0.6931471805599453f;
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 
@@ -237,49 +237,33 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             if (lane == 0) barrier_arrive(shared_address(&shared.tile_empty[next.slot.index]));
         }
         if (!is_last && !next.is_edge) {
-            // positions as uniform values, which the compiler then keeps in uniform registers, descriptors too
+            // counts and positions as uniform values, which the compiler keeps in uniform registers, descriptors too
             const int skip = next.skip, count = __shfl_sync(ALL, next.fulls, 0);
             walk(skip, keys, keys_full, keys_empty);
-            int stage = __shfl_sync(ALL, keys.index, 0), phase = __shfl_sync(ALL, keys.phase, 0);
-            int before = __shfl_sync(ALL, values.index, 0), before_phase = __shfl_sync(ALL, values.phase, 0);
+            keys = uniform(keys);
+            values = uniform(values);
             bool add = !starts;
 #pragma unroll 1
             for (int n = 0; n <= count; n++) {
-                barrier_wait(keys_full + 8 * stage, phase);
-                barrier_wait(values_full + 8 * before, before_phase);
-                products(acc, probs, operand<ROWS_INNER>(value_base + before * BOX_BYTES), add, scores, rows,
-                         operand<COLUMNS>(key_base + stage * BOX_BYTES));
+                barrier_wait(keys_full + 8 * keys.index, keys.phase);
+                barrier_wait(values_full + 8 * values.index, values.phase);
+                products(acc, probs, operand<ROWS_INNER>(value_base + values.index * BOX_BYTES), add, scores, rows,
+                         operand<COLUMNS>(key_base + keys.index * BOX_BYTES));
                 wgmma_wait<0>();
                 pin(acc);
                 pin(scores);
-                if (lane == 0) barrier_arrive(keys_empty + 8 * stage);
-                if (lane == 0) barrier_arrive(values_empty + 8 * before);
+                if (lane == 0) barrier_arrive(keys_empty + 8 * keys.index);
+                if (lane == 0) barrier_arrive(values_empty + 8 * values.index);
                 softmax(scores, probs, top, sum, acc, scale, false);
                 add = true;
-                stage++;
-                if (stage == STAGES) {
-                    stage = 0;
-                    phase ^= 1;
-                }
-                before++;
-                if (before == STAGES) {
-                    before = 0;
-                    before_phase ^= 1;
-                }
+                keys.advance();
+                values.advance();
                 if (n == 0 && skip > 0) {
-                    Position<STAGES> ring;
-                    ring.index = before;
-                    ring.phase = before_phase;
-                    walk(skip, ring, values_full, values_empty);
-                    before = __shfl_sync(ALL, ring.index, 0);
-                    before_phase = __shfl_sync(ALL, ring.phase, 0);
+                    walk(skip, values, values_full, values_empty);
+                    values = uniform(values);
                 }
             }
             starts = false;
-            values.index = before;
-            values.phase = before_phase;
-            keys.index = stage;
-            keys.phase = phase;
             next.fulls = 0;
             is_last = !next.advance();
         }

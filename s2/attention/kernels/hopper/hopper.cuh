@@ -80,6 +80,12 @@ struct Position {
     }
 };
 
+// The same position, of which the compiler knows that it is the same in all lanes.
+template <int SIZE>
+DEVICE Position<SIZE> uniform(const Position<SIZE>& position) {
+    return {__shfl_sync(ALL, position.index, 0), __shfl_sync(ALL, position.phase, 0)};
+}
+
 // ---------------------------------------------------------------- TMA, coordinates innermost first
 
 DEVICE void prefetch_map(const TensorMap* map) {

@@ -20,14 +20,14 @@ constexpr int ROW_SLOTS = 2;             // tiles whose rows are held
 
 // What the other warps need to know of a tile.
 struct Tile {
-    int index;                         // -1 after the last
-    int edges, fulls;                  // key tiles
-    int batch, kv_head, box;           // the first box, see `row_of`
-    int begin, length;                 // of the document
+    int index;                            // -1 after the last
+    int edges, fulls;                     // key tiles
+    int batch, kv_head, box;              // the first box, see `row_of`
+    int begin, length;                    // of the document
     int row[CONSUMERS], head[CONSUMERS];  // the first ones of a consumer's box
-    int seen[CONSUMERS];               // bits of the entries of `keys` that it sees
-    int keys[WARP];                    // first keys of the entries of the edges
-    Range far, near, sinks, window;    // the other key tiles
+    int seen[CONSUMERS];                  // bits of the entries of `keys` that it sees
+    int keys[WARP];                       // first keys of the entries of the edges
+    Range far, near, sinks, window;       // the other key tiles
 };
 
 struct Shared {
@@ -62,8 +62,8 @@ DEVICE void init_barriers(Shared& shared) {
         barrier_init(shared_address(&shared.values_empty[i]), warps);
     }
     for (int i = 0; i < PLANNED; i++) {
-        barrier_init(shared_address(&shared.tile_full[i]), WARP);            // lanes that have written
-        barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);      // rows, keys, values, consumers
+        barrier_init(shared_address(&shared.tile_full[i]), WARP);        // lanes that have written
+        barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values, consumers
     }
     barrier_init_fence();
 }
