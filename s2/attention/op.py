@@ -206,6 +206,10 @@ def s2_attention(
     Returns:
         The output, shape and dtype of `q`; with `return_lse` the pair (output, lse).
 
+    Calls repeat bit for bit, forward and backward, but for dQ on Hopper where queries see many keys (from 32k tokens on
+    for the usual patterns): there float32 sums are added to in any order, which differs within rounding to 16 bits.
+    `torch.use_deterministic_algorithms(True)` takes kernels that repeat there too, about a tenth slower.
+
     Raises:
         ValueError: a shape, dtype, head count, border tensor or backend that does not fit, by name.
     """

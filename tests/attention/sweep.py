@@ -4,8 +4,9 @@
     compute-sanitizer --tool memcheck python -m tests.attention.sweep --backend hopper --cases 20 --max-tokens 300
     python -m tests.attention.sweep --backend hopper --seed 1234 --cases 1        # one case again
 
-A family (dtype, head dimension, block, kind of pattern, packed or not) is what kernels are compiled for; `--each` cases
-are drawn from one before the next. A failed case prints its seed and does not end the sweep; the exit status is 1 then.
+A family (dtype, head dimension, block, kind of pattern, packed or not, on Hopper one or two passes of the backward) is
+what kernels are compiled for; `--each` cases are drawn from one before the next. A failed case prints its seed and does
+not end the sweep; the exit status is 1 then.
 """
 
 from __future__ import annotations
@@ -101,12 +102,17 @@ def main(arguments: list[str] | None = None) -> int:
         kind, packed = family.choice(KINDS), family.random() < 0.5
         dtype = family.choice(DTYPES[args.backend])
         block, dim = family.choice(BLOCKS), family.choice(HEAD_DIMS[args.backend])
+        one_pass = family.random() < 0.5
+        launch._takes_one_pass = lambda *call, taken=one_pass: taken
         case = draw_case(seed + done, args.backend, kind, block, dim, packed, args.max_tokens)
         try:
             assert_correct(case, dtype, backend=args.backend, device=args.device, seed=seed + done)
         except Exception as error:
             failed += 1
-            print(f"FAILED --seed {seed + done}: {case} in {dtype}: {type(error).__name__}: {error}", flush=True)
+            print(
+                f"FAILED --seed {seed + done}: {case} in {dtype}, {one_pass=}: {type(error).__name__}: {error}",
+                flush=True,
+            )
         done += 1
         if done % 50 == 0:
             print(f"{done} cases, {failed} failed", flush=True)

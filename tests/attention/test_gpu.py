@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from s2.attention import Pattern, s2_attention
+from s2.attention.kernels.hopper import launch
 from tests.attention.checks import Case, assert_correct
 
 pytestmark = pytest.mark.gpu
@@ -249,6 +250,95 @@ def test_levels_that_end_come_to_their_end(block, end):
     """With blocks of 256 on the Triton kernels, which are the default there: `launch.most_skipped`."""
     pattern = Pattern.from_ranges(2, [(2, 5), (4, end)], block_size=block)
     assert_correct(Case(pattern, 2560, 2560, 4, 4, 128), torch.bfloat16, device="cuda", backend=None)
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """The backward in one pass over the visible pairs, whatever the length and head dimension."""
+    taken = []
+    monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: not taken.append(call))
+    yield taken
+    assert taken, "the backward did not ask"
+
+
+def one_pass_grid():
+    for index, spec in enumerate(("L1V15", "L8V16", "L2V5+sink1", "W3", "dense")):
+        for block in (16, 32, 64, 128, 256):
+            yield 64 if (index + block // 16) % 3 == 0 else 128, block, spec, (index + block // 16) % 2 == 0
+
+
+@hopper
+@pytest.mark.parametrize(("head_dim", "block", "spec", "packed"), list(one_pass_grid()))
+def test_one_pass_within_bounds(one_pass, head_dim, block, spec, packed):
+    dtype = torch.bfloat16 if packed else torch.float16
+    length = 2500
+    cu_seqlens = (0, 1, 1, 300, 1400, 1463, length) if packed else None
+    case = Case(Pattern.parse(spec, block), length, length, 8, 2, head_dim, cu_seqlens=cu_seqlens)
+    assert_correct(case, dtype, device="cuda", backend="hopper")
+
+
+@hopper
+def test_one_pass_of_divided_columns_and_several_batches(one_pass):
+    assert_correct(Case(Pattern.parse("L1V15"), 12000, 12000, 2, 2, 128, batch=1), torch.bfloat16, device="cuda",
+                   backend="hopper")  # fmt: skip
+    assert_correct(Case(Pattern.parse("L2V7"), 1500, 1500, 4, 1, 128, batch=3), torch.bfloat16, device="cuda",
+                   backend="hopper")  # fmt: skip
+
+
+@hopper
+def test_one_pass_repeats_dk_and_dv_and_dq_within_rounding(one_pass):
+    q, k, v = (torch.randn(1, 6000, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out = s2_attention(q, k, v, Pattern.parse("L1V7"), backend="hopper")
+    dout = torch.randn_like(out)
+    runs = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(5)]
+    for dq, dk, dv in runs[1:]:
+        assert torch.equal(dk, runs[0][1]) and torch.equal(dv, runs[0][2])
+        torch.testing.assert_close(dq, runs[0][0], rtol=2**-7, atol=1e-4)
+
+
+@hopper
+def test_one_pass_runs_in_a_cuda_graph(one_pass):
+    q, k, v = (torch.randn(1, 3000, 4, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    dout = torch.randn_like(q)
+
+    def gradients():
+        return torch.autograd.grad(s2_attention(q, k, v, Pattern.parse("L1V7"), backend="hopper"), (q, k, v), dout)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        for x in (q, k, v, dout):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for ours, theirs in zip(captured, gradients(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-4)
+
+
+@hopper
+def test_long_columns_take_one_pass_unless_algorithms_are_deterministic():
+    q, k, v = (torch.randn(1, 65536, 1, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out = s2_attention(q, k, v, Pattern.parse("L1V15"))
+    dout = torch.randn_like(out)
+
+    def gradients():
+        return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+    free = gradients()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = gradients(), gradients()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(free[0], first[0]), "else the other kernels did not run"
+    for ours, theirs in zip(free, first, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=1e-3)
 
 
 @hopper

@@ -1,11 +1,12 @@
 """How the Hopper kernels divide their work: in the backward every visible pair of chunks lies in exactly one work
-item's run, packed or not (in Triton's interpreter); the key tiles of a tile of query rows are those that its rows see
-(`plan.cuh`, compiled for the host)."""
+item's run, packed or not (in Triton's interpreter, and `chunks.cuh` compiled for the host); the key tiles of a tile of
+query rows are those that its rows see (`plan.cuh`, likewise)."""
 
 import itertools
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,13 +143,14 @@ def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("group", [1, 4])
-def test_division_covers_every_head_within_its_room(pattern, group):
+@pytest.mark.parametrize("a_tile", [2, 4])
+def test_division_covers_every_head_within_its_room(pattern, group, a_tile):
     heads, block, head_dim = 4, pattern.block_size, 128
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     for length in (1, 700, 4096, 32768, 131072):
-        columns = divide_columns(schedule.rows, schedule.num_levels, length, block, heads, group, 132)
+        columns = divide_columns(schedule.rows, schedule.num_levels, length, block, heads, group, 132, a_tile)
         chunks = -(-length // CHUNK)
-        per_head = 2 * sum(columns.tiles)
+        per_head = a_tile * sum(columns.tiles)
         assert chunks <= per_head * heads  # mixed heads: the most of any head in every level
         assert columns.segment_rows % CHUNK == 0
         most = max(columns.segments)
@@ -158,7 +160,7 @@ def test_division_covers_every_head_within_its_room(pattern, group):
         assert parts <= max(1.25 * queries, 70e6)
         assert 1 <= columns.wave <= heads
     table = schedule.rows
-    short = divide_columns(table, schedule.num_levels, 300, block, heads, group, 132)
+    short = divide_columns(table, schedule.num_levels, 300, block, heads, group, 132, a_tile)
     assert max(short.segments) == 1, "a short sequence gains nothing from being divided"
 
 
@@ -185,7 +187,7 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
     attention_documents[(count,)](
         cu_seqlens, documents, count, most_tiles, sinks,
-        BOXES=consumers, SHARE=share, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8,
+        BOXES=consumers, SHARE=share, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8,
     )  # fmt: skip
     num_tiles, num_pairs = documents[0, :2].tolist()
     chunks = torch.tensor([0, *[-(-n // unit) for n in lengths]]).cumsum(0).tolist()
@@ -224,23 +226,88 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
             assert torch.equal(found, wanted[head].int())
 
 
-# ---------------------------------------------------------------- tiles of rows
+# ---------------------------------------------------------------- work items in C++
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+ITEMS = Path(__file__).with_name("items.cpp")
+
+
+def compile_for_host(source: Path, folder: Path, constants: dict[str, int]) -> Path:
+    """A program with the constants of a kernel, in a folder. It aborts where C++ does not define a result."""
+    program = folder / "-".join([source.stem, *map(str, constants.values())])
+    checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    subprocess.run(
+        [COMPILER, "-std=c++17", "-O1", *checks, *(f"-D{name}={value}" for name, value in constants.items()),
+         f"-I{Path(launch.__file__).parent}", str(source), "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    return program
+
+
+def count_runs(lines: list[str], found: torch.Tensor, block: int, parts: dict | None) -> None:
+    """Counts in `found` `[head, key unit, query unit]` what the items that `items.cpp` prints work on."""
+    unit = unit_of(block)
+    for line in lines:
+        head, segment, part, key, begin, end, *members = map(int, line.split())
+        assert begin < end
+        if block >= CHUNK:
+            found[head, key // unit, begin // unit : end // unit] += 1
+        for first, until in zip(members[::2], members[1::2], strict=True):
+            low, high = max(first, begin), min(until, end)  # of a small block's part of the run
+            if low < high:
+                found[head, first // unit, low // unit : high // unit] += 1
+        if segment >= 0 and parts is not None:
+            assert (head, segment, part) not in parts
+            parts[head, segment, part] = line
+
+
+@pytest.mark.skipif(COMPILER is None, reason="a C++ compiler is needed")
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("length", [1, 700, 2100])
+def test_items_in_cpp_are_the_pattern(pattern, length, tmp_path):
+    heads, block = 4, pattern.block_size
+    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    constants = {"BLOCK": block, "LEVELS": schedule.num_levels, "SINKS": int(schedule.has_sinks), "CONSUMERS": 2}
+    program = compile_for_host(ITEMS, tmp_path, constants)
+    rules = " ".join(str(x) for row in schedule.rows for x in row)
+    wanted = unit_mask(pattern, length, heads).int()
+
+    def run(words: str) -> list[str]:
+        result = subprocess.run([str(program)], input=f"{words} {rules}", capture_output=True, text=True, check=True)
+        return result.stdout.splitlines()
+
+    whole = divide_columns(schedule.rows, schedule.num_levels, length, block, heads, 1, 132, 4)
+    rows = -(-length // CHUNK) * CHUNK
+    divided = replace(whole, segments=tuple(-(-rows // 320) for _ in range(4)), segment_rows=320, wave=3)
+    for columns in (whole, divided):
+        turns = -(-heads // columns.wave)
+        division = (*columns.tiles, *columns.segments, *columns.batches, columns.segment_rows, columns.wave)
+        lines = run(f"0 {length} {heads} {columns.num_items * columns.wave * turns} {' '.join(map(str, division))}")
+        found, parts = torch.zeros_like(wanted), {}
+        count_runs(lines, found, block, parts)
+        assert torch.equal(found, wanted)
+        assert all(0 <= part < columns.num_parts for _, _, part in parts)
+        assert bool(parts) == (columns.num_parts > 0)
+    found = torch.zeros_like(wanted)  # as a packed document
+    sinks = max(row[1] for row in schedule.rows)
+    num_blocks = -(-length // block)
+
+    def items_of(blocks: int) -> int:
+        return -(-blocks * max(block // CHUNK, 1) // (4 * max(CHUNK // block, 1)))
+
+    room = items_of(num_blocks) + schedule.num_levels + items_of(min(sinks, num_blocks))
+    count_runs(run(f"1 {length} {heads} {room} {' '.join(['0'] * 14)}"), found, block, None)
+    assert torch.equal(found, wanted)
+
+
+# ---------------------------------------------------------------- tiles of rows
+
 PLANS = Path(__file__).with_name("plans.cpp")
 
 
 def compile_plans(folder: Path, block: int, levels: int, sinks: bool, consumers: int) -> Path:
-    """`plans.cpp` with the constants of a kernel, in a folder. It aborts where C++ does not define a result."""
-    program = folder / f"plans-{levels}-{sinks:d}"
     constants = {"BLOCK": block, "LEVELS": levels, "SINKS": int(sinks), "CONSUMERS": consumers}
-    checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", *checks, *(f"-D{name}={value}" for name, value in constants.items()),
-         f"-I{Path(launch.__file__).parent}", str(PLANS), "-o", str(program)],
-        check=True,
-    )  # fmt: skip
-    return program
+    return compile_for_host(PLANS, folder, constants)
 
 
 def draw_rules(random: random.Random, block: int) -> tuple[Pattern, int]:

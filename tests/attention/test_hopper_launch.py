@@ -16,15 +16,18 @@ import torch
 
 from s2.attention import Pattern
 from s2.attention.kernels.hopper import cuda, launch, structs
+from s2.attention.kernels.hopper import one_pass as backward
 from tests.attention import standins
 
 
 @dataclass
 class Launches:
-    """Recorded instead of run: Gluon and Triton kernels by name, and the forward with its parameters at that time."""
+    """Recorded instead of run: Gluon and Triton kernels by name, and the forward and the kernels of the backward in one
+    pass (by name) with their parameters at that time."""
 
     gluon: list[tuple[str, Any, tuple]]
     forward: list[tuple[structs.Forward, tuple]]
+    one_pass: list[tuple[str, Any, tuple]]
 
 
 class Driver(standins.Driver):
@@ -35,16 +38,22 @@ class Driver(standins.Driver):
     def cuLaunchKernel(self, *arguments):  # noqa: N802
         result = super().cuLaunchKernel(*arguments)
         if result[0] == self.success:
-            self.seen.forward.append((standins.copy_of(structs.Forward, arguments), arguments))
+            entry = arguments[0].split()[0]
+            params = standins.copy_of(PARAMS.get(entry, structs.Passes), arguments)
+            if entry == "attention_forward":
+                self.seen.forward.append((params, arguments))
+            else:
+                self.seen.one_pass.append((entry, params, arguments))
         return result
 
 
 STREAM = 77
+PARAMS = {"attention_forward": structs.Forward, "attention_backward": structs.Backward}
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    seen = Launches([], [])
+    seen = Launches([], [], [])
     driver = Driver(seen)
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
     monkeypatch.setattr(cuda, "_FUNCTIONS", {})
@@ -52,6 +61,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda, "compile_kernel", lambda source, constants: b"")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_PLANS", {})
+    monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: False)
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
     monkeypatch.setattr(launch, "_stream", lambda device: STREAM)
     counter = torch.zeros(1, dtype=torch.int32)
@@ -62,6 +72,12 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(launch._Launch, "__call__", record)
     return seen
+
+
+@pytest.fixture
+def one_pass(monkeypatch, launches):
+    monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: True)
+    return launches
 
 
 def last_forward() -> launch._Forward:
@@ -166,29 +182,45 @@ def test_views_and_unaligned_gradients(launches):
 # ---------------------------------------------------------------- the forward in CUDA C++
 
 
+FORWARD = (("Params", structs.Forward, 64), ("Problem", structs.Problem, 8))
+BACKWARD = (("Params", structs.Backward, 64), ("Columns", structs.Columns, 4))
+PASSES = (("Params", structs.Passes, 8),)
+
+
+def kernel_of(name: str, dim: int, block: int = 64, packed: bool = False) -> cuda.Kernel:
+    kind = (torch.bfloat16, dim, block, 1, False, packed)
+    if name == "forward":
+        return launch._forward_kernel(*kind)
+    return backward.backward_kernel(*kind) if name == "backward" else backward.pass_kernel(name, *kind)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
-def test_parameters_and_shared_memory_are_laid_out_as_in_cpp(dim, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "laid_out"), [("forward", FORWARD), ("backward", BACKWARD), ("statistics", PASSES), ("round", PASSES)]
+)
+def test_parameters_and_shared_memory_are_laid_out_as_in_cpp(name, laid_out, dim, tmp_path):
     if not launch._finds_nvrtc():
         pytest.skip("NVRTC is needed")
-    kernel = launch._forward_kernel(torch.bfloat16, dim, 64, 1, False, False)
+    kernel = kernel_of(name, dim)
     for path in kernel.source.parent.glob("*.cu*"):
         shutil.copy(path, tmp_path)
-    facts = {"sizeof(Shared)": kernel.shared_bytes, "THREADS": kernel.threads}
-    for name, structure in (("Params", structs.Forward), ("Problem", structs.Problem)):
-        alignment = 64 if structure is structs.Forward else 8
-        facts[f"sizeof({name})"] = -(-ctypes.sizeof(structure) // alignment) * alignment
+    facts = {"THREADS": kernel.threads}
+    if kernel.shared_bytes:
+        facts["sizeof(Shared)"] = kernel.shared_bytes
+    for struct, structure, alignment in laid_out:
+        facts[f"sizeof({struct})"] = -(-ctypes.sizeof(structure) // alignment) * alignment
         for field, *_ in structure._fields_:
             # NVRTC has no offsetof
-            facts[f"__INTADDR__(&(({name}*)0)->{field})"] = getattr(structure, field).offset
+            facts[f"__INTADDR__(&(({struct}*)0)->{field})"] = getattr(structure, field).offset
     source = tmp_path / "facts.cu"
 
     def build(wanted):
         checks = "\n".join(f'static_assert({fact} == {value}, "");' for fact, value in wanted.items())
-        source.write_text(f'#include "forward.cu"\n{checks}\n')
+        source.write_text(f'#include "{kernel.source.name}"\n{checks}\n')
         cuda.build(source, kernel.constants)
 
     build(facts)
-    for fact in ("sizeof(Shared)", "sizeof(Params)"):
+    for fact in {"sizeof(Shared)", "sizeof(Params)"} & facts.keys():
         with pytest.raises(RuntimeError, match="static assertion failed"):
             build({fact: facts[fact] + 1})
 
@@ -246,7 +278,7 @@ def test_heads_at_the_end_are_worked_on_together(launches, batch, length, kv_hea
     k = q[:, :, :kv_heads]
     key = Pattern.parse("L1V15", block).key
     rules = launch.schedule.rule_schedule(key, kv_heads, 0, 0, kv_heads, torch.device("cpu"))
-    plan = launch._Plan(rules, {"BLOCK": block}, 0.1)
+    plan = launch._Plan(rules, {"BLOCK": block}, 0.1, 128, group)
     assert launch._Forward(q, k, k, plan, packed=False).problem.together == wanted
 
 
@@ -288,6 +320,95 @@ def test_threads_do_not_mix_their_calls(launches, monkeypatch):
     launched = [tuple(getattr(p, name)[0] for name in ("q", "k", "v", "out")) for p, _ in launches.forward]
     assert len(launched) == 20 and set(launched) == {call[:4] for call in calls}
     assert all(p.out_rows == p.out[0] for p, _ in launches.forward)
+
+
+# ---------------------------------------------------------------- the backward in one pass
+
+
+@pytest.mark.parametrize("spec", ["L1V15", "L2V5+sink1", "W3"])
+@pytest.mark.parametrize(("block", "packed", "dlse"), [(64, False, True), (16, False, False), (64, True, False)])
+@pytest.mark.parametrize("length", [1000, 20000])
+def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
+    borders = torch.tensor([0, 300, length], dtype=torch.int32) if packed else None
+    for _ in range(2):  # the second call has the first one's plan and tensors of its own
+        one_pass.one_pass.clear()
+        one_pass.gluon.clear()
+        q, k, v, out = run(Pattern.parse(spec, block), length, 16, 4, batch=1, dlse=dlse, cu_seqlens=borders)
+    (first, rows, first_launch), (second, params, second_launch), (third, rounded, _) = one_pass.one_pass
+    assert (first, second, third) == ("attention_statistics", "attention_backward", "attention_round")
+    sets, tokens = 16 // (64 // min(block, 64)), min(block, 64)
+    boxes = params.chunks
+    assert boxes >= -(-length // tokens) and rows.chunks == boxes
+    (plan,) = launch._PLANS.values()
+    # parameters are changed in place: those of the two passes over rows are the same at any time
+    assert rows.out == rows.dout == out.data_ptr() == params.dout[0] and bool(rows.dlse) == dlse
+    assert (rows.length, rows.heads, rows.stats, rows.sums) == (length, 16, params.stats, params.sums)
+    assert rounded.dq == rows.dq and rows.dq not in (params.dk, params.dv)
+    assert (params.q[0], params.k[0], params.v[0]) == (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    assert (params.length, params.kv_heads, params.group, params.groups) == (length, 4, 4, 4)
+    assert params.scale == rows.scale == pytest.approx(0.1)
+    assert first_launch[1] == sets * rows.blocks and first_launch[4] == 256
+    assert second_launch[1] % 2 == 0 and second_launch[1] <= 132 and second_launch[4] == 384
+    names = [name for name, *_ in one_pass.gluon]
+    if packed:
+        assert names == ["attention_documents"] * 2 and second_launch[1] == 132
+        _, kernel, (_, table, count, most_tiles, _) = one_pass.gluon[-1]
+        assert (kernel.constants["CHUNKS"], kernel.constants["BOXES"], count) == (4, 3, 2)
+        assert params.documents == rows.documents == table.data_ptr()
+        assert params.most_tiles == rows.blocks == most_tiles
+        return
+    columns = params.columns
+    schedule = plan.rules
+    wanted = launch.divide_columns(schedule.rows, schedule.num_levels, length, block, 4, 4, 132, 4)
+    assert [*columns.tiles] == [*wanted.tiles] and [*columns.segments] == [*wanted.segments]
+    assert [*columns.batches] == [*wanted.batches]
+    assert (columns.segment_rows, columns.num_parts, columns.wave) == (
+        wanted.segment_rows, wanted.num_parts, wanted.wave,
+    )  # fmt: skip
+    assert params.num_items == wanted.num_items * wanted.wave * -(-4 // wanted.wave)
+    assert second_launch[1] == 2 * min(params.num_items, 66)
+    assert names == ["attention_sum_parts"] * (wanted.num_parts > 0)
+    for _, kernel, arguments in one_pass.gluon:
+        assert kernel.constants["CHUNKS"] == 4 and kernel.grid == (wanted.num_parts, 4, 1)
+        assert arguments[0].data_ptr() == params.parts
+        assert list(inspect.signature(kernel.function.fn).parameters)[-len(kernel.constants) :] == [*kernel.constants]
+
+
+def plan_of(spec: str, block: int = 64, heads: int = 8, kv_heads: int = 8, dim: int = 128) -> launch._Plan:
+    q = torch.empty(1, 4, heads, dim, dtype=torch.bfloat16)
+    k = torch.empty(1, 4, kv_heads, dim, dtype=torch.bfloat16)
+    return launch._plan(q, k, k, Pattern.parse(spec, block), (0, 0, kv_heads), 0.1, False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "settings", "wanted"),
+    [
+        ("L1V15", 16384, {}, False),
+        ("L1V15", 65536, {}, True),
+        ("L8V16", 32768, {}, True),
+        ("dense", 2048, {}, False),
+        ("W32", 16384, {}, True),
+        ("W8", 1 << 20, {}, False),
+        ("L1V15", 32768, {}, False),
+        ("L1V15", 32768, {"heads": 32}, True),  # four query heads to a KV head
+        ("L1V15", 131072, {"dim": 64}, False),
+    ],
+)
+def test_one_pass_is_taken_where_queries_see_many_keys(spec, length, settings, wanted):
+    plan = plan_of(spec, **settings)
+    assert launch._takes_one_pass(plan, length, None) is wanted
+    three = torch.tensor([0, 5, 9, 3 * length], dtype=torch.int32)
+    assert launch._takes_one_pass(plan, 3 * length, three) is wanted  # of packed documents the mean length counts
+
+
+def test_deterministic_algorithms_take_two_passes():
+    plan = plan_of("dense")
+    assert launch._takes_one_pass(plan, 65536, None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not launch._takes_one_pass(plan, 65536, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_streams_and_graphs_have_their_own_counters(monkeypatch):

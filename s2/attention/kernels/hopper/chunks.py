@@ -58,12 +58,12 @@ def chunk_run(
 
 
 @triton.jit
-def _pairs(blocks, BLOCK: tl.constexpr):
-    """Pairs of chunks that so many blocks of a level make."""
+def _pairs(blocks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr = 2):
+    """Items of CHUNKS chunks that so many blocks of a level make."""
     if BLOCK >= CHUNK:
-        return (blocks * (BLOCK // CHUNK) + 1) // 2
+        return (blocks * (BLOCK // CHUNK) + CHUNKS - 1) // CHUNKS
     else:
-        return (blocks + 2 * (CHUNK // BLOCK) - 1) // (2 * (CHUNK // BLOCK))
+        return (blocks + CHUNKS * (CHUNK // BLOCK) - 1) // (CHUNKS * (CHUNK // BLOCK))
 
 
 @triton.jit
@@ -90,12 +90,15 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
 
 
 @triton.jit
-def _counts(length, sinks, BOXES: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+def _counts(
+    length, sinks, BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
+):  # fmt: skip
     """Tiles of BOXES boxes of rows (SHARE of the same rows), such rows, and pairs of key chunks of documents, sinks
     twice; of the pairs one may be short in every level."""
     box: tl.constexpr = min(BLOCK, CHUNK)
     blocks = (length + BLOCK - 1) // BLOCK
-    pairs = _pairs(blocks, BLOCK) + LEVELS + _pairs(tl.minimum(blocks, sinks), BLOCK)
+    pairs = _pairs(blocks, BLOCK, CHUNKS) + LEVELS + _pairs(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
     boxes = (length + box - 1) // box
     return (boxes * SHARE + BOXES - 1) // BOXES, boxes, tl.where(length > 0, pairs, 0)
 
@@ -103,7 +106,8 @@ def _counts(length, sinks, BOXES: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.c
 @triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks"])
 def attention_documents(
     cu_seqlens, documents, num_documents, most_tiles, sinks,
-    BOXES: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+    BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The table of packed work, int32 `[1 + most_tiles + pairs, 4]`: the numbers of tiles and pairs; then for each tile
     of BOXES boxes of rows (64 tokens, or a smaller block; SHARE of the same rows stand side by side), and after room
@@ -117,13 +121,13 @@ def attention_documents(
         before = lane < document
         begin = tl.load(cu_seqlens + lane, mask=before, other=0)
         length = tl.load(cu_seqlens + lane + 1, mask=before, other=0) - begin
-        own_tiles, own_chunks, own_pairs = _counts(length, sinks, BOXES, SHARE, BLOCK, LEVELS)
+        own_tiles, own_chunks, own_pairs = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
         tiles += tl.sum(own_tiles, 0)
         chunks += tl.sum(own_chunks, 0)
         pairs += tl.sum(own_pairs, 0)
     begin = tl.load(cu_seqlens + document)
     length = tl.load(cu_seqlens + document + 1) - begin
-    own_tiles, _, own_pairs = _counts(length, sinks, BOXES, SHARE, BLOCK, LEVELS)
+    own_tiles, _, own_pairs = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
     if document == num_documents - 1:
         tl.store(documents, tiles + own_tiles)
         tl.store(documents + 1, pairs + own_pairs)
@@ -145,12 +149,12 @@ def _store_entries(to, lane, mask, first, begin, length, chunk):
 
 
 @triton.jit
-def part_begin(level, tiles, segments, WIDEST: tl.constexpr):
+def part_begin(level, tiles, segments, WIDEST: tl.constexpr, CHUNKS: tl.constexpr = 2):
     """First part of a level: those of wider levels that are divided into segments come before, two chunks a tile. Sinks
     are the widest level where there are any."""
     begin = 0
     for other in tl.static_range(1, WIDEST + 1):
-        begin += tl.where((level < other) & (segments[other] > 1), 2 * tiles[other], 0)
+        begin += tl.where((level < other) & (segments[other] > 1), CHUNKS * tiles[other], 0)
     return begin
 
 
@@ -174,6 +178,7 @@ def attention_sum_parts(
     part, dk, dv, table, length, kv_heads, segment_rows, parts,
     tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3,
     TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV `[B, S, Hkv, D]` of the chunks of divided levels: the sums of their segments, first to last."""
     tiles = (tiles0, tiles1, tiles2, tiles3)
@@ -184,13 +189,13 @@ def attention_sum_parts(
     groups = tl.num_programs(1)
     level = -1
     for other in tl.static_range(WIDEST + 1):
-        begin = part_begin(other, tiles, segments, WIDEST)
-        inside = (segments[other] > 1) & (index >= begin) & (index < begin + 2 * tiles[other])
+        begin = part_begin(other, tiles, segments, WIDEST, CHUNKS)
+        inside = (segments[other] > 1) & (index >= begin) & (index < begin + CHUNKS * tiles[other])
         level = tl.where(inside, other, level)
     rule = load_rule(table + (group % kv_heads) * TABLE, LEVELS, SINKS)
     num_blocks = (length + BLOCK - 1) // BLOCK
     high = (length + CHUNK - 1) // CHUNK * CHUNK
-    own = index - part_begin(level, tiles, segments, WIDEST)
+    own = index - part_begin(level, tiles, segments, WIDEST, CHUNKS)
     key, begin, end = chunk_run(own, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
     if begin < end:
         rows = tl.arange(0, CHUNK)

@@ -55,13 +55,13 @@ DEVICE void barrier_wait(unsigned barrier, int parity) {
 // The next of `count` pieces of work, for a warp: each thread block first takes that of its own number, then draws from
 // a counter until there is nothing left, once in vain. They draw as many times in all as there are pieces, and the last
 // draw leaves the counter zero for the next launch.
-DEVICE int draw(int* counter, int count) {
+DEVICE int draw(int* counter, int count, int blocks) {
     int drawn = 0;
     if (threadIdx.x % WARP == 0) {
         drawn = atomicAdd(counter, 1);
         if (drawn == count - 1) atomicExch(counter, 0);
     }
-    return __shfl_sync(ALL, drawn, 0) + gridDim.x;
+    return __shfl_sync(ALL, drawn, 0) + blocks;
 }
 
 DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -99,9 +99,27 @@ DEVICE void tma_load(unsigned to, const TensorMap* map, unsigned barrier, int x,
         ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(token), "r"(head), "r"(batch) : "memory");
 }
 
+// Consecutive bytes, a multiple of 16.
+DEVICE void copy_to_shared(unsigned to, const void* from, int bytes, unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// Into the L2 cache.
+DEVICE void tma_prefetch(const TensorMap* map, int x, int token, int head, int batch) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];"
+                 ::"l"(map), "r"(x), "r"(token), "r"(head), "r"(batch) : "memory");
+}
+
 DEVICE void tma_store(const TensorMap* map, unsigned from, int x, int token, int head, int batch) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
                  ::"l"(map), "r"(from), "r"(x), "r"(token), "r"(head), "r"(batch) : "memory");
+}
+
+// Adds consecutive float32 values, a multiple of 16 bytes, to those in memory, in no order with other additions.
+DEVICE void bulk_add(float* to, unsigned from, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+                 ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 
 DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -144,8 +162,13 @@ DEVICE void pin(float (&x)[N]) {
 enum Inner { COLUMNS = 1, ROWS_INNER = PANEL_BYTES >> 4 };
 
 template <Inner INNER>
+DEVICE unsigned operand_at(unsigned address) {  // which the compiler knows to be the same in all lanes
+    return address >> 4 & 0x3fff | INNER << 16;
+}
+
+template <Inner INNER>
 DEVICE unsigned operand(unsigned address) {
-    return __shfl_sync(ALL, address >> 4 & 0x3fff | INNER << 16, 0);
+    return __shfl_sync(ALL, operand_at<INNER>(address), 0);
 }
 
 DEVICE unsigned long long descriptor(unsigned low) {
@@ -161,6 +184,7 @@ DEVICE unsigned long long descriptor(unsigned low) {
 
 #define S4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define S16(x, i) S4(x, i), S4(x, i + 4), S4(x, i + 8), S4(x, i + 12)
+#define REGS16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define REGS32                                                                                                         \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                          \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -178,6 +202,23 @@ DEVICE void product_shared(float (&x)[32], unsigned long long a, unsigned long l
                  ", %32, %33, p, 1, 1, 0, 0; }"
                  : S16(x, 0), S16(x, 16)
                  : "l"(a), "l"(b), "n"(ADD));
+}
+
+// [64, columns] (+)= A [16, 64]^T B [16, columns], both with their columns along shared memory's rows.
+DEVICE void product_transposed(float (&x)[32], unsigned long long a, unsigned long long b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT "." ELEMENT " " REGS32
+                 ", %32, %33, p, 1, 1, 1, 1; }"
+                 : S16(x, 0), S16(x, 16)
+                 : "l"(a), "l"(b), "r"(add));
+}
+
+DEVICE void product_transposed(float (&x)[16], unsigned long long a, unsigned long long b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0; "
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32." ELEMENT "." ELEMENT " " REGS16
+                 ", %16, %17, p, 1, 1, 1, 1; }"
+                 : S16(x, 0)
+                 : "l"(a), "l"(b), "r"(add));
 }
 
 // [64, columns] (+)= A [64, 16] B [16, columns], A in registers, B with its columns along shared memory's rows.
@@ -200,6 +241,7 @@ DEVICE void product_registers(float (&x)[64], const unsigned* a, unsigned long l
 // ---------------------------------------------------------------- arithmetic
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
+#define PLUS_INFINITY __int_as_float(0x7f800000)
 
 // Two values as a pair of 16 bits, the first in the lower half.
 DEVICE unsigned pack(float low, float high) {
@@ -210,6 +252,21 @@ DEVICE unsigned pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
 #endif
     return pair;
+}
+
+// Sum of the products of two pairs of 16 bits.
+DEVICE float dot(unsigned a, unsigned b) {
+#if BF16
+    return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
+           __uint_as_float(a & 0xffff0000) * __uint_as_float(b & 0xffff0000);
+#else
+    float x[4];
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(x[0]), "=f"(x[1]) : "r"(a));
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(x[2]), "=f"(x[3]) : "r"(b));
+    return x[0] * x[2] + x[1] * x[3];
+#endif
 }
 
 DEVICE float exp2_fast(float x) {
@@ -230,8 +287,62 @@ DEVICE float inverse(float x) {
     return y;
 }
 
+DEVICE float2 load_shared_pair(unsigned from) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+    return x;
+}
+
+DEVICE void store_shared(unsigned to, const float* x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
+DEVICE uint4 load_shared(unsigned from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+    return x;
+}
+
 // Four matrices of 8 x 8 elements of 16 bits; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void store_matrices(unsigned to, unsigned a, unsigned b, unsigned c, unsigned d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// ---------------------------------------------------------------- clusters
+
+DEVICE int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of all thread blocks of the cluster.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in another thread block's shared memory.
+DEVICE unsigned remote(unsigned address, int rank) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+DEVICE void barrier_arrive_remote(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Stores a word and counts its bytes at a barrier, both in one other thread block.
+DEVICE void store_remote(unsigned to, int value, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 ::"r"(to), "r"(value), "r"(barrier) : "memory");
+}
+
+// The same with a copy of shared memory, a multiple of 16 bytes.
+DEVICE void copy_to_remote(unsigned to, unsigned from, int bytes, unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "r"(from), "r"(bytes), "r"(barrier) : "memory");
 }

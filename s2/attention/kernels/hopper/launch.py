@@ -2,18 +2,19 @@
 
 Everything about a call but its pointers is a `_Plan`, made once for a shape and kept: descriptors, grids, compiled
 kernels. After that a call allocates its results, fills in the pointers and launches. The forward is CUDA C++ (`cuda`),
-the backward Gluon.
+the backward Gluon, and CUDA C++ too where one pass over the visible pairs is faster than two (`one_pass`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from ... import schedule
 from ...pattern import UNBOUNDED, Pattern, pattern_from_key
 from ..triton.forward import LOG2E
 from . import cuda, structs
+from .columns import CHUNK, WHOLE, Columns, divide_columns, mean_chunks
 
-CHUNK = 64  # rows of a box, keys of a consumer
 _SMALLEST_BLOCK = 16
 _CONSUMERS = {64: 4, 128: 3}  # boxes of rows that a thread block of the forward works on, by head dimension
 _Q_CONSUMERS = 3  # the same in dQ
@@ -32,13 +33,18 @@ _Q_STAGES = {64: 6, 128: 4}  # the same beside the rows of dO
 _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
 _ROW_REGISTERS = {3: 160, 4: 112}  # of a thread, by number of consumers; more would be dropped without a word
 _KEY_REGISTERS = 240  # two warpgroups
-_WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
 _PRODUCER_REGISTERS = 32  # of a thread of the forward's other warpgroup
+_MANY_CHUNKS = 23  # of keys, that a chunk of queries sees: from there on one pass over the pairs is faster than two
+_MANY_SHARED = 17  # the same with four query heads to a KV head and more
+_ONE_PASS_DIM = 128  # head dimension 64 was not faster so
 _WARPS = 4  # of the producer partition in Gluon, and of the pass that adds up parts
 _LAST_TILES = 5  # a processor at the end of the forward, of heads worked on together: the last tiles are short
 _MANY_TILES = 32  # a processor: from there on heads are worked on one by one to the end
 _MAX_PLANS = 512
 _NVRTC = 13  # the version that kernels are built and checked with; ptxas 12.8 has made wrong code (`common.opaque`)
+
+if TYPE_CHECKING:
+    from .one_pass import OnePass
 
 Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
@@ -251,8 +257,12 @@ class _Plan:
     rules: schedule.RuleSchedule
     constants: dict[str, Any]
     scale: float
+    head_dim: int
+    group: int  # query heads to a KV head
     forward: _Forward | None = None
     backward: _Backward | None = None
+    one_pass: OnePass | None = None
+    is_long: dict[int, bool] = field(default_factory=dict)  # by (mean) length: see `_takes_one_pass`
 
 
 _PLANS: dict[tuple, _Plan] = {}
@@ -272,7 +282,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softm
             "LEVELS": rules.num_levels,
             "SINKS": rules.has_sinks,
         }
-        plan = _PLANS[key] = _Plan(rules, constants, softmax_scale)
+        plan = _PLANS[key] = _Plan(rules, constants, softmax_scale, q.shape[3], q.shape[2] // k.shape[2])
     return plan
 
 
@@ -294,7 +304,7 @@ _DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made 
 
 @dataclass(frozen=True)
 class _Documents:
-    """The table of packed work (`chunks.attention_documents`), where its pairs of chunks begin, and room for the boxes
+    """The table of packed work (`chunks.attention_documents`), where its items begin, and room for the boxes
     of rows of a head. An unpacked call gets another tensor in the table's place."""
 
     table: Tensor
@@ -302,8 +312,11 @@ class _Documents:
     boxes: int
 
     @classmethod
-    def of(cls, q: Tensor, plan: _Plan, consumers: int, cu_seqlens: Tensor | None, share: int = 1) -> _Documents:
-        """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side."""
+    def of(
+        cls, q: Tensor, plan: _Plan, consumers: int, cu_seqlens: Tensor | None, share: int = 1, an_item: int = 2
+    ) -> _Documents:
+        """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side, and items of `an_item`
+        chunks."""
         length = q.shape[1]
         levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
         tokens = min(block, CHUNK)
@@ -317,7 +330,8 @@ class _Documents:
         most_keys = length + count * block  # in whole blocks
         most_pairs = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
         table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
-        constants = {"BOXES": consumers, "SHARE": share, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
+        constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels}
+        constants["WIDTH"] = 256
         launch = _Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
         launch(_aligned(cu_seqlens), table, count, most_tiles, sinks)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
@@ -408,7 +422,7 @@ class _Forward:
 
 
 def _tensor_map(
-    params: structs.Forward, field: str, x: Tensor, strides: tuple[int, ...], some_heads: int, tokens: int
+    params: ctypes.Structure, field: str, x: Tensor, strides: tuple[int, ...], some_heads: int, tokens: int
 ) -> cuda.TensorMap:
     """Of `[B, S, H, D]` as `[B, H, S, D]`, in boxes of `tokens` tokens of some heads, and of 64 columns, which a
     128-byte swizzle spans. `strides` in elements."""
@@ -449,77 +463,14 @@ def run_forward(
 # ---------------------------------------------------------------- backward
 
 
-@dataclass(frozen=True)
-class Columns:
-    """How the key chunks of a launch become work items. `tiles[n]` pairs of chunks a head belong to level n (0: the
-    local window; sinks are one more level than the rules have), the most of any head; each is divided into
-    `segments[n]` segments of `segment_rows` queries. An item takes `batches[n]` tiles, one after the other."""
+def sum_of_parts(q: Tensor, plan: _Plan, columns: Columns, groups: int) -> _Launch:
+    """The pass that adds up the parts of divided columns."""
+    from . import chunks
 
-    tiles: tuple[int, int, int, int]
-    segments: tuple[int, int, int, int]
-    segment_rows: int
-    batches: tuple[int, int, int, int]
-    wave: int  # KV heads worked on together: their queries stay in the L2 cache
-
-    @property
-    def num_parts(self) -> int:
-        """Chunks of divided levels, a head."""
-        return sum(2 * tiles for tiles, segments in zip(self.tiles, self.segments, strict=True) if segments > 1)
-
-    @property
-    def num_items(self) -> int:
-        """Work items a head."""
-        levels = zip(self.tiles, self.segments, self.batches, strict=True)
-        return sum(-(-tiles // batch) * segments for tiles, segments, batch in levels)
-
-
-_MIN_ITEM_STEPS, _MAX_ITEM_STEPS = 32, 512  # below, the fixed cost of an item shows; above, its length at the end
-_SMALL_PARTS = 1 << 18  # 64 MB of parts at head dimension 128 are always granted; else 1.25 times what q takes
-_SHORT_STEPS, _SHORT_BATCH = 8, 4  # tiles of that few steps are drawn four at a time
-_ITEMS_A_PROCESSOR = 8  # the longest item is at most an eighth of a processor's share
-
-
-def divide_columns(
-    table: list[list[int]], num_levels: int, length: int, block_size: int, groups: int, group: int, processors: int
-) -> Columns:
-    """Work items for KV heads with these rows of the rule table (`schedule.rule_schedule`), repeated over a batch to
-    `groups` heads in all, each read by `group` query heads."""
-    num_blocks, num_chunks = -(-length // block_size), -(-length // CHUNK)
-
-    def chunks_of(blocks: int) -> int:
-        return -(-blocks * block_size // CHUNK)
-
-    counts, reaches = [0, 0, 0, 0], [0, 0, 0, 0]
-    steps = 0
-    for local, sinks, *levels in table:
-        wider = 0
-        for level in range(num_levels, -1, -1):
-            stride, residue, reach = levels[3 * level - 3 : 3 * level] if level else (1, 0, local)
-            belong = max(num_blocks - residue + stride - 1, 0) // stride
-            blocks, wider = belong - wider, belong
-            counts[level] = max(counts[level], blocks)
-            if blocks > 0:
-                chunks = min(chunks_of(reach), num_chunks)
-                reaches[level] = max(reaches[level], chunks)
-                steps += chunks_of(blocks) * max(chunks - chunks * chunks // (2 * num_chunks), 1)
-        if sinks > 0:
-            counts[num_levels + 1] = max(counts[num_levels + 1], min(sinks, num_blocks))
-            reaches[num_levels + 1] = num_chunks
-            steps += chunks_of(min(sinks, num_blocks)) * num_chunks
-    share = steps * group * (groups // len(table)) // (2 * processors)  # steps of two chunks, for each processor
-    item_steps = min(max(share // _ITEMS_A_PROCESSOR, _MIN_ITEM_STEPS), _MAX_ITEM_STEPS)
-    segment_chunks = max(item_steps // group, 1)
-    long_tiles = sum(
-        -(-chunks_of(count) // 2) for count, reach in zip(counts, reaches, strict=True) if reach > 2 * segment_chunks
-    )
-    room = max(5 * groups * group * length // 4, _SMALL_PARTS) // max(512 * groups * long_tiles, 1)
-    segment_chunks = -(-num_chunks // max(min(-(-num_chunks // segment_chunks), room), 1))
-    num_segments = -(-num_chunks // segment_chunks)
-    divided = tuple(num_segments if reach > 2 * segment_chunks else 1 for reach in reaches)
-    tiles = tuple(-(-chunks_of(count) // 2) for count in counts)
-    batches = tuple(_SHORT_BATCH if reach * group <= _SHORT_STEPS else 1 for reach in reaches)
-    wave = min(max(_WAVE_ROWS // (num_chunks * CHUNK * group), 1), groups)
-    return Columns(tiles, divided, segment_chunks * CHUNK, batches, wave)  # type: ignore[arg-type]
+    constants = {name: plan.constants[name] for name in ("TABLE", "BLOCK", "LEVELS", "SINKS")}
+    constants = {"TABLE": constants.pop("TABLE"), "D": q.shape[-1], **constants, "CHUNKS": columns.chunks}
+    grid = (columns.num_parts, groups, 1)
+    return _Launch(chunks.attention_sum_parts, grid, constants, (q.dtype, q.shape[-1], q.device))
 
 
 class _Backward:
@@ -527,7 +478,7 @@ class _Backward:
     not divided into segments. `rows`: descriptors of dO and dQ; `keys`: of dK and dV (all contiguous)."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, packed: bool) -> None:
-        from . import backward_kv, backward_q, chunks
+        from . import backward_kv, backward_q
 
         batch, length, num_heads, head_dim = q.shape
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
@@ -537,7 +488,7 @@ class _Backward:
         self.q_boxes = _Boxes.of_rows(q, tokens)
         self.k_boxes, self.v_boxes = _Boxes.of_keys(k, tokens), _Boxes.of_keys(v, tokens)
         self.rows, self.keys = _Boxes.of_rows(q, tokens, contiguous=True), _Boxes.of_keys(k, tokens, contiguous=True)
-        columns, items = Columns((0, 0, 0, 0), (1, 1, 1, 1), 0, (1, 1, 1, 1), 1), 0
+        columns, items = WHOLE, 0
         if not packed:
             columns = divide_columns(
                 plan.rules.rows, constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
@@ -569,13 +520,7 @@ class _Backward:
             kind,
         )  # fmt: skip
         self.sum_scalars = (length, kv_heads, *division)
-        self.sum = _Launch(
-            chunks.attention_sum_parts,
-            (columns.num_parts, groups, 1),
-            {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
-             "SINKS": constants["SINKS"]},
-            kind,
-        )  # fmt: skip
+        self.sum = sum_of_parts(q, plan, columns, groups)
 
     def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
         """Room for the statistics of `rows` boxes, and its descriptor."""
@@ -584,6 +529,22 @@ class _Backward:
         if boxes is None:
             boxes = self.statistics_boxes[rows] = _Boxes.of_statistics(stats)
         return stats, boxes(stats)
+
+
+def _takes_one_pass(plan: _Plan, length: int, cu_seqlens: Tensor | None) -> bool:
+    """Whether the backward goes over the visible pairs once: where queries see many keys, and if
+    `torch.use_deterministic_algorithms` has not been called. Of packed documents the mean length counts."""
+    if plan.head_dim != _ONE_PASS_DIM or torch.are_deterministic_algorithms_enabled():
+        return False
+    if cu_seqlens is not None:
+        length = max(length // max(cu_seqlens.shape[0] - 1, 1), 1)
+    is_long = plan.is_long.get(length)
+    if is_long is None:
+        if len(plan.is_long) >= _MAX_PLANS:
+            plan.is_long.clear()
+        chunks = mean_chunks(plan.rules.rows, plan.constants["LEVELS"], length, plan.constants["BLOCK"])
+        is_long = plan.is_long[length] = chunks >= (_MANY_SHARED if plan.group >= 4 else _MANY_CHUNKS)
+    return is_long
 
 
 def run_backward(
@@ -599,7 +560,8 @@ def run_backward(
     heads: Heads,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
+    """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable unless
+    `_takes_one_pass`: then dQ is not."""
     q, k, v = _at_16(q), _at_16(k), _at_16(v)
     device = q.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
@@ -609,6 +571,13 @@ def run_backward(
     tensors = (q, k, v, dout, dq, dk, dv)
     q, k, v, grad_out, grad_q, grad_k, grad_v = (x[None] for x in tensors) if packed else tensors
     plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
+    if _takes_one_pass(plan, q.shape[1], cu_seqlens):
+        if plan.one_pass is None:
+            from . import one_pass
+
+            plan.one_pass = one_pass.OnePass(q, k, v, plan, packed)
+        plan.one_pass(q, k, v, out, lse, grad_out, dlse, dq, dk, dv, cu_seqlens)
+        return dq, dk, dv
     if plan.backward is None:
         plan.backward = _Backward(q, k, v, plan, packed)
     backward, counter = plan.backward, _counter(device, _stream(device))

@@ -133,7 +133,7 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             tile.window = plan.window;
         }
         barrier_arrive(shared_address(&shared.tile_full[slot.index]));
-        index = draw(problem.counter, num_tiles);
+        index = draw(problem.counter, num_tiles, gridDim.x);
         slot.advance();
     }
     barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);

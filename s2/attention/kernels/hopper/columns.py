@@ -1,0 +1,107 @@
+"""How the key chunks of the backward become work items. Plain arithmetic; the kernels locate their items by the same
+rules (`chunks.cuh`, `backward_kv.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CHUNK = 64  # keys of a consumer
+_WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
+_MIN_ITEM_STEPS, _MAX_ITEM_STEPS = 32, 512  # below, the fixed cost of an item shows; above, its length at the end
+_SMALL_PARTS = 1 << 18  # 64 MB of parts at head dimension 128 are always granted; else 1.25 times what q takes
+_SHORT_STEPS, _SHORT_BATCH = 8, 4  # tiles of that few steps are drawn four at a time
+_ITEMS_A_PROCESSOR = 8  # the longest item is at most an eighth of a processor's share
+
+Table = Sequence[Sequence[int]]  # rows of the rule table, see `schedule.rule_schedule`
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the key chunks of a launch become work items. `tiles[n]` tiles of `chunks` chunks a head belong to level n
+    (0: the local window; sinks are one more level than the rules have), the most of any head; each is divided into
+    `segments[n]` segments of `segment_rows` queries. An item takes `batches[n]` tiles, one after the other."""
+
+    tiles: tuple[int, int, int, int]
+    segments: tuple[int, int, int, int]
+    segment_rows: int
+    batches: tuple[int, int, int, int]
+    wave: int  # KV heads worked on together: their queries stay in the L2 cache
+    chunks: int  # of a tile
+
+    @property
+    def num_parts(self) -> int:
+        """Chunks of divided levels, a head."""
+        levels = zip(self.tiles, self.segments, strict=True)
+        return sum(self.chunks * tiles for tiles, segments in levels if segments > 1)
+
+    @property
+    def num_items(self) -> int:
+        """Work items a head."""
+        levels = zip(self.tiles, self.segments, self.batches, strict=True)
+        return sum(-(-tiles // batch) * segments for tiles, segments, batch in levels)
+
+
+WHOLE = Columns((0, 0, 0, 0), (1, 1, 1, 1), 0, (1, 1, 1, 1), 1, 0)  # of packed documents, which are not divided
+
+
+def _chunks_of(blocks: int, block_size: int) -> int:
+    return -(-blocks * block_size // CHUNK)
+
+
+def _survey(table: Table, num_levels: int, length: int, block_size: int) -> tuple[list[int], list[int], int]:
+    """Of every level the most key blocks of any head, and how many chunks of queries see one of them; and the pairs of
+    chunks that all these heads work on."""
+    num_blocks, num_chunks = -(-length // block_size), -(-length // CHUNK)
+    counts, reaches = [0, 0, 0, 0], [0, 0, 0, 0]
+    pairs = 0
+    for local, sinks, *levels in table:
+        wider = 0
+        for level in range(num_levels, -1, -1):
+            stride, residue, reach = levels[3 * level - 3 : 3 * level] if level else (1, 0, local)
+            belong = max(num_blocks - residue + stride - 1, 0) // stride
+            blocks, wider = belong - wider, belong
+            counts[level] = max(counts[level], blocks)
+            if blocks > 0:
+                chunks = min(_chunks_of(reach, block_size), num_chunks)
+                reaches[level] = max(reaches[level], chunks)
+                pairs += _chunks_of(blocks, block_size) * max(chunks - chunks * chunks // (2 * num_chunks), 1)
+        if sinks > 0:
+            counts[num_levels + 1] = max(counts[num_levels + 1], min(sinks, num_blocks))
+            reaches[num_levels + 1] = num_chunks
+            pairs += _chunks_of(min(sinks, num_blocks), block_size) * num_chunks
+    return counts, reaches, pairs
+
+
+def mean_chunks(table: Table, num_levels: int, length: int, block_size: int) -> float:
+    """Key chunks that a chunk of queries sees."""
+    _, _, pairs = _survey(table, num_levels, length, block_size)
+    return pairs / (len(table) * -(-length // CHUNK))
+
+
+def divide_columns(
+    table: Table,
+    num_levels: int,
+    length: int,
+    block_size: int,
+    groups: int,
+    group: int,
+    processors: int,
+    chunks: int = 2,
+) -> Columns:
+    """Work items in tiles of some chunks for KV heads with these rules, repeated over a batch to `groups` heads in all,
+    each read by `group` query heads."""
+    num_chunks = -(-length // CHUNK)
+    counts, reaches, pairs = _survey(table, num_levels, length, block_size)
+    share = pairs * group * (groups // len(table)) // (2 * processors)  # steps of two chunks, for each processor
+    item_steps = min(max(share // _ITEMS_A_PROCESSOR, _MIN_ITEM_STEPS), _MAX_ITEM_STEPS)
+    segment_chunks = max(item_steps // group, 1)
+    tiles = tuple(-(-_chunks_of(count, block_size) // chunks) for count in counts)
+    long_tiles = sum(n for n, reach in zip(tiles, reaches, strict=True) if reach > 2 * segment_chunks)
+    room = max(5 * groups * group * length // 4, _SMALL_PARTS) // max(256 * chunks * groups * long_tiles, 1)
+    segment_chunks = -(-num_chunks // max(min(-(-num_chunks // segment_chunks), room), 1))
+    num_segments = -(-num_chunks // segment_chunks)
+    divided = tuple(num_segments if reach > 2 * segment_chunks else 1 for reach in reaches)
+    batches = tuple(_SHORT_BATCH if reach * group <= _SHORT_STEPS else 1 for reach in reaches)
+    wave = min(max(_WAVE_ROWS // (num_chunks * CHUNK * group), 1), groups)
+    return Columns(tiles, divided, segment_chunks * CHUNK, batches, wave, chunks)  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""Host side of the backward in one pass over the visible pairs (`backward.cu`), and of the passes over rows around it
+(`passes.cu`)."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..triton.forward import LOG2E
+from . import cuda, launch, structs
+from .columns import CHUNK, WHOLE, divide_columns
+
+CHUNKS = 4  # of a work item, two of either thread block of a cluster (chunks.cuh)
+_CONSUMERS = 2
+_CLUSTER = 2
+_REGISTERS = 240  # of a consumer's thread
+_PRODUCER_REGISTERS = 24  # with two consumers' all that a thread block has
+_BOXES = 3  # of rows, that a thread block of the passes over packed documents takes
+_PASS_THREADS = 256
+
+
+def backward_kernel(
+    dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool
+) -> cuda.Kernel:
+    constants = {
+        **_constants(dtype, head_dim, block, levels, sinks, packed),
+        "CONSUMER_REGISTERS": _REGISTERS,
+        "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+    }
+    source = Path(__file__).with_name("backward.cu")
+    shared_bytes = structs.backward_shared_bytes(head_dim)
+    return cuda.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, shared_bytes)
+
+
+def pass_kernel(
+    name: str, dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool
+) -> cuda.Kernel:
+    """`statistics` or `round`."""
+    constants = {
+        **_constants(dtype, head_dim, block, levels, sinks, packed),
+        "BOXES": _BOXES if packed else 1,
+    }
+    return cuda.Kernel(Path(__file__).with_name("passes.cu"), f"attention_{name}", constants, _PASS_THREADS, 0)
+
+
+def _constants(dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool) -> dict[str, int]:
+    return {
+        "D": head_dim,
+        "BLOCK": block,
+        "LEVELS": levels,
+        "SINKS": sinks,
+        "PACKED": packed,
+        "BF16": dtype == torch.bfloat16,
+    }
+
+
+class OnePass:
+    """A plan's kernels, and their parameters, whose pointers a call replaces. Adds up dQ in float32, in no order."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: launch._Plan, packed: bool) -> None:
+        batch, length, num_heads, head_dim = q.shape
+        rules, block = plan.rules, plan.constants["BLOCK"]
+        tokens, some_heads = min(block, CHUNK), launch._heads_a_box(block)
+        kv_heads, group = k.shape[2], num_heads // k.shape[2]
+        groups, clusters = batch * kv_heads, launch._processors(q.device) // _CLUSTER
+        self.plan = plan
+        self.sets = batch * num_heads // some_heads
+        columns, items = WHOLE, 0
+        if not packed:
+            columns = divide_columns(
+                rules.rows, rules.num_levels, length, block, groups, group, _CLUSTER * clusters, CHUNKS
+            )
+            items = columns.num_items * columns.wave * -(-groups // columns.wave)
+        self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
+        kind = (q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)
+        self.kernel = backward_kernel(*kind)
+        self.statistics, self.round = (pass_kernel(name, *kind) for name in ("statistics", "round"))
+        self.lock = threading.Lock()  # one call at a time changes the parameters
+
+        params = self.params = cuda.allocate(structs.Backward)
+        params.scale, params.scale_log2 = plan.scale, plan.scale * LOG2E.value
+        params.table = rules.table.data_ptr()
+        params.length, params.kv_heads, params.group, params.groups = length, kv_heads, group, groups
+        params.num_items = items
+        own = params.columns
+        own.tiles[:], own.segments[:], own.batches[:] = columns.tiles, columns.segments, columns.batches
+        own.segment_rows, own.num_parts, own.wave = columns.segment_rows, columns.num_parts, columns.wave
+        contiguous = (length * num_heads * head_dim, num_heads * head_dim, head_dim)
+        self.q = launch._tensor_map(params, "q", q, q.stride(), some_heads, tokens)
+        self.k = launch._tensor_map(params, "k", k, k.stride(), 1, tokens)
+        self.v = launch._tensor_map(params, "v", v, v.stride(), 1, tokens)
+        self.dout = launch._tensor_map(params, "dout", q, contiguous, some_heads, tokens)  # only its shape is known yet
+        rows = self.rows = cuda.allocate(structs.Passes)
+        rows.scale, rows.length, rows.heads = plan.scale, length, num_heads
+
+        self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
+        self.sum_scalars = (
+            length, kv_heads, columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments,
+        )  # fmt: skip
+        self.sum = launch.sum_of_parts(q, plan, columns, groups)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        """All contiguous but q, k and v. Packed ones as a batch of one."""
+        device = q.device
+        stream = launch._stream(device)
+        counter = launch._counter(device, stream)
+        documents = launch._Documents.of(q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS)
+        boxes = self.sets * documents.boxes
+        stats = torch.empty((boxes, 2, CHUNK), dtype=torch.float32, device=device)
+        sums = torch.empty((boxes, CHUNK, q.shape[-1]), dtype=torch.float32, device=device)
+        divided = self.parts_shape[2] > 0
+        parts = torch.empty(self.parts_shape, dtype=torch.float32, device=device) if divided else stats
+        with self.lock:
+            rows, params = self.rows, self.params
+            rows.out, rows.dout, rows.lse = out.data_ptr(), dout.data_ptr(), lse.data_ptr()
+            rows.dlse = None if dlse is None else dlse.data_ptr()
+            rows.stats, rows.sums, rows.dq = stats.data_ptr(), sums.data_ptr(), dq.data_ptr()
+            rows.documents, rows.chunks = documents.table.data_ptr(), documents.boxes
+            rows.blocks = documents.boxes if cu_seqlens is None else documents.most_tiles
+            self.statistics.launch(self.sets * rows.blocks, rows, stream)
+            for tensor_map, x in ((self.q, q), (self.dout, dout), (self.k, k), (self.v, v)):
+                tensor_map.move(x.data_ptr())
+            params.stats, params.sums, params.parts = stats.data_ptr(), sums.data_ptr(), parts.data_ptr()
+            params.dk, params.dv = dk.data_ptr(), dv.data_ptr()
+            params.documents, params.counter = documents.table.data_ptr(), counter.data_ptr()
+            params.chunks, params.most_tiles = documents.boxes, documents.most_tiles
+            self.kernel.launch(self.grid, params, stream)
+            self.round.launch(self.sets * rows.blocks, rows, stream)
+        if divided:
+            self.sum(parts, dk, dv, self.plan.rules.table, *self.sum_scalars)
