@@ -191,7 +191,9 @@ def kernel_of(name: str, dim: int, block: int = 64, packed: bool = False) -> cud
     kind = (torch.bfloat16, dim, block, 1, False, packed)
     if name == "forward":
         return launch._forward_kernel(*kind)
-    return backward.backward_kernel(*kind) if name == "backward" else backward.pass_kernel(name, *kind)
+    if name == "backward":
+        return backward.backward_kernel(*kind)
+    return backward.pass_kernel(name, torch.bfloat16, dim, block, packed)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -213,8 +213,9 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
                 to.end[c] = run.end;
             }
             if (BLOCK < KEYS && lane < CHUNKS * ENTRIES) {
-                to.first[c][lane / CHUNKS] = block.exists ? block.block * BLOCK : -1;
-                to.until[c][lane / CHUNKS] = block.exists ? block.until * BLOCK : 0;
+                const bool is_worked_on = exists && block.exists;
+                to.first[c][lane / CHUNKS] = is_worked_on ? block.block * BLOCK : -1;
+                to.until[c][lane / CHUNKS] = is_worked_on ? block.until * BLOCK : 0;
             }
             if (lane == 0) {
                 to.all_step = all * sets;
@@ -235,8 +236,8 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
     }
 }
 
-// Walks the boxes of rows of an item's steps: those of all sets of heads, then those of the box before. Calls `work(box,
-// row, head)` with the box's number over B, sets of heads, boxes, its first row and its first head of the batch.
+// Walks the boxes of rows of an item's steps: those of all sets of heads, then those of the box before. Calls
+// `work(box, row, head)` with the box's number over B, sets of heads, boxes, its first row and first head of the batch.
 template <class Work>
 DEVICE void for_steps(const Item& item, const Params& params, const Work& work) {
     const int sets = params.group / ENTRIES, batch = divide(item.group, params.kv_heads);
@@ -290,8 +291,8 @@ DEVICE void load_rows(Shared& shared, const Params& params) {
     }
 }
 
-// Sends dS of every step to the other thread block, and adds dQ of the step before to its sums. The consumers leave both
-// in shared memory and go on.
+// Sends dS of every step to the other thread block, and adds dQ of the step before to its sums. The consumers leave
+// both in shared memory and go on.
 DEVICE void move_sums(Shared& shared, const Params& params) {
     constexpr int dscores_bytes = CONSUMERS * PANEL_BYTES, sums_bytes = ROWS * COLUMNS_EACH * 4;
     const bool is_mover = elected();
@@ -339,8 +340,8 @@ DEVICE void move_sums(Shared& shared, const Params& params) {
     }
 }
 
-// Loads keys and values of an item, and of the other thread block's keys those columns for which this one makes dQ; or
-// has the L2 cache load them.
+// Loads keys and values of an item, and of the other thread block's keys those columns for which this one makes dQ;
+// or has the L2 cache load them.
 template <bool PREFETCHES>
 DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item) {
     const int batch = divide(item.group, params.kv_heads), head = item.group - batch * params.kv_heads;
@@ -524,7 +525,8 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         __syncwarp();
         if (is_first_lane) barrier_arrive(base + PLACE(dscores_full) + 8 * stage);
     };
-    // Waits for that of all.
+    // Waits for that of all. Ordinary stores wrote some of it: the fence of who reads puts them before its products,
+    // and that of `move_sums` before its copy, so that who writes need not wait for its stores.
     const auto receive = [&](int phase) {
         barrier_wait(base + PLACE(dscores_full) + 8 * consumer, phase);
         barrier_wait(base + PLACE(other_full) + 8 * consumer, phase);
@@ -546,7 +548,9 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             barrier_arrive_remote(other_base + PLACE(dscores_empty) + 8 * consumer);
         }
     };
-    // Leaves dQ of a step. The consumers take turns with the place, as they do with steps.
+    // Leaves dQ of a step. The consumers take turns with the place, as they do with steps. `receive` has seen that
+    // `move_sums` is in this step (it says what is to come from the other thread block): all sums but those of the step
+    // before are gone by then, and a parity tells whether these are too.
     const auto add = [&](const float (&x)[COLUMNS_EACH / 2]) {
         barrier_wait(base + PLACE(sums_empty), consumer ^ 1);
         stage_sums(x, base + PLACE(sums) + warp * (16 * COLUMNS_EACH * 4));
@@ -601,7 +605,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                     barrier_arrive(base + PLACE(gradients_empty) + 8 * ring.index);
                 }
                 barrier_wait(base + PLACE(dscores_empty) + 8 * ring.index, ring.phase ^ 1);
-                if (item.key[consumer] < 0) {
+                if (!PACKED && nth < STAGES && item.key[consumer] < 0) {  // the slots keep them
                     const unsigned zeros[16] = {};
                     stage_scores(zeros, base + PLACE(dscores) + ring.index * SLOT_BYTES + consumer * PANEL_BYTES);
                 }

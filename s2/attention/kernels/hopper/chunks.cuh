@@ -147,7 +147,7 @@ DEVICE WorkItem locate_item(int item, int groups, const Columns& columns) {
     return {0, 0, 0, 0, 0};
 }
 
-// First part of a level: those of wider levels that are divided into segments come before, two chunks a tile.
+// First part of a level: those of wider levels that are divided into segments come before, CHUNKS a tile.
 DEVICE int part_begin(int level, const Columns& columns) {
     int begin = 0;
 #pragma unroll

@@ -58,7 +58,7 @@ def chunk_run(
 
 
 @triton.jit
-def _pairs(blocks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr = 2):
+def _items(blocks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr = 2):
     """Items of CHUNKS chunks that so many blocks of a level make."""
     if BLOCK >= CHUNK:
         return (blocks * (BLOCK // CHUNK) + CHUNKS - 1) // CHUNKS
@@ -72,7 +72,7 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
     < 0: a spare."""
     wider, found, index = 0, -1, 0
     if SINKS:
-        tiles = _pairs(tl.minimum(rule[1], num_blocks), BLOCK)
+        tiles = _items(tl.minimum(rule[1], num_blocks), BLOCK)
         found = tl.where(tile < tiles, LEVELS + 1, -1)
         index = tl.where(tile < tiles, tile, 0)
         tile = tl.where(tile < tiles, tile, tile - tiles)
@@ -80,7 +80,7 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
         belong = num_blocks
         if step < LEVELS:
             belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
-        tiles = _pairs(belong - wider, BLOCK)
+        tiles = _items(belong - wider, BLOCK)
         here = (found < 0) & (tile < tiles)
         found = tl.where(here, LEVELS - step, found)
         index = tl.where(here, tile, index)
@@ -94,13 +94,13 @@ def _counts(
     length, sinks, BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BOXES boxes of rows (SHARE of the same rows), such rows, and pairs of key chunks of documents, sinks
-    twice; of the pairs one may be short in every level."""
+    """Tiles of BOXES boxes of rows (SHARE of the same rows), such rows, and items of CHUNKS key chunks of documents,
+    sinks twice; of the items one may be short in every level."""
     box: tl.constexpr = min(BLOCK, CHUNK)
     blocks = (length + BLOCK - 1) // BLOCK
-    pairs = _pairs(blocks, BLOCK, CHUNKS) + LEVELS + _pairs(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
+    items = _items(blocks, BLOCK, CHUNKS) + LEVELS + _items(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
     boxes = (length + box - 1) // box
-    return (boxes * SHARE + BOXES - 1) // BOXES, boxes, tl.where(length > 0, pairs, 0)
+    return (boxes * SHARE + BOXES - 1) // BOXES, boxes, tl.where(length > 0, items, 0)
 
 
 @triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks"])
@@ -109,34 +109,34 @@ def attention_documents(
     BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The table of packed work, int32 `[1 + most_tiles + pairs, 4]`: the numbers of tiles and pairs; then for each tile
+    """The table of packed work, int32 `[1 + most_tiles + items, 4]`: the numbers of tiles and items; then for each tile
     of BOXES boxes of rows (64 tokens, or a smaller block; SHARE of the same rows stand side by side), and after room
-    for `most_tiles` for each pair of key chunks: its first box or its number in the document, the token where the
-    document begins, its length, and the boxes before it (not counted SHARE times). A program writes one document's.
-    `sinks` are the most of any head."""
+    for `most_tiles` for each item of CHUNKS key chunks: its first box or its number in the document, the token where
+    the document begins, its length, and the boxes before it (not counted SHARE times). A program writes one
+    document's. `sinks` are the most of any head."""
     document = tl.program_id(0)
-    tiles, chunks, pairs = 0, 0, 0
+    tiles, chunks, items = 0, 0, 0
     for start in range(0, document, WIDTH):
         lane = start + tl.arange(0, WIDTH)
         before = lane < document
         begin = tl.load(cu_seqlens + lane, mask=before, other=0)
         length = tl.load(cu_seqlens + lane + 1, mask=before, other=0) - begin
-        own_tiles, own_chunks, own_pairs = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
+        own_tiles, own_chunks, own_items = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
         tiles += tl.sum(own_tiles, 0)
         chunks += tl.sum(own_chunks, 0)
-        pairs += tl.sum(own_pairs, 0)
+        items += tl.sum(own_items, 0)
     begin = tl.load(cu_seqlens + document)
     length = tl.load(cu_seqlens + document + 1) - begin
-    own_tiles, _, own_pairs = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
+    own_tiles, _, own_items = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
     if document == num_documents - 1:
         tl.store(documents, tiles + own_tiles)
-        tl.store(documents + 1, pairs + own_pairs)
+        tl.store(documents + 1, items + own_items)
     for start in range(0, own_tiles, WIDTH):
         lane = start + tl.arange(0, WIDTH)
         _store_entries(documents + 4 * (1 + tiles), lane, lane < own_tiles, lane * BOXES, begin, length, chunks)
-    for start in range(0, own_pairs, WIDTH):
+    for start in range(0, own_items, WIDTH):
         lane = start + tl.arange(0, WIDTH)
-        _store_entries(documents + 4 * (1 + most_tiles + pairs), lane, lane < own_pairs, lane, begin, length, chunks)
+        _store_entries(documents + 4 * (1 + most_tiles + items), lane, lane < own_items, lane, begin, length, chunks)
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def _store_entries(to, lane, mask, first, begin, length, chunk):
 
 @triton.jit
 def part_begin(level, tiles, segments, WIDEST: tl.constexpr, CHUNKS: tl.constexpr = 2):
-    """First part of a level: those of wider levels that are divided into segments come before, two chunks a tile. Sinks
+    """First part of a level: those of wider levels that are divided into segments come before, CHUNKS a tile. Sinks
     are the widest level where there are any."""
     begin = 0
     for other in tl.static_range(1, WIDEST + 1):

@@ -52,9 +52,9 @@ DEVICE void barrier_wait(unsigned barrier, int parity) {
         "@!done bra AGAIN; }" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// The next of `count` pieces of work, for a warp: each thread block first takes that of its own number, then draws from
-// a counter until there is nothing left, once in vain. They draw as many times in all as there are pieces, and the last
-// draw leaves the counter zero for the next launch.
+// The next of `count` pieces of work, for a warp of a thread block, or of the first one of a cluster. The `blocks` of
+// them first take the piece of their own number, then draw from a counter until there is nothing left, once in vain.
+// They draw as many times in all as there are pieces, and the last draw leaves the counter zero for the next launch.
 DEVICE int draw(int* counter, int count, int blocks) {
     int drawn = 0;
     if (threadIdx.x % WARP == 0) {

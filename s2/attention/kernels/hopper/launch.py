@@ -533,7 +533,8 @@ class _Backward:
 
 def _takes_one_pass(plan: _Plan, length: int, cu_seqlens: Tensor | None) -> bool:
     """Whether the backward goes over the visible pairs once: where queries see many keys, and if
-    `torch.use_deterministic_algorithms` has not been called. Of packed documents the mean length counts."""
+    `torch.use_deterministic_algorithms` has not been called. Of packed documents the mean length counts, since borders
+    are on the device: a long one among many short ones is taken for short."""
     if plan.head_dim != _ONE_PASS_DIM or torch.are_deterministic_algorithms_enabled():
         return False
     if cu_seqlens is not None:

@@ -35,14 +35,9 @@ def backward_kernel(
     return cuda.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, shared_bytes)
 
 
-def pass_kernel(
-    name: str, dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool
-) -> cuda.Kernel:
-    """`statistics` or `round`."""
-    constants = {
-        **_constants(dtype, head_dim, block, levels, sinks, packed),
-        "BOXES": _BOXES if packed else 1,
-    }
+def pass_kernel(name: str, dtype: torch.dtype, head_dim: int, block: int, packed: bool) -> cuda.Kernel:
+    """`statistics` or `round`, whatever the rules."""
+    constants = {**_constants(dtype, head_dim, block, 0, False, packed), "BOXES": _BOXES if packed else 1}
     return cuda.Kernel(Path(__file__).with_name("passes.cu"), f"attention_{name}", constants, _PASS_THREADS, 0)
 
 
@@ -75,9 +70,10 @@ class OnePass:
             )
             items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
-        kind = (q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)
-        self.kernel = backward_kernel(*kind)
-        self.statistics, self.round = (pass_kernel(name, *kind) for name in ("statistics", "round"))
+        self.kernel = backward_kernel(q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)
+        self.statistics, self.round = (
+            pass_kernel(name, q.dtype, head_dim, block, packed) for name in ("statistics", "round")
+        )
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
         params = self.params = cuda.allocate(structs.Backward)
