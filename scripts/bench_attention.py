@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
+import random
 import re
 import shlex
 import subprocess
@@ -23,7 +25,16 @@ from typing import Any
 
 import torch
 import triton
-from bench_kernels import MAX_FLEX_LENGTH, Entry, dense_entries, flex_entries, peer_entry, s2_entry
+from bench_kernels import (
+    MAX_FLEX_LENGTH,
+    Entry,
+    dense_entries,
+    flex_entries,
+    packed_entry,
+    peer_entry,
+    s2_entry,
+    visible_pairs,
+)
 from bench_measure import GRAPH_LENGTHS, Inputs, Known, Timing, first_line, free_memory, measure, measure_host
 from bench_report import Row, blank_row, line, write
 from torch import Tensor
@@ -39,7 +50,9 @@ LONGEST_DENSE = 1 << 18
 @dataclass(frozen=True)
 class Case:
     """One set-up of heads and sizes. `lengths` None: those of --lengths. `only_ours`: our kernels, and cuDNN up to
-    `LONGEST_DENSE` tokens, beyond which a dense backward takes minutes."""
+    `LONGEST_DENSE` tokens, beyond which a dense backward takes minutes. `over`: the case over whose rates of the same
+    pattern ours are put; in smaller blocks a pattern is as dense as there, with as many tokens in its window. `packed`:
+    documents of log-uniform lengths, over one sequence of as many visible pairs."""
 
     name: str
     batch: int = 1
@@ -49,11 +62,14 @@ class Case:
     block_size: int = 64
     lengths: tuple[int, ...] | None = None
     only_ours: bool = False
+    over: str | None = None
+    packed: bool = False
+    spec: str | None = None  # instead of --patterns
 
     def title(self, dtype: str) -> str:
         return (
             f"{self.name}: batch {self.batch}, {self.heads}/{self.kv_heads} heads, d {self.head_dim}, "
-            f"block {self.block_size}, {dtype}"
+            f"block {self.block_size}, {dtype}{', packed documents' if self.packed else ''}"
         )
 
 
@@ -63,8 +79,12 @@ CASES = {
         Case("default"),
         Case("gqa", kv_heads=8),
         Case("gqa70b", heads=64, kv_heads=8),
-        Case("d64", head_dim=64),
+        Case("d64", head_dim=64, over="default"),
         Case("small", batch=4, lengths=(4096,)),
+        Case("block32", kv_heads=8, block_size=32, only_ours=True, over="gqa"),
+        Case("block16", kv_heads=8, block_size=16, only_ours=True, over="gqa"),
+        Case("packed", lengths=(32768,), packed=True),
+        Case("packed-gqa", kv_heads=8, lengths=(32768,), packed=True),
     )
 }
 
@@ -73,12 +93,20 @@ CASES = {
 
 
 def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entry]:
+    specs = [case.spec] if case.spec else args.patterns
+    if case.packed:
+        borders = document_borders(seq_len)
+        for spec in specs:
+            for backend in args.backends:
+                yield packed_entry(spec, Pattern.parse(spec, case.block_size), backend, borders)
+        return
     if seq_len <= LONGEST_DENSE or not case.only_ours:
         yield from dense_entries()[1 if case.only_ours else 0 :]
-    for spec in args.patterns:
-        pattern = Pattern.parse(spec, case.block_size)
+    for spec in specs:
+        own = in_blocks_of(case, spec)
+        pattern = Pattern.parse(own, case.block_size)
         for backend in args.backends:
-            yield s2_entry(spec, pattern, backend)
+            yield s2_entry(own, pattern, backend, spec)
         if case.only_ours:
             continue
         if seq_len in args.flex_lengths:
@@ -100,6 +128,37 @@ def nearest(spec: str, block_size: int, other: int) -> str:
         raise ValueError(f"--patterns: {spec} cannot be written in a peer's blocks of {other}; use L<local>V<stride>")
     local, stride = (max(1, round(int(number) * block_size / other)) for number in match.groups())
     return f"L{local}V{max(stride, 2)}"
+
+
+def in_blocks_of(case: Case, spec: str) -> str:
+    """A pattern in the case's blocks; where they are smaller than those of the case it is compared with, every
+    stride-th of them, and as many tokens in the window."""
+    block_size = CASES[case.over].block_size if case.over in CASES else case.block_size
+    if block_size <= case.block_size:
+        return spec
+    match = re.fullmatch(r"L(\d+)V(\d+)", spec)
+    if match is None or block_size % case.block_size:
+        raise ValueError(f"--patterns: {spec} cannot be written in blocks of {case.block_size}; use L<local>V<stride>")
+    return f"L{int(match[1]) * block_size // case.block_size}V{match[2]}"
+
+
+def document_borders(tokens: int) -> list[int]:
+    """Of documents of log-uniform lengths, 256 to 16k, always the same ones."""
+    rng, borders = random.Random(0), [0]
+    while borders[-1] < tokens:
+        borders.append(min(borders[-1] + int(2 ** rng.uniform(8, 14)), tokens))
+    return borders
+
+
+def as_long(spec: str, block_size: int, tokens: int) -> int:
+    """Tokens of one sequence with as many visible pairs as packed documents have, in whole blocks."""
+    pattern = Pattern.parse(spec, block_size)
+    wanted = visible_pairs(pattern, [end - begin for begin, end in itertools.pairwise(document_borders(tokens))])
+    low, high = 1, -(-tokens // block_size)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if visible_pairs(pattern, [middle * block_size]) >= wanted else (middle + 1, high)
+    return low * block_size
 
 
 def random_inputs(case: Case, seq_len: int, args: argparse.Namespace) -> tuple[Inputs, Tensor]:
@@ -124,7 +183,7 @@ def measure_length(case: Case, seq_len: int, args: argparse.Namespace) -> Iterat
     known: Known = {}
     for entry in wanted:
         density = entry.pattern.density(seq_len, case.kv_heads) if entry.pattern else 1.0
-        pairs = density * seq_len * (seq_len + 1) / 2
+        pairs = entry.pairs or density * seq_len * (seq_len + 1) / 2
         flops = 4 * case.head_dim * case.batch * case.heads * pairs
         yield measure(entry, inputs, dout, flops, Timing(args.warmup, args.rep), known)
         free_memory()
@@ -214,7 +273,15 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     cases = []
     for name in dict.fromkeys(args.cases):
         case = replace(CASES[name], **sizes)
-        cases.append(replace(case, lengths=case.lengths or tuple(args.lengths)))
+        case = replace(case, lengths=case.lengths or tuple(args.lengths))
+        if case.packed:
+            one = replace(case, name=f"{name}-one", packed=False, only_ours=True)
+            cases.append(replace(case, over=one.name))
+            for spec in args.patterns:
+                lengths = tuple(as_long(spec, case.block_size, tokens) for tokens in case.lengths or ())
+                cases.append(replace(one, lengths=lengths, spec=spec))
+            continue
+        cases.append(case)
         if args.long_lengths:
             kv_heads = max(1, case.kv_heads * args.long_heads // case.heads)
             fewer = {"heads": args.long_heads, "kv_heads": kv_heads, "only_ours": True}
@@ -237,10 +304,12 @@ def check(args: argparse.Namespace) -> None:
     for case in args.cases:
         if min(case.batch, case.heads, case.kv_heads, case.head_dim) < 1:
             raise ValueError(f"{case.title(args.dtype)}: every size must be 1 or more")
+        if case.packed and case.batch > 1:
+            raise ValueError(f"case {case.name}: packed documents are one sequence, so --batch must be 1")
         if case.heads % case.kv_heads:
             raise ValueError(f"case {case.name}: {case.heads} heads are not a multiple of {case.kv_heads} KV heads")
         for spec in args.patterns:
-            Pattern.parse(spec, case.block_size)  # names the spec and what is wrong
+            Pattern.parse(in_blocks_of(case, spec), case.block_size)  # names the spec and what is wrong
             for _, _, block in args.peers:
                 if block:
                     Pattern.parse(nearest(spec, case.block_size, block), block)
@@ -259,6 +328,9 @@ METHOD = [
     "ours has a row with it too",
     "Flex: FlexAttention under torch.compile, its block mask (queries x keys) built from the pattern, tiles that are "
     "visible as a whole marked so",
+    "our rates over another case's: useful TFLOP/s of the same pattern; in smaller blocks it is as dense, with as many "
+    "tokens in its window; packed documents (log-uniform, 256 to 16k tokens) are put over one sequence of as many "
+    "visible pairs",
 ]
 
 

@@ -7,6 +7,7 @@ builder evaluates the mask for every pair of tokens, which at 128k and per-head 
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Entry:
     context: Callable[[], AbstractContextManager] = nullcontext
     graph: bool = False  # also time the forward in a CUDA graph
     note: str = ""
+    spec: str = ""  # of our kernels: the pattern as it was asked for
+    pairs: float | None = None  # visible ones a head, if not those of one sequence
 
 
 # ---------------------------------------------------------------- ours and dense
@@ -71,13 +74,35 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Forward:
     return forward
 
 
-def s2_entry(spec: str, pattern: Pattern, backend: str) -> Entry:
+def s2_entry(spec: str, pattern: Pattern, backend: str, asked: str = "") -> Entry:
+    """`asked`: the pattern in the words of --patterns, where `spec` says it in other blocks."""
+
     def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
         if backend == "hopper" and not supports(q, k, v, pattern, packed=False):
             raise Skipped("the Hopper kernels do not take this case")
         return partial(s2_attention, q, k, v, pattern, backend=backend)
 
-    return Entry(f"S2 {spec} {backend}", build, pattern, graph=backend == "hopper")
+    return Entry(f"S2 {spec} {backend}", build, pattern, graph=backend == "hopper", spec=asked or spec)
+
+
+def packed_entry(spec: str, pattern: Pattern, backend: str, borders: list[int]) -> Entry:
+    """Our kernels on a sequence of packed documents."""
+
+    def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
+        rows = [x[0] for x in (q, k, v)]
+        if backend == "hopper" and not supports(*rows, pattern, packed=True):
+            raise Skipped("the Hopper kernels do not take this case")
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=q.device)
+        return lambda: s2_attention(*rows, pattern, cu_seqlens=cu_seqlens, backend=backend)[None]
+
+    lengths = [end - begin for begin, end in itertools.pairwise(borders)]
+    name = f"S2 {spec} {backend}, {len(lengths)} documents"
+    return Entry(name, build, pattern, graph=backend == "hopper", spec=spec, pairs=visible_pairs(pattern, lengths))
+
+
+def visible_pairs(pattern: Pattern, lengths: list[int], heads: int = 16) -> float:
+    """Of documents of some lengths, a head (of so many: the residues of a stride differ a little)."""
+    return sum(sum(pattern.visible_pairs(n, heads)) for n in lengths) / heads
 
 
 def peer_entry(name: str, target: str, spec: str, pattern: Pattern) -> Entry:

@@ -89,7 +89,7 @@ def measure(entry: Entry, inputs: Inputs, dout: Tensor, flops: float, timing: Ti
     """The row of one kernel; `flops` are its useful operations forward. It never raises: a kernel that cannot run
     gets the reason, one whose backward cannot keeps its forward figures."""
     seq_len = inputs[0].shape[1]
-    row, stage = blank_row(entry.name, seq_len), "forward"
+    row, stage = blank_row(entry.name, seq_len) | {"spec": entry.spec}, "forward"
     try:
         with entry.context():
             forward = entry.build(*inputs)

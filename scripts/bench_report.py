@@ -125,6 +125,36 @@ def targets(sections: list[dict[str, Any]]) -> str:
     return markdown(header, body, text_columns=(0, 1, 2))
 
 
+def comparisons(sections: list[dict[str, Any]]) -> str:
+    """Our rates over those of the same pattern and backend in another case; empty where there are none. Of packed
+    documents the other case has lengths of its own, in the same order."""
+    header = ("case", "over", "pattern", "backend", "length", "forward", "backward")
+    body = []
+    for section in sections:
+        case = section.get("case", {})
+        others = [other for other in sections if case.get("over") == other["name"]]
+        rows = [row for row in section["rows"] if row.get("spec")]
+        for row in rows:
+            backend = row["name"].split()[2].rstrip(",")
+            theirs = [
+                r for other in others for r in other["rows"]
+                if r.get("spec") == row["spec"] and r["name"].split()[2] == backend
+            ]  # fmt: skip
+            if case.get("packed"):
+                nth = case["lengths"].index(row["seq_len"])
+                base = theirs[nth] if nth < len(theirs) else None
+            else:
+                base = next((r for r in theirs if r["seq_len"] == row["seq_len"]), None)
+            if base is not None:
+                rates = [_over(row[key], base[key]) for key in ("forward_tflops", "backward_tflops")]
+                body.append([section["name"], case["over"], row["spec"], backend, f"{row['seq_len']:,}", *rates])
+    return markdown(header, body, text_columns=(0, 1, 2, 3)) if body else ""
+
+
+def _over(value: float | None, other: float | None) -> str:
+    return "-" if value is None or other is None else f"{value / other:.2f}"
+
+
 def markdown(header: tuple[str, ...], body: list[list[str]], text_columns: tuple[int, ...]) -> str:
     rule = "|".join("---" if i in text_columns else "---:" for i in range(len(header)))
     return "\n".join([_line(header), f"|{rule}|", *map(_line, body)])
@@ -215,6 +245,9 @@ def report(record: dict[str, Any], plots: dict[str, str]) -> str:
             parts.append(f"![time, rates and speed-up, {section['name']}]({plots[section['name']]})")
     if record["host"]:
         parts += ["## Host time of one call, microseconds", host_table(record["host"]), notes(record["host"])]
+    compared = comparisons(record["sections"])
+    if compared:
+        parts += ["## Our rates over another case's", compared]
     if record.get("targets"):
         parts += ["## Targets: rate over cuDNN's", targets(record["sections"])]
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -1,5 +1,6 @@
 """The attention benchmark without a GPU: FlexAttention's block lists, rows of what cannot run, arguments, report."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -298,6 +299,55 @@ def test_bad_arguments_are_named(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_small_blocks_take_patterns_of_the_same_density():
+    args = parse("--cases", "gqa,block16,d64", "--patterns", "L1V15,L8V16", "--lengths", "4096")
+    small = args.cases[1]
+    ours = [entry for entry in bench_attention.entries(small, 4096, args) if entry.spec]
+    assert [(entry.name, entry.spec) for entry in ours] == [
+        (f"S2 {own} {backend}", spec)
+        for own, spec in (("L4V15", "L1V15"), ("L32V16", "L8V16"))
+        for backend in ("triton", "hopper")
+    ]
+    for entry, block in zip(ours[::2], ("L1V15", "L8V16"), strict=True):
+        density = entry.pattern.density(65536, 16) / Pattern.parse(block, 64).density(65536, 16)
+        assert density == pytest.approx(1, abs=0.03)
+    assert [case.block_size for case in parse("--cases", "d64", "--block-size", "128").cases] == [128]
+    (d64,) = [case for case in args.cases if case.name == "d64"]
+    assert [entry.spec for entry in bench_attention.entries(d64, 4096, args) if entry.spec] == ["L1V15"] * 2 + [
+        "L8V16"
+    ] * 2
+
+
+def test_packed_documents_come_with_one_sequence_of_as_many_pairs():
+    args = parse("--cases", "packed-gqa", "--patterns", "L1V15,L8V16")
+    packed, *ones = args.cases
+    assert packed.over == "packed-gqa-one" and [case.spec for case in ones] == ["L1V15", "L8V16"]
+    borders = bench_attention.document_borders(32768)
+    lengths = [end - begin for begin, end in itertools.pairwise(borders)]
+    assert borders[0] == 0 and borders[-1] == 32768 and all(256 <= n <= 16384 for n in lengths[:-1])
+    for spec, one, entry in zip(
+        ("L1V15", "L8V16"), ones, list(bench_attention.entries(packed, 32768, args))[::2], strict=True
+    ):
+        assert entry.spec == spec and f"{len(lengths)} documents" in entry.name
+        assert one.lengths[0] % 64 == 0 and one.lengths[0] < 32768
+        wanted = sum(sum(Pattern.parse(spec, 64).visible_pairs(n, 16)) for n in lengths) / 16
+        assert entry.pairs == wanted
+        found = [sum(Pattern.parse(spec, 64).visible_pairs(n, 16)) / 16 for n in (one.lengths[0] - 64, one.lengths[0])]
+        assert found[0] < wanted <= found[1]
+
+
+def test_packed_documents_give_what_they_give_apart():
+    args = parse("--cases", "packed", "--patterns", "L1V3", "--backends", "triton")
+    (entry,) = bench_attention.entries(args.cases[0], 700, args)
+    q, k, v = (torch.randn(1, 700, 2, 16) for _ in range(3))
+    out = entry.build(q, k, v)
+    borders = bench_attention.document_borders(700)
+    assert out().shape == q.shape
+    for begin, end in itertools.pairwise(borders):
+        own = s2_attention(*(x[:, begin:end] for x in (q, k, v)), Pattern.parse("L1V3"), backend="triton")
+        torch.testing.assert_close(out()[:, begin:end], own)
+
+
 def test_the_peers_that_come_along_are_skipped_where_their_libraries_are_missing():
     q = torch.zeros(1, 256, 2, 128)
     for target in ("bench_peers:dkernel", "bench_peers:flash_attention_4"):
@@ -376,6 +426,29 @@ def test_targets_are_rates_of_the_hopper_rows_over_cudnn():
         "| default | L1V15 | forward | 2.00 | - | - |",
         "| default | L1V15 | backward | 2.00 | - | - |",
     ]
+
+
+def test_rates_are_put_over_those_of_another_case():
+    def section(name, rows, **case):
+        rows = [{"name": n, "spec": spec, "seq_len": length, "forward_tflops": f, "backward_tflops": b}
+                for n, spec, length, f, b in rows]  # fmt: skip
+        return {"name": name, "case": case, "rows": rows}
+
+    sections = [
+        section("gqa", [("S2 L1V15 hopper", "L1V15", 8192, 400.0, 200.0),
+                        ("S2 L1V15 triton", "L1V15", 8192, 9.0, 9.0)]),
+        section("block16", [("S2 L4V15 hopper", "L1V15", 8192, 300.0, None)], over="gqa"),
+        section("packed", [("S2 L8V16 hopper, 3 documents", "L8V16", 32768, 90.0, 80.0)], over="packed-one",
+                packed=True, lengths=[32768]),
+        section("packed-one", [("S2 L1V15 hopper", "L1V15", 100, 1.0, 1.0)], spec="L1V15"),
+        section("packed-one", [("S2 L8V16 hopper", "L8V16", 200, 100.0, 100.0)], spec="L8V16"),
+    ]  # fmt: skip
+    lines = bench_report.comparisons(sections).splitlines()[2:]
+    assert lines == [
+        "| block16 | gqa | L1V15 | hopper | 8,192 | 0.75 | - |",
+        "| packed | packed-one | L8V16 | hopper | 32,768 | 0.90 | 0.80 |",
+    ]
+    assert bench_report.comparisons(sections[:1]) == ""
 
 
 def test_report_holds_the_tables_and_plots_and_json_every_row(tmp_path):
