@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import cuda, launch, structs
+from s2.attention.kernels.hopper import cuda, launch, plans, structs
 from s2.attention.kernels.hopper import one_pass as backward
 from tests.attention import standins
 
@@ -60,17 +60,17 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda, "TensorMap", standins.TensorMap)
     monkeypatch.setattr(cuda, "compile_kernel", lambda source, constants: b"")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_PLANS", {})
+    monkeypatch.setattr(plans, "PLANS", {})
     monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: False)
-    monkeypatch.setattr(launch, "_processors", lambda device: 132)
-    monkeypatch.setattr(launch, "_stream", lambda device: STREAM)
+    monkeypatch.setattr(plans, "processors_of", lambda device: 132)
+    monkeypatch.setattr(plans, "stream_of", lambda device: STREAM)
     counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(launch, "_counter", lambda device, stream: counter)
+    monkeypatch.setattr(plans, "counter_of", lambda device, stream: counter)
 
     def record(self, *arguments):
         seen.gluon.append((self.function.fn.__name__, self, arguments))
 
-    monkeypatch.setattr(launch._Launch, "__call__", record)
+    monkeypatch.setattr(plans.Launch, "__call__", record)
     return seen
 
 
@@ -80,8 +80,8 @@ def one_pass(monkeypatch, launches):
     return launches
 
 
-def last_forward() -> launch._Forward:
-    *_, plan = launch._PLANS.values()
+def last_forward() -> launch.Forward:
+    *_, plan = plans.PLANS.values()
     assert plan.forward is not None
     return plan.forward
 
@@ -141,7 +141,7 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
     run(pattern)
     launches.gluon.clear()
     q, k, v, out = run(pattern)  # the plan is kept, the tensors are new
-    (plan,) = launch._PLANS.values()
+    (plan,) = plans.PLANS.values()
     values = dict(zip(parameters(launches.gluon[0][1])[0], launches.gluon[0][2], strict=True))
     for name, x in (("q_desc", q), ("k_desc", k), ("v_desc", v), ("do_desc", out)):
         descriptor = values[name]
@@ -249,9 +249,9 @@ def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block
     assert (constants["CONSUMERS"], constants["CONSUMER_REGISTERS"]) == (consumers, registers)
     assert (constants["PACKED"], constants["BF16"]) == (False, dtype == torch.bfloat16)
     problem = params.problem
-    (plan,) = launch._PLANS.values()
+    (plan,) = plans.PLANS.values()
     assert problem.table == plan.rules.table.data_ptr()
-    assert problem.counter == launch._counter(None, None).data_ptr()
+    assert problem.counter == plans.counter_of(None, None).data_ptr()
     assert (problem.length, problem.kv_heads, problem.group) == (length, kv_heads, heads // kv_heads)
     assert (problem.tiles_per_head, problem.num_tiles) == (tiles_per_head, num_tiles)
     assert (params.out_rows, params.lse) == (out.data_ptr(), lse.data_ptr())
@@ -279,9 +279,9 @@ def test_heads_at_the_end_are_worked_on_together(launches, batch, length, kv_hea
     q = torch.empty(batch, length, kv_heads * group, 128, dtype=torch.bfloat16, device="meta")
     k = q[:, :, :kv_heads]
     key = Pattern.parse("L1V15", block).key
-    rules = launch.schedule.rule_schedule(key, kv_heads, 0, 0, kv_heads, torch.device("cpu"))
-    plan = launch._Plan(rules, {"BLOCK": block}, 0.1, 128, group)
-    assert launch._Forward(q, k, k, plan, packed=False).problem.together == wanted
+    rules = plans.schedule.rule_schedule(key, kv_heads, 0, 0, kv_heads, torch.device("cpu"))
+    plan = plans.Plan(rules, {"BLOCK": block}, 0.1, 128, group)
+    assert launch.Forward(q, k, k, plan, packed=False).problem.together == wanted
 
 
 def test_packed_calls_pass_their_documents(launches):
@@ -289,7 +289,7 @@ def test_packed_calls_pass_their_documents(launches):
     for borders in ([0, 300, 1000], [0, *range(1, 1001)], [0, 1000]):
         cu_seqlens = torch.tensor(borders, dtype=torch.int32)
         run(pattern, length=1000, heads=8, batch=1, cu_seqlens=cu_seqlens)
-        assert len(launch._PLANS) == 1
+        assert len(plans.PLANS) == 1
         params, arguments = launches.forward[-1]
         # the table is that of the forward: it is made first
         name, _, (_, table, count, most_tiles, _) = launches.gluon[0]
@@ -341,7 +341,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
     sets, tokens = 16 // (64 // min(block, 64)), min(block, 64)
     boxes = params.chunks
     assert boxes >= -(-length // tokens) and rows.chunks == boxes
-    (plan,) = launch._PLANS.values()
+    (plan,) = plans.PLANS.values()
     # parameters are changed in place: those of the two passes over rows are the same at any time
     assert rows.out == rows.dout == out.data_ptr() == params.dout[0] and bool(rows.dlse) == dlse
     assert (rows.length, rows.heads, rows.stats, rows.sums) == (length, 16, params.stats, params.sums)
@@ -376,10 +376,10 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
         assert list(inspect.signature(kernel.function.fn).parameters)[-len(kernel.constants) :] == [*kernel.constants]
 
 
-def plan_of(spec: str, block: int = 64, heads: int = 8, kv_heads: int = 8, dim: int = 128) -> launch._Plan:
+def plan_of(spec: str, block: int = 64, heads: int = 8, kv_heads: int = 8, dim: int = 128) -> plans.Plan:
     q = torch.empty(1, 4, heads, dim, dtype=torch.bfloat16)
     k = torch.empty(1, 4, kv_heads, dim, dtype=torch.bfloat16)
-    return launch._plan(q, k, k, Pattern.parse(spec, block), (0, 0, kv_heads), 0.1, False)
+    return plans.plan_of(q, k, k, Pattern.parse(spec, block), (0, 0, kv_heads), 0.1, False)
 
 
 @pytest.mark.parametrize(
@@ -414,14 +414,14 @@ def test_deterministic_algorithms_take_two_passes():
 
 
 def test_streams_and_graphs_have_their_own_counters(monkeypatch):
-    monkeypatch.setattr(launch, "_COUNTERS", {})
+    monkeypatch.setattr(plans, "_COUNTERS", {})
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     device = torch.device("cpu")
-    first = launch._counter(device, 1)
-    assert launch._counter(device, 1) is first and launch._counter(device, 2) is not first
+    first = plans.counter_of(device, 1)
+    assert plans.counter_of(device, 1) is first and plans.counter_of(device, 2) is not first
     capturing = True
-    assert launch._counter(device, 1) is not first and len(launch._COUNTERS) == 2
+    assert plans.counter_of(device, 1) is not first and len(plans._COUNTERS) == 2
 
 
 def no_library():
@@ -458,10 +458,10 @@ def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missin
 
 
 def test_plans_do_not_pile_up(launches, monkeypatch):
-    monkeypatch.setattr(launch, "_MAX_PLANS", 4)
+    monkeypatch.setattr(plans, "MAX_PLANS", 4)
     for length in range(1, 12):
         run(Pattern.parse("W3"), length=length)
-        assert len(launch._PLANS) <= 4
+        assert len(plans.PLANS) <= 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
@@ -473,9 +473,9 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
     for lengths in ([1] * 30, [64, 65, 63, 0, 0, 191, 193], [3000], [257, 1, 1, 700], [200] * 9):
         borders = torch.tensor([0, *lengths]).cumsum(0).int()
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
-        rules = launch.schedule.rule_schedule(pattern.key, 4, 0, 0, 4, q.device)
+        rules = plans.schedule.rule_schedule(pattern.key, 4, 0, 0, 4, q.device)
         plan = SimpleNamespace(rules=rules, constants={"LEVELS": rules.num_levels, "BLOCK": block})
-        documents = launch._Documents.of(q, plan, consumers, borders, share)
+        documents = plans.Documents.of(q, plan, consumers, borders, share)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)
         assert num_tiles == sum(-(-(-(-n // box) * share) // consumers) for n in lengths) <= documents.most_tiles

@@ -8,7 +8,7 @@ holds. The consumers work on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T
     P = exp2(scale_log2 * S - lse2)    dV += P^T dO    dS = P * (dP - delta)    dK += dS^T Q
 
 The chunks of the next item are loaded while this one is worked on. Levels with few long columns are divided into
-segments, whose sums leave as float32 parts (see `launch`).
+segments, whose sums leave as float32 parts (see `columns`).
 """
 
 from triton.experimental import gluon

@@ -1,20 +1,17 @@
 """Host side of the Hopper kernels: what they take, and how a call reaches the device.
 
-Everything about a call but its pointers is a `_Plan`, made once for a shape and kept: descriptors, grids, compiled
+Everything about a call but its pointers is a `plans.Plan`, made once for a shape and kept: descriptors, grids, compiled
 kernels. After that a call allocates its results, fills in the pointers and launches. The forward is CUDA C++ (`cuda`),
 the backward Gluon, and CUDA C++ too where one pass over the visible pairs is faster than two (`one_pass`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +19,10 @@ from torch import Tensor
 from ... import schedule
 from ...pattern import UNBOUNDED, Pattern, pattern_from_key
 from ..triton.forward import LOG2E
-from . import cuda, structs
-from .columns import CHUNK, WHOLE, Columns, divide_columns, mean_chunks
+from . import cuda, plans, structs
+from .columns import CHUNK, WHOLE, divide_columns, mean_chunks
+from .one_pass import OnePass
+from .plans import Heads
 
 _SMALLEST_BLOCK = 16
 _CONSUMERS = {64: 4, 128: 3}  # boxes of rows that a thread block of the forward works on, by head dimension
@@ -37,16 +36,9 @@ _PRODUCER_REGISTERS = 32  # of a thread of the forward's other warpgroup
 _MANY_CHUNKS = 23  # of keys, that a chunk of queries sees: from there on one pass over the pairs is faster than two
 _MANY_SHARED = 17  # the same with four query heads to a KV head and more
 _ONE_PASS_DIM = 128  # head dimension 64 was not faster so
-_WARPS = 4  # of the producer partition in Gluon, and of the pass that adds up parts
 _LAST_TILES = 5  # a processor at the end of the forward, of heads worked on together: the last tiles are short
 _MANY_TILES = 32  # a processor: from there on heads are worked on one by one to the end
-_MAX_PLANS = 512
 _NVRTC = 13  # the version that kernels are built and checked with; ptxas 12.8 has made wrong code (`common.opaque`)
-
-if TYPE_CHECKING:
-    from .one_pass import OnePass
-
-Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
@@ -61,7 +53,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) ->
     key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, pattern.key)
     known = _TAKEN.get(key)
     if known is None:
-        if len(_TAKEN) >= _MAX_PLANS:
+        if len(_TAKEN) >= plans.MAX_PLANS:
             _TAKEN.clear()
         known = _TAKEN[key] = _takes(q, k, v, pattern, packed)
     return known
@@ -105,16 +97,11 @@ def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> b
         and q.numel() > 0
         and (packed or q.shape[1] == k.shape[1])
         and pattern.block_size >= _SMALLEST_BLOCK
-        and q.shape[-2] // k.shape[-2] % _heads_a_box(pattern.block_size) == 0
+        and q.shape[-2] // k.shape[-2] % plans.heads_a_box(pattern.block_size) == 0
         and _has_closed_form(pattern.key)
         and keeps_moving(pattern.key, q.shape[-1])
         and all(_has_readable_strides(x) for x in (q, k, v))
     )
-
-
-def _heads_a_box(block_size: int) -> int:
-    """Query heads that the 64 rows of a box are of."""
-    return max(CHUNK // block_size, 1)
 
 
 @torch.compiler.assume_constant_result
@@ -148,46 +135,12 @@ def most_skipped(pattern: Pattern, consumers: int) -> int:
 _TAKEN: dict[tuple, bool] = {}
 
 
-def _at_16(x: Tensor) -> Tensor:
-    """At a multiple of 16 bytes, as TMA wants it and as a kept kernel (`_Launch`) was compiled for."""
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous too."""
-    return _at_16(x.contiguous())
-
-
 def _has_readable_strides(x: Tensor) -> bool:
     """TMA reads rows with unit stride that start at multiples of 16 bytes."""
     return x.stride(-1) == 1 and all(stride % 8 == 0 and stride > 0 for stride in x.stride()[:-1])
 
 
 # ---------------------------------------------------------------- launching
-
-
-_KERNELS: dict[tuple, Any] = {}
-
-
-class _Launch:
-    """A kernel on a grid with fixed constants. The first call of its kind (constants, and `kind`: what the types of the
-    arguments depend on) compiles and keeps the kernel; later ones hand the arguments straight to it: everything else
-    that Triton would specialize on is excluded from specialization, or aligned to 16 bytes."""
-
-    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], kind: tuple) -> None:
-        self.function, self.grid = function, grid
-        self.constants, self.values = constants, tuple(constants.values())
-        self.key = (function, self.values, kind)
-        self.run: Callable[..., None] | None = None
-
-    def __call__(self, *arguments: Any) -> None:
-        if self.run is None:
-            kernel = _KERNELS.get(self.key)
-            if kernel is None:
-                _KERNELS[self.key] = self.function[self.grid](*arguments, **self.constants, num_warps=_WARPS)
-                return
-            self.run = kernel[self.grid]
-        self.run(*arguments, *self.values)
 
 
 class _Boxes:
@@ -232,109 +185,13 @@ class _Boxes:
         return descriptor
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counter(device: torch.device, stream: int) -> Tensor:
-    """A zero from which the CTAs of a persistent kernel draw their work; the kernel leaves it zero. Kernels of one
-    stream share one. A graph gets its own, since it may be replayed beside anything."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    counter = _COUNTERS.get((device, stream))
-    if counter is None:
-        counter = _COUNTERS[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
-    return counter
-
-
-@dataclass
-class _Plan:
-    """One shape of call, packed calls as a batch of one."""
-
-    rules: schedule.RuleSchedule
-    constants: dict[str, Any]
-    scale: float
-    head_dim: int
-    group: int  # query heads to a KV head
-    forward: _Forward | None = None
-    backward: _Backward | None = None
-    one_pass: OnePass | None = None
-    is_long: dict[int, bool] = field(default_factory=dict)  # by (mean) length: see `_takes_one_pass`
-
-
-_PLANS: dict[tuple, _Plan] = {}
-
-
-def _plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool) -> _Plan:
-    strides = (q.stride(), k.stride(), v.stride())
-    key = (q.shape, k.shape, strides, q.dtype, q.device, pattern.key, heads, softmax_scale, packed)
-    plan = _PLANS.get(key)
-    if plan is None:
-        if len(_PLANS) >= _MAX_PLANS:
-            _PLANS.clear()
-        rules = schedule.rule_schedule(pattern.key, k.shape[2], *heads, q.device)
-        constants = {
-            "TABLE": schedule.TABLE_COLUMNS,
-            "BLOCK": pattern.block_size,
-            "LEVELS": rules.num_levels,
-            "SINKS": rules.has_sinks,
-        }
-        plan = _PLANS[key] = _Plan(rules, constants, softmax_scale, q.shape[3], q.shape[2] // k.shape[2])
-    return plan
-
-
 def _row_tiles(q: Tensor, block: int, consumers: int, packed: bool) -> tuple[tuple[int, int], tuple[int, int, int]]:
     """Tiles of `consumers` boxes of query rows, of one head (or set of heads) and in all, and the grid for them."""
     batch, length, num_heads, _ = q.shape
     tiles_per_head = -(-length // (consumers * min(block, CHUNK)))
-    num_tiles = tiles_per_head * (num_heads // _heads_a_box(block)) * batch
-    processors = _processors(q.device)
+    num_tiles = tiles_per_head * (num_heads // plans.heads_a_box(block)) * batch
+    processors = plans.processors_of(q.device)
     return (tiles_per_head, num_tiles), (processors if packed else min(num_tiles, processors), 1, 1)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made from their number
-
-
-@dataclass(frozen=True)
-class _Documents:
-    """The table of packed work (`chunks.attention_documents`), where its items begin, and room for the boxes
-    of rows of a head. An unpacked call gets another tensor in the table's place."""
-
-    table: Tensor
-    most_tiles: int
-    boxes: int
-
-    @classmethod
-    def of(
-        cls, q: Tensor, plan: _Plan, consumers: int, cu_seqlens: Tensor | None, share: int = 1, an_item: int = 2
-    ) -> _Documents:
-        """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side, and items of `an_item`
-        chunks."""
-        length = q.shape[1]
-        levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
-        tokens = min(block, CHUNK)
-        if cu_seqlens is None:
-            return cls(plan.rules.table, 0, -(-length // tokens))
-        from . import chunks
-
-        count = cu_seqlens.shape[0] - 1
-        most_tiles = length * share // (consumers * tokens) + count * (1 if share == 1 else 2 + share // consumers)
-        sinks = max(row[1] for row in plan.rules.rows)
-        most_keys = length + count * block  # in whole blocks
-        most_pairs = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
-        table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
-        constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels}
-        constants["WIDTH"] = 256
-        launch = _Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
-        launch(_aligned(cu_seqlens), table, count, most_tiles, sinks)
-        return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 
 # ---------------------------------------------------------------- forward
@@ -361,17 +218,17 @@ def _forward_kernel(
     return cuda.Kernel(source, "attention_forward", constants, (consumers + 1) * 128, shared_bytes)
 
 
-class _Forward:
+class Forward:
     """The forward's side of a plan: its kernel, and its parameters, whose pointers a call replaces."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, packed: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
         batch, length, num_heads, head_dim = q.shape
         block = plan.constants["BLOCK"]
-        tokens, some_heads = min(block, CHUNK), _heads_a_box(block)
+        tokens, some_heads = min(block, CHUNK), plans.heads_a_box(block)
         self.consumers = consumers = _CONSUMERS[head_dim]
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         self.share = group // some_heads  # boxes of the same rows, side by side: they share key tiles
-        self.heads, self.processors = batch * kv_heads, _processors(q.device)
+        self.heads, self.processors = batch * kv_heads, plans.processors_of(q.device)
         self.kernel = _forward_kernel(q.dtype, head_dim, block, plan.rules.num_levels, plan.rules.has_sinks, packed)
         tiles_per_head = -(-(-(-length // tokens) * self.share) // consumers)  # of a KV head
         num_tiles = tiles_per_head * self.heads
@@ -384,12 +241,12 @@ class _Forward:
         problem.length, problem.kv_heads, problem.group = length, kv_heads, group
         problem.tiles_per_head, problem.num_tiles = tiles_per_head, num_tiles
         problem.together = self.together(tiles_per_head)
-        self.q = _tensor_map(params, "q", q, q.stride(), some_heads, tokens)
-        self.k = _tensor_map(params, "k", k, k.stride(), 1, tokens)
-        self.v = _tensor_map(params, "v", v, v.stride(), 1, tokens)
+        self.q = plans.tensor_map(params, "q", q, q.stride(), some_heads, tokens)
+        self.k = plans.tensor_map(params, "k", k, k.stride(), 1, tokens)
+        self.v = plans.tensor_map(params, "v", v, v.stride(), 1, tokens)
         # of the output only the shape is known yet
         contiguous = (length * num_heads * head_dim, num_heads * head_dim, head_dim)
-        self.out = _tensor_map(params, "out", q, contiguous, some_heads, tokens)
+        self.out = plans.tensor_map(params, "out", q, contiguous, some_heads, tokens)
 
     def together(self, tiles_per_head: int) -> int:
         """KV heads at the end that are worked on together."""
@@ -404,7 +261,7 @@ class _Forward:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        documents: _Documents | None,
+        documents: plans.Documents | None,
         counter: Tensor,
         stream: int,
     ) -> None:
@@ -421,18 +278,6 @@ class _Forward:
             self.kernel.launch(self.grid, self.params, stream)
 
 
-def _tensor_map(
-    params: ctypes.Structure, field: str, x: Tensor, strides: tuple[int, ...], some_heads: int, tokens: int
-) -> cuda.TensorMap:
-    """Of `[B, S, H, D]` as `[B, H, S, D]`, in boxes of `tokens` tokens of some heads, and of 64 columns, which a
-    128-byte swizzle spans. `strides` in elements."""
-    batch, length, heads, head_dim = x.shape
-    return cuda.TensorMap(
-        params, field, x.data_ptr(), x.dtype, [batch, heads, length, head_dim],
-        [x.element_size() * strides[dim] for dim in (0, 2, 1)], [1, some_heads, tokens, 64],
-    )  # fmt: skip
-
-
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -444,45 +289,35 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
     -> lse `[Hq, T]`."""
-    q, k, v = _at_16(q), _at_16(k), _at_16(v)
+    q, k, v = plans.at_16(q), plans.at_16(k), plans.at_16(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     packed = cu_seqlens is not None
     if packed:
         q, k, v = q[None], k[None], v[None]
-    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
+    plan = plans.plan_of(q, k, v, pattern, heads, softmax_scale, packed)
     forward = plan.forward
     if forward is None:
-        forward = plan.forward = _Forward(q, k, v, plan, packed)
+        forward = plan.forward = Forward(q, k, v, plan, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    documents = _Documents.of(q, plan, forward.consumers, cu_seqlens, forward.share) if packed else None
-    stream = _stream(q.device)
-    forward(q, k, v, out, lse, documents, _counter(q.device, stream), stream)
+    documents = plans.Documents.of(q, plan, forward.consumers, cu_seqlens, forward.share) if packed else None
+    stream = plans.stream_of(q.device)
+    forward(q, k, v, out, lse, documents, plans.counter_of(q.device, stream), stream)
     return out, lse[0] if packed else lse
 
 
 # ---------------------------------------------------------------- backward
 
 
-def sum_of_parts(q: Tensor, plan: _Plan, columns: Columns, groups: int) -> _Launch:
-    """The pass that adds up the parts of divided columns."""
-    from . import chunks
-
-    constants = {name: plan.constants[name] for name in ("TABLE", "BLOCK", "LEVELS", "SINKS")}
-    constants = {"TABLE": constants.pop("TABLE"), "D": q.shape[-1], **constants, "CHUNKS": columns.chunks}
-    grid = (columns.num_parts, groups, 1)
-    return _Launch(chunks.attention_sum_parts, grid, constants, (q.dtype, q.shape[-1], q.device))
-
-
-class _Backward:
+class TwoPasses:
     """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. Packed documents are
     not divided into segments. `rows`: descriptors of dO and dQ; `keys`: of dK and dV (all contiguous)."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, packed: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
         from . import backward_kv, backward_q
 
         batch, length, num_heads, head_dim = q.shape
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
-        groups, processors = batch * kv_heads, _processors(q.device)
+        groups, processors = batch * kv_heads, plans.processors_of(q.device)
         constants, kind = plan.constants, (q.dtype, head_dim, q.device)
         tokens = min(constants["BLOCK"], CHUNK)
         self.q_boxes = _Boxes.of_rows(q, tokens)
@@ -500,7 +335,7 @@ class _Backward:
         scales = (plan.scale, plan.scale * LOG2E.value)
         self.q_scalars = (*scales, length, num_heads, group, *num_tiles)
         self.q = {
-            has_dlse: _Launch(
+            has_dlse: plans.Launch(
                 backward_q.attention_backward_q,
                 q_grid,
                 {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS[_Q_CONSUMERS],
@@ -512,7 +347,7 @@ class _Backward:
         division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
         self.kv_scalars = (*scales, length, kv_heads, group, groups, columns.wave, items)
         self.kv_division = (*division, *columns.batches)
-        self.kv = _Launch(
+        self.kv = plans.Launch(
             backward_kv.attention_backward_kv,
             (processors if packed else min(items, processors), 1, 1),
             {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "PACKED": packed,
@@ -520,7 +355,7 @@ class _Backward:
             kind,
         )  # fmt: skip
         self.sum_scalars = (length, kv_heads, *division)
-        self.sum = sum_of_parts(q, plan, columns, groups)
+        self.sum = plans.sum_of_parts(q, plan, columns, groups)
 
     def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
         """Room for the statistics of `rows` boxes, and its descriptor."""
@@ -531,7 +366,7 @@ class _Backward:
         return stats, boxes(stats)
 
 
-def _takes_one_pass(plan: _Plan, length: int, cu_seqlens: Tensor | None) -> bool:
+def _takes_one_pass(plan: plans.Plan, length: int, cu_seqlens: Tensor | None) -> bool:
     """Whether the backward goes over the visible pairs once: where queries see many keys, and if
     `torch.use_deterministic_algorithms` has not been called. Of packed documents the mean length counts, since borders
     are on the device: a long one among many short ones is taken for short."""
@@ -541,7 +376,7 @@ def _takes_one_pass(plan: _Plan, length: int, cu_seqlens: Tensor | None) -> bool
         length = max(length // max(cu_seqlens.shape[0] - 1, 1), 1)
     is_long = plan.is_long.get(length)
     if is_long is None:
-        if len(plan.is_long) >= _MAX_PLANS:
+        if len(plan.is_long) >= plans.MAX_PLANS:
             plan.is_long.clear()
         chunks = mean_chunks(plan.rules.rows, plan.constants["LEVELS"], length, plan.constants["BLOCK"])
         is_long = plan.is_long[length] = chunks >= (_MANY_SHARED if plan.group >= 4 else _MANY_CHUNKS)
@@ -563,27 +398,25 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable unless
     `_takes_one_pass`: then dQ is not."""
-    q, k, v = _at_16(q), _at_16(k), _at_16(v)
+    q, k, v = plans.at_16(q), plans.at_16(k), plans.at_16(v)
     device = q.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    out, lse, dout = _aligned(out), _aligned(lse), _aligned(dout)
-    dlse = None if dlse is None else _aligned(dlse)
+    out, lse, dout = plans.aligned(out), plans.aligned(lse), plans.aligned(dout)
+    dlse = None if dlse is None else plans.aligned(dlse)
     packed = cu_seqlens is not None
     tensors = (q, k, v, dout, dq, dk, dv)
     q, k, v, grad_out, grad_q, grad_k, grad_v = (x[None] for x in tensors) if packed else tensors
-    plan = _plan(q, k, v, pattern, heads, softmax_scale, packed)
+    plan = plans.plan_of(q, k, v, pattern, heads, softmax_scale, packed)
     if _takes_one_pass(plan, q.shape[1], cu_seqlens):
         if plan.one_pass is None:
-            from . import one_pass
-
-            plan.one_pass = one_pass.OnePass(q, k, v, plan, packed)
+            plan.one_pass = OnePass(q, k, v, plan, packed)
         plan.one_pass(q, k, v, out, lse, grad_out, dlse, dq, dk, dv, cu_seqlens)
         return dq, dk, dv
     if plan.backward is None:
-        plan.backward = _Backward(q, k, v, plan, packed)
-    backward, counter = plan.backward, _counter(device, _stream(device))
-    documents = _Documents.of(q, plan, _Q_CONSUMERS, cu_seqlens)
-    sets = q.shape[0] * q.shape[2] // _heads_a_box(pattern.block_size)
+        plan.backward = TwoPasses(q, k, v, plan, packed)
+    backward, counter = plan.backward, plans.counter_of(device, plans.stream_of(device))
+    documents = plans.Documents.of(q, plan, _Q_CONSUMERS, cu_seqlens)
+    sets = q.shape[0] * q.shape[2] // plans.heads_a_box(pattern.block_size)
     stats, stats_rows = backward.statistics(sets * documents.boxes, device)
     q_rows, do_rows = backward.q_boxes(q), backward.rows(grad_out)
     k_rows, v_rows = backward.k_boxes(k), backward.v_boxes(v)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..triton.forward import LOG2E
-from . import cuda, launch, structs
+from . import cuda, plans, structs
 from .columns import CHUNK, WHOLE, divide_columns
 
 CHUNKS = 4  # of a work item, two of either thread block of a cluster (chunks.cuh)
@@ -55,12 +55,12 @@ def _constants(dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks
 class OnePass:
     """A plan's kernels, and their parameters, whose pointers a call replaces. Adds up dQ in float32, in no order."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: launch._Plan, packed: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
         batch, length, num_heads, head_dim = q.shape
         rules, block = plan.rules, plan.constants["BLOCK"]
-        tokens, some_heads = min(block, CHUNK), launch._heads_a_box(block)
+        tokens, some_heads = min(block, CHUNK), plans.heads_a_box(block)
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
-        groups, clusters = batch * kv_heads, launch._processors(q.device) // _CLUSTER
+        groups, clusters = batch * kv_heads, plans.processors_of(q.device) // _CLUSTER
         self.plan = plan
         self.sets = batch * num_heads // some_heads
         columns, items = WHOLE, 0
@@ -85,10 +85,10 @@ class OnePass:
         own.tiles[:], own.segments[:], own.batches[:] = columns.tiles, columns.segments, columns.batches
         own.segment_rows, own.num_parts, own.wave = columns.segment_rows, columns.num_parts, columns.wave
         contiguous = (length * num_heads * head_dim, num_heads * head_dim, head_dim)
-        self.q = launch._tensor_map(params, "q", q, q.stride(), some_heads, tokens)
-        self.k = launch._tensor_map(params, "k", k, k.stride(), 1, tokens)
-        self.v = launch._tensor_map(params, "v", v, v.stride(), 1, tokens)
-        self.dout = launch._tensor_map(params, "dout", q, contiguous, some_heads, tokens)  # only its shape is known yet
+        self.q = plans.tensor_map(params, "q", q, q.stride(), some_heads, tokens)
+        self.k = plans.tensor_map(params, "k", k, k.stride(), 1, tokens)
+        self.v = plans.tensor_map(params, "v", v, v.stride(), 1, tokens)
+        self.dout = plans.tensor_map(params, "dout", q, contiguous, some_heads, tokens)  # only its shape is known yet
         rows = self.rows = cuda.allocate(structs.Passes)
         rows.scale, rows.length, rows.heads = plan.scale, length, num_heads
 
@@ -96,7 +96,7 @@ class OnePass:
         self.sum_scalars = (
             length, kv_heads, columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments,
         )  # fmt: skip
-        self.sum = launch.sum_of_parts(q, plan, columns, groups)
+        self.sum = plans.sum_of_parts(q, plan, columns, groups)
 
     def __call__(
         self,
@@ -114,9 +114,9 @@ class OnePass:
     ) -> None:
         """All contiguous but q, k and v. Packed ones as a batch of one."""
         device = q.device
-        stream = launch._stream(device)
-        counter = launch._counter(device, stream)
-        documents = launch._Documents.of(q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS)
+        stream = plans.stream_of(device)
+        counter = plans.counter_of(device, stream)
+        documents = plans.Documents.of(q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS)
         boxes = self.sets * documents.boxes
         stats = torch.empty((boxes, 2, CHUNK), dtype=torch.float32, device=device)
         sums = torch.empty((boxes, CHUNK, q.shape[-1]), dtype=torch.float32, device=device)

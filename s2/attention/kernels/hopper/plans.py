@@ -1,0 +1,187 @@
+"""What the launches of the Hopper kernels share: plans of calls, the table of packed work, streams and counters, TMA
+descriptors, and Triton kernels that are kept."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ... import schedule
+from ...pattern import Pattern
+from . import chunks, cuda
+from .columns import CHUNK, Columns
+
+if TYPE_CHECKING:
+    from .launch import Forward, TwoPasses
+    from .one_pass import OnePass
+
+MAX_PLANS = 512  # of what is kept for a shape of call
+_WARPS = 4  # of the producer partition in Gluon, and of the kernels in Triton
+
+Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
+
+
+def heads_a_box(block_size: int) -> int:
+    """Query heads that the 64 rows of a box are of."""
+    return max(CHUNK // block_size, 1)
+
+
+def at_16(x: Tensor) -> Tensor:
+    """At a multiple of 16 bytes, as TMA wants it and as a kept kernel (`Launch`) was compiled for."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous too."""
+    return at_16(x.contiguous())
+
+
+def processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counter_of(device: torch.device, stream: int) -> Tensor:
+    """A zero from which the CTAs of a persistent kernel draw their work; the kernel leaves it zero. Kernels of one
+    stream share one. A graph gets its own, since it may be replayed beside anything."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    counter = _COUNTERS.get((device, stream))
+    if counter is None:
+        counter = _COUNTERS[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
+
+
+# ---------------------------------------------------------------- plans
+
+
+@dataclass
+class Plan:
+    """One shape of call, packed calls as a batch of one."""
+
+    rules: schedule.RuleSchedule
+    constants: dict[str, Any]
+    scale: float
+    head_dim: int
+    group: int  # query heads to a KV head
+    forward: Forward | None = None
+    backward: TwoPasses | None = None
+    one_pass: OnePass | None = None
+    is_long: dict[int, bool] = field(default_factory=dict)  # by (mean) length: see `_takes_one_pass`
+
+
+PLANS: dict[tuple, Plan] = {}
+
+
+def plan_of(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool
+) -> Plan:
+    strides = (q.stride(), k.stride(), v.stride())
+    key = (q.shape, k.shape, strides, q.dtype, q.device, pattern.key, heads, softmax_scale, packed)
+    plan = PLANS.get(key)
+    if plan is None:
+        if len(PLANS) >= MAX_PLANS:
+            PLANS.clear()
+        rules = schedule.rule_schedule(pattern.key, k.shape[2], *heads, q.device)
+        constants = {
+            "TABLE": schedule.TABLE_COLUMNS,
+            "BLOCK": pattern.block_size,
+            "LEVELS": rules.num_levels,
+            "SINKS": rules.has_sinks,
+        }
+        plan = PLANS[key] = Plan(rules, constants, softmax_scale, q.shape[3], q.shape[2] // k.shape[2])
+    return plan
+
+
+_DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made from their number
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The table of packed work (`chunks.attention_documents`), where its items begin, and room for the boxes of rows of
+    a head. An unpacked call gets another tensor in the table's place."""
+
+    table: Tensor
+    most_tiles: int
+    boxes: int
+
+    @classmethod
+    def of(
+        cls, q: Tensor, plan: Plan, consumers: int, cu_seqlens: Tensor | None, share: int = 1, an_item: int = 2
+    ) -> Documents:
+        """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side, and items of `an_item`
+        chunks."""
+        length = q.shape[1]
+        levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
+        tokens = min(block, CHUNK)
+        if cu_seqlens is None:
+            return cls(plan.rules.table, 0, -(-length // tokens))
+        count = cu_seqlens.shape[0] - 1
+        most_tiles = length * share // (consumers * tokens) + count * (1 if share == 1 else 2 + share // consumers)
+        sinks = max(row[1] for row in plan.rules.rows)
+        most_keys = length + count * block  # in whole blocks
+        most_pairs = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
+        table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
+        constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels}
+        constants["WIDTH"] = 256
+        launch = Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
+        launch(aligned(cu_seqlens), table, count, most_tiles, sinks)
+        return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
+
+
+# ---------------------------------------------------------------- kernels
+
+
+_KERNELS: dict[tuple, Any] = {}
+
+
+class Launch:
+    """A kernel on a grid with fixed constants. The first call of its kind (constants, and `kind`: what the types of the
+    arguments depend on) compiles and keeps the kernel; later ones hand the arguments straight to it: everything else
+    that Triton would specialize on is excluded from specialization, or aligned to 16 bytes."""
+
+    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], kind: tuple) -> None:
+        self.function, self.grid = function, grid
+        self.constants, self.values = constants, tuple(constants.values())
+        self.key = (function, self.values, kind)
+        self.run: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.run is None:
+            kernel = _KERNELS.get(self.key)
+            if kernel is None:
+                _KERNELS[self.key] = self.function[self.grid](*arguments, **self.constants, num_warps=_WARPS)
+                return
+            self.run = kernel[self.grid]
+        self.run(*arguments, *self.values)
+
+
+def sum_of_parts(q: Tensor, plan: Plan, columns: Columns, groups: int) -> Launch:
+    """The pass that adds up the parts of divided columns."""
+    constants = {name: plan.constants[name] for name in ("TABLE", "BLOCK", "LEVELS", "SINKS")}
+    constants = {"TABLE": constants.pop("TABLE"), "D": q.shape[-1], **constants, "CHUNKS": columns.chunks}
+    grid = (columns.num_parts, groups, 1)
+    return Launch(chunks.attention_sum_parts, grid, constants, (q.dtype, q.shape[-1], q.device))
+
+
+def tensor_map(
+    params: ctypes.Structure, field: str, x: Tensor, strides: tuple[int, ...], some_heads: int, tokens: int
+) -> cuda.TensorMap:
+    """Of `[B, S, H, D]` as `[B, H, S, D]`, in boxes of `tokens` tokens of some heads, and of 64 columns, which a
+    128-byte swizzle spans. `strides` in elements."""
+    batch, length, heads, head_dim = x.shape
+    return cuda.TensorMap(
+        params, field, x.data_ptr(), x.dtype, [batch, heads, length, head_dim],
+        [x.element_size() * strides[dim] for dim in (0, 2, 1)], [1, some_heads, tokens, 64],
+    )  # fmt: skip
