@@ -11,6 +11,7 @@ gets a row with the reason. Writes docs/benchmarks/<date>-<machine>-<name>.{md,j
 from __future__ import annotations
 
 import argparse
+import bisect
 import datetime
 import itertools
 import random
@@ -98,7 +99,7 @@ def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entr
         borders = document_borders(seq_len)
         for spec in specs:
             for backend in args.backends:
-                yield packed_entry(spec, Pattern.parse(spec, case.block_size), backend, borders)
+                yield packed_entry(spec, Pattern.parse(spec, case.block_size), backend, borders, case.kv_heads)
         return
     if seq_len <= LONGEST_DENSE or not case.only_ours:
         yield from dense_entries()[1 if case.only_ours else 0 :]
@@ -150,15 +151,17 @@ def document_borders(tokens: int) -> list[int]:
     return borders
 
 
-def as_long(spec: str, block_size: int, tokens: int) -> int:
+def as_long(spec: str, case: Case, tokens: int) -> int:
     """Tokens of one sequence with as many visible pairs as packed documents have, in whole blocks."""
-    pattern = Pattern.parse(spec, block_size)
-    wanted = visible_pairs(pattern, [end - begin for begin, end in itertools.pairwise(document_borders(tokens))])
-    low, high = 1, -(-tokens // block_size)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if visible_pairs(pattern, [middle * block_size]) >= wanted else (middle + 1, high)
-    return low * block_size
+    pattern = Pattern.parse(spec, case.block_size)
+    lengths = [end - begin for begin, end in itertools.pairwise(document_borders(tokens))]
+    wanted = visible_pairs(pattern, lengths, case.kv_heads)
+
+    def has_enough(blocks: int) -> bool:
+        return visible_pairs(pattern, [blocks * case.block_size], case.kv_heads) >= wanted
+
+    blocks = range(1, -(-tokens // case.block_size) + 1)
+    return blocks[bisect.bisect_left(blocks, True, key=has_enough)] * case.block_size
 
 
 def random_inputs(case: Case, seq_len: int, args: argparse.Namespace) -> tuple[Inputs, Tensor]:
@@ -278,7 +281,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
             one = replace(case, name=f"{name}-one", packed=False, only_ours=True)
             cases.append(replace(case, over=one.name))
             for spec in args.patterns:
-                lengths = tuple(as_long(spec, case.block_size, tokens) for tokens in case.lengths or ())
+                lengths = tuple(as_long(spec, case, tokens) for tokens in case.lengths or ())
                 cases.append(replace(one, lengths=lengths, spec=spec))
             continue
         cases.append(case)

@@ -85,7 +85,7 @@ def s2_entry(spec: str, pattern: Pattern, backend: str, asked: str = "") -> Entr
     return Entry(f"S2 {spec} {backend}", build, pattern, graph=backend == "hopper", spec=asked or spec)
 
 
-def packed_entry(spec: str, pattern: Pattern, backend: str, borders: list[int]) -> Entry:
+def packed_entry(spec: str, pattern: Pattern, backend: str, borders: list[int], kv_heads: int) -> Entry:
     """Our kernels on a sequence of packed documents."""
 
     def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
@@ -97,12 +97,14 @@ def packed_entry(spec: str, pattern: Pattern, backend: str, borders: list[int]) 
 
     lengths = [end - begin for begin, end in itertools.pairwise(borders)]
     name = f"S2 {spec} {backend}, {len(lengths)} documents"
-    return Entry(name, build, pattern, graph=backend == "hopper", spec=spec, pairs=visible_pairs(pattern, lengths))
+    return Entry(
+        name, build, pattern, graph=backend == "hopper", spec=spec, pairs=visible_pairs(pattern, lengths, kv_heads)
+    )
 
 
-def visible_pairs(pattern: Pattern, lengths: list[int], heads: int = 16) -> float:
-    """Of documents of some lengths, a head (of so many: the residues of a stride differ a little)."""
-    return sum(sum(pattern.visible_pairs(n, heads)) for n in lengths) / heads
+def visible_pairs(pattern: Pattern, lengths: list[int], kv_heads: int) -> float:
+    """Of documents of some lengths, a head."""
+    return sum(sum(pattern.visible_pairs(n, kv_heads)) for n in lengths) / kv_heads
 
 
 def peer_entry(name: str, target: str, spec: str, pattern: Pattern) -> Entry:

@@ -206,9 +206,9 @@ def s2_attention(
     Returns:
         The output, shape and dtype of `q`; with `return_lse` the pair (output, lse).
 
-    Calls repeat bit for bit, forward and backward, but for dQ on Hopper where queries see many keys (from 32k tokens on
-    for the usual patterns): there float32 sums are added to in any order, which differs within rounding to 16 bits.
-    `torch.use_deterministic_algorithms(True)` takes kernels that repeat there too, about a tenth slower.
+    Calls repeat bit for bit, forward and backward, but for dQ on Hopper where queries see many keys
+    (`hopper.launch._takes_one_pass`; L8V16 from 32k tokens on, dense from 3k): there float32 sums are added to in any
+    order. With `torch.use_deterministic_algorithms(True)` kernels run that repeat there too.
 
     Raises:
         ValueError: a shape, dtype, head count, border tensor or backend that does not fit, by name.

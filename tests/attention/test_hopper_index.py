@@ -18,7 +18,7 @@ import triton.language as tl
 from s2.attention import Pattern
 from s2.attention.kernels.hopper import launch, rows
 from s2.attention.kernels.hopper.chunks import attention_documents, chunk_block, chunk_run, chunk_tile
-from s2.attention.kernels.hopper.launch import CHUNK, divide_columns
+from s2.attention.kernels.hopper.columns import CHUNK, divide_columns
 from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
 from s2.attention.schedule import MAX_LEVELS, TABLE_COLUMNS, has_closed_form, rule_schedule
 from tests.attention import sweep
@@ -167,7 +167,7 @@ def test_division_covers_every_head_within_its_room(pattern, group, a_tile):
 def test_sinks_are_divided_like_the_other_long_columns():
     """Else one item has all queries of a group of heads: 16k steps at 128k with 32 query and 4 KV heads."""
     schedule = rule_schedule(Pattern.parse("L1V15+sink1").key, 4, 0, 0, 4, CPU)
-    columns = divide_columns(schedule.rows, schedule.num_levels, 131072, 64, 4, 8, 132)
+    columns = divide_columns(schedule.rows, schedule.num_levels, 131072, 64, 4, 8, 132, 2)
     assert columns.tiles[2] == 1 and columns.segments[2] == columns.segments[1] > 10
     assert columns.segments[0] == 1, "the local window stays whole"
 

@@ -17,6 +17,7 @@ import torch
 from s2.attention import Pattern
 from s2.attention.kernels.hopper import cuda, launch, plans, structs
 from s2.attention.kernels.hopper import one_pass as backward
+from s2.attention.kernels.hopper.columns import divide_columns
 from tests.attention import standins
 
 
@@ -361,7 +362,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
         return
     columns = params.columns
     schedule = plan.rules
-    wanted = launch.divide_columns(schedule.rows, schedule.num_levels, length, block, 4, 4, 132, 4)
+    wanted = divide_columns(schedule.rows, schedule.num_levels, length, block, 4, 4, 132, 4)
     assert [*columns.tiles] == [*wanted.tiles] and [*columns.segments] == [*wanted.segments]
     assert [*columns.batches] == [*wanted.batches]
     assert (columns.segment_rows, columns.num_parts, columns.wave) == (

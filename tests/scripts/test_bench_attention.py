@@ -330,9 +330,9 @@ def test_packed_documents_come_with_one_sequence_of_as_many_pairs():
     ):
         assert entry.spec == spec and f"{len(lengths)} documents" in entry.name
         assert one.lengths[0] % 64 == 0 and one.lengths[0] < 32768
-        wanted = sum(sum(Pattern.parse(spec, 64).visible_pairs(n, 16)) for n in lengths) / 16
+        wanted = sum(sum(Pattern.parse(spec, 64).visible_pairs(n, 8)) for n in lengths) / 8
         assert entry.pairs == wanted
-        found = [sum(Pattern.parse(spec, 64).visible_pairs(n, 16)) / 16 for n in (one.lengths[0] - 64, one.lengths[0])]
+        found = [sum(Pattern.parse(spec, 64).visible_pairs(n, 8)) / 8 for n in (one.lengths[0] - 64, one.lengths[0])]
         assert found[0] < wanted <= found[1]
 
 

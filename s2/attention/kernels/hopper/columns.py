@@ -87,7 +87,7 @@ def divide_columns(
     groups: int,
     group: int,
     processors: int,
-    chunks: int = 2,
+    chunks: int,
 ) -> Columns:
     """Work items in tiles of some chunks for KV heads with these rules, repeated over a batch to `groups` heads in all,
     each read by `group` query heads."""

@@ -20,13 +20,14 @@ from ... import schedule
 from ...pattern import UNBOUNDED, Pattern, pattern_from_key
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
-from .columns import CHUNK, WHOLE, divide_columns, mean_chunks
+from .columns import CHUNK, mean_chunks
 from .one_pass import OnePass
 from .plans import Heads
 
 _SMALLEST_BLOCK = 16
 _CONSUMERS = {64: 4, 128: 3}  # boxes of rows that a thread block of the forward works on, by head dimension
 _Q_CONSUMERS = 3  # the same in dQ
+_PAIR = 2  # chunks of a work item in dK and dV
 _STAGES = {64: 8, 128: 4}  # key and value tiles in flight
 _Q_STAGES = {64: 6, 128: 4}  # the same beside the rows of dO
 _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
@@ -323,14 +324,9 @@ class TwoPasses:
         self.q_boxes = _Boxes.of_rows(q, tokens)
         self.k_boxes, self.v_boxes = _Boxes.of_keys(k, tokens), _Boxes.of_keys(v, tokens)
         self.rows, self.keys = _Boxes.of_rows(q, tokens, contiguous=True), _Boxes.of_keys(k, tokens, contiguous=True)
-        columns, items = WHOLE, 0
-        if not packed:
-            columns = divide_columns(
-                plan.rules.rows, constants["LEVELS"], length, constants["BLOCK"], groups, group, processors
-            )
-            items = columns.num_items * columns.wave * -(-groups // columns.wave)
+        self.division = plans.Division(q, k, plan, packed, processors, _PAIR)
+        columns, items = self.division.columns, self.division.items
         self.statistics_boxes: dict[int, _Boxes] = {}
-        self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
         num_tiles, q_grid = _row_tiles(q, constants["BLOCK"], _Q_CONSUMERS, packed)
         scales = (plan.scale, plan.scale * LOG2E.value)
         self.q_scalars = (*scales, length, num_heads, group, *num_tiles)
@@ -344,9 +340,8 @@ class TwoPasses:
             )
             for has_dlse in (False, True)
         }  # fmt: skip
-        division = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
         self.kv_scalars = (*scales, length, kv_heads, group, groups, columns.wave, items)
-        self.kv_division = (*division, *columns.batches)
+        self.kv_division = (*self.division.scalars, *columns.batches)
         self.kv = plans.Launch(
             backward_kv.attention_backward_kv,
             (processors if packed else min(items, processors), 1, 1),
@@ -354,8 +349,6 @@ class TwoPasses:
              "GROUPED": group > 1},
             kind,
         )  # fmt: skip
-        self.sum_scalars = (length, kv_heads, *division)
-        self.sum = plans.sum_of_parts(q, plan, columns, groups)
 
     def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
         """Room for the statistics of `rows` boxes, and its descriptor."""
@@ -424,13 +417,11 @@ def run_backward(
         q_rows, do_rows, k_rows, v_rows, backward.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
         plan.rules.table, documents.table, counter, *backward.q_scalars, documents.boxes,
     )  # fmt: skip
-    divided = backward.parts_shape[2] > 0
-    parts = torch.empty(backward.parts_shape, dtype=torch.float32, device=device) if divided else stats
+    parts = backward.division.room(stats)
     backward.kv(
         q_rows, do_rows, stats_rows, k_rows, v_rows, backward.keys(grad_k), backward.keys(grad_v), dk, dv, parts,
         plan.rules.table, documents.table, counter,
         *backward.kv_scalars, documents.boxes, documents.most_tiles, *backward.kv_division,
     )  # fmt: skip
-    if divided:
-        backward.sum(parts, dk, dv, plan.rules.table, *backward.sum_scalars)
+    backward.division.add_up(parts, dk, dv)
     return dq, dk, dv

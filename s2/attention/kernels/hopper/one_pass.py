@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
-from .columns import CHUNK, WHOLE, divide_columns
+from .columns import CHUNK
 
 CHUNKS = 4  # of a work item, two of either thread block of a cluster (chunks.cuh)
 _CONSUMERS = 2
@@ -63,12 +63,8 @@ class OnePass:
         groups, clusters = batch * kv_heads, plans.processors_of(q.device) // _CLUSTER
         self.plan = plan
         self.sets = batch * num_heads // some_heads
-        columns, items = WHOLE, 0
-        if not packed:
-            columns = divide_columns(
-                rules.rows, rules.num_levels, length, block, groups, group, _CLUSTER * clusters, CHUNKS
-            )
-            items = columns.num_items * columns.wave * -(-groups // columns.wave)
+        self.division = plans.Division(q, k, plan, packed, _CLUSTER * clusters, CHUNKS)
+        columns, items = self.division.columns, self.division.items
         self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
         self.kernel = backward_kernel(q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)
         self.statistics, self.round = (
@@ -92,12 +88,6 @@ class OnePass:
         rows = self.rows = cuda.allocate(structs.Passes)
         rows.scale, rows.length, rows.heads = plan.scale, length, num_heads
 
-        self.parts_shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
-        self.sum_scalars = (
-            length, kv_heads, columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments,
-        )  # fmt: skip
-        self.sum = plans.sum_of_parts(q, plan, columns, groups)
-
     def __call__(
         self,
         q: Tensor,
@@ -120,8 +110,7 @@ class OnePass:
         boxes = self.sets * documents.boxes
         stats = torch.empty((boxes, 2, CHUNK), dtype=torch.float32, device=device)
         sums = torch.empty((boxes, CHUNK, q.shape[-1]), dtype=torch.float32, device=device)
-        divided = self.parts_shape[2] > 0
-        parts = torch.empty(self.parts_shape, dtype=torch.float32, device=device) if divided else stats
+        parts = self.division.room(stats)
         with self.lock:
             rows, params = self.rows, self.params
             rows.out, rows.dout, rows.lse = out.data_ptr(), dout.data_ptr(), lse.data_ptr()
@@ -138,5 +127,4 @@ class OnePass:
             params.chunks, params.most_tiles = documents.boxes, documents.most_tiles
             self.kernel.launch(self.grid, params, stream)
             self.round.launch(self.sets * rows.blocks, rows, stream)
-        if divided:
-            self.sum(parts, dk, dv, self.plan.rules.table, *self.sum_scalars)
+        self.division.add_up(parts, dk, dv)

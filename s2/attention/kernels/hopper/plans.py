@@ -1,5 +1,5 @@
-"""What the launches of the Hopper kernels share: plans of calls, the table of packed work, streams and counters, TMA
-descriptors, and Triton kernels that are kept."""
+"""What the launches of the Hopper kernels share: plans of calls, the table of packed work, the division of columns,
+streams and counters, TMA descriptors, and Triton kernels that are kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import schedule
 from ...pattern import Pattern
 from . import chunks, cuda
-from .columns import CHUNK, Columns
+from .columns import CHUNK, WHOLE, divide_columns
 
 if TYPE_CHECKING:
     from .launch import Forward, TwoPasses
@@ -131,8 +131,8 @@ class Documents:
         most_tiles = length * share // (consumers * tokens) + count * (1 if share == 1 else 2 + share // consumers)
         sinks = max(row[1] for row in plan.rules.rows)
         most_keys = length + count * block  # in whole blocks
-        most_pairs = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
-        table = torch.empty((1 + most_tiles + most_pairs, 4), dtype=torch.int32, device=q.device)
+        most_items = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
+        table = torch.empty((1 + most_tiles + most_items, 4), dtype=torch.int32, device=q.device)
         constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels}
         constants["WIDTH"] = 256
         launch = Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
@@ -167,12 +167,42 @@ class Launch:
         self.run(*arguments, *self.values)
 
 
-def sum_of_parts(q: Tensor, plan: Plan, columns: Columns, groups: int) -> Launch:
-    """The pass that adds up the parts of divided columns."""
-    constants = {name: plan.constants[name] for name in ("TABLE", "BLOCK", "LEVELS", "SINKS")}
-    constants = {"TABLE": constants.pop("TABLE"), "D": q.shape[-1], **constants, "CHUNKS": columns.chunks}
-    grid = (columns.num_parts, groups, 1)
-    return Launch(chunks.attention_sum_parts, grid, constants, (q.dtype, q.shape[-1], q.device))
+class Division:
+    """How the columns of a plan's backward are divided into `items` work items of some chunks, and the parts that this
+    leaves. Packed documents are not divided, and their items are counted on the device."""
+
+    def __init__(self, q: Tensor, k: Tensor, plan: Plan, packed: bool, processors: int, chunks_an_item: int) -> None:
+        batch, length, num_heads, head_dim = q.shape
+        kv_heads, group = k.shape[2], num_heads // k.shape[2]
+        groups, constants = batch * kv_heads, plan.constants
+        columns, self.items = WHOLE, 0
+        if not packed:
+            columns = divide_columns(
+                plan.rules.rows, constants["LEVELS"], length, constants["BLOCK"], groups, group, processors,
+                chunks_an_item,
+            )  # fmt: skip
+            self.items = columns.num_items * columns.wave * -(-groups // columns.wave)
+        self.columns, self.table = columns, plan.rules.table
+        self.scalars = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
+        self.shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
+        self.sizes = (length, kv_heads)
+        self.sum = Launch(
+            chunks.attention_sum_parts,
+            (columns.num_parts, groups, 1),
+            {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
+             "SINKS": constants["SINKS"], "CHUNKS": columns.chunks},
+            (q.dtype, head_dim, q.device),
+        )  # fmt: skip
+
+    def room(self, unread: Tensor) -> Tensor:
+        """For the parts; if there are none, another tensor in their place."""
+        if self.columns.num_parts == 0:
+            return unread
+        return torch.empty(self.shape, dtype=torch.float32, device=unread.device)
+
+    def add_up(self, parts: Tensor, dk: Tensor, dv: Tensor) -> None:
+        if self.columns.num_parts > 0:
+            self.sum(parts, dk, dv, self.table, *self.sizes, *self.scalars)
 
 
 def tensor_map(
