@@ -21,8 +21,9 @@ SHARED_MEMORY = 227 * 1024  # what a thread block may have on sm_90
 
 # Gluon needs Triton outside interpreter mode, which is fixed at import: so it compiles in a child process. Types follow
 # the kernels' argument names, descriptors and stages the host side of the kernels.
-CHILD = """
+CHILD = r"""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from s2.attention import schedule
-from s2.attention.kernels.hopper import backward_kv, backward_q, launch
+from s2.attention.kernels.hopper import backward_kv, backward_q, direct, launch
 
 knobs.nvidia.dump_ptxas_log = True
 case, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
@@ -47,9 +48,15 @@ constants = dict(case["constants"], TABLE=schedule.TABLE_COLUMNS, STAGES=stages[
 element = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["element"]]
 block = min(case["constants"]["BLOCK"], launch.CHUNK)
 tensor = torch.empty(1, launch.CHUNK, launch.CHUNK // block, head_dim, dtype=element)
-rows = launch._Boxes.of_rows(tensor, block).fields
-keys = launch._Boxes.of_keys(tensor, block).fields
-statistics = launch._Boxes.of_statistics(torch.empty(1, 2 * launch.CHUNK)).fields
+lse2 = torch.empty(1, 2 * launch.CHUNK)
+rows, keys = launch._Boxes.of_rows(tensor, block)(tensor), launch._Boxes.of_keys(tensor, block)(tensor)
+statistics = launch._Boxes.of_statistics(lse2)(lse2)
+
+
+def box_of(name):
+    if name == "stats_desc":
+        return statistics
+    return keys if name in ("k_desc", "v_desc", "dk_desc", "dv_desc") else rows
 
 
 def type_of(parameter):
@@ -57,9 +64,8 @@ def type_of(parameter):
     if parameter.is_constexpr:
         return "constexpr"
     if name.endswith("_desc"):
-        box, item = (statistics, "fp32") if name == "stats_desc" else (rows, case["element"])
-        box = keys if name in ("k_desc", "v_desc", "dk_desc", "dv_desc") else box
-        return f"tensordesc<{item}{box['block_shape']},{box['layout']!r}>"
+        item = "fp32" if name == "stats_desc" else case["element"]
+        return f"tensordesc<{item}{box_of(name).block_shape},{box_of(name).layout!r}>"
     if parameter.do_not_specialize:  # sizes and counts
         return "i32"
     if name.startswith("scale"):
@@ -76,7 +82,20 @@ source = GluonASTSource(function, types, used, aligned)
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
 (folder / "kernel.ptx").write_text(kernel.asm["ptx"])
-(folder / "facts.json").write_text(json.dumps({"shared": kernel.metadata.shared, "registers": registers}))
+samples = {"i32": 1, "fp32": 1.0}
+arguments = [
+    box_of(name) if name.endswith("_desc") else samples.get(kind, tensor)
+    for name, kind in types.items()
+    if kind != "constexpr"
+]
+boxes = [direct.box_of(x) for x in arguments if hasattr(x, "base")]
+launched = {  # what `direct` says beside what Triton says
+    "known": [direct.Direct.knows(kernel, arguments), True],
+    "boxes": [boxes, [list(meta["block_size"]) for meta in kernel.metadata.tensordesc_meta]],
+    "threads": [32 * kernel.metadata.num_warps, int(re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])[1])],
+}
+facts = {"shared": kernel.metadata.shared, "registers": registers, "launched": launched}
+(folder / "facts.json").write_text(json.dumps(facts))
 """
 
 
@@ -185,6 +204,9 @@ def _gluon(build: Build, folder: Path) -> tuple[str, dict[str, int]]:
         rf"setmaxnreg\.inc\.sync\.aligned\.u32\s+{facts['registers']};", (folder / "kernel.ptx").read_text()
     ):
         pytest.fail(f"{build}: no setmaxnreg for {facts['registers']} registers in the PTX", pytrace=False)
+    for what, (own, wanted) in facts["launched"].items():
+        if own != wanted:
+            pytest.fail(f"{build} would be launched with {what} {own}, Triton says {wanted}", pytrace=False)
     return log, facts
 
 

@@ -372,7 +372,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
     assert second_launch[1] == 2 * min(params.num_items, 66)
     assert names == ["attention_sum_parts"] * (wanted.num_parts > 0)
     for _, kernel, arguments in one_pass.gluon:
-        assert kernel.constants["CHUNKS"] == 4 and kernel.grid == (wanted.num_parts, 4, 1)
+        assert kernel.constants["CHUNKS"] == 4 and kernel.grid == (4 * wanted.num_parts, 4, 1)
         assert arguments[0].data_ptr() == params.parts
         assert list(inspect.signature(kernel.function.fn).parameters)[-len(kernel.constants) :] == [*kernel.constants]
 

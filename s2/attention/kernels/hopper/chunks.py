@@ -7,6 +7,7 @@ import triton.language as tl
 from ..triton.indexing import load_rule, member, members_below, reach_of
 
 CHUNK = tl.constexpr(64)
+SUMMED = tl.constexpr(16)  # rows of a chunk that a program of `attention_sum_parts` adds up
 
 
 @triton.jit
@@ -180,11 +181,12 @@ def attention_sum_parts(
     TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV `[B, S, Hkv, D]` of the chunks of divided levels: the sums of their segments, first to last."""
+    """dK and dV `[B, S, Hkv, D]` of the chunks of divided levels: the sums of their segments, first to last. Programs:
+    chunks in steps of SUMMED rows, and KV heads."""
     tiles = (tiles0, tiles1, tiles2, tiles3)
     segments = (segments0, segments1, segments2, segments3)
     WIDEST: tl.constexpr = LEVELS + 1 if SINKS else LEVELS
-    index = tl.program_id(0)
+    index = tl.program_id(0) // (CHUNK // SUMMED)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     level = -1
@@ -198,11 +200,11 @@ def attention_sum_parts(
     own = index - part_begin(level, tiles, segments, WIDEST, CHUNKS)
     key, begin, end = chunk_run(own, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
     if begin < end:
-        rows = tl.arange(0, CHUNK)
+        rows = tl.program_id(0) % (CHUNK // SUMMED) * SUMMED + tl.arange(0, SUMMED)
         column = tl.arange(0, D)
         offsets = rows[:, None] * D + column[None, :]
-        sum_k = tl.zeros([CHUNK, D], tl.float32)
-        sum_v = tl.zeros([CHUNK, D], tl.float32)
+        sum_k = tl.zeros([SUMMED, D], tl.float32)
+        sum_v = tl.zeros([SUMMED, D], tl.float32)
         for segment in range(begin // segment_rows, (end - 1) // segment_rows + 1):
             seen = begin < end
             if BLOCK < CHUNK:  # the runs of its blocks may leave a segment out

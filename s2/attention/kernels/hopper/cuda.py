@@ -22,8 +22,10 @@ _OPTIONS = (
     "--std=c++17",
     "--no-source-include",  # only what the cache's key knows: the texts that are handed over
     "--ptxas-options=-v",
+    "--no-cache",  # NVRTC's own, whose results come without a log
 )
 _ALIGNMENT = 64  # of a tensor map, in host memory too
+MAP = ctypes.c_uint64 * 16  # a field for a tensor map
 _ELEMENTS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32", torch.int32: "INT32"}
 
 Constants = Mapping[str, int | str]
@@ -191,6 +193,25 @@ class TensorMap:
 
 # ---------------------------------------------------------------- kernels
 
+
+def launch(
+    function: Any, size: tuple[int, int, int, int, int], params: ctypes.Structure, stream: int, name: str
+) -> None:
+    """Launches a function with parameters from `allocate`. `size`: the grid, threads of a block and bytes of its
+    dynamic shared memory. RuntimeError with `name`: the driver does not."""
+    x, y, z, threads, shared_bytes = size
+    run = _driver().cuLaunchKernel
+    arguments = (function, x, y, z, threads, 1, 1, shared_bytes, stream, params.kernel_params, 0)
+    if run(*arguments)[0]:
+        _ensure_context()  # a launch that failed did nothing
+        _checked(f"cuLaunchKernel of {name}", run(*arguments))
+
+
+def function_at(handle: int) -> Any:
+    """A function that somebody else has loaded."""
+    return _driver().CUfunction(handle)
+
+
 _FUNCTIONS: dict[tuple, dict[int, Any]] = {}  # of equal kernels, by device; never unloaded
 
 
@@ -210,11 +231,8 @@ class Kernel:
         compiled, loaded or launched."""
         device = torch.cuda.current_device()
         function = self.functions.get(device) or self._load(device)
-        run = _driver().cuLaunchKernel
-        arguments = (function, grid, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, params.kernel_params, 0)
-        if run(*arguments)[0]:
-            _ensure_context()  # a launch that failed did nothing
-            _checked(f"cuLaunchKernel of {self.entry} in {self.source}", run(*arguments))
+        size = (grid, 1, 1, self.threads, self.shared_bytes)
+        launch(function, size, params, stream, self.entry)
 
     def _load(self, device: int) -> Any:
         driver = _driver()

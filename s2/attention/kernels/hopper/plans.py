@@ -1,10 +1,9 @@
 """What the launches of the Hopper kernels share: plans of calls, the table of packed work, the division of columns,
-streams and counters, TMA descriptors, and Triton kernels that are kept."""
+streams and counters, and TMA descriptors."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,13 @@ from ... import schedule
 from ...pattern import Pattern
 from . import chunks, cuda
 from .columns import CHUNK, WHOLE, divide_columns
+from .direct import Launch
 
 if TYPE_CHECKING:
     from .launch import Forward, TwoPasses
     from .one_pass import OnePass
 
 MAX_PLANS = 512  # of what is kept for a shape of call
-_WARPS = 4  # of the producer partition in Gluon, and of the kernels in Triton
 
 Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
@@ -46,7 +45,7 @@ def processors_of(device: torch.device) -> int:
 
 
 def stream_of(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device.index)  # a Stream takes 5 us
 
 
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
@@ -140,31 +139,7 @@ class Documents:
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 
-# ---------------------------------------------------------------- kernels
-
-
-_KERNELS: dict[tuple, Any] = {}
-
-
-class Launch:
-    """A kernel on a grid with fixed constants. The first call of its kind (constants, and `kind`: what the types of the
-    arguments depend on) compiles and keeps the kernel; later ones hand the arguments straight to it: everything else
-    that Triton would specialize on is excluded from specialization, or aligned to 16 bytes."""
-
-    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], kind: tuple) -> None:
-        self.function, self.grid = function, grid
-        self.constants, self.values = constants, tuple(constants.values())
-        self.key = (function, self.values, kind)
-        self.run: Callable[..., None] | None = None
-
-    def __call__(self, *arguments: Any) -> None:
-        if self.run is None:
-            kernel = _KERNELS.get(self.key)
-            if kernel is None:
-                _KERNELS[self.key] = self.function[self.grid](*arguments, **self.constants, num_warps=_WARPS)
-                return
-            self.run = kernel[self.grid]
-        self.run(*arguments, *self.values)
+# ---------------------------------------------------------------- columns
 
 
 class Division:
@@ -188,7 +163,7 @@ class Division:
         self.sizes = (length, kv_heads)
         self.sum = Launch(
             chunks.attention_sum_parts,
-            (columns.num_parts, groups, 1),
+            (columns.num_parts * (CHUNK // chunks.SUMMED.value), groups, 1),
             {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
              "SINKS": constants["SINKS"], "CHUNKS": columns.chunks},
             (q.dtype, head_dim, q.device),

@@ -2,7 +2,9 @@
 
 import ctypes
 
-_Map = ctypes.c_uint64 * 16  # TensorMap of hopper.cuh
+from . import cuda
+
+_Map = cuda.MAP  # TensorMap of hopper.cuh
 _ROWS = 64  # of a box (plan.cuh)
 _PLANNED = 2  # tiles whose plans are in shared memory (rows.cuh)
 _ROW_SLOTS = 2  # tiles whose rows are
