@@ -1,7 +1,7 @@
 // Chunks of 64 keys: where they lie and which queries see them; see `chunks.py`, whose arithmetic this is, and which
 // adds up the parts of divided columns. Nothing here needs a GPU, so that tests can compile it for the host.
 //
-// Constants: BLOCK, LEVELS, SINKS, PRIVATE; see `launch.py`.
+// Constants: BLOCK, LEVELS, SINKS; see `launch.py`.
 #pragma once
 
 #include "plan.cuh"
@@ -34,12 +34,8 @@ struct ChunkBlock {
     bool exists;
 };
 
-// Whether the blocks of a level do not count, because only the queries of their own place see them (`private.cu`).
-DEVICE bool is_private(int level, const Rule& rule) { return PRIVATE && level == 0 && rule.local == 1; }
-
 // The `nth` key block of a level that belongs to no wider one.
 DEVICE ChunkBlock chunk_block(int nth, int level, int num_blocks, const Rule& rule) {
-    if (is_private(level, rule)) return {0, 0, false};
     int count = SINKS ? minimum(rule.sinks, num_blocks) : 0;
     if (level <= LEVELS) count = members_of(level, num_blocks, rule) - members_of(level + 1, num_blocks, rule);
     if (nth >= count) return {0, 0, false};
@@ -107,8 +103,7 @@ DEVICE LevelTile chunk_tile(int tile, int num_blocks, const Rule& rule) {
     }
 #pragma unroll
     for (int level = LEVELS; level >= 0; level--) {
-        int tiles = items_of(members_of(level, num_blocks, rule) - members_of(level + 1, num_blocks, rule));
-        if (is_private(level, rule)) tiles = 0;
+        const int tiles = items_of(members_of(level, num_blocks, rule) - members_of(level + 1, num_blocks, rule));
         if (tile < tiles) return {level, tile};
         tile -= tiles;
     }

@@ -1,9 +1,5 @@
 """Chunks of 64 keys: where they lie and which queries see them, and the pass that adds up the parts of divided columns.
-Plain Triton, called from Gluon too.
-
-With `PRIVATE` (blocks of 64) those that only the queries of their own place see do not count: those of the local level
-where the window is one block. A kernel of their own works on them (`private.cu`).
-"""
+Plain Triton, called from Gluon too."""
 
 import triton
 import triton.language as tl
@@ -15,13 +11,7 @@ SUMMED = tl.constexpr(16)  # rows of a chunk that a program of `attention_sum_pa
 
 
 @triton.jit
-def _is_private(rule):
-    """Whether the blocks of the local level are seen from their own place only."""
-    return rule[0] == 1
-
-
-@triton.jit
-def chunk_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.constexpr, PRIVATE: tl.constexpr = False):
+def chunk_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.constexpr):
     """The `nth` key block of a level, the query block after the last one that sees it, and whether there is such a key
     block. Sinks are a level of their own, `LEVELS + 1`."""
     wider, block, count = 0, 0, 0
@@ -35,22 +25,19 @@ def chunk_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.co
     if SINKS:
         count = tl.where(level > LEVELS, tl.minimum(rule[1], num_blocks), tl.where(block < rule[1], 0, count))
         block = tl.where(level > LEVELS, nth, block)
-    if PRIVATE:
-        count = tl.where((level == 0) & _is_private(rule), 0, count)
     return block, tl.minimum(block + reach_of(block, rule, LEVELS, SINKS), num_blocks), nth < count
 
 
 @triton.jit
 def chunk_run(
-    index, level, num_blocks, low, high, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
-    PRIVATE: tl.constexpr = False,
-):  # fmt: skip
+    index, level, num_blocks, low, high, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr
+):
     """First key of the `index`-th chunk of a level, and the run `[begin, end)` of query rows in `[low, high)` that sees
     it; all three are `high` where there is no such chunk or run. A chunk is a part of a block, or the `CHUNK // BLOCK`
     next blocks of the level; then the run is that of any of them, and the first key one that a row of it sees."""
     if BLOCK >= CHUNK:
         per_block: tl.constexpr = BLOCK // CHUNK
-        block, until, exists = chunk_block(index // per_block, level, num_blocks, rule, LEVELS, SINKS, PRIVATE)
+        block, until, exists = chunk_block(index // per_block, level, num_blocks, rule, LEVELS, SINKS)
         key = block * BLOCK + (index % per_block) * CHUNK
         end = tl.minimum(until * BLOCK, high)
         begin = tl.maximum(key, low)
@@ -105,22 +92,21 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
 
 @triton.jit
 def _counts(
-    length, sinks, every, BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    length, sinks, BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of BOXES boxes of rows (SHARE of the same rows), such rows, and items of CHUNKS key chunks of documents,
-    one block in `every`, sinks twice; of the items one may be short in every level."""
+    sinks twice; of the items one may be short in every level."""
     box: tl.constexpr = min(BLOCK, CHUNK)
     blocks = (length + BLOCK - 1) // BLOCK
-    items = _items((blocks + every - 1) // every, BLOCK, CHUNKS) + LEVELS
-    items += _items(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
+    items = _items(blocks, BLOCK, CHUNKS) + LEVELS + _items(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
     boxes = (length + box - 1) // box
     return (boxes * SHARE + BOXES - 1) // BOXES, boxes, tl.where(length > 0, items, 0)
 
 
-@triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks", "every"])
+@triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks"])
 def attention_documents(
-    cu_seqlens, documents, num_documents, most_tiles, sinks, every,
+    cu_seqlens, documents, num_documents, most_tiles, sinks,
     BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +114,7 @@ def attention_documents(
     of BOXES boxes of rows (64 tokens, or a smaller block; SHARE of the same rows stand side by side), and after room
     for `most_tiles` for each item of CHUNKS key chunks: its first box or its number in the document, the token where
     the document begins, its length, and the boxes before it (not counted SHARE times). A program writes one
-    document's. `sinks` are the most of any head. Of the key blocks one in `every` has work (1: all)."""
+    document's. `sinks` are the most of any head."""
     document = tl.program_id(0)
     tiles, chunks, items = 0, 0, 0
     for start in range(0, document, WIDTH):
@@ -136,13 +122,13 @@ def attention_documents(
         before = lane < document
         begin = tl.load(cu_seqlens + lane, mask=before, other=0)
         length = tl.load(cu_seqlens + lane + 1, mask=before, other=0) - begin
-        own_tiles, own_chunks, own_items = _counts(length, sinks, every, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
+        own_tiles, own_chunks, own_items = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
         tiles += tl.sum(own_tiles, 0)
         chunks += tl.sum(own_chunks, 0)
         items += tl.sum(own_items, 0)
     begin = tl.load(cu_seqlens + document)
     length = tl.load(cu_seqlens + document + 1) - begin
-    own_tiles, _, own_items = _counts(length, sinks, every, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
+    own_tiles, _, own_items = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
     if document == num_documents - 1:
         tl.store(documents, tiles + own_tiles)
         tl.store(documents + 1, items + own_items)
@@ -193,7 +179,7 @@ def attention_sum_parts(
     part, dk, dv, table, length, kv_heads, segment_rows, parts,
     tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3,
     TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
-    CHUNKS: tl.constexpr, PRIVATE: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV `[B, S, Hkv, D]` of the chunks of divided levels: the sums of their segments, first to last. Programs:
     chunks in steps of SUMMED rows, and KV heads."""
@@ -212,7 +198,7 @@ def attention_sum_parts(
     num_blocks = (length + BLOCK - 1) // BLOCK
     high = (length + CHUNK - 1) // CHUNK * CHUNK
     own = index - part_begin(level, tiles, segments, WIDEST, CHUNKS)
-    key, begin, end = chunk_run(own, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS, PRIVATE)
+    key, begin, end = chunk_run(own, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
     if begin < end:
         rows = tl.program_id(0) % (CHUNK // SUMMED) * SUMMED + tl.arange(0, SUMMED)
         column = tl.arange(0, D)

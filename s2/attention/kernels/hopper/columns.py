@@ -49,33 +49,18 @@ def _chunks_of(blocks: int, block_size: int) -> int:
     return -(-blocks * block_size // CHUNK)
 
 
-def is_private(rule: Sequence[int]) -> bool:
-    """Whether only the queries of their own block see the key blocks of the rule's local level."""
-    return rule[0] == 1
-
-
-def narrowest_stride(table: Table) -> int:
-    """Of the key blocks that are not private at most one in so many, rounded up, sinks not counted."""
-    return min(rule[2] if is_private(rule) else 1 for rule in table)
-
-
-def _survey(
-    table: Table, num_levels: int, length: int, block_size: int, without_private: bool = False
-) -> tuple[list[int], list[int], int]:
+def _survey(table: Table, num_levels: int, length: int, block_size: int) -> tuple[list[int], list[int], int]:
     """Of every level the most key blocks of any head, and how many chunks of queries see one of them; and the pairs of
     chunks that all these heads work on."""
     num_blocks, num_chunks = -(-length // block_size), -(-length // CHUNK)
     counts, reaches = [0, 0, 0, 0], [0, 0, 0, 0]
     pairs = 0
-    for rule in table:
-        local, sinks, *levels = rule
+    for local, sinks, *levels in table:
         wider = 0
         for level in range(num_levels, -1, -1):
             stride, residue, reach = levels[3 * level - 3 : 3 * level] if level else (1, 0, local)
             belong = max(num_blocks - residue + stride - 1, 0) // stride
             blocks, wider = belong - wider, belong
-            if level == 0 and without_private and is_private(rule):
-                continue
             counts[level] = max(counts[level], blocks)
             if blocks > 0:
                 chunks = min(_chunks_of(reach, block_size), num_chunks)
@@ -103,12 +88,11 @@ def divide_columns(
     group: int,
     processors: int,
     chunks: int,
-    without_private: bool = False,
 ) -> Columns:
     """Work items in tiles of some chunks for KV heads with these rules, repeated over a batch to `groups` heads in all,
-    each read by `group` query heads. `without_private`: but for the private blocks."""
+    each read by `group` query heads."""
     num_chunks = -(-length // CHUNK)
-    counts, reaches, pairs = _survey(table, num_levels, length, block_size, without_private)
+    counts, reaches, pairs = _survey(table, num_levels, length, block_size)
     share = pairs * group * (groups // len(table)) // (2 * processors)  # steps of two chunks, for each processor
     item_steps = min(max(share // _ITEMS_A_PROCESSOR, _MIN_ITEM_STEPS), _MAX_ITEM_STEPS)
     segment_chunks = max(item_steps // group, 1)

@@ -139,21 +139,6 @@ DEVICE void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// ---------------------------------------------------------------- copies by threads
-
-// Begins to copy 16 bytes to shared memory, or the first `bytes` of them and zeros.
-DEVICE void copy_columns(unsigned to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// For all of the thread's groups but the last `PENDING`.
-template <int PENDING>
-DEVICE void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 // ---------------------------------------------------------------- wgmma
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

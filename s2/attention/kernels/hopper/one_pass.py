@@ -1,5 +1,5 @@
 """Host side of the backward in one pass over the visible pairs (`backward.cu`), and of the passes over rows around it
-(`passes.cu`, `private.cu`)."""
+(`passes.cu`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
-from .columns import CHUNK, is_private
+from .columns import CHUNK
 
 CHUNKS = 4  # of a work item, two of either thread block of a cluster (chunks.cuh)
 _CONSUMERS = 2
@@ -20,16 +20,13 @@ _REGISTERS = 240  # of a consumer's thread
 _PRODUCER_REGISTERS = 24  # with two consumers' all that a thread block has
 _BOXES = 3  # of rows, that a thread block of the passes over packed documents takes
 _PASS_THREADS = 256
-_PRIVATE_THREADS = 128
 
 
 def backward_kernel(
-    dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool, private: bool
+    dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool
 ) -> cuda.Kernel:
-    """With `private` one that leaves some chunks to `private_kernel`."""
     constants = {
         **_constants(dtype, head_dim, block, levels, sinks, packed),
-        "PRIVATE": private,
         "CONSUMER_REGISTERS": _REGISTERS,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
@@ -42,20 +39,6 @@ def pass_kernel(name: str, dtype: torch.dtype, head_dim: int, block: int, packed
     """`statistics` or `round`, whatever the rules."""
     constants = {**_constants(dtype, head_dim, block, 0, False, packed), "BOXES": _BOXES if packed else 1}
     return cuda.Kernel(Path(__file__).with_name("passes.cu"), f"attention_{name}", constants, _PASS_THREADS, 0)
-
-
-def private_kernel(
-    dtype: torch.dtype, head_dim: int, levels: int, sinks: bool, packed: bool, grouped: bool
-) -> cuda.Kernel:
-    """In the place of `statistics`, of rules with local windows of one block, which is of 64."""
-    constants = {
-        **_constants(dtype, head_dim, CHUNK, levels, sinks, packed),
-        "BOXES": _BOXES if packed else 1,
-        "GROUPED": grouped,
-    }
-    source = Path(__file__).with_name("private.cu")
-    shared_bytes = structs.private_shared_bytes(head_dim, grouped)
-    return cuda.Kernel(source, "attention_private", constants, _PRIVATE_THREADS, shared_bytes)
 
 
 def _constants(dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool) -> dict[str, int]:
@@ -80,17 +63,13 @@ class OnePass:
         groups, clusters = batch * kv_heads, plans.processors_of(q.device) // _CLUSTER
         self.plan = plan
         self.sets = batch * num_heads // some_heads
-        self.private = block == CHUNK and any(map(is_private, rules.rows))
-        self.division = plans.Division(q, k, plan, packed, _CLUSTER * clusters, CHUNKS, self.private)
+        self.division = plans.Division(q, k, plan, packed, _CLUSTER * clusters, CHUNKS)
         columns, items = self.division.columns, self.division.items
         self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
-        kind = (q.dtype, head_dim)
-        self.kernel = backward_kernel(*kind, block, rules.num_levels, rules.has_sinks, packed, self.private)
-        self.first, self.round = (pass_kernel(name, *kind, block, packed) for name in ("statistics", "round"))
-        self.first_sets = self.sets  # of query heads that thread blocks of it divide between them
-        if self.private:
-            self.first = private_kernel(*kind, rules.num_levels, rules.has_sinks, packed, group > 1)
-            self.first_sets = groups
+        self.kernel = backward_kernel(q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)
+        self.statistics, self.round = (
+            pass_kernel(name, q.dtype, head_dim, block, packed) for name in ("statistics", "round")
+        )
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
         params = self.params = cuda.allocate(structs.Backward)
@@ -108,9 +87,6 @@ class OnePass:
         self.dout = plans.tensor_map(params, "dout", q, contiguous, some_heads, tokens)  # only its shape is known yet
         rows = self.rows = cuda.allocate(structs.Passes)
         rows.scale, rows.length, rows.heads = plan.scale, length, num_heads
-        rows.kv_heads, rows.scale_log2, rows.table = kv_heads, params.scale_log2, params.table
-        for strides, x in ((rows.q_strides, q), (rows.k_strides, k), (rows.v_strides, v)):
-            strides[:] = x.stride()[:3]
 
     def __call__(
         self,
@@ -130,9 +106,7 @@ class OnePass:
         device = q.device
         stream = plans.stream_of(device)
         counter = plans.counter_of(device, stream)
-        documents = plans.Documents.of(
-            q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS, without_private=self.private
-        )  # fmt: skip
+        documents = plans.Documents.of(q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS)
         boxes = self.sets * documents.boxes
         stats = torch.empty((boxes, 2, CHUNK), dtype=torch.float32, device=device)
         sums = torch.empty((boxes, CHUNK, q.shape[-1]), dtype=torch.float32, device=device)
@@ -144,15 +118,13 @@ class OnePass:
             rows.stats, rows.sums, rows.dq = stats.data_ptr(), sums.data_ptr(), dq.data_ptr()
             rows.documents, rows.chunks = documents.table.data_ptr(), documents.boxes
             rows.blocks = documents.boxes if cu_seqlens is None else documents.most_tiles
-            rows.q, rows.k, rows.v, rows.dk, rows.dv = (x.data_ptr() for x in (q, k, v, dk, dv))
-            self.first.launch(self.first_sets * rows.blocks, rows, stream)
+            self.statistics.launch(self.sets * rows.blocks, rows, stream)
             for tensor_map, x in ((self.q, q), (self.dout, dout), (self.k, k), (self.v, v)):
                 tensor_map.move(x.data_ptr())
             params.stats, params.sums, params.parts = stats.data_ptr(), sums.data_ptr(), parts.data_ptr()
             params.dk, params.dv = dk.data_ptr(), dv.data_ptr()
             params.documents, params.counter = documents.table.data_ptr(), counter.data_ptr()
             params.chunks, params.most_tiles = documents.boxes, documents.most_tiles
-            if self.grid > 0:
-                self.kernel.launch(self.grid, params, stream)
+            self.kernel.launch(self.grid, params, stream)
             self.round.launch(self.sets * rows.blocks, rows, stream)
         self.division.add_up(parts, dk, dv)

@@ -3,41 +3,104 @@
 // `attention_statistics`, before it:  lse2 = lse / ln 2    delta = rowsum(dO * O) - dlse    and clears the sums of dQ.
 // `attention_round`, after it:        dQ = scale * sums
 //
-// Constants: those of `passes.cuh` but THREADS.
+// The 64 rows of a box are those of one head, or those of a block of several heads; packed documents begin boxes of
+// their own. Thread blocks: box by box, or of packed documents tile by tile of BOXES boxes, one set of heads after the
+// other.
+//
+// Constants: those of `plan.cuh`, D, PACKED, BOXES (1 if not packed), BF16 (else fp16).
 
-#define THREADS 256
-#include "passes.cuh"
+#define CONSUMERS BOXES
+#include "hopper.cuh"
+#include "plan.cuh"
 
-constexpr int COLUMNS_EACH = D / 2;  // of a half of the sums, see `stage_sums` of backward.cu
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr int THREADS = 256;
+constexpr int LANES = D / 8;              // of a row, eight columns each
+constexpr int AT_ONCE = THREADS / LANES;  // rows
+constexpr int COLUMNS_EACH = D / 2;       // of a half of the sums, see `stage_sums` of backward.cu
+
+struct Params {
+    const void *out, *dout;  // [B, S, H, D]
+    const float* lse;        // [B, H, S]
+    const float* dlse;       // [B, H, S], or null
+    float* stats;            // lse2 and delta of the 64 rows of a box, over B, sets of heads, boxes
+    float* sums;             // of dQ, [64, D] of a box, over the same
+    void* dq;                // [B, S, H, D]
+    const int* documents;    // packed: tiles of documents, see `chunks.attention_documents`
+    float scale;
+    int length, heads;
+    int chunks;   // boxes of a set of heads, in `stats` and `sums`
+    int blocks;   // thread blocks of a set of heads
+};
+
+// A box of rows.
+struct Box {
+    int rows_left;            // tokens to the document's end
+    int batch, head, token;   // its first ones
+    long long index;          // over B, sets of heads, boxes
+};
+
+template <class Work>
+DEVICE void for_boxes(const Params& params, const Work& work) {
+    const int set = divide(blockIdx.x, params.blocks), nth = blockIdx.x - set * params.blocks;
+    const int sets = params.heads / (ROWS / TOKENS), batch = divide(set, sets);
+    const int head = (set - batch * sets) * (ROWS / TOKENS);
+    const long long first = static_cast<long long>(set) * params.chunks;
+    if (!PACKED) {
+        work(Box{params.length - nth * TOKENS, batch, head, nth * TOKENS, first + nth});
+        return;
+    }
+    if (nth >= params.documents[0]) return;
+    const int* entry = params.documents + 4 + 4 * nth;
+    for (int box = 0; box < BOXES; box++) {
+        const int row = (entry[0] + box) * TOKENS;
+        if (row < entry[2]) work(Box{entry[2] - row, batch, head, entry[1] + row, first + entry[3] + entry[0] + box});
+    }
+}
+
+// Where a row's columns begin in [B, S, H, D].
+DEVICE long long row_at(const Box& box, int row, const Params& params) {
+    const long long token = static_cast<long long>(box.batch) * params.length + box.token + row % TOKENS;
+    return (token * params.heads + box.head + row / TOKENS) * D;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_statistics(const __grid_constant__ Params params) {
-    for_boxes(params, ROWS / TOKENS, [&](const Box& box) {
+    for_boxes(params, [&](const Box& box) {
         const int lane = threadIdx.x % LANES;
 #pragma unroll
-        for (int i = 0; i < PASSES; i++) {
+        for (int i = 0; i < ROWS / AT_ONCE; i++) {
             const int row = i * AT_ONCE + threadIdx.x / LANES;
-            uint4 o = {}, d = {};
-            if (row % TOKENS < box.rows_left) {
+            const bool exists = row % TOKENS < box.rows_left;
+            float sum = 0.0f;
+            if (exists) {
                 const long long at = row_at(box, row, params) / 8 + lane;
-                o = static_cast<const uint4*>(params.out)[at];
-                d = static_cast<const uint4*>(params.dout)[at];
+                const uint4 o = static_cast<const uint4*>(params.out)[at];
+                const uint4 d = static_cast<const uint4*>(params.dout)[at];
+                sum = dot(o.x, d.x) + dot(o.y, d.y) + dot(o.z, d.z) + dot(o.w, d.w);
             }
-            const float sum = delta_of(o, d);
-            if (lane == 0) {
-                const float2 own = statistics_of(box, row, sum, params);
+#pragma unroll
+            for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL, sum, distance);
+            if (lane == 0) {  // rows past the end add nothing
+                const long long head = static_cast<long long>(box.batch) * params.heads + box.head + row / TOKENS;
+                const long long at = head * params.length + box.token + row % TOKENS;
                 float* stats = params.stats + box.index * (2 * ROWS) + row;
-                stats[0] = own.x;
-                stats[ROWS] = own.y;
+                stats[0] = exists ? params.lse[at] * LOG2E : PLUS_INFINITY;
+                stats[ROWS] = exists ? sum - (params.dlse ? params.dlse[at] : 0.0f) : 0.0f;
             }
         }
-        clear_sums(box, params);
+        float4* sums = reinterpret_cast<float4*>(params.sums + box.index * (ROWS * D));
+#pragma unroll
+        for (int i = threadIdx.x; i < ROWS * D / 4; i += THREADS) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_round(const __grid_constant__ Params params) {
     __shared__ __align__(1024) unsigned char rows[ROWS * D * 2];
-    const auto at = [&](int chunk, int row) { return columns_at(shared_address(rows), chunk, row); };
-    for_boxes(params, ROWS / TOKENS, [&](const Box& box) {
+    const auto at = [&](int chunk, int row) {  // eight columns
+        const int swizzled = chunk % 8 ^ row % 8;
+        return shared_address(rows) + chunk / 8 * PANEL_BYTES + row * (2 * PANEL) + swizzled * 16;
+    };
+    for_boxes(params, [&](const Box& box) {
         // as the backward's threads hold them
         const int lane = threadIdx.x % WARP, half = threadIdx.x / WARPGROUP;
         const int matrix_row = threadIdx.x % WARPGROUP / WARP * 16 + lane % 16;

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import schedule
 from ...pattern import Pattern
 from . import chunks, cuda
-from .columns import CHUNK, WHOLE, divide_columns, narrowest_stride
+from .columns import CHUNK, WHOLE, divide_columns
 from .direct import Launch
 
 if TYPE_CHECKING:
@@ -117,17 +117,10 @@ class Documents:
 
     @classmethod
     def of(
-        cls,
-        q: Tensor,
-        plan: Plan,
-        consumers: int,
-        cu_seqlens: Tensor | None,
-        share: int = 1,
-        an_item: int = 2,
-        without_private: bool = False,
+        cls, q: Tensor, plan: Plan, consumers: int, cu_seqlens: Tensor | None, share: int = 1, an_item: int = 2
     ) -> Documents:
         """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side, and items of `an_item`
-        chunks, `without_private`: but for those of private blocks."""
+        chunks."""
         length = q.shape[1]
         levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
         tokens = min(block, CHUNK)
@@ -142,8 +135,7 @@ class Documents:
         constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels}
         constants["WIDTH"] = 256
         launch = Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
-        every = narrowest_stride(plan.rules.rows) if without_private else 1
-        launch(aligned(cu_seqlens), table, count, most_tiles, sinks, every)
+        launch(aligned(cu_seqlens), table, count, most_tiles, sinks)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 
@@ -154,16 +146,7 @@ class Division:
     """How the columns of a plan's backward are divided into `items` work items of some chunks, and the parts that this
     leaves. Packed documents are not divided, and their items are counted on the device."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        plan: Plan,
-        packed: bool,
-        processors: int,
-        chunks_an_item: int,
-        without_private: bool = False,
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, plan: Plan, packed: bool, processors: int, chunks_an_item: int) -> None:
         batch, length, num_heads, head_dim = q.shape
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         groups, constants = batch * kv_heads, plan.constants
@@ -171,7 +154,7 @@ class Division:
         if not packed:
             columns = divide_columns(
                 plan.rules.rows, constants["LEVELS"], length, constants["BLOCK"], groups, group, processors,
-                chunks_an_item, without_private,
+                chunks_an_item,
             )  # fmt: skip
             self.items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.columns, self.table = columns, plan.rules.table
@@ -182,7 +165,7 @@ class Division:
             chunks.attention_sum_parts,
             (columns.num_parts * (CHUNK // chunks.SUMMED.value), groups, 1),
             {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
-             "SINKS": constants["SINKS"], "CHUNKS": columns.chunks, "PRIVATE": without_private},
+             "SINKS": constants["SINKS"], "CHUNKS": columns.chunks},
             (q.dtype, head_dim, q.device),
         )  # fmt: skip
 

@@ -84,7 +84,7 @@ class Backward(ctypes.Structure):
 
 
 class Passes(ctypes.Structure):
-    """Params of passes.cuh."""
+    """Params of passes.cu."""
 
     _fields_ = (
         ("out", ctypes.c_void_p),
@@ -100,17 +100,6 @@ class Passes(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("chunks", ctypes.c_int),
         ("blocks", ctypes.c_int),
-        ("kv_heads", ctypes.c_int),
-        ("scale_log2", ctypes.c_float),
-        ("table", ctypes.c_void_p),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("dk", ctypes.c_void_p),
-        ("dv", ctypes.c_void_p),
-        ("q_strides", ctypes.c_longlong * 3),
-        ("k_strides", ctypes.c_longlong * 3),
-        ("v_strides", ctypes.c_longlong * 3),
     )
 
 
@@ -120,12 +109,6 @@ def shared_bytes(head_dim: int, consumers: int, stages: int) -> int:
     tile = 4 * (8 + 3 * consumers + 32 + 4 * 4)
     barriers = 2 * consumers * _ROW_SLOTS + 4 * stages + 2 * _PLANNED
     return (consumers * _ROW_SLOTS + 2 * stages) * box + _PLANNED * tile + 8 * barriers
-
-
-def private_shared_bytes(head_dim: int, grouped: bool) -> int:
-    """Size of Shared in private.cu."""
-    slots = 2 if grouped else 1
-    return (2 + 2 * slots) * _ROWS * head_dim * 2 + _ROWS * 128 + 8 * _ROWS
 
 
 def backward_shared_bytes(head_dim: int) -> int:
