@@ -36,7 +36,17 @@ from bench_kernels import (
     s2_entry,
     visible_pairs,
 )
-from bench_measure import GRAPH_LENGTHS, Inputs, Known, Timing, first_line, free_memory, measure, measure_host
+from bench_measure import (
+    GRAPH_LENGTHS,
+    Inputs,
+    Known,
+    Timing,
+    first_line,
+    free_memory,
+    machine_limits,
+    measure,
+    measure_host,
+)
 from bench_report import Row, blank_row, line, write
 from torch import Tensor
 
@@ -334,6 +344,8 @@ METHOD = [
     "our rates over another case's: useful TFLOP/s of the same pattern; in smaller blocks it is as dense, with as many "
     "tokens in its window; packed documents (log-uniform, 256 to 16k tokens) are put over one sequence of as many "
     "visible pairs",
+    "share of the machine's limits: the least time in which a copy moves q, k, v and the output (backward: twice that) "
+    "or a matrix product does the useful operations, whichever is more, over the time taken",
 ]
 
 
@@ -369,12 +381,15 @@ def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[
         "setup": setup,
         "sections": [],
         "host": [],
+        "limits": {},
     }  # fmt: skip
 
 
 def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:
     """Measure every case into `record`. The page is written after each length, so a stopped run keeps its rows."""
     record["host"] = list(host_costs(args.cases[0], args))
+    record["limits"] = machine_limits(args.device, Timing(args.warmup, args.rep))
+    free_memory()
     for case in args.cases:
         section = {"name": case.name, "title": case.title(args.dtype), "case": asdict(case), "rows": []}
         record["sections"].append(section)

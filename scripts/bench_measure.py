@@ -20,6 +20,7 @@ GRAPH_LENGTHS = 16384  # up to here host time counts, and the forward is timed i
 SLOW_MS = 1000.0  # beyond this the median of three calls is enough
 LARGEST_DIFFERENCE = 1e-2  # relative RMSE between two kernels of one pattern in 16 bits
 HOST_CALLS = 200
+COPIED_BYTES, MATRIX_SIZE = 1 << 30, 8192  # for the limits of the machine
 
 Call = Callable[[], object]
 Inputs = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, S, H, D]; they want gradients unless only the forward counts
@@ -82,6 +83,17 @@ def issue_us(function: Call) -> float:
     return statistics.median(rounds[1:])  # the first warms up
 
 
+def machine_limits(device: str, timing: Timing) -> dict[str, float]:
+    """What memory and tensor cores of this machine reach with nothing else to do: TB/s of a copy, read and written,
+    and TFLOP/s of a product of square bfloat16 matrices."""
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    x, y = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
+    copy_ms = median_ms(lambda: target.copy_(source), timing)
+    product_ms = median_ms(lambda: x @ y, timing)
+    return {"copy_tb_s": 2 * source.numel() / copy_ms / 1e9, "product_tflop_s": 2 * MATRIX_SIZE**3 / product_ms / 1e9}
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -90,6 +102,7 @@ def measure(entry: Entry, inputs: Inputs, dout: Tensor, flops: float, timing: Ti
     gets the reason, one whose backward cannot keeps its forward figures."""
     seq_len = inputs[0].shape[1]
     row, stage = blank_row(entry.name, seq_len) | {"spec": entry.spec}, "forward"
+    row["flops"], row["bytes"] = flops, sum(x.numel() * x.element_size() for x in (*inputs, dout))
     try:
         with entry.context():
             forward = entry.build(*inputs)

@@ -1,8 +1,9 @@
 """The report of `bench_attention.py`: tables, plots and the files they go to. Works on the rows alone, without a GPU.
 
 A record is a dict with `machine`, `name`, `date`, `commit`, `command`, `versions`, `method` (lines of text),
-`sections` (each `name`, `title`, `rows`), `host` (rows of host costs), and optionally `targets`. A row has `name`,
-`seq_len`, `status` ("ok", "skipped", "out of memory" or "failed"), `note`, and its figures, None where there is none.
+`sections` (each `name`, `title`, `rows`), `host` (rows of host costs), and optionally `limits` and `targets`. A row has
+`name`, `seq_len`, `status` ("ok", "skipped", "out of memory" or "failed"), `note`, and its figures, None where there is
+none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ Row = dict[str, Any]
 
 FIGURES = (
     "forward_ms", "graph_ms", "forward_tflops", "backward_ms", "backward_tflops", "peak_gib", "difference",
+    "flops", "bytes",
 )  # fmt: skip
 HOST_FIGURES = ("forward_us", "forward_grad_us", "backward_us")
 TARGET_LENGTHS = (8192, 32768, 131072)
@@ -151,6 +153,28 @@ def comparisons(sections: list[dict[str, Any]]) -> str:
     return markdown(header, body, text_columns=(0, 1, 2, 3)) if body else ""
 
 
+def shares(sections: list[dict[str, Any]], limits: dict[str, float]) -> str:
+    """Of our rows the least time that the machine's `limits` allow over the time they took, and which limit it is. The
+    forward reads q, k, v and writes the output once, the backward moves twice as much; useful products only."""
+    header = ("case", "kernel", "length", "forward", "limit", "backward", "limit")
+    body = []
+    for section in sections:
+        for row in section["rows"]:
+            if not row.get("spec") or row["flops"] is None:
+                continue
+            cells = []
+            for way, operations, moved in (("forward", 1, 1), ("backward", 2.5, 2)):
+                least = {
+                    "memory": moved * row["bytes"] / limits["copy_tb_s"] / 1e9,
+                    "products": operations * row["flops"] / limits["product_tflop_s"] / 1e9,
+                }  # ms
+                bound = max(least, key=lambda limit: least[limit])
+                ms = row[f"{way}_ms"]
+                cells += ["-", "-"] if ms is None else [f"{least[bound] / ms:.2f}", bound]
+            body.append([section["name"], row["name"], f"{row['seq_len']:,}", *cells])
+    return markdown(header, body, text_columns=(0, 1, 4, 6)) if body else ""
+
+
 def _over(value: float | None, other: float | None) -> str:
     return "-" if value is None or other is None else f"{value / other:.2f}"
 
@@ -248,6 +272,11 @@ def report(record: dict[str, Any], plots: dict[str, str]) -> str:
     compared = comparisons(record["sections"])
     if compared:
         parts += ["## Our rates over another case's", compared]
+    limits = record.get("limits")
+    measured = limits and shares(record["sections"], limits)
+    if limits and measured:
+        reached = f"{limits['copy_tb_s']:.2f} TB/s of a copy, {limits['product_tflop_s']:.0f} TFLOP/s of a product"
+        parts += ["## Share of the machine's limits", f"Limits in this process: {reached}.", measured]
     if record.get("targets"):
         parts += ["## Targets: rate over cuDNN's", targets(record["sections"])]
     return "\n\n".join(filter(None, parts)) + "\n"

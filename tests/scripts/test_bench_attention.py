@@ -157,6 +157,8 @@ def no_clock(monkeypatch):
 
     for name, value in (("median_ms", 2.0), ("graph_ms", 1.0), ("peak_gib", 0.5), ("issue_us", 30.0)):
         monkeypatch.setattr(bench_measure, name, call(value))
+    monkeypatch.setattr(bench_measure, "COPIED_BYTES", 1000)
+    monkeypatch.setattr(bench_measure, "MATRIX_SIZE", 16)
 
 
 def measure(build, pattern=None, known=None, **fields):
@@ -171,6 +173,7 @@ def test_row_has_useful_rates_with_the_backward_counted_two_and_a_half_times(no_
     assert (row["status"], row["note"], row["graph_ms"], row["peak_gib"]) == ("ok", "", 1.0, 0.5)
     assert row["forward_tflops"] == pytest.approx(2.0)
     assert row["backward_tflops"] == pytest.approx(5.0)
+    assert (row["flops"], row["bytes"]) == (4e9, 4 * 128 * 2 * 16 * 4)
 
 
 def test_kernel_without_gradient_gets_a_forward_row_and_says_so(no_clock):
@@ -451,6 +454,22 @@ def test_rates_are_put_over_those_of_another_case():
     assert bench_report.comparisons(sections[:1]) == ""
 
 
+def test_shares_are_of_the_limit_that_is_reached_first():
+    limits = {"copy_tb_s": 4.0, "product_tflop_s": 800.0}
+    rows = [
+        row("dense cuDNN", 4096, 1.0, 3.0, flops=4e11, bytes=1e9, spec=None),
+        row("S2 L1V15 hopper", 4096, 0.5, 2.0, flops=8e10, bytes=1e9, spec="L1V15"),
+        row("S2 L1V15 hopper", 8192, 1.0, None, flops=4e11, bytes=1e9, spec="L1V15"),
+        row("S2 L1V15 hopper", 16384, status="failed", spec="L1V15"),
+    ]
+    lines = bench_report.shares([{"name": "small", "rows": rows}], limits).splitlines()[2:]
+    assert lines == [
+        "| small | S2 L1V15 hopper | 4,096 | 0.50 | memory | 0.25 | memory |",
+        "| small | S2 L1V15 hopper | 8,192 | 0.50 | products | - | - |",
+    ]
+    assert bench_report.shares([{"name": "small", "rows": rows[:1]}], limits) == ""
+
+
 def test_report_holds_the_tables_and_plots_and_json_every_row(tmp_path):
     record = bench_attention.new_record(parse("--targets", "--commit", "abc"), "NVIDIA H200", ["--targets"])
     record["sections"] = [
@@ -496,6 +515,8 @@ def test_whole_run_without_a_gpu_reports_what_runs_and_what_does_not(tmp_path, n
     pairs = 2 * sum(Pattern.parse("L1V2").visible_pairs(256, 2)) / 2
     ours = next(r for r in section["rows"] if (r["name"], r["seq_len"]) == ("S2 L1V2 triton", 256))
     assert ours["forward_tflops"] == pytest.approx(4 * 16 * pairs / 2.0 / 1e9)
+    assert record["limits"] == pytest.approx({"copy_tb_s": 1e-6, "product_tflop_s": 2 * 16**3 / 2e9})
+    assert "## Share of the machine's limits" in page.read_text()
     assert [r["name"] for r in record["host"]] == [
         "dense FlashAttention-2", "dense cuDNN", "S2 L1V2 triton", "S2 L1V2 hopper",
     ]  # fmt: skip
