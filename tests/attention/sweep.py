@@ -2,6 +2,7 @@
 
     python -m tests.attention.sweep --backend hopper --minutes 10
     compute-sanitizer --tool memcheck python -m tests.attention.sweep --backend hopper --cases 20 --max-tokens 300
+    compute-sanitizer --tool racecheck python -m tests.attention.sweep --backend hopper --passes 1 --cases 6 --each 1
     python -m tests.attention.sweep --backend hopper --seed 1234 --cases 1        # one case again
 
 A family (dtype, head dimension, block, kind of pattern, packed or not, on Hopper one or two passes of the backward) is
@@ -94,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=8, help="cases of one family")
     parser.add_argument("--max-tokens", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=None, help="first seed (default: fresh)")
+    parser.add_argument("--passes", type=int, choices=(1, 2), help="of the backward on Hopper (default: either)")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(arguments)
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 30)
@@ -103,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         kind, packed = family.choice(KINDS), family.random() < 0.5
         dtype = family.choice(DTYPES[args.backend])
         block, dim = family.choice(BLOCKS), family.choice(HEAD_DIMS[args.backend])
-        one_pass = family.random() < 0.5
+        one_pass = family.random() < 0.5 if args.passes is None else args.passes == 1
         case = draw_case(seed + done, args.backend, kind, block, dim, packed, args.max_tokens)
         try:
             with mock.patch.object(launch, "_takes_one_pass", return_value=one_pass):
