@@ -89,11 +89,11 @@ def packed_entry(spec: str, pattern: Pattern, backend: str, borders: list[int], 
     """Our kernels on a sequence of packed documents."""
 
     def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
-        rows = [x[0] for x in (q, k, v)]
+        rows = [x.flatten(0, 1) for x in (q, k, v)]  # views, whose gradients cost nothing
         if backend == "hopper" and not supports(*rows, pattern, packed=True):
             raise Skipped("the Hopper kernels do not take this case")
         cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=q.device)
-        return lambda: s2_attention(*rows, pattern, cu_seqlens=cu_seqlens, backend=backend)[None]
+        return lambda: s2_attention(*rows, pattern, cu_seqlens=cu_seqlens, backend=backend).unflatten(0, q.shape[:2])
 
     lengths = [end - begin for begin, end in itertools.pairwise(borders)]
     name = f"S2 {spec} {backend}, {len(lengths)} documents"

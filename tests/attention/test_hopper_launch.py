@@ -301,6 +301,18 @@ def test_packed_calls_pass_their_documents(launches):
         assert arguments[1] == 132 and last_forward().kernel.constants["PACKED"] is True
 
 
+def test_a_packed_call_prepares_no_launch_that_another_one_has(launches):
+    made = {}
+    for borders in ([0, 300, 1000], [0, 500, 1000], [0, 7, 500, 1000], [0, 300, 1000]):
+        launches.gluon.clear()
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+        run(Pattern.parse("L1V15"), length=1000, heads=8, batch=1, cu_seqlens=cu_seqlens)
+        tables = [launch for name, launch, _ in launches.gluon if name == "attention_documents"]
+        assert len(tables) == 2  # of the forward and the backward
+        made.setdefault(len(borders), tables)
+        assert all(a is b for a, b in zip(made[len(borders)], tables, strict=True))
+
+
 def test_threads_do_not_mix_their_calls(launches, monkeypatch):
     """Of one shape, so that they share the parameters."""
     q, k, v, _ = run(Pattern.parse("W3"))

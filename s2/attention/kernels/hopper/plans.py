@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +104,15 @@ def plan_of(
     return plan
 
 
+@lru_cache(MAX_PLANS)
+def _table_launch(
+    count: int, consumers: int, share: int, an_item: int, block: int, levels: int, device: torch.device
+) -> Launch:
+    """Kept, since what a launch prepares takes longer than a call."""
+    constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
+    return Launch(chunks.attention_documents, (count, 1, 1), constants, (device,))
+
+
 _DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made from their number
 
 
@@ -132,9 +142,7 @@ class Documents:
         most_keys = length + count * block  # in whole blocks
         most_items = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
         table = torch.empty((1 + most_tiles + most_items, 4), dtype=torch.int32, device=q.device)
-        constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels}
-        constants["WIDTH"] = 256
-        launch = Launch(chunks.attention_documents, (count, 1, 1), constants, (q.device,))
+        launch = _table_launch(count, consumers, share, an_item, block, levels, q.device)
         launch(aligned(cu_seqlens), table, count, most_tiles, sinks)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
