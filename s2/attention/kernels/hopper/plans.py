@@ -165,7 +165,7 @@ class Division:
                 chunks_an_item,
             )  # fmt: skip
             self.items = columns.num_items * columns.wave * -(-groups // columns.wave)
-        self.columns, self.table = columns, plan.rules.table
+        self.columns, self.table, self.has_parts = columns, plan.rules.table, columns.num_parts > 0
         self.scalars = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
         self.shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
         self.sizes = (length, kv_heads)
@@ -179,12 +179,12 @@ class Division:
 
     def room(self, unread: Tensor) -> Tensor:
         """For the parts; if there are none, another tensor in their place."""
-        if self.columns.num_parts == 0:
+        if not self.has_parts:
             return unread
         return torch.empty(self.shape, dtype=torch.float32, device=unread.device)
 
     def add_up(self, parts: Tensor, dk: Tensor, dv: Tensor) -> None:
-        if self.columns.num_parts > 0:
+        if self.has_parts:
             self.sum(parts, dk, dv, self.table, *self.sizes, *self.scalars)
 
 
