@@ -105,7 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
         kind, packed = family.choice(KINDS), family.random() < 0.5
         dtype = family.choice(DTYPES[args.backend])
         block, dim = family.choice(BLOCKS), family.choice(HEAD_DIMS[args.backend])
-        one_pass = family.random() < 0.5 if args.passes is None else args.passes == 1
+        if args.backend == "hopper" and args.passes == 1:
+            dim = launch._ONE_PASS_DIM
+        one_pass = dim == launch._ONE_PASS_DIM and (family.random() < 0.5 if args.passes is None else args.passes == 1)
         case = draw_case(seed + done, args.backend, kind, block, dim, packed, args.max_tokens)
         try:
             with mock.patch.object(launch, "_takes_one_pass", return_value=one_pass):

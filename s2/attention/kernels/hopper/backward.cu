@@ -19,6 +19,8 @@
 // the other thread block and dQ to its sums. Levels with few long columns are divided into segments, whose sums leave
 // as float32 parts (see `columns.py`).
 //
+// For head dimension 128: with 64 two passes were as fast.
+//
 // Constants: those of `chunks.cuh`, D, PACKED, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
 
 #define CONSUMERS 2
@@ -31,6 +33,7 @@ constexpr int ITEMS = 2;                   // planned: the one at work and the n
 constexpr int STAGES = 2;                  // steps whose queries, dO and dS are held
 constexpr int RANKS = CHUNKS / CONSUMERS;  // thread blocks of a cluster
 constexpr int COLUMNS_EACH = D / RANKS;    // of dQ, a thread block
+static_assert(COLUMNS_EACH == PANEL, "a panel of keys, and registers as for scores");
 
 struct Params {
     TensorMap q, dout, k, v;  // over [B, H, S, D], boxes of one panel of 64 columns
@@ -362,7 +365,7 @@ DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item) 
             const int entry = j * (KEYS / ENTRIES) * (2 * PANEL);
             if (c >= CONSUMERS) {
                 load(shared_address(shared.other_keys[c - CONSUMERS]) + entry, &params.k,
-                     cluster_rank() * COLUMNS_EACH / PANEL * PANEL, token);
+                     cluster_rank() * PANEL, token);
                 continue;
             }
 #pragma unroll
@@ -500,23 +503,12 @@ DEVICE void stage_sums(const float (&x)[COLUMNS_EACH / 2], unsigned to) {
     for (int j = 0; j < COLUMNS_EACH / 8; j++) store_shared(to + (j * WARP + threadIdx.x % WARP) * 16, x + 4 * j);
 }
 
-// Registers for as many values: x itself, which must not be in use at the same time, if it is of that size.
-template <int M, int N>
-DEVICE float (&either(float (&x)[M], float (&y)[N]))[N] {
-    if constexpr (M == N)
-        return x;
-    else
-        return y;
-}
-
 DEVICE void consume(Shared& shared, const Params& params, int consumer) {
     const int sets = params.group / ENTRIES;
     const bool is_first_lane = threadIdx.x % WARP == 0;
     const int rank = cluster_rank(), warp = threadIdx.x / WARP % 4;
     const unsigned base = shared_address(&shared), other_base = remote(base, rank ^ 1);
     const unsigned keys = base + PLACE(keys) + consumer * BOX_BYTES, values = keys + PLACE(values) - PLACE(keys);
-    // where the columns of dQ begin in keys, and in a panel of them
-    const unsigned column = rank * COLUMNS_EACH / PANEL * PANEL_BYTES, within = rank * COLUMNS_EACH % PANEL * 2;
     constexpr int SLOT_BYTES = RANKS * CONSUMERS * PANEL_BYTES;
 
     // Leaves dS of a step, for the other thread block too.
@@ -537,8 +529,8 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         return operand_at<ROWS_INNER>(base + PLACE(dscores) + consumer * SLOT_BYTES) + c * (PANEL_BYTES / 16);
     };
     const auto keys_of = [&](int c) {
-        const unsigned own = operand_at<ROWS_INNER>(base + PLACE(keys) + column + within);
-        const unsigned others = operand_at<ROWS_INNER>(base + PLACE(other_keys) + within);
+        const unsigned own = operand_at<ROWS_INNER>(base + PLACE(keys) + rank * PANEL_BYTES);
+        const unsigned others = operand_at<ROWS_INNER>(base + PLACE(other_keys));
         return c < CONSUMERS ? own + c * (BOX_BYTES / 16) : others + (c - CONSUMERS) * (PANEL_BYTES / 16);
     };
     // Says that its dS is not read any more.
@@ -646,8 +638,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             unsigned left[16] = {}, probs[16];
             int nth = first_step;
             bool adds = false;  // sums of dQ are still in registers
-            float others[COLUMNS_EACH / 2];
-            auto& sums = either(dprobs, others);  // of dQ
+            auto& sums = dprobs;  // of dQ, in registers of its own ptxas would serialise the products
             const auto step = [&](int stage) __attribute__((always_inline)) {
                 const int before = stage ^ 1;
                 const unsigned queries = base + PLACE(queries) + stage * BOX_BYTES;

@@ -184,7 +184,6 @@ DEVICE unsigned long long descriptor(unsigned low) {
 
 #define S4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define S16(x, i) S4(x, i), S4(x, i + 4), S4(x, i + 8), S4(x, i + 12)
-#define REGS16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define REGS32                                                                                                         \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                          \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -204,20 +203,12 @@ DEVICE void product_shared(float (&x)[32], unsigned long long a, unsigned long l
                  : "l"(a), "l"(b), "n"(ADD));
 }
 
-// [64, columns] (+)= A [16, 64]^T B [16, columns], both with their columns along shared memory's rows.
+// [64, 64] (+)= A [16, 64]^T B [16, 64], both with their columns along shared memory's rows.
 DEVICE void product_transposed(float (&x)[32], unsigned long long a, unsigned long long b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT "." ELEMENT " " REGS32
                  ", %32, %33, p, 1, 1, 1, 1; }"
                  : S16(x, 0), S16(x, 16)
-                 : "l"(a), "l"(b), "r"(add));
-}
-
-DEVICE void product_transposed(float (&x)[16], unsigned long long a, unsigned long long b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0; "
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32." ELEMENT "." ELEMENT " " REGS16
-                 ", %16, %17, p, 1, 1, 1, 1; }"
-                 : S16(x, 0)
                  : "l"(a), "l"(b), "r"(add));
 }
 
