@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
 import datetime
 import itertools
 import random
@@ -388,7 +389,8 @@ def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[
 def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:
     """Measure every case into `record`. The page is written after each length, so a stopped run keeps its rows."""
     record["host"] = list(host_costs(args.cases[0], args))
-    record["limits"] = machine_limits(args.device, Timing(args.warmup, args.rep))
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):  # then the report has no shares of them
+        record["limits"] = machine_limits(args.device, Timing(args.warmup, args.rep))
     free_memory()
     for case in args.cases:
         section = {"name": case.name, "title": case.title(args.dtype), "case": asdict(case), "rows": []}

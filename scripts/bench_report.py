@@ -160,7 +160,7 @@ def shares(sections: list[dict[str, Any]], limits: dict[str, float]) -> str:
     body = []
     for section in sections:
         for row in section["rows"]:
-            if not row.get("spec") or row["flops"] is None:
+            if not row.get("spec") or row["forward_ms"] is None:
                 continue
             cells = []
             for way, operations, moved in (("forward", 1, 1), ("backward", 2.5, 2)):

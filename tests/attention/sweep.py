@@ -98,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--passes", type=int, choices=(1, 2), help="of the backward on Hopper (default: either)")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(arguments)
+    if args.passes and args.backend != "hopper":
+        parser.error(f"--passes: the {args.backend} backend has two")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 30)
     end, done, failed = time.monotonic() + 60 * args.minutes, 0, 0
     while time.monotonic() < end and (args.cases is None or done < args.cases):
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         kind, packed = family.choice(KINDS), family.random() < 0.5
         dtype = family.choice(DTYPES[args.backend])
         block, dim = family.choice(BLOCKS), family.choice(HEAD_DIMS[args.backend])
-        if args.backend == "hopper" and args.passes == 1:
+        if args.passes == 1:
             dim = launch._ONE_PASS_DIM
         one_pass = dim == launch._ONE_PASS_DIM and (family.random() < 0.5 if args.passes is None else args.passes == 1)
         case = draw_case(seed + done, args.backend, kind, block, dim, packed, args.max_tokens)
@@ -115,7 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             failed += 1
             print(
-                f"FAILED --seed {seed + done}: {case} in {dtype}, {one_pass=}: {type(error).__name__}: {error}",
+                f"FAILED --seed {seed + done}{f' --passes {args.passes}' if args.passes else ''}: {case} in {dtype}, "
+                f"{one_pass=}: {type(error).__name__}: {error}",
                 flush=True,
             )
         done += 1

@@ -4,6 +4,7 @@ run through test_op and test_kernels on the same device (`make test-gpu` runs th
 """
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -201,6 +202,15 @@ def test_hopper_packed_equals_separate_bit_for_bit(head_dim):
         gradients = torch.autograd.grad(own, alone, dout[None, begin:end])
         for whole, part in zip(packed, (own, *gradients), strict=True):
             assert torch.equal(whole[begin:end], part[0])
+
+
+@hopper
+def test_hopper_takes_other_numbers_of_documents_of_as_many_tokens():
+    """What a call keeps for the next one does not depend on them: the room for statistics does."""
+    for count in (2, 200, 1, 70, 2):
+        borders = (0, *sorted(random.Random(count).sample(range(1, 4096), count - 1)), 4096)
+        case = Case(Pattern.parse("L1V15"), 4096, 4096, 4, 4, 128, cu_seqlens=borders)
+        assert_correct(case, torch.bfloat16, device="cuda", backend="hopper")
 
 
 @hopper

@@ -17,7 +17,14 @@ import triton.language as tl
 
 from s2.attention import Pattern
 from s2.attention.kernels.hopper import launch, rows
-from s2.attention.kernels.hopper.chunks import attention_documents, chunk_block, chunk_run, chunk_tile
+from s2.attention.kernels.hopper.chunks import (
+    SUMMED,
+    attention_documents,
+    attention_sum_parts,
+    chunk_block,
+    chunk_run,
+    chunk_tile,
+)
 from s2.attention.kernels.hopper.columns import CHUNK, divide_columns
 from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
 from s2.attention.schedule import MAX_LEVELS, TABLE_COLUMNS, has_closed_form, rule_schedule
@@ -170,6 +177,46 @@ def test_sinks_are_divided_like_the_other_long_columns():
     columns = divide_columns(schedule.rows, schedule.num_levels, 131072, 64, 4, 8, 132, 2)
     assert columns.tiles[2] == 1 and columns.segments[2] == columns.segments[1] > 10
     assert columns.segments[0] == 1, "the local window stays whole"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "a_tile"),
+    [
+        (Pattern.parse("L1V7"), 4),
+        (Pattern.parse("L2V5+sink1", 128), 2),
+        (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2),
+        (Pattern.per_head([Pattern.parse("dense"), Pattern.parse("L1V4")]), 4),
+    ],
+    ids=str,
+)
+def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_tile):
+    """Of chunks of one block or a part of one; small blocks' keys lie apart, and are checked on the GPU."""
+    heads, batch, length, dim, block = 2, 2, 500, 16, pattern.block_size
+    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    whole = divide_columns(schedule.rows, schedule.num_levels, length, block, heads * batch, 1, 132, a_tile)
+    rows, segment_rows = -(-length // CHUNK) * CHUNK, 3 * CHUNK
+    levels = range(schedule.num_levels + schedule.has_sinks, -1, -1)
+    segments = [-(-rows // segment_rows) if level in levels else 1 for level in range(4)]
+    columns = replace(whole, segments=tuple(segments), segment_rows=segment_rows)
+    parts = torch.randn(max(segments), batch * heads, columns.num_parts, 2, CHUNK, dim)
+    dk, dv = (torch.zeros(batch, length, heads, dim) for _ in range(2))
+    attention_sum_parts[(columns.num_parts * (CHUNK // SUMMED.value), batch * heads)](
+        parts, dk, dv, schedule.table, length, heads, segment_rows, columns.num_parts, *columns.tiles, *segments,
+        TABLE=TABLE_COLUMNS, D=dim, BLOCK=block, LEVELS=schedule.num_levels, SINKS=schedule.has_sinks, CHUNKS=a_tile,
+    )  # fmt: skip
+    wanted = torch.zeros(2, batch, rows, heads, dim)
+    for head in range(heads):
+        first = 0  # part of the level: the widest levels come first
+        for level in levels:
+            chunks = call_runs(schedule, head, level, length, block, 0, rows)[: a_tile * columns.tiles[level]]
+            for own, (key, begin, end) in enumerate(chunks):
+                if begin < end:
+                    seen = slice(begin // segment_rows, (end - 1) // segment_rows + 1)
+                    of_batch = parts[seen, head::heads, first + own].sum(0)  # [batch, dK and dV, 64, D]
+                    wanted[:, :, key : key + CHUNK, head] = of_batch.transpose(0, 1)
+            first += a_tile * columns.tiles[level]
+    assert wanted.any()
+    torch.testing.assert_close(torch.stack([dk, dv]), wanted[:, :, :length])
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])

@@ -460,7 +460,7 @@ def test_shares_are_of_the_limit_that_is_reached_first():
         row("dense cuDNN", 4096, 1.0, 3.0, flops=4e11, bytes=1e9, spec=None),
         row("S2 L1V15 hopper", 4096, 0.5, 2.0, flops=8e10, bytes=1e9, spec="L1V15"),
         row("S2 L1V15 hopper", 8192, 1.0, None, flops=4e11, bytes=1e9, spec="L1V15"),
-        row("S2 L1V15 hopper", 16384, status="failed", spec="L1V15"),
+        row("S2 L1V15 hopper", 16384, status="failed", flops=4e11, bytes=1e9, spec="L1V15"),
     ]
     lines = bench_report.shares([{"name": "small", "rows": rows}], limits).splitlines()[2:]
     assert lines == [

@@ -1,4 +1,5 @@
-"""Host side of kernels written in CUDA C++ for sm_90a: compiled by NVRTC when first used, launched through the driver.
+"""Host side of kernels written in CUDA C++ for sm_90a: compiled by NVRTC when first used, launched through the driver;
+`direct.py` launches Triton's in the same way.
 
 A kernel takes one struct by value (`const __grid_constant__ Params`), which the host keeps as a `ctypes.Structure` at a
 fixed address (`allocate`) and changes in place: pointers and numbers by assignment, TMA descriptors by
@@ -232,7 +233,7 @@ class Kernel:
         device = torch.cuda.current_device()
         function = self.functions.get(device) or self._load(device)
         size = (grid, 1, 1, self.threads, self.shared_bytes)
-        launch(function, size, params, stream, self.entry)
+        launch(function, size, params, stream, f"{self.entry} in {self.source}")
 
     def _load(self, device: int) -> Any:
         driver = _driver()

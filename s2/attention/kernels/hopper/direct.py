@@ -1,5 +1,6 @@
 """Kernels of Triton and Gluon, compiled by Triton and launched through the driver as those in CUDA C++ are (`cuda`):
-with TMA descriptors among the arguments Triton's own launch costs the host 60 us and more."""
+with TMA descriptors among the arguments Triton's own launch costs the host 60 us and more. Triton's launch hooks
+(Proton's) do not see these launches."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from . import cuda
 _WARPS = 4  # of the producer partition in Gluon, and of the kernels in Triton
 _WARP = 32
 _SCRATCH = 2  # pointers after a kernel's own arguments: global and profiling scratch memory, null if there is none
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # bytes as Triton counts them
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[bfsu](\d+)\b[^,\[\n)]*(?:\[(\d+)\])?")
 
 
@@ -35,7 +37,7 @@ class Launch:
         self.run: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Any) -> None:
-        """Tensors, numbers, and descriptors that differ from those of the first call in their address only."""
+        """Tensors, numbers, and descriptors with the same boxes at every call."""
         if self.run is None:
             kernel = _KERNELS.get(self.key)
             if kernel is None:
@@ -69,8 +71,8 @@ def sizes_of(arguments: Sequence[Any]) -> list[int]:
 
 def declared_sizes(ptx: str) -> list[int]:
     """Bytes of each parameter of the kernel in a text of PTX."""
-    begin = ptx.index(".entry")
-    declarations = ptx[begin : ptx.index("{", begin)]
+    _, _, entry = ptx.partition(".entry")
+    declarations, _, _ = entry.partition("{")
     return [int(bits) // 8 * int(count or 1) for bits, count in _PARAM.findall(declarations)]
 
 
@@ -86,10 +88,21 @@ class Direct:
 
     @staticmethod
     def knows(kernel: Any, arguments: Sequence[Any]) -> bool:
-        """Whether Triton has given the kernel the parameters that are known here."""
+        """Whether Triton would launch the kernel in the way that is known here."""
         metadata = kernel.metadata
+        is_plain = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and not metadata.launch_pdl
         uses_scratch = metadata.global_scratch_size or metadata.profile_scratch_size
-        return not uses_scratch and declared_sizes(kernel.asm["ptx"]) == sizes_of(arguments)
+        own = [
+            (box_of(x), x.base.element_size(), _SWIZZLES[x.layout.swizzle_byte_width])
+            for x in arguments
+            if _is_descriptor(x)
+        ]
+        theirs = [
+            (list(x["block_size"]), x["elem_size"], x["swizzle"])
+            for x in getattr(metadata, "tensordesc_meta", None) or ()
+        ]
+        ptx = kernel.asm.get("ptx", "")  # Triton may have been told not to keep it
+        return is_plain and not uses_scratch and own == theirs and declared_sizes(ptx) == sizes_of(arguments)
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         descriptors = [i for i, x in enumerate(arguments) if _is_descriptor(x)]
@@ -106,21 +119,22 @@ class Direct:
         structure = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
         params: Any = cuda.allocate(structure)
         self.params = params
-        self.maps = [(i, self._map(f"map{i}", arguments[i])) for i in descriptors]
-        for i in descriptors:
-            getattr(params, f"shape{i}")[:] = arguments[i].shape
-            getattr(params, f"strides{i}")[:] = arguments[i].strides
+        self.maps = {i: self._map(i, arguments[i]) for i in descriptors}
+        self.shapes = {i: arguments[i].shape for i in descriptors}
         self._order(len(arguments))
         metadata = kernel.metadata
         self.kernel, self.function = kernel, cuda.function_at(kernel.function)
         self.size = (*grid, metadata.num_warps * _WARP, metadata.shared)
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
-    def _map(self, field: str, descriptor: Any) -> cuda.TensorMap:
+    def _map(self, i: int, descriptor: Any) -> cuda.TensorMap:
+        """Of the i-th argument; sets its shape and strides too."""
         base = descriptor.base
         strides = [base.element_size() * stride for stride in descriptor.strides[:-1]]
+        getattr(self.params, f"shape{i}")[:] = descriptor.shape
+        getattr(self.params, f"strides{i}")[:] = descriptor.strides
         return cuda.TensorMap(
-            self.params, field, base.data_ptr(), base.dtype, descriptor.shape, strides, box_of(descriptor),
+            self.params, f"map{i}", base.data_ptr(), base.dtype, descriptor.shape, strides, box_of(descriptor),
             descriptor.layout.swizzle_byte_width,
         )  # fmt: skip
 
@@ -150,8 +164,12 @@ class Direct:
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         with self.lock:
             params = self.params
-            for i, tensor_map in self.maps:
-                tensor_map.move(arguments[i].base.data_ptr())
+            for i, tensor_map in self.maps.items():
+                descriptor = arguments[i]
+                if descriptor.shape is self.shapes[i]:  # most calls': `launch._Boxes` keeps it
+                    tensor_map.move(descriptor.base.data_ptr())
+                else:
+                    self.maps[i], self.shapes[i] = self._map(i, descriptor), descriptor.shape
             params.pointers[: len(self.pointers)] = [arguments[i].data_ptr() for i in self.pointers]
             params.integers[:] = [arguments[i] for i in self.integers]
             params.floats[:] = [arguments[i] for i in self.floats]
