@@ -2,7 +2,7 @@
 
     python -m tests.attention.sweep --backend hopper --minutes 10
     compute-sanitizer --tool memcheck python -m tests.attention.sweep --backend hopper --cases 20 --max-tokens 300
-    compute-sanitizer --tool racecheck python -m tests.attention.sweep --backend hopper --passes 1 --cases 6 --each 1
+    compute-sanitizer --tool racecheck python -m tests.attention.sweep --every-lane --passes 1 --cases 6 --each 1
     python -m tests.attention.sweep --backend hopper --seed 1234 --cases 1        # one case again
 
 A family (dtype, head dimension, block, kind of pattern, packed or not, on Hopper one or two passes of the backward) is
@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import launch
+from s2.attention.kernels.hopper import cuda, launch
 from tests.attention.checks import Case, assert_correct
 
 DTYPES = {
@@ -96,10 +96,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=None, help="first seed (default: fresh)")
     parser.add_argument("--passes", type=int, choices=(1, 2), help="of the backward on Hopper (default: either)")
+    parser.add_argument("--every-lane", action="store_true", help="kernels whose barriers racecheck can follow")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(arguments)
     if args.passes and args.backend != "hopper":
         parser.error(f"--passes: the {args.backend} backend has two")
+    if args.every_lane:
+        cuda._OPTIONS = (*cuda._OPTIONS, "--define-macro=EVERY_LANE")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 30)
     end, done, failed = time.monotonic() + 60 * args.minutes, 0, 0
     while time.monotonic() < end and (args.cases is None or done < args.cases):

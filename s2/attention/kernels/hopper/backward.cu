@@ -82,24 +82,24 @@ struct Shared {
 };
 
 DEVICE void init_barriers(Shared& shared) {
-    constexpr int warps = CONSUMERS * WARPGROUP / WARP;
+    constexpr int consumers = CONSUMERS * WARPGROUP / WARP * ARRIVALS;
     for (int i = 0; i < STAGES; i++) {
         barrier_init(shared_address(&shared.rows_full[i]), 1);
-        barrier_init(shared_address(&shared.queries_empty[i]), warps);
-        barrier_init(shared_address(&shared.gradients_empty[i]), warps);
-        barrier_init(shared_address(&shared.dscores_full[i]), warps);
+        barrier_init(shared_address(&shared.queries_empty[i]), consumers);
+        barrier_init(shared_address(&shared.gradients_empty[i]), consumers);
+        barrier_init(shared_address(&shared.dscores_full[i]), consumers);
         barrier_init(shared_address(&shared.other_full[i]), 1);
-        barrier_init(shared_address(&shared.dscores_empty[i]), warps);
+        barrier_init(shared_address(&shared.dscores_empty[i]), consumers);
     }
-    barrier_init(shared_address(&shared.sums_full), WARPGROUP / WARP);
+    barrier_init(shared_address(&shared.sums_full), WARPGROUP / WARP * ARRIVALS);
     barrier_init(shared_address(&shared.sums_empty), 1);
     barrier_init(shared_address(&shared.keys_full), 1);
-    barrier_init(shared_address(&shared.keys_done), warps);
+    barrier_init(shared_address(&shared.keys_done), consumers);
     barrier_init(shared_address(&shared.drawn_full), 1);
-    barrier_init(shared_address(&shared.drawn_empty), 1);
+    barrier_init(shared_address(&shared.drawn_empty), ARRIVALS);
     for (int i = 0; i < ITEMS; i++) {
-        barrier_init(shared_address(&shared.item_full[i]), 1);
-        barrier_init(shared_address(&shared.item_empty[i]), 2 + warps);  // rows, sums, consumers
+        barrier_init(shared_address(&shared.item_full[i]), ARRIVALS);
+        barrier_init(shared_address(&shared.item_empty[i]), 2 * ARRIVALS + consumers);  // rows, sums
     }
     barrier_init_fence();
 }
@@ -126,15 +126,15 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
             barrier_wait(full, phase);
             drawn = *const_cast<volatile int*>(&shared.drawn);
             __syncwarp();
-            if (lane == 0) barrier_arrive_remote(remote(empty, 0));
+            if (arrives(lane == 0)) barrier_arrive_remote(remote(empty, 0));
         }
         phase ^= 1;
         return drawn;
     };
     for (int item = blockIdx.x / RANKS;; item = next()) {
         if (item >= num_items) {
-            if (lane == 0) {
-                shared.items[slot.index].group = -1;
+            if (arrives(lane == 0)) {
+                if (lane == 0) shared.items[slot.index].group = -1;
                 barrier_arrive(shared_address(&shared.item_full[slot.index]));
             }
             return;
@@ -232,7 +232,7 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
                 to.steps = steps;
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(shared_address(&shared.item_full[slot.index]));
+            if (arrives(lane == 0)) barrier_arrive(shared_address(&shared.item_full[slot.index]));
             slot.advance();
             barrier_wait(shared_address(&shared.item_empty[slot.index]), slot.phase ^ 1);
         }
@@ -288,7 +288,7 @@ DEVICE void load_rows(Shared& shared, const Params& params) {
             __syncwarp();
             stage.advance();
         });
-        if (is_loader) barrier_arrive(shared_address(&shared.item_empty[slot.index]));
+        if (arrives(is_loader)) barrier_arrive(shared_address(&shared.item_empty[slot.index]));
         __syncwarp();
         slot.advance();
     }
@@ -337,7 +337,7 @@ DEVICE void move_sums(Shared& shared, const Params& params) {
             stage.advance();
         });
         add();
-        if (is_mover) barrier_arrive(shared_address(&shared.item_empty[slot.index]));
+        if (arrives(is_mover)) barrier_arrive(shared_address(&shared.item_empty[slot.index]));
         __syncwarp();
         slot.advance();
     }
@@ -505,7 +505,7 @@ DEVICE void stage_sums(const float (&x)[COLUMNS_EACH / 2], unsigned to) {
 
 DEVICE void consume(Shared& shared, const Params& params, int consumer) {
     const int sets = params.group / ENTRIES;
-    const bool is_first_lane = threadIdx.x % WARP == 0;
+    const bool is_arriving = arrives(threadIdx.x % WARP == 0);
     const int rank = cluster_rank(), warp = threadIdx.x / WARP % 4;
     const unsigned base = shared_address(&shared), other_base = remote(base, rank ^ 1);
     const unsigned keys = base + PLACE(keys) + consumer * BOX_BYTES, values = keys + PLACE(values) - PLACE(keys);
@@ -515,7 +515,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
     const auto hand_over = [&](const unsigned (&x)[16], int stage) {
         stage_scores(x, base + PLACE(dscores) + stage * SLOT_BYTES + consumer * PANEL_BYTES);
         __syncwarp();
-        if (is_first_lane) barrier_arrive(base + PLACE(dscores_full) + 8 * stage);
+        if (is_arriving) barrier_arrive(base + PLACE(dscores_full) + 8 * stage);
     };
     // Waits for that of all. Ordinary stores wrote some of it: the fence of who reads puts them before its products,
     // and that of `move_sums` before its copy, so that who writes need not wait for its stores.
@@ -535,7 +535,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
     };
     // Says that its dS is not read any more.
     const auto release = [&] {
-        if (is_first_lane) {
+        if (is_arriving) {
             barrier_arrive(base + PLACE(dscores_empty) + 8 * consumer);
             barrier_arrive_remote(other_base + PLACE(dscores_empty) + 8 * consumer);
         }
@@ -547,7 +547,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         barrier_wait(base + PLACE(sums_empty), consumer ^ 1);
         stage_sums(x, base + PLACE(sums) + warp * (16 * COLUMNS_EACH * 4));
         __syncwarp();
-        if (is_first_lane) barrier_arrive(base + PLACE(sums_full));
+        if (is_arriving) barrier_arrive(base + PLACE(sums_full));
     };
 
     Position<ITEMS> slot;
@@ -592,7 +592,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             for (; nth < end; nth++) {
                 barrier_wait(base + PLACE(rows_full) + 8 * ring.index, ring.phase);
                 __syncwarp();
-                if (is_first_lane) {
+                if (is_arriving) {
                     barrier_arrive(base + PLACE(queries_empty) + 8 * ring.index);
                     barrier_arrive(base + PLACE(gradients_empty) + 8 * ring.index);
                 }
@@ -602,7 +602,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                     stage_scores(zeros, base + PLACE(dscores) + ring.index * SLOT_BYTES + consumer * PANEL_BYTES);
                 }
                 __syncwarp();
-                if (is_first_lane) barrier_arrive(base + PLACE(dscores_full) + 8 * ring.index);
+                if (is_arriving) barrier_arrive(base + PLACE(dscores_full) + 8 * ring.index);
                 if (nth > 0) finish(nth - 1, ring.index ^ 1, ring.index ? ring.phase : ring.phase ^ 1);
                 ring.advance();
             }
@@ -656,7 +656,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 pin(scores);
                 pin(dprobs);
                 pin(dk);
-                if (nth > first_step && is_first_lane) barrier_arrive(base + PLACE(queries_empty) + 8 * before);
+                if (nth > first_step && is_arriving) barrier_arrive(base + PLACE(queries_empty) + 8 * before);
                 hide(scores, nth >= diagonal_step);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -701,7 +701,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                     wgmma_wait<0>();
                     pin(dv);
                 }
-                if (is_first_lane) barrier_arrive(base + PLACE(gradients_empty) + 8 * stage);
+                if (is_arriving) barrier_arrive(base + PLACE(gradients_empty) + 8 * stage);
                 if (BLOCK < KEYS && ++turn == sets) {  // after all heads of a query block the one before it
                     row -= TOKENS;
                     turn = 0;
@@ -728,13 +728,13 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                        end_step > first_step + 1);
             wgmma_wait<0>();
             pin(dk);
-            if (is_first_lane) barrier_arrive(base + PLACE(queries_empty) + 8 * before);
+            if (is_arriving) barrier_arrive(base + PLACE(queries_empty) + 8 * before);
         }
         const int steps = item.steps * sets;
         idle(end_step, steps);
         finish(steps - 1, ring.index ^ 1, ring.index ? ring.phase : ring.phase ^ 1);
         __syncwarp();
-        if (is_first_lane) barrier_arrive(base + PLACE(keys_done));  // the next ones may come
+        if (is_arriving) barrier_arrive(base + PLACE(keys_done));  // the next ones may come
         if (end_step > first_step) {
             if (item.segment >= 0) {
                 const long long part = (static_cast<long long>(item.segment) * params.groups + item.group) *
@@ -747,7 +747,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             }
         }
         __syncwarp();
-        if (is_first_lane) barrier_arrive(base + PLACE(item_empty) + 8 * slot.index);
+        if (is_arriving) barrier_arrive(base + PLACE(item_empty) + 8 * slot.index);
         slot.advance();
         phase_of_keys ^= 1;
     }

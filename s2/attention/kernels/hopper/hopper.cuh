@@ -44,6 +44,17 @@ DEVICE void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// A warp arrives by one lane, after a `__syncwarp` where the others have written or read. racecheck does not follow
+// that; for it a build with EVERY_LANE has all lanes arrive (`sweep.py --every-lane`).
+#ifdef EVERY_LANE
+constexpr int ARRIVALS = WARP;  // of a warp
+#else
+constexpr int ARRIVALS = 1;
+#endif
+
+// Whether a lane arrives: the chosen one does.
+DEVICE bool arrives(bool is_chosen) { return ARRIVALS == WARP || is_chosen; }
+
 // Waits for the phase of that parity to complete.
 DEVICE void barrier_wait(unsigned barrier, int parity) {
     asm volatile(
