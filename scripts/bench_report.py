@@ -272,9 +272,9 @@ def report(record: dict[str, Any], plots: dict[str, str]) -> str:
     compared = comparisons(record["sections"])
     if compared:
         parts += ["## Our rates over another case's", compared]
-    limits = record.get("limits")
-    measured = limits and shares(record["sections"], limits)
-    if limits and measured:
+    limits = record.get("limits") or {}
+    measured = shares(record["sections"], limits) if limits else ""
+    if measured:
         reached = f"{limits['copy_tb_s']:.2f} TB/s of a copy, {limits['product_tflop_s']:.0f} TFLOP/s of a product"
         parts += ["## Share of the machine's limits", f"Limits in this process: {reached}.", measured]
     if record.get("targets"):

@@ -99,8 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every-lane", action="store_true", help="kernels whose barriers racecheck can follow")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(arguments)
-    if args.passes and args.backend != "hopper":
-        parser.error(f"--passes: the {args.backend} backend has two")
+    if (args.passes or args.every_lane) and args.backend != "hopper":
+        parser.error("--passes and --every-lane are for the hopper backend")
     if args.every_lane:
         cuda._OPTIONS = (*cuda._OPTIONS, "--define-macro=EVERY_LANE")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 30)

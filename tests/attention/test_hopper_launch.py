@@ -161,8 +161,8 @@ def test_small_blocks_come_in_boxes_of_several_heads(launches):
     assert values["q_desc"].block_shape == values["dq_desc"].block_shape == [1, 4, 16, 128]
     assert values["k_desc"].block_shape == [1, 1, 16, 128]
     assert (values["tiles_per_head"], values["num_tiles"]) == (21, 21 * 4)  # 48 tokens of 4 heads a tile
-    forward = last_forward()
-    assert forward.q.box == forward.out.box == [1, 4, 16, 64] and forward.k.box == forward.v.box == [1, 1, 16, 64]
+    maps = last_forward().maps
+    assert maps.q.box == maps.other.box == [1, 4, 16, 64] and maps.k.box == maps.v.box == [1, 1, 16, 64]
     problem = launches.forward[0][0].problem
     assert (problem.tiles_per_head, problem.num_tiles) == (21, 21 * 4)
 
@@ -264,7 +264,7 @@ def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block
     assert (params.out_rows, params.lse) == (out.data_ptr(), lse.data_ptr())
     assert params.scale_log2 == pytest.approx(0.1 / 0.6931471805599453)
     for field, x, box in (("q", q, a_box), ("k", k, 1), ("v", v, 1), ("out", out, a_box)):
-        own = getattr(forward, field)
+        own = getattr(forward.maps, "other" if field == "out" else field)
         assert getattr(params, field)[0] == x.data_ptr()
         assert own.shape == [batch, x.shape[2], length, dim] and own.box == [1, box, tokens, 64]
         assert own.strides == [2 * x.stride(0), 2 * x.stride(2), 2 * x.stride(1)]

@@ -208,6 +208,11 @@ def launch(
         _checked(f"cuLaunchKernel of {name}", run(*arguments))
 
 
+def current_stream(device: int) -> int:
+    """The handle of torch's current stream on a device, without a `torch.cuda.Stream` around it."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 def function_at(handle: int) -> Any:
     """A function that somebody else has loaded."""
     return _driver().CUfunction(handle)

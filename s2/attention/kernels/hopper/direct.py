@@ -1,6 +1,6 @@
 """Kernels of Triton and Gluon, compiled by Triton and launched through the driver as those in CUDA C++ are (`cuda`):
-with TMA descriptors among the arguments Triton's own launch costs the host 60 us and more. Triton's launch hooks
-(Proton's) do not see these launches."""
+Triton's own launch encodes every TMA descriptor among the arguments again at each call. Its launch hooks (Proton's) do
+not see these launches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from . import cuda
 
 _WARPS = 4  # of the producer partition in Gluon, and of the kernels in Triton
 _WARP = 32
-_SCRATCH = 2  # pointers after a kernel's own arguments: global and profiling scratch memory, null if there is none
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # bytes as Triton counts them
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[bfsu](\d+)\b[^,\[\n)]*(?:\[(\d+)\])?")
 
@@ -57,16 +56,21 @@ def _is_descriptor(argument: Any) -> bool:
     return hasattr(argument, "base")
 
 
-def sizes_of(arguments: Sequence[Any]) -> list[int]:
-    """Bytes of each parameter of a kernel with these arguments: a descriptor is a tensor map, its shape and strides."""
-    sizes = []
-    for argument in arguments:
+def parameters_of(arguments: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Name and type of each parameter of a kernel with these arguments, in its order: a descriptor is a tensor map, its
+    shape and its strides, and pointers to global and profiling scratch memory come last, null where there is none."""
+    parameters: list[tuple[str, Any]] = []
+    for i, argument in enumerate(arguments):
         if _is_descriptor(argument):
-            rank = len(argument.shape)
-            sizes += [128, *[4] * rank, *[8] * rank]
+            dims = range(len(argument.shape))
+            parameters.append((f"map{i}", cuda.MAP))
+            parameters += [(f"size{i}_{dim}", ctypes.c_int32) for dim in dims]
+            parameters += [(f"stride{i}_{dim}", ctypes.c_int64) for dim in dims]
+        elif isinstance(argument, Tensor):
+            parameters.append((f"value{i}", ctypes.c_void_p))
         else:
-            sizes.append(8 if isinstance(argument, Tensor) else 4)
-    return sizes + [8] * _SCRATCH
+            parameters.append((f"value{i}", ctypes.c_float if isinstance(argument, float) else ctypes.c_int32))
+    return [*parameters, ("scratch", ctypes.c_void_p), ("profile", ctypes.c_void_p)]
 
 
 def declared_sizes(ptx: str) -> list[int]:
@@ -102,66 +106,41 @@ class Direct:
             for x in getattr(metadata, "tensordesc_meta", None) or ()
         ]
         ptx = kernel.asm.get("ptx", "")  # Triton may have been told not to keep it
-        return is_plain and not uses_scratch and own == theirs and declared_sizes(ptx) == sizes_of(arguments)
+        sizes = [ctypes.sizeof(kind) for _, kind in parameters_of(arguments)]
+        return is_plain and not uses_scratch and own == theirs and declared_sizes(ptx) == sizes
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
-        descriptors = [i for i, x in enumerate(arguments) if _is_descriptor(x)]
-        self.pointers = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-        self.floats = [i for i, x in enumerate(arguments) if isinstance(x, float)]
-        others = {*descriptors, *self.pointers, *self.floats}
-        self.integers = [i for i in range(len(arguments)) if i not in others]
-        ranks = [len(arguments[i].shape) for i in descriptors]
-        fields: list[tuple[str, Any]] = [(f"map{i}", cuda.MAP) for i in descriptors]
-        fields += [("pointers", ctypes.c_uint64 * (len(self.pointers) + _SCRATCH))]
-        fields += [(f"strides{i}", ctypes.c_int64 * rank) for i, rank in zip(descriptors, ranks, strict=True)]
-        fields += [(f"shape{i}", ctypes.c_int32 * rank) for i, rank in zip(descriptors, ranks, strict=True)]
-        fields += [("integers", ctypes.c_int32 * len(self.integers)), ("floats", ctypes.c_float * len(self.floats))]
-        structure = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
-        params: Any = cuda.allocate(structure)
-        self.params = params
-        self.maps = {i: self._map(i, arguments[i]) for i in descriptors}
-        self.shapes = {i: arguments[i].shape for i in descriptors}
-        self._order(len(arguments))
-        metadata = kernel.metadata
+        parameters = parameters_of(arguments)
+        fields = sorted(parameters, key=lambda field: -ctypes.sizeof(field[1]))  # maps first: at multiples of 64
+        structure: Any = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
+        self.params: Any = cuda.allocate(structure)
+        base = ctypes.addressof(self.params)
+        places = [base + getattr(structure, name).offset for name, _ in parameters]
+        self.params.kernel_params = (ctypes.c_void_p * len(places))(*places)
+        descriptors = {i: x for i, x in enumerate(arguments) if _is_descriptor(x)}
+        self.maps = {i: self._map(i, x) for i, x in descriptors.items()}
+        self.shapes = {i: x.shape for i, x in descriptors.items()}
+        self.tensors = [(i, f"value{i}") for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+        others = {*descriptors, *(i for i, _ in self.tensors)}
+        self.numbers = [(i, f"value{i}") for i in range(len(arguments)) if i not in others]
         self.kernel, self.function = kernel, cuda.function_at(kernel.function)
-        self.size = (*grid, metadata.num_warps * _WARP, metadata.shared)
+        self.size = (*grid, kernel.metadata.num_warps * _WARP, kernel.metadata.shared)
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
     def _map(self, i: int, descriptor: Any) -> cuda.TensorMap:
         """Of the i-th argument; sets its shape and strides too."""
         base = descriptor.base
         strides = [base.element_size() * stride for stride in descriptor.strides[:-1]]
-        getattr(self.params, f"shape{i}")[:] = descriptor.shape
-        getattr(self.params, f"strides{i}")[:] = descriptor.strides
+        for dim, (size, stride) in enumerate(zip(descriptor.shape, descriptor.strides, strict=True)):
+            setattr(self.params, f"size{i}_{dim}", size)
+            setattr(self.params, f"stride{i}_{dim}", stride)
         return cuda.TensorMap(
             self.params, f"map{i}", base.data_ptr(), base.dtype, descriptor.shape, strides, box_of(descriptor),
             descriptor.layout.swizzle_byte_width,
         )  # fmt: skip
 
-    def _order(self, count: int) -> None:
-        """Tells the driver where each parameter is, in the kernel's order."""
-        base, kind = ctypes.addressof(self.params), type(self.params)
-
-        def places(field: str, size: int, number: int) -> list[int]:
-            begin = base + getattr(kind, field).offset
-            return [begin + size * n for n in range(number)]
-
-        *pointers, scratch, profile = places("pointers", 8, len(self.pointers) + _SCRATCH)
-        own = dict(zip(self.pointers, pointers, strict=True))
-        own |= zip(self.integers, places("integers", 4, len(self.integers)), strict=True)
-        own |= zip(self.floats, places("floats", 4, len(self.floats)), strict=True)
-        addresses = []
-        for i in range(count):
-            if i in own:
-                addresses.append(own[i])
-                continue
-            rank = len(getattr(self.params, f"shape{i}"))
-            addresses += [*places(f"map{i}", 128, 1), *places(f"shape{i}", 4, rank), *places(f"strides{i}", 8, rank)]
-        addresses += [scratch, profile]
-        self.params.kernel_params = (ctypes.c_void_p * len(addresses))(*addresses)
-
     def __call__(self, *arguments: Any) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+        stream = cuda.current_stream(torch.cuda.current_device())
         with self.lock:
             params = self.params
             for i, tensor_map in self.maps.items():
@@ -170,7 +149,8 @@ class Direct:
                     tensor_map.move(descriptor.base.data_ptr())
                 else:
                     self.maps[i], self.shapes[i] = self._map(i, descriptor), descriptor.shape
-            params.pointers[: len(self.pointers)] = [arguments[i].data_ptr() for i in self.pointers]
-            params.integers[:] = [arguments[i] for i in self.integers]
-            params.floats[:] = [arguments[i] for i in self.floats]
+            for i, name in self.tensors:
+                setattr(params, name, arguments[i].data_ptr())
+            for i, name in self.numbers:
+                setattr(params, name, arguments[i])
             cuda.launch(self.function, self.size, params, stream, self.kernel.name)

@@ -203,12 +203,7 @@ def _forward_kernel(
 ) -> cuda.Kernel:
     consumers, stages = _CONSUMERS[head_dim], _STAGES[head_dim]
     constants = {
-        "D": head_dim,
-        "BLOCK": block,
-        "LEVELS": levels,
-        "SINKS": sinks,
-        "PACKED": packed,
-        "BF16": dtype == torch.bfloat16,
+        **plans.macros_of(dtype, head_dim, block, levels, sinks, packed),
         "CONSUMERS": consumers,
         "STAGES": stages,
         "CONSUMER_REGISTERS": _ROW_REGISTERS[consumers],
@@ -225,13 +220,12 @@ class Forward:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
         batch, length, num_heads, head_dim = q.shape
         block = plan.constants["BLOCK"]
-        tokens, some_heads = min(block, CHUNK), plans.heads_a_box(block)
         self.consumers = consumers = _CONSUMERS[head_dim]
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
-        self.share = group // some_heads  # boxes of the same rows, side by side: they share key tiles
+        self.share = group // plans.heads_a_box(block)  # boxes of the same rows, side by side: they share key tiles
         self.heads, self.processors = batch * kv_heads, plans.processors_of(q.device)
         self.kernel = _forward_kernel(q.dtype, head_dim, block, plan.rules.num_levels, plan.rules.has_sinks, packed)
-        tiles_per_head = -(-(-(-length // tokens) * self.share) // consumers)  # of a KV head
+        tiles_per_head = -(-(-(-length // min(block, CHUNK)) * self.share) // consumers)  # of a KV head
         num_tiles = tiles_per_head * self.heads
         self.grid = self.processors if packed else min(num_tiles, self.processors)
         self.lock = threading.Lock()  # one call at a time changes the parameters
@@ -242,12 +236,7 @@ class Forward:
         problem.length, problem.kv_heads, problem.group = length, kv_heads, group
         problem.tiles_per_head, problem.num_tiles = tiles_per_head, num_tiles
         problem.together = self.together(tiles_per_head)
-        self.q = plans.tensor_map(params, "q", q, q.stride(), some_heads, tokens)
-        self.k = plans.tensor_map(params, "k", k, k.stride(), 1, tokens)
-        self.v = plans.tensor_map(params, "v", v, v.stride(), 1, tokens)
-        # of the output only the shape is known yet
-        contiguous = (length * num_heads * head_dim, num_heads * head_dim, head_dim)
-        self.out = plans.tensor_map(params, "out", q, contiguous, some_heads, tokens)
+        self.maps = plans.Maps(params, q, k, v, "out", block)
 
     def together(self, tiles_per_head: int) -> int:
         """KV heads at the end that are worked on together."""
@@ -267,10 +256,7 @@ class Forward:
         stream: int,
     ) -> None:
         with self.lock:
-            self.q.move(q.data_ptr())
-            self.k.move(k.data_ptr())
-            self.v.move(v.data_ptr())
-            self.out.move(out.data_ptr())
+            self.maps.move(q, k, v, out)
             if documents is not None:
                 self.problem.documents = documents.table.data_ptr()
                 self.problem.together = self.together(documents.most_tiles)

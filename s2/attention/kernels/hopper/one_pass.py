@@ -26,7 +26,7 @@ def backward_kernel(
     dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool
 ) -> cuda.Kernel:
     constants = {
-        **_constants(dtype, head_dim, block, levels, sinks, packed),
+        **plans.macros_of(dtype, head_dim, block, levels, sinks, packed),
         "CONSUMER_REGISTERS": _REGISTERS,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
@@ -37,19 +37,8 @@ def backward_kernel(
 
 def pass_kernel(name: str, dtype: torch.dtype, head_dim: int, block: int, packed: bool) -> cuda.Kernel:
     """`statistics` or `round`, whatever the rules."""
-    constants = {**_constants(dtype, head_dim, block, 0, False, packed), "BOXES": _BOXES if packed else 1}
+    constants = {**plans.macros_of(dtype, head_dim, block, 0, False, packed), "BOXES": _BOXES if packed else 1}
     return cuda.Kernel(Path(__file__).with_name("passes.cu"), f"attention_{name}", constants, _PASS_THREADS, 0)
-
-
-def _constants(dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool) -> dict[str, int]:
-    return {
-        "D": head_dim,
-        "BLOCK": block,
-        "LEVELS": levels,
-        "SINKS": sinks,
-        "PACKED": packed,
-        "BF16": dtype == torch.bfloat16,
-    }
 
 
 class OnePass:
@@ -58,11 +47,10 @@ class OnePass:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
         batch, length, num_heads, head_dim = q.shape
         rules, block = plan.rules, plan.constants["BLOCK"]
-        tokens, some_heads = min(block, CHUNK), plans.heads_a_box(block)
         kv_heads, group = k.shape[2], num_heads // k.shape[2]
         groups, clusters = batch * kv_heads, plans.processors_of(q.device) // _CLUSTER
         self.plan = plan
-        self.sets = batch * num_heads // some_heads
+        self.sets = batch * num_heads // plans.heads_a_box(block)
         self.division = plans.Division(q, k, plan, packed, _CLUSTER * clusters, CHUNKS)
         columns, items = self.division.columns, self.division.items
         self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
@@ -80,11 +68,7 @@ class OnePass:
         own = params.columns
         own.tiles[:], own.segments[:], own.batches[:] = columns.tiles, columns.segments, columns.batches
         own.segment_rows, own.num_parts, own.wave = columns.segment_rows, columns.num_parts, columns.wave
-        contiguous = (length * num_heads * head_dim, num_heads * head_dim, head_dim)
-        self.q = plans.tensor_map(params, "q", q, q.stride(), some_heads, tokens)
-        self.k = plans.tensor_map(params, "k", k, k.stride(), 1, tokens)
-        self.v = plans.tensor_map(params, "v", v, v.stride(), 1, tokens)
-        self.dout = plans.tensor_map(params, "dout", q, contiguous, some_heads, tokens)  # only its shape is known yet
+        self.maps = plans.Maps(params, q, k, v, "dout", block)
         rows = self.rows = cuda.allocate(structs.Passes)
         rows.scale, rows.length, rows.heads = plan.scale, length, num_heads
 
@@ -119,8 +103,7 @@ class OnePass:
             rows.documents, rows.chunks = documents.table.data_ptr(), documents.boxes
             rows.blocks = documents.boxes if cu_seqlens is None else documents.most_tiles
             self.statistics.launch(self.sets * rows.blocks, rows, stream)
-            for tensor_map, x in ((self.q, q), (self.dout, dout), (self.k, k), (self.v, v)):
-                tensor_map.move(x.data_ptr())
+            self.maps.move(q, k, v, dout)
             params.stats, params.sums, params.parts = stats.data_ptr(), sums.data_ptr(), parts.data_ptr()
             params.dk, params.dv = dk.data_ptr(), dv.data_ptr()
             params.documents, params.counter = documents.table.data_ptr(), counter.data_ptr()

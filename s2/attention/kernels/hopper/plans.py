@@ -46,7 +46,7 @@ def processors_of(device: torch.device) -> int:
 
 
 def stream_of(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index)  # a Stream takes 5 us
+    return cuda.current_stream(device.index)
 
 
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
@@ -188,7 +188,43 @@ class Division:
             self.sum(parts, dk, dv, self.table, *self.sizes, *self.scalars)
 
 
-def tensor_map(
+# ---------------------------------------------------------------- kernels in CUDA C++
+
+
+def macros_of(dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool) -> dict[str, int]:
+    """The constants that all of them are compiled with."""
+    return {
+        "D": head_dim,
+        "BLOCK": block,
+        "LEVELS": levels,
+        "SINKS": sinks,
+        "PACKED": packed,
+        "BF16": dtype == torch.bfloat16,
+    }
+
+
+class Maps:
+    """TMA descriptors in the parameters of a kernel: of q, k and v in fields of these names, and in the field `other`
+    of tensors of q's shape that are contiguous. Boxes of rows are of `heads_a_box` heads, those of keys of one."""
+
+    def __init__(self, params: ctypes.Structure, q: Tensor, k: Tensor, v: Tensor, other: str, block_size: int) -> None:
+        _, length, num_heads, head_dim = q.shape
+        tokens, some_heads = min(block_size, CHUNK), heads_a_box(block_size)
+        contiguous = (length * num_heads * head_dim, num_heads * head_dim, head_dim)
+        self.q = _tensor_map(params, "q", q, q.stride(), some_heads, tokens)
+        self.k = _tensor_map(params, "k", k, k.stride(), 1, tokens)
+        self.v = _tensor_map(params, "v", v, v.stride(), 1, tokens)
+        self.other = _tensor_map(params, other, q, contiguous, some_heads, tokens)  # only its shape is known yet
+
+    def move(self, q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> None:
+        """To other tensors of the same shapes and strides."""
+        self.q.move(q.data_ptr())
+        self.k.move(k.data_ptr())
+        self.v.move(v.data_ptr())
+        self.other.move(other.data_ptr())
+
+
+def _tensor_map(
     params: ctypes.Structure, field: str, x: Tensor, strides: tuple[int, ...], some_heads: int, tokens: int
 ) -> cuda.TensorMap:
     """Of `[B, S, H, D]` as `[B, H, S, D]`, in boxes of `tokens` tokens of some heads, and of 64 columns, which a
