@@ -24,6 +24,7 @@ from s2.attention.kernels.hopper.chunks import (
     chunk_block,
     chunk_run,
     chunk_tile,
+    locate_item,
 )
 from s2.attention.kernels.hopper.columns import CHUNK, divide_columns
 from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
@@ -271,6 +272,49 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
                     own = call_runs(schedule, head, level, length, block, 0, rows)[2 * index : 2 * index + 2]
                     add_runs(found, own, schedule, head, level, length, block, 0, rows, first=2 * index)
             assert torch.equal(found, wanted[head].int())
+
+
+# ---------------------------------------------------------------- work items
+
+
+@triton.jit
+def items(
+    out, groups, wave, few, tiles0, tiles1, tiles2, segments0, segments1, segments2, batch0, batch1, batch2,
+    WIDEST: tl.constexpr,
+):  # fmt: skip
+    tiles, segments, batches = (tiles0, tiles1, tiles2), (segments0, segments1, segments2), (batch0, batch1, batch2)
+    item = tl.program_id(0)
+    level, segment, group, first, last = locate_item(item, groups, wave, tiles, segments, batches, few, WIDEST)
+    tl.store(out + 5 * item, level)
+    tl.store(out + 5 * item + 1, segment)
+    tl.store(out + 5 * item + 2, group)
+    tl.store(out + 5 * item + 3, first)
+    tl.store(out + 5 * item + 4, last)
+
+
+@pytest.mark.parametrize("few", [0, 8, 1000])
+@pytest.mark.parametrize(("groups", "wave"), [(5, 5), (5, 2), (1, 1)])
+def test_items_are_every_tile_of_every_segment_once(groups, wave, few):
+    tiles, segments, batches = (7, 3, 0), (1, 3, 1), (4, 1, 1)
+    a_head = [-(-n // batch) for n, batch in zip(tiles, batches, strict=True)]
+    count = sum(n * parts for n, parts in zip(a_head, segments, strict=True)) * wave * -(-groups // wave)
+    out = torch.full((count, 5), -1, dtype=torch.int32)
+    items[(count,)](out, groups, wave, few, *tiles, *segments, *batches, WIDEST=2)
+    found = [(level, segment, group, tile) for level, segment, group, *ends in out.tolist() for tile in range(*ends)]
+    assert sorted(found) == [
+        (level, segment, group, tile)
+        for level in range(3) for segment in range(segments[level]) for group in range(groups)
+        for tile in range(tiles[level])
+    ]  # fmt: skip
+    order = [(group // wave, -level, -segment) for level, segment, group, _ in found]
+    assert order == sorted(order)
+    for (turn, level, _), run in itertools.groupby(found, key=lambda item: (item[2] // wave, *item[:2])):
+        own = [(group, tile // batches[level], tile) for _, _, group, tile in run]
+        if a_head[level] * wave <= few:
+            assert own == sorted(own, key=lambda item: (item[1], item[0]))
+        else:
+            assert own == sorted(own)
+        assert len(own) == min(wave, groups - turn * wave) * tiles[level]
 
 
 # ---------------------------------------------------------------- work items in C++

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.indexing import load_rule
-from .chunks import chunk_block, chunk_run, chunk_tile, part_begin
+from .chunks import chunk_block, chunk_run, chunk_tile, locate_item, part_begin
 from .common import LANES, WORDS, advance, flat_rows, get, load_entry, opaque, store_rows
 
 ROWS = gl.constexpr(64)  # queries of a step
@@ -31,35 +31,6 @@ CONSUMERS = gl.constexpr(2)
 SLOTS = gl.constexpr(2)  # items whose keys and values are held
 ITEM_WORDS = gl.constexpr(32)  # see `_produce`
 WIDE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-
-
-@gluon.jit
-def _locate_item(item, groups, wave, tiles, segments, batches, WIDEST: gl.constexpr):
-    """`(level, segment, batch x KV head, first tile, tile after the last)` of a work item. Items come in waves of
-    `wave` heads, whose queries the L2 cache holds; of a wave the widest level first, and of a level its late
-    segments."""
-    items = 0
-    for level in gl.static_range(WIDEST + 1):
-        items += (tiles[level] + batches[level] - 1) // batches[level] * segments[level] * wave
-    start = item // items * wave
-    item = item % items
-    found, segment, group, first, last = -1, 0, 0, 0, 0
-    for step in gl.static_range(WIDEST + 1):
-        most = tiles[WIDEST - step]
-        batch = batches[WIDEST - step]
-        per_head = (most + batch - 1) // batch
-        parts = segments[WIDEST - step]
-        size = per_head * parts * wave
-        if (found < 0) & (item < size):
-            rest = item % (per_head * wave)
-            found = WIDEST - step
-            segment = parts - 1 - item // (per_head * wave)
-            group = start + rest // per_head
-            first = rest % per_head * batch
-            last = gl.where(group < groups, gl.minimum(first + batch, most), first)
-        if found < 0:
-            item -= size
-    return found, segment, group, first, last
 
 
 @gluon.jit
@@ -97,8 +68,8 @@ def _produce(
             batch_head = item % groups
             pair, begin_token, length, first_chunk = load_entry(documents + 4 * (1 + most_tiles), item // groups)
         else:
-            level, segment, batch_head, first_tile, last_tile = _locate_item(
-                item, groups, wave, tiles, segments, batches, WIDEST
+            level, segment, batch_head, first_tile, last_tile = locate_item(
+                item, groups, wave, tiles, segments, batches, 2 * gl.num_programs(0), WIDEST
             )
         batch = batch_head // kv_heads
         kv_head = batch_head % kv_heads

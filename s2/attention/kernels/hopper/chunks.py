@@ -150,6 +150,36 @@ def _store_entries(to, lane, mask, first, begin, length, chunk):
 
 
 @triton.jit
+def locate_item(item, groups, wave, tiles, segments, batches, few, WIDEST: tl.constexpr):
+    """`(level, segment, batch x KV head, first tile, tile after the last)` of a work item of an unpacked call. Items
+    come in waves of `wave` heads, whose queries the L2 cache holds; of a wave the widest level first, and of a level
+    its late segments. The items of one come head by head; if they are `few` or less, which are all worked on at once,
+    the longest of all heads first."""
+    items = 0
+    for level in tl.static_range(WIDEST + 1):
+        items += (tiles[level] + batches[level] - 1) // batches[level] * segments[level] * wave
+    start = item // items * wave
+    item = item % items
+    found, segment, group, first, last = -1, 0, 0, 0, 0
+    for step in tl.static_range(WIDEST + 1):
+        most = tiles[WIDEST - step]
+        batch = batches[WIDEST - step]
+        per_head = (most + batch - 1) // batch
+        parts = segments[WIDEST - step]
+        a_segment = per_head * wave
+        if (found < 0) & (item < a_segment * parts):
+            rest = item % a_segment
+            found = WIDEST - step
+            segment = parts - 1 - item // a_segment
+            group = start + tl.where(a_segment <= few, rest % wave, rest // per_head)
+            first = tl.where(a_segment <= few, rest // wave, rest % per_head) * batch
+            last = tl.where(group < groups, tl.minimum(first + batch, most), first)
+        if found < 0:
+            item -= a_segment * parts
+    return found, segment, group, first, last
+
+
+@triton.jit
 def part_begin(level, tiles, segments, WIDEST: tl.constexpr, CHUNKS: tl.constexpr = 2):
     """First part of a level: those of wider levels that are divided into segments come before, CHUNKS a tile. Sinks
     are the widest level where there are any."""

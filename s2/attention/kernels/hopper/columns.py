@@ -10,7 +10,7 @@ CHUNK = 64  # keys of a consumer
 _WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
 _MIN_ITEM_STEPS, _MAX_ITEM_STEPS = 32, 512  # below, the fixed cost of an item shows; above, its length at the end
 _SMALL_PARTS = 1 << 18  # 64 MB of parts at head dimension 128 are always granted; else 1.25 times what q takes
-_SHORT_STEPS, _SHORT_BATCH = 8, 4  # tiles of that few steps are drawn four at a time
+_DRAWN_STEPS, _MOST_BATCH = 16, 4  # tiles of few steps are drawn some at a time: more at the end would be long
 _ITEMS_A_PROCESSOR = 8  # the longest item is at most an eighth of a processor's share
 
 Table = Sequence[Sequence[int]]  # rows of the rule table, see `schedule.rule_schedule`
@@ -102,6 +102,6 @@ def divide_columns(
     segment_chunks = -(-num_chunks // max(min(-(-num_chunks // segment_chunks), room), 1))
     num_segments = -(-num_chunks // segment_chunks)
     divided = tuple(num_segments if reach > 2 * segment_chunks else 1 for reach in reaches)
-    batches = tuple(_SHORT_BATCH if reach * group <= _SHORT_STEPS else 1 for reach in reaches)
+    batches = tuple(min(max(_DRAWN_STEPS // ((reach + chunks - 1) * group), 1), _MOST_BATCH) for reach in reaches)
     wave = min(max(_WAVE_ROWS // (num_chunks * CHUNK * group), 1), groups)
     return Columns(tiles, divided, segment_chunks * CHUNK, batches, wave, chunks)  # type: ignore[arg-type]
