@@ -357,14 +357,14 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def command(argv: list[str]) -> str:
+def command(argv: list[str], script: str = "bench_attention") -> str:
     """What was run, without where it was written to."""
     kept, skip = [], False
     for word in argv:
         if not skip and not word.startswith("--output"):
             kept.append(word)
         skip = word == "--output"
-    return shlex.join(["python", "scripts/bench_attention.py", *kept])
+    return shlex.join(["python", f"scripts/{script}.py", *kept])
 
 
 def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:

@@ -1,0 +1,250 @@
+"""Count with Nsight Compute what the kernels of a call are busy with, and write a report.
+
+    python scripts/bench_counters.py [--cases default,d64] [--lengths 8192,32768] [--patterns L1V15,L8V16]
+
+Runs `ncu` over itself: each case of `bench_attention.py` once forward and backward after a warm-up, with the clocks
+left as they are and an empty L2 cache before each kernel. A kernel's row says what share of its peak each unit reached,
+which is the fullest, and what warps waited for. Writes docs/benchmarks/<date>-<machine>-counters.{md,json}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from bench_attention import CASES, ROOT, Case, check, document_borders, git_commit, names, random_inputs, whole_numbers
+from bench_attention import command as command_of
+from bench_kernels import packed_entry, s2_entry
+from bench_report import Row, markdown, stem
+
+from s2.attention import Pattern
+
+UNITS = {  # what may be full, and its counter: percent of what it could do in the kernel's time
+    "tensor cores": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "DRAM": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "L2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "shared memory": "l1tex__throughput.avg.pct_of_peak_sustained_elapsed",
+    "issue slots": "smsp__issue_active.avg.pct_of_peak_sustained_elapsed",
+}
+TIME, CLOCK = "gpu__time_duration.sum", "sm__cycles_elapsed.avg.per_second"
+BYTES = {
+    "DRAM read": "dram__bytes_read.sum",
+    "DRAM written": "dram__bytes_write.sum",
+    "L2 to SM": "l1tex__m_xbar2l1tex_read_bytes.sum",
+}
+STALLS = "regex:smsp__average_warps_issue_stalled_[a-z_]+_per_issue_active"
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)_per_issue_active(\.\w+)?")
+WAITS = 3  # reasons named
+RANGE = "Start/Stop_Range"  # in the name of ncu's column for NVTX ranges of the whole process
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+def labelled(args: argparse.Namespace) -> Iterator[tuple[str, Case, int, str]]:
+    """`(label, case, length, spec)` of all calls."""
+    for case in args.cases:
+        for length in case.lengths or args.lengths:
+            for spec in args.patterns:
+                yield f"{case.name}, {length:,}, {spec}", case, length, spec
+
+
+def calls(case: Case, length: int, spec: str, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """The forward and, after one, the backward of a case."""
+    inputs, dout = random_inputs(case, length, args)
+    pattern = Pattern.parse(spec, case.block_size)
+    if case.packed:
+        entry = packed_entry(spec, pattern, "hopper", document_borders(length), case.kv_heads)
+    else:
+        entry = s2_entry(spec, pattern, "hopper")
+    forward = entry.build(*inputs)
+    return {"forward": forward, "backward": partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True)}
+
+
+def profiled(args: argparse.Namespace) -> None:
+    """What runs under `ncu`: every call in an NVTX range of its label."""
+    for label, case, length, spec in labelled(args):
+        for call in calls(case, length, spec, args).values():
+            call()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            named = torch.cuda.nvtx.range_start(f"<{label}>")  # of the process: autograd has threads of its own
+            call()
+            torch.cuda.synchronize()
+            torch.cuda.nvtx.range_end(named)
+            torch.cuda.profiler.stop()
+
+
+# ---------------------------------------------------------------- the profiler
+
+
+def profiler_command(ncu: str, argv: list[str]) -> list[str]:
+    metrics = ",".join([*UNITS.values(), TIME, CLOCK, *BYTES.values(), STALLS])
+    return [
+        ncu, "--profile-from-start", "off", "--clock-control", "none", "-k", "regex:attention_", "--nvtx", "--csv",
+        "--page", "raw", "--print-units", "base", "--metrics", metrics,
+        sys.executable, str(Path(__file__).resolve()), "--profiled", *argv,
+    ]  # fmt: skip
+
+
+def parse(text: str, labels: list[str]) -> list[Row]:
+    """Rows of the table that `ncu` prints after other lines. Raises ValueError where there is none, or a kernel's
+    label or a counter is missing."""
+    begin = text.find('"ID"')
+    if begin < 0:
+        raise ValueError(f"ncu printed no table:\n{text[-2000:].strip()}")
+    rows = []
+    for cells in csv.DictReader(io.StringIO(text[begin:])):
+        if not cells["ID"]:  # the line of units
+            continue
+        where = "".join(value or "" for name, value in cells.items() if RANGE in (name or ""))
+        label = next((label for label in labels if f"<{label}>" in where), None)
+        if label is None:
+            raise ValueError(f"ncu names no call for kernel {cells['ID']}, {cells['Kernel Name']}: {where!r}")
+
+        reasons = {name: match[1] for name in cells if (match := STALL.fullmatch(name or ""))}
+        stalls = {reason: number(cells, name) for name, reason in reasons.items() if "not_issued" not in reason}
+        rows.append(
+            {
+                "call": label,
+                "kernel": cells["Kernel Name"].split("(")[0],
+                "us": number(cells, TIME) / 1e3,
+                "ghz": number(cells, CLOCK) / 1e9,
+                **{unit: number(cells, metric) for unit, metric in UNITS.items()},
+                **{name: number(cells, metric) / 1e9 for name, metric in BYTES.items()},
+                "stalls": dict(sorted(stalls.items(), key=lambda item: -item[1])),
+            }
+        )
+    return rows
+
+
+def number(cells: dict[str, str], name: str) -> float:
+    try:
+        return float(cells[name].replace(",", ""))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"ncu has no figure {name} for {cells.get('Kernel Name')}: {error}") from error
+
+
+# ---------------------------------------------------------------- the report
+
+
+def table(rows: list[Row]) -> str:
+    header = ("call", "kernel", "us", "GHz", *(f"{unit} %" for unit in UNITS), *(f"{name}, GB" for name in BYTES),
+              "fullest", "cycles waited an issue")  # fmt: skip
+    body = []
+    for row in rows:
+        waits = ", ".join(
+            f"{name.replace('_', ' ')} {value:.1f}" for name, value in list(row["stalls"].items())[:WAITS]
+        )
+        fullest = max(UNITS, key=lambda unit: row[unit])
+        body.append(
+            [row["call"], row["kernel"].removeprefix("attention_"), f"{row['us']:,.0f}", f"{row['ghz']:.2f}"]
+            + [f"{row[unit]:.0f}" for unit in UNITS]
+            + [f"{row[name]:.2f}" for name in BYTES]
+            + [fullest, waits]
+        )
+    return markdown(header, body, text_columns=(0, 1, len(header) - 2, len(header) - 1))
+
+
+METHOD = [
+    "one launch of each kernel after a warm-up, clocks left as they are, caches emptied before it",
+    "per cent of what a unit could do in the kernel's time; shared memory: with L1, whose data path it has",
+    "cycles waited an issue: of all warps of a scheduler for each instruction that it issues, the three largest "
+    "reasons by Nsight Compute's names; selected is the instruction itself",
+]
+
+
+def report(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return "\n\n".join(
+        [
+            f"# Counters of the Hopper kernels on {record['machine']}",
+            f"- command: `{record['command']}`\n- commit: {record['commit']}\n- versions: {versions}\n"
+            + "\n".join(f"- {line}" for line in METHOD),
+            "\n".join(f"- {case}" for case in record["cases"]),
+            table(record["rows"]),
+        ]
+    )
+
+
+def write(record: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{stem(record)}.md"
+    page.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    page.write_text(report(record) + "\n")
+    return page
+
+
+# ---------------------------------------------------------------- the run
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)} (default: default)")
+    add("--lengths", default="8192,32768,131072", type=whole_numbers, help="of cases without lengths of their own")
+    add("--patterns", default="L1V15,L8V16", type=names)
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    add("--commit", default=None, help="commit to name in the report (default: git)")
+    add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
+    add("--profiled", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.device, args.backward, args.backends, args.peers, args.flex_lengths = "cuda", True, ["hopper"], [], []
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown or not args.cases:
+        parser.error(f"--cases: {unknown or args.cases} is not among {', '.join(CASES)}")
+    args.cases = [CASES[name] for name in dict.fromkeys(args.cases)]
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if not torch.cuda.is_available():
+        sys.exit("error: bench_counters needs a CUDA device")
+    if args.profiled:
+        profiled(args)
+        return
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        sys.exit("error: bench_counters needs Nsight Compute's ncu on the path")
+    result = subprocess.run(profiler_command(ncu, sys.argv[1:]), capture_output=True, text=True, check=False)
+    try:
+        if result.returncode:
+            raise ValueError(f"ncu ended with {result.returncode}:\n{(result.stdout + result.stderr)[-2000:].strip()}")
+        rows = parse(result.stdout, [label for label, *_ in labelled(args)])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    version = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout.split()
+    record = {
+        "machine": torch.cuda.get_device_name(),
+        "name": "counters",
+        "date": datetime.date.today().isoformat(),
+        "commit": args.commit or git_commit(),
+        "command": command_of(sys.argv[1:], "bench_counters"),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__,
+                     "Nsight Compute": next((word for word in version if re.fullmatch(r"20\d\d\.\S+", word)), "?")},
+        "cases": [case.title(args.dtype) for case in args.cases],
+        "rows": rows,
+    }  # fmt: skip
+    print(f"wrote {write(record, args.output)} with its .json")
+
+
+if __name__ == "__main__":
+    main()
