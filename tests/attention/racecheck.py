@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 RESERVED = 1024  # bytes at the beginning of a thread block's shared memory, the system's
-_READ = re.compile(r"ld\.shared\.b8\s+%r\d+, \[%r\d+\+(\d+)\];")
+_READ = re.compile(r"ld\.shared\.b8\s+%rs?\d+, \[%r\d+\+(\d+)\];")
 _THREADS = re.compile(r"\.reqntid (\d+)")
 _HAZARD = re.compile(r"hazard detected at __shared__ (0x[0-9a-f]+)")
 _KERNEL = re.compile(r"\battention_\w+")

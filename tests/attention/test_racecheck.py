@@ -19,6 +19,7 @@ REPORT = """
 
 def test_dispatch_bytes_are_those_of_the_other_warps():
     assert dispatch_bytes(PTX) == range(232160, 232172)
+    assert dispatch_bytes(PTX.replace("%r138", "%rs1").replace("512", "384")) == range(232160, 232168)
     assert not dispatch_bytes(PTX.replace("ld.shared.b8", "ld.shared.b32"))
 
 
