@@ -277,19 +277,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def named_cases(wanted: list[str]) -> list[Case]:
+    unknown = [name for name in wanted if name not in CASES]
+    if unknown or not wanted:
+        raise ValueError(f"--cases: {unknown or wanted} is not among {', '.join(CASES)}")
+    return [CASES[name] for name in dict.fromkeys(wanted)]
+
+
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The cases with the sizes asked for, and after each its long lengths."""
-    unknown = [name for name in args.cases if name not in CASES]
-    if unknown or not args.cases:
-        raise ValueError(f"--cases: {unknown or args.cases} is not among {', '.join(CASES)}")
     fields = ("batch", "heads", "kv_heads", "head_dim", "block_size")
     sizes = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
     cases = []
-    for name in dict.fromkeys(args.cases):
-        case = replace(CASES[name], **sizes)
+    for found in named_cases(args.cases):
+        case = replace(found, **sizes)
         case = replace(case, lengths=case.lengths or tuple(args.lengths))
         if case.packed:
-            one = replace(case, name=f"{name}-one", packed=False, only_ours=True)
+            one = replace(case, name=f"{case.name}-one", packed=False, only_ours=True)
             cases.append(replace(case, over=one.name))
             for spec in args.patterns:
                 lengths = tuple(as_long(spec, case, tokens) for tokens in case.lengths or ())
@@ -299,7 +303,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
         if args.long_lengths:
             kv_heads = max(1, case.kv_heads * args.long_heads // case.heads)
             fewer = {"heads": args.long_heads, "kv_heads": kv_heads, "only_ours": True}
-            cases.append(replace(case, name=f"{name}-long", lengths=tuple(args.long_lengths), **fewer))
+            cases.append(replace(case, name=f"{case.name}-long", lengths=tuple(args.long_lengths), **fewer))
     return cases
 
 
@@ -357,7 +361,7 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def command(argv: list[str], script: str = "bench_attention") -> str:
+def command(script: str, argv: list[str]) -> str:
     """What was run, without where it was written to."""
     kept, skip = [], False
     for word in argv:
@@ -367,23 +371,30 @@ def command(argv: list[str], script: str = "bench_attention") -> str:
     return shlex.join(["python", f"scripts/{script}.py", *kept])
 
 
-def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:
-    setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device", "name")}
+def origin(script: str, argv: list[str], machine: str, commit: str | None) -> dict[str, Any]:
+    """What a record says of where its figures come from."""
     return {
         "machine": machine,
-        "name": args.name,
         "date": datetime.date.today().isoformat(),
-        "commit": args.commit or git_commit(),
-        "command": command(argv),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda or "none",
-                     "cudnn": str(torch.backends.cudnn.version())},
+        "commit": commit or git_commit(),
+        "command": command(script, argv),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+    }
+
+
+def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:
+    setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device", "name")}
+    record = origin("bench_attention", argv, machine, args.commit)
+    record["versions"] |= {"cuda": torch.version.cuda or "none", "cudnn": str(torch.backends.cudnn.version())}
+    return record | {
+        "name": args.name,
         "method": METHOD,
         "targets": args.targets,
         "setup": setup,
         "sections": [],
         "host": [],
         "limits": {},
-    }  # fmt: skip
+    }
 
 
 def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:

@@ -11,26 +11,31 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import io
-import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from bench_attention import CASES, ROOT, Case, check, document_borders, git_commit, names, random_inputs, whole_numbers
-from bench_attention import command as command_of
-from bench_kernels import packed_entry, s2_entry
-from bench_report import Row, markdown, stem
-
-from s2.attention import Pattern
+from bench_attention import (
+    CASES,
+    ROOT,
+    Case,
+    check,
+    entries,
+    named_cases,
+    names,
+    origin,
+    random_inputs,
+    whole_numbers,
+)
+from bench_kernels import Entry
+from bench_report import Row, heading, markdown, save
 
 UNITS = {  # what may be full, and its counter: percent of what it could do in the kernel's time
     "tensor cores": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
@@ -54,30 +59,22 @@ RANGE = "Start/Stop_Range"  # in the name of ncu's column for NVTX ranges of the
 # ---------------------------------------------------------------- what is counted
 
 
-def labelled(args: argparse.Namespace) -> Iterator[tuple[str, Case, int, str]]:
-    """`(label, case, length, spec)` of all calls."""
+def labelled(args: argparse.Namespace) -> Iterator[tuple[str, Case, int, Entry]]:
+    """`(label, case, length, kernel)` of all that is counted: ours, as `bench_attention.py` times them."""
     for case in args.cases:
         for length in case.lengths or args.lengths:
-            for spec in args.patterns:
-                yield f"{case.name}, {length:,}, {spec}", case, length, spec
-
-
-def calls(case: Case, length: int, spec: str, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """The forward and, after one, the backward of a case."""
-    inputs, dout = random_inputs(case, length, args)
-    pattern = Pattern.parse(spec, case.block_size)
-    if case.packed:
-        entry = packed_entry(spec, pattern, "hopper", document_borders(length), case.kv_heads)
-    else:
-        entry = s2_entry(spec, pattern, "hopper")
-    forward = entry.build(*inputs)
-    return {"forward": forward, "backward": partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True)}
+            for entry in entries(case, length, args):
+                if entry.pattern is not None:
+                    yield f"{case.name}, {length:,}, {entry.spec}", case, length, entry
 
 
 def profiled(args: argparse.Namespace) -> None:
-    """What runs under `ncu`: every call in an NVTX range of its label."""
-    for label, case, length, spec in labelled(args):
-        for call in calls(case, length, spec, args).values():
+    """What runs under `ncu`: every forward, and after one the backward, in an NVTX range of its label."""
+    for label, case, length, entry in labelled(args):
+        inputs, dout = random_inputs(case, length, args)
+        forward = entry.build(*inputs)
+        backward = partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True)
+        for call in (forward, backward):
             call()
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
@@ -167,25 +164,11 @@ METHOD = [
 ]
 
 
-def report(record: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return "\n\n".join(
-        [
-            f"# Counters of the Hopper kernels on {record['machine']}",
-            f"- command: `{record['command']}`\n- commit: {record['commit']}\n- versions: {versions}\n"
-            + "\n".join(f"- {line}" for line in METHOD),
-            "\n".join(f"- {case}" for case in record["cases"]),
-            table(record["rows"]),
-        ]
-    )
-
-
 def write(record: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / f"{stem(record)}.md"
-    page.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    page.write_text(report(record) + "\n")
-    return page
+    cases = "\n".join(f"- {case}" for case in record["cases"])
+    parts = [heading("Counters of the Hopper kernels", record), cases, table(record["rows"])]
+    return save(record, folder, "\n\n".join(parts) + "\n")
 
 
 # ---------------------------------------------------------------- the run
@@ -202,12 +185,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
     add("--profiled", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.device, args.backward, args.backends, args.peers, args.flex_lengths = "cuda", True, ["hopper"], [], []
-    unknown = [name for name in args.cases if name not in CASES]
-    if unknown or not args.cases:
-        parser.error(f"--cases: {unknown or args.cases} is not among {', '.join(CASES)}")
-    args.cases = [CASES[name] for name in dict.fromkeys(args.cases)]
+    args.device, args.backward = "cuda", True
+    args.backends, args.peers, args.peer_lengths, args.flex_lengths = ["hopper"], [], [], []  # of `entries`: ours alone
     try:
+        args.cases = named_cases(args.cases)
         check(args)
     except ValueError as error:
         parser.error(str(error))
@@ -232,17 +213,10 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     version = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout.split()
-    record = {
-        "machine": torch.cuda.get_device_name(),
-        "name": "counters",
-        "date": datetime.date.today().isoformat(),
-        "commit": args.commit or git_commit(),
-        "command": command_of(sys.argv[1:], "bench_counters"),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__,
-                     "Nsight Compute": next((word for word in version if re.fullmatch(r"20\d\d\.\S+", word)), "?")},
-        "cases": [case.title(args.dtype) for case in args.cases],
-        "rows": rows,
-    }  # fmt: skip
+    record = origin("bench_counters", sys.argv[1:], torch.cuda.get_device_name(), args.commit)
+    record["versions"]["Nsight Compute"] = next((word for word in version if re.fullmatch(r"20\d\d\.\S+", word)), "?")
+    titles = [case.title(args.dtype) for case in args.cases]
+    record |= {"name": "counters", "method": METHOD, "cases": titles, "rows": rows}
     print(f"wrote {write(record, args.output)} with its .json")
 
 

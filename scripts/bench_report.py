@@ -255,14 +255,16 @@ def stem(record: dict[str, Any]) -> str:
     return f"{record['date']}-{re.sub('[^a-z0-9]+', '-', record['machine'].lower())}-{record['name']}"
 
 
+def heading(title: str, record: dict[str, Any]) -> str:
+    """A page's title, and below it where its figures come from and how."""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    lines = [f"command: `{record['command']}`", f"commit: {record['commit']}", f"versions: {versions}"]
+    return f"# {title} on {record['machine']}\n\n" + "\n".join(f"- {line}" for line in [*lines, *record["method"]])
+
+
 def report(record: dict[str, Any], plots: dict[str, str]) -> str:
     """The Markdown page; `plots` maps a section's name to its picture."""
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    parts = [
-        f"# S2-Attention on {record['machine']}",
-        f"- command: `{record['command']}`\n- commit: {record['commit']}\n- versions: {versions}\n"
-        + "\n".join(f"- {line}" for line in record["method"]),
-    ]
+    parts = [heading("S2-Attention", record)]
     for section in record["sections"]:
         parts += [f"## {section['title']}", table(section["rows"]), notes(section["rows"])]
         if section["name"] in plots:
@@ -285,14 +287,18 @@ def report(record: dict[str, Any], plots: dict[str, str]) -> str:
 def write(record: dict[str, Any], folder: Path, *, with_plots: bool) -> Path:
     """Write `<date>-<machine>-<name>.md` and `.json`, and a `.png` for each section of several lengths."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = stem(record)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    plots = {}
+    name, plots = stem(record), {}
     for section in record["sections"] if with_plots else []:
         measured = [row for row in section["rows"] if row["forward_ms"] is not None]
         if len({row["seq_len"] for row in measured}) > 1:
             plots[section["name"]] = f"{name}-{section['name']}.png"
             plot(section["rows"], f"{record['machine']}, {section['title']}", folder / plots[section["name"]])
-    page = folder / f"{name}.md"
-    page.write_text(report(record, plots))
-    return page
+    return save(record, folder, report(record, plots))
+
+
+def save(record: dict[str, Any], folder: Path, page: str) -> Path:
+    """Write a record and its page, `<date>-<machine>-<name>.json` and `.md`, into a folder that exists."""
+    path = folder / f"{stem(record)}.md"
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(page)
+    return path

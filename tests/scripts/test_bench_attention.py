@@ -361,7 +361,8 @@ def test_the_peers_that_come_along_are_skipped_where_their_libraries_are_missing
 
 def test_the_command_is_told_without_the_place_it_wrote_to():
     argv = ["--cases", "gqa", "--output", "/some/where", "--rep", "5", "--output=x", "--flex-lengths", ""]
-    assert bench_attention.command(argv) == ("python scripts/bench_attention.py --cases gqa --rep 5 --flex-lengths ''")
+    wanted = "python scripts/bench_attention.py --cases gqa --rep 5 --flex-lengths ''"
+    assert bench_attention.command("bench_attention", argv) == wanted
 
 
 def test_peer_that_cannot_be_imported_is_skipped_and_one_that_can_gets_the_pattern(tmp_path, monkeypatch):

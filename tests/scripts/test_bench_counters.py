@@ -9,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_counters
 
+from s2.attention import Pattern
+
 LABELS = ["default, 8,192, L1V15", "d64, 8,192, L1V15"]
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 FIGURES = {
@@ -60,7 +62,7 @@ def test_the_page_names_the_fullest_unit_and_the_longest_waits(tmp_path):
     rows = bench_counters.parse(printed(launched(LABELS[0])), LABELS)
     record = {
         "machine": "GPU 9", "name": "counters", "date": "2026-01-02", "commit": "abc", "command": "python x.py",
-        "versions": {"torch": "2"}, "cases": ["default: batch 1"], "rows": rows,
+        "versions": {"torch": "2"}, "method": bench_counters.METHOD, "cases": ["default: batch 1"], "rows": rows,
     }  # fmt: skip
     page = bench_counters.write(record, tmp_path)
     assert page.name == "2026-01-02-gpu-9-counters.md"
@@ -68,6 +70,13 @@ def test_the_page_names_the_fullest_unit_and_the_longest_waits(tmp_path):
     assert "| forward | 93 | 1.70 | 10 | 20 | 30 | 40 | 50 |" in line
     assert line.endswith("| issue slots | long scoreboard 2.5, barrier 1.5, selected 1.0 |")
     assert json.loads(page.with_suffix(".json").read_text())["rows"] == rows
+
+
+def test_what_is_counted_is_what_the_benchmark_times():
+    args = bench_counters.parse_arguments(["--cases", "block16,packed", "--lengths", "8192", "--patterns", "L8V16"])
+    (small, *_, blocks), (packed, *_, documents) = bench_counters.labelled(args)
+    assert small == "block16, 8,192, L8V16" and blocks.pattern == Pattern.parse("L32V16", 16), "as many tokens"
+    assert packed == "packed, 32,768, L8V16" and documents.pattern == Pattern.parse("L8V16") and documents.pairs
 
 
 def test_the_profiler_is_given_the_same_arguments():
