@@ -17,6 +17,7 @@ import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RESERVED = 1024  # bytes at the beginning of a thread block's shared memory, the system's
@@ -90,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     first = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 20)
     checked = ["compute-sanitizer", "--tool", "racecheck", "--racecheck-report", "hazard", "--print-limit", "0"]
-    processes = []
-    for n in range(args.processes):
+
+    def output(n: int) -> str:
         seed = (first + n) * args.cases  # a family each
         cases = (
             f"--every-lane --passes {args.passes} --cases {args.cases} --each {args.cases} --seed {seed} "
@@ -99,12 +100,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command = [*checked, sys.executable, "-m", "tests.attention.racecheck", "cases", *cases.split()]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        return subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ).stdout
+
     status = 0
-    for n, process in enumerate(processes):
-        text = process.communicate()[0]
+    with ThreadPoolExecutor(args.processes) as threads:  # each reads its process, whose pipe would fill
+        texts = list(threads.map(output, range(args.processes)))
+    for n, text in enumerate(texts):
         if args.log:
             args.log.mkdir(parents=True, exist_ok=True)
             (args.log / f"racecheck-{n}.log").write_text(text)

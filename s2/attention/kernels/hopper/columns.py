@@ -1,5 +1,5 @@
-"""How the key chunks of the backward become work items. Plain arithmetic; the kernels locate their items by the same
-rules (`chunks.cuh`, `backward_kv.py`)."""
+"""How the key chunks of the backward become work items. Plain arithmetic; the kernels locate their items among them
+(`chunks.cuh`, `chunks.py`)."""
 
 from __future__ import annotations
 
