@@ -17,16 +17,10 @@ import triton.language as tl
 
 from s2.attention import Pattern
 from s2.attention.kernels.hopper import launch, rows
-from s2.attention.kernels.hopper.chunks import (
-    SUMMED,
-    attention_documents,
-    attention_sum_parts,
-    chunk_block,
-    chunk_run,
-    chunk_tile,
-    locate_item,
-)
+from s2.attention.kernels.hopper.chunks import chunk_block, chunk_run, chunk_tile, locate_item
 from s2.attention.kernels.hopper.columns import CHUNK, divide_columns
+from s2.attention.kernels.hopper.packing import attention_documents
+from s2.attention.kernels.hopper.sums import SUMMED, attention_sum_parts
 from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
 from s2.attention.schedule import MAX_LEVELS, TABLE_COLUMNS, has_closed_form, rule_schedule
 from tests.attention import sweep

@@ -42,7 +42,7 @@ struct Params {
     float* sums;              // of dQ / scale, 64 x D of a box, over the same, see `stage_sums`
     float* parts;             // [segments, B Hkv, num_parts, dK and dV, 64, D]
     const int* table;         // rules [heads, TABLE]
-    const int* documents;     // packed: items of documents, see `chunks.attention_documents`
+    const int* documents;     // packed: items of documents, see `packing.attention_documents`
     int* counter;             // 0, and 0 again at the end
     float scale, scale_log2;
     int length, kv_heads, group, groups;  // groups: B Hkv, each read by `group` query heads

@@ -22,8 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.indexing import load_rule
-from .chunks import chunk_block, chunk_run, chunk_tile, locate_item, part_begin
+from .chunks import chunk_block, chunk_run, chunk_tile, locate_item
 from .common import LANES, WORDS, advance, flat_rows, get, load_entry, opaque, store_rows
+from .sums import part_begin
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer

@@ -156,7 +156,7 @@ def attention_backward_q(
     # descriptors over [B, H, S, D] with boxes [1, heads, tokens, D] of 64 rows, k and v [1, 1, tokens, D] of as many
     # tokens; dq and out [B, S, H, D], lse and dlse [B, H, S] contiguous; stats [chunks, 128] float32: lse2 and delta of
     # the 64 rows of a box, over B, sets of heads, boxes; packed: B = 1, S = all tokens, documents
-    # (`chunks.attention_documents`)
+    # (`packing.attention_documents`)
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape

@@ -1,5 +1,5 @@
-// Chunks of 64 keys: where they lie and which queries see them; see `chunks.py`, whose arithmetic this is, and which
-// adds up the parts of divided columns. Nothing here needs a GPU, so that tests can compile it for the host.
+// Chunks of 64 keys: where they lie and which queries see them; see `chunks.py`, whose arithmetic this is. Nothing here
+// needs a GPU, so that tests can compile it for the host.
 //
 // Constants: BLOCK, LEVELS, SINKS; see `launch.py`.
 #pragma once

@@ -21,6 +21,7 @@ from ...pattern import UNBOUNDED, Pattern, pattern_from_key
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
 from .columns import CHUNK, mean_chunks
+from .division import Division
 from .one_pass import OnePass
 from .plans import Heads
 
@@ -310,7 +311,7 @@ class TwoPasses:
         self.q_boxes = _Boxes.of_rows(q, tokens)
         self.k_boxes, self.v_boxes = _Boxes.of_keys(k, tokens), _Boxes.of_keys(v, tokens)
         self.rows, self.keys = _Boxes.of_rows(q, tokens, contiguous=True), _Boxes.of_keys(k, tokens, contiguous=True)
-        self.division = plans.Division(q, k, plan, packed, processors, _PAIR)
+        self.division = Division(q, k, plan, packed, processors, _PAIR)
         columns, items = self.division.columns, self.division.items
         self.statistics_boxes: dict[int, _Boxes] = {}
         num_tiles, q_grid = _row_tiles(q, constants["BLOCK"], _Q_CONSUMERS, packed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
 from .columns import CHUNK
+from .division import Division
 
 CHUNKS = 4  # of a work item, two of either thread block of a cluster (chunks.cuh)
 _CONSUMERS = 2
@@ -51,7 +52,7 @@ class OnePass:
         groups, clusters = batch * kv_heads, plans.processors_of(q.device) // _CLUSTER
         self.plan = plan
         self.sets = batch * num_heads // plans.heads_a_box(block)
-        self.division = plans.Division(q, k, plan, packed, _CLUSTER * clusters, CHUNKS)
+        self.division = Division(q, k, plan, packed, _CLUSTER * clusters, CHUNKS)
         columns, items = self.division.columns, self.division.items
         self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
         self.kernel = backward_kernel(q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)

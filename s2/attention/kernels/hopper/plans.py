@@ -1,5 +1,5 @@
-"""What the launches of the Hopper kernels share: plans of calls, the table of packed work, the division of columns,
-streams and counters, and TMA descriptors."""
+"""What the launches of the Hopper kernels share: plans of calls, the table of packed work, streams and counters, and
+TMA descriptors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ... import schedule
 from ...pattern import Pattern
-from . import chunks, cuda
-from .columns import CHUNK, WHOLE, divide_columns
+from . import cuda, packing
+from .columns import CHUNK
 from .direct import Launch
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _table_launch(
 ) -> Launch:
     """Kept, since what a launch prepares takes longer than a call."""
     constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
-    return Launch(chunks.attention_documents, (count, 1, 1), constants, (device,))
+    return Launch(packing.attention_documents, (count, 1, 1), constants, (device,))
 
 
 _DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made from their number
@@ -118,8 +118,8 @@ _DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made 
 
 @dataclass(frozen=True)
 class Documents:
-    """The table of packed work (`chunks.attention_documents`), where its items begin, and room for the boxes of rows of
-    a head. An unpacked call gets another tensor in the table's place."""
+    """The table of packed work (`packing.attention_documents`), where its items begin, and room for the boxes of rows
+    of a head. An unpacked call gets another tensor in the table's place."""
 
     table: Tensor
     most_tiles: int
@@ -145,47 +145,6 @@ class Documents:
         launch = _table_launch(count, consumers, share, an_item, block, levels, q.device)
         launch(aligned(cu_seqlens), table, count, most_tiles, sinks)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
-
-
-# ---------------------------------------------------------------- columns
-
-
-class Division:
-    """How the columns of a plan's backward are divided into `items` work items of some chunks, and the parts that this
-    leaves. Packed documents are not divided, and their items are counted on the device."""
-
-    def __init__(self, q: Tensor, k: Tensor, plan: Plan, packed: bool, processors: int, chunks_an_item: int) -> None:
-        batch, length, num_heads, head_dim = q.shape
-        kv_heads, group = k.shape[2], num_heads // k.shape[2]
-        groups, constants = batch * kv_heads, plan.constants
-        columns, self.items = WHOLE, 0
-        if not packed:
-            columns = divide_columns(
-                plan.rules.rows, constants["LEVELS"], length, constants["BLOCK"], groups, group, processors,
-                chunks_an_item,
-            )  # fmt: skip
-            self.items = columns.num_items * columns.wave * -(-groups // columns.wave)
-        self.columns, self.table, self.has_parts = columns, plan.rules.table, columns.num_parts > 0
-        self.scalars = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
-        self.shape = (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim)
-        self.sizes = (length, kv_heads)
-        self.sum = Launch(
-            chunks.attention_sum_parts,
-            (columns.num_parts * (CHUNK // chunks.SUMMED.value), groups, 1),
-            {"TABLE": constants["TABLE"], "D": head_dim, "BLOCK": constants["BLOCK"], "LEVELS": constants["LEVELS"],
-             "SINKS": constants["SINKS"], "CHUNKS": columns.chunks},
-            (q.dtype, head_dim, q.device),
-        )  # fmt: skip
-
-    def room(self, unread: Tensor) -> Tensor:
-        """For the parts; if there are none, another tensor in their place."""
-        if not self.has_parts:
-            return unread
-        return torch.empty(self.shape, dtype=torch.float32, device=unread.device)
-
-    def add_up(self, parts: Tensor, dk: Tensor, dv: Tensor) -> None:
-        if self.has_parts:
-            self.sum(parts, dk, dv, self.table, *self.sizes, *self.scalars)
 
 
 # ---------------------------------------------------------------- kernels in CUDA C++
