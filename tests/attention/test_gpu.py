@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper import launch
+from s2.attention.kernels.hopper import launch, plans
 from tests.attention.checks import Case, assert_correct
 
 pytestmark = pytest.mark.gpu
@@ -211,6 +211,33 @@ def test_hopper_takes_other_numbers_of_documents_of_as_many_tokens():
         borders = (0, *sorted(random.Random(count).sample(range(1, 4096), count - 1)), 4096)
         case = Case(Pattern.parse("L1V15"), 4096, 4096, 4, 4, 128, cu_seqlens=borders)
         assert_correct(case, torch.bfloat16, device="cuda", backend="hopper")
+
+
+@hopper
+@pytest.mark.parametrize(
+    ("block", "spec"), [(64, "L1V15"), (64, "L2V5+sink1"), (16, "L4V15"), (128, "L1V3"), (32, "L1V3")]
+)
+def test_two_passes_divide_long_packed_documents(block, spec):
+    lengths = random.sample([100, 3000, 0, 1500, 64, 1025, 700], 7)
+    borders = (0, *itertools.accumulate(lengths))
+    case = Case(Pattern.parse(spec, block), borders[-1], borders[-1], 8, 2, 128, cu_seqlens=borders)
+    assert_correct(case, torch.bfloat16, device="cuda", backend="hopper", seed=torch.seed() % (1 << 30))
+    *_, plan = plans.PLANS.values()
+    assert plan.backward.division.has_parts
+
+
+@hopper
+def test_divided_packed_documents_repeat_bit_for_bit():
+    borders = torch.tensor([0, 5000, 5100, 9000], device="cuda", dtype=torch.int32)
+    q, dout = (torch.randn(9000, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(9000, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = s2_attention(q, k, v, Pattern.parse("L1V15"), cu_seqlens=borders, backend="hopper")
+    first, *others = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    *_, plan = plans.PLANS.values()
+    assert plan.backward.division.has_parts
 
 
 @hopper

@@ -18,9 +18,9 @@ import triton.language as tl
 from s2.attention import Pattern
 from s2.attention.kernels.hopper import launch, rows
 from s2.attention.kernels.hopper.chunks import chunk_block, chunk_run, chunk_tile, locate_item
-from s2.attention.kernels.hopper.columns import CHUNK, divide_columns
-from s2.attention.kernels.hopper.packing import attention_documents
-from s2.attention.kernels.hopper.sums import SUMMED, attention_sum_parts
+from s2.attention.kernels.hopper.columns import CHUNK, PackedColumns, divide_columns, divide_packed
+from s2.attention.kernels.hopper.packing import attention_documents, document_item
+from s2.attention.kernels.hopper.sums import SUMMED, attention_sum_document_parts, attention_sum_parts, segment_runs
 from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
 from s2.attention.schedule import MAX_LEVELS, TABLE_COLUMNS, has_closed_form, rule_schedule
 from tests.attention import sweep
@@ -74,9 +74,11 @@ def blocks(table, out, level, num_blocks, N: tl.constexpr, LEVELS: tl.constexpr,
     tl.store(out + N + lane, until)
 
 
-def add_runs(found, runs, schedule, head: int, level: int, length: int, block: int, low: int, high: int, first=0):
+def add_runs(found, runs, schedule, head: int, level: int, length: int, block: int, low: int, high: int, first=0,
+             clipped=False):  # fmt: skip
     """Counts in `found` `[key unit, query unit]` what the chunks of a level, from chunk `first` on, work on; of chunks
-    of several blocks each block's part of the run."""
+    of several blocks each block's part of the run. `clipped`: runs of whole chunks, cut: there may be a gap at the cut,
+    where no block is seen."""
     unit = unit_of(block)
     if block >= CHUNK:
         for key, begin, end in runs:
@@ -92,9 +94,13 @@ def add_runs(found, runs, schedule, head: int, level: int, length: int, block: i
         members = [(b, u) for b, u in out[:, index * a_chunk : (index + 1) * a_chunk].T.tolist() if b >= 0]
         seen = [(max(b * block, low), min(u * block, high)) for b, u in members]
         seen = [(b, e) for b, e in seen if b < e]
-        assert (begin < end) == bool(seen)
+        assert (begin < end) == bool(seen) or (clipped and begin < end)
         if seen:
-            assert (begin, end) == (min(b for b, _ in seen), max(e for _, e in seen)) and key <= begin
+            first_seen, last_seen = min(b for b, _ in seen), max(e for _, e in seen)
+            if clipped:
+                assert begin <= first_seen and end >= last_seen
+            else:
+                assert (begin, end) == (first_seen, last_seen) and key <= begin
             for (member, _), (b, e) in zip([m for m in members if max(m[0] * block, low) < min(m[1] * block, high)],
                                            seen, strict=True):  # fmt: skip
                 found[member, b // unit : e // unit] += 1
@@ -143,6 +149,64 @@ def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
         assert torch.equal(found, wanted.int())
 
 
+@triton.jit
+def tile_runs(table, out, tile, level, num_blocks, high, segment, segment_rows, CHUNKS: tl.constexpr,
+              BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+    lane = tl.arange(0, CHUNKS)
+    _, begin, end, alone = segment_runs(tile * CHUNKS + lane, level, num_blocks, high, segment, segment_rows,
+                                        load_rule(table, LEVELS, SINKS), BLOCK, LEVELS, SINKS)  # fmt: skip
+    tl.store(out + lane, begin)
+    tl.store(out + CHUNKS + lane, end)
+    tl.store(out + 2 * CHUNKS, tl.where(alone, 1, 0))
+
+
+def call_tile(schedule, head, level, tile, length, block, segment, segment_rows, a_tile):
+    """Runs of the chunks of a tile in a segment, without their keys, and whether the tile has no other one."""
+    out = torch.full((2 * a_tile + 1,), -1, dtype=torch.int32)
+    unit = unit_of(block)
+    tile_runs[(1,)](schedule.table[head], out, tile, level, -(-length // block), -(-length // unit) * unit, segment,
+                    segment_rows, CHUNKS=a_tile, BLOCK=block, LEVELS=schedule.num_levels,
+                    SINKS=schedule.has_sinks)  # fmt: skip
+    *numbers, alone = out.tolist()
+    return list(zip(numbers[:a_tile], numbers[a_tile:], strict=True)), bool(alone)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "a_tile"),
+    [
+        (Pattern.parse("L1V3"), 4),
+        (Pattern.parse("L2V5+sink1", 128), 2),
+        (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2),
+        (Pattern.from_ranges(2, [(3, 7), (9, 20)], sinks=1, block_size=16), 2),
+        (Pattern.parse("dense", 32), 2),
+    ],
+    ids=str,
+)
+def test_segments_of_a_tile_are_its_rows(pattern, a_tile):
+    """Each row in one of them."""
+    heads, block, length = 4, pattern.block_size, 1000
+    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    segment_rows, rows = 4 * CHUNK, -(-length // CHUNK) * CHUNK
+    for level in range(schedule.num_levels + 1 + schedule.has_sinks):
+        whole = call_runs(schedule, 1, level, length, block, 0, rows)
+        for tile in range(0, len(whole) // a_tile, 3):
+            runs = [(min(b, length), min(e, length)) for _, b, e in whole[tile * a_tile : (tile + 1) * a_tile]]
+            found = [set() for _ in range(a_tile)]
+            spans = []
+            for segment in range(-(-rows // segment_rows)):
+                own, alone = call_tile(schedule, 1, level, tile, length, block, segment, segment_rows, a_tile)
+                worked = [range(b, min(e, length)) for b, e in own if b < e]
+                if not worked:
+                    continue
+                spans.append((min(r.start for r in worked), max(r.stop for r in worked)))
+                for chunk, (b, e) in enumerate(own):
+                    assert found[chunk].isdisjoint(range(b, min(e, length)))
+                    found[chunk].update(range(b, min(e, length)))
+            assert found == [set(range(b, e)) for b, e in runs]
+            if spans:
+                assert alone == (len(spans) == 1)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("a_tile", [2, 4])
@@ -175,16 +239,17 @@ def test_sinks_are_divided_like_the_other_long_columns():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "a_tile"),
+    ("pattern", "a_tile", "direct"),
     [
-        (Pattern.parse("L1V7"), 4),
-        (Pattern.parse("L2V5+sink1", 128), 2),
-        (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2),
-        (Pattern.per_head([Pattern.parse("dense"), Pattern.parse("L1V4")]), 4),
+        (Pattern.parse("L1V7"), 4, False),
+        (Pattern.parse("L1V7"), 2, True),
+        (Pattern.parse("L2V5+sink1", 128), 2, True),
+        (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2, True),
+        (Pattern.per_head([Pattern.parse("dense"), Pattern.parse("L1V4")]), 4, False),
     ],
     ids=str,
 )
-def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_tile):
+def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_tile, direct):
     """Of chunks of one block or a part of one; small blocks' keys lie apart, and are checked on the GPU."""
     heads, batch, length, dim, block = 2, 2, 500, 16, pattern.block_size
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
@@ -198,6 +263,7 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
     attention_sum_parts[(columns.num_parts * (CHUNK // SUMMED.value), batch * heads)](
         parts, dk, dv, schedule.table, length, heads, segment_rows, columns.num_parts, *columns.tiles, *segments,
         TABLE=TABLE_COLUMNS, D=dim, BLOCK=block, LEVELS=schedule.num_levels, SINKS=schedule.has_sinks, CHUNKS=a_tile,
+        DIRECT=direct,
     )  # fmt: skip
     wanted = torch.zeros(2, batch, rows, heads, dim)
     for head in range(heads):
@@ -205,10 +271,13 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
         for level in levels:
             chunks = call_runs(schedule, head, level, length, block, 0, rows)[: a_tile * columns.tiles[level]]
             for own, (key, begin, end) in enumerate(chunks):
-                if begin < end:
-                    seen = slice(begin // segment_rows, (end - 1) // segment_rows + 1)
-                    of_batch = parts[seen, head::heads, first + own].sum(0)  # [batch, dK and dV, 64, D]
-                    wanted[:, :, key : key + CHUNK, head] = of_batch.transpose(0, 1)
+                tile, place = divmod(own, a_tile)
+                for segment in range(max(segments)) if begin < end else ():
+                    runs, alone = call_tile(schedule, head, level, tile, length, block, segment, segment_rows, a_tile)
+                    if runs[place][0] >= runs[place][1] or (direct and alone):
+                        continue
+                    of_batch = parts[segment, head::heads, first + own]  # [batch, dK and dV, 64, D]
+                    wanted[:, :, key : key + CHUNK, head] += of_batch.transpose(0, 1)
             first += a_tile * columns.tiles[level]
     assert wanted.any()
     torch.testing.assert_close(torch.stack([dk, dv]), wanted[:, :, :length])
@@ -228,10 +297,11 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
     sinks = max(row[1] for row in schedule.rows)
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
     attention_documents[(count,)](
-        cu_seqlens, documents, count, most_tiles, sinks,
+        cu_seqlens, documents, count, most_tiles, 0, sinks, 0, 0, 0,
         BOXES=consumers, SHARE=share, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8,
     )  # fmt: skip
-    num_tiles, num_pairs = documents[0, :2].tolist()
+    num_tiles, num_pairs, num_divided = documents[0, :3].tolist()
+    assert num_divided == 0, "nothing is divided"
     chunks = torch.tensor([0, *[-(-n // unit) for n in lengths]]).cumsum(0).tolist()
     wanted = [
         [box, begin, length, chunk]
@@ -266,6 +336,129 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
                     own = call_runs(schedule, head, level, length, block, 0, rows)[2 * index : 2 * index + 2]
                     add_runs(found, own, schedule, head, level, length, block, 0, rows, first=2 * index)
             assert torch.equal(found, wanted[head].int())
+
+
+@triton.jit
+def document_work(documents, out, most_tiles, segment_rows, sinks, stride0, stride1, stride2, table,
+                  BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+    """What the producer of dK and dV makes of an item of the table: level, tile, 1 if it has no parts, then of both
+    chunks key, begin and end of the run."""
+    item = tl.program_id(0)
+    entry = documents + 4 * (1 + most_tiles + item)
+    length = tl.load(entry + 2)
+    tile, segment, rows = document_item(tl.load(entry), item < tl.load(documents + 2), length, segment_rows, sinks,
+                                        stride0, stride1, stride2, 2, BLOCK, LEVELS)  # fmt: skip
+    rule, num_blocks = load_rule(table, LEVELS, SINKS), (length + BLOCK - 1) // BLOCK
+    level, index = chunk_tile(tile, num_blocks, rule, BLOCK, LEVELS, SINKS)
+    unit = tl.minimum(BLOCK, 64)
+    lane = tl.arange(0, 2)
+    key, begin, end, alone = segment_runs(2 * index + lane, level, num_blocks, (length + unit - 1) // unit * unit,
+                                          segment, rows, rule, BLOCK, LEVELS, SINKS)  # fmt: skip
+    to = out + 9 * item
+    tl.store(to, level)
+    tl.store(to + 1, index)
+    tl.store(to + 2, tl.where(alone, 1, 0))
+    tl.store(to + 3 + 3 * lane, key)
+    tl.store(to + 4 + 3 * lane, begin)
+    tl.store(to + 5 + 3 * lane, end)
+
+
+def packed_columns(schedule, narrowest: int, segment_rows: int) -> PackedColumns:
+    """Where the levels from `narrowest` on are divided."""
+    strides = [1, *(min(row[3 * n - 1] for row in schedule.rows) for n in range(1, schedule.num_levels + 1)), 0, 0][:3]
+    return PackedColumns(segment_rows, tuple(stride if n >= narrowest else 0 for n, stride in enumerate(strides)), 0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "narrowest"),
+    [
+        (Pattern.parse("dense"), 0),
+        (Pattern.parse("L1V3"), 1),
+        (Pattern.parse("L2V3+sink1", 128), 1),
+        (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2),
+        (Pattern.parse("L2V5+sink3", 16), 1),
+        (Pattern.parse("L1V3", 32), 0),
+        (Pattern.per_head([Pattern.parse(s) for s in ("dense", "L2V3+sink1")]), 1),
+    ],
+    ids=str,
+)
+def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
+    heads, dim, block = 2, 16, pattern.block_size
+    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    rng = random.Random(seed := random.SystemRandom().randrange(1 << 30))
+    lengths = [rng.randint(400, 650), 0, 1, rng.randint(257, 320), rng.randint(100, 256)]
+    rng.shuffle(lengths)
+    borders, tokens = torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths)
+    columns = packed_columns(schedule, narrowest, 2 * CHUNK)
+    sinks, unit = max(row[1] for row in schedule.rows), unit_of(block)
+    most_tiles = tokens // (3 * unit) + 2 * len(lengths)
+    table = torch.full((1 + most_tiles + 500, 4), -1, dtype=torch.int32)
+    sizes = (columns.segment_rows, sinks, *columns.strides)
+    kind = {"BLOCK": block, "LEVELS": schedule.num_levels}
+    attention_documents[(len(lengths),)](
+        borders, table, len(lengths), most_tiles, *sizes, BOXES=3, SHARE=1, CHUNKS=2, WIDTH=16, **kind
+    )
+    _, num_items, num_divided = table[0, :3].tolist()
+    assert num_divided > 0 or not any(columns.strides), f"{seed=}, {lengths}"
+    entries = table[1 + most_tiles :][:num_items].tolist()
+    parts = torch.randn(heads, 2 * num_divided, 2, CHUNK, dim)
+    summed = torch.zeros(2, tokens + CHUNK, heads, dim)
+    masks = {length: unit_mask(pattern, length, heads) for length in lengths if length}
+    for head in range(heads):
+        out = torch.full((num_items, 9), -1, dtype=torch.int32)
+        document_work[(num_items,)](table, out, most_tiles, *sizes, schedule.table[head], SINKS=schedule.has_sinks,
+                                    **kind)  # fmt: skip
+        found = {begin: torch.zeros_like(masks[length][head], dtype=torch.int32)
+                 for begin, length in zip(borders.tolist(), lengths, strict=False) if length}  # fmt: skip
+        for item, ((_, begin, length, _), (level, tile, alone, *numbers)) in enumerate(
+            zip(entries, out.tolist(), strict=True)
+        ):
+            own = [(key, b, e) for key, b, e in (numbers[:3], numbers[3:]) if b < e]
+            if level < 0 or not own:
+                continue
+            low, high = min(b for _, b, _ in own), max(e for _, _, e in own)
+            own = [(key, b, e) if b < e else (0, 0, 0) for key, b, e in (numbers[:3], numbers[3:])]
+            add_runs(found[begin], own, schedule, head, level, length, block, low, high, first=2 * tile, clipped=True)
+            for chunk, (key, b, e) in enumerate(own):
+                if b < e and not alone:
+                    assert item < num_divided
+                    if block >= CHUNK:
+                        gradients = parts[head, 2 * item + chunk]
+                        summed[:, begin + key : begin + min(key + CHUNK, length), head] += gradients[:, : length - key]
+        for (begin, work), length in zip(found.items(), [n for n in lengths if n], strict=True):
+            assert torch.equal(work, masks[length][head].int()), f"{seed=}, {lengths}, {head=}, {begin=}"
+    if block >= CHUNK:  # small blocks' keys lie apart, and are checked on the GPU
+        dk, dv = (torch.zeros(tokens, heads, dim) for _ in range(2))
+        attention_sum_document_parts[(3, heads)](
+            parts, dk, dv, schedule.table, table, heads, most_tiles, columns.segment_rows, 2 * num_divided, sinks,
+            *columns.strides, TABLE=TABLE_COLUMNS, D=dim, SINKS=schedule.has_sinks, CHUNKS=2, **kind,
+        )  # fmt: skip
+        gradients = torch.stack([dk, dv])
+        torch.testing.assert_close(gradients, summed[:, :tokens])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_segments_of_packed_documents_have_room(pattern):
+    """Whatever the lengths are."""
+    group, heads, block = 4, 4, pattern.block_size
+    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    sinks = max(row[1] for row in schedule.rows)
+    rng, divided = random.Random(), False
+    for tokens in (1000, 40000):
+        columns = divide_packed(schedule.rows, schedule.num_levels, tokens, block, heads, group, 132)
+        for most in (tokens, tokens // 3 + 1, max(2 * columns.segment_rows, 300) + 1):
+            lengths = [most] * (tokens // most) + [tokens % most]
+            rng.shuffle(lengths)
+            borders = torch.tensor([0, *lengths]).cumsum(0).int()
+            most_tiles = sum(lengths) // unit_of(block) + 2 * len(lengths)
+            table = torch.zeros((1 + most_tiles + 40000 + 8 * len(lengths), 4), dtype=torch.int32)
+            attention_documents[(len(lengths),)](
+                borders, table, len(lengths), most_tiles, columns.segment_rows, sinks, *columns.strides,
+                BOXES=3, SHARE=1, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8192,
+            )  # fmt: skip
+            assert table[0, 2] <= columns.most_segments
+            divided |= bool(table[0, 2])
+    assert divided or pattern not in PATTERNS[2:4], "or nothing was shown"
 
 
 # ---------------------------------------------------------------- work items

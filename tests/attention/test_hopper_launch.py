@@ -299,7 +299,7 @@ def test_packed_calls_pass_their_documents(launches):
         assert len(plans.PLANS) == 1
         params, arguments = launches.forward[-1]
         # the table is that of the forward: it is made first
-        name, _, (_, table, count, most_tiles, _) = launches.gluon[0]
+        name, _, (_, table, count, most_tiles, *_) = launches.gluon[0]
         launches.gluon.clear()
         assert (name, count, most_tiles) == ("attention_documents", len(borders) - 1, 2 * 1000 // 192 + 2 * count)
         assert params.problem.documents == table.data_ptr()
@@ -373,7 +373,8 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
     names = [name for name, *_ in one_pass.gluon]
     if packed:
         assert names == ["attention_documents"] * 2 and second_launch[1] == 132
-        _, kernel, (_, table, count, most_tiles, _) = one_pass.gluon[-1]
+        _, kernel, (_, table, count, most_tiles, *divided) = one_pass.gluon[-1]
+        assert divided[0] == 0, "the one pass does not divide documents"
         assert (kernel.constants["CHUNKS"], kernel.constants["BOXES"], count) == (4, 3, 2)
         assert params.documents == rows.documents == table.data_ptr()
         assert params.most_tiles == rows.blocks == most_tiles

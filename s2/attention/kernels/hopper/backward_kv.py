@@ -8,7 +8,7 @@ holds. The consumers work on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T
     P = exp2(scale_log2 * S - lse2)    dV += P^T dO    dS = P * (dP - delta)    dK += dS^T Q
 
 The chunks of the next item are loaded while this one is worked on. Levels with few long columns are divided into
-segments, whose sums leave as float32 parts (see `columns`).
+segments, whose sums leave as float32 parts (see `columns` and `sums`).
 """
 
 from triton.experimental import gluon
@@ -22,9 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.indexing import load_rule
-from .chunks import chunk_block, chunk_run, chunk_tile, locate_item
+from .chunks import chunk_block, chunk_tile, locate_item
 from .common import LANES, WORDS, advance, flat_rows, get, load_entry, opaque, store_rows
-from .sums import part_begin
+from .packing import document_item
+from .sums import part_begin, segment_runs
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
@@ -44,30 +45,33 @@ def _produce(
     q_desc, do_desc, stats_desc, k_desc, v_desc,
     q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
     table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, chunks, most_tiles,
-    tiles, segments, batches,
+    tiles, segments, batches, sinks, strides,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws items and loads what they need. The words of a pair of chunks: KV head of the batch (-1 after the last),
-    segment (-1: the whole column), where the document begins and its length; then for either consumer first key (-1:
-    none), part, and steps before it, unmasked, masked and after it. Chunks of several blocks have no unmasked steps
-    told apart: they count as unmasked, and in place of masked ones stands the row after the last. Then follow, for
-    either consumer, each block's first key and the query after the last one that sees it (0: no block)."""
+    segment of the parts (-1: no parts, all queries are here), where the document begins and its length; then for either
+    consumer first key (-1: none), part, and steps before it, unmasked, masked and after it. Chunks of several blocks
+    have no unmasked steps told apart: they count as unmasked, and in place of masked ones stands the row after the
+    last. Then follow, for either consumer, each block's first key and the query after the last one that sees it (0: no
+    block)."""
     D: gl.constexpr = q_desc.block_type.shape[3]
     TOKENS: gl.constexpr = min(BLOCK, ROWS)  # of a step, whose 64 rows are those of one head or several
     HEADS: gl.constexpr = ROWS // TOKENS
     WIDEST: gl.constexpr = LEVELS + 1 if SINKS else LEVELS  # sinks are a level of their own
     stage, phase, slot, round = 0, 0, 0, 0
-    begin_token, first_chunk = 0, 0
+    begin_token, first_chunk, num_divided = 0, 0, 0
     if PACKED:
         num_items = gl.load(documents + 1) * groups
+        num_divided = gl.load(documents + 2)
     lane = gl.arange(0, ITEM_WORDS, LANES)
     item = gl.atomic_add(counter, 1, sem="relaxed")
     while item < num_items:
-        part, low = 0, 0
-        if PACKED:  # heads vary fastest: all start with a document's widest columns
+        own_rows = segment_rows
+        if PACKED:  # heads vary fastest
             batch_head = item % groups
-            pair, begin_token, length, first_chunk = load_entry(documents + 4 * (1 + most_tiles), item // groups)
+            entry = item // groups
+            number, begin_token, length, first_chunk = load_entry(documents + 4 * (1 + most_tiles), entry)
         else:
             level, segment, batch_head, first_tile, last_tile = locate_item(
                 item, groups, wave, tiles, segments, batches, 2 * gl.num_programs(0), WIDEST
@@ -78,21 +82,26 @@ def _produce(
         num_blocks = (length + BLOCK - 1) // BLOCK
         high = (length + TOKENS - 1) // TOKENS * TOKENS
         if PACKED:
-            segment = -1
+            pair, segment, own_rows = document_item(
+                number, entry < num_divided, length, segment_rows, sinks, strides[0], strides[1], strides[2], CONSUMERS,
+                BLOCK, LEVELS,
+            )  # fmt: skip
             level, first_tile = chunk_tile(pair, num_blocks, rule, BLOCK, LEVELS, SINKS)
             last_tile = gl.where(level < 0, first_tile, first_tile + 1)
+            part = CONSUMERS * (entry - first_tile)
         else:
             split = segments[0]
             for other in gl.static_range(1, WIDEST + 1):
                 split = gl.where(level == other, segments[other], split)
-            low = gl.where(split > 1, segment * segment_rows, 0)
-            high = gl.where(split > 1, gl.minimum(low + segment_rows, high), high)
             segment = gl.where(split > 1, segment, -1)
             part = part_begin(level, tiles, segments, WIDEST)
         item = gl.atomic_add(counter, 1, sem="relaxed")
         for tile in range(first_tile, last_tile):
             index = tile * CONSUMERS + lane % CONSUMERS
-            key, begin, end = chunk_run(index, level, num_blocks, low, high, rule, BLOCK, LEVELS, SINKS)
+            key, begin, end, alone = segment_runs(
+                index, level, num_blocks, high, segment, own_rows, rule, BLOCK, LEVELS, SINKS
+            )
+            part_segment = gl.where(alone, -1, 0 if PACKED else segment)
             exists = begin < end
             top = gl.max(gl.where(exists, end, 0), 0)
             bottom = gl.min(begin, 0)
@@ -107,7 +116,7 @@ def _produce(
                     diagonal = (exists & (begin == key)).to(gl.int32)
                     inside -= diagonal
                 mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
-                words = gl.where(lane == 0, batch_head, segment)
+                words = gl.where(lane == 0, batch_head, part_segment)
                 words = gl.where(lane == 2, begin_token, words)
                 words = gl.where(lane == 3, length, words)
                 words = gl.where(lane // CONSUMERS == 2, gl.where(exists, key, -1), words)
@@ -366,18 +375,20 @@ def _consume(
 @gluon.jit(do_not_specialize=[
     "length", "kv_heads", "group", "groups", "wave", "num_items", "chunks", "most_tiles", "segment_rows", "num_parts",
     "tiles0", "tiles1", "tiles2", "tiles3", "segments0", "segments1", "segments2", "segments3",
-    "batch0", "batch1", "batch2", "batch3",
+    "batch0", "batch1", "batch2", "batch3", "sinks", "stride0", "stride1", "stride2",
 ])  # fmt: skip
 def attention_backward_kv(
     q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, dk, dv, parts, table, documents, counter,
     scale, scale_log2, length, kv_heads, group, groups, wave, num_items, chunks, most_tiles, segment_rows, num_parts,
     tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3, batch0, batch1, batch2, batch3,
+    sinks, stride0, stride1, stride2,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq chunks, 128]: lse2 and delta of 64 rows;
-    # dk and dv [B, S, Hkv, D] contiguous; parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32;
-    # groups = B Hkv, in waves; tiles, segments and tiles an item of each level; packed as in the dQ kernel
+    # dk and dv [B, S, Hkv, D] contiguous; parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32, of packed
+    # documents [Hkv, num_parts, ...]; groups = B Hkv, in waves; tiles, segments and tiles an item of each level; sinks
+    # and strides as `packing.wide_tiles` takes them; packed as in the dQ kernel
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape
@@ -411,7 +422,7 @@ def attention_backward_kv(
                         table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
                         chunks, most_tiles,
                         (tiles0, tiles1, tiles2, tiles3), (segments0, segments1, segments2, segments3),
-                        (batch0, batch1, batch2, batch3),
+                        (batch0, batch1, batch2, batch3), sinks, (stride0, stride1, stride2),
                         TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
             (_consume, (0, dk_desc, dv_desc, dk, dv, parts,
                         q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,

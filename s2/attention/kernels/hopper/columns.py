@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHUNK = 64  # keys of a consumer
+PAIR = 2  # chunks of a work item of two passes
 _WAVE_ROWS = 1 << 20  # 512 MB of q and dO at head dimension 128: beyond that fewer heads at a time were faster
 _MIN_ITEM_STEPS, _MAX_ITEM_STEPS = 32, 512  # below, the fixed cost of an item shows; above, its length at the end
 _SMALL_PARTS = 1 << 18  # 64 MB of parts at head dimension 128 are always granted; else 1.25 times what q takes
@@ -42,11 +43,29 @@ class Columns:
         return sum(-(-tiles // batch) * segments for tiles, segments, batch in levels)
 
 
-WHOLE = Columns((0, 0, 0, 0), (1, 1, 1, 1), 0, (1, 1, 1, 1), 1, 0)  # of packed documents, which are not divided
+WHOLE = Columns((0, 0, 0, 0), (1, 1, 1, 1), 0, (1, 1, 1, 1), 1, 0)  # of packed documents: not known on the host
+
+
+@dataclass(frozen=True)
+class PackedColumns:
+    """How the key chunks of packed documents become work items, in pairs. Wide ones, those of sinks and of the levels
+    that have a stride in `strides` (the smallest of any head), come first. In documents longer than two segments of
+    `segment_rows` queries they are cut into segments of about as many. The lengths are on the device (`packing`)."""
+
+    segment_rows: int = 0  # 0: nothing is divided
+    strides: tuple[int, int, int] = (0, 0, 0)  # of the local window (1) and the levels; 0: not wide
+    most_segments: int = 0  # of all divided pairs, whatever the lengths
+
+
+UNDIVIDED = PackedColumns()
 
 
 def _chunks_of(blocks: int, block_size: int) -> int:
     return -(-blocks * block_size // CHUNK)
+
+
+def _pairs_of(blocks: int, block_size: int) -> int:
+    return -(-_chunks_of(blocks, block_size) // PAIR)
 
 
 def _survey(table: Table, num_levels: int, length: int, block_size: int) -> tuple[list[int], list[int], int]:
@@ -105,3 +124,25 @@ def divide_columns(
     batches = tuple(min(max(_DRAWN_STEPS // ((reach + chunks - 1) * group), 1), _MOST_BATCH) for reach in reaches)
     wave = min(max(_WAVE_ROWS // (num_chunks * CHUNK * group), 1), groups)
     return Columns(tiles, divided, segment_chunks * CHUNK, batches, wave, chunks)  # type: ignore[arg-type]
+
+
+def divide_packed(
+    table: Table, num_levels: int, tokens: int, block_size: int, groups: int, group: int, processors: int
+) -> PackedColumns:
+    """Of packed documents of so many tokens in all: segments as of one sequence. `groups` KV heads, each read by
+    `group` query heads."""
+    whole = divide_columns(table, num_levels, tokens, block_size, groups, group, processors, PAIR)
+    divided = [level for level, count in enumerate(whole.segments) if count > 1]
+    a_segment, num_chunks = whole.segment_rows // CHUNK, tokens // CHUNK
+    documents = num_chunks // (2 * a_segment) if divided else 0  # divided ones have a chunk more than two segments
+    strides = [0, 0, 0]
+    for level in range(divided[0] if divided else 1, num_levels + 1):  # tiles come from the widest level on
+        strides[level] = min(row[3 * level - 1] for row in table) if level else 1
+    if documents == 0:
+        return PackedColumns(0, (strides[0], strides[1], strides[2]), 0)
+    num_blocks, sinks = -(-tokens // block_size), max(row[1] for row in table)
+    wide = sum(_pairs_of(-(-num_blocks // stride), block_size) for stride in strides if stride)
+    wide += _pairs_of(min(sinks, num_blocks), block_size)
+    # a document of n chunks, the last one short, has at most n / a_segment + 1/2 segments
+    segments = (2 * (num_chunks + documents) + documents * a_segment) // (2 * a_segment)
+    return PackedColumns(whole.segment_rows, (strides[0], strides[1], strides[2]), wide * segments)

@@ -20,15 +20,14 @@ from ... import schedule
 from ...pattern import UNBOUNDED, Pattern, pattern_from_key
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
-from .columns import CHUNK, mean_chunks
-from .division import Division
+from .columns import CHUNK, PAIR, mean_chunks
+from .division import Division, PackedDivision
 from .one_pass import OnePass
 from .plans import Heads
 
 _SMALLEST_BLOCK = 16
 _CONSUMERS = {64: 4, 128: 3}  # boxes of rows that a thread block of the forward works on, by head dimension
 _Q_CONSUMERS = 3  # the same in dQ
-_PAIR = 2  # chunks of a work item in dK and dV
 _STAGES = {64: 8, 128: 4}  # key and value tiles in flight
 _Q_STAGES = {64: 6, 128: 4}  # the same beside the rows of dO
 _KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
@@ -297,8 +296,8 @@ def run_forward(
 
 
 class TwoPasses:
-    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. Packed documents are
-    not divided into segments. `rows`: descriptors of dO and dQ; `keys`: of dK and dV (all contiguous)."""
+    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. `rows`: descriptors of
+    dO and dQ; `keys`: of dK and dV (all contiguous)."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
         from . import backward_kv, backward_q
@@ -311,8 +310,10 @@ class TwoPasses:
         self.q_boxes = _Boxes.of_rows(q, tokens)
         self.k_boxes, self.v_boxes = _Boxes.of_keys(k, tokens), _Boxes.of_keys(v, tokens)
         self.rows, self.keys = _Boxes.of_rows(q, tokens, contiguous=True), _Boxes.of_keys(k, tokens, contiguous=True)
-        self.division = Division(q, k, plan, packed, processors, _PAIR)
-        columns, items = self.division.columns, self.division.items
+        self.division = (
+            PackedDivision(q, k, plan, processors) if packed else Division(q, k, plan, processors, PAIR, direct=True)
+        )
+        wave, items = self.division.columns.wave, self.division.items
         self.statistics_boxes: dict[int, _Boxes] = {}
         num_tiles, q_grid = _row_tiles(q, constants["BLOCK"], _Q_CONSUMERS, packed)
         scales = (plan.scale, plan.scale * LOG2E.value)
@@ -327,8 +328,8 @@ class TwoPasses:
             )
             for has_dlse in (False, True)
         }  # fmt: skip
-        self.kv_scalars = (*scales, length, kv_heads, group, groups, columns.wave, items)
-        self.kv_division = (*self.division.scalars, *columns.batches)
+        self.kv_scalars = (*scales, length, kv_heads, group, groups, wave, items)
+        self.kv_division = self.division.kernel_scalars
         self.kv = plans.Launch(
             backward_kv.attention_backward_kv,
             (processors if packed else min(items, processors), 1, 1),
@@ -395,7 +396,7 @@ def run_backward(
     if plan.backward is None:
         plan.backward = TwoPasses(q, k, v, plan, packed)
     backward, counter = plan.backward, plans.counter_of(device, plans.stream_of(device))
-    documents = plans.Documents.of(q, plan, _Q_CONSUMERS, cu_seqlens)
+    documents = plans.Documents.of(q, plan, _Q_CONSUMERS, cu_seqlens, columns=backward.division.documents)
     sets = q.shape[0] * q.shape[2] // plans.heads_a_box(pattern.block_size)
     stats, stats_rows = backward.statistics(sets * documents.boxes, device)
     q_rows, do_rows = backward.q_boxes(q), backward.rows(grad_out)
@@ -410,5 +411,5 @@ def run_backward(
         plan.rules.table, documents.table, counter,
         *backward.kv_scalars, documents.boxes, documents.most_tiles, *backward.kv_division,
     )  # fmt: skip
-    backward.division.add_up(parts, dk, dv)
+    backward.division.add_up(parts, dk, dv, documents)
     return dq, dk, dv

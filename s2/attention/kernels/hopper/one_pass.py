@@ -52,7 +52,7 @@ class OnePass:
         groups, clusters = batch * kv_heads, plans.processors_of(q.device) // _CLUSTER
         self.plan = plan
         self.sets = batch * num_heads // plans.heads_a_box(block)
-        self.division = Division(q, k, plan, packed, _CLUSTER * clusters, CHUNKS)
+        self.division = Division(q, k, plan, _CLUSTER * clusters, CHUNKS, direct=False, packed=packed)
         columns, items = self.division.columns, self.division.items
         self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
         self.kernel = backward_kernel(q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)
@@ -111,4 +111,4 @@ class OnePass:
             params.chunks, params.most_tiles = documents.boxes, documents.most_tiles
             self.kernel.launch(self.grid, params, stream)
             self.round.launch(self.sets * rows.blocks, rows, stream)
-        self.division.add_up(parts, dk, dv)
+        self.division.add_up(parts, dk, dv, documents)

@@ -7,53 +7,126 @@ from .chunks import CHUNK, chunk_items
 
 
 @triton.jit
-def _counts(
-    length, sinks, BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+def document_segments(length, segment_rows):
+    """Into how many segments a packed document's divided columns are cut, and the rows of each but the last: about
+    `segment_rows` in documents of more than two such segments (0: in none). Else one."""
+    chunks = (length + CHUNK - 1) // CHUNK
+    most = tl.maximum(segment_rows // CHUNK, 1)
+    count = tl.where((segment_rows > 0) & (chunks > 2 * most), (chunks + most // 2) // most, 1)
+    own = tl.maximum((chunks + count - 1) // count, 1)
+    return tl.maximum((chunks + own - 1) // own, 1), own * CHUNK
+
+
+@triton.jit
+def _tiles_of_level(blocks, stride, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """At most, of key blocks `stride` apart; 0: none."""
+    return tl.where(stride > 0, chunk_items((blocks + stride - 1) // tl.maximum(stride, 1), BLOCK, CHUNKS), 0)
+
+
+@triton.jit
+def _all_tiles(blocks, sinks, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """At most, of a document's blocks, sinks twice; one may be short in every level."""
+    return chunk_items(blocks, BLOCK, CHUNKS) + LEVELS + chunk_items(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
+
+
+@triton.jit
+def wide_tiles(
+    blocks, sinks, stride0, stride1, stride2, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr
+):  # fmt: skip
+    """Tiles of a document, the first ones of `chunks.chunk_tile`, that many queries see: sinks, and of every level with
+    a stride as many as any head has. Strides: the smallest of any head, or 0."""
+    tiles = chunk_items(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
+    tiles += _tiles_of_level(blocks, stride0, CHUNKS, BLOCK)
+    tiles += _tiles_of_level(blocks, stride1, CHUNKS, BLOCK)
+    tiles += _tiles_of_level(blocks, stride2, CHUNKS, BLOCK)
+    return tl.minimum(tiles, _all_tiles(blocks, sinks, CHUNKS, BLOCK, LEVELS))
+
+
+@triton.jit
+def document_item(
+    nth, is_divided, length, segment_rows, sinks, stride0, stride1, stride2, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BOXES boxes of rows (SHARE of the same rows), such rows, and items of CHUNKS key chunks of documents,
-    sinks twice; of the items one may be short in every level."""
+    """Of an entry of the table's items: `(tile of the document, segment (-1: the whole column), rows of a segment)`.
+    Those of divided tiles begin with the last segment."""
+    segments, rows = document_segments(length, segment_rows)
+    blocks = (length + BLOCK - 1) // BLOCK
+    wide = tl.maximum(wide_tiles(blocks, sinks, stride0, stride1, stride2, CHUNKS, BLOCK, LEVELS), 1)
+    return tl.where(is_divided, nth % wide, nth), tl.where(is_divided, segments - 1 - nth // wide, -1), rows
+
+
+@triton.jit
+def _counts(
+    length, segment_rows, sinks, stride0, stride1, stride2, BOXES: tl.constexpr, SHARE: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Of documents: tiles of BOXES boxes of rows (SHARE of the same rows), boxes of different rows, items of wide tiles
+    of CHUNKS key chunks that are divided into segments, and that are not, and those of other tiles."""
     box: tl.constexpr = min(BLOCK, CHUNK)
     blocks = (length + BLOCK - 1) // BLOCK
-    items = chunk_items(blocks, BLOCK, CHUNKS) + LEVELS + chunk_items(tl.minimum(blocks, sinks), BLOCK, CHUNKS)
+    segments, _ = document_segments(length, segment_rows)
+    wide = wide_tiles(blocks, sinks, stride0, stride1, stride2, CHUNKS, BLOCK, LEVELS)
+    others = tl.where(length > 0, _all_tiles(blocks, sinks, CHUNKS, BLOCK, LEVELS) - wide, 0)
     boxes = (length + box - 1) // box
-    return (boxes * SHARE + BOXES - 1) // BOXES, boxes, tl.where(length > 0, items, 0)
+    tiles = (boxes * SHARE + BOXES - 1) // BOXES
+    return tiles, boxes, tl.where(segments > 1, wide * segments, 0), tl.where(segments > 1, 0, wide), others
 
 
-@triton.jit(do_not_specialize=["num_documents", "most_tiles", "sinks"])
+@triton.jit(do_not_specialize=["num_documents", "most_tiles", "segment_rows", "sinks", "stride0", "stride1", "stride2"])
 def attention_documents(
-    cu_seqlens, documents, num_documents, most_tiles, sinks,
+    cu_seqlens, documents, num_documents, most_tiles, segment_rows, sinks, stride0, stride1, stride2,
     BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The table of packed work, int32 `[1 + most_tiles + items, 4]`: the numbers of tiles and items; then for each tile
-    of BOXES boxes of rows (64 tokens, or a smaller block; SHARE of the same rows stand side by side), and after room
-    for `most_tiles` for each item of CHUNKS key chunks: its first box or its number in the document, the token where
-    the document begins, its length, and the boxes before it (not counted SHARE times). A program writes one
-    document's. `sinks` are the most of any head."""
+    """The table of packed work, int32 `[1 + most_tiles + items, 4]`: the numbers of tiles, of items, and of those that
+    are segments of key chunks; then for each tile of BOXES boxes of rows (64 tokens, or a smaller block; SHARE of the
+    same rows stand side by side), and after room for `most_tiles` for each item of CHUNKS key chunks: its first box or
+    its number in the document (`document_item`), the token where the document begins, its length, and the boxes before
+    it (not counted SHARE times). The longest items come first: of all documents the segments, then wide tiles as a
+    whole (`wide_tiles`). A program writes one document's. `sinks` are the most of any head."""
     document = tl.program_id(0)
-    tiles, chunks, items = 0, 0, 0
-    for start in range(0, document, WIDTH):
+    tiles, chunks, divided, wide, others, all_divided, all_wide = 0, 0, 0, 0, 0, 0, 0
+    for start in range(0, num_documents, WIDTH):
         lane = start + tl.arange(0, WIDTH)
+        exists = lane < num_documents
+        begin = tl.load(cu_seqlens + lane, mask=exists, other=0)
+        length = tl.load(cu_seqlens + lane + 1, mask=exists, other=0) - begin
+        own_tiles, own_chunks, own_divided, own_wide, own_others = _counts(
+            length, segment_rows, sinks, stride0, stride1, stride2, BOXES, SHARE, CHUNKS, BLOCK, LEVELS
+        )
         before = lane < document
-        begin = tl.load(cu_seqlens + lane, mask=before, other=0)
-        length = tl.load(cu_seqlens + lane + 1, mask=before, other=0) - begin
-        own_tiles, own_chunks, own_items = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
-        tiles += tl.sum(own_tiles, 0)
-        chunks += tl.sum(own_chunks, 0)
-        items += tl.sum(own_items, 0)
+        tiles += tl.sum(tl.where(before, own_tiles, 0), 0)
+        chunks += tl.sum(tl.where(before, own_chunks, 0), 0)
+        divided += tl.sum(tl.where(before, own_divided, 0), 0)
+        wide += tl.sum(tl.where(before, own_wide, 0), 0)
+        others += tl.sum(tl.where(before, own_others, 0), 0)
+        all_divided += tl.sum(own_divided, 0)
+        all_wide += tl.sum(own_wide, 0)
     begin = tl.load(cu_seqlens + document)
     length = tl.load(cu_seqlens + document + 1) - begin
-    own_tiles, _, own_items = _counts(length, sinks, BOXES, SHARE, CHUNKS, BLOCK, LEVELS)
+    own_tiles, _, own_divided, own_wide, own_others = _counts(
+        length, segment_rows, sinks, stride0, stride1, stride2, BOXES, SHARE, CHUNKS, BLOCK, LEVELS
+    )
     if document == num_documents - 1:
         tl.store(documents, tiles + own_tiles)
-        tl.store(documents + 1, items + own_items)
+        tl.store(documents + 1, all_divided + all_wide + others + own_others)
+        tl.store(documents + 2, all_divided)
     for start in range(0, own_tiles, WIDTH):
         lane = start + tl.arange(0, WIDTH)
         _store_entries(documents + 4 * (1 + tiles), lane, lane < own_tiles, lane * BOXES, begin, length, chunks)
-    for start in range(0, own_items, WIDTH):
+    items = documents + 4 * (1 + most_tiles)
+    whole = items + 4 * (all_divided + wide)
+    rest = items + 4 * (all_divided + all_wide + others)
+    skipped = wide_tiles((length + BLOCK - 1) // BLOCK, sinks, stride0, stride1, stride2, CHUNKS, BLOCK, LEVELS)
+    for start in range(0, own_divided, WIDTH):
         lane = start + tl.arange(0, WIDTH)
-        _store_entries(documents + 4 * (1 + most_tiles + items), lane, lane < own_items, lane, begin, length, chunks)
+        _store_entries(items + 4 * divided, lane, lane < own_divided, lane, begin, length, chunks)
+    for start in range(0, own_wide, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        _store_entries(whole, lane, lane < own_wide, lane, begin, length, chunks)
+    for start in range(0, own_others, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        _store_entries(rest, lane, lane < own_others, skipped + lane, begin, length, chunks)
 
 
 @triton.jit

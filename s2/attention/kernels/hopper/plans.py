@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import schedule
 from ...pattern import Pattern
 from . import cuda, packing
-from .columns import CHUNK
+from .columns import CHUNK, UNDIVIDED, PackedColumns
 from .direct import Launch
 
 if TYPE_CHECKING:
@@ -127,7 +127,14 @@ class Documents:
 
     @classmethod
     def of(
-        cls, q: Tensor, plan: Plan, consumers: int, cu_seqlens: Tensor | None, share: int = 1, an_item: int = 2
+        cls,
+        q: Tensor,
+        plan: Plan,
+        consumers: int,
+        cu_seqlens: Tensor | None,
+        share: int = 1,
+        an_item: int = 2,
+        columns: PackedColumns = UNDIVIDED,
     ) -> Documents:
         """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side, and items of `an_item`
         chunks."""
@@ -141,9 +148,10 @@ class Documents:
         sinks = max(row[1] for row in plan.rules.rows)
         most_keys = length + count * block  # in whole blocks
         most_items = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
+        most_items += columns.most_segments
         table = torch.empty((1 + most_tiles + most_items, 4), dtype=torch.int32, device=q.device)
         launch = _table_launch(count, consumers, share, an_item, block, levels, q.device)
-        launch(aligned(cu_seqlens), table, count, most_tiles, sinks)
+        launch(aligned(cu_seqlens), table, count, most_tiles, columns.segment_rows, sinks, *columns.strides)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 
