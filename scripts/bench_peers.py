@@ -20,7 +20,11 @@ FA4_TILE = (128, 128)  # queries and keys of its block lists on sm_90
 def dkernel(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Forward:
     """The original S2-Attention library (github.com/linxihui/dkernel)."""
     from dkernel import SparseAttention
+    from dkernel.ops import sparse_attn_bwd, sparse_attn_fwd
 
+    # it keeps what it tuned by length and block, so a second pattern would run with the first one's configuration
+    sparse_attn_fwd._sparse_fwd_kernel.cache.clear()
+    sparse_attn_bwd._sparse_bwd_kernel.fn.cache.clear()
     num_blocks = -(-q.shape[1] // pattern.block_size)
     mask = pattern.block_mask(num_blocks, k.shape[2]).to(device=q.device, dtype=torch.uint8)
     attention = SparseAttention(pattern.block_size, mask, seq_dim=1).to(q.device)
