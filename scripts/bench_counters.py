@@ -182,6 +182,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--patterns", default="L1V15,L8V16", type=names)
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     add("--commit", default=None, help="commit to name in the report (default: git)")
+    add("--name", default="counters", help="last part of the report's file name (default counters)")
     add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
     add("--profiled", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -216,7 +217,7 @@ def main() -> None:
     record = origin("bench_counters", sys.argv[1:], torch.cuda.get_device_name(), args.commit)
     record["versions"]["Nsight Compute"] = next((word for word in version if re.fullmatch(r"20\d\d\.\S+", word)), "?")
     titles = [case.title(args.dtype) for case in args.cases]
-    record |= {"name": "counters", "method": METHOD, "cases": titles, "rows": rows}
+    record |= {"name": args.name, "method": METHOD, "cases": titles, "rows": rows}
     print(f"wrote {write(record, args.output)} with its .json")
 
 
