@@ -323,6 +323,16 @@ def test_one_pass_of_divided_columns_and_several_batches(one_pass):
 
 
 @hopper
+@pytest.mark.parametrize(("block", "stride", "end"), [(16, 160, 70), (32, 80, 40)])
+def test_one_pass_with_segments_between_two_blocks_of_a_chunk(one_pass, block, stride, end):
+    """Of which no part is written, and none may be read."""
+    pattern = Pattern.from_ranges(1, [(stride, end)], block_size=block)
+    unwritten = torch.full((1 << 26,), torch.nan, device="cuda")
+    del unwritten  # what the parts are given next is not zero
+    assert_correct(Case(pattern, 4096, 4096, 4, 1, 128), torch.bfloat16, device="cuda", backend="hopper")
+
+
+@hopper
 def test_one_pass_repeats_dk_and_dv_and_dq_within_rounding(one_pass):
     q, k, v = (torch.randn(1, 6000, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     out = s2_attention(q, k, v, Pattern.parse("L1V7"), backend="hopper")

@@ -74,35 +74,35 @@ def blocks(table, out, level, num_blocks, N: tl.constexpr, LEVELS: tl.constexpr,
     tl.store(out + N + lane, until)
 
 
-def add_runs(found, runs, schedule, head: int, level: int, length: int, block: int, low: int, high: int, first=0,
-             clipped=False):  # fmt: skip
+def blocks_of(schedule, head: int, level: int, length: int, block: int, chunks: int) -> list[list[tuple[int, int]]]:
+    """Of the first chunks of several blocks of a level: their blocks, and the query block after the last one that sees
+    each."""
+    a_chunk, num_blocks = CHUNK // block, -(-length // block)
+    size = triton.next_power_of_2(chunks * a_chunk)
+    out = torch.full((2, size), -1, dtype=torch.int32)
+    blocks[(1,)](schedule.table[head], out, level, num_blocks, N=size, LEVELS=schedule.num_levels,
+                 SINKS=schedule.has_sinks)  # fmt: skip
+    found = out.T.tolist()
+    return [[(b, u) for b, u in found[n * a_chunk : (n + 1) * a_chunk] if b >= 0] for n in range(chunks)]
+
+
+def add_runs(found, runs, schedule, head: int, level: int, length: int, block: int, low: int, high: int, first=0):
     """Counts in `found` `[key unit, query unit]` what the chunks of a level, from chunk `first` on, work on; of chunks
-    of several blocks each block's part of the run. `clipped`: runs of whole chunks, cut: there may be a gap at the cut,
-    where no block is seen."""
+    of several blocks each block's part of the run."""
     unit = unit_of(block)
     if block >= CHUNK:
         for key, begin, end in runs:
             if begin < end:
                 found[key // unit, begin // unit : end // unit] += 1
         return
-    a_chunk, num_blocks = CHUNK // block, -(-length // block)
-    size = triton.next_power_of_2((first + len(runs)) * a_chunk)
-    out = torch.full((2, size), -1, dtype=torch.int32)
-    blocks[(1,)](schedule.table[head], out, level, num_blocks, N=size, LEVELS=schedule.num_levels,
-                 SINKS=schedule.has_sinks)  # fmt: skip
-    for index, (key, begin, end) in enumerate(runs, first):
-        members = [(b, u) for b, u in out[:, index * a_chunk : (index + 1) * a_chunk].T.tolist() if b >= 0]
-        seen = [(max(b * block, low), min(u * block, high)) for b, u in members]
-        seen = [(b, e) for b, e in seen if b < e]
-        assert (begin < end) == bool(seen) or (clipped and begin < end)
+    all_members = blocks_of(schedule, head, level, length, block, first + len(runs))
+    for (key, begin, end), members in zip(runs, all_members[first:], strict=True):
+        seen = [(member, max(member * block, low), min(u * block, high)) for member, u in members]
+        seen = [(member, b, e) for member, b, e in seen if b < e]
+        assert (begin < end) == bool(seen)
         if seen:
-            first_seen, last_seen = min(b for b, _ in seen), max(e for _, e in seen)
-            if clipped:
-                assert begin <= first_seen and end >= last_seen
-            else:
-                assert (begin, end) == (first_seen, last_seen) and key <= begin
-            for (member, _), (b, e) in zip([m for m in members if max(m[0] * block, low) < min(m[1] * block, high)],
-                                           seen, strict=True):  # fmt: skip
+            assert (begin, end) == (min(b for _, b, _ in seen), max(e for _, _, e in seen)) and key <= begin
+            for member, b, e in seen:
                 found[member, b // unit : e // unit] += 1
 
 
@@ -245,40 +245,63 @@ def test_sinks_are_divided_like_the_other_long_columns():
         (Pattern.parse("L2V5+sink1", 128), 2, True),
         (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2, True),
         (Pattern.per_head([Pattern.parse("dense"), Pattern.parse("L1V4")]), 4, False),
+        (Pattern.from_ranges(2, [(20, 4)], block_size=16), 4, False),
+        (Pattern.from_ranges(2, [(12, 4)], block_size=32), 2, True),
     ],
     ids=str,
 )
 def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_tile, direct):
-    """Of chunks of one block or a part of one; small blocks' keys lie apart, and are checked on the GPU."""
-    heads, batch, length, dim, block = 2, 2, 500, 16, pattern.block_size
+    """Parts of segments in which a chunk is not seen, between two of its blocks for example, are never written."""
+    heads, batch, dim, block = 2, 2, 16, pattern.block_size
+    length, segment_chunks = (500, 3) if block >= CHUNK else (400, 2)
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     whole = divide_columns(schedule.rows, schedule.num_levels, length, block, heads * batch, 1, 132, a_tile)
-    rows, segment_rows = -(-length // CHUNK) * CHUNK, 3 * CHUNK
+    rows, segment_rows = -(-length // CHUNK) * CHUNK, segment_chunks * CHUNK
     levels = range(schedule.num_levels + schedule.has_sinks, -1, -1)
     segments = [-(-rows // segment_rows) if level in levels else 1 for level in range(4)]
     columns = replace(whole, segments=tuple(segments), segment_rows=segment_rows)
-    parts = torch.randn(max(segments), batch * heads, columns.num_parts, 2, CHUNK, dim)
+    parts = torch.full((max(segments), batch * heads, columns.num_parts, 2, CHUNK, dim), torch.nan)
+    wanted, unseen = torch.zeros(2, batch, rows + CHUNK, heads, dim), 0
+    for head in range(heads):
+        first = 0  # part of the level: the widest levels come first
+        for level in levels:
+            count = a_tile * columns.tiles[level]
+            whole_runs = call_runs(schedule, head, level, length, block, 0, rows)
+            a_segment = [
+                call_runs(schedule, head, level, length, block, low, min(low + segment_rows, rows))
+                for low in range(0, rows, segment_rows)
+            ]
+            members = [] if block >= CHUNK else blocks_of(schedule, head, level, length, block, count)
+            for own in range(count):
+                tile = [
+                    run for run in whole_runs[own // a_tile * a_tile : (own // a_tile + 1) * a_tile] if run[1] < run[2]
+                ]
+                if not tile:
+                    continue
+                low, high = min(b for _, b, _ in tile) // segment_rows, (max(e for *_, e in tile) - 1) // segment_rows
+                for segment in range(low, high + 1):
+                    key, begin, end = a_segment[segment][own]
+                    unseen += begin >= end
+                    if begin >= end or (direct and low == high):
+                        continue
+                    own_part = torch.randn(batch, 2, CHUNK, dim)
+                    parts[segment, head::heads, first + own] = own_part
+                    places = [(key, slice(0, CHUNK))]
+                    if block < CHUNK:
+                        places = [
+                            (b * block, slice(n * block, (n + 1) * block)) for n, (b, _) in enumerate(members[own])
+                        ]
+                    for at, part_rows in places:
+                        added = own_part[:, :, part_rows].transpose(0, 1)
+                        wanted[:, :, at : at + added.shape[2], head] += added
+            first += count
+    assert wanted.any() and (unseen > 0 or block >= CHUNK)
     dk, dv = (torch.zeros(batch, length, heads, dim) for _ in range(2))
     attention_sum_parts[(columns.num_parts * (CHUNK // SUMMED.value), batch * heads)](
         parts, dk, dv, schedule.table, length, heads, segment_rows, columns.num_parts, *columns.tiles, *segments,
         TABLE=TABLE_COLUMNS, D=dim, BLOCK=block, LEVELS=schedule.num_levels, SINKS=schedule.has_sinks, CHUNKS=a_tile,
         DIRECT=direct,
     )  # fmt: skip
-    wanted = torch.zeros(2, batch, rows, heads, dim)
-    for head in range(heads):
-        first = 0  # part of the level: the widest levels come first
-        for level in levels:
-            chunks = call_runs(schedule, head, level, length, block, 0, rows)[: a_tile * columns.tiles[level]]
-            for own, (key, begin, end) in enumerate(chunks):
-                tile, place = divmod(own, a_tile)
-                for segment in range(max(segments)) if begin < end else ():
-                    runs, alone = call_tile(schedule, head, level, tile, length, block, segment, segment_rows, a_tile)
-                    if runs[place][0] >= runs[place][1] or (direct and alone):
-                        continue
-                    of_batch = parts[segment, head::heads, first + own]  # [batch, dK and dV, 64, D]
-                    wanted[:, :, key : key + CHUNK, head] += of_batch.transpose(0, 1)
-            first += a_tile * columns.tiles[level]
-    assert wanted.any()
     torch.testing.assert_close(torch.stack([dk, dv]), wanted[:, :, :length])
 
 
@@ -417,7 +440,7 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
                 continue
             low, high = min(b for _, b, _ in own), max(e for _, _, e in own)
             own = [(key, b, e) if b < e else (0, 0, 0) for key, b, e in (numbers[:3], numbers[3:])]
-            add_runs(found[begin], own, schedule, head, level, length, block, low, high, first=2 * tile, clipped=True)
+            add_runs(found[begin], own, schedule, head, level, length, block, low, high, first=2 * tile)
             for chunk, (key, b, e) in enumerate(own):
                 if b < e and not alone:
                     assert item < num_divided

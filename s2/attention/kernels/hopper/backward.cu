@@ -141,7 +141,7 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
         }
         int begin_token = 0, length = params.length, first_chunk = 0, part = 0, low = 0, pair = 0;
         WorkItem work = {};
-        if (PACKED) {  // heads vary fastest: all start with a document's widest columns
+        if (PACKED) {  // heads vary fastest; sinks of all documents come first
             const int own = divide(item, params.groups);
             const int* entry = params.documents + 4 * (1 + params.most_tiles) + 4 * own;
             work.group = item - own * params.groups;

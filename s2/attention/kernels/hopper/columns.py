@@ -1,5 +1,5 @@
 """How the key chunks of the backward become work items. Plain arithmetic; the kernels locate their items among them
-(`chunks.cuh`, `chunks.py`)."""
+(`chunks.cuh`, `chunks.py`; packed ones `packing.py`)."""
 
 from __future__ import annotations
 
@@ -129,8 +129,9 @@ def divide_columns(
 def divide_packed(
     table: Table, num_levels: int, tokens: int, block_size: int, groups: int, group: int, processors: int
 ) -> PackedColumns:
-    """Of packed documents of so many tokens in all: segments as of one sequence. `groups` KV heads, each read by
-    `group` query heads."""
+    """Of packed documents of so many tokens in all: segments as of one sequence, so about as many parts, and at most
+    half as many again and those of levels that heads do not share. `groups` KV heads, each read by `group` query
+    heads."""
     whole = divide_columns(table, num_levels, tokens, block_size, groups, group, processors, PAIR)
     divided = [level for level, count in enumerate(whole.segments) if count > 1]
     a_segment, num_chunks = whole.segment_rows // CHUNK, tokens // CHUNK

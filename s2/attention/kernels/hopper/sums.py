@@ -17,14 +17,15 @@ def segment_runs(
     SINKS: tl.constexpr,
 ):  # fmt: skip
     """As `chunk_run` says it of a tile's chunks `index`, in one segment (-1: in all rows, up to `high`), and whether
-    the tile is worked on in no other."""
+    the tile's rows reach into no other."""
     key, begin, end = chunk_run(index, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
     alone = True
     if segment >= 0:
         last_row = tl.max(tl.where(begin < end, end, 0), 0) - 1
         alone = tl.min(begin, 0) // segment_rows >= last_row // segment_rows
-        begin = tl.maximum(begin, segment * segment_rows)
-        end = tl.minimum(end, (segment + 1) * segment_rows)
+        low = segment * segment_rows
+        until = tl.minimum(low + segment_rows, high)
+        key, begin, end = chunk_run(index, level, num_blocks, low, until, rule, BLOCK, LEVELS, SINKS)
     exists = begin < end
     return tl.where(exists, key, high), tl.where(exists, begin, high), tl.where(exists, end, high), alone
 
@@ -69,6 +70,11 @@ def _add_up(
         for segment in range(first, last + 1):
             low = segment * segment_rows
             seen = tl.maximum(begin, low) < tl.minimum(end, low + segment_rows)
+            if BLOCK < CHUNK:  # the runs of its blocks may leave a segment out, which then has no part
+                _, own_begin, own_end = chunk_run(
+                    own, level, num_blocks, low, tl.minimum(low + segment_rows, high), rule, BLOCK, LEVELS, SINKS
+                )
+                seen = own_begin < own_end
             source = part + (slot + segment * step).to(tl.int64) * (2 * CHUNK * D)
             sum_k += tl.load(source + offsets, mask=seen, other=0.0)
             sum_v += tl.load(source + CHUNK * D + offsets, mask=seen, other=0.0)
