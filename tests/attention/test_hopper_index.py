@@ -252,8 +252,8 @@ def test_sinks_are_divided_like_the_other_long_columns():
 )
 def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_tile, direct):
     """Parts of segments in which a chunk is not seen, between two of its blocks for example, are never written."""
-    heads, batch, dim, block = 2, 2, 16, pattern.block_size
-    length, segment_chunks = (500, 3) if block >= CHUNK else (400, 2)
+    dim, block = 16, pattern.block_size
+    heads, batch, length, segment_chunks = (2, 2, 500, 3) if block >= CHUNK else (1, 1, 400, 2)
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     whole = divide_columns(schedule.rows, schedule.num_levels, length, block, heads * batch, 1, 132, a_tile)
     rows, segment_rows = -(-length // CHUNK) * CHUNK, segment_chunks * CHUNK
