@@ -53,7 +53,7 @@ class PackedColumns:
     `segment_rows` queries they are cut into segments of about as many. The lengths are on the device (`packing`)."""
 
     segment_rows: int = 0  # 0: nothing is divided
-    strides: tuple[int, int, int] = (0, 0, 0)  # of the local window (1) and the levels; 0: not wide
+    strides: tuple[int, ...] = (0, 0, 0)  # of the local window (1) and the levels; 0: not wide
     most_segments: int = 0  # of all divided pairs, whatever the lengths
 
 
@@ -129,21 +129,20 @@ def divide_columns(
 def divide_packed(
     table: Table, num_levels: int, tokens: int, block_size: int, groups: int, group: int, processors: int
 ) -> PackedColumns:
-    """Of packed documents of so many tokens in all: segments as of one sequence, so about as many parts, and at most
-    half as many again and those of levels that heads do not share. `groups` KV heads, each read by `group` query
-    heads."""
+    """Of packed documents of so many tokens in all: segments as long as those of one sequence. There is room for more
+    of them, since the lengths are not known. `groups` KV heads, each read by `group` query heads."""
     whole = divide_columns(table, num_levels, tokens, block_size, groups, group, processors, PAIR)
     divided = [level for level, count in enumerate(whole.segments) if count > 1]
     a_segment, num_chunks = whole.segment_rows // CHUNK, tokens // CHUNK
     documents = num_chunks // (2 * a_segment) if divided else 0  # divided ones have a chunk more than two segments
-    strides = [0, 0, 0]
-    for level in range(divided[0] if divided else 1, num_levels + 1):  # tiles come from the widest level on
-        strides[level] = min(row[3 * level - 1] for row in table) if level else 1
+    narrowest = divided[0] if divided else 1  # wide ones are all from there on: tiles come from the widest level on
+    smallest = [1, *(min(row[3 * level - 1] for row in table) for level in range(1, num_levels + 1)), 0, 0]
+    strides = (0, 0, 0)[:narrowest] + tuple(smallest[narrowest:3])
     if documents == 0:
-        return PackedColumns(0, (strides[0], strides[1], strides[2]), 0)
+        return PackedColumns(strides=strides)
     num_blocks, sinks = -(-tokens // block_size), max(row[1] for row in table)
     wide = sum(_pairs_of(-(-num_blocks // stride), block_size) for stride in strides if stride)
     wide += _pairs_of(min(sinks, num_blocks), block_size)
     # a document of n chunks, the last one short, has at most n / a_segment + 1/2 segments
     segments = (2 * (num_chunks + documents) + documents * a_segment) // (2 * a_segment)
-    return PackedColumns(whole.segment_rows, (strides[0], strides[1], strides[2]), wide * segments)
+    return PackedColumns(whole.segment_rows, strides, wide * segments)

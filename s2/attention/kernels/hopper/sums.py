@@ -24,8 +24,13 @@ def segment_runs(
         last_row = tl.max(tl.where(begin < end, end, 0), 0) - 1
         alone = tl.min(begin, 0) // segment_rows >= last_row // segment_rows
         low = segment * segment_rows
-        until = tl.minimum(low + segment_rows, high)
-        key, begin, end = chunk_run(index, level, num_blocks, low, until, rule, BLOCK, LEVELS, SINKS)
+        until = (segment + 1) * segment_rows
+        if BLOCK >= CHUNK:
+            begin = tl.maximum(begin, low)
+            end = tl.minimum(end, until)
+        else:  # the runs of a chunk's blocks may leave the segment out
+            until = tl.minimum(until, high)
+            key, begin, end = chunk_run(index, level, num_blocks, low, until, rule, BLOCK, LEVELS, SINKS)
     exists = begin < end
     return tl.where(exists, key, high), tl.where(exists, begin, high), tl.where(exists, end, high), alone
 
