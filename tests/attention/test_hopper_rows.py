@@ -1,0 +1,201 @@
+"""How the Hopper kernels divide rows: the key tiles of a tile of query rows are those that its rows see (`plan.cuh`
+compiled for the host), their rings come to an end, and the edges of a tile of dQ fit (in Triton's interpreter)."""
+
+import itertools
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from s2.attention import Pattern
+from s2.attention.kernels.hopper import launch, rows
+from s2.attention.kernels.hopper.columns import CHUNK
+from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
+from s2.attention.schedule import MAX_LEVELS, has_closed_form, rule_schedule
+from tests.attention import sweep
+from tests.attention.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
+from tests.attention.rings import Rings, Tile
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="index arithmetic, checked in Triton's interpreter: on machines without a GPU"
+)
+
+PLANS = Path(__file__).with_name("plans.cpp")
+
+
+def compile_plans(folder: Path, block: int, levels: int, sinks: bool, consumers: int) -> Path:
+    constants = {"BLOCK": block, "LEVELS": levels, "SINKS": int(sinks), "CONSUMERS": consumers}
+    return compile_for_host(PLANS, folder, constants)
+
+
+def draw_rules(random: random.Random, block: int) -> tuple[Pattern, int]:
+    """A pattern of one rule and the number of its heads, of which each has its own residues."""
+    heads = random.choice((1, 4, 16))
+    pattern = sweep.draw_rule(random, random.choice(sweep.KINDS[:5]), block)
+    if random.random() < 0.2:
+        local, stride = random.randint(1, 40), random.randint(1, 9)
+        end = local + random.randint(1, 40)
+        levels = [(stride, end), (stride * random.randint(1, 5), random.choice((None, end + random.randint(1, 40))))]
+        pattern = Pattern.from_ranges(local, levels, block_size=block, sinks=random.randint(0, 9))
+    return pattern, heads
+
+
+def check_plan(
+    line: str, seen_by: np.ndarray, first: int, share: int, block: int, consumers: int, most_skipped: int
+) -> None:
+    """Of the tile of boxes from `first` on. `seen_by` bool `[query unit, key unit]`: what the pattern says."""
+    unit, entries = unit_of(block), max(CHUNK // block, 1)
+    edges, fulls, *numbers = map(int, line.split())
+    edge_keys, seen = np.array(numbers[: 2 * edges * entries]).reshape(-1, 2).T
+    full_keys = np.array(numbers[2 * edges * entries :], dtype=int)
+    assert len(full_keys) == fulls * entries
+    assert 0 < edges * entries <= 32, "the consumers have a bit for each entry"
+    own = (first + np.arange(consumers)) // share
+    row = own[0] * unit
+    boxes = np.minimum(own, len(seen_by) - 1)  # a consumer past the last row looks where that one does
+    listed = np.concatenate([edge_keys[edge_keys >= 0], full_keys])
+    assert (listed % unit == 0).all() and len(set(listed)) == len(listed)
+    assert sorted(listed // unit) == np.flatnonzero(seen_by[boxes].any(0)).tolist()
+    assert seen_by[boxes][:, full_keys // unit].all() and (full_keys + unit - 1 <= row).all()
+    for consumer, box in enumerate(boxes):
+        sees = seen >> consumer & 1 == 1
+        exists = edge_keys >= 0
+        assert (sees == exists & seen_by[box, edge_keys // unit]).all()
+        assert sees.any(), "every consumer has a first key tile"
+        tile = np.flatnonzero(sees)[0] // entries
+        shown = edge_keys[tile * entries : (tile + 1) * entries][sees[tile * entries : (tile + 1) * entries]]
+        assert shown.min() <= own[consumer] * unit, "all its rows see a key of it"
+        places = np.flatnonzero(sees.reshape(-1, entries).any(1))
+        assert np.diff(places, prepend=places[0]).max() - 1 <= most_skipped, "what it walks past between two edges"
+        assert edges - 1 - places[-1] <= consumers - 1, "after the last one"
+        assert places[0] + consumers - 1 <= most_skipped, "and from the tile before to the first one"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("consumers", sorted(set(launch._CONSUMERS.values())))
+def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, consumers, tmp_path):
+    rng = random.Random(seed := random.SystemRandom().randrange(1 << 30))
+    cases: dict[tuple[int, bool], list] = {(n, sinks): [] for n in range(MAX_LEVELS + 1) for sinks in (False, True)}
+    for _ in range(120):
+        pattern, heads = draw_rules(rng, block)
+        if not has_closed_form(pattern):
+            continue
+        head, layer = rng.randrange(heads), rng.randrange(30)
+        schedule = rule_schedule(pattern.key, heads, layer, 0, heads, CPU)
+        length = rng.choice((rng.randint(1, 2 * CHUNK), rng.randint(1, 40 * block), rng.randint(1, 12 * CHUNK)))
+        mask = unit_mask(pattern, length, heads, layer)[head].T.numpy()
+        # kernels may be compiled for more than a head needs: for the other heads
+        levels = rng.randint(schedule.num_levels, MAX_LEVELS)
+        sinks = schedule.has_sinks or rng.random() < 0.5
+        share = rng.choice((1, 1, 2, 3, 4, 8))
+        starts = list(range(0, len(mask) * share, consumers))
+        for box in sorted({0, starts[-1], *rng.sample(starts, min(len(starts), 12))}):
+            cases[levels, sinks].append((box, share, length, schedule.rows[head], mask, pattern))
+    for (levels, sinks), own in cases.items():
+        program = compile_plans(tmp_path, block, levels, sinks, consumers)
+        text = "\n".join(" ".join(map(str, (*case[:3], *case[3]))) for case in own)
+        result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+        for line, (box, share, length, rule, mask, pattern) in zip(result.stdout.splitlines(), own, strict=True):
+            try:
+                check_plan(line, mask, box, share, block, consumers, launch.most_skipped(pattern, consumers))
+            except AssertionError as error:
+                case = f"{seed=}, {pattern}, {rule=}, {box=}, {share=}, {length=}, {levels=}, {sinks=}"
+                raise AssertionError(case) from error
+
+
+def tiles_of(program: Path, rule: list[int], lengths: list[int], share: int, block: int, consumers: int) -> list[Tile]:
+    """The tiles of documents as one thread block may get them: their last rows first."""
+    entries, unit = max(CHUNK // block, 1), unit_of(block)
+    boxes = [(box, length) for length in lengths for box in range(0, -(-length // unit) * share, consumers)[::-1]]
+    text = "\n".join(" ".join(map(str, (box, share, length, *rule))) for box, length in boxes)
+    result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+    tiles = []
+    for line in result.stdout.splitlines():
+        edges, fulls, *numbers = map(int, line.split())
+        bits = np.array(numbers[1 : 2 * edges * entries : 2]).reshape(edges, entries)
+        seen = [np.flatnonzero((bits >> c & 1).any(1)).tolist() for c in range(consumers)]
+        tiles.append(Tile(edges, fulls, tuple(map(tuple, seen))))
+    return tiles
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_rings_come_to_their_end_on_the_patterns_that_are_taken(tmp_path):
+    rng = random.Random(seed := random.SystemRandom().randrange(1 << 30))
+    programs: dict[tuple, Path] = {}
+
+    def halt(pattern: Pattern, dim: int, share: int, lengths: list[int], pick) -> dict[str, str] | None:
+        consumers, stages = launch._CONSUMERS[dim], launch._STAGES[dim]
+        schedule = rule_schedule(pattern.key, 4, 0, 0, 4, CPU)
+        key = (pattern.block_size, schedule.num_levels, schedule.has_sinks, consumers)
+        if key not in programs:
+            folder = tmp_path / "-".join(map(str, key))
+            folder.mkdir()
+            programs[key] = compile_plans(folder, *key)
+        rule = rng.choice(schedule.rows)
+        return Rings(pick(tiles_of(programs[key], rule, lengths, share, *key[::3])), consumers, stages).halt()
+
+    # what the model is for: a thread block halts on its first tile
+    reproducer = Pattern.from_ranges(2, [(2, 5), (4, 7)], block_size=256)
+    assert any(halt(reproducer, 128, 1, [2560], lambda tiles: tiles) for _ in range(20))
+    for _ in range(250):
+        block, dim, share = rng.choice((16, 32, 64, 128, 256)), rng.choice((64, 128)), rng.choice((1, 1, 2, 3, 4, 8))
+        pattern, _ = draw_rules(rng, block)
+        if not has_closed_form(pattern) or not launch.keeps_moving(pattern.key, dim):
+            continue
+        lengths = [rng.randint(1, 30 * block) for _ in range(2)]
+        step = rng.choice((1, 2, 3, 11))
+        waits = halt(pattern, dim, share, lengths, lambda tiles, step=step: tiles[::step])
+        assert waits is None, f"{seed=}, {pattern}, {dim=}, {share=}, {lengths=}, {step=}: {waits}"
+
+
+def test_patterns_whose_rings_could_halt_are_left_to_other_kernels():
+    def moves(local: int, levels: list, block: int, head_dim: int) -> bool:
+        return launch.keeps_moving(Pattern.from_ranges(local, levels, block_size=block).key, head_dim)
+
+    assert not moves(2, [(2, 5), (4, 7)], 256, 128)  # a thread block would halt on its first tile
+    assert not moves(2, [(2, 5)], 256, 128)
+    assert moves(2, [(2, 5)], 256, 64)
+    for block in (16, 32, 64, 128):
+        assert moves(2, [(2, 5), (4, None)], block, 128) and moves(2, [(2, 5), (4, 7)], min(block, 64), 128)
+    for spec in ("L1V15", "L8V16", "W1", "W9", "dense", "L3V4+sink2"):
+        for block, dim in itertools.product((16, 32, 64, 128, 256), (64, 128)):
+            assert launch.keeps_moving(Pattern.parse(spec, block).key, dim)
+    mixed = Pattern.per_head([Pattern.parse("L1V15", 256), Pattern.from_ranges(2, [(2, 5)], block_size=256)])
+    assert not launch.keeps_moving(mixed.key, 128)
+
+
+@triton.jit
+def edges(table, out, tile_rows, length, KEYS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+          SINKS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * tile_rows
+    last = tl.minimum(row + tile_rows, length) - 1
+    _, masked = key_plan(row, last, load_rule(table, LEVELS, SINKS), BLOCK, KEYS, LEVELS, SINKS)
+    tl.store(out + tl.program_id(0), masked_tiles(masked))
+
+
+def test_dq_is_launched_with_the_consumers_that_it_has():
+    assert rows.CONSUMERS.value == launch._Q_CONSUMERS
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_the_edges_of_a_tile_of_dq_fit_its_words(block):
+    heads, length = 4, 30 * block - 5
+    specs = ("L1V15", "L8V16", "dense", "L2V5+sink1", "W3", "L1V2", "L3V3+sink2", "L1V3+sink5", "L5V24")
+    bounded = ([(2, 5), (4, None)], [(2, 3), (4, 7)], [(3, 7), (9, 20)], [(1, 6), (5, None)])
+    patterns = [Pattern.parse(spec, block) for spec in specs]
+    patterns += [Pattern.from_ranges(2, levels, sinks=1, block_size=block) for levels in bounded]
+    patterns.append(Pattern.from_ranges(5, [(2, 14), (6, None)], sinks=1, block_size=block))  # 28 entries of 16
+    for pattern in filter(has_closed_form, patterns):
+        schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+        tiles = -(-length // (launch._Q_CONSUMERS * block))
+        for head in (0, 3):
+            out = torch.zeros(tiles, dtype=torch.int32)
+            edges[(tiles,)](schedule.table[head], out, launch._Q_CONSUMERS * block, length, KEYS=CHUNK, BLOCK=block,
+                            LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
+            assert out.min() > 0 and out.max() * CHUNK // block <= rows.EDGES.value
