@@ -20,6 +20,7 @@ GRAPH_LENGTHS = 16384  # up to here host time counts, and the forward is timed i
 SLOW_MS = 1000.0  # beyond this the median of three calls is enough
 LARGEST_DIFFERENCE = 1e-2  # relative RMSE between two kernels of one pattern in 16 bits
 HOST_CALLS = 200
+LAYERS = 8
 COPIED_BYTES, MATRIX_SIZE = 1 << 30, 8192  # for the limits of the machine
 
 Call = Callable[[], object]
@@ -161,7 +162,8 @@ def relative_rmse(x: Tensor, reference: Tensor) -> float:
 
 
 def measure_host(entry: Entry, inputs: Inputs, dout: Tensor) -> Row:
-    """What issuing one call costs the host; the sizes must keep the device ahead of it."""
+    """What issuing one call costs the host; the sizes must keep the device ahead of it. A backward alone wakes
+    autograd's thread and is awaited; for a network's layers, here each the queries of the next, that happens once."""
     row = blank_host_row(entry.name, inputs[0].shape[1])
     try:
         with entry.context():
@@ -171,6 +173,11 @@ def measure_host(entry: Entry, inputs: Inputs, dout: Tensor) -> Row:
             if inputs[0].requires_grad:
                 row["forward_grad_us"] = issue_us(forward)
                 row["backward_us"] = issue_us(partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True))
+                x, *keys_and_values = inputs
+                for _ in range(LAYERS):
+                    x = entry.build(x, *keys_and_values)()
+                layers = partial(torch.autograd.grad, x, inputs[0], dout, retain_graph=True)
+                row["backward_layer_us"] = issue_us(layers) / LAYERS
     except Skipped as reason:
         row |= {"status": "skipped", "note": str(reason)}
     except Exception as error:

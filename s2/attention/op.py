@@ -89,6 +89,9 @@ def _is_elsewhere(x: Tensor) -> bool:
     return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether nothing watches the ops (compilation, dispatch modes such as selective checkpointing, functorch, tensor
     subclasses): then a call may skip the dispatcher, which takes as long as the rest of its host side."""
@@ -96,7 +99,7 @@ def _is_plain(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -229,7 +229,13 @@ def test_a_box_is_read_where_the_tensor_map_was_moved(source):
     boxes.move(first.data_ptr())  # the graph has its own parameters
     graph.replay()
     assert torch.equal(out, expected(second))
-    with pytest.raises(RuntimeError, match=r"cuTensorMapReplaceAddress of map .*CUDA_ERROR"):
+    with pytest.raises(ValueError, match="map: a tensor map cannot begin at 0x"):
         boxes.move(first.data_ptr() + 4)
+    boxes.move(second.data_ptr())
+    moved = list(params.map)
+    boxes.move(first.data_ptr())
+    theirs = cuda._driver().CUtensorMap(_ptr=ctypes.addressof(params))
+    assert not cuda._driver().cuTensorMapReplaceAddress(theirs, second.data_ptr())[0]
+    assert list(params.map) == moved
     with pytest.raises(RuntimeError, match=r"cuFuncSetAttribute of copy_box .*CUDA_ERROR"):
         cuda.Kernel(source, "copy_box", CONSTANTS, 256, 1 << 20).launch(1, params, 0)

@@ -68,7 +68,8 @@ def launches(monkeypatch):
     counter = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(plans, "counter_of", lambda device, stream: counter)
 
-    def record(self, *arguments):
+    def record(self, stream, *arguments):
+        assert stream == STREAM
         seen.gluon.append((self.function.fn.__name__, self, arguments))
 
     monkeypatch.setattr(plans.Launch, "__call__", record)
@@ -94,6 +95,12 @@ def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
     passed = [name for name in signature if name not in constants]
     known = getattr(kernel.function, "params", [])  # Triton's interpreter has none
     return passed, constants, {p.name for p in known if not p.is_constexpr and not p.do_not_specialize}
+
+
+def described(launches: Launches) -> dict[str, Any]:
+    """The arguments of the first kernel by name, as Triton would get them."""
+    _, kernel, arguments = launches.gluon[0]
+    return dict(zip(parameters(kernel)[0], kernel.described(arguments), strict=True))
 
 
 def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False, cu_seqlens=None):
@@ -142,8 +149,7 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
     run(pattern)
     launches.gluon.clear()
     q, k, v, out = run(pattern)  # the plan is kept, the tensors are new
-    (plan,) = plans.PLANS.values()
-    values = dict(zip(parameters(launches.gluon[0][1])[0], launches.gluon[0][2], strict=True))
+    values = described(launches)
     for name, x in (("q_desc", q), ("k_desc", k), ("v_desc", v), ("do_desc", out)):
         descriptor = values[name]
         assert descriptor.base is x
@@ -151,13 +157,11 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
         assert descriptor.shape == [batch, heads, length, dim]
         assert descriptor.strides == [x.stride(0), x.stride(2), x.stride(1), 1]
         assert descriptor.block_shape == [1, 1, 64, dim]
-    assert all(boxes.fields["base"] is None for boxes in (plan.backward.q_boxes, plan.backward.rows))
 
 
 def test_small_blocks_come_in_boxes_of_several_heads(launches):
     run(Pattern.parse("L1V15", 16), length=1000, heads=16, batch=1)
-    (_, kernel, arguments) = launches.gluon[0]
-    values = dict(zip(parameters(kernel)[0], arguments, strict=True))
+    values = described(launches)
     assert values["q_desc"].block_shape == values["dq_desc"].block_shape == [1, 4, 16, 128]
     assert values["k_desc"].block_shape == [1, 1, 16, 128]
     assert (values["tiles_per_head"], values["num_tiles"]) == (21, 21 * 4)  # 48 tokens of 4 heads a tile
@@ -174,7 +178,7 @@ def test_views_and_unaligned_gradients(launches):
     out, lse = launch.run_forward(q, k, v, *settings)
     dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)  # 2 bytes off
     launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)
-    values = dict(zip(parameters(launches.gluon[0][1])[0], launches.gluon[0][2], strict=True))
+    values = described(launches)
     assert values["q_desc"].strides == [q.stride(0), q.stride(2), q.stride(1), 1]
     assert values["do_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["do_desc"].base, dout)
     assert values["dlse"].is_contiguous()
@@ -495,7 +499,7 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
         rules = plans.schedule.rule_schedule(pattern.key, 4, 0, 0, 4, q.device)
         plan = SimpleNamespace(rules=rules, constants={"LEVELS": rules.num_levels, "BLOCK": block})
-        documents = plans.Documents.of(q, plan, consumers, borders, share)
+        documents = plans.Documents.of(STREAM, q, plan, consumers, borders, share)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)
         assert num_tiles == sum(-(-(-(-n // box) * share) // consumers) for n in lengths) <= documents.most_tiles

@@ -488,7 +488,7 @@ def test_report_holds_the_tables_and_plots_and_json_every_row(tmp_path):
         "- commit: abc",
         "## default: batch 1",
         "## small: batch 4",
-        "| S2 L1V15 hopper | 31.3 | - | - |",
+        "| S2 L1V15 hopper | 31.3 | - | - | - |",
         "## Targets",
     ):
         assert wanted in text  # fmt: skip
@@ -521,6 +521,7 @@ def test_whole_run_without_a_gpu_reports_what_runs_and_what_does_not(tmp_path, n
     assert [r["name"] for r in record["host"]] == [
         "dense FlashAttention-2", "dense cuDNN", "S2 L1V2 triton", "S2 L1V2 hopper",
     ]  # fmt: skip
+    assert all(record["host"][2][key] is not None for key in bench_report.HOST_FIGURES)
     assert "other L1V2 at 128, 256: skipped: cannot import no_such_module:f" in page.read_text()
 
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import cuda
@@ -27,29 +26,44 @@ _KERNELS: dict[tuple, Any] = {}
 class Launch:
     """A kernel on a grid with fixed constants. The first call of its kind (constants, and `kind`: what the types of the
     arguments depend on) compiles and keeps the kernel; later ones hand the arguments straight to it: everything else
-    that Triton would specialize on is excluded from specialization, or aligned to 16 bytes."""
+    that Triton would specialize on is excluded from specialization, or aligned to 16 bytes. `descriptors` makes those
+    of the tensors that the kernel reads through TMA, by name of its parameter; such tensors have the same shape and
+    strides at every call."""
 
-    def __init__(self, function: Any, grid: tuple[int, int, int], constants: dict[str, Any], kind: tuple) -> None:
+    def __init__(
+        self,
+        function: Any,
+        grid: tuple[int, int, int],
+        constants: dict[str, Any],
+        kind: tuple,
+        descriptors: Mapping[str, Callable[[Tensor], Any]] | None = None,
+    ) -> None:
         self.function, self.grid = function, grid
         self.constants, self.values = constants, tuple(constants.values())
         self.key = (function, self.values, kind)
+        self.descriptors = {function.arg_names.index(name): make for name, make in (descriptors or {}).items()}
         self.run: Callable[..., None] | None = None
 
-    def __call__(self, *arguments: Any) -> None:
-        """Tensors, numbers, and descriptors with the same boxes at every call."""
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        """On torch's current stream, whose handle is `stream`. Tensors first, then numbers."""
         if self.run is None:
+            described = self.described(arguments)
             kernel = _KERNELS.get(self.key)
             if kernel is None:
-                _KERNELS[self.key] = self.function[self.grid](*arguments, **self.constants, num_warps=_WARPS)
+                _KERNELS[self.key] = self.function[self.grid](*described, **self.constants, num_warps=_WARPS)
                 return
-            self.run = self._runner(kernel, arguments)
-        self.run(*arguments)
+            self.run = self._runner(kernel, described)
+        self.run(stream, *arguments)
 
-    def _runner(self, kernel: Any, arguments: Sequence[Any]) -> Callable[..., None]:
-        if Direct.knows(kernel, arguments):
-            return Direct(kernel, self.grid, arguments)
+    def described(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments as Triton wants them."""
+        return [self.descriptors[i](x) if i in self.descriptors else x for i, x in enumerate(arguments)]
+
+    def _runner(self, kernel: Any, described: Sequence[Any]) -> Callable[..., None]:
+        if Direct.knows(kernel, described):
+            return Direct(kernel, self.grid, described)
         run = kernel[self.grid]  # Triton's own, whatever it has changed
-        return lambda *arguments: run(*arguments, *self.values)
+        return lambda stream, *arguments: run(*self.described(arguments), *self.values)
 
 
 def _is_descriptor(argument: Any) -> bool:
@@ -88,7 +102,8 @@ def box_of(descriptor: Any) -> list[int]:
 
 
 class Direct:
-    """A compiled kernel with its parameters, in which a call replaces numbers and addresses."""
+    """A compiled kernel with its parameters, in which a call replaces addresses, and numbers where they differ from the
+    last call's."""
 
     @staticmethod
     def knows(kernel: Any, arguments: Sequence[Any]) -> bool:
@@ -117,40 +132,41 @@ class Direct:
         base = ctypes.addressof(self.params)
         places = [base + getattr(structure, name).offset for name, _ in parameters]
         self.params.kernel_params = (ctypes.c_void_p * len(places))(*places)
-        descriptors = {i: x for i, x in enumerate(arguments) if _is_descriptor(x)}
-        self.maps = {i: self._map(i, x) for i, x in descriptors.items()}
-        self.shapes = {i: x.shape for i, x in descriptors.items()}
-        self.tensors = [(i, f"value{i}") for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-        others = {*descriptors, *(i for i, _ in self.tensors)}
-        self.numbers = [(i, f"value{i}") for i in range(len(arguments)) if i not in others]
+        self.words = (ctypes.c_uint64 * (ctypes.sizeof(structure) // 8)).from_address(base)
+        self.places: list[int] = []  # of the tensors' addresses among the words
+        for i, argument in enumerate(arguments):
+            if _is_descriptor(argument):
+                self._fill_map(i, argument)
+            elif not isinstance(argument, Tensor):
+                break
+            name = f"map{i}" if _is_descriptor(argument) else f"value{i}"
+            self.places.append(getattr(structure, name).offset // 8)
+        self.names = [f"value{i}" for i in range(len(self.places), len(arguments))]
+        self.numbers: tuple[Any, ...] = ()  # that the parameters have
         self.kernel, self.function = kernel, cuda.function_at(kernel.function)
         self.size = (*grid, kernel.metadata.num_warps * _WARP, kernel.metadata.shared)
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
-    def _map(self, i: int, descriptor: Any) -> cuda.TensorMap:
-        """Of the i-th argument; sets its shape and strides too."""
+    def _fill_map(self, i: int, descriptor: Any) -> None:
+        """Of the i-th argument, with its shape and strides."""
         base = descriptor.base
         strides = [base.element_size() * stride for stride in descriptor.strides[:-1]]
         for dim, (size, stride) in enumerate(zip(descriptor.shape, descriptor.strides, strict=True)):
             setattr(self.params, f"size{i}_{dim}", size)
             setattr(self.params, f"stride{i}_{dim}", stride)
-        return cuda.TensorMap(
+        cuda.TensorMap(
             self.params, f"map{i}", base.data_ptr(), base.dtype, descriptor.shape, strides, box_of(descriptor),
             descriptor.layout.swizzle_byte_width,
         )  # fmt: skip
 
-    def __call__(self, *arguments: Any) -> None:
-        stream = cuda.current_stream(torch.cuda.current_device())
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        numbers = arguments[len(self.places) :]
         with self.lock:
-            params = self.params
-            for i, tensor_map in self.maps.items():
-                descriptor = arguments[i]
-                if descriptor.shape is self.shapes[i]:  # most calls': `launch._Boxes` keeps it
-                    tensor_map.move(descriptor.base.data_ptr())
-                else:
-                    self.maps[i], self.shapes[i] = self._map(i, descriptor), descriptor.shape
-            for i, name in self.tensors:
-                setattr(params, name, arguments[i].data_ptr())
-            for i, name in self.numbers:
-                setattr(params, name, arguments[i])
-            cuda.launch(self.function, self.size, params, stream, self.kernel.name)
+            words = self.words
+            for place, x in zip(self.places, arguments, strict=False):  # without the numbers
+                words[place] = x.data_ptr()
+            if numbers != self.numbers:
+                for name, number in zip(self.names, numbers, strict=True):
+                    setattr(self.params, name, number)
+                self.numbers = numbers
+            cuda.launch(self.function, self.size, self.params, stream, self.kernel.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import sums
@@ -24,10 +23,10 @@ class _Parts:
         self.shape, self.sum, self.has_parts = shape, launch, 0 not in shape
 
     def room(self, unread: Tensor) -> Tensor:
-        """For the parts; if there are none, another tensor in their place."""
+        """For the parts; if there are none, another float32 tensor in their place."""
         if not self.has_parts:
             return unread
-        return torch.empty(self.shape, dtype=torch.float32, device=unread.device)
+        return unread.new_empty(self.shape)
 
 
 class Division(_Parts):
@@ -61,9 +60,9 @@ class Division(_Parts):
         """What `attention_backward_kv` wants to know."""
         return (*self.scalars, *self.columns.batches, 0, *self.documents.strides)
 
-    def add_up(self, parts: Tensor, dk: Tensor, dv: Tensor, documents: Documents) -> None:
+    def add_up(self, stream: int, parts: Tensor, dk: Tensor, dv: Tensor, documents: Documents) -> None:
         if self.has_parts:
-            self.sum(parts, dk, dv, self.table, *self.sizes, *self.scalars)
+            self.sum(stream, parts, dk, dv, self.table, *self.sizes, *self.scalars)
 
 
 class PackedDivision(_Parts):
@@ -95,11 +94,11 @@ class PackedDivision(_Parts):
             *self.scalars, *whole.tiles, *whole.segments, *whole.batches, self.sinks, *self.documents.strides,
         )  # fmt: skip
 
-    def add_up(self, parts: Tensor, dk: Tensor, dv: Tensor, documents: Documents) -> None:
+    def add_up(self, stream: int, parts: Tensor, dk: Tensor, dv: Tensor, documents: Documents) -> None:
         if self.has_parts:
             self.sum(
-                parts, dk, dv, self.table, documents.table, self.kv_heads, documents.most_tiles, *self.scalars,
-                self.sinks, *self.documents.strides,
+                stream, parts, dk, dv, self.table, documents.table, self.kv_heads, documents.most_tiles,
+                *self.scalars, self.sinks, *self.documents.strides,
             )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +145,14 @@ def _has_readable_strides(x: Tensor) -> bool:
 # ---------------------------------------------------------------- launching
 
 
+@dataclass(frozen=True)
 class _Boxes:
-    """TMA descriptors of tensors of one shape and stride, which are checked once."""
+    """Makes TMA descriptors of tensors of one shape and stride."""
 
-    def __init__(self, x: Tensor, shape: list[int], strides: list[int], box: list[int], swizzle: int) -> None:
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        layout = gl.NVMMASharedLayout(
-            swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=len(shape)
-        )
-        self.kind = TensorDescriptor
-        self.fields = {**vars(TensorDescriptor(x, shape, strides, box, layout)), "base": None}
+    shape: list[int]
+    strides: list[int]
+    box: list[int]
+    swizzle: int
 
     @classmethod
     def of_rows(cls, x: Tensor, block: int, contiguous: bool = False) -> _Boxes:
@@ -173,17 +170,21 @@ class _Boxes:
         batch, length, heads, dim = x.shape
         strides = (length * heads * dim, heads * dim, dim) if contiguous else x.stride()
         shape, box = [batch, heads, length, dim], [1, some_heads, tokens, dim]
-        return cls(x, shape, [strides[0], strides[2], strides[1], 1], box, 128)
+        return cls(shape, [strides[0], strides[2], strides[1], 1], box, 128)
 
     @classmethod
-    def of_statistics(cls, x: Tensor) -> _Boxes:
+    def of_statistics(cls, rows: int) -> _Boxes:
         """`[B H chunks, 128]`, in boxes of one row."""
-        return cls(x, list(x.shape), [x.shape[1], 1], [1, x.shape[1]], swizzle=0)
+        return cls([rows, 2 * CHUNK], [2 * CHUNK, 1], [1, 2 * CHUNK], 0)
 
     def __call__(self, x: Tensor) -> Any:
-        descriptor = self.kind.__new__(self.kind)
-        descriptor.__dict__ = {**self.fields, "base": x}
-        return descriptor
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        layout = gl.NVMMASharedLayout(
+            swizzle_byte_width=self.swizzle, element_bitwidth=8 * x.element_size(), rank=len(self.shape)
+        )
+        return TensorDescriptor(x, self.shape, self.strides, self.box, layout)
 
 
 def _row_tiles(q: Tensor, block: int, consumers: int, packed: bool) -> tuple[tuple[int, int], tuple[int, int, int]]:
@@ -277,7 +278,7 @@ def run_forward(
     """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
     -> lse `[Hq, T]`."""
     q, k, v = plans.at_16(q), plans.at_16(k), plans.at_16(v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = plans.empty_like(q)
     packed = cu_seqlens is not None
     if packed:
         q, k, v = q[None], k[None], v[None]
@@ -286,8 +287,8 @@ def run_forward(
     if forward is None:
         forward = plan.forward = Forward(q, k, v, plan, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    documents = plans.Documents.of(q, plan, forward.consumers, cu_seqlens, forward.share) if packed else None
     stream = plans.stream_of(q.device)
+    documents = plans.Documents.of(stream, q, plan, forward.consumers, cu_seqlens, forward.share) if packed else None
     forward(q, k, v, out, lse, documents, plans.counter_of(q.device, stream), stream)
     return out, lse[0] if packed else lse
 
@@ -296,8 +297,7 @@ def run_forward(
 
 
 class TwoPasses:
-    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts. `rows`: descriptors of
-    dO and dQ; `keys`: of dK and dV (all contiguous)."""
+    """The backward's side of a plan: dQ with the statistics, dK and dV, the sum of their parts."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
         from . import backward_kv, backward_q
@@ -307,14 +307,17 @@ class TwoPasses:
         groups, processors = batch * kv_heads, plans.processors_of(q.device)
         constants, kind = plan.constants, (q.dtype, head_dim, q.device)
         tokens = min(constants["BLOCK"], CHUNK)
-        self.q_boxes = _Boxes.of_rows(q, tokens)
-        self.k_boxes, self.v_boxes = _Boxes.of_keys(k, tokens), _Boxes.of_keys(v, tokens)
-        self.rows, self.keys = _Boxes.of_rows(q, tokens, contiguous=True), _Boxes.of_keys(k, tokens, contiguous=True)
+        read = {
+            "q_desc": _Boxes.of_rows(q, tokens),
+            "do_desc": _Boxes.of_rows(q, tokens, contiguous=True),
+            "k_desc": _Boxes.of_keys(k, tokens),
+            "v_desc": _Boxes.of_keys(v, tokens),
+        }
+        keys = _Boxes.of_keys(k, tokens, contiguous=True)
         self.division = (
             PackedDivision(q, k, plan, processors) if packed else Division(q, k, plan, processors, PAIR, direct=True)
         )
         wave, items = self.division.columns.wave, self.division.items
-        self.statistics_boxes: dict[int, _Boxes] = {}
         num_tiles, q_grid = _row_tiles(q, constants["BLOCK"], _Q_CONSUMERS, packed)
         scales = (plan.scale, plan.scale * LOG2E.value)
         self.q_scalars = (*scales, length, num_heads, group, *num_tiles)
@@ -325,26 +328,32 @@ class TwoPasses:
                 {**constants, "STAGES": _Q_STAGES[head_dim], "REGISTERS": _ROW_REGISTERS[_Q_CONSUMERS],
                  "PACKED": packed, "HAS_DLSE": has_dlse},
                 kind,
+                read | {"dq_desc": read["do_desc"]},
             )
             for has_dlse in (False, True)
         }  # fmt: skip
         self.kv_scalars = (*scales, length, kv_heads, group, groups, wave, items)
         self.kv_division = self.division.kernel_scalars
-        self.kv = plans.Launch(
+        self.kv_of_rows: dict[int, plans.Launch] = {}  # by rows of statistics
+        self.make_kv = functools.partial(
+            plans.Launch,
             backward_kv.attention_backward_kv,
             (processors if packed else min(items, processors), 1, 1),
             {**constants, "STAGES": _KV_STAGES[head_dim], "REGISTERS": _KEY_REGISTERS, "PACKED": packed,
              "GROUPED": group > 1},
             kind,
         )  # fmt: skip
+        self.kv_descriptors = read | {"dk_desc": keys, "dv_desc": keys}
 
-    def statistics(self, rows: int, device: torch.device) -> tuple[Tensor, Any]:
-        """Room for the statistics of `rows` boxes, and its descriptor."""
-        stats = torch.empty((rows, 2 * CHUNK), dtype=torch.float32, device=device)
-        boxes = self.statistics_boxes.get(rows)
-        if boxes is None:
-            boxes = self.statistics_boxes[rows] = _Boxes.of_statistics(stats)
-        return stats, boxes(stats)
+    def kv(self, rows: int) -> plans.Launch:
+        """dK and dV with so many rows of statistics, which depend on the number of packed documents."""
+        launch = self.kv_of_rows.get(rows)
+        if launch is None:
+            if len(self.kv_of_rows) >= plans.MAX_PLANS:
+                self.kv_of_rows.clear()
+            descriptors = self.kv_descriptors | {"stats_desc": _Boxes.of_statistics(rows)}
+            launch = self.kv_of_rows[rows] = self.make_kv(descriptors)
+        return launch
 
 
 def _takes_one_pass(plan: plans.Plan, length: int, cu_seqlens: Tensor | None) -> bool:
@@ -381,7 +390,7 @@ def run_backward(
     `_takes_one_pass`: then dQ is not."""
     q, k, v = plans.at_16(q), plans.at_16(k), plans.at_16(v)
     device = q.device
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+    dq, dk, dv = plans.empty_like(q), plans.empty_like(k), plans.empty_like(v)
     out, lse, dout = plans.aligned(out), plans.aligned(lse), plans.aligned(dout)
     dlse = None if dlse is None else plans.aligned(dlse)
     packed = cu_seqlens is not None
@@ -395,21 +404,19 @@ def run_backward(
         return dq, dk, dv
     if plan.backward is None:
         plan.backward = TwoPasses(q, k, v, plan, packed)
-    backward, counter = plan.backward, plans.counter_of(device, plans.stream_of(device))
-    documents = plans.Documents.of(q, plan, _Q_CONSUMERS, cu_seqlens, columns=backward.division.documents)
-    sets = q.shape[0] * q.shape[2] // plans.heads_a_box(pattern.block_size)
-    stats, stats_rows = backward.statistics(sets * documents.boxes, device)
-    q_rows, do_rows = backward.q_boxes(q), backward.rows(grad_out)
-    k_rows, v_rows = backward.k_boxes(k), backward.v_boxes(v)
+    backward, stream = plan.backward, plans.stream_of(device)
+    counter = plans.counter_of(device, stream)
+    documents = plans.Documents.of(stream, q, plan, _Q_CONSUMERS, cu_seqlens, columns=backward.division.documents)
+    rows = q.shape[0] * q.shape[2] // plans.heads_a_box(pattern.block_size) * documents.boxes
+    stats = lse.new_empty((rows, 2 * CHUNK))
     backward.q[dlse is not None](
-        q_rows, do_rows, k_rows, v_rows, backward.rows(grad_q), dq, out, lse, lse if dlse is None else dlse, stats,
-        plan.rules.table, documents.table, counter, *backward.q_scalars, documents.boxes,
+        stream, q, grad_out, k, v, grad_q, dq, out, lse, lse if dlse is None else dlse, stats, plan.rules.table,
+        documents.table, counter, *backward.q_scalars, documents.boxes,
     )  # fmt: skip
     parts = backward.division.room(stats)
-    backward.kv(
-        q_rows, do_rows, stats_rows, k_rows, v_rows, backward.keys(grad_k), backward.keys(grad_v), dk, dv, parts,
-        plan.rules.table, documents.table, counter,
+    backward.kv(rows)(
+        stream, q, grad_out, stats, k, v, grad_k, grad_v, dk, dv, parts, plan.rules.table, documents.table, counter,
         *backward.kv_scalars, documents.boxes, documents.most_tiles, *backward.kv_division,
     )  # fmt: skip
-    backward.division.add_up(parts, dk, dv, documents)
+    backward.division.add_up(stream, parts, dk, dv, documents)
     return dq, dk, dv

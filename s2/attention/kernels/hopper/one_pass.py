@@ -91,10 +91,10 @@ class OnePass:
         device = q.device
         stream = plans.stream_of(device)
         counter = plans.counter_of(device, stream)
-        documents = plans.Documents.of(q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS)
+        documents = plans.Documents.of(stream, q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS)
         boxes = self.sets * documents.boxes
-        stats = torch.empty((boxes, 2, CHUNK), dtype=torch.float32, device=device)
-        sums = torch.empty((boxes, CHUNK, q.shape[-1]), dtype=torch.float32, device=device)
+        stats = lse.new_empty((boxes, 2, CHUNK))
+        sums = lse.new_empty((boxes, CHUNK, q.shape[-1]))
         parts = self.division.room(stats)
         with self.lock:
             rows, params = self.rows, self.params
@@ -111,4 +111,4 @@ class OnePass:
             params.chunks, params.most_tiles = documents.boxes, documents.most_tiles
             self.kernel.launch(self.grid, params, stream)
             self.round.launch(self.sets * rows.blocks, rows, stream)
-        self.division.add_up(parts, dk, dv, documents)
+        self.division.add_up(stream, parts, dk, dv, documents)

@@ -4,8 +4,8 @@ TMA descriptors."""
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,9 @@ def heads_a_box(block_size: int) -> int:
 def at_16(x: Tensor) -> Tensor:
     """At a multiple of 16 bytes, as TMA wants it and as a kept kernel (`Launch`) was compiled for."""
     return x.clone() if x.data_ptr() % 16 else x
+
+
+empty_like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)  # half of torch.empty's time
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ def plan_of(
     return plan
 
 
-@lru_cache(MAX_PLANS)
+@functools.lru_cache(MAX_PLANS)
 def _table_launch(
     count: int, consumers: int, share: int, an_item: int, block: int, levels: int, device: torch.device
 ) -> Launch:
@@ -128,6 +131,7 @@ class Documents:
     @classmethod
     def of(
         cls,
+        stream: int,
         q: Tensor,
         plan: Plan,
         consumers: int,
@@ -137,7 +141,7 @@ class Documents:
         columns: PackedColumns = UNDIVIDED,
     ) -> Documents:
         """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side, and items of `an_item`
-        chunks."""
+        chunks. `stream` is the current one, by its handle."""
         length = q.shape[1]
         levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
         tokens = min(block, CHUNK)
@@ -151,7 +155,8 @@ class Documents:
         most_items += columns.most_segments
         table = torch.empty((1 + most_tiles + most_items, 4), dtype=torch.int32, device=q.device)
         launch = _table_launch(count, consumers, share, an_item, block, levels, q.device)
-        launch(aligned(cu_seqlens), table, count, most_tiles, columns.segment_rows, sinks, *columns.strides)
+        numbers = (count, most_tiles, columns.segment_rows, sinks, *columns.strides)
+        launch(stream, aligned(cu_seqlens), table, *numbers)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 
