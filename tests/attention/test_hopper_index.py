@@ -291,7 +291,7 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
 def test_documents_and_their_tiles(spec, block, consumers, share):
     pattern, heads = Pattern.parse(spec, block), 4
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
-    lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 20]
+    lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 4]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     count = len(lengths)
     unit = unit_of(block)
@@ -300,7 +300,7 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
     attention_documents[(count,)](
         cu_seqlens, documents, count, most_tiles, 0, sinks, 0, 0, 0,
-        BOXES=consumers, SHARE=share, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8,
+        BOXES=consumers, SHARE=share, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=4,
     )  # fmt: skip
     num_tiles, num_pairs, num_divided = documents[0, :3].tolist()
     assert num_divided == 0, "nothing is divided"
