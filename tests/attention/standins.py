@@ -45,6 +45,8 @@ class Driver:
 class TensorMap:
     """Keeps what a `cuda.TensorMap` is made of, and the address as its first word."""
 
+    begins_with_address = True
+
     def __init__(self, params, field, address, element, shape, strides, box, swizzle=128) -> None:
         self.element, self.shape, self.strides, self.box, self.swizzle = element, shape, strides, box, swizzle
         self.words = getattr(params, field)  # shares the memory

@@ -197,6 +197,18 @@ def test_equal_kernels_are_loaded_once_and_launched_in_a_thread_without_context_
     ]
 
 
+@pytest.mark.parametrize("begins_with_address", [True, False])
+def test_a_map_is_moved_by_its_first_word_or_by_the_driver(driver, begins_with_address):
+    params, asked = cuda.allocate(Params), []
+    driver.cuTensorMapReplaceAddress = lambda *what: (asked.append(what) or driver.success,)
+    boxes = object.__new__(cuda.TensorMap)  # made where there is no driver
+    boxes.field, boxes.words, boxes.map, boxes.begins_with_address = "map", params.map, "a map", begins_with_address
+    boxes.move(0x1230)
+    assert (params.map[0], asked) == ((0x1230, []) if begins_with_address else (0, [("a map", 0x1230)]))
+    with pytest.raises(ValueError, match="map: a tensor map cannot begin at 0x1238"):
+        boxes.move(0x1238)
+
+
 @pytest.mark.gpu
 def test_a_box_is_read_where_the_tensor_map_was_moved(source):
     if torch.cuda.get_device_capability() != (9, 0):

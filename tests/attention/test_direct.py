@@ -142,7 +142,12 @@ def test_a_kernel_is_compiled_once_for_its_constants_and_kind(driver):
 
 def test_tensor_maps_have_the_boxes_that_the_swizzle_spans(driver, monkeypatch):
     made = []
-    monkeypatch.setattr(cuda, "TensorMap", lambda *facts: made.append(standins.TensorMap(*facts)))
+
+    def make(*facts):
+        made.append(standins.TensorMap(*facts))
+        return made[-1]
+
+    monkeypatch.setattr(cuda, "TensorMap", make)
     direct.Direct(Kernel(), (1, 1, 1), launch_of(Kernel()).described(arguments_of(1)))
     first, second = made
     assert (first.shape, first.strides, first.box, first.swizzle) == ([6, 128], [256], [2, 64], 128)
@@ -171,6 +176,38 @@ def test_threads_do_not_mix_their_parameters(driver, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted((read[5], read[11]) for read in driver.read) == sorted(pair[:2] for pair in wanted)
+
+
+def test_a_number_that_is_none_leaves_nothing_behind(driver):
+    launch = launch_of(Kernel())
+    for _ in range(2):
+        launch(STREAM, *arguments_of(3))
+    with pytest.raises(TypeError):
+        launch(STREAM, *arguments_of("four", scale=2.0))  # after the first number has been set
+    launch(STREAM, *arguments_of(3))
+    assert driver.read[-1][10:12] == [0.5, 3]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_tensors_at_odd_addresses_stop(driver, which):
+    launch = launch_of(Kernel())
+    for _ in range(2):
+        launch(STREAM, *arguments_of(3))
+    arguments = list(arguments_of(3))
+    x = arguments[which]
+    arguments[which] = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    with pytest.raises(ValueError, match="work: an argument is not at a multiple of 16 bytes"):
+        launch(STREAM, *arguments)
+    assert len(driver.launches) == 1
+
+
+def test_maps_that_do_not_begin_with_their_address_are_left_to_triton(driver, monkeypatch):
+    monkeypatch.setattr(standins.TensorMap, "begins_with_address", False)
+    kernel = Kernel()
+    launch = launch_of(kernel)
+    for _ in range(2):
+        launch(STREAM, *arguments_of(3))
+    assert (len(kernel.first), len(kernel.later), driver.launches) == (1, 1, [])
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,14 @@ def test_hopper_takes_ranges_and_mixed_heads_and_views():
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = s2_attention(q, k, v, patterns[0], backend="hopper")
     torch.testing.assert_close(out, s2_attention(q, k, v, patterns[0], backend="triton"), atol=2e-2, rtol=2e-2)
+    dout = torch.randn_like(out)
+
+    def gradients(*inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(s2_attention(*leaves, patterns[0], backend="hopper"), leaves, dout)
+
+    for of_view, of_copy in zip(gradients(q, k, v), gradients(*(x.contiguous() for x in (q, k, v))), strict=True):
+        assert torch.equal(of_view, of_copy)
 
 
 @hopper

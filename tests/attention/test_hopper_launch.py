@@ -97,9 +97,9 @@ def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
     return passed, constants, {p.name for p in known if not p.is_constexpr and not p.do_not_specialize}
 
 
-def described(launches: Launches) -> dict[str, Any]:
-    """The arguments of the first kernel by name, as Triton would get them."""
-    _, kernel, arguments = launches.gluon[0]
+def described(launches: Launches, name: str = "attention_backward_q") -> dict[str, Any]:
+    """The arguments of a kernel by name, as Triton would get them."""
+    ((kernel, arguments),) = [call for launched, *call in launches.gluon if launched == name]
     return dict(zip(parameters(kernel)[0], kernel.described(arguments), strict=True))
 
 
@@ -114,6 +114,7 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
     assert lse.shape == ((batch, heads, length) if cu_seqlens is None else (heads, length))
     gradients = launch.run_backward(q, k, v, out, lse, out, lse if dlse else None, *settings)
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+    assert all(x.is_contiguous() for x in (out, *gradients))
     return q, k, v, out
 
 
@@ -149,14 +150,35 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
     run(pattern)
     launches.gluon.clear()
     q, k, v, out = run(pattern)  # the plan is kept, the tensors are new
-    values = described(launches)
-    for name, x in (("q_desc", q), ("k_desc", k), ("v_desc", v), ("do_desc", out)):
-        descriptor = values[name]
-        assert descriptor.base is x
-        batch, length, heads, dim = x.shape
-        assert descriptor.shape == [batch, heads, length, dim]
-        assert descriptor.strides == [x.stride(0), x.stride(2), x.stride(1), 1]
-        assert descriptor.block_shape == [1, 1, 64, dim]
+    of_q, of_kv = described(launches), described(launches, "attention_backward_kv")
+    read = (("q_desc", q), ("k_desc", k), ("v_desc", v), ("do_desc", out))
+    assert all(values[name].base is x for values in (of_q, of_kv) for name, x in read)
+    written = (("dq_desc", of_q["dq"], q), ("dk_desc", of_kv["dk"], k), ("dv_desc", of_kv["dv"], v))
+    assert all((of_q | of_kv)[name].base.data_ptr() == x.data_ptr() for name, x, _ in written)
+    for values in (of_q, of_kv):
+        for name, x in (*read, *((name, like) for name, _, like in written)):
+            if name in values:
+                batch, length, heads, dim = x.shape
+                assert values[name].shape == [batch, heads, length, dim]
+                assert values[name].strides == [x.stride(0), x.stride(2), x.stride(1), 1]
+                assert values[name].block_shape == [1, 1, 64, dim]
+    assert of_kv["stats_desc"].base is of_q["stats"]
+
+
+def test_statistics_are_of_as_many_rows_as_documents_need(launches):
+    made = {}
+    for count in (2, 1000, 3, 1000):
+        launches.gluon.clear()
+        borders = torch.linspace(0, 3000, count + 1).int()
+        run(Pattern.parse("L1V15"), length=3000, batch=1, cu_seqlens=borders)
+        stats = described(launches)["stats"]
+        descriptor = described(launches, "attention_backward_kv")["stats_desc"]
+        assert descriptor.base is stats and stats.dtype == torch.float32
+        assert descriptor.shape == [len(stats), 128] and descriptor.block_shape == [1, 128]
+        assert len(stats) >= 8 * (3000 // 64 + count)
+        ((kernel, _),) = [call for name, *call in launches.gluon if name == "attention_backward_kv"]
+        assert made.setdefault(len(stats), kernel) is kernel, "prepared again"
+    assert len(made) == 2
 
 
 def test_small_blocks_come_in_boxes_of_several_heads(launches):
@@ -174,12 +196,22 @@ def test_small_blocks_come_in_boxes_of_several_heads(launches):
 def test_views_and_unaligned_gradients(launches):
     whole = torch.randn(1, 500, 3, 4, 128, dtype=torch.bfloat16)
     q, k, v = whole.unbind(2)  # strides of a fused projection
+    k = torch.randn(1, 4, 500, 128, dtype=torch.bfloat16).transpose(1, 2)  # heads first
+    v = torch.randn(v.numel() + 1, dtype=v.dtype)[1:].view(v.shape)  # 2 bytes off
     settings = (None, Pattern.parse("L1V3"), (0, 0, 4), 0.1)
     out, lse = launch.run_forward(q, k, v, *settings)
     dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)  # 2 bytes off
-    launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)
+    gradients = launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)
+    assert all(x.is_contiguous() for x in (out, *gradients))
+    with pytest.raises(ValueError, match="lse must be float32"):
+        launch.run_backward(q, k, v, out, lse.bfloat16(), dout, None, *settings)
     values = described(launches)
     assert values["q_desc"].strides == [q.stride(0), q.stride(2), q.stride(1), 1]
+    assert values["k_desc"].strides == [k.stride(0), k.stride(2), k.stride(1), 1]
+    written = described(launches, "attention_backward_kv")
+    rows = [descriptor.strides for descriptor in (values["dq_desc"], written["dk_desc"], written["dv_desc"])]
+    assert rows == 3 * [[500 * 4 * 128, 128, 4 * 128, 1]], "gradients are contiguous"
+    assert values["v_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["v_desc"].base, v)
     assert values["do_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["do_desc"].base, dout)
     assert values["dlse"].is_contiguous()
 

@@ -26,6 +26,7 @@ _OPTIONS = (
     "--no-cache",  # NVRTC's own, whose results come without a log
 )
 _ALIGNMENT = 64  # of a tensor map, in host memory too
+ADDRESS_ALIGNMENT = 16  # of what TMA reads and writes
 MAP = ctypes.c_uint64 * 16  # a field for a tensor map
 _ELEMENTS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32", torch.int32: "INT32"}
 
@@ -140,7 +141,8 @@ class TensorMap:
     """The TMA descriptor in a field of allocated parameters, of a tensor `shape` at `address`, read and written in
     boxes. All sizes are outermost first and in elements, `strides` in bytes and of all dimensions but the innermost,
     which is dense. Elements out of bounds are read as zero and not written. `swizzle` (0 or 128) is in bytes.
-    RuntimeError: the driver does not take it."""
+    `begins_with_address`: whether the address is the map's first word (`words`), as it is on sm_90; then writing it
+    there is what cuTensorMapReplaceAddress does, in a tenth of its time. RuntimeError: the driver does not take it."""
 
     def __init__(
         self,
@@ -182,14 +184,19 @@ class TensorMap:
         call = f"cuTensorMapEncodeTiled of {field} at {address:#x}, {element}, {shape=}, {strides=}, {box=}, {swizzle=}"
         _checked(call, (driver.CUresult(code),))
         self.field, self.words = field, getattr(params, field)  # shares and keeps the memory
-        if self.words[0] != address:
-            raise RuntimeError(f"{call}: the address is not the first word of the map, as it has been on sm_90")
+        self.map = driver.CUtensorMap(_ptr=place)
+        self.begins_with_address = self.words[0] == address
 
     def move(self, address: int) -> None:
         """To another tensor of the same shape and strides. ValueError: it is not at a multiple of 16 bytes."""
-        if address % 16:
+        if address % ADDRESS_ALIGNMENT:
             raise ValueError(f"{self.field}: a tensor map cannot begin at {address:#x}, no multiple of 16 bytes")
-        self.words[0] = address  # what cuTensorMapReplaceAddress does, in a tenth of its time
+        if self.begins_with_address:
+            self.words[0] = address
+            return
+        _ensure_context()
+        call = f"cuTensorMapReplaceAddress of {self.field} by {address:#x}"
+        _checked(call, _driver().cuTensorMapReplaceAddress(self.map, address))
 
 
 # ---------------------------------------------------------------- kernels

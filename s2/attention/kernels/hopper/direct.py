@@ -61,7 +61,9 @@ class Launch:
 
     def _runner(self, kernel: Any, described: Sequence[Any]) -> Callable[..., None]:
         if Direct.knows(kernel, described):
-            return Direct(kernel, self.grid, described)
+            direct = Direct(kernel, self.grid, described)
+            if direct.can_move:
+                return direct
         run = kernel[self.grid]  # Triton's own, whatever it has changed
         return lambda stream, *arguments: run(*self.described(arguments), *self.values)
 
@@ -134,9 +136,10 @@ class Direct:
         self.params.kernel_params = (ctypes.c_void_p * len(places))(*places)
         self.words = (ctypes.c_uint64 * (ctypes.sizeof(structure) // 8)).from_address(base)
         self.places: list[int] = []  # of the tensors' addresses among the words
+        self.can_move = True  # whether those of maps are there
         for i, argument in enumerate(arguments):
             if _is_descriptor(argument):
-                self._fill_map(i, argument)
+                self.can_move &= self._fill_map(i, argument).begins_with_address
             elif not isinstance(argument, Tensor):
                 break
             name = f"map{i}" if _is_descriptor(argument) else f"value{i}"
@@ -147,25 +150,30 @@ class Direct:
         self.size = (*grid, kernel.metadata.num_warps * _WARP, kernel.metadata.shared)
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
-    def _fill_map(self, i: int, descriptor: Any) -> None:
+    def _fill_map(self, i: int, descriptor: Any) -> cuda.TensorMap:
         """Of the i-th argument, with its shape and strides."""
         base = descriptor.base
         strides = [base.element_size() * stride for stride in descriptor.strides[:-1]]
         for dim, (size, stride) in enumerate(zip(descriptor.shape, descriptor.strides, strict=True)):
             setattr(self.params, f"size{i}_{dim}", size)
             setattr(self.params, f"stride{i}_{dim}", stride)
-        cuda.TensorMap(
+        return cuda.TensorMap(
             self.params, f"map{i}", base.data_ptr(), base.dtype, descriptor.shape, strides, box_of(descriptor),
             descriptor.layout.swizzle_byte_width,
         )  # fmt: skip
 
     def __call__(self, stream: int, *arguments: Any) -> None:
-        numbers = arguments[len(self.places) :]
+        """ValueError: a tensor is not at a multiple of 16 bytes."""
+        numbers, bits = arguments[len(self.places) :], 0
         with self.lock:
             words = self.words
             for place, x in zip(self.places, arguments, strict=False):  # without the numbers
-                words[place] = x.data_ptr()
+                words[place] = address = x.data_ptr()
+                bits |= address
+            if bits % cuda.ADDRESS_ALIGNMENT:
+                raise ValueError(f"{self.kernel.name}: an argument is not at a multiple of 16 bytes")
             if numbers != self.numbers:
+                self.numbers = ()  # until all are set
                 for name, number in zip(self.names, numbers, strict=True):
                     setattr(self.params, name, number)
                 self.numbers = numbers

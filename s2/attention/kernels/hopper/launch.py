@@ -178,13 +178,17 @@ class _Boxes:
         return cls([rows, 2 * CHUNK], [2 * CHUNK, 1], [1, 2 * CHUNK], 0)
 
     def __call__(self, x: Tensor) -> Any:
-        from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        layout = gl.NVMMASharedLayout(
-            swizzle_byte_width=self.swizzle, element_bitwidth=8 * x.element_size(), rank=len(self.shape)
-        )
+        layout = _layout(self.swizzle, 8 * x.element_size(), len(self.shape))
         return TensorDescriptor(x, self.shape, self.strides, self.box, layout)
+
+
+@functools.cache
+def _layout(swizzle: int, element_bits: int, rank: int) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=rank)
 
 
 def _row_tiles(q: Tensor, block: int, consumers: int, packed: bool) -> tuple[tuple[int, int], tuple[int, int, int]]:
@@ -387,7 +391,9 @@ def run_backward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable unless
-    `_takes_one_pass`: then dQ is not."""
+    `_takes_one_pass`: then dQ is not. ValueError: lse is not float32, as the forward's is."""
+    if lse.dtype != torch.float32:
+        raise ValueError(f"lse must be float32, got {lse.dtype}")
     q, k, v = plans.at_16(q), plans.at_16(k), plans.at_16(v)
     device = q.device
     dq, dk, dv = plans.empty_like(q), plans.empty_like(k), plans.empty_like(v)
