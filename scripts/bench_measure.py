@@ -13,14 +13,13 @@ from functools import partial
 import torch
 import triton
 from bench_kernels import Entry, Skipped
-from bench_report import Row, blank_host_row, blank_row
+from bench_report import LAYERS, Row, blank_host_row, blank_row
 from torch import Tensor
 
 GRAPH_LENGTHS = 16384  # up to here host time counts, and the forward is timed in a CUDA graph too
 SLOW_MS = 1000.0  # beyond this the median of three calls is enough
 LARGEST_DIFFERENCE = 1e-2  # relative RMSE between two kernels of one pattern in 16 bits
 HOST_CALLS = 200
-LAYERS = 8
 COPIED_BYTES, MATRIX_SIZE = 1 << 30, 8192  # for the limits of the machine
 
 Call = Callable[[], object]
@@ -179,15 +178,15 @@ def measure_host(entry: Entry, inputs: Inputs, dout: Tensor) -> Row:
                 layers = partial(torch.autograd.grad, x, inputs[0], dout, retain_graph=True)
                 row["backward_layer_us"] = issue_us(layers) / LAYERS
     except Skipped as reason:
-        row |= {"status": "skipped", "note": str(reason)}
-    except Exception as error:  # what has been measured stays
-        row |= {"status": "failed" if row["forward_us"] is None else "ok", "note": first_line(error)}
+        fail(row, "host time", "skipped", str(reason), first="forward_us")
+    except Exception as error:
+        fail(row, "host time", "failed", first_line(error), first="forward_us")
     return row
 
 
-def fail(row: Row, stage: str, status: str, reason: str = "") -> None:
-    """A row without a forward figure has failed as a whole; later failures are notes to it."""
-    if row["forward_ms"] is None:
+def fail(row: Row, stage: str, status: str, reason: str = "", first: str = "forward_ms") -> None:
+    """A row without its first figure has failed as a whole; later failures are notes to it."""
+    if row[first] is None:
         row["status"] = status
         add_note(row, reason)
     else:

@@ -471,6 +471,23 @@ def test_shares_are_of_the_limit_that_is_reached_first():
     assert bench_report.shares([{"name": "small", "rows": rows[:1]}], limits) == ""
 
 
+@pytest.mark.parametrize(("builds", "status"), [(0, "failed"), (1, "ok")])
+def test_a_host_row_keeps_what_was_measured_before_a_failure(no_clock, builds, status):
+    left = [None] * builds
+
+    def build(q, k, v):
+        if not left:
+            raise RuntimeError("no more")
+        left.pop()
+        return lambda: q + k + v
+
+    inputs = tuple(torch.randn(1, 128, 2, 16, requires_grad=True) for _ in range(3))
+    entry = bench_kernels.Entry("kernel", build)
+    row = bench_measure.measure_host(entry, inputs, torch.randn(1, 128, 2, 16))
+    assert (row["status"], row["backward_us"], row["backward_layer_us"]) == (status, 30.0 if builds else None, None)
+    assert row["note"] == ("host time: failed: RuntimeError: no more" if builds else "RuntimeError: no more")
+
+
 def test_report_holds_the_tables_and_plots_and_json_every_row(tmp_path):
     record = bench_attention.new_record(parse("--targets", "--commit", "abc"), "NVIDIA H200", ["--targets"])
     record["sections"] = [

@@ -139,10 +139,12 @@ class Direct:
         self.can_move = True  # whether those of maps are there
         for i, argument in enumerate(arguments):
             if _is_descriptor(argument):
+                name = f"map{i}"
                 self.can_move &= self._fill_map(i, argument).begins_with_address
-            elif not isinstance(argument, Tensor):
+            elif isinstance(argument, Tensor):
+                name = f"value{i}"
+            else:
                 break
-            name = f"map{i}" if _is_descriptor(argument) else f"value{i}"
             self.places.append(getattr(structure, name).offset // 8)
         self.names = [f"value{i}" for i in range(len(self.places), len(arguments))]
         self.numbers: tuple[Any, ...] = ()  # that the parameters have

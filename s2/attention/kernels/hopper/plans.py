@@ -33,7 +33,7 @@ def heads_a_box(block_size: int) -> int:
 
 def at_16(x: Tensor) -> Tensor:
     """At a multiple of 16 bytes, as TMA wants it and as a kept kernel (`Launch`) was compiled for."""
-    return x.clone() if x.data_ptr() % 16 else x
+    return x.clone() if x.data_ptr() % cuda.ADDRESS_ALIGNMENT else x
 
 
 # contiguous whatever the strides of its argument, as the kernels write; takes half of `torch.empty`'s time
