@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2.training.recipe import apply_overrides, load_recipe
+from s2.recipe import apply_overrides, load_recipe
 
 EXIT_DIVERGED, EXIT_WRONG_INPUT, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: try again later
 MAIN_PROCESS = "S2_MAIN_PROCESS"  # environment: the process that started the others of a node, if Lightning did

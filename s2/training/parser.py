@@ -13,8 +13,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from s2.recipe import unknown_key_message
 from s2.training.module import PretrainModule
-from s2.training.recipe import unknown_key_message
 from s2.training.run import RunConfig
 
 # What the run folder, the schedule and the resume logic rely on.

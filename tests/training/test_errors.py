@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
 from s2.training.cli import EXIT_WRONG_INPUT, main
-from s2.training.recipe import apply_overrides, load_recipe
 from tests.training.tiny import tiny_recipe, train, write_recipe
 
 ROOT = Path(__file__).parents[2]

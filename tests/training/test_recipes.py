@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from s2.model.transformer import Transformer
+from s2.recipe import load_recipe
 from s2.training.launch import check_lengths, trainer_extras
 from s2.training.module import resolve_config
 from s2.training.parser import RecipeCLI
-from s2.training.recipe import load_recipe
 from s2.training.report import launch_report
 from s2.training.strategy import ZeROStrategy, register_strategies
 

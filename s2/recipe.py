@@ -1,15 +1,18 @@
-"""Recipe files and `key=value` overrides, before anything heavy is imported.
+"""Recipe files and `key=value` overrides: the one reader, for training, data and evaluation.
 
     python -m s2.training.cli recipes/demo/pretrain.yaml trainer.max_steps=50 data.mixture.0.weight=0.7
 
 A dotted key walks the YAML: a number indexes a list, and a part below a `class_path` entry goes to its `init_args`.
+
+Scalars are those of YAML 1.2, with underscores allowed in numbers: `5e-1` and `8e6` are numbers, `true` and `false` are
+the only booleans, and `no`, `on`, `2024-01-31` and `12:30` are text. A key that stands twice in a mapping is refused.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,69 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 8e6 is a float, not the string that YAML 1.1 makes of it."""
+    """SafeLoader with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 -- declared so by PyYAML
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which the loader would take for another scalar."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+_SCALARS = (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|false", "tf"),
+    ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.inf|\.nan", "-+."),
+    ("merge", r"<<", "<"),
 )
+for _kind, _text, _first in _SCALARS:
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_text})$"), list(_first))
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value.replace("_", "")
+    try:
+        return int(text, 16 if "x" in text else 10)
+    except ValueError:
+        raise yaml.constructor.ConstructorError(None, None, "the number has too many digits", node.start_mark) from None
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(node.value.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
+    seen: set[Hashable] = set()
+    for key, _ in node.value:
+        if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
+                )
+            seen.add(key.value)
+    mapping: dict[Any, Any] = {}
+    yield mapping
+    mapping.update(loader.construct_mapping(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document, with the scalars that this module names. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def dump_yaml(value: Any) -> str:
+    """Text that `parse_yaml` reads back as `value`; keys keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -39,11 +98,13 @@ def load_recipe(path: Path) -> dict[str, Any]:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known) or 'no recipes here'}"
         raise FileNotFoundError(f"recipe {path} does not exist; {hint}")
     try:
-        recipe = yaml.load(path.read_text(), Loader=_Loader)
+        recipe = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys, not {type(recipe).__name__}")
     return recipe
@@ -61,7 +122,7 @@ def apply_overrides(recipe: dict[str, Any], arguments: Sequence[str]) -> list[st
         if not equals or not key:
             raise ValueError(f"argument {argument!r} is not of the form key=value, for example trainer.max_steps=100")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             raise ValueError(f"argument {argument!r}: the value {text!r} is not valid YAML") from None
         _assign(recipe, key, value)
