@@ -21,14 +21,16 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from eval import heatmap
 from eval.checkpoint import Checkpoint, check_checkpoint, results_folder
 from eval.haystack import Haystack, Prompt, build_prompt
+from eval.heatmap import draw
 from eval.heldout import find_heldout, read_texts
-from eval.output import read_json, write_json
+from eval.sweep import SCORE_NAMES, describe, read_sweep
+from s2 import ending
+from s2.files import read_json, write_json
 from s2.model.hf import load_config
 
-SCORES = heatmap.SCORE_NAMES
+SCORES = SCORE_NAMES
 _WRITE_EVERY_SECONDS = 5.0
 
 
@@ -295,11 +297,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         about,
         generate=not args.no_generate,
     )
-    sweep = heatmap.read_sweep([file], score=args.score)
-    heatmap.draw(sweep, output / "needle.png")
-    print(heatmap.describe(sweep))
+    sweep = read_sweep([file], score=args.score)
+    draw(sweep, output / "needle.png")
+    print(describe(sweep))
     print(f"{file}\n{output / 'needle.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from lm_eval.utils import make_table
 
-from eval import heatmap
 from eval.checkpoint import checkpoint_name
-from eval.output import read_json, write_text
+from eval.sweep import Sweep, describe, format_lengths, read_sweep
+from s2 import ending
+from s2.files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RunResults:
 
     folder: Path
     lm: tuple[dict[str, Any], ...]
-    needle: dict[Path, heatmap.Sweep]
+    needle: dict[Path, Sweep]
     losses: tuple[dict[str, float], ...]
 
     @property
@@ -48,7 +49,7 @@ class RunResults:
             if isinstance(content, dict) and "s2" in content and "results" in content:
                 lm.append(content)
             elif isinstance(content, dict) and content.get("kind") == "needle" and ".old" not in file.name:
-                needle[file] = heatmap.read_sweep([file])
+                needle[file] = read_sweep([file])
         losses = _validation_losses(folder / "logs" / "metrics.csv")
         if not (lm or needle or losses):
             raise FileNotFoundError(
@@ -83,7 +84,7 @@ def run_page(run: RunResults, page: Path) -> str:
         if (run.folder / "loss.png").is_file():
             parts.append(_picture("loss over tokens", run.folder / "loss.png", page))
     for file, sweep in run.needle.items():
-        parts += ["## Needle in a haystack", heatmap.describe(sweep), _needle_table({run.name: sweep})]
+        parts += ["## Needle in a haystack", describe(sweep), _needle_table({run.name: sweep})]
         if file.with_suffix(".png").is_file():
             parts.append(_picture(f"needle heatmap of {run.name}", file.with_suffix(".png"), page))
     if run.lm:
@@ -127,7 +128,7 @@ def _losses_table(losses: Sequence[dict[str, float]]) -> str:
     return _markdown(["step", "tokens", *names], rows)
 
 
-def _needle_table(sweeps: dict[str, heatmap.Sweep]) -> str:
+def _needle_table(sweeps: dict[str, Sweep]) -> str:
     """Mean score over depths by length, one row per checkpoint, and the worst depth."""
     lengths = sorted({length for sweep in sweeps.values() for length in sweep.lengths})
     rows = []
@@ -142,7 +143,7 @@ def _needle_table(sweeps: dict[str, heatmap.Sweep]) -> str:
                 f"{worst[low]:.3f} at {sweep.depths[low]:g}%",
             ]
         )
-    return _markdown(["checkpoint", *map(heatmap.format_length, lengths), "worst depth"], rows)
+    return _markdown(["checkpoint", *format_lengths(lengths), "worst depth"], rows)
 
 
 def _metrics(run: RunResults) -> dict[tuple[str, str, str], str]:
@@ -198,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)
