@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.sweep import SCORE_NAMES, Sweep, describe, format_lengths, read_sweep
+from eval.sweep import SCORE_NAMES, Sweep, describe, format_lengths, parse_length, read_sweep
 from s2 import ending, files
 
 _COLOURS = ("#d73a49", "#f6c945", "#2fa866")
@@ -259,7 +259,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--join", action="store_true", help="all files are parts of one sweep, not panels side by side")
     add("--score", default="exact", help=f"for results of eval.needle: {', '.join(SCORE_NAMES)}")
     add("--score-range", help="lowest and highest possible score of the rows, e.g. 1,10")
-    add("--train-length", nargs="+", type=int, help="draw the training length here (tokens): one, or one a panel")
+    add("--train-length", nargs="+", help="draw the training length here (2048 or 2k): one, or one a panel")
     add("--titles", nargs="+", help="one a panel (default: the checkpoints' names)")
     add("--title", help="heading of the figure")
     return parser.parse_intermixed_args(argv)  # a picture named last, also after options
@@ -285,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if values and len(values) not in {len(sweeps)} | ({1} if name == "--train-length" else set()):
             raise ValueError(f"{name}: {len(values)} for {len(sweeps)} panels; give one a panel")
     if args.train_length:
-        trained = args.train_length * (len(sweeps) if len(args.train_length) == 1 else 1)
+        trained = [parse_length(length) for length in args.train_length]
+        trained *= len(sweeps) if len(trained) == 1 else 1
         sweeps = [replace(sweep, train_length=length) for sweep, length in zip(sweeps, trained, strict=True)]
     numbers = picture.with_name(f"{picture.stem}.cells.json")
     if len(sweeps) == 1:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -339,6 +340,14 @@ def _text(value: Any) -> str:
 
 
 # --- lengths in writing -----------------------------------------------------------------------------------------------
+
+
+def parse_length(text: str) -> int:
+    """`2048`, `2k` (2 x 1024) or `1m` (1024 x 1024). Raises ValueError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,12})([km]?)", text.strip().lower())
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"{text!r} is no length; write a number of tokens like 2048 or 2k")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024 * 1024}[match[2]]
 
 
 def format_length(length: int) -> str:
