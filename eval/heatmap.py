@@ -259,7 +259,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--join", action="store_true", help="all files are parts of one sweep, not panels side by side")
     add("--score", default="exact", help=f"for results of eval.needle: {', '.join(SCORE_NAMES)}")
     add("--score-range", help="lowest and highest possible score of the rows, e.g. 1,10")
-    add("--train-length", nargs="+", help="draw the training length here (2048 or 2k): one, or one a panel")
+    add("--train-length", help="draw the training length here: 2k, or one a panel like 512,2k")
     add("--titles", nargs="+", help="one a panel (default: the checkpoints' names)")
     add("--title", help="heading of the figure")
     return parser.parse_intermixed_args(argv)  # a picture named last, also after options
@@ -281,12 +281,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     score_range = _score_range(args.score_range) if args.score_range else None
     sweeps = [read_sweep(group, args.score, score_range) for group in groups]
-    for name, values in (("--titles", args.titles), ("--train-length", args.train_length)):
-        if values and len(values) not in {len(sweeps)} | ({1} if name == "--train-length" else set()):
+    trained = [parse_length(length) for length in args.train_length.split(",")] if args.train_length else []
+    trained *= len(sweeps) if len(trained) == 1 else 1
+    for name, values in (("--titles", args.titles), ("--train-length", trained)):
+        if values and len(values) != len(sweeps):
             raise ValueError(f"{name}: {len(values)} for {len(sweeps)} panels; give one a panel")
-    if args.train_length:
-        trained = [parse_length(length) for length in args.train_length]
-        trained *= len(sweeps) if len(trained) == 1 else 1
+    if trained:
         sweeps = [replace(sweep, train_length=length) for sweep, length in zip(sweeps, trained, strict=True)]
     numbers = picture.with_name(f"{picture.stem}.cells.json")
     if len(sweeps) == 1:

@@ -311,7 +311,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = parse_lengths(args.lengths) if args.lengths else default_lengths(config.max_position_embeddings)
     grid = Grid(lengths, parse_depths(args.depths), args.n, args.needles, args.distractors, args.seed)
     check_lengths(grid.lengths, config.max_position_embeddings)
-    source = Path(args.haystack) if args.haystack else find_heldout(args.ckpt)
+    try:
+        source = Path(args.haystack) if args.haystack else find_heldout(args.ckpt)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} with --haystack") from None
     tokenizer = load_tokenizer(args.ckpt)
     haystack = Haystack.from_texts(
         read_texts(source, args.text_column), tokenizer, source.name or str(source), args.haystack_tokens

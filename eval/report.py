@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from lm_eval.utils import make_table
@@ -262,7 +263,7 @@ def _lm_conditions(results: dict[str, Any]) -> str:
 
 def _picture(text: str, file: Path, page: Path) -> str:
     link = Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix()
-    return f"![{text}]({link})"
+    return f"![{text}]({quote(link, safe='/+,')})"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

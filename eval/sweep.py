@@ -176,11 +176,12 @@ class _Part:
 
 
 def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in map(Path, paths):
+    for path in dict.fromkeys(map(Path, paths)):
         if not path.is_dir():
             yield path
             continue
         found = [file for file in sorted(path.iterdir()) if file.name.endswith((".json", ".jsonl", ".jsonl.gz"))]
+        found = [file for file in found if not file.name.endswith(".cells.json")]  # the numbers of a picture of these
         if not found:
             raise FileNotFoundError(f"{path}: no .json or .jsonl file in this folder")
         yield from found

@@ -337,7 +337,7 @@ def test_short_haystack_and_missing_heldout_say_what_to_do(folder, tmp_path):
     base = ["--ckpt", str(folder), "--lengths", "128", "--device", "cpu", "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=r"haystack haystack.txt has only \d+ tokens; give a longer one"):
         main([*base, "--haystack", str(text)])
-    with pytest.raises(FileNotFoundError, match="no held-out shards near it"):
+    with pytest.raises(FileNotFoundError, match=r"no held-out shards near it .* with --haystack"):
         main(base)
 
 
@@ -408,10 +408,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_named(folder, tmp
         run(copy, tmp_path, "--lengths", "128", "--output", str(tmp_path / "out"))
 
 
-def test_the_command_ends_with_one_sentence(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["needle", "--ckpt", str(folder), "--lengths", "4k"])
+@pytest.mark.parametrize(
+    "command,message",
+    [
+        ("needle --ckpt FOLDER --lengths 4k", "--lengths 4096: the checkpoint reads at most 256 tokens"),
+        ("heatmap nothing.json needle.png", "[Errno 2] No such file or directory: 'nothing.json'"),
+        ("report nowhere", "run nowhere: no such folder"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_commands_end_with_one_sentence(folder, monkeypatch, capsys, command, message):
+    name, *arguments = command.replace("FOLDER", str(folder)).split()
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("eval.needle", run_name="__main__")
+        runpy.run_module(f"eval.{name}", run_name="__main__")
     said = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and said.startswith("error: --lengths 4096: the checkpoint reads at most 256 tokens")
-    assert len(said.splitlines()) == 1
+    assert ended.value.code == 2 and said.startswith(f"error: {message}") and len(said.splitlines()) == 1

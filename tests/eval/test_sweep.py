@@ -57,6 +57,13 @@ def test_a_sample_in_two_files_counts_once_and_other_conditions_count_apart(tmp_
     assert read_sweep([one, quick, other]).cells == {(512, 0): [1.0] * 5 + [0.0] * 5}
 
 
+def test_a_file_that_is_named_twice_counts_once_and_a_pictures_numbers_not_at_all(tmp_path):
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, published_rows(CELLS))))
+    (tmp_path / "s.cells.json").write_text(json.dumps(read_sweep([tmp_path / "s.jsonl"]).as_json()))
+    assert read_sweep([tmp_path / "s.jsonl", tmp_path / "s.jsonl"]).counts() == (1, 1)
+    assert read_sweep([tmp_path]).counts() == (1, 1)
+
+
 def test_files_of_several_checkpoints_are_no_sweep(tmp_path):
     one = write_results(tmp_path / "a.json", CELLS, fingerprint="f")
     two = write_results(tmp_path / "b.json", CELLS, fingerprint="g")
