@@ -29,6 +29,7 @@ _INK = "#1f2933"
 _PALE = "#52606d"
 _PICTURES = (".png", ".pdf", ".svg")
 _MOST_PANELS = 6
+_NARROW = 0.6  # inches; below, the labels of columns are slanted
 
 Measure = Callable[[str], float]
 
@@ -43,8 +44,8 @@ def draw_side_by_side(
 ) -> None:
     """Write several sweeps as panels of one figure, with one colour scale of 0 to 1.
 
-    All panels have the same columns and rows, so that a cell is found again at its place: those of all sweeps together,
-    grey where a sweep has no samples. Each panel has its own line at its own `train_length`.
+    Sweeps of the same depths get the same columns, so that a cell is found again at its place: the lengths of all of
+    them, grey where a sweep has no samples. Others keep their own. Each panel has a line at its own `train_length`.
 
     Args:
         picture: .png, .pdf or .svg; an old one is replaced in one step.
@@ -60,19 +61,18 @@ def draw_side_by_side(
     if len(titles) != len(sweeps):
         raise ValueError(f"{len(titles)} titles for {len(sweeps)} panels")
     lengths = sorted({length for sweep in sweeps for length in sweep.lengths})
-    depths = sorted({depth for sweep in sweeps for depth in sweep.depths})
-    columns, rows, panels = len(lengths), len(depths), len(sweeps)
+    alike = all(sweep.depths == sweeps[0].depths for sweep in sweeps)
+    scales = [(lengths if alike else sweep.lengths, sweep.depths) for sweep in sweeps]
+    columns, rows = (max(len(scale[i]) for scale in scales) for i in (0, 1))
+    panels = len(sweeps)
 
     # inches
     cell_width = float(np.clip((9.0 if panels == 1 else 11.0 / panels) / columns, 0.30, 1.15))
     panel_width = max(4.25 if panels == 1 else 3.4, columns * cell_width)
-    cell_width = panel_width / columns
-    cell_height = float(np.clip(4.6 / rows, 0.16, 0.42))
-    panel_height = max(2.0, rows * cell_height)
-    left, right, gap = 0.95, 1.2, 0.35
+    panel_height = max(2.0, rows * float(np.clip(4.6 / rows, 0.16, 0.42)))
+    left, right, gap = 0.95, 1.2, 0.35 if alike else 0.95
     width = left + panels * panel_width + (panels - 1) * gap + right
-    slanted = cell_width < 0.6
-    below = 1.0 if slanted else 0.75
+    below = 1.0 if panel_width / columns < _NARROW else 0.75
 
     figure = Figure(dpi=160, facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -95,21 +95,23 @@ def draw_side_by_side(
         x = left + i * (panel_width + gap)
         axes = figure.add_axes((x / width, below / height, panel_width / width, panel_height / height))
         axes.set_facecolor(_MISSING)
+        lengths, depths = scales[i]
         grid = sweep.grid(lengths, depths)
+        cell_width, cell_height = panel_width / len(lengths), panel_height / len(depths)
         mesh = axes.pcolormesh(
-            np.arange(columns + 1),
-            np.arange(rows + 1),
+            np.arange(len(lengths) + 1),
+            np.arange(len(depths) + 1),
             np.ma.masked_invalid(grid),
             cmap=LinearSegmentedColormap.from_list("needle", _COLOURS),
             vmin=0,
             vmax=1,
             edgecolor="white",
-            linewidth=1.2 if columns * rows <= 400 else 0.5,
+            linewidth=1.2 if grid.size <= 400 else 0.5,
         )
-        axes.set_xlim(0, columns)
-        axes.set_ylim(rows, 0)  # the start of the context on top
-        _label_axes(axes, lengths, depths, cell_width, cell_height, slanted)
-        if i:
+        axes.set_xlim(0, len(lengths))
+        axes.set_ylim(len(depths), 0)  # the start of the context on top
+        _label_axes(axes, lengths, depths, cell_width, cell_height)
+        if i and alike:
             axes.set_yticks([])
             axes.set_ylabel("")
         if cell_width >= 0.42 and cell_height >= 0.2:
@@ -134,9 +136,8 @@ def check_picture(picture: Path) -> None:
         raise ValueError(f"{picture}: a picture ends in {', '.join(_PICTURES)}")
 
 
-def _label_axes(
-    axes: Any, lengths: list[int], depths: list[float], cell_width: float, cell_height: float, slanted: bool
-) -> None:
+def _label_axes(axes: Any, lengths: list[int], depths: list[float], cell_width: float, cell_height: float) -> None:
+    slanted = cell_width < _NARROW
     # At least 0.3 inch between length labels, 0.2 between depth labels.
     columns = range(0, len(lengths), max(1, round(0.3 / cell_width)))
     labels = format_lengths(lengths)

@@ -119,14 +119,15 @@ def read_sweep(files: Sequence[Path], score: str = "exact", score_range: tuple[f
 
     Args:
         score: which of the scores of `eval.needle`.
-        score_range: lowest and highest possible score of the files, brought to 0..1.
+        score_range: lowest and highest possible score of published rows, brought to 0..1; our own are 0..1 always.
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown form, a broken row, a missing score, a score outside the range, files of several
             checkpoints; names file and row.
     """
-    low, high = score_range or (0.0, 1.0)
-    if not low < high:
+    scale = score_range or (0.0, 1.0)
+    if not scale[0] < scale[1]:
+        low, high = scale
         raise ValueError(f"--score-range {low:g},{high:g}: expected the lowest and the highest score, like 1,10")
     parts = [_read(file, score) for file in _expanded(files)]
     names = list(dict.fromkeys(part.checkpoint for part in parts if part.rows))
@@ -140,9 +141,10 @@ def read_sweep(files: Sequence[Path], score: str = "exact", score_range: tuple[f
     cells: defaultdict[tuple[int, float], list[float]] = defaultdict(list)
     seen = set()
     for part in parts:
+        low, high = scale if part.published else (0.0, 1.0)
         for row in part.rows:
             if not low <= row.score <= high:
-                hint = "" if score_range else "; name the scale with --score-range, like 1,10"
+                hint = "" if score_range or not part.published else "; name the scale with --score-range, like 1,10"
                 raise ValueError(f"{row.place}: score {row.score:g} is outside {low:g}..{high:g}{hint}")
             if row.identity is None or row.identity not in seen:
                 cells[row.length, row.depth] += [(row.score - low) / (high - low)] * row.n
@@ -173,6 +175,7 @@ class _Part:
     train_length: int | None = None
     notes: tuple[str, ...] = ()
     fingerprint: str | None = None
+    published: bool = False
 
 
 def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
@@ -256,7 +259,7 @@ def _published(file: Path, content: list[tuple[str, Any]]) -> _Part:
     names = list(dict.fromkeys(names))
     if len(names) > 1:
         raise ValueError(f"{file}: rows of several models ({', '.join(names[:4])}); one file for each, please")
-    return _Part(rows, names[0] if names else _stem(file), "as published")
+    return _Part(rows, names[0] if names else _stem(file), "as published", published=True)
 
 
 def _cells(file: Path, content: dict[str, Any]) -> _Part:

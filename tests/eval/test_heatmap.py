@@ -64,6 +64,15 @@ def test_a_cell_has_the_same_place_in_every_panel_and_is_grey_where_it_was_not_r
     assert 2.5 < green[:, middle:].sum() / green[:, :middle].sum() < 3.5
 
 
+def test_sweeps_of_other_depths_keep_their_own_rows_and_columns(tmp_path):
+    coarse = dict.fromkeys([(length, depth) for length in (512, 1024) for depth in (0, 100)], 1.0)
+    fine = dict.fromkeys([(length, depth) for length in (1000, 9000, 80000) for depth in range(1, 99, 7)], 1.0)
+    sweeps = [read_sweep([write_results(tmp_path / f"{len(cells)}.json", cells)]) for cells in (coarse, fine)]
+    draw_side_by_side(sweeps, tmp_path / "both.png")
+    assert share_of(tmp_path / "both.png", (0.925, 0.933, 0.945)) < 0.001  # nothing grey
+    assert share_of(tmp_path / "both.png", GREEN) > 0.35
+
+
 @pytest.mark.parametrize("trained,lines", [(256, 1), (512, 1), (2048, 1), (2049, 0), (8192, 0)])
 def test_the_line_of_the_training_length_is_only_drawn_where_a_sweep_reaches_it(tmp_path, trained, lines):
     cells = dict.fromkeys([(length, depth) for length in (512, 1024, 2048) for depth in (0, 100)], 0.5)

@@ -151,6 +151,13 @@ def test_unknown_broken_and_empty_files_are_named(tmp_path):
         read_sweep([tmp_path / "other.json"], score_range=(float("nan"), 1))
 
 
+def test_the_range_of_published_scores_does_not_change_our_own(tmp_path):
+    ours = write_results(tmp_path / "needle.json", CELLS, n=1)
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, published_rows({(5, 0): 5.5, (5, 9): 10}))))
+    assert read_sweep([ours], score_range=(1, 10)).cells == {cell: [score] for cell, score in CELLS.items()}
+    assert read_sweep([tmp_path / "s.jsonl"], score_range=(1, 10)).cells == {(5, 0): [0.5], (5, 9): [1.0]}
+
+
 def test_intervals_are_wilsons():
     assert wilson(1.0, 5) == pytest.approx((0.5655, 1.0), abs=1e-4)  # as in Brown, Cai, DasGupta 2001
     assert wilson(0.0, 5) == pytest.approx((0.0, 0.4345), abs=1e-4)
