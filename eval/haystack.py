@@ -31,6 +31,7 @@ _GAP = re.compile(
 # A needle may lie off its depth by so much, in percent of the haystack's tokens (and by one token), to stand between
 # two sentences. Where no window of the haystack allows it, the needle breaks one.
 MAX_SHIFT = 0.25
+_FURTHER = 128  # tokens by which the other needles of a prompt may; the map does not show where they lie
 _SPARSE = 512  # with fewer sentence starts than one in so many tokens, a window begins anywhere
 _FEW = 64  # where fewer windows than one in so many suit a needle, all are taken: samples are to have different ones
 
@@ -207,7 +208,8 @@ def build_prompt(
     where = haystack.window(size, rng, targets[0], shift)
     window, marks = haystack.tokens[where], haystack.marks(where)
     between = np.flatnonzero(np.append(haystack.between[where], True))
-    places = [_near(marks, target, shift) for target in targets]
+    further = max(shift, min(_FURTHER, size // (8 * needles)))
+    places = [_near(marks, target, further if i else shift) for i, target in enumerate(targets)]
     places = [int(between[np.abs(between - p).argmin()]) for p in places]
     places += [int(marks[rng.randrange(len(marks))]) if len(marks) else 0 for _ in range(distractors)]
 

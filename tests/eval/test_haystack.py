@@ -147,6 +147,14 @@ def test_needles_lie_where_they_are_meant_and_between_sentences(haystack, tokeni
     assert sum(prompt.on_boundary for prompt in prompts) >= 0.9 * len(prompts)
 
 
+def test_further_needles_stand_between_sentences_too(haystack, tokenizer):
+    prompts = [build(haystack, tokenizer, length=1200, needles=3, depth=10 * i, seed=str(i)) for i in range(11)]
+    assert sum(prompt.on_boundary for prompt in prompts) >= 10
+    for i, prompt in enumerate(prompts):
+        depths = [needle.depth for needle in prompt.needles]
+        assert depths == pytest.approx([10 * i, *((10 * i + 100 / 3 * k) % 100 for k in (1, 2))], abs=3)
+
+
 def test_where_no_sentence_begins_at_the_depth_the_needle_breaks_one_and_says_so(tokenizer):
     haystack = Haystack.from_texts(["One two. " + "the road " * 400 + "the end. Last."], tokenizer, "long sentence")
     prompt = build(haystack, tokenizer, length=256, depth=50)
