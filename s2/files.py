@@ -202,24 +202,31 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     if not os.path.lexists(folder):
         return True
     require_marked(folder)
-    listed = json.loads((folder / MARK).read_text(encoding="utf-8")).get("files")
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
-    if listed is None and not patterns:
+    if not (listed := listed_files(folder)) and not patterns:
+        doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
         os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
         shutil.rmtree(doomed)
         return True
-    names = (
-        listed
-        if listed is not None
-        else [n for n in os.listdir(folder) if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-    )
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()
+    for mark in list(folder.rglob(MARK)):  # folders of their own, made later (converted checkpoints)
+        if mark.parent != folder:
+            remove_folder(mark.parent)
+    for name in listed or os.listdir(folder):
+        if listed or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).unlink()
     left = [path for path in folder.rglob("*") if not path.is_dir() and path != folder / MARK]
     if not left:
         shutil.rmtree(folder)
     return not left
+
+
+def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that `publish` listed in a folder's mark, as `damage` takes them; {} where it has listed none."""
+    try:
+        listed = json.loads((folder / MARK).read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {name: {"size": size} for name, size in listed.items()}
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -234,8 +241,8 @@ def publish(partial: Path, final: Path) -> None:
     kind = require_marked(partial)
     if os.path.lexists(final):
         require_marked(final)
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if not path.is_dir())
-    _mark(partial, kind, files=[name for name in files if name != MARK])
+    found = sorted(path for path in partial.rglob("*") if not path.is_dir() and path != partial / MARK)
+    _mark(partial, kind, files={str(path.relative_to(partial)): path.lstat().st_size for path in found})
     for path in (*partial.rglob("*"), partial):
         _sync(path)
     if os.path.lexists(final) and not remove_folder(final):
@@ -292,7 +299,7 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
     """What is no longer as `inventory` recorded it, of the first file that is not; None where all is well.
 
     Args:
-        checksums: read every byte; without, only sizes are compared.
+        checksums: read every byte where a checksum is recorded; without, only sizes are compared.
     """
     for name, was in recorded.items():
         path = folder / name
@@ -300,7 +307,7 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
             return f"{path} is missing"
         if (size := path.stat().st_size) != was["size"]:
             return f"{path} has {size:,} bytes, not the {was['size']:,} that were written"
-        if checksums and checksum(path) != was["xxh3_128"]:
+        if checksums and "xxh3_128" in was and checksum(path) != was["xxh3_128"]:
             return f"{path} has other content than was written"
     return None
 
