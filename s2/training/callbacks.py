@@ -133,7 +133,7 @@ class TrainingLog(Callback):
             return
         step = trainer.global_step
         seconds = self._file.seconds + time.perf_counter() - self._opened_at
-        self._file.write({"step": step, "tokens": step * tokens_per_step(trainer), "seconds": seconds, **row})
+        self._file.write({"step": step, "tokens": self.checkpoint.tokens(trainer), "seconds": seconds, **row})
         for logger in trainer.loggers:
             logger.log_metrics(dict(row), step=step)
         tqdm.write(line)

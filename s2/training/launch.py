@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -19,14 +20,18 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from s2 import ending, files
+from s2.locks import acquire
+from s2.recipe import differences, dump_yaml
+from s2.training import saved
 from s2.training.callbacks import TrainingLog
 from s2.training.checkpoint import RunCheckpoint
 from s2.training.finish import Finish, closing_words, is_finished
 from s2.training.module import PretrainModule
 from s2.training.parser import RecipeCLI
 from s2.training.report import launch_report
-from s2.training.run import RunConfig, check_same_model, complete_checkpoints, read_meta, write_atomically
-from s2.training.strategy import register_strategies
+from s2.training.run import RunConfig
+from s2.training.strategy import ZeROStrategy, register_strategies
 
 
 def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> None:
@@ -44,21 +49,36 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
         trainer_keys.setdefault(key, value)
     cli = RecipeCLI(recipe, source, overridden, trainer_extras)
     run, trainer, module, data = cli.config_init.run, cli.trainer, cli.model, cli.datamodule
+    resolved = json.loads(cli.parser.dump(cli.config, format="json", skip_none=False))
     check_lengths(module, data, trainer)
     if run.resume == "auto" and is_finished(run, trainer.max_steps):
         _say(trainer, f"{run.folder} is finished, nothing to do\n{closing_words(run.folder)}")
+        _say_changes(trainer, saved.complete_checkpoints(run.folder / "checkpoints")[-1], resolved, finished=True)
         return
     check_disk(run, module.config.num_parameters(), low_precision=trainer.precision != "32-true")
-    resume = _prepare_folder(run, module, trainer)
-    _set_accumulation(run, trainer, data)
-    _say(trainer, launch_report(run, module, data, trainer))
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
+    checkpoint.recipe = resolved
     if trainer.is_global_zero:
-        header = (
-            f"# {source} as it was resolved; train it again with: python -m s2.training.cli {run.folder}/config.yaml\n"
-        )
-        write_atomically(run.folder / "config.yaml", header + cli.parser.dump(cli.config, skip_none=False))
-    _fit(trainer, module, data, resume)
-    _say(trainer, closing_words(run.folder))
+        _make_folder(run)
+        checkpoint.lock = acquire(run.folder)
+    ending.keep_crashes_in(run.folder / "logs")
+    try:
+        resume = _resume_from(run, module, trainer, resolved)
+        if resume is not None:
+            meta = saved.read_meta(resume)
+            checkpoint.began = (meta["step"], meta["tokens"])
+        _set_accumulation(run, trainer, data)
+        _say(trainer, launch_report(run, module, data, trainer))
+        if trainer.is_global_zero:
+            again = f"python -m s2.training.cli {run.folder}/config.yaml"
+            header = f"# {source} as it was resolved; train it again with: {again}\n"
+            files.write_text(run.folder / "config.yaml", header + dump_yaml(resolved))
+        _fit(trainer, module, data, resume and resume / "state")
+        _say(trainer, closing_words(run.folder))
+    finally:
+        if checkpoint.lock is not None:
+            checkpoint.lock.release()
 
 
 def topology(environment: Mapping[str, str]) -> dict[str, int]:
@@ -77,7 +97,7 @@ def trainer_extras(config: Any) -> dict[str, Any]:
     """Trainer arguments that a recipe cannot write down: callbacks, loggers, and what depends on the machine."""
     run: RunConfig = config.run
     checkpoint = RunCheckpoint(run)
-    ours = [TrainingLog(run, checkpoint), Finish(run), checkpoint]
+    ours = [TrainingLog(run, checkpoint), Finish(run, checkpoint), checkpoint]
     extras: dict[str, Any] = {
         "callbacks": [*(config.trainer.callbacks or []), *ours],
         "default_root_dir": str(run.folder),
@@ -141,30 +161,57 @@ def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
         )
 
 
-def _prepare_folder(run: RunConfig, module: PretrainModule, trainer: Trainer) -> Path | None:
-    """Make the run folder and return the checkpoint to continue from, if there is one.
+def _make_folder(run: RunConfig) -> None:
+    """Make the run folder. With run.resume=never what lies there moves aside to <stage>.1, .2, ...: nothing is deleted.
 
-    With run.resume=never what lies there moves aside to <stage>.1, .2, ...: nothing is deleted.
+    Raises:
+        LockedError: another process is training there.
+    """
+    if run.resume == "never" and run.folder.exists():
+        running = acquire(run.folder)
+        aside = files.move_aside(run.folder)
+        running.release()
+        print(f"run.resume=never: the earlier run is now {aside}")
+    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
+
+
+def _resume_from(run: RunConfig, module: PretrainModule, trainer: Trainer, recipe: dict[str, Any]) -> Path | None:
+    """The checkpoint to continue from, if there is one.
+
+    Every rank decides by itself here, from sizes alone; checksums are read where ranks can divide the work among them
+    (`ZeROStrategy.load_checkpoint`), or here where there is one.
+
+    Raises:
+        DamagedError: there are checkpoints, and none is whole.
+        ValueError: the recipe is not that of the checkpoint.
     """
     if run.resume == "never":
-        if trainer.is_global_zero and run.folder.exists():
-            number = 1
-            while (aside := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
-                number += 1
-            run.folder.rename(aside)
-            print(f"run.resume=never: the earlier run is now {aside}")
-        checkpoints = []
-    else:
-        checkpoints = complete_checkpoints(run.folder / "checkpoints")
-    if trainer.is_global_zero:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    if not checkpoints:
         return None
-    newest = checkpoints[-1]
-    meta = read_meta(newest)
-    check_same_model(meta, asdict(module.config), newest)
-    _say(trainer, f"continuing from {newest} ({meta['tokens']:,} tokens)")
-    return newest / "state"
+    alone = not isinstance(trainer.strategy, ZeROStrategy)
+    checkpoints = saved.complete_checkpoints(run.folder / "checkpoints")
+    newest = saved.newest_whole(
+        checkpoints, lambda path: saved.damage(path, checksums=alone), lambda text: _say(trainer, text)
+    )
+    if newest is None:
+        return None
+    meta = saved.read_meta(newest)
+    stage = getattr(trainer.strategy, "stage", 0)
+    saved.check_resumable(meta, asdict(module.config), stage, str(trainer.precision), newest)
+    _say(trainer, f"continuing from {newest} (step {meta['step']}, {meta['tokens']:,} tokens)")
+    _say_changes(trainer, newest, recipe)
+    return newest
+
+
+def _say_changes(trainer: Trainer, checkpoint: Path, recipe: dict[str, Any], *, finished: bool = False) -> None:
+    """What the recipe says differently since a checkpoint was written."""
+    before = saved.read_meta(checkpoint).get("recipe")
+    if before is None:
+        return  # written by a version that did not keep it
+    changes = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, recipe)]
+    if changes:
+        what = "changed since then, and not trained with" if finished else "changed since then, from here on in force"
+        advice = "; train it anew with run.resume=never or another run.stage" if finished else ""
+        _say(trainer, f"{what}{advice}:\n" + "\n".join(f"  {line}" for line in changes))
 
 
 def _set_accumulation(run: RunConfig, trainer: Trainer, data: Any) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from s2 import ending
 from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
-from s2.training.cli import EXIT_WRONG_INPUT, main
+from s2.training.checkpoint import Preempted
+from s2.training.cli import main
 from tests.training.tiny import tiny_recipe, train, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +29,7 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
     def run(*overrides: str, recipe: dict[str, Any] | None = None) -> str:
         path = write_recipe(tmp_path, recipe or tiny_recipe(tmp_path))
-        assert main([str(path), *overrides]) == EXIT_WRONG_INPUT
+        assert main([str(path), *overrides]) == ending.BAD_INPUT
         error = capsys.readouterr().err
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in error, error
@@ -106,7 +108,7 @@ def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     del recipe["run"]["stage"]
     path = tmp_path / "nameless.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    assert main([str(path)]) == EXIT_WRONG_INPUT
+    assert main([str(path)]) == ending.BAD_INPUT
     assert f"error: {path}: the key run.stage is missing" in capsys.readouterr().err
 
 
@@ -137,18 +139,18 @@ def test_a_finished_run_without_its_export_says_what_to_do(refuse: Callable[...,
 
 
 def test_a_missing_recipe_and_bad_yaml_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "none.yaml")]) == EXIT_WRONG_INPUT
+    assert main([str(tmp_path / "none.yaml")]) == ending.BAD_INPUT
     assert "none.yaml does not exist" in capsys.readouterr().err
     broken = tmp_path / "broken.yaml"
     broken.write_text("run:\n  recipe: a\n  stage: [b\n")
-    assert main([str(broken)]) == EXIT_WRONG_INPUT
+    assert main([str(broken)]) == ending.BAD_INPUT
     assert f"{broken}:4: not valid YAML" in capsys.readouterr().err
 
 
 def test_the_command_line_exits_with_2_and_one_line() -> None:
     command = [sys.executable, "-m", "s2.training.cli", "recipes/demo/pretrain.yaml", "trainer.max_step=5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == EXIT_WRONG_INPUT
+    assert done.returncode == ending.BAD_INPUT
     assert done.stderr.strip() == (
         "error: unknown key trainer.max_step on the command line; did you mean trainer.max_steps?"
     )
@@ -165,12 +167,9 @@ def test_overrides_reach_lists_init_args_and_floats_without_a_point(tmp_path: Pa
     assert json.loads(json.dumps(recipe))["run"]["resume"] == "never"
 
 
-@pytest.mark.parametrize(("parent", "code"), [(True, 0), (False, cli.EXIT_PREEMPTED)])
+@pytest.mark.parametrize(("parent", "code"), [(True, 0), (False, ending.STOPPED)])
 def test_only_the_main_process_tells_that_a_run_was_stopped(parent, code, monkeypatch, capsys):
     """One that Lightning started would have the main process killed while it closes down."""
-
-    class Preempted(Exception):  # noqa: N818
-        pass
 
     def stop(*_):
         raise Preempted("stopped at step 4")

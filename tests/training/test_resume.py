@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from s2 import ending
 from s2.training.callbacks import TrainingLog
-from s2.training.cli import EXIT_DIVERGED, EXIT_PREEMPTED
 from s2.training.module import PretrainModule
-from s2.training.run import complete_checkpoints
+from s2.training.saved import complete_checkpoints
 from tests.training.tiny import curve, train
 
 
@@ -72,7 +72,7 @@ def test_a_stop_signal_saves_at_the_step_boundary_and_the_next_run_equals_an_uni
     with monkeypatch.context() as patch:
         before = at_step(patch, 3, lambda: os.kill(os.getpid(), number))
         code, run = train(folder, stage=stage)
-    assert code == EXIT_PREEMPTED
+    assert code == ending.STOPPED
     assert (run / "checkpoints" / "last").resolve().name == "step-00000004"
     assert not (run / "hf").exists()
     with monkeypatch.context() as patch:
@@ -116,7 +116,7 @@ def test_gradient_accumulation_resumes_at_whole_steps(folder: Path, monkeypatch:
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         code, _ = train(folder, *accumulated, stage="accumulated-stopped")
-    assert code == EXIT_PREEMPTED
+    assert code == ending.STOPPED
     _, run = train(folder, *accumulated, stage="accumulated-stopped")
     assert_same_run(run, whole)
 
@@ -176,6 +176,6 @@ def test_a_loss_that_is_not_a_number_stops_before_it_is_saved_and_names_step_and
     monkeypatch.setattr(PretrainModule, "_loss", poisoned)
     code, run = train(folder, stage="diverged")
     error = capsys.readouterr().err
-    assert code == EXIT_DIVERGED
+    assert code == ending.DIVERGED
     assert "step 3" in error and "position 6" in error and "Traceback" not in error
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000002"]

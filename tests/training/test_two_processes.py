@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from s2.training.cli import EXIT_PREEMPTED, main
-from s2.training.run import complete_checkpoints, read_meta
+from s2 import ending
+from s2.training.cli import main
+from s2.training.saved import complete_checkpoints, read_meta
 from tests.training.tiny import curve, tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,6 @@ def test_a_signal_to_every_process_of_a_job_ends_in_one_checkpoint(tmp_path: Pat
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == EXIT_PREEMPTED, errors
+    assert process.returncode == ending.STOPPED, errors
     assert "stopped at step" in errors and "Traceback" not in errors
     assert len(complete_checkpoints(run / "checkpoints")) == 1
