@@ -113,6 +113,20 @@ class PretrainModule(LightningModule):
         self.config = replace(self.config, bos_token_id=data.bos_token_id, eos_token_id=data.eos_token_id)
         self.validation_names = list(data.validation_names)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the trainer's count of micro-batches as that of whole steps with today's accumulation.
+
+        Accumulation windows, validations and the data position follow from this count, and it has to agree with
+        DeepSpeed's, which begins at 0 in every process. Checkpoints are written at step boundaries, so the number of
+        steps says it all; micro-batches of another size or on another number of ranks do not count.
+        """
+        micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            unfinished = counts["ready"] - counts["completed"]  # 1 where the checkpoint is from on_train_batch_end
+            counts.update(dict.fromkeys(("ready", "started", "processed"), micro_batches))
+            counts["completed"] = micro_batches - unfinished
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offloaded = getattr(self.trainer.strategy, "offloads_optimizer", False)
         fused = self.trainer.strategy.root_device.type == "cuda" and not offloaded

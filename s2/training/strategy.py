@@ -130,6 +130,20 @@ class ZeROStrategy(DeepSpeedStrategy):
         """Schedulers signal every process of a job; loader workers must live on until the checkpoint is written."""
         return shield_workers(super().process_dataloader(dataloader))
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse to train where Lightning and DeepSpeed disagree about where a step begins.
+
+        Raises:
+            RuntimeError: gradients would be zeroed in the middle of a step.
+        """
+        engine = self.deepspeed_engine
+        accumulate = engine.gradient_accumulation_steps()
+        if engine.micro_steps % accumulate != batch_idx % accumulate:
+            raise RuntimeError(
+                f"micro-batch {batch_idx} is number {batch_idx % accumulate} of {accumulate} in its step for the "
+                f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
+            )
+
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
