@@ -144,6 +144,21 @@ class ZeROStrategy(DeepSpeedStrategy):
                 f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
             )
 
+    def divide_gradients(self, divisor: float) -> None:
+        """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped."""
+        optimizer = self.deepspeed_engine.optimizer
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = divisor  # which it divides norm and gradient by; it is 1 but for this step
+        else:  # ZeRO-1 in bf16 knows no loss scale and holds all gradients of a step in fp32
+            for gradients in optimizer.fp32_groups_gradients_flat:
+                gradients /= divisor
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, *args, **kwargs)
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = 1.0
+        return output
+
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)

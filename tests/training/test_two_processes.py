@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,28 +13,10 @@ from safetensors.torch import load_file
 
 from s2.training.cli import EXIT_PREEMPTED, main
 from s2.training.run import complete_checkpoints, read_meta
+from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, write_recipe
 
-ROOT = Path(__file__).parents[2]
 TWO = ("trainer.devices=2", "data.micro_batch_size=1")
-
-
-LEFT_BY_LIGHTNING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
-
-
-def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-    """The command line in a process group of its own, without what a run in this process left in the
-    environment."""
-    inherited = {key: value for key, value in os.environ.items() if key not in LEFT_BY_LIGHTNING}
-    return subprocess.Popen(
-        [sys.executable, "-m", "s2.training.cli", str(recipe), *overrides],
-        cwd=ROOT,
-        env={**inherited, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 @pytest.mark.slow
@@ -85,7 +65,7 @@ def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str
         for column in ("train/loss", "grad_norm", "val/heldout/loss"):
             values = curve(run, column)
             values.pop(3, None) if column.startswith("val/") else None  # the end of the first part
-            assert values == pytest.approx(curve(expected, column), rel=1e-3), (column, micro_batch_size)
+            assert values == pytest.approx(curve(expected, column), rel=1e-4), (column, micro_batch_size)
 
 
 @pytest.mark.slow
