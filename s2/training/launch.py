@@ -122,11 +122,18 @@ def check_lengths(module: PretrainModule, data: Any, trainer: Trainer) -> None:
     """Refuse what would fail or mean nothing later.
 
     Raises:
-        ValueError: a sequence beyond the model's context, no end of training, or a warmup beyond that end.
+        ValueError: a sequence beyond the model's context, no end of training, a warmup beyond that end, or held-out
+            sets that would depend on the number of ranks.
     """
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: a stage needs a number of optimizer steps")
     module.schedule_config.factor(0, trainer.max_steps)
+    batches = trainer.limit_val_batches
+    if batches != 0 and (isinstance(batches, int) or batches != 1.0):
+        raise ValueError(
+            f"trainer.limit_val_batches={batches} counts micro-batches of each rank, so another number of GPUs would "
+            f"score other held-out text; set max_windows of the sets in data.validation, or 0 here to never validate"
+        )
     limit = module.config.max_position_embeddings
     lengths = {"data.seq_len": data.seq_len}
     for heldout in getattr(data, "heldout_sets", []):

@@ -20,6 +20,7 @@ from s2.model.hf import load_config
 from s2.model.rope import RotaryEmbedding
 from s2.model.transformer import Transformer
 from s2.training.optim import OptimizerConfig, ScheduleConfig, build_adamw
+from s2.training.strategy import ZeROStrategy
 from s2.training.weights import load_into
 
 _ADAMW = OptimizerConfig()
@@ -68,8 +69,10 @@ class PretrainModule(LightningModule):
         activation_checkpointing: `none`, `selective` (attention outputs and the costly matmuls are kept) or `full`.
         compile: torch.compile each block.
 
-    The loss of a micro-batch is the mean over all valid tokens of all ranks. DeepSpeed averages gradients over
-    ranks, so each rank returns local_sum * ranks / global_count; a rank whose tokens are all masked adds zero.
+    A step's gradient is that of the mean loss over the step's valid tokens, on all ranks and in all its micro-batches,
+    so that a token counts the same wherever it lies. How many are valid is known only after the last micro-batch:
+    until then a micro-batch's loss is its sum over its places, valid or not, which are equally many everywhere, and
+    the accumulated gradient is divided by the step's share of valid places before its norm is taken and clipped.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class PretrainModule(LightningModule):
         self.compile_blocks = compile
         self.model: Transformer | None = None
         self.train_totals = [0.0, 0.0]  # loss sum and valid tokens since `pop_train_loss`, over all ranks
+        self._step_places = self._step_valid = 0.0  # of the step so far, over all ranks
         self.validation_names: list[str] = []
         self.validation_losses: dict[str, float] = {}
         self._validation_totals = torch.zeros(0)
@@ -112,6 +116,20 @@ class PretrainModule(LightningModule):
         # The exported config must delimit documents as the training data did.
         self.config = replace(self.config, bos_token_id=data.bos_token_id, eos_token_id=data.eos_token_id)
         self.validation_names = list(data.validation_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the trainer's count of micro-batches as that of whole steps with today's accumulation.
+
+        Accumulation windows, validations and the data position follow from this count, and it has to agree with
+        DeepSpeed's, which begins at 0 in every process. Checkpoints are written at step boundaries, so the number of
+        steps says it all; micro-batches of another size or on another number of ranks do not count.
+        """
+        micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            unfinished = counts["ready"] - counts["completed"]  # 1 where the checkpoint is from on_train_batch_end
+            counts.update(dict.fromkeys(("ready", "started", "processed"), micro_batches))
+            counts["completed"] = micro_batches - unfinished
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offloaded = getattr(self.trainer.strategy, "offloads_optimizer", False)
@@ -140,7 +158,24 @@ class PretrainModule(LightningModule):
             )
         self.train_totals[0] += total
         self.train_totals[1] += count
-        return loss_sum * (self.trainer.world_size / max(count, 1.0))
+        places = batch["labels"].numel()
+        self._step_places += places * self.trainer.world_size
+        self._step_valid += count
+        return loss_sum / places
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return  # DeepSpeed is asked to step after every micro-batch, and does so at the last one
+        # a step without any valid token has no gradient to divide
+        share = self._step_valid / self._step_places if self._step_valid else 1.0
+        self._step_places = self._step_valid = 0.0
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeROStrategy):
+            strategy.divide_gradients(share)
+        else:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= share
 
     def pop_train_loss(self) -> float:
         """Mean loss per token since the last call, over all ranks and micro-batches."""

@@ -130,6 +130,35 @@ class ZeROStrategy(DeepSpeedStrategy):
         """Schedulers signal every process of a job; loader workers must live on until the checkpoint is written."""
         return shield_workers(super().process_dataloader(dataloader))
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse to train where Lightning and DeepSpeed disagree about where a step begins.
+
+        Raises:
+            RuntimeError: gradients would be zeroed in the middle of a step.
+        """
+        engine = self.deepspeed_engine
+        accumulate = engine.gradient_accumulation_steps()
+        if engine.micro_steps % accumulate != batch_idx % accumulate:
+            raise RuntimeError(
+                f"micro-batch {batch_idx} is number {batch_idx % accumulate} of {accumulate} in its step for the "
+                f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
+            )
+
+    def divide_gradients(self, divisor: float) -> None:
+        """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped."""
+        optimizer = self.deepspeed_engine.optimizer
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = divisor  # which it divides norm and gradient by; it is 1 but for this step
+        else:  # ZeRO-1 in bf16 knows no loss scale and holds all gradients of a step in fp32
+            for gradients in optimizer.fp32_groups_gradients_flat:
+                gradients /= divisor
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, *args, **kwargs)
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = 1.0
+        return output
+
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)

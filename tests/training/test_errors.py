@@ -56,6 +56,12 @@ def test_an_unknown_key_names_itself_and_the_closest_known_one(
     assert named in error and hint in error
 
 
+@pytest.mark.parametrize("limit", ["2", "1", "0.5"])
+def test_held_out_sets_that_depend_on_the_ranks_are_refused(refuse: Callable[..., str], limit: str) -> None:
+    error = refuse(f"trainer.limit_val_batches={limit}")
+    assert f"limit_val_batches={limit}" in error and "max_windows" in error
+
+
 def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     recipe["trainer"]["max_step"] = 5

@@ -179,3 +179,37 @@ def test_a_loss_that_is_not_a_number_stops_before_it_is_saved_and_names_step_and
     assert code == ending.DIVERGED
     assert "step 3" in error and "position 6" in error and "Traceback" not in error
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_another_micro_batch_after_a_resume_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int
+) -> None:
+    """Three steps of three micro-batches are no whole number of windows of six or two."""
+    step = ("run.tokens_per_step=384", "run.validate_every=2")
+    if not (folder / "runs" / "tiny" / "thirds").exists():
+        train(folder, *step, stage="thirds")
+    stage = f"thirds-then-{micro_batch_size}"
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(folder, *step, stage=stage)[0] == ending.STOPPED
+    with monkeypatch.context() as patch:
+        positions = at_step(patch, -1, lambda: None)
+        code, run = train(folder, *step, f"data.micro_batch_size={micro_batch_size}", stage=stage)
+    assert code == 0
+    assert positions == list(range(18, 36, micro_batch_size))
+    for column in ("train/loss", "grad_norm", "val/heldout/loss"):
+        expected = curve(run.with_name("thirds"), column)
+        assert curve(run, column) == pytest.approx(expected, rel=1e-4), column
+    assert list(curve(run, "val/heldout/loss")) == [0, 2, 4, 6]
+
+
+def test_a_step_that_lightning_and_deepspeed_count_differently_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_one(self: Any, trainer: Any, *_: Any) -> None:
+        trainer.strategy.deepspeed_engine.micro_steps += 1
+
+    monkeypatch.setattr(TrainingLog, "on_train_start", lose_one)
+    with pytest.raises(RuntimeError, match="number 0 of 3 in its step for the trainer, but number 1 for DeepSpeed"):
+        train(folder, "run.tokens_per_step=384", stage="miscounted")
