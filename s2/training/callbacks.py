@@ -109,6 +109,7 @@ class TrainingLog(Callback):
             **_grad_norm(trainer),
             "tokens_per_second_per_device": rate,
             "memory_gib": peak_memory_gib(module.device),
+            "skipped_steps": self.checkpoint.guard.skipped,
         }
         peak = device_peak(module.device)
         if peak is not None:

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from s2 import ending
 from s2.locks import Lock
 from s2.training import saved
+from s2.training.guard import StepGuard
 from s2.training.run import RunConfig
 from s2.training.workers import SIGNALS
 
@@ -41,11 +42,13 @@ class RunCheckpoint(Checkpoint):
     Attributes:
         seconds: time spent saving so far, which throughput leaves out.
         lock: of the run folder, on the process that holds it.
+        guard: says whether the last steps were taken.
         recipe: every key as it was resolved, which a checkpoint keeps so that a resume can tell what was changed.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, guard: StepGuard) -> None:
         self.run = run
+        self.guard = guard
         self.lock: Lock | None = None
         self.recipe: dict[str, Any] = {}
         self.began = (0, 0)  # step and tokens that this process began at
@@ -54,6 +57,7 @@ class RunCheckpoint(Checkpoint):
         self._signal: int | None = None
         self._seen_step = -1
         self._saved_step = -1
+        self._overdue = False
         self._handlers: dict[int, Any] = {}
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,7 +100,10 @@ class RunCheckpoint(Checkpoint):
             self._requeue(trainer)
             folder = saved.checkpoint_folder(self.checkpoints, step)
             raise Preempted(f"stopped at step {step}; the checkpoint is {folder}")
-        if step % self.run.checkpoint_every == 0 and step < trainer.max_steps:
+        due = step % self.run.checkpoint_every == 0 or self._overdue
+        # weights that no step can be taken with must not take the place of those that one could be
+        self._overdue = due and self.guard.in_a_row > 0
+        if due and not self._overdue and step < trainer.max_steps:
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

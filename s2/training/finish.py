@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from s2 import files
 from s2.training import saved
 from s2.training.checkpoint import RunCheckpoint, on_rank_zero
+from s2.training.guard import DivergedError
 from s2.training.metrics import plot_losses, read_metrics, validation_curve
 from s2.training.run import RunConfig
 from s2.training.throughput import clock
@@ -25,6 +26,11 @@ class Finish(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         data = trainer.datamodule
+        if not pl_module.validation_is_finite:
+            raise DivergedError(
+                f"held-out losses at the last step are {pl_module.validation_losses}, so nothing is exported; the "
+                f"checkpoints in {self.run.folder / 'checkpoints'} are from before, logs/metrics.csv shows since when"
+            )
         on_rank_zero(trainer, lambda: self._write_summary(trainer, pl_module, data))
         export(pl_module.model, pl_module.config, self.run.folder / "hf", data.tokenizer_file)
         trainer.strategy.barrier()
@@ -49,6 +55,7 @@ class Finish(Callback):
             "tokens": self.checkpoint.tokens(trainer),
             "seconds": max((row["seconds"] for row in rows), default=0.0),
             "memory_gib": max((row.get("memory_gib", 0.0) for row in rows), default=0.0),
+            "skipped_steps": self.checkpoint.guard.skipped,
             "world_size": trainer.world_size,
             "init_from": module.init_from,
             "validation": validation,

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from tqdm import tqdm
 
 from s2 import ending, files
 from s2.locks import acquire
@@ -27,6 +28,7 @@ from s2.training import saved
 from s2.training.callbacks import TrainingLog
 from s2.training.checkpoint import RunCheckpoint
 from s2.training.finish import Finish, closing_words, is_finished
+from s2.training.guard import StepGuard
 from s2.training.module import PretrainModule
 from s2.training.parser import RecipeCLI
 from s2.training.report import launch_report
@@ -59,6 +61,7 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
     checkpoint.recipe = resolved
+    module.guard = checkpoint.guard
     if trainer.is_global_zero:
         _make_folder(run)
         checkpoint.lock = acquire(run.folder)
@@ -96,8 +99,9 @@ def topology(environment: Mapping[str, str]) -> dict[str, int]:
 def trainer_extras(config: Any) -> dict[str, Any]:
     """Trainer arguments that a recipe cannot write down: callbacks, loggers, and what depends on the machine."""
     run: RunConfig = config.run
-    checkpoint = RunCheckpoint(run)
-    ours = [TrainingLog(run, checkpoint), Finish(run, checkpoint), checkpoint]
+    guard = StepGuard(run, tqdm.write)
+    checkpoint = RunCheckpoint(run, guard)
+    ours = [guard, TrainingLog(run, checkpoint), Finish(run, checkpoint), checkpoint]
     extras: dict[str, Any] = {
         "callbacks": [*(config.trainer.callbacks or []), *ours],
         "default_root_dir": str(run.folder),
@@ -249,8 +253,9 @@ def _say(trainer: Trainer, text: str) -> None:
 
 def _quieten() -> None:
     """Keep the console for the run's own lines; warnings that are about other ways of using Lightning go."""
-    for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of skipped steps, which `StepGuard` counts
     for message in (".*does not have many workers.*", ".*`?srun`? command is available.*", ".*treespec, LeafSpec.*"):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls

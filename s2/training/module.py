@@ -19,16 +19,13 @@ from s2.model.config import ModelConfig
 from s2.model.hf import load_config
 from s2.model.rope import RotaryEmbedding
 from s2.model.transformer import Transformer
+from s2.training.guard import StepGuard
 from s2.training.optim import OptimizerConfig, ScheduleConfig, build_adamw
 from s2.training.strategy import ZeROStrategy
 from s2.training.weights import load_into
 
 _ADAMW = OptimizerConfig()
 _COSINE = ScheduleConfig()
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The training loss became NaN or infinite."""
 
 
 def resolve_config(keys: dict[str, Any], init_from: str | None) -> ModelConfig:
@@ -93,9 +90,13 @@ class PretrainModule(LightningModule):
         self.compile_blocks = compile
         self.model: Transformer | None = None
         self.train_totals = [0.0, 0.0]  # loss sum and valid tokens since `pop_train_loss`, over all ranks
+        self._settings: list[dict[str, Any]] = []  # of the optimizer's groups, as the recipe has them
+        self.guard: StepGuard | None = None  # decides which steps are taken; set by the launch
         self._step_places = self._step_valid = 0.0  # of the step so far, over all ranks
+        self._skipped_norm: float | None = None
         self.validation_names: list[str] = []
         self.validation_losses: dict[str, float] = {}
+        self.validation_is_finite = True
         self._validation_totals = torch.zeros(0)
 
     def configure_model(self) -> None:
@@ -134,7 +135,16 @@ class PretrainModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offloaded = getattr(self.trainer.strategy, "offloads_optimizer", False)
         fused = self.trainer.strategy.root_device.type == "cuda" and not offloaded
-        return build_adamw(self, self.optimizer_config, fused=fused)
+        optimizer = build_adamw(self, self.optimizer_config, fused=fused)
+        self._settings = [
+            {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
+        ]
+        return optimizer
+
+    def on_train_start(self) -> None:
+        # A checkpoint may bring back the settings that it was trained with; those of the recipe hold.
+        for group, settings in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
+            group.update(settings)
 
     @property
     def learning_rate(self) -> float:
@@ -150,18 +160,18 @@ class PretrainModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, num_valid = self._loss(batch)
         total, count = self._sum_over_ranks(torch.stack((loss_sum.detach().double(), num_valid.double()))).tolist()
-        if not math.isfinite(total):
-            raise NonFiniteLossError(
-                f"the loss is {total} at step {self.trainer.global_step} (micro-batch {batch_idx}), in the batch that "
-                f"starts at data position {int(batch['position'])}; no checkpoint holds this state. Resume with a "
-                f"lower model.optimizer.lr or trainer.gradient_clip_val, or look at that batch"
-            )
-        self.train_totals[0] += total
-        self.train_totals[1] += count
+        if math.isfinite(total):
+            self.train_totals[0] += total
+            self.train_totals[1] += count
         places = batch["labels"].numel()
         self._step_places += places * self.trainer.world_size
         self._step_valid += count
-        return loss_sum / places
+        loss = loss_sum / places
+        if self.guard is not None:
+            self.guard.add(total, count, int(batch["position"]))
+            if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 and self.guard.refuses():
+                return loss * math.nan  # so that every rank finds a gradient that is no number, and skips the step
+        return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.trainer.fit_loop._should_accumulate():
@@ -173,9 +183,19 @@ class PretrainModule(LightningModule):
         if isinstance(strategy, ZeROStrategy):
             strategy.divide_gradients(share)
         else:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= share
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            for gradient in gradients:
+                gradient /= share
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._skipped_norm = None if math.isfinite(norm) else norm
+            if self._skipped_norm is not None:
+                optimizer.zero_grad(set_to_none=True)  # which makes the optimizer leave everything as it is
+
+    def skipped_gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient if the step was skipped for it, None if it was taken."""
+        if isinstance(self.trainer.strategy, ZeROStrategy):
+            return self.trainer.strategy.skipped_gradient_norm()
+        return self._skipped_norm
 
     def pop_train_loss(self) -> float:
         """Mean loss per token since the last call, over all ranks and micro-batches."""
@@ -197,6 +217,7 @@ class PretrainModule(LightningModule):
         if self.trainer.sanity_checking and self.init_from is not None:
             _attend_as(self.model, load_config(self.init_from), self.config)
         totals = self._sum_over_ranks(self._validation_totals.to(self.device)).cpu()
+        self.validation_is_finite = bool(totals.isfinite().all())
         self.validation_losses = {
             name: float(total / count) if count else math.nan
             for name, (total, count) in zip(self.validation_names, totals, strict=True)

@@ -33,6 +33,8 @@ class RunConfig:
         validate_every: optimizer steps between validations; the first and the last step are always validated.
         checkpoint_every: optimizer steps between checkpoints; the last step always writes one.
         keep_checkpoints: newest checkpoints kept.
+        max_skipped_steps: so many steps in a row whose gradient is not finite, or whose loss jumps, end the run.
+        loss_spike_factor: a step whose loss is over so many times the running mean is skipped. None: none is.
         slurm_requeue: on SIGTERM or SIGUSR1 under SLURM, call `scontrol requeue` after the checkpoint.
     """
 
@@ -44,6 +46,8 @@ class RunConfig:
     validate_every: int = 500
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    max_skipped_steps: int = 10
+    loss_spike_factor: float | None = None
     slurm_requeue: bool = False
 
     def __post_init__(self) -> None:
@@ -51,9 +55,11 @@ class RunConfig:
             value = getattr(self, name)
             if not _SAFE_NAME.fullmatch(str(value)):
                 raise ValueError(f"run.{name}={value!r} is a folder name: letters, digits, '.', '-' and '_'")
-        for name in ("validate_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1")
+        if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
+            raise ValueError(f"run.loss_spike_factor={self.loss_spike_factor} must be above 1, or null")
 
     @property
     def folder(self) -> Path:

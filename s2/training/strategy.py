@@ -14,15 +14,17 @@ On the CPU the same ZeRO code runs over gloo, which is how tests and the demo co
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 
-from s2.training import resize
+from s2.training import resize, saved
 from s2.training.workers import shield_workers
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -115,8 +117,20 @@ class ZeROStrategy(DeepSpeedStrategy):
             super().setup_distributed()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore weights and optimizer, also when they were saved by another number of ranks."""
-        state = Path(checkpoint_path)
+        """Restore weights and optimizer, also when they were saved by another number of ranks.
+
+        Every byte is compared with its checksum first, each rank reading its share. Where the checkpoint is not as it
+        was written, that is said, and the newest whole one before it is restored.
+
+        Raises:
+            DamagedError: there is none.
+        """
+        wanted = Path(checkpoint_path)
+        older = saved.complete_checkpoints(wanted.parent.parent)
+        candidates = [path for path in older if path <= wanted.parent] or [wanted.parent]
+        whole = saved.newest_whole(candidates, self._damage, self._say)
+        assert whole is not None
+        state = whole / wanted.name
         if resize.saved_ranks(state) in (0, self.world_size):
             return super().load_checkpoint(state, weights_only)
         if self.is_global_zero:
@@ -125,6 +139,17 @@ class ZeROStrategy(DeepSpeedStrategy):
         engine = self.deepspeed_engine
         with resize.universal_load(engine):
             return super().load_checkpoint(resize.to_universal(state), weights_only)
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank."""
+        found: list[str | None] = [None] * self.world_size
+        mine = saved.damage(checkpoint, checksums=True, share=(self.global_rank, self.world_size))
+        dist.all_gather_object(found, mine)
+        return next((wrong for wrong in found if wrong), None)
+
+    def _say(self, text: str) -> None:
+        if self.is_global_zero:
+            print(text, flush=True)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Schedulers signal every process of a job; loader workers must live on until the checkpoint is written."""
@@ -158,6 +183,11 @@ class ZeROStrategy(DeepSpeedStrategy):
         if hasattr(optimizer, "loss_scaler"):
             optimizer.loss_scale = 1.0
         return output
+
+    def skipped_gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient if DeepSpeed skipped the step for it, None if the step was taken."""
+        engine = self.deepspeed_engine
+        return float(engine.get_global_grad_norm() or math.inf) if engine.optimizer.overflow else None
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""

@@ -86,7 +86,7 @@ def test_a_stop_signal_saves_at_the_step_boundary_and_the_next_run_equals_an_uni
 def test_a_crash_goes_back_to_the_last_checkpoint_and_replaces_the_rows_after_it(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class PowerCut(RuntimeError):  # noqa: N818 -- the name says it
+    class PowerCut(BaseException):
         pass
 
     def cut() -> None:
@@ -162,23 +162,6 @@ def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
     kept = complete_checkpoints(uninterrupted / "checkpoints")
     assert [path.name for path in kept] == ["step-00000004", "step-00000006"]
     assert (uninterrupted / "checkpoints" / "last").resolve() == kept[-1].resolve()
-
-
-def test_a_loss_that_is_not_a_number_stops_before_it_is_saved_and_names_step_and_position(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original = PretrainModule._loss
-
-    def poisoned(self: Any, batch: Any) -> Any:
-        loss, count = original(self, batch)
-        return (loss * float("nan") if int(batch["position"]) == 6 and self.training else loss), count
-
-    monkeypatch.setattr(PretrainModule, "_loss", poisoned)
-    code, run = train(folder, stage="diverged")
-    error = capsys.readouterr().err
-    assert code == ending.DIVERGED
-    assert "step 3" in error and "position 6" in error and "Traceback" not in error
-    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000002"]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
