@@ -215,7 +215,10 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
         if listed is not None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             with contextlib.suppress(FileNotFoundError):
                 (folder / name).unlink()
-    left = [path for path in folder.rglob("*") if not path.is_dir() and path != folder / MARK]
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):  # the deepest first
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    left = [name for name in os.listdir(folder) if name != MARK]
     if not left:
         shutil.rmtree(folder)
     return not left

@@ -130,6 +130,8 @@ class ZeROStrategy(DeepSpeedStrategy):
         candidates = [path for path in older if path <= wanted.parent] or [wanted.parent]
         whole = saved.newest_whole(candidates, self._damage, self._say)
         assert whole is not None
+        if whole != wanted.parent:
+            self._say(f"continuing from {whole} instead")
         state = whole / wanted.name
         if resize.saved_ranks(state) in (0, self.world_size):
             return super().load_checkpoint(state, weights_only)

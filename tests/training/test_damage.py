@@ -82,7 +82,7 @@ def _overwrite(file: Path, rng: random.Random) -> None:
 def break_newest(run: Path, rng: random.Random) -> Path:
     """Break one file of the newest checkpoint in one way."""
     newest = complete_checkpoints(run / "checkpoints")[-1]
-    file = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+    file = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
     way = rng.choice([_truncate, _empty, _remove, _overwrite])
     print(f"{way.__name__} {file}")
     way(file, rng)
