@@ -52,6 +52,9 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     """
     recipe = load_recipe(path)
     overridden = apply_overrides(recipe, overrides)
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # document borders differ from batch to batch, and so do sizes of tensors: without it fragments take gigabytes
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # From here on imports take seconds; whatever can be said without them has been said.
     from s2.training.launch import launch
 

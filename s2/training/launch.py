@@ -24,14 +24,14 @@ from tqdm import tqdm
 from s2 import ending, files
 from s2.locks import acquire
 from s2.recipe import differences, dump_yaml
-from s2.training import saved
+from s2.training import memory, saved
 from s2.training.callbacks import TrainingLog
 from s2.training.checkpoint import RunCheckpoint
 from s2.training.finish import Finish, closing_words, is_finished
 from s2.training.guard import StepGuard
 from s2.training.module import PretrainModule
 from s2.training.parser import RecipeCLI
-from s2.training.report import launch_report
+from s2.training.report import launch_report, memory_of
 from s2.training.run import RunConfig
 from s2.training.strategy import ZeROStrategy, register_strategies
 
@@ -57,6 +57,7 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
         _say(trainer, f"{run.folder} is finished, nothing to do\n{closing_words(run.folder)}")
         _say_changes(trainer, saved.complete_checkpoints(run.folder / "checkpoints")[-1], resolved, finished=True)
         return
+    _set_accumulation(run, trainer, data)
     check_disk(run, module.config.num_parameters(), low_precision=trainer.precision != "32-true")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
@@ -71,8 +72,7 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
         if resume is not None:
             meta = saved.read_meta(resume)
             checkpoint.began = (meta["step"], meta["tokens"])
-        _set_accumulation(run, trainer, data)
-        _say(trainer, launch_report(run, module, data, trainer))
+        _say(trainer, launch_report(run, module, data, trainer, resolved["trainer"]["precision"]))
         if trainer.is_global_zero:
             again = f"python -m s2.training.cli {run.folder}/config.yaml"
             header = f"# {source} as it was resolved; train it again with: {again}\n"
@@ -236,13 +236,28 @@ def _set_accumulation(run: RunConfig, trainer: Trainer, data: Any) -> None:
 def _fit(trainer: Trainer, module: PretrainModule, data: LightningDataModule, resume: Path | None) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
-    except BaseException:
+    except BaseException as error:
+        full = memory.device_is_full()  # before what holds it is let go
+        if memory.is_out_of_memory(error, device_is_full=full):
+            error = memory.OutOfMemoryError(_out_of_memory(trainer, module, data))
         # Ranks that wait for this one in a collective would wait for the process group's timeout.
         for process in getattr(trainer.strategy.launcher, "procs", []):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
             process.terminate()
-        raise
+        raise error
+
+
+def _out_of_memory(trainer: Trainer, module: PretrainModule, data: Any) -> str:
+    phase = "setting up" if module.phase is None else module.phase.format(step=trainer.global_step + 1)
+    return memory.advice(
+        phase,
+        str(memory_of(module, data, trainer)),
+        module.activation_checkpointing,
+        getattr(trainer.strategy, "stage", 0),
+        data.micro_batch_size,
+        trainer.world_size,
+    )
 
 
 def _say(trainer: Trainer, text: str) -> None:

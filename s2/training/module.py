@@ -97,6 +97,7 @@ class PretrainModule(LightningModule):
         self.validation_names: list[str] = []
         self.validation_losses: dict[str, float] = {}
         self.validation_is_finite = True
+        self.phase: str | None = None  # what is being done, in words
         self._validation_totals = torch.zeros(0)
 
     def configure_model(self) -> None:
@@ -158,6 +159,7 @@ class PretrainModule(LightningModule):
             group["lr"] = rate
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.phase = "step {step}"
         loss_sum, num_valid = self._loss(batch)
         total, count = self._sum_over_ranks(torch.stack((loss_sum.detach().double(), num_valid.double()))).tolist()
         if math.isfinite(total):
@@ -204,6 +206,7 @@ class PretrainModule(LightningModule):
         return total / max(count, 1.0)
 
     def on_validation_epoch_start(self) -> None:
+        self.phase = "the validation before step {step}"
         if self.trainer.sanity_checking and self.init_from is not None:
             # Before training the number to beat is that of the checkpoint as it is, not with this recipe's RoPE.
             _attend_as(self.model, self.config, load_config(self.init_from))
