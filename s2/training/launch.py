@@ -52,7 +52,7 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
     cli = RecipeCLI(recipe, source, overridden, trainer_extras)
     run, trainer, module, data = cli.config_init.run, cli.trainer, cli.model, cli.datamodule
     resolved = json.loads(cli.parser.dump(cli.config, format="json", skip_none=False))
-    check_lengths(module, data, trainer)
+    check_settings(module, data, trainer)
     if run.resume == "auto" and is_finished(run, trainer.max_steps):
         _say(trainer, f"{run.folder} is finished, nothing to do\n{closing_words(run.folder)}")
         _say_changes(trainer, saved.complete_checkpoints(run.folder / "checkpoints")[-1], resolved, finished=True)
@@ -122,7 +122,7 @@ def trainer_extras(config: Any) -> dict[str, Any]:
     return extras
 
 
-def check_lengths(module: PretrainModule, data: Any, trainer: Trainer) -> None:
+def check_settings(module: PretrainModule, data: Any, trainer: Trainer) -> None:
     """Refuse what would fail or mean nothing later.
 
     Raises:
@@ -131,6 +131,13 @@ def check_lengths(module: PretrainModule, data: Any, trainer: Trainer) -> None:
     """
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: a stage needs a number of optimizer steps")
+    if (clip := trainer.gradient_clip_val) is not None and not clip >= 0:
+        raise ValueError(f"trainer.gradient_clip_val={clip} must be above 0, or null to clip nothing")
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if every < 1:
+        raise ValueError(f"trainer.log_every_n_steps={every} must be at least 1")
     module.schedule_config.factor(0, trainer.max_steps)
     batches = trainer.limit_val_batches
     if batches != 0 and (isinstance(batches, int) or batches != 1.0):

@@ -42,7 +42,7 @@ class RunConfig:
     stage: str
     root: str = "runs"
     resume: Literal["auto", "never"] = "auto"
-    tokens_per_step: int | None = None
+    tokens_per_step: int | float | None = None
     validate_every: int = 500
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -55,6 +55,10 @@ class RunConfig:
             value = getattr(self, name)
             if not _SAFE_NAME.fullmatch(str(value)):
                 raise ValueError(f"run.{name}={value!r} is a folder name: letters, digits, '.', '-' and '_'")
+        if self.tokens_per_step is not None:
+            if self.tokens_per_step < 1 or self.tokens_per_step != int(self.tokens_per_step):
+                raise ValueError(f"run.tokens_per_step={self.tokens_per_step} is a whole number of tokens, at least 1")
+            self.tokens_per_step = int(self.tokens_per_step)  # 4.2e6 is one
         for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1")
@@ -74,10 +78,11 @@ class RunConfig:
         """
         if self.tokens_per_step is None:
             return None
+        wanted = int(self.tokens_per_step)
         tokens = sequences_per_micro_batch * seq_len * world_size
-        if self.tokens_per_step < tokens or self.tokens_per_step % tokens:
+        if wanted < tokens or wanted % tokens:
             raise ValueError(
-                f"run.tokens_per_step={self.tokens_per_step} must be a multiple of {tokens} = data.micro_batch_size "
+                f"run.tokens_per_step={wanted} must be a multiple of {tokens} = data.micro_batch_size "
                 f"{sequences_per_micro_batch} x data.seq_len {seq_len} x {world_size} ranks"
             )
-        return self.tokens_per_step // tokens
+        return wanted // tokens
