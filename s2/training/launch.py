@@ -37,7 +37,7 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
         source: the file they came from.
         overridden: keys that were set on the command line.
     """
-    _quieten()
+    quieten()
     register_strategies()
     trainer_keys = recipe.setdefault("trainer", {})
     for key, value in topology(os.environ).items():
@@ -200,7 +200,7 @@ def _say(trainer: Trainer, text: str) -> None:
         sys.stdout.flush()
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep the console for the run's own lines; warnings that are about other ways of using Lightning go."""
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)

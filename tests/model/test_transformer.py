@@ -205,7 +205,7 @@ def assert_compiled_is_the_same(model, mode, backend):
     loss, expected = gradients(model)
     model.set_activation_checkpointing(mode)
     torch._dynamo.reset()
-    model.compile_blocks(fullgraph=True, backend=backend)
+    model.compile_blocks(backend=backend)
     compiled_loss, compiled = gradients(model)
     assert list(model.state_dict()) == names
     torch.testing.assert_close(compiled_loss, loss)
