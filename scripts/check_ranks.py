@@ -1,12 +1,14 @@
 """Check that ranks train together: compiled like eager, ZeRO-3 like ZeRO-1, with buckets of any size.
 
-    python scripts/check_ranks.py [--ranks 2] [--steps 10] [--cases zero_2,zero_3-selective]
+    python scripts/check_ranks.py [--ranks 2] [--steps 10] [--cases zero_2,zero_3-selective] [--ways eager,compiled]
 
 Every case trains a small model on the same random rows, of which some are packed (document borders inside) and some
-whole, in turn on each rank, so that ranks run different graphs in most micro-batches. The first case, eager ZeRO-1, is
-what the others are compared with, in fp32: losses and gradient norms of all steps, and how far the weights have moved
-apart over how far they have moved. Runs on the GPUs of this node, or on CPU ranks where there are none. Prints a table;
-exit code 0 if all cases agree, 1 if not.
+whole, in turn on each rank, so that ranks run different graphs in most micro-batches; "mixed" compiles on every second
+rank only. The first case, eager ZeRO-1, is what the others are compared with, in fp32: losses and gradient norms of all
+steps, and how far the weights have moved apart over how far they have moved. "graphs" counts what was compiled on the
+first rank, "held" the block weights that ZeRO-3 could not free between forward and backward; neither may be more than
+expected. Runs on the GPUs of this node, or on CPU ranks where there are none. Prints a table; exit code 0 if all cases
+agree, 1 if not.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from s2.training.launch import quieten
 from s2.training.module import PretrainModule
@@ -41,7 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero_3-selective": {"stage": 3, "checkpointing": "selective"},
     "zero_3-full": {"stage": 3, "checkpointing": "full"},
 }
-LIMITS = {"loss": 1e-3, "grad norm": 1e-3, "weights": 3e-2}
+WAYS = ("eager", "compiled", "mixed")
+# a graph for each of the three patterns (two residues and dense), packed and whole, and one for the loss
+LIMITS = {"loss": 1e-3, "grad norm": 1e-3, "weights": 3e-2, "graphs": 7, "held": 0}
 SEQ_LEN, ACCUMULATE, VOCAB_SIZE = 256, 2, 512
 MODEL = {
     "vocab_size": VOCAB_SIZE,
@@ -80,11 +85,26 @@ class RandomRows(LightningDataModule):
 
 
 class Recorder(Callback):
-    """Loss and gradient norm of each step."""
+    """Loss and gradient norm of each step; how many block weights stay whole after a forward at most."""
 
     def __init__(self) -> None:
         self.loss: list[float] = []
         self.grad_norm: list[float] = []
+        self.held = 0
+        self._gathered: list[StorageWeakRef] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.strategy.stage == 3:
+            for block in pl_module.model.model.blocks:
+                block.register_forward_hook(self._note, prepend=True)  # before DeepSpeed's, which releases
+
+    def _note(self, block: torch.nn.Module, *_: Any) -> None:
+        self._gathered += [StorageWeakRef(parameter.untyped_storage()) for parameter in block.parameters()]
+
+    def on_before_backward(self, *_: Any) -> None:
+        if self.loss:  # in the first step DeepSpeed only watches in which order weights are used
+            self.held = max(self.held, sum(not storage.expired() for storage in self._gathered))
+        self._gathered.clear()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step > len(self.loss):
@@ -93,9 +113,10 @@ class Recorder(Callback):
 
 
 def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", **strategy: Any) -> dict[str, Any]:
-    """Train; returns the losses, gradient norms and the final weights, flat."""
+    """Train; returns the losses, gradient norms, the final weights (flat), the number of graphs and weights held."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     recorder = Recorder()
     module = PretrainModule(
         MODEL,
@@ -105,7 +126,8 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
         compile=compiled,
     )
     if stage == 3:
-        strategy["persistence_threshold"] = 0  # or so small a model would not be sharded
+        # or so small a model would not be sharded, or never released
+        strategy |= {"persistence_threshold": 0, "live_elements": 0}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
@@ -125,7 +147,13 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
         )
         trainer.fit(module, datamodule=RandomRows())
     assert module.model is not None
-    return {"loss": recorder.loss, "grad norm": recorder.grad_norm, "weights": _flat(module.model)}
+    return {
+        "loss": recorder.loss,
+        "grad norm": recorder.grad_norm,
+        "weights": _flat(module.model),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "held": recorder.held,
+    }
 
 
 def _flat(model: torch.nn.Module) -> torch.Tensor:
@@ -144,10 +172,10 @@ def differences(result: dict[str, Any], reference: dict[str, Any], start: torch.
         found[key] = max(abs(a - b) / abs(b) for a, b in pairs)
     apart, way = result["weights"] - reference["weights"], reference["weights"] - start
     found["weights"] = float(apart.norm() / way.norm())
-    return found
+    return found | {key: result[key] for key in ("graphs", "held")}
 
 
-def compare(names: list[str], steps: int) -> int:
+def compare(names: list[str], ways: list[str], steps: int) -> int:
     """Run the cases on the ranks of this process group; the exit code."""
     quieten()
     reference = run(1, steps=steps, compiled=False)
@@ -161,14 +189,14 @@ def compare(names: list[str], steps: int) -> int:
         print(f"{'case':<28}" + "".join(f"{key:>12}" for key in LIMITS))
     wrong = 0
     for name in names:
-        for compiled in (False, True):
+        for way in ways:
+            compiled = way == "compiled" or (way == "mixed" and dist.get_rank() % 2 == 0)
             found = differences(run(**CASES[name], steps=steps, compiled=compiled), reference, start)
             agrees = all(found[key] <= limit for key, limit in LIMITS.items())  # NaN does not
             wrong += not agrees
             if first:
-                cells = "".join(f"{value:12.1e}" for value in found.values())
-                title = f"{name} {'compiled' if compiled else 'eager'}"
-                print(f"{title:<28}{cells}{'' if agrees else '   DISAGREES'}", flush=True)
+                cells = "".join(f"{value:{'12' if isinstance(value, int) else '12.1e'}}" for value in found.values())
+                print(f"{f'{name} {way}':<28}{cells}{'' if agrees else '   DISAGREES'}", flush=True)
     return 1 if wrong else 0
 
 
@@ -177,12 +205,14 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cases", default=",".join(CASES), help="of: %(default)s")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of: %(default)s")
     asked = parser.parse_args()
-    names = asked.cases.split(",")
-    if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--cases: there is no {unknown[0]!r}; choose from {', '.join(CASES)}")
+    names, ways = asked.cases.split(","), asked.ways.split(",")
+    for option, chosen, known in (("--cases", names, CASES), ("--ways", ways, WAYS)):
+        if unknown := [name for name in chosen if name not in known]:
+            parser.error(f"{option}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return compare(names, asked.steps)
+        return compare(names, ways, asked.steps)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked.ranks}"]
     return subprocess.run([*command, *sys.argv], check=False).returncode
 
