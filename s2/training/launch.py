@@ -44,7 +44,7 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
         source: the file they came from.
         overridden: keys that were set on the command line.
     """
-    _quieten()
+    quieten()
     register_strategies()
     trainer_keys = recipe.setdefault("trainer", {})
     for key, value in topology(os.environ).items():
@@ -273,11 +273,10 @@ def _say(trainer: Trainer, text: str) -> None:
         sys.stdout.flush()
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep the console for the run's own lines; warnings that are about other ways of using Lightning go."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of skipped steps, which `StepGuard` counts
     for message in (".*does not have many workers.*", ".*`?srun`? command is available.*", ".*treespec, LeafSpec.*"):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls

@@ -108,9 +108,12 @@ class PretrainModule(LightningModule):
         if self.init_from is not None:
             load_into(model, self.init_from)
         model.set_activation_checkpointing(self.activation_checkpointing)
-        if self.compile_blocks:
-            model.compile_blocks()
         self.model = model
+
+    def on_fit_start(self) -> None:
+        # not in `configure_model`: while ZeRO-3 shards parameters, torch's own functions are not what compilation knows
+        if self.compile_blocks and self.model is not None:
+            self.model.compile_blocks()
 
     def setup(self, stage: str) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

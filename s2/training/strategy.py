@@ -25,6 +25,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 
 from s2.training import resize, saved
+from s2.training.reduction import OrderedReduction
 from s2.training.workers import shield_workers
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -45,6 +46,8 @@ class ZeROStrategy(DeepSpeedStrategy):
         offload_parameters: stage 3 only, keep parameters in host memory.
         bucket_size: elements per reduce and all-gather bucket; sets the size of the communication buffers.
         prefetch_elements: stage 3 only, parameters gathered ahead of use.
+        persistence_threshold: stage 3 only, parameters of at most so many elements stay whole on every rank.
+        live_elements: stage 3 only, elements of gathered parameters that may be kept for their next use.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class ZeROStrategy(DeepSpeedStrategy):
         offload_parameters: bool = False,
         bucket_size: int = 200_000_000,
         prefetch_elements: int = 50_000_000,
+        persistence_threshold: int = 100_000,
+        live_elements: int = 1_000_000_000,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO stage {stage} does not exist; use 1, 2 or 3")
@@ -67,12 +72,18 @@ class ZeROStrategy(DeepSpeedStrategy):
             reduce_bucket_size=bucket_size,
             # DeepSpeed only reports with it, and Lightning's guess would build a second dataloader.
             logging_batch_size_per_gpu=1,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,  # it warns of skipped steps, which `StepGuard` counts
         )
         assert isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
         if stage == 3:
             zero["stage3_prefetch_bucket_size"] = prefetch_elements
+            zero["stage3_param_persistence_threshold"] = persistence_threshold
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live_elements
+            # A block's weights are gathered and released as one, by hooks on the block. Inside it they would be part of
+            # what is recomputed or compiled, which has to do the same every time; hooks that find weights gathered
+            # ahead one time and absent the next do not.
+            zero["leaf_module"] = {"classes": ["s2.model.layers.Block"]}
             zero["stage3_gather_16bit_weights_on_model_save"] = False
         # With offload torch's AdamW stays the optimizer, so that no compiled DeepSpeed op is needed.
         self.config["zero_force_ds_cpu_optimizer"] = False
@@ -115,6 +126,12 @@ class ZeROStrategy(DeepSpeedStrategy):
             self._init_deepspeed_distributed()
         else:
             super().setup_distributed()
+
+    def _setup_model_and_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        engine, optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
+        if hasattr(optimizer, "reduce_ipg_grads"):  # ZeRO-1/2 with hooks; see `s2.training.reduction`
+            OrderedReduction(optimizer, engine.module.parameters())
+        return engine, optimizer
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and optimizer, also when they were saved by another number of ranks.
