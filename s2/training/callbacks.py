@@ -109,6 +109,7 @@ class TrainingLog(Callback):
             **_grad_norm(trainer),
             "tokens_per_second_per_device": rate,
             "memory_gib": peak_memory_gib(module.device),
+            "skipped_steps": self.checkpoint.guard.skipped,
         }
         peak = device_peak(module.device)
         if peak is not None:
@@ -133,7 +134,7 @@ class TrainingLog(Callback):
             return
         step = trainer.global_step
         seconds = self._file.seconds + time.perf_counter() - self._opened_at
-        self._file.write({"step": step, "tokens": step * tokens_per_step(trainer), "seconds": seconds, **row})
+        self._file.write({"step": step, "tokens": self.checkpoint.tokens(trainer), "seconds": seconds, **row})
         for logger in trainer.loggers:
             logger.log_metrics(dict(row), step=step)
         tqdm.write(line)
