@@ -48,7 +48,7 @@ _SUFFIX_FORMAT = {
 }
 # What lies beside the rows of a corpus and is about it.
 _ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|changes|citation|contributing|authors)[^/]*"
+    r"(readme|licen[cs]e|copying|notice|changelog|changes|citation|contributing|authors)([._-].*)?\.(md|txt|rst)"
     r"|(dataset_infos?|dataset_dict|state|croissant)\.json",
     re.IGNORECASE,
 )
@@ -254,11 +254,8 @@ class Source:
         if kind == "hub":
             kind, files, revision = self._on_hub()
         if left_out:
-            word = "is" if len(left_out) == 1 else "are"
-            print(
-                f"source {self.label}: {len(files):,} {kind} files; left out {word} {_names(left_out)}",
-                file=sys.stderr,
-            )
+            read = f"reading {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
+            print(f"source {self.label}: {read}, leaving out {_names(left_out)}", file=sys.stderr)
         parts: list[Part] = []
         group: list[tuple[str, str]] = []
         group_size = 0
