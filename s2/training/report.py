@@ -129,7 +129,7 @@ def data_report(data: Any, total_tokens: int) -> str:
             f"warning: data is repeated, {most.component} {most.passes:.2f} times; prepare more of it, give it less "
             f"weight, or train on fewer tokens"
         )
-    lines += [f"warning: text that the tokenizer cannot express: {line}" for line in data.lost_text()]
+    lines += [f"warning: not in the tokens: {line}" for line in data.lost_text()]
     return "\n".join(lines)
 
 
