@@ -58,6 +58,7 @@ class Finish(Callback):
             "skipped_steps": self.checkpoint.guard.skipped,
             "world_size": trainer.world_size,
             "init_from": module.init_from,
+            "data": [vars(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
             "validation": validation,
         }
         files.write_json(folder / "summary.json", summary)
