@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from s2.training import slurm
 from s2.training.run import RunConfig, checkpoint_folder, publish_checkpoint
 from s2.training.workers import SIGNALS
 
@@ -73,8 +73,8 @@ class RunCheckpoint(Checkpoint):
         self._seen_step = step
         if self._any_rank_signalled(trainer):
             self._save(trainer, pl_module)
-            self._requeue(trainer)
-            raise Preempted(f"stopped at step {step}; the checkpoint is {checkpoint_folder(self.checkpoints, step)}")
+            folder = checkpoint_folder(self.checkpoints, step)
+            raise Preempted(f"stopped at step {step}; the checkpoint is {folder}{self._requeue(trainer)}")
         if step % self.run.checkpoint_every == 0 and step < trainer.max_steps:
             self._save(trainer, pl_module)
 
@@ -112,10 +112,16 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = step
         self.seconds += time.perf_counter() - started
 
-    def _requeue(self, trainer: Trainer) -> None:
-        job = os.environ.get("SLURM_JOB_ID")
-        if self.run.slurm_requeue and job and trainer.is_global_zero:
-            subprocess.run(["scontrol", "requeue", job], check=True)
+    def _requeue(self, trainer: Trainer) -> str:
+        """Let the first rank see to the SLURM job and return what it has to say.
+
+        The others wait for it, because srun ends all processes when the first has gone.
+        """
+        if not self.run.slurm_requeue or "SLURM_JOB_ID" not in os.environ:
+            return ""
+        words = f"; {slurm.requeue(os.environ)}" if trainer.is_global_zero else ""
+        trainer.strategy.barrier()
+        return words
 
 
 def tokens_per_step(trainer: Trainer) -> int:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from s2 import ending
 from s2.recipe import apply_overrides, load_recipe
 
 EXIT_DIVERGED, EXIT_WRONG_INPUT, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: try again later
@@ -39,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None or os.environ.get("S2_DEBUG") == "1":
             raise
-        rank = os.environ.get("LOCAL_RANK", "0")
         kind = "stopped" if code == EXIT_PREEMPTED else "error"
-        print(f"{'' if rank == '0' else f'[local rank {rank}] '}{kind}: {error}", file=sys.stderr)
+        print(f"{ending.rank_prefix(os.environ)}{kind}: {error}", file=sys.stderr)
         # Lightning kills what is left of a run some seconds after one of the processes it started ended with another
         # code than 0, and so the main process while it is still closing down; of a stopped run that one's code counts
         return 0 if code == EXIT_PREEMPTED and _is_helper() else code

@@ -39,7 +39,8 @@ class RunConfig:
         validate_every: optimizer steps between validations; the first and the last step are always validated.
         checkpoint_every: optimizer steps between checkpoints; the last step always writes one.
         keep_checkpoints: newest checkpoints kept.
-        slurm_requeue: on SIGTERM or SIGUSR1 under SLURM, call `scontrol requeue` after the checkpoint.
+        slurm_requeue: stopped by SLURM's warning signal or time limit, put the job back into the queue after the
+            checkpoint (see `s2.training.slurm`).
     """
 
     recipe: str
