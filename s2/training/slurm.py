@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -177,12 +178,17 @@ def keep_record(environment: Mapping[str, str], run: Path) -> None:
 def _scontrol(*arguments: str) -> str:
     command = f"scontrol {' '.join(arguments)}"
     environment = os.environ | {"SLURM_TIME_FORMAT": "standard"}
+    # scontrol is a process of the job too: a requeue would end it before it has heard that all is well. It inherits the
+    # mask; for this process the signals are only late.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         done = subprocess.run(
             ["scontrol", *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{command}: {error}") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if done.returncode:
         raise ValueError(f"{command}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
     return done.stdout

@@ -82,7 +82,7 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
             f"{idle} starts of job {record.job} in a row ended before a step was trained; it does not start again "
             f"(submit it with a longer --time)"
         )
-    return stopped(f"before a step was trained; {slurm.requeue(environment)}")
+    return stopped(f"the tasks were ended by a signal; {slurm.requeue(environment)}")
 
 
 def evaluate(environment: dict[str, str], step: Step) -> int:
@@ -276,7 +276,7 @@ def srun(nodes: int, tasks: int, cpus: int) -> list[str]:
 
 
 def made_way(code: int, environment: Mapping[str, str]) -> bool:
-    """Whether a step that ended with `code` was stopped by a signal so that the job makes way, and did not fail.
+    """Whether a step that ended with `code` was signalled because the job makes way, and nobody has seen to that yet.
 
     A process that the warning meets before it can save dies of it. srun then ends the others, and reports the highest
     exit code of all, so that of the other signals SLURM has to say whether it meant the job.
@@ -289,8 +289,10 @@ def made_way(code: int, environment: Mapping[str, str]) -> bool:
         job = slurm.ask(slurm.job_id(environment))
     except ValueError:
         return False
+    if not job.is_ours_to_requeue() or job.restarts > int(environment.get("SLURM_RESTART_COUNT", "0")):
+        return False  # cancelled, or back in the queue already
     is_near = job.seconds_left is not None and job.seconds_left < WARNING + _LATE
-    return job.state != "RUNNING" or job.preempted or is_near
+    return job.reason == "TimeLimit" or job.preempted or is_near
 
 
 def run_folder(recipe: Path, overrides: list[str]) -> Path:

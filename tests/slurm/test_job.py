@@ -158,7 +158,9 @@ def test_starts_in_a_row_without_progress_are_counted(repository):
         (139, {}, False),  # a segmentation fault
         (137, {}, False),  # out of memory
         (143, {}, False),  # ended by srun because another task failed
-        (143, {"state": "COMPLETING"}, True),
+        (143, {"state": "COMPLETING"}, False),  # cancelled
+        (143, {"state": "COMPLETING", "reason": "TimeLimit"}, True),
+        (143, {"preempted": True, "restarts": 1}, False),  # the trainer was faster
         (143, {"preempted": True}, True),
         (137, {"seconds_left": 500.0}, True),
         (143, {"seconds_left": 5000.0}, False),
@@ -177,7 +179,7 @@ def test_a_job_that_never_trains_a_step_is_not_requeued_for_ever(repository, mon
         monkeypatch.setattr(step, "run", lambda *_: 138)
         assert job.train("pretrain", JOB | {"RECIPE": "demo", "SLURM_RESTART_COUNT": str(restart)}, step) == 75
     said = capsys.readouterr().err.splitlines()
-    assert said[:2] == ["stopped: before a step was trained; requeued"] * 2
+    assert said[:2] == ["stopped: the tasks were ended by a signal; requeued"] * 2
     assert said[2].startswith("stopped: 3 starts of job 17 in a row ended before a step was trained")
 
 

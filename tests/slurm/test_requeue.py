@@ -1,6 +1,7 @@
 """Whether a job goes back into the queue, and which tasks a process is one of, without SLURM."""
 
 import re
+import signal
 from datetime import datetime
 from pathlib import Path
 
@@ -115,6 +116,12 @@ def test_a_requeue_that_fails_is_a_sentence_and_no_traceback(scontrol, monkeypat
     said = slurm.requeue({"SLURM_JOB_ID": "17"})
     assert said.startswith("job 17 could not be put back into the queue") and sentence in said
     assert said.endswith("submit it again to continue from there")
+
+
+def test_the_signal_that_a_requeue_brings_does_not_end_the_request(scontrol, monkeypatch):
+    scontrol(requeue="kill -TERM $$; kill -USR1 $$; exit 0")  # as SLURM signals all of the job's processes
+    assert slurm.requeue({"SLURM_JOB_ID": "17"}) == "job 17 goes back into the queue and continues from there"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 STEP = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2"}
