@@ -106,7 +106,7 @@ def _slurm_environment() -> ClusterEnvironment:
     tasks = slurm.layout(os.environ)
     if tasks is None:
         return LightningEnvironment()
-    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks[0])  # of the step; it may be missing, or the job's
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks[0])  # the step's; it may be missing, or the job's
     # Lightning's requeue saves inside the signal handler; `RunCheckpoint` does it at the step boundary.
     return SLURMEnvironment(auto_requeue=False)
 

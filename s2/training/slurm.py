@@ -47,7 +47,8 @@ def layout(environment: Mapping[str, str]) -> tuple[int, int] | None:
                 f"start it with srun, one task per GPU, or with scripts/slurm/pretrain.sbatch"
             )
         return None
-    tasks = int(environment.get("SLURM_NTASKS", "1"))
+    # In the shell of an interactive allocation SLURM_NTASKS is what the allocation may start.
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
     if tasks == 1:
         return None
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))

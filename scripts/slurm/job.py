@@ -46,9 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     step.take_signals()
     environment = dict(os.environ)
     slurm.limit(environment)
-    if kind == "eval":
-        return evaluate(environment, step)
-    return train(kind, environment, step)
+    try:
+        return evaluate(environment, step) if kind == "eval" else train(kind, environment, step)
+    except WarnedError:
+        return stopped(f"warned before a task was there; {slurm.requeue(environment)}")
 
 
 def train(kind: str, environment: dict[str, str], step: Step) -> int:
@@ -70,7 +71,7 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
     command = ["-m", "s2.training.cli", str(record.recipe), *overrides]
     record.note(["python", *command], progress_of(run))
     say_start(environment, f"{shlex.join(['python', *command])} on {nodes} x {tasks} tasks of {cpus} CPUs")
-    for sentence in record.differences(source) if record.is_restart else ():
+    for sentence in [*(record.differences(source) if record.is_restart else ()), *short_time(environment)]:
         print(f"note: {sentence}", flush=True)
     environment["S2_JOB_RECORD"] = str(record.folder)
     code = step.run(nodes, tasks, cpus, command, environment)
@@ -230,7 +231,7 @@ class Step:
     SIGTERM is left to srun and the tasks, which get it too, so that this process outlives them.
 
     Args:
-        raises: on USR1 raise WarnedError; else the step gets it.
+        raises: on USR1 raise WarnedError; else a step that runs gets it.
     """
 
     def __init__(self, *, raises: bool) -> None:
@@ -255,11 +256,10 @@ class Step:
         return 128 - code if code < 0 else code
 
     def _warned(self, number: int, frame: Any) -> None:
-        if self._raises:
+        if self._raises or self._process is None:
             signal.signal(number, signal.SIG_IGN)  # one is enough
             raise WarnedError
-        if self._process is not None:
-            self._process.send_signal(number)
+        self._process.send_signal(number)
 
 
 def srun(nodes: int, tasks: int, cpus: int) -> list[str]:
@@ -293,6 +293,20 @@ def made_way(code: int, environment: Mapping[str, str]) -> bool:
         return False  # cancelled, or back in the queue already
     is_near = job.seconds_left is not None and job.seconds_left < WARNING + _LATE
     return job.reason == "TimeLimit" or job.preempted or is_near
+
+
+def short_time(environment: Mapping[str, str]) -> list[str]:
+    """A sentence where the time limit is so near that the run will be warned at once."""
+    try:
+        left = slurm.ask(slurm.job_id(environment)).seconds_left
+    except ValueError:
+        return []
+    if left is None or left > WARNING + _LATE:
+        return []
+    return [
+        f"{left:.0f} s to the time limit, of which the sbatch files warn {WARNING} s before: the run will stop after a "
+        f"few steps, unless the job was submitted with a later warning, as --signal=USR1@60"
+    ]
 
 
 def run_folder(recipe: Path, overrides: list[str]) -> Path:

@@ -193,22 +193,39 @@ def test_a_wrong_recipe_is_refused_once_and_before_any_task(cluster, clone):
     assert clone.log(job) == "error: RECIPE=8b: no such folder under recipes/; there are demo\n"
 
 
-def test_logs_of_an_array_have_the_names_that_squeue_shows(cluster, clone):
+def write_evaluation(clone, lm):
     (clone.folder / "eval").mkdir()
     for name in ("a", "b"):
         (clone.folder / name).mkdir()
         (clone.folder / name / "config.json").write_text("{}")
-    for name in ("__init__", "lm", "needle"):
-        (clone.folder / f"eval/{name}.py").write_text("import sys; print(sys.argv[1:])\n" if name != "__init__" else "")
-    options = ("--array=0-1", "--output=%x-%A_%a.log", "--gpus-per-node=1", "--cpus-per-task=1")
-    job = clone.submit(*options, name="eval", CKPT="a b")
-    logs = [f"{job}_0", f"{job}_1"]
-    done = "['--ckpt', '{}']"
-    for log, checkpoint in zip(logs, "ab", strict=True):
-        cluster.until(
-            lambda log=log, checkpoint=checkpoint: done.format(checkpoint) in clone.log(log, "eval"), f"needle of {log}"
-        )
+    for name, body in (("__init__", ""), ("lm", lm), ("needle", "print(sys.argv[1:])")):
+        (clone.folder / f"eval/{name}.py").write_text(f"import sys, time\n{body}\n")
+
+
+ONE = ("--gpus-per-node=1", "--cpus-per-task=1")
+
+
+def test_logs_of_an_array_have_the_names_that_squeue_shows(cluster, clone):
+    write_evaluation(clone, "print(sys.argv[1:])")
+    job = clone.submit(*ONE, "--array=0-1", "--output=%x-%A_%a.log", name="eval", CKPT="a b")
+    for log, checkpoint in ((f"{job}_0", "a"), (f"{job}_1", "b")):
+        done = f"['--ckpt', '{checkpoint}']"
+        cluster.until(lambda log=log, done=done: done in clone.log(log, "eval"), f"needle of {log}")
         assert clone.log(log, "eval").startswith(f"job {log} (")
+
+
+def test_a_warned_evaluation_of_an_array_requeues_itself_alone_and_not_for_ever(cluster, clone):
+    write_evaluation(clone, "print('table', flush=True); time.sleep(300)")
+    job = clone.submit(*ONE, "--array=0-1", "--output=%x-%A_%a.log", name="eval", CKPT="a b")
+    last = f"{job}_1"  # its bare id is that of the whole array
+    for start in range(3):
+        cluster.until(lambda start=start: clone.log(last, "eval").count("\ntable") == start + 1, "table")
+        cluster.call("scancel", "--batch", "--signal=USR1", last)
+        if start < 2:
+            cluster.restart(last)
+    assert cluster.wait(last, "FAILED", "PENDING") == "FAILED"
+    assert f"the lm-eval table was cut off in 3 starts of job {last}" in clone.log(last, "eval")
+    assert cluster.field(f"{job}_0", "Restarts") == "0" and cluster.field(f"{job}_0", "JobState") == "RUNNING"
 
 
 @pytest.fixture

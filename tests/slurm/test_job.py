@@ -209,3 +209,10 @@ def test_a_table_longer_than_the_time_limit_does_not_begin_anew_for_ever(reposit
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == ["stopped: before the table was finished; requeued"] * 2
     assert "cut off in 3 starts of job 17 and begins anew each time" in said[2] and "longer --time" in said[2]
+
+
+def test_a_time_limit_within_the_warning_is_said(monkeypatch):
+    for left, is_said in ((300.0, True), (7200.0, False), (None, False)):
+        seen = job.slurm.Job("RUNNING", "None", True, 0, False, left)
+        monkeypatch.setattr(job.slurm, "ask", lambda _, seen=seen: seen)
+        assert bool(job.short_time(JOB)) is is_said

@@ -139,6 +139,8 @@ def test_the_layout_is_that_of_the_step():
 def test_a_process_that_srun_did_not_start_waits_for_no_others():
     assert slurm.layout({}) is None
     assert slurm.layout({"SLURM_JOB_ID": "17", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}) is None
+    shell = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}  # of salloc
+    assert slurm.layout(shell) is None
     with pytest.raises(ValueError, match="2 nodes, but srun did not start this process"):
         slurm.layout({"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_NTASKS": "2"})
 
