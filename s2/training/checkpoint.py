@@ -43,7 +43,7 @@ class RunCheckpoint(Checkpoint):
         self.run = run
         self.checkpoints = run.folder / "checkpoints"
         self.seconds = 0.0
-        self._signal: int | None = None
+        self._signals: set[int] = set()
         self._seen_step = -1
         self._saved_step = -1
         self._handlers: dict[int, Any] = {}
@@ -62,7 +62,7 @@ class RunCheckpoint(Checkpoint):
             self._handlers.setdefault(number, previous)
 
     def _note_signal(self, number: int, frame: Any) -> None:
-        self._signal = number
+        self._signals.add(number)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,8 +89,8 @@ class RunCheckpoint(Checkpoint):
 
     def _any_rank_signalled(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
-            return self._signal is not None
-        flag = torch.tensor(float(self._signal is not None), device=trainer.strategy.root_device)
+            return bool(self._signals)
+        flag = torch.tensor(float(bool(self._signals)), device=trainer.strategy.root_device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -119,7 +119,8 @@ class RunCheckpoint(Checkpoint):
         """
         if not self.run.slurm_requeue or "SLURM_JOB_ID" not in os.environ:
             return ""
-        words = f"; {slurm.requeue(os.environ)}" if trainer.is_global_zero else ""
+        warned = self._signals != {signal.SIGTERM}  # none: the signal has reached another rank first
+        words = f"; {slurm.requeue(os.environ, warned=warned)}" if trainer.is_global_zero else ""
         trainer.strategy.barrier()
         return words
 

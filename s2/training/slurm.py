@@ -65,7 +65,7 @@ class Job:
     """What `scontrol show job` says about a job.
 
     Attributes:
-        state: RUNNING, COMPLETING (any job that is being ended), TIMEOUT, CANCELLED, PENDING, ...
+        state: RUNNING, SIGNALING, COMPLETING (any job that is being ended), TIMEOUT, CANCELLED, PENDING, ...
         reason: TimeLimit for a job that has reached it.
         may_requeue: false for --no-requeue.
         restarts: how often it has gone back into the queue; SLURM counts up when it does, not when the job starts.
@@ -105,7 +105,11 @@ class Job:
 
         In all other cases somebody has decided already: SLURM has put it back itself, or it was cancelled.
         """
-        return self.state == "RUNNING" or self.reason == "TimeLimit"
+        return self.is_running() or self.reason == "TimeLimit"
+
+    def is_running(self) -> bool:
+        """Whether nobody has ended the job; while SLURM sends a signal it calls a running job SIGNALING."""
+        return self.state in ("RUNNING", "SIGNALING")
 
 
 def ask(job: str) -> Job:
@@ -129,7 +133,7 @@ def limit(environment: Mapping[str, str]) -> int:
     return int(text)
 
 
-def obstacle(job: Job, name: str, started: int, most: int) -> str | None:
+def obstacle(job: Job, name: str, started: int, most: int, *, warned: bool) -> str | None:
     """Why the job `name` is not put back into the queue, as a sentence; None where it can be.
 
     Args:
@@ -137,12 +141,18 @@ def obstacle(job: Job, name: str, started: int, most: int) -> str | None:
         name: its id.
         started: its number of restarts when this process began.
         most: restarts that it may have.
+        warned: the warning signal came. SIGTERM alone also comes from srun, when another task has failed.
     """
     if job.restarts > started:
         return f"SLURM has put job {name} back into the queue itself"
     if not job.is_ours_to_requeue():
         cause = "preempted" if job.preempted else "cancelled or ended by SLURM"
-        return f"job {name} was {cause} and does not go back into the queue; {_AGAIN}"
+        return f"job {name} was {cause} ({job.state}) and does not go back into the queue; {_AGAIN}"
+    if job.is_running() and not (warned or job.preempted):
+        return (
+            f"job {name} is not making way (another task has failed, or somebody has stopped this one), and does "
+            f"not go back into the queue; {_AGAIN}"
+        )
     if not job.may_requeue:
         return f"job {name} may not go back into the queue (--no-requeue); {_AGAIN}"
     if job.restarts >= most:
@@ -153,15 +163,19 @@ def obstacle(job: Job, name: str, started: int, most: int) -> str | None:
     return None
 
 
-def requeue(environment: Mapping[str, str]) -> str:
+def requeue(environment: Mapping[str, str], *, warned: bool) -> str:
     """Put this process's job back into the queue where that is ours to do; one sentence about what became of it.
 
     Never raises: the checkpoint is there, and how the job goes on is not worth a traceback.
+
+    Args:
+        environment: of a process of the job.
+        warned: whether SLURM's warning signal (SIGUSR1) came, and not SIGTERM alone.
     """
     name = job_id(environment)
     started = int(environment.get("SLURM_RESTART_COUNT", "0"))
     try:
-        if words := obstacle(ask(name), name, started, limit(environment)):
+        if words := obstacle(ask(name), name, started, limit(environment), warned=warned):
             return words
         _scontrol("requeue", name)
     except ValueError as error:

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return evaluate(environment, step) if kind == "eval" else train(kind, environment, step)
     except WarnedError:
-        return stopped(f"warned before a task was there; {slurm.requeue(environment)}")
+        return stopped(f"warned before a task was there; {slurm.requeue(environment, warned=True)}")
 
 
 def train(kind: str, environment: dict[str, str], step: Step) -> int:
@@ -83,7 +83,7 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
             f"{idle} starts of job {record.job} in a row ended before a step was trained; it does not start again "
             f"(submit it with a longer --time)"
         )
-    return stopped(f"the tasks were ended by a signal; {slurm.requeue(environment)}")
+    return stopped(f"the tasks were ended by a signal; {slurm.requeue(environment, warned=True)}")
 
 
 def evaluate(environment: dict[str, str], step: Step) -> int:
@@ -125,7 +125,7 @@ def evaluate(environment: dict[str, str], step: Step) -> int:
                 f"the lm-eval table was cut off in {idle} starts of job {record.job} and begins anew each time; the "
                 f"job does not start again: submit it with a longer --time, or with fewer TASKS a job"
             )
-        return stopped(f"before the {phase} was finished; {slurm.requeue(environment)}")
+        return stopped(f"before the {phase} was finished; {slurm.requeue(environment, warned=True)}")
     return ending.DONE
 
 

@@ -128,7 +128,15 @@ class Cluster:
     def restart(self, job: str) -> None:
         """Start a requeued job now and not after the two minutes that SLURM waits."""
         self.wait(job, "PENDING")
-        self.call("scontrol", "update", f"job={job}", "StartTime=now")
+        time.sleep(2)  # a job that starts in the second of its requeue has a credential that was revoked then
+
+        def is_started() -> bool:
+            if self.field(job, "JobState") == "PENDING":  # SLURM may set its own time after ours, so more than once
+                with contextlib.suppress(AssertionError):  # it has started meanwhile
+                    self.call("scontrol", "update", f"job={job}", "StartTime=now")
+            return self.field(job, "JobState") not in ("PENDING", "COMPLETING")
+
+        self.until(is_started, f"restart of job {job}")
 
     def until(self, is_so: Callable[[], bool], what: str, seconds: float = 180) -> None:
         """Wait for something."""

@@ -1,7 +1,9 @@
 """The sbatch files on a SLURM of one node, most of them with a stand-in for the trainer (`trainer.py`)."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -92,7 +94,10 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, clone):
     cluster.call("scancel", job)
     assert cluster.wait(job, "CANCELLED", "PENDING", "FAILED") == "CANCELLED"
     assert cluster.field(job, "Restarts") == "0"
-    assert "was cancelled or ended by SLURM and does not go back" in (clone.seen / f"{job}.0.saved").read_text()
+    assert (
+        "was cancelled or ended by SLURM (COMPLETING) and does not go back"
+        in (clone.seen / f"{job}.0.saved").read_text()
+    )
 
 
 @pytest.mark.parametrize("who", ["a job of more urgency", "an admin"])
@@ -146,6 +151,14 @@ def test_a_warning_before_training_begins_is_not_lost(cluster, clone):
     cluster.restart(job)
     assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
     assert f"stopped: the tasks were ended by a signal; job {job} goes back into the queue" in clone.log(job)
+
+
+def test_a_job_of_which_a_task_died_fails_and_does_not_come_back(cluster, clone):
+    job = clone.submit(*SMALL)
+    clone.task(job)
+    os.kill(int(clone.task(job, rank=1)["environment"]["SLURM_TASK_PID"]), signal.SIGKILL)
+    assert cluster.wait(job, "FAILED", "PENDING", "COMPLETED") == "FAILED"
+    assert "is not making way" in clone.log(job) and cluster.field(job, "Restarts") == "0"
 
 
 def test_a_part_of_a_node_can_be_had_in_every_spelling(cluster, clone):

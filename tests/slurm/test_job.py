@@ -173,7 +173,7 @@ def test_a_failure_is_told_from_a_job_that_makes_way(monkeypatch, code, fields, 
 
 
 def test_a_job_that_never_trains_a_step_is_not_requeued_for_ever(repository, monkeypatch, capsys):
-    monkeypatch.setattr(job.slurm, "requeue", lambda _: "requeued")
+    monkeypatch.setattr(job.slurm, "requeue", lambda _, warned: "requeued")
     for restart in range(3):
         step = job.Step(raises=False)
         monkeypatch.setattr(step, "run", lambda *_: 138)
@@ -197,7 +197,7 @@ def test_starting_over_happens_once_a_job_and_not_at_every_restart(repository, m
 def test_a_table_longer_than_the_time_limit_does_not_begin_anew_for_ever(repository, monkeypatch, capsys):
     (repository / "hf").mkdir()
     (repository / "hf/config.json").write_text("{}")
-    monkeypatch.setattr(job.slurm, "requeue", lambda _: "requeued")
+    monkeypatch.setattr(job.slurm, "requeue", lambda _, warned: "requeued")
 
     def warned(*_):
         raise job.WarnedError

@@ -47,31 +47,45 @@ def test_a_job_is_read_from_what_scontrol_shows_and_not_from_its_name():
     [
         ({}, None),  # the warning signal, or the grace time of a preemption
         ({"preempted": "2026-11-30T18:53:36"}, None),
+        ({"state": "SIGNALING"}, None),
         ({"state": "COMPLETING", "reason": "TimeLimit"}, None),
         ({"state": "TIMEOUT", "reason": "TimeLimit"}, None),
         # scancel; SLURM calls all jobs COMPLETING that it is ending
-        ({"state": "COMPLETING"}, "was cancelled or ended by SLURM and does not go back"),
-        ({"state": "CANCELLED"}, "was cancelled or ended by SLURM and does not go back"),
+        ({"state": "COMPLETING"}, r"was cancelled or ended by SLURM \(\w+\) and does not go back"),
+        ({"state": "CANCELLED"}, r"was cancelled or ended by SLURM \(\w+\) and does not go back"),
         # preemption without grace, an admin's requeue
         ({"state": "COMPLETING", "restarts": 1}, "SLURM has put job 17 back into the queue itself"),
         ({"state": "PENDING", "reason": "BeginTime", "restarts": 1}, "SLURM has put job 17 back"),
-        ({"state": "COMPLETING", "requeue": 0, "preempted": "2026-11-30T18:53:36"}, "was preempted and does not go"),
+        ({"state": "COMPLETING", "requeue": 0, "preempted": "2026-11-30T18:53:36"}, "was preempted .* and does not go"),
         ({"requeue": 0}, r"\(--no-requeue\); submit it again to continue"),
         ({"state": "COMPLETING", "reason": "TimeLimit", "requeue": 0}, r"\(--no-requeue\); submit it again"),
     ],
 )
 def test_only_a_job_that_makes_way_is_put_back(fields, sentence):
-    said = slurm.obstacle(slurm.Job.parse(shown(**fields)), "17", 0, most=100)
+    said = slurm.obstacle(slurm.Job.parse(shown(**fields)), "17", 0, most=100, warned=True)
     if sentence is None:
         assert said is None
     else:
         assert said is not None and re.search(sentence, said), said
 
 
+@pytest.mark.parametrize(
+    ("fields", "goes_back"),
+    [
+        ({}, False),  # srun has ended this task, because another one failed
+        ({"preempted": "2026-11-30T18:53:36"}, True),
+        ({"state": "COMPLETING", "reason": "TimeLimit"}, True),
+    ],
+)
+def test_sigterm_alone_does_not_put_back_a_job_that_makes_no_way(fields, goes_back):
+    said = slurm.obstacle(slurm.Job.parse(shown(**fields)), "17", 0, most=100, warned=False)
+    assert (said is None) is goes_back
+
+
 def test_restarts_have_a_limit():
     job = slurm.Job.parse(shown(restarts=4))
-    assert slurm.obstacle(job, "17", started=4, most=5) is None
-    assert "restarted 4 times and MAX_REQUEUES=4" in (slurm.obstacle(job, "17", started=4, most=4) or "")
+    assert slurm.obstacle(job, "17", started=4, most=5, warned=True) is None
+    assert "restarted 4 times and MAX_REQUEUES=4" in (slurm.obstacle(job, "17", started=4, most=4, warned=True) or "")
     assert slurm.limit({}) == 100 and slurm.limit({"MAX_REQUEUES": "0"}) == 0
     for wrong in ("-1", "many", "1.5"):
         with pytest.raises(ValueError, match=f"MAX_REQUEUES={wrong} is a number"):
@@ -94,9 +108,11 @@ def scontrol(tmp_path, monkeypatch):
 
 def test_a_requeue_names_the_job_and_of_an_array_only_its_own_task(scontrol):
     told = scontrol()
-    assert slurm.requeue({"SLURM_JOB_ID": "17"}) == "job 17 goes back into the queue and continues from there"
+    assert (
+        slurm.requeue({"SLURM_JOB_ID": "17"}, warned=True) == "job 17 goes back into the queue and continues from there"
+    )
     array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
-    assert "job 12_3 goes back" in slurm.requeue(array)
+    assert "job 12_3 goes back" in slurm.requeue(array, warned=True)
     assert told.read_text().splitlines() == ["show job 17", "requeue 17", "show job 12_3", "requeue 12_3"]
 
 
@@ -113,14 +129,16 @@ def test_a_requeue_that_fails_is_a_sentence_and_no_traceback(scontrol, monkeypat
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         scontrol(**how)
-    said = slurm.requeue({"SLURM_JOB_ID": "17"})
+    said = slurm.requeue({"SLURM_JOB_ID": "17"}, warned=True)
     assert said.startswith("job 17 could not be put back into the queue") and sentence in said
     assert said.endswith("submit it again to continue from there")
 
 
 def test_the_signal_that_a_requeue_brings_does_not_end_the_request(scontrol, monkeypatch):
     scontrol(requeue="kill -TERM $$; kill -USR1 $$; exit 0")  # as SLURM signals all of the job's processes
-    assert slurm.requeue({"SLURM_JOB_ID": "17"}) == "job 17 goes back into the queue and continues from there"
+    assert (
+        slurm.requeue({"SLURM_JOB_ID": "17"}, warned=True) == "job 17 goes back into the queue and continues from there"
+    )
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 

@@ -30,7 +30,7 @@ while not signals:
     time.sleep(0.05)
 saved = seen / f"{job}.{restart}.saved"
 if rank == 0:
-    words = slurm.requeue(os.environ)
+    words = slurm.requeue(os.environ, warned=signals != [signal.SIGTERM])
     saved.write_text(words)
 while not saved.exists():
     time.sleep(0.05)
