@@ -95,13 +95,15 @@ class Cluster:
 
     def stop(self) -> None:
         """End all jobs, then the daemons."""
-        with contextlib.suppress(subprocess.CalledProcessError, AssertionError):
+        with contextlib.suppress(AssertionError):
             self.call("scancel", "--signal=KILL", "--full", "--state=RUNNING")
             self.call("scancel", "--state=PENDING")
             self.until(lambda: not self.call("squeue", "-h").strip(), "an empty queue")
         for name in ("slurmd", "slurmctld", "munged"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-                os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError, AssertionError):
+                pid = int((self.folder / f"{name}.pid").read_text())
+                os.kill(pid, signal.SIGTERM)
+                self.until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"end of {name}", 20)
 
     def call(self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
         """Output of a command."""
