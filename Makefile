@@ -34,7 +34,10 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## make .venv with everything installed
 
+# A job installs nothing: its node may have no network, and other jobs may be using the environment.
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@test -z "$${SLURM_JOB_ID:-}" -o -n '$(filter setup,$(MAKECMDGOALS))' || { echo 'error: $(VENV) is missing or older \
+	than pyproject.toml, and a SLURM job installs nothing: run `make setup` on the login node' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) (a few minutes the first time)'
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
