@@ -18,8 +18,9 @@ def find_heldout(checkpoint: str | Path) -> Path:
         if (parent / "data" / "heldout" / "manifest.json").is_file():
             return parent / "data" / "heldout"
     raise FileNotFoundError(
-        f"checkpoint {checkpoint} has no held-out shards near it (expected {folder.parents[1]}/data/heldout);"
-        " name a text or jsonl file, or a shard folder"
+        f"checkpoint {checkpoint} has no held-out shards near it (expected {folder.parent.parent}/data/heldout); name"
+        " documents to read (text, jsonl, parquet or a shard folder): --heldout FILE for s2_heldout, --haystack FILE"
+        " for the needle"
     )
 
 
