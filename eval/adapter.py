@@ -16,7 +16,7 @@ Differences from lm-eval's own Hugging Face model, all of them on purpose:
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +28,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from eval.checkpoint import Checkpoint, bos_of, memory_for
+from eval.answers import Answers
+from eval.checkpoint import Checkpoint, memory_for
+from eval.encoding import PromptEncoder
 from eval.sampling import Sampling
 from s2.inference.generate import generate
 from s2.model.loss import chunk_rows
@@ -94,19 +95,13 @@ class S2LM(TemplateLM):
             )
         self.max_length = max_length or limit
         self._device = self.checkpoint.device
-        own = bos_of(self.checkpoint.tokenizer)
-        self.bos_id = self.checkpoint.config.bos_token_id if own is None else own
-        self.add_bos_token = own is not None if add_bos_token is None else add_bos_token
-        if self.add_bos_token and self.bos_id is None:
-            raise ValueError(f"add_bos_token: the checkpoint {self.checkpoint.folder} has no BOS token")
-        if not self.checkpoint.eos_ids:
-            raise ValueError(f"{self.checkpoint.folder}/config.json has no eos_token_id; lm-eval needs one")
+        self.encoder = PromptEncoder(self.checkpoint, add_bos_token)
         self.batch_size = batch_size
         self.max_batch_size = max_batch_size
         self.batch_tokens = batch_tokens
         self.on_overflow = on_overflow
         self.overflow: Counter[str] = Counter()
-        self.encoder = self.checkpoint.tokenizer
+        self.answers: Answers | None = None  # of an interrupted evaluation
 
     @property
     def eot_token_id(self) -> int:
@@ -114,7 +109,11 @@ class S2LM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self.bos_id is None else self.bos_id
+        return self.encoder.prefix_id
+
+    @property
+    def add_bos_token(self) -> bool:
+        return self.encoder.add_bos_token
 
     @property
     def max_gen_toks(self) -> int:
@@ -124,88 +123,43 @@ class S2LM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.checkpoint.folder).replace("/", "__")
 
-    def bos_setting(self) -> str:
-        """For the line above a table: what stands before every text."""
-        token = self.checkpoint.tokenizer.id_to_token(self.prefix_token_id)
-        return f"yes ({token})" if self.add_bos_token else f"no (empty contexts and rolling windows begin with {token})"
-
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The checkpoint's chat template as transformers fills it in. From then on special tokens in a text are read
-        as such, because the template writes them."""
-        if self.encoder is self.checkpoint.tokenizer:
-            self.encoder = Tokenizer.from_str(self.checkpoint.tokenizer.to_str())
-            self.encoder.encode_special_tokens = False
-        text = self._templates.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return cast("str", text)
-
-    @cached_property
-    def _templates(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(self.checkpoint.folder))
+        return self.encoder.chat(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with BOS in front as set, unless the text itself starts with it."""
-        tokens = self.encoder.encode(string, add_special_tokens=False).ids
-        size = self.checkpoint.config.vocab_size
-        if tokens and max(tokens) >= size:  # a special token of a chat template, or `load_tokenizer` had refused it
-            token = self.encoder.id_to_token(max(tokens))
-            raise ValueError(
-                f"the chat template writes {token!r}, for which the model of {size} tokens has no embedding"
-            )
-        wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        bos = self.bos_id
-        return [bos, *tokens] if wanted and bos is not None and tokens[:1] != [bos] else tokens
+        return self.encoder.encode(string, with_bos=add_special_tokens)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each answer after its context, and whether greedy decoding would say it.
 
         Raises ValueError for an answer without a token, or that cannot be told from its context.
         """
-        encoded = [(request.args, *self._encode_pair(*request.args)) for request in requests]
-        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of a context (at least one) and of its answer; white space between them belongs to the answer."""
-        asked = f"the answer {continuation!r} after {context[-40:]!r}"
-        bare = context.rstrip()
-        continuation = context[len(bare) :] + continuation
-        if bare:
-            head, whole = self.tok_encode(bare), self.tok_encode(bare + continuation)
-            answer = whole[len(head) :]
-            if whole[: len(head)] != head:
-                answer = self._encode_apart(head, whole, continuation, asked)
-        else:
-            head, answer = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
-            if answer[:1] == head:
-                answer = answer[1:]
-        if not answer:
-            raise ValueError(f"{asked} has no token; the likelihood of nothing says nothing")
-        return head, answer
+        def score(fresh: Sequence[Instance]) -> list[tuple[float, bool]]:
+            encoded = [(request.args, *self.encoder.pair(*request.args)) for request in fresh]
+            return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
-    def _encode_apart(self, head: list[int], whole: list[int], continuation: str, asked: str) -> list[int]:
-        """Tokens of an answer that would share a token with its context: those that spell it after the context's.
+        return self._answer("loglikelihood", requests, score)
 
-        A tokenizer that marks the beginning of a text (SentencePiece) is asked for what follows some other text.
-        """
-        spelled = self.encoder.decode(whole, skip_special_tokens=False)
-        for lead in ("", "\n", ".", "a"):
-            before, both = (self.tok_encode(lead + text, add_special_tokens=False) for text in ("", continuation))
-            answer = both[len(before) :]
-            if (
-                both[: len(before)] == before
-                and self.encoder.decode(head + answer, skip_special_tokens=False) == spelled
-            ):
-                return answer
-        raise ValueError(f"{asked} shares a token with its context, and cannot be tokenized without it")
+    def _answer(self, kind: str, requests: Sequence[Instance], compute: Callable[[Sequence[Instance]], list]) -> list:
+        """What an interrupted evaluation has answered already, and of the rest what `compute` returns."""
+        if self.answers is None:
+            return compute(requests)
+        known = [self.answers.get(kind, request.args) for request in requests]
+        self.overflow.update(cut for _, cut in filter(None, known) if cut)
+        computed = iter(compute([request for request, answer in zip(requests, known, strict=True) if answer is None]))
+        return [next(computed) if answer is None else answer[0] for answer in known]
+
+    def _keep(self, kind: str, args: Any, result: Any, cut: str | None = None) -> None:
+        self.cache_hook.add_partial(kind, args, result)
+        if self.answers is not None:
+            self.answers.add(kind, args, result, cut)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts in windows of max_length tokens, the first after one BOS (or EOS)."""
+        return self._answer("loglikelihood_rolling", requests, lambda fresh: self._rolling(fresh, disable_tqdm))
+
+    def _rolling(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[float]:
         windows: list[tuple[int, Scored]] = []
         for i, request in enumerate(requests):
             rolling = utils.get_rolling_token_windows(
@@ -215,18 +169,37 @@ class S2LM(TemplateLM):
                 context_len=1,
             )
             windows += [(i, (None, *utils.make_disjoint_window(window))) for window in rolling]
-        totals = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens([window for _, window in windows], disable_tqdm)
-        for (i, _), (value, _) in zip(windows, scores, strict=True):
-            totals[i] += value
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        totals, left = [0.0] * len(requests), Counter(i for i, _ in windows)
+
+        def add(index: int, result: tuple[float, bool]) -> None:
+            i = windows[index][0]
+            totals[i] += result[0]
+            left[i] -= 1
+            if left[i] == 0:
+                self._keep("loglikelihood_rolling", requests[i].args, totals[i])
+
+        self._score([window for _, window in windows], add, disable_tqdm)
         return totals
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool] | None] = [None] * len(requests)
+
+        def take(index: int, result: tuple[float, bool]) -> None:
+            results[index] = result
+            asked, context, answer = requests[index]
+            if asked is not None:
+                cut = "request" if len(context) + len(answer) > self.max_length + 1 else None
+                self._keep("loglikelihood", asked, result, cut)
+
+        self._score(requests, take, disable_tqdm)
+        return cast("list[tuple[float, bool]]", results)
+
+    def _score(
+        self, requests: Sequence[Scored], take: Callable[[int, tuple[float, bool]], None], disable_tqdm: bool
+    ) -> None:
+        """Score requests, longest first, and hand each result to `take` as soon as it is there."""
         rows: list[list[int]] = []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -240,12 +213,9 @@ class S2LM(TemplateLM):
             with self._memory_for(len(batch), len(rows[batch[0]])):
                 scored = self._score_batch([rows[i] for i in batch], [requests[i][2] for i in batch])
             for i, result in zip(batch, scored, strict=True):
-                results[i] = result
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
+                take(i, result)
             bar.update(len(batch))
         bar.close()
-        return cast("list[tuple[float, bool]]", results)
 
     @torch.inference_mode()
     def _score_batch(self, rows: list[list[int]], targets: list[list[int]]) -> list[tuple[float, bool]]:
@@ -283,9 +253,13 @@ class S2LM(TemplateLM):
 
         Raises ValueError for an option that is not implemented (see `Sampling`) or leaves no room for a prompt.
         """
+        return self._answer("generate_until", requests, lambda fresh: self._continue(fresh, disable_tqdm))
+
+    def _continue(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[str]:
         results: list[str | None] = [None] * len(requests)
         groups: defaultdict[tuple[Sampling, int], list[int]] = defaultdict(list)
         prompts: list[list[int]] = []
+        cut: list[str | None] = []
         for i, request in enumerate(requests):
             text, given = request.args
             options = Sampling.read(given, self.max_gen_toks)
@@ -295,7 +269,9 @@ class S2LM(TemplateLM):
                     f"a request generates up to {options.max_new_tokens} tokens, which leaves no room for"
                     f" a prompt in max_length={self.max_length}; lower max_gen_toks"
                 )
-            prompts.append(self._fit(self.tok_encode(text) or [self.prefix_token_id], room, "prompt"))
+            tokens = self.tok_encode(text) or [self.prefix_token_id]
+            cut.append("prompt" if len(tokens) > room else None)
+            prompts.append(self._fit(tokens, room, "prompt"))
             groups[options, len(prompts[-1])].append(i)
         generators = {options: options.generator(self._device) for options, _ in groups}
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="request")
@@ -307,7 +283,8 @@ class S2LM(TemplateLM):
                     texts = self._generate_batch([prompts[i] for i in batch], options, generators[options])
                 for i, text in zip(batch, texts, strict=True):
                     results[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    if options.temperature == 0:  # what is drawn differs each time
+                        self._keep("generate_until", requests[i].args, text, cut[i])
                 bar.update(len(batch))
         bar.close()
         return cast("list[str]", results)

@@ -7,13 +7,15 @@
 
 Prints lm-eval's own table under a header that says what the numbers depend on (layout, max_length, BOS,
 shots, limit, data, cut inputs) and writes both as Markdown, and the results as JSON, into the run's results
-folder. Importing this module registers the model as `s2` with lm-eval.
+folder. The same command started again after an interruption goes on where it stopped. Importing this module registers
+the model as `s2` with lm-eval.
 """
 
 import argparse
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from lm_eval.tasks._index import Entry
 from lm_eval.utils import make_table
 
 from eval.adapter import S2LM
+from eval.answers import Answers
 from eval.checkpoint import check_checkpoint, results_folder
 from eval.heldout import find_heldout
 from eval.local_tasks import LocalTasks, write_local_tasks
@@ -48,11 +51,14 @@ def evaluate(
     data_dir: Path | None = None,
     metadata: dict[str, Any] | None = None,
     log_samples: bool = False,
+    unfinished: Path | None = None,
 ) -> dict[str, Any]:
     """Run tasks by their lm-eval names and return lm-eval's results, with our header under `s2`.
 
     Stock tasks read the hub, or local files under `data_dir` (see `eval.local_tasks`). `metadata` reaches
-    the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER.
+    the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER. Where
+    `unfinished` names a folder, answers are kept there (`eval.answers`), and the same call after an interruption goes
+    on from them; `lm.answers.discard()` ends that.
 
     Raises ValueError for an unknown task, settings out of range or lengths in `metadata` beyond the model's;
     FileNotFoundError for missing local data.
@@ -82,30 +88,31 @@ def evaluate(
             num_fewshot=num_fewshot,
             data_dir=data_dir,
         )
-        lm.overflow.clear()
-        results = lm_eval.simple_evaluate(
-            lm,
-            tasks=list(tasks),
+        conditions = Conditions(
+            checkpoint=str(lm.checkpoint.folder.resolve()),
+            tasks=tuple(tasks),
+            max_length=lm.max_length,
+            bos=lm.encoder.bos_setting(),
+            dtype=lm.checkpoint.describe()["dtype"],
+            on_overflow=lm.on_overflow,
             num_fewshot=num_fewshot,
             limit=limit,
-            task_manager=manager,
-            log_samples=log_samples,
-            metadata=for_tasks,
+            data=str(data_dir.resolve()) if stock and data_dir is not None else None,
+            heldout=str(Path(heldout).resolve()) if heldout and "s2_heldout" in tasks else None,
+            metadata=given,
         )
+        lm.overflow.clear()
+        with _kept_answers(lm, unfinished, conditions):
+            results = lm_eval.simple_evaluate(
+                lm,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=log_samples,
+                metadata=for_tasks,
+            )
     assert results is not None
-    conditions = Conditions(
-        checkpoint=str(lm.checkpoint.folder.resolve()),
-        tasks=tuple(tasks),
-        max_length=lm.max_length,
-        bos=lm.bos_setting(),
-        dtype=lm.checkpoint.describe()["dtype"],
-        on_overflow=lm.on_overflow,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        data=str(data_dir.resolve()) if stock and data_dir is not None else None,
-        heldout=str(Path(heldout).resolve()) if heldout and "s2_heldout" in tasks else None,
-        metadata=given,
-    )
     results["s2"] = {
         **lm.checkpoint.describe(),
         **conditions.describe(),
@@ -114,6 +121,20 @@ def evaluate(
     }
     results["s2_files"] = {"name": conditions.name, "content": conditions.content(local.files)}
     return results
+
+
+@contextmanager
+def _kept_answers(lm: S2LM, folder: Path | None, conditions: Conditions) -> Iterator[None]:
+    lm.answers = None
+    if folder is not None:
+        lm.answers = Answers(folder, conditions.name, {"fingerprint": lm.checkpoint.describe()["fingerprint"]})
+        if len(lm.answers):
+            print(f"{len(lm.answers):,} answers of an interrupted evaluation are there; going on from them", flush=True)
+    try:
+        yield
+    finally:
+        if lm.answers is not None:
+            lm.answers.close()
 
 
 def check_tasks(tasks: Sequence[str], data_dir: Path | None) -> list[str]:
@@ -266,11 +287,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_dir=args.data_dir,
         metadata=args.metadata | ({"heldout": str(args.heldout)} if args.heldout else {}),
         log_samples=args.log_samples,
+        unfinished=output,
     )
     text = table(results)
     print(f"\n{text}", flush=True)  # first: whatever happens to the files, the numbers are there
     for file in write_results(output, results, text):
         print(file)
+    if lm.answers is not None:
+        lm.answers.discard()
 
 
 if __name__ == "__main__":

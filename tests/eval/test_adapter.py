@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from eval.adapter import S2LM
+from eval.answers import Answers
 from eval.sampling import Sampling
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
@@ -52,12 +53,12 @@ def test_an_answer_that_joins_its_context_is_scored_by_all_of_its_characters(lm,
     model = lm if which == "bytes" else marking
     alone = model.tok_encode("the ri")
     assert model.tok_encode("the river")[: len(alone)] != alone
-    head, answer = model._encode_pair("the ri", "ver")
+    head, answer = model.encoder.pair("the ri", "ver")
     assert head == alone and model.encoder.decode(head + answer).endswith("the river")
     expected = model._loglikelihood_tokens([(None, head, answer)], disable_tqdm=True)[0]
     assert score(model, "the ri", "ver") == expected and expected[0] < 0
     # where nothing joins, answers have the tokens that the whole text gives them
-    head, answer = model._encode_pair("the old", " river")
+    head, answer = model.encoder.pair("the old", " river")
     assert head + answer == model.tok_encode("the old river") and head == model.tok_encode("the old")
 
 
@@ -193,3 +194,59 @@ def test_a_missing_checkpoint_file_is_named(folder, tmp_path):
     (tmp_path / "hf/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer.json"):
         S2LM(Path(tmp_path / "hf"), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_an_interrupted_evaluation_goes_on_from_its_answers(lm, tmp_path, monkeypatch, kind):
+    options = {"max_gen_toks": 4, "until": []}
+    made = {
+        "loglikelihood": lambda i: (prose(i % 4 * 6 + 1, i), " the river"),
+        "loglikelihood_rolling": lambda i: (prose(i % 4 * 6 + 1, i),),
+        "generate_until": lambda i: (prose(i % 4 * 6 + 1, i), options),
+    }[kind]
+    requests = [Instance(kind, {}, made(i), i) for i in range(8)]
+
+    def model(answers=True):
+        ours = S2LM(lm.checkpoint, max_length=64, batch_size=2)
+        ours.answers = Answers(tmp_path, "table", {"fingerprint": "one"}) if answers else None
+        return ours
+
+    def run(ours):
+        return getattr(ours, kind)(requests, disable_tqdm=True)
+
+    expected = model(answers=False)
+    results = run(expected)
+    interrupted, calls = model(), []
+    for name in ("_score_batch", "_generate_batch"):
+        whole = getattr(interrupted, name)
+
+        def until_interrupted(*args, whole=whole):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return whole(*args)
+
+        monkeypatch.setattr(interrupted, name, until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted)
+    interrupted.answers.close()
+    file = tmp_path / ".unfinished" / "table.jsonl"
+    file.write_text(file.read_text() + '["torn')  # by a kill
+    resumed = model()
+    assert 0 < len(resumed.answers) < len(requests)
+    again = run(resumed)
+    if kind == "loglikelihood":
+        assert [greedy for _, greedy in again] == [greedy for _, greedy in results]
+        again, results = ([value for value, _ in answers] for answers in (again, results))
+    assert again == (results if kind == "generate_until" else pytest.approx(results, abs=1e-4))
+    assert resumed.overflow_note() == expected.overflow_note()
+    resumed.answers.discard()
+    assert not file.exists() and len(model().answers) == 0
+
+
+def test_answers_of_other_weights_are_not_used(tmp_path):
+    first = Answers(tmp_path, "table", {"fingerprint": "one"})
+    first.add("loglikelihood", ("a", "b"), (-1.0, True), None)
+    first.close()
+    assert Answers(tmp_path, "table", {"fingerprint": "one"}).get("loglikelihood", ("a", "b")) == ((-1.0, True), None)
+    assert len(Answers(tmp_path, "table", {"fingerprint": "two"})) == 0

@@ -99,7 +99,9 @@ def test_greedy_flag_tells_the_models_own_continuation(lm):
 def test_bos_is_as_set_and_never_doubled(dense):
     as_tokenizer = S2LM(dense, device="cpu")
     adds = as_tokenizer.add_bos_token
-    assert adds == ("bos" in as_tokenizer.bos_setting() and as_tokenizer.bos_setting().startswith("yes"))
+    assert adds == (
+        "bos" in as_tokenizer.encoder.bos_setting() and as_tokenizer.encoder.bos_setting().startswith("yes")
+    )
     for wanted in (True, False):
         lm = S2LM(as_tokenizer.checkpoint, add_bos_token=wanted)
         assert (lm.tok_encode("the river")[0] == 0) is wanted
