@@ -84,6 +84,8 @@ class S2LM(TemplateLM):
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise ValueError(f"batch_size={batch_size!r}: expected a number of rows, or 'auto'")
         if isinstance(pretrained, Checkpoint):
+            if device is not None or dtype is not None:
+                raise ValueError(f"device={device}, dtype={dtype}: the checkpoint is loaded already")
             self.checkpoint = pretrained
         else:
             self.checkpoint = Checkpoint.load(pretrained, device, getattr(torch, dtype) if dtype else None)

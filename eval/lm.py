@@ -37,6 +37,7 @@ from s2.files import require_writable, temporary_folder
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 OWN_TASKS = ("s2_heldout", "s2_passkey")
+_OWN_METADATA = ("heldout", "samples", "seed", "num_lengths")
 _LIMITS = "expected a number of documents, at least 1, or a fraction of them below 1"
 
 __all__ = ["OWN_TASKS", "S2LM", "evaluate", "main"]
@@ -71,6 +72,8 @@ def evaluate(
             " and the scores meaningless"
         )
     stock = check_tasks(tasks, data_dir)
+    if not stock and (unknown := sorted(set(given) - set(_OWN_METADATA))):
+        raise ValueError(f"--metadata {unknown[0]}: {', '.join(tasks)} take only {', '.join(_OWN_METADATA)}")
     check_amounts(limit, num_fewshot)
     local = LocalTasks()
     heldout = given.pop("heldout", None) or (find_heldout(lm.checkpoint.folder) if "s2_heldout" in tasks else None)

@@ -142,6 +142,10 @@ def test_impossible_settings_are_refused(sparse, lm):
         evaluate(lm, ["helaswag"])
     with pytest.raises(ValueError, match=r"--data-dir .*: s2_passkey do not read it"):
         evaluate(lm, ["s2_passkey"], data_dir=sparse)
+    with pytest.raises(ValueError, match="--metadata sample: s2_passkey take only heldout, samples, seed, num_lengths"):
+        evaluate(lm, ["s2_passkey"], metadata={"sample": 3})
+    with pytest.raises(ValueError, match="s2_passkey: samples=0; expected a whole number"):
+        evaluate(lm, ["s2_passkey"], metadata={"samples": 0})
     for limit in (0, -1, 2.5):
         with pytest.raises(ValueError, match=rf"--limit {limit}: expected a number of documents, at least 1, or a"):
             evaluate(lm, ["s2_passkey"], limit=limit)
