@@ -35,7 +35,7 @@ def load_into(model: Transformer, folder: str) -> None:
                 f"{error} (that is {folder}/config.json with the keys of the recipe's model.config)"
             ) from None
     for name, parameter in model.named_parameters():
-        with _gathered(parameter, modifier_rank=0), torch.no_grad():
+        with gathered(parameter, modifier_rank=0), torch.no_grad():
             if _rank() == 0:
                 parameter.copy_(weights[name])
 
@@ -76,7 +76,7 @@ def export(
     """
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        with _gathered(parameter):
+        with gathered(parameter):
             if _rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
     if _rank() != 0:
@@ -91,7 +91,8 @@ def export(
     publish(partial, folder)
 
 
-def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager:
+def gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager:
+    """Have a parameter whole for a while, also where ZeRO-3 shards it; `modifier_rank` gives its value to all."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
