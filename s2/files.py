@@ -5,7 +5,7 @@ once). Three ideas:
 
 - **Whole files.** `whole`, `write_text` and `write_json` leave the old file or the new one, on disk, never a part.
 - **Marked folders.** `make_folder` puts a mark (`.s2-folder.json`) into a folder that it makes or finds empty. Only in
-  marked folders is anything removed, and there only what a call names; `publish` writes a list of a folder's files into
+  marked folders is anything removed, and there only what a call names; `publish` writes a list of the files into
   the mark, and `remove_folder` then removes just these, so that a note that somebody put beside them stays.
 - **Inventories.** `inventory` records sizes and checksums; `damage` says in a few words what is no longer as recorded.
 """
@@ -149,19 +149,20 @@ def make_folder(folder: Path, kind: str) -> Path:
     return folder
 
 
-def adopt(folder: Path, kind: str) -> None:
-    """Mark a folder that the caller knows as the program's by its content, as earlier versions left it."""
+def adopt(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
+    """Mark a folder that the caller knows as the program's by its content, as earlier versions left it.
+
+    Args:
+        names: of the files in it that the program wrote, relative to it; of a folder that goes on being written, None.
+    """
     if kind_of(folder) != kind:
-        _mark(folder, kind)
+        sizes = None if names is None else {name: (folder / name).stat().st_size for name in names}
+        _mark(folder, kind, **({} if sizes is None else {"files": sizes}))
 
 
 def kind_of(folder: Path) -> str | None:
     """What a marked folder holds; None where there is no mark that can be read."""
-    try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        return str(mark["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return _read_mark(folder).get("kind")
 
 
 def require_marked(folder: Path) -> str:
@@ -202,24 +203,30 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     if not os.path.lexists(folder):
         return True
     require_marked(folder)
-    listed = json.loads((folder / MARK).read_text(encoding="utf-8")).get("files")
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
-    if listed is None and not patterns:
+    if (listed := _read_mark(folder).get("files")) is None and not patterns:
+        doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
         os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
         shutil.rmtree(doomed)
         return True
-    names = (
-        listed
-        if listed is not None
-        else [n for n in os.listdir(folder) if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-    )
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()
-    left = [path for path in folder.rglob("*") if not path.is_dir() and path != folder / MARK]
+    for mark in list(folder.rglob(MARK)):  # folders of their own, made later (converted checkpoints)
+        if mark.parent != folder:
+            remove_folder(mark.parent)
+    for name in os.listdir(folder) if listed is None else listed:
+        if listed is not None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).unlink()
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):  # the deepest first
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    left = [name for name in os.listdir(folder) if name != MARK]
     if not left:
         shutil.rmtree(folder)
     return not left
+
+
+def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that `publish` listed in a folder's mark, as `damage` takes them; {} where it has listed none."""
+    return {name: {"size": size} for name, size in _read_mark(folder).get("files", {}).items()}
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -231,17 +238,22 @@ def publish(partial: Path, final: Path) -> None:
     Raises:
         NotOursError: `final` is there and is not marked.
     """
-    kind = require_marked(partial)
     if os.path.lexists(final):
         require_marked(final)
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if not path.is_dir())
-    _mark(partial, kind, files=[name for name in files if name != MARK])
+    seal(partial)
     for path in (*partial.rglob("*"), partial):
         _sync(path)
     if os.path.lexists(final) and not remove_folder(final):
         move_aside(final)
     os.replace(partial, final)
     _sync_folder(final.parent)
+
+
+def seal(folder: Path) -> None:
+    """List the files that a marked folder now holds, with their sizes, in its mark: all of them are the program's."""
+    kind = require_marked(folder)
+    found = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MARK)
+    _mark(folder, kind, files={str(path.relative_to(folder)): path.lstat().st_size for path in found})
 
 
 def move_aside(path: Path) -> Path:
@@ -292,7 +304,7 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
     """What is no longer as `inventory` recorded it, of the first file that is not; None where all is well.
 
     Args:
-        checksums: read every byte; without, only sizes are compared.
+        checksums: read every byte where a checksum is recorded; without, only sizes are compared.
     """
     for name, was in recorded.items():
         path = folder / name
@@ -300,7 +312,7 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
             return f"{path} is missing"
         if (size := path.stat().st_size) != was["size"]:
             return f"{path} has {size:,} bytes, not the {was['size']:,} that were written"
-        if checksums and checksum(path) != was["xxh3_128"]:
+        if checksums and "xxh3_128" in was and checksum(path) != was["xxh3_128"]:
             return f"{path} has other content than was written"
     return None
 
@@ -311,6 +323,14 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
 def _mark(folder: Path, kind: str, **more: Any) -> None:
     note = "made by s2-recipes, which may remove from this folder what it wrote there"
     write_json(folder / MARK, {"kind": kind, "note": note, **more})
+
+
+def _read_mark(folder: Path) -> dict[str, Any]:
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) else {}
 
 
 def _sweep(path: Path) -> None:

@@ -53,8 +53,8 @@ class Lock:
         """Give the folder free; the empty lock file stays, since to remove it would be a race."""
         self._end.set()
         self._thread.join()
-        if _read(self.folder / LOCK) == self._record:
-            os.ftruncate(self._stream.fileno(), 0)
+        if os.pread(self._stream.fileno(), 4096, 0).decode("utf-8", "replace") == _line(self._record):
+            os.ftruncate(self._stream.fileno(), 0)  # by its descriptor: the folder may have another name by now
         self._stream.close()
 
     def _renew(self) -> None:
@@ -109,7 +109,7 @@ def acquire(folder: Path, *, wait: bool = False) -> Lock:
     record = _identity()
     stream.seek(0)
     stream.truncate()
-    stream.write(json.dumps(record) + "\n")
+    stream.write(_line(record))
     stream.flush()
     _forget_in_children(stream)
     return Lock(folder, stream, record)
@@ -135,6 +135,10 @@ def _identity() -> dict[str, Any]:
         "job": job or os.environ.get("SLURM_JOB_ID"),
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     }
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _boot() -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +169,18 @@ def unknown_key_message(key: str, known: Iterable[str], recipe: Path, overridden
     else:
         hint = f"known keys there: {', '.join(siblings)}" if siblings else "no key starts like that"
     return f"unknown key {plain} {place}; {hint}"
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of each leaf in which two nests of mappings and lists differ.
+
+    A key that one of them lacks counts as None there; lists of different lengths differ as a whole.
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = [*old, *(name for name in new if name not in old)]
+        pairs = [(f"{key}.{name}" if key else str(name), old.get(name), new.get(name)) for name in names]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{key}.{i}", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [(key, old, new)]
+    return [line for name, a, b in pairs for line in differences(a, b, name)]

@@ -165,7 +165,6 @@ METHOD = [
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     cases = "\n".join(f"- {case}" for case in record["cases"])
     parts = [heading("Counters of the Hopper kernels", record), cases, table(record["rows"])]
     return save(record, folder, "\n\n".join(parts) + "\n")

@@ -78,6 +78,23 @@ def test_only_listed_files_of_a_published_folder_are_removed(tmp_path: Path) -> 
     assert files.remove_folder(tmp_path / "step-1") and not (tmp_path / "step-1").exists()
 
 
+def test_what_was_made_later_inside_a_published_folder_goes_with_it(tmp_path: Path) -> None:
+    partial = files.make_folder(tmp_path / "a.partial", "checkpoint")
+    (partial / "w").write_text("w")
+    files.publish(partial, tmp_path / "a")
+    (files.make_folder(tmp_path / "a" / "converted", "conversion") / "x").write_text("x")
+    assert files.remove_folder(tmp_path / "a") and not (tmp_path / "a").exists()
+
+
+def test_a_published_folder_knows_the_sizes_of_its_files(tmp_path: Path) -> None:
+    partial = files.make_folder(tmp_path / "a.partial", "checkpoint")
+    (partial / "w").write_text("weights")
+    files.publish(partial, tmp_path / "a")
+    assert files.damage(tmp_path / "a", files.listed_files(tmp_path / "a")) is None
+    (tmp_path / "a" / "w").write_text("weight")
+    assert "6 bytes, not the 7" in str(files.damage(tmp_path / "a", files.listed_files(tmp_path / "a")))
+
+
 def test_publishing_over_a_folder_with_a_note_moves_it_aside(tmp_path: Path) -> None:
     for content in ("old", "new"):
         partial = files.make_folder(tmp_path / "hf.partial", "export")

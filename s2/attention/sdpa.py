@@ -51,6 +51,8 @@ def masked_attention(
     heads = (layer, head_offset, total_kv_heads)
     if cu_seqlens is None:
         return _attend(q, k, v, pattern, heads, softmax_scale)
+    if torch.compiler.is_compiling():
+        return _attend_packed(q, k, v, cu_seqlens, pattern, heads, softmax_scale)
     borders = cu_seqlens.tolist()
     documents = [
         _attend(q[None, begin:end], k[None, begin:end], v[None, begin:end], pattern, heads, softmax_scale)[0]
@@ -63,17 +65,44 @@ def masked_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: tuple[int, int, int], softmax_scale: float
 ) -> Tensor:
-    q_len, kv_len, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    q_len, kv_len = q.shape[1], k.shape[1]
     if pattern.is_dense and q_len == kv_len:
         return dense_attention(q, k, v, softmax_scale)
     if kv_len > _longest(pattern):
         covered, needed = _longest(pattern) // pattern.block_size, -(-kv_len // pattern.block_size)
         raise ValueError(f"the block mask covers {covered} blocks but {needed} are needed")
-    # patterns count from the start of the document, so one mask of a rounded-up length serves every shorter one
-    rounded = max(256, 1 << (kv_len - 1).bit_length())
+    mask = _mask_of(pattern, kv_len, k.shape[2], heads, q.device)[:, kv_len - q_len : kv_len, :kv_len]
+    return _attend_masked(q, k, v, mask, pattern, softmax_scale)
+
+
+def _attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, pattern: Pattern, heads: tuple[int, int, int], scale: float
+) -> Tensor:
+    """All documents at once, `[T, H, D]`, for torch.compile: a graph cannot depend on where the borders are. It takes a
+    mask over all pairs of tokens; rows behind the last border are zero."""
+    token = torch.arange(q.shape[0], device=q.device)
+    document = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
+    position = token - cu_seqlens[document]
+    mask = _mask_of(pattern, q.shape[0], k.shape[1], heads, q.device)
+    inside = (token < cu_seqlens[-1])[:, None, None]
+    position = torch.where(inside[:, 0, 0], position, 0)
+    mask = mask[:, position[:, None], position] & (document[:, None] == document)  # [Hkv, T, T]
+    out = _attend_masked(q[None], k[None], v[None], mask, pattern, scale)[0]
+    return torch.where(inside, out, 0.0)
+
+
+def _mask_of(
+    pattern: Pattern, length: int, num_heads: int, heads: tuple[int, int, int], device: torch.device
+) -> Tensor:
+    """`[Hkv, n, n]` with n at least `length` (or as far as the pattern goes). Patterns count from the start of the
+    document, so one mask of a rounded-up length serves every shorter one."""
+    rounded = max(256, 1 << (length - 1).bit_length())
     make_mask = _traced_mask if torch.compiler.is_compiling() else _mask
-    mask = make_mask(pattern.key, min(rounded, _longest(pattern)), k.shape[2], *heads, q.device)
-    mask = mask[:, kv_len - q_len : kv_len, :kv_len]  # [Hkv, Sq, Skv]
+    return make_mask(pattern.key, min(rounded, _longest(pattern)), num_heads, *heads, device)
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pattern: Pattern, softmax_scale: float) -> Tensor:
+    group = q.shape[2] // k.shape[2]
     if group > 1:  # torch's fused CPU kernel takes neither grouped heads nor a mask without a batch dimension
         mask, k, v = mask.repeat_interleave(group, dim=0), *(x.repeat_interleave(group, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]

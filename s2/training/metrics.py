@@ -22,6 +22,7 @@ COLUMNS = (
     "mfu_dense_equivalent",
     "mfu_executed",
     "memory_gib",
+    "skipped_steps",
 )
 
 
