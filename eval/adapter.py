@@ -4,33 +4,43 @@ Differences from lm-eval's own Hugging Face model, all of them on purpose:
   - sequences of a batch are padded on the right only. Padding on the left would shift a sequence against
     the blocks of the sparse heads, so prompts to continue are batched with prompts of their own length
     instead;
+  - token ids are those of tokenizer.json, as in training, and text that spells a special token is text, except in
+    prompts that a chat template has written;
   - BOS is one explicit setting, and the rolling likelihood has one BOS in front, never two;
-  - whatever had to be cut is counted, and the count is reported with the results.
+  - an answer that the tokenizer would join with the end of its context is tokenized by itself, so that its characters
+    are scored, all of them and no others;
+  - logits are float32 whatever the weights are, so that hardly any two are equal;
+  - whatever had to be cut is counted, and the count is reported with the results; options of generation that are not
+    implemented are refused.
 """
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import transformers
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from tqdm import tqdm
 
-from eval.checkpoint import Checkpoint, bos_of
+from eval.answers import Answers
+from eval.checkpoint import Checkpoint, memory_for
+from eval.encoding import PromptEncoder
+from eval.sampling import Sampling
 from s2.inference.generate import generate
 from s2.model.loss import chunk_rows
 
 log = logging.getLogger(__name__)
 
 Scored = tuple[Any, list[int], list[int]]
+_MAX_NEW_TOKENS = 256  # lm-eval's, where a task does not say
 
 
 @register_model("s2")
@@ -45,9 +55,10 @@ class S2LM(TemplateLM):
         batch_tokens: tokens of a batch, padding included; a longer sequence is a batch of its own.
         add_bos_token: put BOS before every text (None: as the checkpoint's tokenizer does).
         on_overflow: "warn" cuts what is longer than max_length on the left and reports it, "error" stops.
+        max_batch_size: most rows of a batch with batch_size "auto".
     Raises:
         FileNotFoundError, ValueError: a folder that is no checkpoint, a max_length beyond the model's, BOS
-            asked of a tokenizer without one.
+            asked of a tokenizer without one, a setting out of range.
     """
 
     def __init__(
@@ -65,7 +76,16 @@ class S2LM(TemplateLM):
         super().__init__()
         if on_overflow not in ("warn", "error"):
             raise ValueError(f"on_overflow={on_overflow!r}: expected 'warn' or 'error'")
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+        for name, value in (("batch_tokens", batch_tokens), ("max_batch_size", max_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
+            raise ValueError(f"batch_size={batch_size!r}: expected a number of rows, or 'auto'")
         if isinstance(pretrained, Checkpoint):
+            if device is not None or dtype is not None:
+                raise ValueError(f"device={device}, dtype={dtype}: the checkpoint is loaded already")
             self.checkpoint = pretrained
         else:
             self.checkpoint = Checkpoint.load(pretrained, device, getattr(torch, dtype) if dtype else None)
@@ -77,58 +97,71 @@ class S2LM(TemplateLM):
             )
         self.max_length = max_length or limit
         self._device = self.checkpoint.device
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.checkpoint.folder))
-        self.add_bos_token = bos_of(self.checkpoint.tokenizer) is not None if add_bos_token is None else add_bos_token
-        if self.add_bos_token and self.tokenizer.bos_token_id is None:
-            raise ValueError(f"add_bos_token: the tokenizer in {self.checkpoint.folder} has no BOS token")
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer in {self.checkpoint.folder} has no EOS token; lm-eval needs one")
+        self.encoder = PromptEncoder(self.checkpoint, add_bos_token)
         self.batch_size = batch_size
+        self.max_batch_size = max_batch_size
         self.batch_tokens = batch_tokens
         self.on_overflow = on_overflow
         self.overflow: Counter[str] = Counter()
-        self._token_texts: list[str] | None = None
+        self.answers: Answers | None = None  # of an interrupted evaluation
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        return self.checkpoint.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.encoder.prefix_id
+
+    @property
+    def add_bos_token(self) -> bool:
+        return self.encoder.add_bos_token
 
     @property
     def max_gen_toks(self) -> int:
-        return 256
+        return _MAX_NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.checkpoint.folder).replace("/", "__")
 
-    def bos_setting(self) -> str:
-        """For the line above a table: what stands before every text."""
-        token = self.tokenizer.convert_ids_to_tokens(self.prefix_token_id)
-        return f"yes ({token})" if self.add_bos_token else f"no (empty contexts and rolling windows begin with {token})"
-
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return cast("str", text)
+        return self.encoder.chat(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with BOS in front as set, unless the text itself starts with it."""
-        tokens = self.tokenizer.encode(string, add_special_tokens=False, verbose=False)
-        wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        bos = self.tokenizer.bos_token_id
-        return [bos, *tokens] if wanted and bos is not None and tokens[:1] != [bos] else tokens
+        return self.encoder.encode(string, with_bos=add_special_tokens)
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each answer after its context, and whether greedy decoding would say it.
+
+        Raises ValueError for an answer without a token, or that cannot be told from its context.
+        """
+
+        def score(fresh: Sequence[Instance]) -> list[tuple[float, bool]]:
+            encoded = [(request.args, *self.encoder.pair(*request.args)) for request in fresh]
+            return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+        return self._answer("loglikelihood", requests, score)
+
+    def _answer(self, kind: str, requests: Sequence[Instance], compute: Callable[[Sequence[Instance]], list]) -> list:
+        """What an interrupted evaluation has answered already, and of the rest what `compute` returns."""
+        if self.answers is None:
+            return compute(requests)
+        known = [self.answers.get(kind, request.args) for request in requests]
+        self.overflow.update(cut for _, cut in filter(None, known) if cut)
+        computed = iter(compute([request for request, answer in zip(requests, known, strict=True) if answer is None]))
+        return [next(computed) if answer is None else answer[0] for answer in known]
+
+    def _keep(self, kind: str, args: Any, result: Any, cut: str | None = None) -> None:
+        self.cache_hook.add_partial(kind, args, result)
+        if self.answers is not None:
+            self.answers.add(kind, args, result, cut)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts in windows of max_length tokens, the first after one BOS (or EOS)."""
+        return self._answer("loglikelihood_rolling", requests, lambda fresh: self._rolling(fresh, disable_tqdm))
+
+    def _rolling(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[float]:
         windows: list[tuple[int, Scored]] = []
         for i, request in enumerate(requests):
             rolling = utils.get_rolling_token_windows(
@@ -138,18 +171,37 @@ class S2LM(TemplateLM):
                 context_len=1,
             )
             windows += [(i, (None, *utils.make_disjoint_window(window))) for window in rolling]
-        totals = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens([window for _, window in windows], disable_tqdm)
-        for (i, _), (value, _) in zip(windows, scores, strict=True):
-            totals[i] += value
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        totals, left = [0.0] * len(requests), Counter(i for i, _ in windows)
+
+        def add(index: int, result: tuple[float, bool]) -> None:
+            i = windows[index][0]
+            totals[i] += result[0]
+            left[i] -= 1
+            if left[i] == 0:
+                self._keep("loglikelihood_rolling", requests[i].args, totals[i])
+
+        self._score([window for _, window in windows], add, disable_tqdm)
         return totals
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool] | None] = [None] * len(requests)
+
+        def take(index: int, result: tuple[float, bool]) -> None:
+            results[index] = result
+            asked, context, answer = requests[index]
+            if asked is not None:
+                cut = "request" if len(context) + len(answer) > self.max_length + 1 else None
+                self._keep("loglikelihood", asked, result, cut)
+
+        self._score(requests, take, disable_tqdm)
+        return cast("list[tuple[float, bool]]", results)
+
+    def _score(
+        self, requests: Sequence[Scored], take: Callable[[int, tuple[float, bool]], None], disable_tqdm: bool
+    ) -> None:
+        """Score requests, longest first, and hand each result to `take` as soon as it is there."""
         rows: list[list[int]] = []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -160,14 +212,12 @@ class S2LM(TemplateLM):
             rows.append(self._fit([*context, *continuation], self.max_length + 1, "request")[:-1])
         bar = tqdm(total=len(rows), disable=disable_tqdm, desc="loglikelihood", unit="request")
         for batch in self._batches([len(row) for row in rows]):
-            scored = self._score_batch([rows[i] for i in batch], [requests[i][2] for i in batch])
+            with self._memory_for(len(batch), len(rows[batch[0]])):
+                scored = self._score_batch([rows[i] for i in batch], [requests[i][2] for i in batch])
             for i, result in zip(batch, scored, strict=True):
-                results[i] = result
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
+                take(i, result)
             bar.update(len(batch))
         bar.close()
-        return cast("list[tuple[float, bool]]", results)
 
     @torch.inference_mode()
     def _score_batch(self, rows: list[list[int]], targets: list[list[int]]) -> list[tuple[float, bool]]:
@@ -188,68 +238,95 @@ class S2LM(TemplateLM):
         # time do.
         size = chunk_rows(self.checkpoint.config.vocab_size)
         for positions, tokens in zip(scored.split(size), wanted.split(size), strict=True):
-            scores = F.log_softmax(model.lm_head(positions).float(), dim=-1)  # [<=size, V]
+            scores = F.log_softmax(model.lm_head(positions), dim=-1)  # [<=size, V]
             values.append(scores.gather(1, tokens[:, None])[:, 0].double())
             hits.append(scores.argmax(-1) == tokens)
-        per_request = zip(torch.cat(values).split(lengths), torch.cat(hits).split(lengths), strict=True)
+        all_values = torch.cat(values)
+        if not all_values.isfinite().all():
+            raise ValueError(f"the likelihoods are not finite in {scored.dtype}; evaluate in another --dtype")
+        per_request = zip(all_values.split(lengths), torch.cat(hits).split(lengths), strict=True)
         return [(value.sum().item(), bool(hit.all())) for value, hit in per_request]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop sequence or max_gen_toks; greedy unless the request says otherwise."""
+        """Continuations up to a stop sequence or max_gen_toks; greedy unless the request says otherwise.
+
+        Requests with a `seed` are drawn with it, in order, so that the same requests give the same texts; others with
+        torch's own random numbers, which lm-eval seeds.
+
+        Raises ValueError for an option that is not implemented (see `Sampling`) or leaves no room for a prompt.
+        """
+        return self._answer("generate_until", requests, lambda fresh: self._continue(fresh, disable_tqdm))
+
+    def _continue(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[str]:
         results: list[str | None] = [None] * len(requests)
-        groups: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        groups: defaultdict[tuple[Sampling, int], list[int]] = defaultdict(list)
         prompts: list[list[int]] = []
-        settings: list[dict[str, Any]] = []
+        cut: list[str | None] = []
         for i, request in enumerate(requests):
             text, given = request.args
-            options = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-            room = self.max_length - options["max_gen_toks"]
+            options = Sampling.read(given, self.max_gen_toks)
+            room = self.max_length - options.max_new_tokens
             if room < 1:
                 raise ValueError(
-                    f"a request generates up to {options['max_gen_toks']} tokens, which leaves no room for"
+                    f"a request generates up to {options.max_new_tokens} tokens, which leaves no room for"
                     f" a prompt in max_length={self.max_length}; lower max_gen_toks"
                 )
-            prompts.append(self._fit(self.tok_encode(text), room, "prompt"))
-            settings.append(options)
-            groups[repr(sorted(given.items())), len(prompts[-1])].append(i)
+            tokens = self.tok_encode(text) or [self.prefix_token_id]
+            cut.append("prompt" if len(tokens) > room else None)
+            prompts.append(self._fit(tokens, room, "prompt"))
+            groups[options, len(prompts[-1])].append(i)
+        generators = {options: options.generator(self._device) for options, _ in groups}
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="request")
-        for (_, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
-            rows = self._rows_of(length + settings[members[0]]["max_gen_toks"])
+        for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
+            rows = self._rows_of(length + options.max_new_tokens)
             for first in range(0, len(members), rows):
                 batch = members[first : first + rows]
-                texts = self._generate_batch([prompts[i] for i in batch], settings[batch[0]])
+                with self._memory_for(len(batch), length + options.max_new_tokens):
+                    texts = self._generate_batch([prompts[i] for i in batch], options, generators[options])
                 for i, text in zip(batch, texts, strict=True):
                     results[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    if options.temperature == 0:  # what is drawn differs each time
+                        self._keep("generate_until", requests[i].args, text, cut[i])
                 bar.update(len(batch))
         bar.close()
         return cast("list[str]", results)
 
     @torch.inference_mode()
-    def _generate_batch(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        eos_text = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-        stops = handle_stop_sequences(options["until"], eos=eos_text)
-        input_ids = torch.tensor(prompts, device=self._device)
+    def _generate_batch(
+        self, prompts: list[list[int]], options: Sampling, generator: torch.Generator | None
+    ) -> list[str]:
+        ends = self.checkpoint.eos_ids
+        eos_text = self.checkpoint.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        stops = handle_stop_sequences(list(options.until), eos=eos_text)
         output = generate(
             self.checkpoint.model,
-            input_ids,
-            options["max_gen_toks"],
-            temperature=options.get("temperature", 0.0) if options["do_sample"] else 0.0,
-            top_p=options.get("top_p", 1.0),
-            eos_token_id=[self.eot_token_id, *self._tokens_that_stop(tuple(stops))],
+            torch.tensor(prompts, device=self._device),
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            eos_token_id=[*ends, *self._tokens_that_stop(tuple(stops))],
+            generator=generator,
         )
         texts = []
         for row in output.tolist():
-            end = row.index(self.eot_token_id) if self.eot_token_id in row else len(row)
-            text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            text = self.checkpoint.tokenizer.decode(row[:end], skip_special_tokens=True)
             texts.append(postprocess_generated_text(text, stops, None))
         return texts
 
     def _tokens_that_stop(self, stops: tuple[str, ...]) -> list[int]:
         """Tokens that contain a stop sequence, so that generation need not go on after it."""
-        if self._token_texts is None:
-            self._token_texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         return [i for i, text in enumerate(self._token_texts) if any(stop and stop in text for stop in stops)]
+
+    @cached_property
+    def _token_texts(self) -> list[str]:
+        tokens = [[i] for i in range(self.checkpoint.config.vocab_size)]
+        return self.checkpoint.tokenizer.decode_batch(tokens, skip_special_tokens=False)
+
+    def _memory_for(self, rows: int, width: int) -> Any:
+        smaller = f"lower --batch-tokens, now {self.batch_tokens}" if rows > 1 else "lower --max-length"
+        return memory_for(f"a batch of {rows} x {width} tokens", self._device, smaller)
 
     def _fit(self, tokens: list[int], limit: int, what: str) -> list[int]:
         """The last `limit` tokens. Cutting is counted and said once, or an error, as `on_overflow` has it."""
@@ -272,7 +349,8 @@ class S2LM(TemplateLM):
     def _rows_of(self, width: int) -> int:
         if self.batch_size != "auto":
             return int(self.batch_size)
-        return max(1, self.batch_tokens // width)
+        rows = max(1, self.batch_tokens // width)
+        return rows if self.max_batch_size is None else min(rows, self.max_batch_size)
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Indices of the batches, longest rows first: running out of memory happens at once or not at all."""

@@ -1,6 +1,8 @@
 """A checkpoint as the evaluations see it: the model and the tokenizer of one Hugging Face folder."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from s2.files import kind_of
 from s2.inference.generate import generate
-from s2.model.config import ModelConfig
-from s2.model.hf import load_config, load_pretrained
+from s2.model.config import ModelConfig, read_object
+from s2.model.hf import FOLDER_KIND, load_config, load_pretrained
+from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
 
 _SAMPLED_BYTES = 1 << 20
@@ -24,9 +28,17 @@ def checkpoint_name(folder: str | Path) -> str:
 
 
 def results_folder(folder: str | Path) -> Path:
-    """Where results go by default: runs/<recipe>/<stage>/results for a run's `hf`, else inside the folder."""
+    """Where results go by default: runs/<recipe>/<stage>/results for a run or its `hf`, runs/eval/<name>/results for a
+    checkpoint that no run here has made, whose folder is its owner's."""
     folder = Path(folder)
-    return (folder.parent if folder.name == "hf" else folder) / "results"
+    is_checkpoint = (folder / "config.json").is_file()
+    if folder.name == "hf":
+        made_here = kind_of(folder) == FOLDER_KIND or (folder.parent / "summary.json").is_file()
+        if made_here or not is_checkpoint:
+            return folder.parent / "results"
+    if not is_checkpoint:
+        return folder / "results"
+    return Path("runs") / "eval" / checkpoint_name(folder).replace("/", "-") / "results"
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -65,7 +77,10 @@ def check_checkpoint(folder: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint. `tokenizer` treats text that spells a special token as text, as the shards do."""
+    """A loaded checkpoint. `tokenizer` treats text that spells a special token as text, as the shards do.
+
+    Token ids are those of tokenizer.json everywhere: in training, here, and so in every evaluation.
+    """
 
     folder: Path
     config: ModelConfig
@@ -77,13 +92,16 @@ class Checkpoint:
     def load(cls, folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None) -> "Checkpoint":
         """Load onto `device` (default: the GPU if any) in `dtype` (default: bfloat16 there, else float32).
 
-        Raises FileNotFoundError for missing files, ValueError for weights that do not fit the config.
+        Raises FileNotFoundError for missing files, ValueError for weights or a tokenizer that do not fit the config or
+        a device that is not there, MemoryError for weights that do not fit on it.
         """
         folder = check_checkpoint(folder)
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tokenizer = load_tokenizer(folder)
+        where = find_device(device)
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-        model = load_pretrained(folder, device=where, dtype=dtype).eval()
-        return cls(folder, load_config(folder), model, load_tokenizer(folder), where)
+        with memory_for(f"the weights of {folder} in {str(dtype).removeprefix('torch.')}", where, "take a larger one"):
+            model = load_pretrained(folder, device=where, dtype=dtype).eval()
+        return cls(folder, load_config(folder), model, tokenizer, where)
 
     @property
     def name(self) -> str:
@@ -97,6 +115,15 @@ class Checkpoint:
     def bos_id(self) -> int | None:
         """The token that opens every document, None where the tokenizer adds none."""
         return bos_of(self.tokenizer)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of config.json, then what generation_config.json adds."""
+        ids = list(self.config.eos_token_ids)
+        if (self.folder / "generation_config.json").is_file():
+            more = read_object(self.folder / "generation_config.json").get("eos_token_id") or []
+            ids += more if isinstance(more, list) else [more]
+        return tuple(dict.fromkeys(ids))
 
     @torch.inference_mode()
     def predict_last(self, tokens: list[int], count: int) -> list[int]:
@@ -124,12 +151,45 @@ class Checkpoint:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The folder's tokenizer.json, set to read special tokens in a text as plain text."""
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    """The folder's tokenizer.json, set to read special tokens in a text as plain text.
+
+    Raises ValueError for a token beyond the model's embedding, unless it is a special one, which text never gives.
+    """
+    file = Path(folder) / "tokenizer.json"
+    tokenizer, size = read_tokenizer(file), load_config(folder).vocab_size
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if beyond := [token for token, index in vocabulary.items() if index >= size and token not in special]:
+        raise ValueError(
+            f"{file}: token {beyond[0]!r} is number {vocabulary[beyond[0]]}, but the model has only {size} embeddings"
+            f" (vocab_size in config.json); the tokenizer is another model's, or the embedding was not enlarged for it"
+        )
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; without one the GPU if there is any. Raises ValueError if it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: no such device here ({reason}); there is cpu, or cuda, cuda:1") from None
+    return device
+
+
+@contextmanager
+def memory_for(what: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Turn torch's report that memory is full into one sentence. Raises MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryError(f"{what} does not fit into the memory of {device}; {advice}") from None
 
 
 def bos_of(tokenizer: Tokenizer) -> int | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.shards import TokenShards
 from data.sources import Source
-from data.tokenizer import TextTokenizer
+from s2.model.tokenizer_files import read_tokenizer
 
 
 def find_heldout(checkpoint: str | Path) -> Path:
@@ -18,8 +18,9 @@ def find_heldout(checkpoint: str | Path) -> Path:
         if (parent / "data" / "heldout" / "manifest.json").is_file():
             return parent / "data" / "heldout"
     raise FileNotFoundError(
-        f"checkpoint {checkpoint} has no held-out shards near it (expected {folder.parents[1]}/data/heldout);"
-        " name a text or jsonl file, or a shard folder"
+        f"checkpoint {checkpoint} has no held-out shards near it (expected {folder.parent.parent}/data/heldout); name"
+        " documents to read (text, jsonl, parquet or a shard folder): --heldout FILE for s2_heldout, --haystack FILE"
+        " for the needle"
     )
 
 
@@ -39,7 +40,7 @@ def read_texts(path: str | Path, text_column: str = "text") -> Iterator[str]:
 
 def _shard_texts(folder: Path) -> Iterator[str]:
     shards = TokenShards(folder)
-    tokenizer = TextTokenizer(shards.tokenizer_file)
+    tokenizer = read_tokenizer(shards.tokenizer_file)
     frame = {shards.manifest["tokenizer"][key] for key in ("bos_id", "eos_id")}
     for start, stop in zip(shards.offsets[:-1], shards.offsets[1:], strict=True):
         tokens = shards.read(int(start), int(stop)).tolist()
@@ -47,4 +48,4 @@ def _shard_texts(folder: Path) -> Iterator[str]:
             tokens = tokens[1:]
         if tokens and tokens[-1] in frame:
             tokens = tokens[:-1]
-        yield tokenizer.decode(tokens)
+        yield tokenizer.decode(tokens, skip_special_tokens=False)

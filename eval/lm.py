@@ -3,17 +3,19 @@
     python -m eval.lm --ckpt runs/demo/extend-2k/hf                              # our own tasks: no network
     python -m eval.lm --ckpt runs/demo/extend-2k/hf --tasks hellaswag,piqa       # lm-eval's, from the hub
     python -m eval.lm --ckpt ... --tasks mmlu --num-fewshot 5 --data-dir DATA    # lm-eval's, on local files
+    python -m eval.lm --ckpt models/llama --heldout book.txt                     # any Llama folder
 
 Prints lm-eval's own table under a header that says what the numbers depend on (layout, max_length, BOS,
-shots, limit, cut inputs) and writes both as Markdown, and the results as JSON, into the run's results
-folder. Importing this module registers the model as `s2` with lm-eval.
+shots, limit, data, cut inputs) and writes both as Markdown, and the results as JSON, into the run's results
+folder. The same command started again after an interruption goes on where it stopped. Importing this module registers
+the model as `s2` with lm-eval.
 """
 
 import argparse
-import hashlib
+import difflib
 import json
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,19 @@ from lm_eval.tasks._index import Entry
 from lm_eval.utils import make_table
 
 from eval.adapter import S2LM
+from eval.answers import Answers
 from eval.checkpoint import check_checkpoint, results_folder
-from eval.local_tasks import write_local_tasks
-from eval.output import write_json, write_text
+from eval.heldout import find_heldout
+from eval.local_tasks import LocalTasks, write_local_tasks
+from eval.results import Conditions, write_results
+from eval.task_manager import CorrectedTasks
+from s2 import ending
+from s2.files import require_writable, temporary_folder
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 OWN_TASKS = ("s2_heldout", "s2_passkey")
+_OWN_METADATA = ("heldout", "samples", "seed", "num_lengths")
+_LIMITS = "expected a number of documents, at least 1, or a fraction of them below 1"
 
 __all__ = ["OWN_TASKS", "S2LM", "evaluate", "main"]
 
@@ -38,64 +47,121 @@ def evaluate(
     lm: S2LM,
     tasks: Sequence[str],
     *,
-    limit: int | None = None,
+    limit: float | None = None,
     num_fewshot: int | None = None,
     data_dir: Path | None = None,
     metadata: dict[str, Any] | None = None,
     log_samples: bool = False,
+    unfinished: Path | None = None,
 ) -> dict[str, Any]:
     """Run tasks by their lm-eval names and return lm-eval's results, with our header under `s2`.
 
     Stock tasks read the hub, or local files under `data_dir` (see `eval.local_tasks`). `metadata` reaches
-    the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER.
+    the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER. Where
+    `unfinished` names a folder, answers are kept there (`eval.answers`), and the same call after an interruption goes
+    on from them; `lm.answers.discard()` ends that.
 
-    Raises ValueError for an unknown task or lengths in `metadata` beyond the model's; FileNotFoundError for
-    missing local data.
+    Raises ValueError for an unknown task, settings out of range or lengths in `metadata` beyond the model's;
+    FileNotFoundError for missing local data.
     """
-    lengths = (metadata or {}).get("max_seq_lengths", [])
+    given = dict(metadata or {})
+    lengths = given.get("max_seq_lengths", [])
     if too_long := [length for length in lengths if length > lm.max_length]:
         raise ValueError(
             f"max_seq_lengths {too_long}: longer than max_length={lm.max_length}; the prompts would be cut"
             " and the scores meaningless"
         )
-    metadata = {"pretrained": str(lm.checkpoint.folder), "max_length": lm.max_length, **(metadata or {})}
-    stock = [name for name in tasks if name not in OWN_TASKS]
-    if unknown := [name for name in stock if name not in stock_index()]:
-        raise ValueError(
-            f"--tasks {unknown[0]}: no task, group or tag of this name; ours are {', '.join(OWN_TASKS)},"
-            " lm-eval's are listed by `lm-eval ls tasks`"
-        )
-    remarks: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="s2-eval-") as temporary:
-        local = [str(TASKS_FOLDER)]
+    stock = check_tasks(tasks, data_dir)
+    if not stock and (unknown := sorted(set(given) - set(_OWN_METADATA))):
+        raise ValueError(f"--metadata {unknown[0]}: {', '.join(tasks)} take only {', '.join(_OWN_METADATA)}")
+    check_amounts(limit, num_fewshot)
+    local = LocalTasks()
+    heldout = given.pop("heldout", None) or (find_heldout(lm.checkpoint.folder) if "s2_heldout" in tasks else None)
+    with temporary_folder() as temporary:
+        include = [str(TASKS_FOLDER)]
         if stock and data_dir is not None:
-            remarks = write_local_tasks(stock_index(), stock, data_dir, Path(temporary))
-            local.append(temporary)
-        on_hub = bool(stock) and data_dir is None
-        manager = TaskManager(include_path=local, include_defaults=on_hub, metadata=metadata)
-        lm.overflow.clear()
-        results = lm_eval.simple_evaluate(
-            lm,
-            tasks=list(tasks),
+            local = write_local_tasks(stock_index(), stock, data_dir, temporary)
+            include.append(str(temporary))
+        for_tasks = {"pretrained": str(lm.checkpoint.folder), "max_length": lm.max_length, **given}
+        for_tasks |= {"heldout": str(heldout)} if heldout else {}
+        manager = CorrectedTasks(
+            include_path=include,
+            include_defaults=bool(stock) and data_dir is None,
+            metadata=for_tasks,
+            num_fewshot=num_fewshot,
+            data_dir=data_dir,
+        )
+        conditions = Conditions(
+            checkpoint=str(lm.checkpoint.folder.resolve()),
+            tasks=tuple(tasks),
+            max_length=lm.max_length,
+            bos=lm.encoder.bos_setting(),
+            dtype=lm.checkpoint.describe()["dtype"],
+            on_overflow=lm.on_overflow,
             num_fewshot=num_fewshot,
             limit=limit,
-            task_manager=manager,
-            log_samples=log_samples,
-            metadata=metadata,
+            data=str(data_dir.resolve()) if stock and data_dir is not None else None,
+            heldout=str(Path(heldout).resolve()) if heldout and "s2_heldout" in tasks else None,
+            metadata=given,
         )
+        lm.overflow.clear()
+        with _kept_answers(lm, unfinished, conditions):
+            results = lm_eval.simple_evaluate(
+                lm,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=log_samples,
+                metadata=for_tasks,
+            )
     assert results is not None
-    shots = "task default" if num_fewshot is None else str(num_fewshot)
     results["s2"] = {
         **lm.checkpoint.describe(),
-        "tasks": list(tasks),
-        "max_length": lm.max_length,
-        "bos": lm.bos_setting(),
-        "num_fewshot": shots,
-        "limit": limit,
+        **conditions.describe(),
         "cut_inputs": lm.overflow_note(),
-        "remarks": remarks if num_fewshot else [],
+        "remarks": local.remarks if num_fewshot else [],
     }
+    results["s2_files"] = {"name": conditions.name, "content": conditions.content(local.files)}
     return results
+
+
+@contextmanager
+def _kept_answers(lm: S2LM, folder: Path | None, conditions: Conditions) -> Iterator[None]:
+    lm.answers = None
+    if folder is not None:
+        lm.answers = Answers(folder, conditions.name, {"fingerprint": lm.checkpoint.describe()["fingerprint"]})
+        if len(lm.answers):
+            print(f"{len(lm.answers):,} answers of an interrupted evaluation are there; going on from them", flush=True)
+    try:
+        yield
+    finally:
+        if lm.answers is not None:
+            lm.answers.close()
+
+
+def check_tasks(tasks: Sequence[str], data_dir: Path | None) -> list[str]:
+    """The stock tasks among `tasks`. Raises ValueError for an unknown name, or local data that no task reads."""
+    if not tasks:
+        raise ValueError("--tasks: no task is named")
+    stock = [name for name in tasks if name not in OWN_TASKS]
+    if unknown := [name for name in stock if name not in stock_index()]:
+        close = difflib.get_close_matches(unknown[0], [*OWN_TASKS, *stock_index()], n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "lm-eval's are listed by `lm-eval ls tasks`"
+        raise ValueError(
+            f"--tasks {unknown[0]}: no task, group or tag of this name; ours are {', '.join(OWN_TASKS)}, {hint}"
+        )
+    if data_dir is not None and not stock:
+        raise ValueError(f"--data-dir {data_dir}: {', '.join(tasks)} do not read it; name stock tasks with --tasks")
+    return stock
+
+
+def check_amounts(limit: float | None, num_fewshot: int | None) -> None:
+    """Raises ValueError for a number of documents or of examples that lm-eval would take for none or all."""
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and int(limit) == limit)):
+        raise ValueError(f"--limit {limit:g}: {_LIMITS}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"--num-fewshot {num_fewshot}: expected 0 or more examples")
 
 
 @cache
@@ -114,36 +180,48 @@ def table(results: dict[str, Any]) -> str:
         f" cut inputs: {about['cut_inputs']}",
         f"BOS: {about['bos']}",
         f"n-shot: {about['num_fewshot']}; limit: {about['limit'] or 'none'}",
+        *([f"data: {about['data']}"] if about["data"] else []),
+        *([f"held-out documents: {about['heldout']}"] if about["heldout"] else []),
         *about["remarks"],
     ]
     text = "\n".join(f"- {line}" for line in lines) + "\n\n" + make_table(results)
     return text + ("\n" + make_table(results, "groups") if results.get("groups") else "")
 
 
-def result_stem(tasks: Sequence[str], num_fewshot: int | None, limit: int | None) -> str:
-    """File name without suffix, so that different tables of a checkpoint do not overwrite each other."""
-    stem = "+".join(tasks)
-    if len(tasks) > 4:
-        stem = f"{tasks[0]}+{len(tasks) - 1}-more-{hashlib.sha256(stem.encode()).hexdigest()[:6]}"
-    shots = "" if num_fewshot is None else f"-{num_fewshot}shot"
-    return f"lm-{stem}{shots}" + ("" if limit is None else f"-limit{limit}")
+def _limit(text: str) -> float:
+    try:
+        limit = float(text)
+        check_amounts(limit, None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: {_LIMITS}") from None
+    return limit if limit < 1 else int(limit)
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a JSON object such as {{"max_seq_lengths": [4096]}}')
+    return value
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.lm", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--ckpt", required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
-    add(
-        "--tasks",
-        default=",".join(OWN_TASKS),
-        help=f"comma-separated lm-eval names (default: {','.join(OWN_TASKS)})",
-    )
+    add("--tasks", default=",".join(OWN_TASKS), help="comma-separated lm-eval names (default: %(default)s)")
     add(
         "--output",
         type=Path,
-        help="folder for table and JSON (default: the run's results folder)",
+        help="folder for table and JSON (default: the run's results folder; runs/eval/<name>/results for others')",
     )
-    add("--limit", type=int, help="only the first documents of each task: for a quick look, not for a result")
+    add(
+        "--limit",
+        type=_limit,
+        help="only the first documents of each task, or a fraction below 1: for a quick look, not for a result",
+    )
     add("--num-fewshot", type=int, help="default: as each task says")
     add("--data-dir", type=Path, help="local files for stock tasks: FOLDER/<task>/<split>.jsonl(.gz)")
     add(
@@ -153,7 +231,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--metadata",
-        type=json.loads,
+        type=_metadata,
         default={},
         help="""JSON for tasks that build their data: '{"max_seq_lengths": [4096]}'""",
     )
@@ -170,7 +248,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="BOS before every text; auto: as the tokenizer does",
     )
-    add("--batch-tokens", type=int, default=16384)
+    add("--batch-tokens", type=int, default=16384, help="tokens of a batch; lower it where memory is full")
     add("--device", help="default: the GPU if there is one")
     add(
         "--dtype",
@@ -184,9 +262,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     check_checkpoint(args.ckpt)
-    tasks = [name for name in args.tasks.split(",") if name]
+    tasks = list(dict.fromkeys(name for name in args.tasks.split(",") if name))
+    check_tasks(tasks, args.data_dir)
+    check_amounts(args.limit, args.num_fewshot)
+    if args.heldout and "s2_heldout" not in tasks:
+        raise ValueError(f"--heldout {args.heldout}: only s2_heldout reads it, and --tasks does not name that")
     if args.heldout and not args.heldout.exists():
         raise FileNotFoundError(f"--heldout {args.heldout}: no such file or folder")
+    if "s2_heldout" in tasks and not args.heldout:
+        find_heldout(args.ckpt)  # now, and not after the model is loaded
+    output = args.output or results_folder(args.ckpt)
+    require_writable(output)
     lm = S2LM(
         args.ckpt,
         device=args.device,
@@ -196,22 +282,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         add_bos_token={"auto": None, "yes": True, "no": False}[args.bos],
         on_overflow=args.overflow,
     )
-    metadata = dict(args.metadata) | ({"heldout": str(args.heldout)} if args.heldout else {})
     results = evaluate(
         lm,
         tasks,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
         data_dir=args.data_dir,
-        metadata=metadata,
+        metadata=args.metadata | ({"heldout": str(args.heldout)} if args.heldout else {}),
         log_samples=args.log_samples,
+        unfinished=output,
     )
-    stem = (args.output or results_folder(args.ckpt)) / result_stem(tasks, args.num_fewshot, args.limit)
     text = table(results)
-    write_json(stem.with_name(f"{stem.name}.json"), results)
-    write_text(stem.with_name(f"{stem.name}.md"), text)
-    print(f"\n{text}\n{stem}.json\n{stem}.md")
+    print(f"\n{text}", flush=True)  # first: whatever happens to the files, the numbers are there
+    for file in write_results(output, results, text):
+        print(file)
+    if lm.answers is not None:
+        lm.answers.discard()
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

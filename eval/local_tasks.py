@@ -10,6 +10,7 @@ dataset_name says.
 import gzip
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,19 @@ from lm_eval.tasks._yaml_loader import load_yaml
 _SPLITS = ("training_split", "validation_split", "test_split")
 
 
-def write_local_tasks(index: Mapping[str, Entry], names: Iterable[str], data: Path, folder: Path) -> list[str]:
+@dataclass
+class LocalTasks:
+    """What `write_local_tasks` found: remarks for the reader of the results, and the files that are read."""
+
+    remarks: list[str] = field(default_factory=list)
+    files: set[Path] = field(default_factory=set)
+
+
+def write_local_tasks(index: Mapping[str, Entry], names: Iterable[str], data: Path, folder: Path) -> LocalTasks:
     """Write, into `folder`, a YAML per stock task behind `names` that includes its file and reads `data`.
 
     `names` are tasks, groups or tags of lm-eval's `index`; groups come along, so `folder` alone is enough
-    for a TaskManager. Returns remarks for the reader of the results.
+    for a TaskManager.
 
     Raises FileNotFoundError for a data folder, a task's folder or the split it is evaluated on that is
     missing; ValueError for a joined file without the task's rows, or a group that cannot read local files.
@@ -32,7 +41,7 @@ def write_local_tasks(index: Mapping[str, Entry], names: Iterable[str], data: Pa
     if not data.is_dir():
         raise FileNotFoundError(f"--data-dir {data}: no such folder")
     folder.mkdir(parents=True, exist_ok=True)
-    remarks: list[str] = []
+    found = LocalTasks()
     waiting, seen = list(names), set()
     while waiting:
         name = waiting.pop()
@@ -45,8 +54,9 @@ def write_local_tasks(index: Mapping[str, Entry], names: Iterable[str], data: Pa
         elif entry.kind == Kind.GROUP:
             waiting += _write_group(entry, folder)
         else:
-            remarks += _write_task(entry, data, folder)
-    return sorted(set(remarks))
+            _write_task(entry, data, folder, found)
+    found.remarks.sort()
+    return found
 
 
 def _write_group(entry: Entry, folder: Path) -> list[str]:
@@ -61,7 +71,7 @@ def _write_group(entry: Entry, folder: Path) -> list[str]:
     return members
 
 
-def _write_task(entry: Entry, data: Path, folder: Path) -> list[str]:
+def _write_task(entry: Entry, data: Path, folder: Path, found: LocalTasks) -> None:
     stock = load_yaml(_path(entry), resolve_func=False)
     words = entry.name.split("_")
     candidates = ["_".join(words[:n]) for n in range(len(words), 0, -1)]  # mmlu_astronomy, then mmlu
@@ -76,10 +86,12 @@ def _write_task(entry: Entry, data: Path, folder: Path) -> list[str]:
     files: dict[str, str] = {}
     evaluated = stock.get("test_split") or stock.get("validation_split")
     fewshot = stock.get("fewshot_split")
-    remarks = []
     for split in dict.fromkeys(filter(None, [*(stock.get(key) for key in _SPLITS), fewshot])):
         file = _split_file(source, split)
         if file is not None:
+            if file not in found.files:
+                _check_rows(file)
+            found.files.add(file)
             if source.name != entry.name:
                 file = _rows_of_task(file, stock, folder / entry.name / f"{split}.jsonl", entry.name)
             files[split] = str(file.resolve())
@@ -91,14 +103,32 @@ def _write_task(entry: Entry, data: Path, folder: Path) -> list[str]:
             override |= {key: None for key in _SPLITS if stock.get(key) == split}
             if split == (fewshot or stock.get("training_split")):
                 override["fewshot_split"] = None
-                remarks.append(f"{entry.name}: no local {split} split, so few-shot examples come from another one")
+                found.remarks.append(
+                    f"{entry.name}: no local {split} split, so few-shot examples come from another one, and never are"
+                    " the document that is asked about"
+                )
     _write_yaml(folder / f"{entry.name}.yaml", override | {"dataset_kwargs": {"data_files": files}})
-    return remarks
 
 
 def _split_file(source: Path, split: str) -> Path | None:
     candidates = (source / f"{split}{suffix}" for suffix in (".jsonl.gz", ".jsonl"))
     return next((file for file in candidates if file.is_file()), None)
+
+
+def _check_rows(file: Path) -> None:
+    """Raises ValueError for a file without rows, or the first line that is none."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    rows = 0
+    try:
+        with opener(file, "rt", encoding="utf-8") as stream:
+            for line in stream:
+                if not isinstance(json.loads(line), dict):
+                    raise ValueError("not a JSON object")
+                rows += 1
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file}, line {rows + 1}: {error}") from None
+    if rows == 0:
+        raise ValueError(f"{file} is empty; expected one JSON object a line")
 
 
 def _rows_of_task(file: Path, stock: Mapping[str, Any], target: Path, task: str) -> Path:

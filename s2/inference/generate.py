@@ -21,6 +21,7 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     *,
+    top_k: int = 0,
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
 ) -> Tensor:
@@ -32,9 +33,10 @@ def generate(
         max_new_tokens: at most so many tokens are added.
         temperature: 0 takes the likeliest token, otherwise logits are divided by it and a token is drawn.
         top_p: draw only from the likeliest tokens that together reach this probability (nucleus sampling,
-            arXiv 1904.09751).
+            arXiv 1904.09751). With `top_k`, of those.
         eos_token_id: one or several ids that end a row. Rows that ended are filled with the id that ended
             them; generation stops early when all have. None never stops.
+        top_k: draw only from so many of the likeliest tokens, and those as likely as the last of them; 0 from all.
         generator: random numbers for the draw, on the model's device.
         prefill_chunk: feed the prompt in pieces of so many tokens, which bounds activation memory at long
             context.
@@ -45,7 +47,8 @@ def generate(
     Raises:
         ValueError: prompt and new tokens exceed max_position_embeddings, or an option is out of range.
     """
-    _check(model, input_ids, max_new_tokens, temperature, top_p, prefill_chunk)
+    check_sampling(temperature, top_p, top_k)
+    _check(model, input_ids, max_new_tokens, prefill_chunk)
     batch, prompt = input_ids.shape
     weight = model.model.embed_tokens.weight
     stop = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
@@ -58,7 +61,7 @@ def generate(
     tokens: list[Tensor] = []
     ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     while True:
-        token = _draw(logits[:, -1], temperature, top_p, generator)
+        token = _draw(logits[:, -1], temperature, top_p, top_k, generator)
         if tokens:
             token = torch.where(ended, tokens[-1], token)
         tokens.append(token)
@@ -68,11 +71,26 @@ def generate(
         logits = model(token[:, None], cache=cache, logits_to_keep=1)
 
 
-def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
+    """Raises ValueError, naming the option, for one that is out of range."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k={top_k!r} must be a whole number of tokens, or 0 for all")
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None) -> Tensor:
     """One token for each row of logits `[B, V]`, int64 `[B]`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    # the greatest is 0, so that no temperature is too low to divide by
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probs = torch.softmax(logits, dim=-1)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)
         before = ranked.cumsum(dim=-1) - ranked  # probability of all likelier tokens
@@ -86,18 +104,12 @@ def _check(
     model: Transformer,
     input_ids: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
     prefill_chunk: int | None,
 ) -> None:
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must be [B, S] with at least one token, got {list(input_ids.shape)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1 token")
     total, longest = input_ids.shape[1] + max_new_tokens, model.config.max_position_embeddings

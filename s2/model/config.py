@@ -10,9 +10,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from s2.attention import LayerLayout
+from s2.files import read_json
 
 from .rope import validate_rope_scaling
 
@@ -32,6 +34,8 @@ _HF_DEFAULTS: dict[str, Any] = {
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # A sparse model has a type of its own, so that no library opens it as a dense Llama without a word.
 _DENSE_TYPE, _SPARSE_TYPE = "llama", "s2_llama"
+# Where a class of transformers is called by name in spite of that, it refuses an attention that nobody has registered.
+_SPARSE_ATTENTION = "s2_attention"
 _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why nothing else
     "hidden_act": ("silu", "the MLP is SwiGLU"),
     "attention_bias": (False, "projections have no bias"),
@@ -111,6 +115,11 @@ class ModelConfig:
         return LayerLayout.parse(self.attention_layout, self.num_hidden_layers, self.block_size)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every layer attends to its whole context."""
+        return all(pattern.is_dense for pattern in self.layout)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All ids that end a document (empty when there is none)."""
         if self.eos_token_id is None:
@@ -159,16 +168,19 @@ class ModelConfig:
     def to_hf_dict(self) -> dict[str, Any]:
         """`config.json` of a Hugging Face Llama, readable by transformers 4.x and 5.x where every layer is dense.
 
-        With sparse layers `model_type` is "s2_llama" and everything else the same. RoPE is written twice:
-        `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
+        With sparse layers `model_type` is "s2_llama", which `AutoModel` does not know, and `attn_implementation` is
+        "s2_attention", for which transformers 5.x stops where its Llama class is called by name (4.x only warns that
+        the types differ). RoPE is written twice: `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
         """
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
         fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-        dense = all(pattern.is_dense for pattern in self.layout)
+        dense = self.is_dense
+        attention = {} if dense else {"attn_implementation": _SPARSE_ATTENTION}
         return {
             "architectures": ["LlamaForCausalLM" if dense else "S2LlamaForCausalLM"],
             "model_type": _DENSE_TYPE if dense else _SPARSE_TYPE,
             **asdict(self),
+            **attention,
             "rope_parameters": rope,
             **fixed,
         }
@@ -177,7 +189,7 @@ class ModelConfig:
     def from_hf_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """Read a Hugging Face Llama `config.json` of transformers 4.x or 5.x.
 
-        Without `attention_layout` the model is dense. Keys that do not change the network are ignored.
+        Without `attention_layout` a "llama" is dense. Keys that do not change the network are ignored.
 
         Args:
             values: the parsed JSON.
@@ -202,7 +214,30 @@ class ModelConfig:
         known = {key: values.get(key, default) for key, default in _HF_DEFAULTS.items()}
         known |= {key: values[key] for key in _HF_REQUIRED}
         theta, scaling = _read_rope(values, known["max_position_embeddings"], source)
-        return cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
+        config = cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
+        if values["model_type"] == _DENSE_TYPE and not config.is_dense:
+            raise ValueError(
+                f"{source}: model_type={_DENSE_TYPE!r} with attention_layout={config.attention_layout!r}: other"
+                f" libraries would run this model dense; write model_type {_SPARSE_TYPE!r}"
+            )
+        if values["model_type"] == _SPARSE_TYPE and values.get("attention_layout") is None:
+            raise ValueError(f"{source}: model_type={_SPARSE_TYPE!r} lacks attention_layout; dense would be a guess")
+        return config
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or no object.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face checkpoint folder")
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[float, dict[str, Any] | None]:

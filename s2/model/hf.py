@@ -2,11 +2,13 @@
 
 A folder holds `config.json`, `model*.safetensors` (with an index when sharded), `generation_config.json` and,
 when a tokenizer is given, its files. `config.json` is written last: a folder without it was not finished.
+
+Nothing of a folder is dropped without a word: every tensor in its files is loaded, or equal to one that is, or named
+in an error.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from s2.files import make_folder, remove_files, write_json
+
+from .config import ModelConfig, read_object
+from .rope import rope_frequencies
 from .tokenizer_files import write_tokenizer
 from .transformer import Transformer
 
+FOLDER_KIND = "a Hugging Face checkpoint"  # in the mark of folders that `save_pretrained` made
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -33,43 +40,65 @@ def save_pretrained(
     tokenizer_file: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str = "5GB",
+    *,
+    source: str | Path | None = None,
 ) -> Path:
     """Write a Hugging Face Llama folder.
 
     Args:
         model: a `Transformer` or its full (gathered) state dict; any float dtype, any device.
         config: the model's.
-        folder: created if need be; weights of an earlier export in it are replaced.
-        tokenizer_file: a `tokenizer.json`. A `tokenizer_config.json` beside it is taken over, else one is
-            written.
+        folder: new, empty, or of an earlier export, whose weights are replaced.
+        tokenizer_file: a `tokenizer.json`; what lies beside it goes along (see `write_tokenizer`).
         dtype: of the saved weights.
         max_shard_size: bytes, or text such as "5GB".
+        source: the Hugging Face folder that training started from. Its generation_config.json and, without
+            `tokenizer_file`, its tokenizer go with the weights; of its token ids only those change that `config`
+            changes.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: tensors missing, unexpected or of the wrong shape; a tokenizer that does not fit the
-            config.
+        ValueError: tensors missing, unexpected or of the wrong shape; a head that differs from the embedding although
+            the config ties them; a tokenizer that does not fit the config; a folder with files of others in it.
         FileNotFoundError: no tokenizer_file.
     """
     folder = Path(folder)
-    weights = dict(model.state_dict() if isinstance(model, nn.Module) else model)
-    _check_tensors({name: list(x.shape) for name, x in weights.items()}, config, "save_pretrained")
-    if config.tie_word_embeddings:
-        weights.pop(_HEAD, None)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / "config.json", folder / _INDEX, *folder.glob("model*.safetensors")]:
-        stale.unlink(missing_ok=True)
+    weights = _fitted(model.state_dict() if isinstance(model, nn.Module) else model, config, "save_pretrained")
+    inherited = read_object(Path(source) / "config.json") if source is not None else {}
+    changed = _changed_ids(config, inherited, str(source))
+    if tokenizer_file is None and source is not None and (Path(source) / "tokenizer.json").is_file():
+        tokenizer_file = Path(source) / "tokenizer.json"
+    make_folder(folder, FOLDER_KIND)
+    remove_files(folder, "config.json", _INDEX, "model*.safetensors")
     if tokenizer_file is not None:
-        write_tokenizer(Path(tokenizer_file), config, folder)
+        tokens = {key.removesuffix("_id"): changed[key] for key in changed}
+        write_tokenizer(Path(tokenizer_file), config, folder, tokens)
     _write_weights(weights, folder, dtype, max_shard_size)
 
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+    generation: dict[str, Any] = {"_from_model_config": True, **special}
+    if source is not None and (Path(source) / "generation_config.json").is_file():
+        generation = read_object(Path(source) / "generation_config.json") | {key: special[key] for key in changed}
+    write_json(folder / "generation_config.json", generation)
+    kept = {key: inherited[key] for key in ("pad_token_id", "unk_token_id") if key in inherited}
     name = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", {**config.to_hf_dict(), "dtype": name, "torch_dtype": name})  # 5.x, 4.x
+    write_json(folder / "config.json", {**config.to_hf_dict(), **kept, "dtype": name, "torch_dtype": name})  # 5.x, 4.x
     return folder
+
+
+def _changed_ids(config: ModelConfig, inherited: dict[str, Any], source: str) -> dict[str, int | None]:
+    """bos_token_id and eos_token_id (its first) where `config` has others than the folder it comes from."""
+    if not inherited:
+        return {}
+    before = ModelConfig.from_hf_dict(inherited, source)
+    ids: dict[str, int | None] = {}
+    if config.bos_token_id != before.bos_token_id:
+        ids["bos_token_id"] = config.bos_token_id
+    if config.eos_token_ids != before.eos_token_ids:
+        ids["eos_token_id"] = config.eos_token_ids[0] if config.eos_token_ids else None
+    return ids
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -80,7 +109,7 @@ def load_config(folder: str | Path) -> ModelConfig:
         ValueError: not JSON, or a model we do not support (see `ModelConfig.from_hf_dict`).
     """
     path = Path(folder) / "config.json"
-    return ModelConfig.from_hf_dict(_read_json(path), source=str(path))
+    return ModelConfig.from_hf_dict(read_object(path), source=str(path))
 
 
 def load_state_dict(folder: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -88,7 +117,7 @@ def load_state_dict(folder: str | Path, *, device: torch.device | str = "cpu") -
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: a damaged file, or a tensor the index promises is not in its shard.
+        ValueError: a damaged file, or index and files do not name the same tensors.
     """
     folder = Path(folder)
     state: dict[str, Tensor] = {}
@@ -98,9 +127,30 @@ def load_state_dict(folder: str | Path, *, device: torch.device | str = "cpu") -
                 present = set(file.keys())
                 if absent := sorted(set(names or present) - present):
                     raise ValueError(f"{path}: lacks tensor {absent[0]!r}, which {_INDEX} places there")
+                if unlisted := sorted(present - set(names or present)):
+                    raise ValueError(f"{path}: holds tensor {unlisted[0]!r}, which {_INDEX} does not place there")
                 state |= {name: file.get_tensor(name) for name in names or present}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+    return state
+
+
+def load_weights(folder: str | Path, config: ModelConfig, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a folder that a `Transformer` of `config` takes, in their stored dtype; without the head where
+    `config` ties it to the embedding.
+
+    Raises:
+        FileNotFoundError: as `load_state_dict`.
+        ValueError: as `load_state_dict`; a tensor is missing, has no place in the model, has another shape or kind, is
+            not finite, or differs from the one it should equal (a tied head from the embedding, stored rotary
+            frequencies from those of the folder's config.json).
+    """
+    state = load_state_dict(folder, device=device)
+    _drop_frequencies(state, Path(folder))
+    state = _fitted(state, config, str(folder))
+    for name, tensor in state.items():
+        if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):  # NaN is both least and greatest
+            raise ValueError(f"{folder}: tensor {name!r} holds NaN or infinite values; the checkpoint is of no use")
     return state
 
 
@@ -121,8 +171,7 @@ def load_pretrained(
         dtype: of the weights; None keeps the stored one.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_config` and `load_state_dict`; missing, unexpected or wrongly
-            shaped tensors are named with both shapes and the folder.
+        FileNotFoundError, ValueError: as `load_config` and `load_weights`.
     """
     config = load_config(folder)
     if overrides:
@@ -132,9 +181,7 @@ def load_pretrained(
             raise ValueError(f"overrides of {folder}: {error}") from None
     with torch.device("meta"):
         model = Transformer(config)
-    state = load_state_dict(folder, device=device)
-    _drop_derived(state)
-    _check_tensors({name: list(x.shape) for name, x in state.items()}, config, str(folder))
+    state = load_weights(folder, config, device=device)
     common = dtype or state[_EMBEDDING].dtype
     state = {name: x.to(common) for name, x in state.items()}
     if config.tie_word_embeddings:
@@ -148,25 +195,49 @@ def load_pretrained(
 # -------------------------------------------------------------------- helpers
 
 
-def _check_tensors(shapes: dict[str, list[int]], config: ModelConfig, source: str) -> None:
+def _fitted(state: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:
+    """`state` after a look at whether a `Transformer(config)` takes it as it is; without a tied head."""
     with torch.device("meta"):
         expected = {name: list(x.shape) for name, x in Transformer(config).state_dict().items()}
+    state = dict(state)
     if config.tie_word_embeddings:
         expected.pop(_HEAD)
-        shapes = {name: shape for name, shape in shapes.items() if name != _HEAD}
+        head, embedding = state.pop(_HEAD, None), state.get(_EMBEDDING)
+        if head is not None and embedding is not None and head is not embedding and not torch.equal(head, embedding):
+            raise ValueError(
+                f"{source}: {_HEAD} is not {_EMBEDDING}, although the config says tie_word_embeddings: true; say false "
+                f"there if the model has a head of its own"
+            )
     for name, shape in expected.items():
-        if name not in shapes:
-            raise ValueError(f"{source}: tensor {name!r} of shape {shape} is missing")
-        if shapes[name] != shape:
-            raise ValueError(f"{source}: tensor {name!r} has shape {shapes[name]}, but the config asks for {shape}")
-    if unexpected := sorted(set(shapes) - set(expected)):
+        if name not in state:
+            tied = f"; with tie_word_embeddings: true {_EMBEDDING} takes its place" if name == _HEAD else ""
+            raise ValueError(f"{source}: tensor {name!r} of shape {shape} is missing{tied}")
+        if list(state[name].shape) != shape:
+            raise ValueError(
+                f"{source}: tensor {name!r} has shape {list(state[name].shape)}, but the config asks for {shape}"
+            )
+        if state[name].dtype not in _DTYPES:
+            raise ValueError(f"{source}: tensor {name!r} holds {state[name].dtype}; quantised weights cannot be read")
+    if unexpected := sorted(set(state) - set(expected)):
         raise ValueError(f"{source}: unexpected tensors {unexpected[:4]}; the config has no place for them")
+    return state
 
 
-def _drop_derived(state: dict[str, Tensor]) -> None:
-    """Old exports store the rotary frequencies, which follow from the config."""
-    for name in [name for name in state if name.endswith("rotary_emb.inv_freq")]:
-        del state[name]
+def _drop_frequencies(state: dict[str, Tensor], folder: Path) -> None:
+    """Old exports store the rotary frequencies, which follow from the config; scaled or as they were before."""
+    stored = [name for name in state if name.endswith("rotary_emb.inv_freq")]
+    if not stored:
+        return
+    config = load_config(folder)
+    known = [rope_frequencies(config.head_dim, config.rope_theta, kind)[0] for kind in (config.rope_scaling, None)]
+    for name in stored:
+        found = state.pop(name).float().cpu()
+        # they may have been kept in bf16, which has a precision of 1/256
+        if found.shape != known[0].shape or not any(torch.allclose(found, x, rtol=1e-2, atol=0) for x in known):
+            raise ValueError(
+                f"{folder}: tensor {name!r} does not hold the rotary frequencies of config.json (rope_theta "
+                f"{config.rope_theta:g}); set rope_theta and rope_scaling there to what the model was trained with"
+            )
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> None:
@@ -179,15 +250,16 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype,
         shard = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
-        _write_json(folder / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(folder / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
 def _shards(folder: Path) -> dict[Path, list[str]]:
     """Weight files and the tensors to take from each (none named: all)."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a Hugging Face checkpoint")
+    present = {path.name for path in folder.glob("model*.safetensors")}
     if (folder / _INDEX).exists():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        weight_map = read_object(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{folder / _INDEX}: lacks weight_map; it should name the file of every tensor")
         shards: dict[Path, list[str]] = {}
@@ -196,24 +268,14 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
         for path in shards:
             if not path.exists():
                 raise FileNotFoundError(f"{path}: missing, but {_INDEX} lists it; was the copy interrupted?")
+        if unlisted := sorted(present - {path.name for path in shards}):
+            raise ValueError(f"{folder / unlisted[0]}: {_INDEX} does not list it; remove what is no part of the model")
         return shards
-    if (folder / _SINGLE).exists():
+    if _SINGLE in present:
+        if others := sorted(present - {_SINGLE}):
+            raise ValueError(f"{folder}: {_SINGLE} and {others[0]} are there; remove the one that is not to be loaded")
         return {folder / _SINGLE: []}
+    if present:
+        raise FileNotFoundError(f"{folder}: {_INDEX} is missing, which says what is in {sorted(present)}")
     found = sorted(path.name for path in folder.iterdir())
     raise FileNotFoundError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there (found {found})")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face checkpoint folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -26,6 +26,20 @@ def chunk_rows(vocab_size: int) -> int:
     return max(128, _LOGITS_PER_CHUNK // vocab_size // 128 * 128)
 
 
+def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`hidden @ weight.T` for `[..., E]` and `[V, E]`, in float32 at least.
+
+    Rounded to bf16, the two largest logits are equal at every twentieth position of a real model, and which one argmax
+    takes is chance.
+    """
+    wide = _wide(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda and wide != hidden.dtype == weight.dtype and not torch.is_grad_enabled():
+            # tensor cores add up in fp32 anyway, so this costs no more than rounded logits
+            return torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=wide).unflatten(0, hidden.shape[:-1])
+        return hidden.to(wide) @ weight.to(wide).t()
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import cast, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpointing import CHECKPOINT_MODES, CheckpointMode
 from .config import ModelConfig
 from .layers import Block, Cache, Embedding, Linear, RMSNorm
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, wide_logits
 from .rope import RotaryEmbedding, document_positions
 
 
@@ -70,9 +69,9 @@ class LMHead(nn.Module):
         nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """`[B, S, E]` -> logits `[B, S, V]`, or with labels `[B, S]` -> (loss sum, number of labels)."""
+        """`[..., S, E]` -> logits `[..., S, V]`, or with labels `[B, S]` -> (loss sum, number of labels)."""
         if labels is None:
-            return F.linear(hidden, self.weight)
+            return wide_logits(hidden, self.weight)
         return chunked_cross_entropy(
             hidden.flatten(0, 1), self.weight, labels.flatten(), compile_backend=self.loss_backend
         )
@@ -128,7 +127,7 @@ class Transformer(nn.Module):
             logits_to_keep: compute logits of the last so many positions only (0: of all).
 
         Returns:
-            Logits `[B, S or logits_to_keep, V]` in the weights' dtype, or (summed loss in nats, fp32 scalar;
+            Logits `[B, S or logits_to_keep, V]`, fp32 (fp64 of an fp64 model), or (summed loss in nats, fp32 scalar;
             number of labels that counted, int64 scalar).
 
         Raises:
@@ -176,6 +175,13 @@ class Transformer(nn.Module):
     def tie_weights(self) -> None:
         """Make head and embedding one parameter again after an assigning `load_state_dict`."""
         self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+
+    def attend_as(self, config: ModelConfig) -> None:
+        """Attend by the layout and the rotary frequencies of `config`, which has this model's sizes; weights stay."""
+        self.model.rope = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
+        rules = zip(self.model.blocks, config.layout.patterns, _distinct_rotations(config), strict=True)
+        for block, pattern, rotation in rules:
+            block.self_attn.pattern, block.self_attn.rotation = pattern, rotation
 
     def set_activation_checkpointing(self, mode: CheckpointMode) -> None:
         """Choose what blocks recompute in the backward: "none", "selective" or "full" (see `checkpointing`).

@@ -132,6 +132,10 @@ class TrainingLog(Callback):
             perplexity = math.exp(min(loss, 700.0))
             row |= {f"val/{name}/loss": loss, f"val/{name}/perplexity": perplexity}
             parts.append(f"{name} loss {loss:.4f} perplexity {perplexity:.2f}")
+            if trainer.sanity_checking and (source := module.source_losses.get(name)) is not None:
+                row[f"val/{name}/source_loss"] = source
+                if source != loss:
+                    parts[-1] += f" ({module.init_from} as it is: loss {source:.4f})"
         if row:
             self._record(trainer, row, f"held-out at step {trainer.global_step} | " + " | ".join(parts))
 

@@ -32,7 +32,8 @@ class Finish(Callback):
                 f"checkpoints in {self.run.folder / 'checkpoints'} are from before, logs/metrics.csv shows since when"
             )
         on_rank_zero(trainer, lambda: self._write_summary(trainer, pl_module, data))
-        export(pl_module.model, pl_module.config, self.run.folder / "hf", data.tokenizer_file)
+        hf = self.run.folder / "hf"
+        export(pl_module.model, pl_module.config, hf, data.tokenizer_file, pl_module.init_from)
         trainer.strategy.barrier()
 
     def _write_summary(self, trainer: Trainer, module: Any, data: Any) -> None:
@@ -41,8 +42,10 @@ class Finish(Callback):
         validation = {}
         for name in data.validation_names:
             curve = validation_curve(rows, name)
+            source = [row[f"val/{name}/source_loss"] for row in rows if f"val/{name}/source_loss" in row]
             validation[name] = {
                 "initial_loss": curve[0][1] if curve and curve[0][0] == 0 else None,
+                "source_loss": source[0] if source else None,
                 "loss": curve[-1][1] if curve else None,
                 "unigram_loss": data.unigram_loss(name),
                 "bits_per_byte": data.bits_per_byte(name, curve[-1][1]) if curve else None,
@@ -100,8 +103,9 @@ def closing_words(folder: Path) -> str:
             continue
         line = f"  held-out {name}: loss {values['loss']:.4f} nats/token ({values['bits_per_byte']:.3f} bits per byte)"
         if values["initial_loss"] is not None:
-            start = f"{summary['init_from']} as it is" if summary["init_from"] else "before training"
-            line += f", {start} {values['initial_loss']:.4f}"
+            line += f", before training {values['initial_loss']:.4f}"
+        if values.get("source_loss") not in (None, values["initial_loss"]):
+            line += f" ({summary['init_from']} as it is {values['source_loss']:.4f})"
         lines.append(f"{line}, unigram {values['unigram_loss']:.4f}")
     places = {"weights": "hf", "checkpoints": "checkpoints", "metrics": "logs/metrics.csv", "plot": "loss.png"}
     lines += [f"  {what}: {folder / place}" for what, place in places.items()]

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
-from s2.model.rope import RotaryEmbedding
 from s2.model.transformer import Transformer
 from s2.training.guard import StepGuard
 from s2.training.optim import OptimizerConfig, ScheduleConfig, build_adamw
 from s2.training.strategy import ZeROStrategy
-from s2.training.weights import load_into
+from s2.training.weights import check_same_tokens, load_into
 
 _ADAMW = OptimizerConfig()
 _COSINE = ScheduleConfig()
@@ -60,7 +59,8 @@ class PretrainModule(LightningModule):
 
     Args:
         config: `ModelConfig` keys. With `init_from`, only the ones to change.
-        init_from: Hugging Face folder to start from (an earlier stage's `hf/`); None starts from random weights.
+        init_from: Hugging Face folder to start from (an earlier stage's `hf/`); None starts from random weights. The
+            export keeps its token ids and tokenizer; without it the ids are the data's. `config` has the last word.
         optimizer: AdamW.
         schedule: learning rate over the run.
         activation_checkpointing: `none`, `selective` (attention outputs and the costly matmuls are kept) or `full`.
@@ -84,6 +84,8 @@ class PretrainModule(LightningModule):
         super().__init__()
         self.config = resolve_config(config, init_from)
         self.init_from = init_from
+        self._ids_of_data = [key for key in ("bos_token_id", "eos_token_id") if init_from is None and key not in config]
+        self._source: ModelConfig | None = None  # of `init_from`, while it is validated as it is
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.activation_checkpointing = activation_checkpointing
@@ -96,6 +98,7 @@ class PretrainModule(LightningModule):
         self._skipped_norm: float | None = None
         self.validation_names: list[str] = []
         self.validation_losses: dict[str, float] = {}
+        self.source_losses: dict[str, float] = {}  # before training, of `init_from` with its own layout and RoPE
         self.validation_is_finite = True
         self.phase: str | None = None  # what is being done, in words
         self._validation_totals = torch.zeros(0)
@@ -118,8 +121,14 @@ class PretrainModule(LightningModule):
     def setup(self, stage: str) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         data.check_vocab_size(self.config.vocab_size)
-        # The exported config must delimit documents as the training data did.
-        self.config = replace(self.config, bos_token_id=data.bos_token_id, eos_token_id=data.eos_token_id)
+        self.config = replace(self.config, **{key: getattr(data, key) for key in self._ids_of_data})
+        if self.init_from is not None:
+            check_same_tokens(data.tokenizer_file, self.init_from)
+            if data.eos_token_id not in self.config.eos_token_ids and self.trainer.is_global_zero:
+                print(
+                    f"documents end with token {data.eos_token_id} in the data; the model's eos_token_id stays "
+                    f"{self.config.eos_token_id}, as in {self.init_from} (model.config.eos_token_id changes it)"
+                )
         self.validation_names = list(data.validation_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -210,24 +219,43 @@ class PretrainModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.phase = "the validation before step {step}"
-        if self.trainer.sanity_checking and self.init_from is not None:
-            # Before training the number to beat is that of the checkpoint as it is, not with this recipe's RoPE.
-            _attend_as(self.model, self.config, load_config(self.init_from))
-        self._validation_totals = torch.zeros(max(len(self.validation_names), 1), 2, dtype=torch.float64)
+        self._source = self._other_attention() if self.trainer.sanity_checking else None
+        self._validation_totals = torch.zeros(2, max(len(self.validation_names), 1), 2, dtype=torch.float64)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        loss_sum, num_valid = self._loss(batch)
-        self._validation_totals[dataloader_idx] += torch.stack((loss_sum.double(), num_valid.double())).cpu()
+        self._count(0, dataloader_idx, batch)
+        if self._source is not None:
+            assert self.model is not None
+            self.model.attend_as(self._source)
+            self._count(1, dataloader_idx, batch)
+            self.model.attend_as(self.config)
 
     def on_validation_epoch_end(self) -> None:
-        if self.trainer.sanity_checking and self.init_from is not None:
-            _attend_as(self.model, load_config(self.init_from), self.config)
         totals = self._sum_over_ranks(self._validation_totals.to(self.device)).cpu()
-        self.validation_is_finite = bool(totals.isfinite().all())
-        self.validation_losses = {
-            name: float(total / count) if count else math.nan
-            for name, (total, count) in zip(self.validation_names, totals, strict=True)
-        }
+        self.validation_is_finite = bool(totals[0].isfinite().all())
+        losses = [
+            {
+                name: float(total / count) if count else math.nan
+                for name, (total, count) in zip(self.validation_names, rows, strict=True)
+            }
+            for rows in totals
+        ]
+        self.validation_losses = losses[0]
+        if self.trainer.sanity_checking and self.init_from is not None:
+            self.source_losses = losses[0] if self._source is None else losses[1]
+
+    def _other_attention(self) -> ModelConfig | None:
+        """The config of `init_from` if that attends otherwise than this recipe: the number to beat is that of the
+        checkpoint as it is, the number to begin with that of the recipe's layout and RoPE."""
+        if self.init_from is None:
+            return None
+        source = load_config(self.init_from)
+        keys = ("attention_layout", "block_size", "rope_theta", "rope_scaling")
+        return None if all(getattr(source, key) == getattr(self.config, key) for key in keys) else source
+
+    def _count(self, row: int, index: int, batch: dict[str, Tensor]) -> None:
+        loss_sum, num_valid = self._loss(batch)
+        self._validation_totals[row, index] += torch.stack((loss_sum.double(), num_valid.double())).cpu()
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.model is not None
@@ -237,14 +265,3 @@ class PretrainModule(LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(values)
         return values
-
-
-def _attend_as(model: Transformer | None, old: ModelConfig, new: ModelConfig) -> None:
-    """Switch a model from `old`'s rotary frequencies and layout to `new`'s; weights stay."""
-    assert model is not None
-    model.model.rope = RotaryEmbedding(new.head_dim, new.rope_theta, new.rope_scaling)
-    if (new.attention_layout, new.block_size) != (old.attention_layout, old.block_size):
-        layout = new.layout
-        blocks: Any = model.model.layers
-        for block, pattern, rotation in zip(blocks, layout.patterns, layout.rotations, strict=True):
-            block.self_attn.pattern, block.self_attn.rotation = pattern, rotation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -11,42 +10,69 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from s2.files import kind_of, move_aside, publish, remove_folder
 from s2.model.config import ModelConfig
-from s2.model.hf import load_state_dict, save_pretrained
+from s2.model.hf import load_weights, save_pretrained
+from s2.model.tokenizer_files import read_tokenizer
+from s2.model.transformer import Transformer
 
 
-def load_into(model: nn.Module, folder: str) -> None:
+def load_into(model: Transformer, folder: str) -> None:
     """Copy a Hugging Face folder's weights into `model` on rank 0; the others get them from rank 0.
 
     ZeRO-3 broadcasts each parameter as its gathering ends, ZeRO-1/2 broadcast the whole model when the engine
     starts, so only rank 0 reads the files.
 
     Raises:
-        ValueError: a tensor is missing or has another shape than the recipe's config asks for.
+        ValueError: the folder does not hold exactly the tensors that the recipe's config asks for (`load_weights`).
     """
-    weights = load_state_dict(folder) if _rank() == 0 else {}
+    weights: dict[str, Tensor] = {}
+    if _rank() == 0:
+        try:
+            weights = load_weights(folder, model.config)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (that is {folder}/config.json with the keys of the recipe's model.config)"
+            ) from None
     for name, parameter in model.named_parameters():
-        with gathered(parameter, modifier_rank=0):
+        with gathered(parameter, modifier_rank=0), torch.no_grad():
             if _rank() == 0:
-                _copy(parameter, name, weights, folder)
+                parameter.copy_(weights[name])
 
 
-def _copy(parameter: nn.Parameter, name: str, weights: dict[str, Tensor], folder: str) -> None:
-    if name not in weights:
-        raise ValueError(f"{folder} has no tensor {name!r}, which the recipe's model.config asks for")
-    if weights[name].shape != parameter.shape:
-        raise ValueError(
-            f"{folder}: tensor {name!r} is {list(weights[name].shape)} but the recipe's model.config makes it "
-            f"{list(parameter.shape)}; drop the keys of model.config that change shapes"
-        )
-    with torch.no_grad():
-        parameter.copy_(weights[name])
+def check_same_tokens(data_tokenizer: Path, init_from: str) -> None:
+    """Refuse data whose token ids mean something else to the model that training starts from.
+
+    A checkpoint may have further tokens (those of a chat template), and a folder without a tokenizer says nothing.
+
+    Raises:
+        ValueError: names a token and its two ids.
+    """
+    own = Path(init_from) / "tokenizer.json"
+    if not own.is_file() or own.read_bytes() == data_tokenizer.read_bytes():
+        return
+    known = read_tokenizer(own).get_vocab(with_added_tokens=True)
+    for token, token_id in read_tokenizer(data_tokenizer).get_vocab(with_added_tokens=True).items():
+        if known.get(token) != token_id:
+            raise ValueError(
+                f"the data was tokenized with {data_tokenizer}, where {token!r} is token {token_id}, but in "
+                f"{own} of model.init_from it is {known.get(token, 'none')}; prepare the data with the "
+                f"model's tokenizer (prepare.tokenizer.path: {own})"
+            )
 
 
-def export(model: nn.Module, config: ModelConfig, folder: Path, tokenizer_file: Path | None) -> None:
+def export(
+    model: nn.Module, config: ModelConfig, folder: Path, tokenizer_file: Path, init_from: str | None = None
+) -> None:
     """Write the Hugging Face folder from rank 0; every rank must call it, because ZeRO-3 gathers.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
+    The folder appears whole or not at all: it is written beside its place and renamed. One that this program did not
+    write moves aside.
+
+    Args:
+        tokenizer_file: of the data; used where `init_from` has no tokenizer of its own.
+        init_from: the Hugging Face folder that training started from; its tokenizer files (chat template, special
+            tokens) and generation_config.json go with the weights.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -56,11 +82,13 @@ def export(model: nn.Module, config: ModelConfig, folder: Path, tokenizer_file: 
     if _rank() != 0:
         return
     dtype = torch.float32 if any(value.dtype == torch.float32 for value in state.values()) else torch.bfloat16
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_pretrained(state, config, partial, tokenizer_file=tokenizer_file, dtype=dtype)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    own = init_from is not None and (Path(init_from) / "tokenizer.json").is_file()
+    partial = folder.with_name(folder.name + ".partial")
+    remove_folder(partial)
+    save_pretrained(state, config, partial, None if own else tokenizer_file, dtype=dtype, source=init_from)
+    if os.path.lexists(folder) and kind_of(folder) is None:
+        print(f"{folder} was not written by this program; it is now {move_aside(folder)}")
+    publish(partial, folder)
 
 
 def gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager:

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from data.shards import ShardWriter, write_manifest
 from data.tokenizer import TextTokenizer
-from eval.lm import S2LM, evaluate, main, result_stem, stock_index, table
+from eval.lm import S2LM, evaluate, main, stock_index, table
 from eval.local_tasks import write_local_tasks
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
@@ -91,7 +91,7 @@ def test_greedy_flag_tells_the_models_own_continuation(lm):
     (said,) = lm.generate_until(requests((prompt, {"until": [], "max_gen_toks": 1})), disable_tqdm=True)
     tokens = lm.checkpoint.generate(lm.tok_encode(prompt), 1)
     scored = lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), tokens)], disable_tqdm=True)
-    assert scored[0][1] and lm.tokenizer.decode(tokens) == said
+    assert scored[0][1] and lm.checkpoint.tokenizer.decode(tokens) == said
     other = [(tokens[0] + 1) % 512]
     assert not lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), other)], disable_tqdm=True)[0][1]
 
@@ -99,11 +99,13 @@ def test_greedy_flag_tells_the_models_own_continuation(lm):
 def test_bos_is_as_set_and_never_doubled(dense):
     as_tokenizer = S2LM(dense, device="cpu")
     adds = as_tokenizer.add_bos_token
-    assert adds == ("bos" in as_tokenizer.bos_setting() and as_tokenizer.bos_setting().startswith("yes"))
+    assert adds == (
+        "bos" in as_tokenizer.encoder.bos_setting() and as_tokenizer.encoder.bos_setting().startswith("yes")
+    )
     for wanted in (True, False):
         lm = S2LM(as_tokenizer.checkpoint, add_bos_token=wanted)
         assert (lm.tok_encode("the river")[0] == 0) is wanted
-        assert lm.tok_encode("<|bos|>the river").count(0) == 1
+        assert lm.tok_encode("<|bos|>the river").count(0) == wanted  # in a text it is text, as in training
 
 
 def test_long_inputs_are_cut_on_the_left_with_a_warning_that_names_max_length(sparse, caplog):
@@ -136,8 +138,22 @@ def test_impossible_settings_are_refused(sparse, lm):
         lm.generate_until(requests(("the", {"until": []})), disable_tqdm=True)
     with pytest.raises(ValueError, match=r"max_seq_lengths \[4096\]: longer than max_length=256"):
         evaluate(lm, ["s2_passkey"], metadata={"max_seq_lengths": [128, 4096]})
-    with pytest.raises(ValueError, match="--tasks helaswag: no task, group or tag of this name"):
+    with pytest.raises(ValueError, match=r"--tasks helaswag: no task, group or tag of this .*did you mean hellaswag"):
         evaluate(lm, ["helaswag"])
+    with pytest.raises(ValueError, match=r"--data-dir .*: s2_passkey do not read it"):
+        evaluate(lm, ["s2_passkey"], data_dir=sparse)
+    with pytest.raises(ValueError, match="--metadata sample: s2_passkey take only heldout, samples, seed, num_lengths"):
+        evaluate(lm, ["s2_passkey"], metadata={"sample": 3})
+    with pytest.raises(ValueError, match="s2_passkey: samples=0; expected a whole number"):
+        evaluate(lm, ["s2_passkey"], metadata={"samples": 0})
+    for limit in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=rf"--limit {limit}: expected a number of documents, at least 1, or a"):
+            evaluate(lm, ["s2_passkey"], limit=limit)
+    for name, value in (("batch_tokens", 0), ("batch_size", "all"), ("max_batch_size", 0), ("dtype", "fp32")):
+        with pytest.raises(ValueError, match=f"{name}='?{value}'?: expected"):
+            S2LM(lm.checkpoint, **{name: value})
+    with pytest.raises(ValueError, match="--device tpu9: no such device here"):
+        S2LM(sparse, device="tpu9")
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +237,33 @@ def test_few_shot_examples_from_another_split_are_remarked(lm, local_data):
     assert "piqa: no local train split, so few-shot examples come from another one" in table(results)
 
 
+@pytest.mark.parametrize("task", ["arc_easy", "piqa"])  # evaluated on a test and on a validation split
+def test_no_prompt_shows_the_documents_own_answer(lm, local_data, tmp_path, task):
+    rows = [
+        {
+            "id": str(i),
+            "question": f"What is number {i}?",
+            "choices": {"text": [f"stone {i}", "other"], "label": ["A", "B"]},
+            "answerKey": "A",
+        }
+        for i in range(4)
+    ]
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, shots = (tmp_path, 3) if task == "arc_easy" else (local_data, 5)
+    results = evaluate(lm, [task], data_dir=data, num_fewshot=shots, log_samples=True)
+    for sample in results["samples"][task]:
+        prompt = (
+            sample["arguments"]["gen_args_0"]["arg_0"]
+            if isinstance(sample["arguments"], dict)
+            else sample["arguments"][0][0]
+        )
+        assert prompt.count("Answer:") == shots + 1
+        assert prompt.count(sample["doc"]["question" if task == "arc_easy" else "goal"]) == 1
+    with pytest.raises(ValueError, match=rf"--num-fewshot {shots + 1}: task {task} has only {shots} documents"):
+        evaluate(lm, [task], data_dir=data, num_fewshot=shots + 1)
+
+
 def test_missing_local_data_is_named(lm, local_data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder for task 'hellaswag'.*it has: mmlu, piqa, wikitext"):
         evaluate(lm, ["hellaswag"], data_dir=local_data)
@@ -234,6 +277,14 @@ def test_missing_local_data_is_named(lm, local_data, tmp_path):
     (tmp_path / "mmlu" / "test.jsonl").write_text('{"subject": "other"}\n')
     with pytest.raises(ValueError, match="has no row whose 'subject' is 'astronomy'"):
         evaluate(lm, ["mmlu_astronomy"], data_dir=tmp_path)
+    for content, words in (
+        ("", "test.jsonl is empty"),
+        ('{"id": 1}\n{"id": \n', r"test.jsonl, line 2: "),
+        ('{"id": 1}\n', r"rows are not as arc_easy need them \((KeyError|Undef|DatasetGen)[\s\S]*columns of the hub"),
+    ):
+        (tmp_path / "arc_easy" / "test.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            evaluate(lm, ["arc_easy"], data_dir=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +310,10 @@ def heldout(sparse):
 def test_without_tasks_the_command_line_runs_our_own_and_prints_the_table(sparse, lm, heldout, tmp_path, capsys):
     main(["--ckpt", str(sparse), "--output", str(tmp_path), "--device", "cpu"])
     printed = capsys.readouterr().out
-    stem = tmp_path / "lm-s2_heldout+s2_passkey"
-    written = stem.with_suffix(".md").read_text()
+    files = [Path(line) for line in printed.splitlines()[-2:]]
+    assert [file.suffix for file in files] == [".json", ".md"] and files[0].parent == tmp_path
+    assert files[0].name.startswith("lm-s2_heldout+s2_passkey-")
+    written = files[1].read_text()
     assert written in printed
     for expected in (
         "attention: L2V4-inter, block size 16",
@@ -272,7 +325,7 @@ def test_without_tasks_the_command_line_runs_our_own_and_prints_the_table(sparse
         "|acc_256 ",
     ):
         assert expected in written
-    results = json.loads(stem.with_suffix(".json").read_text())
+    results = json.loads(files[0].read_text())
     total = sum(lm.loglikelihood_rolling(requests(*[(text,) for text in heldout]), disable_tqdm=True))
     num_bytes = sum(len(text.encode()) for text in heldout)
     bits = results["results"]["s2_heldout"]["bits_per_byte,none"]
@@ -298,20 +351,7 @@ def test_passkey_prompts_fit_their_length_and_repeat(sparse):
 
 def test_missing_heldout_is_named(tmp_path):
     folder = make_checkpoint(tmp_path / "a" / "b" / "hf")
-    with pytest.raises(FileNotFoundError, match="no held-out shards near it"):
+    with pytest.raises(FileNotFoundError, match=r"no held-out shards near it.*--heldout FILE .*--haystack FILE"):
         evaluate(S2LM(folder, device="cpu"), ["s2_heldout"])
     with pytest.raises(FileNotFoundError, match=r"--heldout nothing\.jsonl: no such file"):
         main(["--ckpt", str(folder), "--output", str(tmp_path), "--heldout", "nothing.jsonl"])
-
-
-def test_different_tables_get_different_files():
-    many = ["a", "b", "c", "d", "e"]
-    stems = [
-        result_stem(["a"], None, None),
-        result_stem(["a", "b"], None, None),
-        result_stem(["a"], 5, None),
-        result_stem(["a"], None, 10),
-        result_stem(many, None, None),
-        result_stem([*many[:-1], "f"], None, None),
-    ]
-    assert len(set(stems)) == len(stems)

@@ -84,6 +84,37 @@ def test_sampling_follows_temperature_and_nucleus():
     assert torch.equal(nearly_zero, generate(model, prompt, 1))
 
 
+def test_top_k_draws_from_the_likeliest_alone_and_before_the_nucleus():
+    model, prompt = build(), tokens(1, 20).expand(400, 20)
+    with torch.no_grad():
+        order = model(prompt[:1], logits_to_keep=1)[0, 0].argsort(descending=True).tolist()
+
+    def drawn(**options):
+        return set(
+            generate(model, prompt, 1, 3.0, generator=torch.Generator().manual_seed(0), **options).flatten().tolist()
+        )
+
+    assert drawn(top_k=5) == set(order[:5]) and len(drawn()) > 20
+    assert drawn(top_k=1) == {order[0]}
+    assert drawn(top_k=2, top_p=0.4) == {order[0]}  # one of two has more than 0.4, one of all 61 has not
+    assert drawn(top_k=0) == drawn(top_k=61) == drawn()
+
+
+def test_logits_of_a_bf16_model_are_not_rounded_before_the_largest_is_taken():
+    model = build(vocab_size=4096).to(torch.bfloat16)
+    prompt = torch.randint(4096, (4, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hidden = model.model(prompt, None, None)
+        logits, exact = model(prompt), hidden.double() @ model.lm_head.weight.double().T
+        rounded = exact.to(torch.bfloat16)
+    ties = (rounded == rounded.amax(-1, keepdim=True)).sum(-1) > 1
+    assert ties.any()
+    assert logits.dtype == torch.float32 and torch.equal(logits.argmax(-1), exact.argmax(-1))
+    assert torch.equal(
+        generate(model, prompt[:, :50], 1)[:, 0], model(prompt[:, :50], logits_to_keep=1)[:, -1].argmax(-1)
+    )
+
+
 def test_rows_stop_at_eos_and_generation_when_all_have():
     model, prompt = build(), tokens(2, 20)
     free = generate(model, prompt, 30)
@@ -109,7 +140,10 @@ def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature=nan"),
         ({"max_new_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
+        ({"max_new_tokens": 1, "top_k": -1}, "top_k=-1"),
+        ({"max_new_tokens": 1, "top_k": 2.5}, "top_k=2.5"),
         ({"max_new_tokens": 1, "prefill_chunk": 0}, "prefill_chunk=0"),
     ],
 )

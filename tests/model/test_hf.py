@@ -94,11 +94,22 @@ def test_we_read_a_transformers_folder_with_the_same_logits(tmp_path, tied, scal
 
 def test_transformers_does_not_open_a_sparse_model_as_a_dense_one(tmp_path, tokenizer_file):
     ours = model(attention_layout="L1V2-inter", block_size=16)
-    save_pretrained(ours, ours.config, tmp_path, tokenizer_file=tokenizer_file)
+    folder = save_pretrained(ours, ours.config, tmp_path / "hf", tokenizer_file=tokenizer_file)
     with pytest.raises((ValueError, KeyError), match="s2_llama"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert load_config(tmp_path) == ours.config
-    assert AutoTokenizer.from_pretrained(tmp_path)("some text")["input_ids"]
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="s2_attention"):
+        LlamaForCausalLM.from_pretrained(folder)
+    assert load_config(folder) == ours.config
+    assert AutoTokenizer.from_pretrained(folder)("some text")["input_ids"]
+
+
+def test_a_sparse_layout_under_the_name_of_a_dense_model_is_refused(tmp_path):
+    values = config(attention_layout="L1V2-inter", block_size=16).to_hf_dict()
+    with pytest.raises(ValueError, match=r"model_type='llama' with attention_layout='L1V2-inter'.*'s2_llama'"):
+        ModelConfig.from_hf_dict({**values, "model_type": "llama"})
+    del values["attention_layout"]
+    with pytest.raises(ValueError, match="lacks attention_layout"):
+        ModelConfig.from_hf_dict(values)
 
 
 def test_our_folder_comes_back_bit_for_bit(tmp_path):
@@ -120,6 +131,14 @@ def test_saving_again_leaves_no_old_shard(tmp_path):
     assert load_state_dict(tmp_path)["model.norm.weight"].dtype == torch.bfloat16
     assert load_pretrained(tmp_path, dtype=torch.float32).lm_head.weight.dtype == torch.float32
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_folder_with_files_of_others_is_left_as_it_is(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    ours = model()
+    with pytest.raises(ValueError, match=r"holds files that this program did not write \(config.json\)"):
+        save_pretrained(ours, ours.config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_overrides_extend_the_context(tmp_path):
@@ -187,6 +206,48 @@ def test_settings_beside_the_tokenizer_are_taken_over(tmp_path, tokenizer_file):
     assert written == {**settings, "model_max_length": 256}
 
 
+@pytest.fixture
+def chat_model(tmp_path, tokenizer_file):
+    """A foreign folder: several ids end a text, the tokenizer has a template and a token to pad with."""
+    ours = model(eos_token_id=[1, 5])
+    folder = save_pretrained(ours, ours.config, tmp_path / "chat", tokenizer_file, dtype=torch.float32)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"pad_token": "e", "unk_token": "t"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|end|>", "pad_token": "e"}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [1, 5, 7]}))
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"pad_token_id": 4}))
+    return folder
+
+
+def test_what_a_model_came_with_goes_with_it(tmp_path, chat_model):
+    longer = load_pretrained(chat_model, overrides={"max_position_embeddings": 512})
+    folder = save_pretrained(longer, longer.config, tmp_path / "out", source=chat_model)
+    saved, before = (json.loads((path / "config.json").read_text()) for path in (folder, chat_model))
+    assert [saved[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")] == [0, [1, 5], 4]
+    assert {key for key in saved if saved[key] != before[key]} == {"max_position_embeddings", "dtype", "torch_dtype"}
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "temperature": 0.6,
+        "eos_token_id": [1, 5, 7],
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|begin|>", "<|end|>", "e")
+    assert tokenizer.unk_token == "t" and tokenizer.model_max_length == 512
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|begin|>hi"
+
+
+def test_token_ids_change_where_the_config_says_so_and_nowhere_else(tmp_path, chat_model):
+    ended = load_pretrained(chat_model, overrides={"eos_token_id": 4})
+    folder = save_pretrained(ended, ended.config, tmp_path / "out", source=chat_model)
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 4
+    assert json.loads((folder / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": 4}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token) == (0, 4, "e")
+
+
 def test_a_tokenizer_that_does_not_fit_stops_the_export(tmp_path, tokenizer_file):
     small = model(vocab_size=200)
     with pytest.raises(ValueError, match=r"tokenizer.json: \d+ tokens do not fit in vocab_size=200"):
@@ -246,13 +307,81 @@ def test_missing_and_unexpected_tensors_are_named(folder):
         load_pretrained(folder)
 
 
+def test_a_head_that_a_tied_embedding_would_replace_is_refused(tmp_path):
+    untied = model()
+    folder = save_pretrained(untied, untied.config, tmp_path / "hf", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"lm_head.weight is not model.embed_tokens.weight.*tie_word_embeddings: true"):
+        load_pretrained(folder, overrides={"tie_word_embeddings": True})
+    tied = untied.config.replace(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"save_pretrained: lm_head.weight is not model.embed_tokens.weight"):
+        save_pretrained(untied.state_dict(), tied, tmp_path / "other")
+    state = untied.state_dict()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # equal, and so dropped without harm
+    folder = save_pretrained(state, untied.config, tmp_path / "equal", dtype=torch.float32)
+    assert load_pretrained(folder, overrides={"tie_word_embeddings": True})(ids()).isfinite().all()
+
+
+def test_a_head_that_is_missing_is_named_with_what_stands_in_for_it(tmp_path):
+    tied = model(tie_word_embeddings=True)
+    save_pretrained(tied, tied.config, tmp_path)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' .* is missing; with tie_word_embeddings: true"):
+        load_pretrained(tmp_path, overrides={"tie_word_embeddings": False})
+
+
+def test_tensors_and_files_that_the_index_leaves_out_are_named(tmp_path):
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path, max_shard_size=60_000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    state = load_file(shard)
+    save_file({**state, "extra": torch.ones(2)}, shard)
+    with pytest.raises(ValueError, match=rf"{shard.name}: holds tensor 'extra'.*does not place"):
+        load_state_dict(tmp_path)
+    save_file(state, shard)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"/model.safetensors: model.safetensors.index.json does not list it"):
+        load_state_dict(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors.index.json is missing"):
+        load_state_dict(tmp_path)
+    for name in ("model.safetensors", "model.fp16.safetensors"):
+        shard.rename(tmp_path / name) if shard.exists() else save_file(state, tmp_path / name)
+    for path in tmp_path.glob("model-*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors and model.fp16.safetensors are there"):
+        load_state_dict(tmp_path)
+
+
+def test_stored_rotary_frequencies_have_to_be_those_of_the_config(folder):
+    state = load_file(folder / "model.safetensors")
+    frequencies = 5e4 ** (-torch.arange(0, 8, 2) / 8)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**state, name: frequencies.to(torch.bfloat16)}, folder / "model.safetensors")
+    assert name not in load_pretrained(folder).state_dict()
+    save_file({**state, name: 1e6 ** (-torch.arange(0, 8, 2) / 8)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"inv_freq' does not hold the rotary frequencies .*rope_theta 50000"):
+        load_pretrained(folder)
+
+
+def test_weights_that_are_no_numbers_are_named(folder):
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][3] = torch.nan
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model.norm.weight' holds NaN"):
+        load_pretrained(folder)
+    state["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model.norm.weight' holds torch.int8; quantised"):
+        load_pretrained(folder)
+
+
 def test_damaged_files_are_named(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"model.safetensors: not a readable safetensors file"):
         load_pretrained(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json, line 1: not valid JSON"):
         load_config(folder)
 
 

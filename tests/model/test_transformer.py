@@ -110,7 +110,7 @@ def test_bf16_model_stays_close_to_fp32_and_keeps_exact_positions():
     ids = tokens(1, 2000)
     exact = model(ids, logits_to_keep=200).detach()
     low = model.to(torch.bfloat16)(ids, logits_to_keep=200)
-    assert low.dtype == torch.bfloat16
+    assert low.dtype == torch.float32  # the head's products are not rounded
     assert (low.float() - exact).norm() / exact.norm() < 3e-2
 
 

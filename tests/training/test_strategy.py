@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from s2.model.config import ModelConfig
 from s2.model.hf import load_pretrained
 from s2.model.layers import Block
+from s2.training.finish import closing_words
 from s2.training.metrics import read_metrics
 from s2.training.module import PretrainModule
 from s2.training.report import estimate_memory
@@ -114,12 +116,34 @@ def test_extension_reports_the_checkpoint_as_it_is_at_the_new_length(folder: Pat
     assert code == 0
     exported = json.loads((run / "hf" / "config.json").read_text())
     assert exported["max_position_embeddings"] == 128 and exported["rope_theta"] == 8e6
-    # The loss before step 1 is that of the checkpoint with its own rope_theta, over the same held-out rows.
+    # Before step 1 there are two losses over the same held-out rows: of the checkpoint with its own rope_theta ...
     same = train(folder, start, *longer, "model.config.rope_theta=10000.0", "data.micro_batch_size=1", stage="same")[1]
-    before = curve(run, "val/heldout/loss")[0]
-    assert before == curve(same, "val/heldout/loss")[0]
-    # ... and training itself uses the new one.
+    before = curve(run, "val/heldout/source_loss")[0]
+    assert before == curve(same, "val/heldout/loss")[0] == curve(same, "val/heldout/source_loss")[0]
+    # ... and of the one that training uses.
+    assert curve(run, "val/heldout/loss")[0] != before
     assert curve(run)[1] != curve(same)[1]
+    summary = json.loads((run / "summary.json").read_text())["validation"]["heldout"]
+    assert (summary["initial_loss"], summary["source_loss"]) == (curve(run, "val/heldout/loss")[0], before)
+    said = closing_words(run)
+    assert f"before training {summary['initial_loss']:.4f} ({plain}/hf as it is {before:.4f})" in said
+    assert "as it is" not in closing_words(same)
+
+
+def test_training_on_keeps_what_a_foreign_checkpoint_came_with(folder: Path, plain: Path, capsys) -> None:
+    foreign = folder / "foreign"
+    shutil.copytree(plain / "hf", foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps(config | {"bos_token_id": 7, "eos_token_id": [5, 6]}))
+    (foreign / "chat_template.jinja").write_text("{{ messages }}")
+    code, run = train(folder, f"model.init_from={foreign}", "trainer.max_steps=3", stage="on")
+    assert code == 0
+    exported = json.loads((run / "hf" / "config.json").read_text())
+    assert (exported["bos_token_id"], exported["eos_token_id"]) == (7, [5, 6])
+    assert (run / "hf" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert f"documents end with token 1 in the data; the model's eos_token_id stays [5, 6], as in {foreign}" in (
+        capsys.readouterr().out
+    )
 
 
 def test_throughput_rows_count_tokens_of_optimizer_steps(plain: Path) -> None:
