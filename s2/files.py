@@ -194,7 +194,7 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
 
     That is: of a folder that `publish` listed, the files in the list; of others the files whose names match one of
     `patterns`, or everything where there are none. What else somebody put there stays, and the folder with it. A folder
-    that is not there is no error.
+    that is not there is no error. Of a link, what it leads to is emptied and loses its mark; link and folder stay.
 
     Raises:
         NotOursError: it is there and is not marked.
@@ -204,20 +204,23 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     require_marked(folder)
     listed = json.loads((folder / MARK).read_text(encoding="utf-8")).get("files")
     doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
-    if listed is None and not patterns:
+    is_link = folder.is_symlink()
+    if listed is None and not patterns and not is_link:
         os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
         shutil.rmtree(doomed)
         return True
-    names = (
-        listed
-        if listed is not None
-        else [n for n in os.listdir(folder) if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-    )
+    names = listed
+    if names is None:
+        found = [path for path in (folder.iterdir() if patterns else folder.rglob("*")) if not path.is_dir()]
+        wanted = [path for path in found if any(fnmatch.fnmatchcase(path.name, p) for p in patterns or ("*",))]
+        names = [path.relative_to(folder) for path in wanted if path != folder / MARK]
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             (folder / name).unlink()
     left = [path for path in folder.rglob("*") if not path.is_dir() and path != folder / MARK]
-    if not left:
+    if not left and is_link:
+        (folder / MARK).unlink()
+    elif not left:
         shutil.rmtree(folder)
     return not left
 
