@@ -18,13 +18,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from data.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
-from data.mixture import Component, Curriculum, Mixture, PackedStream, check_length_filter
+from data.mixture import Component, Curriculum, Mixture, PackedStream, Passes, check_length_filter
 from data.prepare import prepare
 from data.schema import differences, from_mapping, whole_number
 from data.shards import TokenShards
+from data.sources import LOST
 from data.spec import parse_sections
+from data.tokenizer import DROPPED, UNKNOWN
 from data.unigram import target_counts, unigram_loss
 
+LOST_TEXT = (LOST, UNKNOWN, DROPPED)  # counted in manifests: characters of documents that did not become tokens
 WASTEFUL = 0.05  # share of empty places that is worth a warning; length filters cost some
 
 
@@ -216,6 +219,20 @@ class PackedDataModule(LightningDataModule):
             self.setup()
         assert self._rows is not None
         return self._rows
+
+    def passes(self, total_tokens: int) -> list[Passes]:
+        """How often the first `total_tokens` tokens of training go through each component of the mixture."""
+        return self.rows.passes(-(-total_tokens // self.seq_len))
+
+    def lost_text(self) -> list[str]:
+        """What of the mixture's text is not in its tokens, one line a source; see `LOST_TEXT`."""
+        folders = {stream.shards.folder: stream.shards.manifest for stream in self.mixture.streams}
+        return [
+            f"{folder}, source {source['name']}: " + ", ".join(f"{n:,} {what}" for what, n in lost.items())
+            for folder, manifest in folders.items()
+            for source in manifest["sources"]
+            if (lost := {what: source["skipped"][what] for what in LOST_TEXT if source["skipped"].get(what)})
+        ]
 
     @property
     def mixture(self) -> Mixture:

@@ -13,16 +13,16 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data.output import TOKENIZER, begin_anew, check_output, is_finished, put_tokenizer, remove_work, writing
-from data.plan import PLAN, Plan, Planned, make_plan
+from data.plan import PLAN, Plan, make_plan
+from data.sample import sample_texts
 from data.shards import TokenShards, read_manifest, write_manifest
 from data.sources import PART_BYTES, Source
 from data.spec import PrepareSpec, is_override, parse_sections, prepare_section
@@ -236,7 +236,14 @@ def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> Te
     elif settings.train is not None and not made.is_file():
         finished = [read_manifest(folder) for folder in spec.folders.values() if is_finished(folder)]
         if not finished or not (output / TOKENIZER).is_file():
-            sample = _sample(spec, plan.sources, settings.train["sample_bytes"], below)
+            sample = sample_texts(
+                spec.sources,
+                [[planned.part for planned in every] for every in plan.sources],
+                settings.train["sample_bytes"],
+                spec.seed,
+                is_heldout=lambda document_id: spec.place(document_id) < below,
+                on_bad=lambda error: None,  # what becomes of a bad row, encoding says
+            )
             train_tokenizer(sample, settings.train["vocab_size"], made)
             put_tokenizer(made, output)
     else:
@@ -249,24 +256,6 @@ def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> Te
                 " manifest has its SHA-256), or choose another `output`"
             )
     return tokenizer
-
-
-def _sample(spec: PrepareSpec, parts: list[list[Planned]], sample_bytes: int, below: int) -> Iterator[str]:
-    """The first training documents of each source, an equal share of bytes from each; the last one is cut."""
-    for number, (source, every) in enumerate(zip(spec.sources, parts, strict=True)):
-        left = max(1, sample_bytes // len(spec.sources))
-        tasks = [Task(spec, number, i, planned) for i, planned in enumerate(every)]
-        with tqdm(desc=f"tokenizer sample: {source.label}", unit="B", unit_scale=True, disable=None) as bar:
-            for document in itertools.chain.from_iterable(task.documents(Counter(), []) for task in tasks):
-                if spec.place(document.id) < below:
-                    continue
-                text = document.text.encode()[:left]
-                yield text.decode(errors="ignore")
-                size = len(text)
-                bar.update(size)
-                left -= size
-                if left <= 0:
-                    break
 
 
 def describe(folder: str | Path) -> str:

@@ -52,7 +52,7 @@ _ABOUT = re.compile(
     r"|(dataset_infos?|dataset_dict|state|croissant)\.json",
     re.IGNORECASE,
 )
-LOST = "lone surrogates, replaced by ?"  # of the text of documents, which stay
+LOST = "lone surrogates"  # replaced by "?"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -340,7 +340,7 @@ class Source:
     def read(self, part: Part, skipped: Counter[str] | None = None, on_bad: OnBad = stop) -> Iterator[Document]:
         """Yield the documents of one part.
 
-        skipped: counts, by reason, what was left out, and under `LOST` what of the text was.
+        skipped: counts, by reason, the rows that were left out, and under `LOST` the characters.
         on_bad: is told of each row that is not as it has to be (`data.columns.BadRowError`), and may raise; by default
             it does.
 

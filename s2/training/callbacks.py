@@ -14,6 +14,7 @@ from tqdm import tqdm
 from s2.model.flops import model_flops_utilization
 from s2.training.checkpoint import RunCheckpoint, tokens_per_step
 from s2.training.metrics import MetricsFile, read_metrics
+from s2.training.report import data_report
 from s2.training.run import RunConfig
 from s2.training.throughput import clock, device_peak, peak_memory_gib
 
@@ -37,6 +38,11 @@ class TrainingLog(Callback):
         self._seen_step = self._logged_step = 0
         self._logged_at = 0.0
         self._validating = self._validation_began = 0.0
+
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            tokens = trainer.max_steps * tokens_per_step(trainer)
+            print(data_report(trainer.datamodule, tokens), flush=True)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open(trainer)

@@ -116,6 +116,23 @@ def _ranges(layers: list[int]) -> str:
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
+def data_report(data: Any, total_tokens: int) -> str:
+    """How often a run goes through its data, and what of its text the tokens lack; printed once the data is there."""
+    passes = data.passes(total_tokens)
+    lines = [
+        f"data: {each.component}: {each.asked:,} tokens of {each.available:,}, {each.passes:.2f} passes"
+        for each in passes
+    ]
+    if repeated := [each for each in passes if each.passes > 1]:
+        most = max(repeated, key=lambda each: each.passes)
+        lines.append(
+            f"warning: data is repeated, {most.component} {most.passes:.2f} times; prepare more of it, give it less "
+            f"weight, or train on fewer tokens"
+        )
+    lines += [f"warning: text that the tokenizer cannot express: {line}" for line in data.lost_text()]
+    return "\n".join(lines)
+
+
 def launch_report(run: Any, module: Any, data: Any, trainer: Any) -> str:
     """The text printed before the first step."""
     config: ModelConfig = module.config

@@ -15,8 +15,8 @@ import yaml
 import data.prepare as prepare_module
 import data.work as work_module
 from data.datamodule import PackedDataModule
-from data.plan import Planned
 from data.prepare import changed_sources, is_prepared, main, prepare
+from data.sample import sample_texts
 from data.shards import TokenShards
 from data.sources import Source
 from data.spec import DATAMODULE_KEYS, PrepareSpec
@@ -66,8 +66,8 @@ def test_split_depends_only_on_id_and_seed(corpus, tmp_path):
 
 def test_tokenizer_never_sees_heldout_text(corpus, tmp_path):
     asked = spec(corpus, tmp_path, tokenizer={"train": {"vocab_size": 300, "sample_bytes": 10**9}})
-    parts = [Planned(number, part) for number, part in enumerate(asked.sources[0].parts()[0])]
-    sample = set(prepare_module._sample(asked, [parts], 10**9, asked.heldout_below))
+    parts, _ = asked.sources[0].parts()
+    sample = set(sample_texts(asked.sources, [parts], 10**9, asked.seed, asked.is_heldout))
     expected = {d.text for d in Source(str(corpus), name="c").documents() if not asked.is_heldout(d.id)}
     assert sample == expected
 

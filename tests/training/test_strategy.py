@@ -66,6 +66,14 @@ def test_the_summary_holds_the_held_out_loss_before_and_after_and_the_unigram_lo
     assert 2.0 < heldout["unigram_loss"] < 5.7
 
 
+def test_the_summary_says_how_often_the_data_was_gone_through(plain: Path) -> None:
+    summary = json.loads((plain / "summary.json").read_text())
+    [data] = summary["data"]
+    manifest = json.loads((plain.parents[2] / "data" / "train" / "manifest.json").read_text())
+    assert data["asked"] == summary["tokens"] and data["available"] == manifest["tokens"]
+    assert data["passes"] == pytest.approx(data["asked"] / data["available"], rel=0.1)
+
+
 def test_extension_reports_the_checkpoint_as_it_is_at_the_new_length(folder: Path, plain: Path) -> None:
     start = f"model.init_from={plain}/hf"
     longer = ("model.config={max_position_embeddings: 128, rope_theta: 8e6}", "data.seq_len=128")
