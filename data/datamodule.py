@@ -225,14 +225,16 @@ class PackedDataModule(LightningDataModule):
         return self.rows.passes(-(-total_tokens // self.seq_len))
 
     def lost_text(self) -> list[str]:
-        """What of the mixture's text is not in its tokens, one line a source; see `LOST_TEXT`."""
+        """What of the mixture's text is not in its tokens: what the tokenizer never keeps, and for each source the
+        characters of `LOST_TEXT`; one line each."""
         folders = {stream.shards.folder: stream.shards.manifest for stream in self.mixture.streams}
-        return [
-            f"{folder}, source {source['name']}: " + ", ".join(f"{n:,} {what}" for what, n in lost.items())
-            for folder, manifest in folders.items()
-            for source in manifest["sources"]
-            if (lost := {what: source["skipped"][what] for what in LOST_TEXT if source["skipped"].get(what)})
-        ]
+        never = self._shards.manifest["tokenizer"].get("not_kept")
+        lines = [f"{', '.join(never)} (its normalization)"] if never else []
+        for folder, manifest in folders.items():
+            for source in manifest["sources"]:
+                if lost := [f"{source['skipped'][what]:,} {what}" for what in LOST_TEXT if source["skipped"].get(what)]:
+                    lines.append(f"{folder}, source {source['name']}: {', '.join(lost)}")
+        return lines
 
     @property
     def mixture(self) -> Mixture:

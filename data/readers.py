@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -152,8 +153,12 @@ def _object(line: bytes) -> Mapping[str, Any]:
         row = json.loads(line.removeprefix(_BOM).decode(errors="surrogatepass"))
     except UnicodeDecodeError as error:
         raise WrongValueError(f"not valid UTF-8 ({error})") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+    except json.JSONDecodeError as error:
         raise WrongValueError(f"not valid JSON ({error})") from None
+    except RecursionError:
+        raise WrongValueError("not valid JSON (nested too deeply)") from None
+    except ValueError:  # the interpreter's limit, against numbers that take for ever
+        raise WrongValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits") from None
     if not isinstance(row, dict):
         raise WrongValueError(f"expected a JSON object, got {line[:60]!r}")
     return row

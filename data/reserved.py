@@ -13,6 +13,15 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
+_DIFFERENCES = {
+    "capital letters": ("a Ab", "a ab"),
+    "accents": ("a \u00e9", "a e"),
+    "full-width letters": ("a \uff41", "a a"),
+    "line ends": ("a\nb", "a b"),
+    "tabs": ("a\tb", "a b"),
+    "runs of spaces": ("a   b", "a b"),
+    "spaces": ("a b", "ab"),
+}
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -78,6 +87,11 @@ def drops_characters(settings: Mapping[str, Any]) -> bool:
         return False
     steps = json.dumps([settings["normalizer"], settings["pre_tokenizer"]])
     return not ('"ByteLevel"' in steps and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet()))
+
+
+def not_kept(encoder: Tokenizer) -> list[str]:
+    """What of a text a tokenizer does not tell apart, as normalizers that lower letters or join white space do."""
+    return [what for what, (a, b) in _DIFFERENCES.items() if encoder.encode(a).ids == encoder.encode(b).ids]
 
 
 def _names(settings: Mapping[str, Any]) -> dict[int, str]:

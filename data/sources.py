@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.columns import Columns, RowError, find, plain_conditions
 from data.folders import NamedFile, folder_files, matching_files, python_env_files
+from data.formats import FORMATS, TEXT_SUFFIXES, Found, format_of, known_format, listed, of_one_format
 from data.readers import (
     PACKS,
     OnBad,
@@ -36,33 +37,11 @@ from data.readers import (
 from data.remote import hub_files, remote_size
 from data.schema import whole_number
 
-FORMATS = ("hub", "parquet", "jsonl", "text", "folder", "python-env")
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 PART_BYTES = 128 << 20
 PROBED_ROWS = 1000
 _LOOKUPS = 16
-_SUFFIX_FORMAT = {
-    ".parquet": "parquet",
-    **{f".{stem}{pack}": "jsonl" for stem in ("jsonl", "json", "ndjson") for pack in ("", *PACKS)},
-    **{f"{stem}{pack}": "text" for stem in TEXT_SUFFIXES for pack in ("", *PACKS)},
-}
-# What lies beside the rows of a corpus and is about it.
-_ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|changes|citation|contributing|authors)[^/]*"
-    r"|(dataset_infos?|dataset_dict|state|croissant)\.json",
-    re.IGNORECASE,
-)
 LOST = "lone surrogates"  # replaced by "?"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class Found(NamedTuple):
-    """What lies at a source's path: the format to read, the files in reading order (of a hub dataset none, it is asked
-    later) and the names of those that are left out."""
-
-    format: str
-    files: list[NamedFile]
-    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -195,55 +174,20 @@ class Source:
             what = "'python-env'" if self.format == "python-env" else "a folder"
             raise ValueError(f"source path {self.path!r}: with format {self.format!r} the path is {what}")
         if root.is_dir():
-            return self._in_folder(folder_files(root))
+            return of_one_format(self.path, folder_files(root), self.format.replace("folder", "text"), self.suffixes)
         files = matching_files(self.path)
         if not files:
             raise FileNotFoundError(
                 f"source path {self.path!r}: no such file, folder or match"
                 " (a Hugging Face dataset is written hf://owner/name)"
             )
-        formats = {self.format}
-        if self.format == "auto":
-            formats = {format_of(path) or _unknown_format(path) for path, _ in files}
+        formats = {format_of(path) if self.format == "auto" else self.format for path, _ in files}
         if len(formats) > 1:
             raise ValueError(
                 f"source path {self.path!r} matches files of several formats: {', '.join(sorted(formats))}; make them"
                 " sources of their own"
             )
         return Found(formats.pop(), files, [])
-
-    def _in_folder(self, files: list[NamedFile]) -> Found:
-        """The files of a folder that are read, and in which format."""
-        wanted = self.format
-        if wanted == "folder" or (wanted == "auto" and self.suffixes != TEXT_SUFFIXES):
-            wanted = "text"
-        kinds = {name: self._format_in_folder(name) for _, name in files}
-        if wanted == "auto":
-            data = Counter(kind for name, kind in kinds.items() if kind and not _is_about(name))
-            if len(data) > 1:
-                several = ", ".join(f"{n:,} {kind}" for kind, n in sorted(data.items()))
-                raise ValueError(
-                    f"source path {self.path!r} is a folder with files of several formats ({several}): say which one"
-                    f" with `format`, or name files by a pattern such as {self.path.rstrip('/')}/**/*.parquet"
-                )
-            wanted = next(iter(data), "text")  # of a README alone, that is the text
-        about = wanted != "text" and self.format == "auto"
-        chosen = [(path, name) for path, name in files if kinds[name] == wanted and not (about and _is_about(name))]
-        if not chosen:
-            there = f"it holds {_names([name for _, name in files])}" if files else "it is empty"
-            asked = f"{wanted} files" if self.format != "auto" else "files of a known format"
-            raise ValueError(
-                f"source path {self.path!r}: no {asked} in the folder, {there}; known suffixes are"
-                f" {', '.join(dict.fromkeys((*_SUFFIX_FORMAT, *self.suffixes)))}"
-            )
-        names = {name for _, name in chosen}
-        return Found(wanted, chosen, [name for _, name in files if name not in names])
-
-    def _format_in_folder(self, name: str) -> str | None:
-        if name.endswith(tuple(suffix + pack for suffix in self.suffixes for pack in ("", *PACKS))):
-            return "text"
-        kind = format_of(name)
-        return None if kind == "text" else kind
 
     def parts(self, part_bytes: int = PART_BYTES) -> tuple[list[Part], str | None]:
         """The source in parts of about `part_bytes` on disk, in reading order, and the revision of a hub dataset.
@@ -258,11 +202,8 @@ class Source:
         if kind == "hub":
             kind, files, revision = self._on_hub()
         if left_out:
-            word = "is" if len(left_out) == 1 else "are"
-            print(
-                f"source {self.label}: {len(files):,} {kind} files; left out {word} {_names(left_out)}",
-                file=sys.stderr,
-            )
+            read = f"reading {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
+            print(f"source {self.label}: {read}, leaving out {listed(left_out)}", file=sys.stderr)
         parts: list[Part] = []
         group: list[tuple[str, str]] = []
         group_size = 0
@@ -381,11 +322,11 @@ class Source:
         name, data_dir, pattern = self._place_on_hub()
         found = hub_files(name, self.subset, self.split, self.revision, data_dir=data_dir, pattern=pattern)
         files = [(url, self._name_on_hub(url)) for url in found.files]
-        kinds = {format_of(url) for url in found.files}
+        kinds = {known_format(url) for url in found.files}
         if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
             raise ValueError(
                 f"source path {self.path!r}: expected parquet or JSON lines files of one kind in the hub dataset, got"
-                f" {_names([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
+                f" {listed([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
                 " hf://owner/name/data/*.parquet"
             )
         return str(kinds.pop()), files, found.revision
@@ -399,7 +340,7 @@ class Source:
         name, below = "/".join(parts[:2]), "/".join(parts[2:])
         if below and self.data_dir:
             raise ValueError(f"source path {self.path!r} names a place in the dataset, and so does data_dir; say one")
-        if glob.has_magic(below) or format_of(below):
+        if glob.has_magic(below) or known_format(below):
             return name, None, below
         return name, below or self.data_dir, None
 
@@ -419,25 +360,3 @@ def _valid(text: str) -> str:
     except UnicodeEncodeError:
         return _SURROGATE.sub("?", text)
     return text
-
-
-def format_of(file: str) -> str | None:
-    """The format that a file's name tells, None where it tells none."""
-    return next((kind for suffix, kind in _SUFFIX_FORMAT.items() if file.endswith(suffix)), None)
-
-
-def _is_about(name: str) -> bool:
-    return _ABOUT.fullmatch(os.path.basename(name)) is not None
-
-
-def _unknown_format(file: str) -> str:
-    raise ValueError(
-        f"{file}: cannot tell the format from the name; set `format` to one of {', '.join(FORMATS)}"
-        f" or use one of the suffixes {', '.join(_SUFFIX_FORMAT)}"
-    )
-
-
-def _names(names: list[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

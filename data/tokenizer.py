@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data.reserved import drops_characters, settings_of, text_encoder, unknown_id
+from data.reserved import drops_characters, not_kept, settings_of, text_encoder, unknown_id
 from data.schema import whole_number
 from s2.files import whole, write_text
 
@@ -99,6 +99,10 @@ class TextTokenizer:
             self._encoder = text_encoder(settings, {i for i in frame if i is not None})
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        try:
+            self.not_kept = not_kept(self._encoder)
+        except Exception:  # it cannot encode these texts at all, which is said when a text of the corpus is like them
+            self.not_kept = []
 
     def _find(self, vocab: dict[str, int], what: str, token: str, names: Iterable[str]) -> int | None:
         if token != "auto":
@@ -159,7 +163,7 @@ class TextTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """What a shard manifest records about the tokenizer."""
-        keys = ("sha256", "vocab_size", "bos_id", "eos_id", "pad_id", "unk_id")
+        keys = ("sha256", "vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "not_kept")
         return {key: getattr(self, key) for key in keys}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class Finish(Callback):
             "memory_gib": max((row.get("memory_gib", 0.0) for row in rows), default=0.0),
             "world_size": trainer.world_size,
             "init_from": module.init_from,
-            "data": [asdict(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
+            "data": [vars(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
             "validation": validation,
         }
         write_atomically(folder / "summary.json", json.dumps(summary, indent=2))

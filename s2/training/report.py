@@ -81,6 +81,23 @@ def _activation_bytes(config: ModelConfig, checkpointing: str, width: int) -> fl
     return config.num_hidden_layers * kept + working + 3 * E * width
 
 
+def data_report(data: Any, total_tokens: int) -> str:
+    """How often a run goes through its data, and what of its text the tokens lack; printed once the data is there."""
+    passes = data.passes(total_tokens)
+    lines = [
+        f"data: {each.component}: {each.asked:,} tokens of {each.available:,}, {each.passes:.2f} passes"
+        for each in passes
+    ]
+    if repeated := [each for each in passes if each.passes > 1]:
+        most = max(repeated, key=lambda each: each.passes)
+        lines.append(
+            f"warning: data is repeated, {most.component} {most.passes:.2f} times; prepare more of it, give it less "
+            f"weight, or train on fewer tokens"
+        )
+    lines += [f"warning: not in the tokens: {line}" for line in data.lost_text()]
+    return "\n".join(lines)
+
+
 def layout_table(config: ModelConfig, seq_len: int) -> str:
     """Layers that attend alike in one line each: pattern, density at `seq_len`, and the share of the causal context
     that a layer's heads see together (and over how many layers it is all of it)."""
@@ -114,23 +131,6 @@ def _ranges(layers: list[int]) -> str:
         else:
             parts.append([layer])
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
-def data_report(data: Any, total_tokens: int) -> str:
-    """How often a run goes through its data, and what of its text the tokens lack; printed once the data is there."""
-    passes = data.passes(total_tokens)
-    lines = [
-        f"data: {each.component}: {each.asked:,} tokens of {each.available:,}, {each.passes:.2f} passes"
-        for each in passes
-    ]
-    if repeated := [each for each in passes if each.passes > 1]:
-        most = max(repeated, key=lambda each: each.passes)
-        lines.append(
-            f"warning: data is repeated, {most.component} {most.passes:.2f} times; prepare more of it, give it less "
-            f"weight, or train on fewer tokens"
-        )
-    lines += [f"warning: text that the tokenizer cannot express: {line}" for line in data.lost_text()]
-    return "\n".join(lines)
 
 
 def launch_report(run: Any, module: Any, data: Any, trainer: Any) -> str:

@@ -33,8 +33,15 @@ def test_a_folder_of_parquet_and_a_readme_is_its_parquet(tmp_path, capsys):
     for settings in ({}, {"format": "parquet"}):
         assert ids(tmp_path, **settings) == ["c/a.parquet:0", "c/data/b.parquet:0"]
         said = capsys.readouterr().err
-        assert "left out are README.md, dataset_info.json, more.csv" in said and "2 parquet files" in said
+        assert said == "source c: reading 2 parquet files, leaving out README.md, dataset_info.json, more.csv\n"
     assert ids(tmp_path, format="text") == ids(tmp_path, format="folder") == ["c/README.md"]
+
+
+def test_rows_about_citations_are_rows(tmp_path):
+    for name in ("citations.jsonl", "notice.jsonl", "authors.jsonl"):
+        rows(tmp_path / name, name)
+    (tmp_path / "ReadMe.en.md").write_text("about")
+    assert len(ids(tmp_path)) == 3
 
 
 def test_a_folder_of_several_formats_wants_one_said(tmp_path):

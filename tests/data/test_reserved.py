@@ -131,6 +131,19 @@ def test_what_the_vocabulary_cannot_express_is_counted(tmp_path):
         lost(Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]")), "b")
 
 
+def test_what_a_tokenizer_never_keeps_is_named(tmp_path):
+    every_byte = bpe((), ["</s>", *pre_tokenizers.ByteLevel.alphabet()])
+    every_byte.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert TextTokenizer(saved(tmp_path, every_byte)).not_kept == []
+    every_byte.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    assert TextTokenizer(saved(tmp_path, every_byte)).not_kept == ["capital letters", "full-width letters"]
+    every_byte.normalizer = normalizers.BertNormalizer()
+    assert TextTokenizer(saved(tmp_path, every_byte)).not_kept == ["capital letters", "accents", "line ends", "tabs"]
+    every_byte.normalizer, every_byte.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()
+    lost = ["line ends", "tabs", "runs of spaces", "spaces"]
+    assert TextTokenizer(saved(tmp_path, every_byte)).describe()["not_kept"] == lost
+
+
 def test_an_encoder_with_no_reserved_token_is_the_tokenizer(tmp_path):
     tokenizer = bpe()
     encoder = text_encoder(settings_of(tokenizer), [])
