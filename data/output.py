@@ -52,7 +52,7 @@ def check_output(spec: PrepareSpec) -> None:
         )
     for folder, kind in ((work, WORK_KIND), *((folder, KIND) for folder in spec.folders.values())):
         if not is_finished(folder):
-            _refuse_foreign(folder, kind)
+            files.check_folder(folder, kind)
     file = output / TOKENIZER
     if os.path.lexists(file):
         found = sha256(file) if file.is_file() else None
@@ -135,25 +135,10 @@ def sha256(file: Path) -> str:
 
 
 def _sweep(spec: PrepareSpec) -> None:
+    files.sweep(Path(spec.output) / TOKENIZER, is_alone=True)
     for folder in (Path(spec.output) / WORK, *spec.folders.values()):
         if files.kind_of(folder) is not None:
             files.remove_files(folder, ".*.s2-tmp")
-
-
-def _refuse_foreign(folder: Path, kind: str) -> None:
-    """As `files.make_folder`, without making it."""
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise files.NotOursError(f"{folder} is no folder, and one for {kind} is to stand there; move it")
-    found = files.kind_of(folder)
-    if found is None and os.listdir(folder):
-        raise files.NotOursError(
-            f"{folder} holds files that this program did not write ({', '.join(sorted(os.listdir(folder))[:3])});"
-            " choose another `output`, or move them"
-        )
-    if found not in (None, kind):
-        raise files.NotOursError(f"{folder} holds {found}, not {kind}; choose another `output`")
 
 
 def _refuse_sources_inside(spec: PrepareSpec) -> None:

@@ -7,6 +7,7 @@ state of them a finished part has read, its own record says (`data.work`).
 import hashlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +115,8 @@ def _again(spec: PrepareSpec, settings: Mapping[str, Any], begun: Mapping[str, A
     sources = []
     for source, planned in zip(spec.sources, begun["sources"], strict=True):
         old = [(values["number"], Part.from_json(values)) for values in planned["parts"]]
-        if planned["revision"] is not None:  # pinned, so the hub need not be asked again
+        is_remote = any("://" in path for _, part in old for path, _ in part.files)
+        if is_remote or planned["revision"] is not None:  # pinned, so the hub need not be asked again
             sources.append([Planned(number, part) for number, part in old])
         else:
             new = source.parts(begun["part_bytes"])[0]
@@ -191,15 +193,7 @@ def _renumbered(new: Sequence[Part], old: Sequence[tuple[int, Part]]) -> list[tu
 def _with_homes(new: Sequence[Part], home: Mapping[str, int]) -> Iterator[tuple[tuple[str, int], Part]]:
     """One file after another (or span of one), with what those that stay together have in common: the number of the
     old part, or the index of the new one. A file between two of one old part joins them."""
-    pieces = [
-        (i, piece)
-        for i, part in enumerate(new)
-        for piece in (
-            [part]
-            if part.span
-            else [Part(part.format, (file,), None, part.size // len(part.files)) for file in part.files]
-        )
-    ]
+    pieces = [(i, piece) for i, part in enumerate(new) for piece in ([part] if part.span else _files_of(part))]
     homes = [None if piece.span else home.get(piece.files[0][1]) for _, piece in pieces]
     after: list[int | None] = [*homes]
     for k in reversed(range(len(pieces) - 1)):
@@ -211,6 +205,11 @@ def _with_homes(new: Sequence[Part], home: Mapping[str, int]) -> Iterator[tuple[
             own = before
         yield (("new", i) if own is None else ("old", own)), piece
         before = own
+
+
+def _files_of(part: Part) -> list[Part]:
+    """A part of whole local files as one part a file."""
+    return [Part(part.format, ((path, name),), None, os.stat(path).st_size) for path, name in part.files]
 
 
 def _say(spec: PrepareSpec, what: str) -> None:

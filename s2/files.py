@@ -48,7 +48,7 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.s2-tmp")
     try:
         with temporary.open("wb") as stream:
@@ -62,6 +62,21 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def sweep(path: Path, *, is_alone: bool = False) -> None:
+    """Remove temporary files for `path` that killed processes have left.
+
+    Args:
+        is_alone: no other process writes to the folder (the caller holds its lock); otherwise only files that are old
+            and of no process of this host are removed.
+    """
+    for other in path.parent.glob(f".{_escaped(path.name)}.*.s2-tmp"):
+        match = _TEMPORARY.fullmatch(other.name)
+        with contextlib.suppress(OSError):
+            is_litter = is_alone or time.time() - other.stat().st_mtime > _ABANDONED
+            if match and is_litter and (is_alone or not _is_alive(int(match[1]))):
+                other.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,20 +148,26 @@ def make_folder(folder: Path, kind: str) -> Path:
     Raises:
         NotOursError: it is there, not empty, and has no mark or another kind's.
     """
-    if (marked := kind_of(folder)) is None:
-        if folder.is_dir():
-            if others := sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name)):
-                raise NotOursError(
-                    f"{folder} holds files that this program did not write ({', '.join(others[:3])}"
-                    f"{', ...' if len(others) > 3 else ''}); choose another folder, or move them"
-                )
-        elif os.path.lexists(folder):
-            raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
+    check_folder(folder, kind)
+    if kind_of(folder) is None:
         folder.mkdir(parents=True, exist_ok=True)
         _mark(folder, kind)
-    elif marked != kind:
-        raise NotOursError(f"{folder} holds {marked}, not {kind}; choose another folder")
     return folder
+
+
+def check_folder(folder: Path, kind: str) -> None:
+    """Refuse what `make_folder` refuses, without making or marking anything. Raises as that does."""
+    marked = kind_of(folder)
+    if marked not in (None, kind):
+        raise NotOursError(f"{folder} holds {marked}, not {kind}; choose another folder")
+    if marked is None and folder.is_dir():
+        if others := sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name)):
+            raise NotOursError(
+                f"{folder} holds files that this program did not write ({', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}); choose another folder, or move them"
+            )
+    elif marked is None and os.path.lexists(folder):
+        raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
 
 
 def adopt(folder: Path, kind: str) -> None:
@@ -314,15 +335,6 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
 def _mark(folder: Path, kind: str, **more: Any) -> None:
     note = "made by s2-recipes, which may remove from this folder what it wrote there"
     write_json(folder / MARK, {"kind": kind, "note": note, **more})
-
-
-def _sweep(path: Path) -> None:
-    """Remove temporary files for `path` that killed processes have left."""
-    for other in path.parent.glob(f".{_escaped(path.name)}.*.s2-tmp"):
-        match = _TEMPORARY.fullmatch(other.name)
-        with contextlib.suppress(OSError):
-            if match and not _is_alive(int(match[1])) and time.time() - other.stat().st_mtime > _ABANDONED:
-                other.unlink()
 
 
 def _escaped(name: str) -> str:

@@ -29,7 +29,7 @@ FOREIGN = {
         out / "tokenizer.json",
         r"out/tokenizer\.json is not what a preparation wrote here; move it",
     ),
-    "a file": lambda out: (out / "train", r"out/train is no folder, and one for token shards is to stand there"),
+    "a file": lambda out: (out / "train", r"out/train is a file, and a folder for token shards is to stand there"),
 }
 
 
