@@ -22,8 +22,8 @@ export TOKENIZERS_PARALLELISM ?= true
 
 # what `data`, `tokenizer` and `data-report` work on: the recipe's stage, or SOURCES into OUT
 STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origin TO))),extend-$(TO),pretrain).yaml
-PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output $(or $(OUT),$(error SOURCES needs OUT=<folder>)) \
-	$(if $(TOKENIZER),--tokenizer $(TOKENIZER)),--recipe $(STAGE))
+PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
+	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
 .PHONY: help setup test test-gpu lint demo data tokenizer data-report pretrain extend eval needle bench clean
 
@@ -48,14 +48,14 @@ demo: setup ## the whole recipe on this machine: pretrain, extend, lm-eval table
 	$(MAKE) extend
 	$(MAKE) eval
 
-data: setup ## token shards of RECIPE (of its extension TO), or SOURCES="path ..." OUT=dir [TOKENIZER=tokenizer.json]
+data: setup ## token shards of RECIPE (TO), or SOURCES="path ..." OUT=dir [TOKENIZER=file or folder] [ARGS="--eos '</s>'"]
 	$(BIN)/python -m data.prepare $(PREPARE) $(ARGS)
 
-tokenizer: setup ## only the tokenizer of RECIPE, or SOURCES="path ..." OUT=dir ARGS="--vocab-size 32768"
+tokenizer: setup ## only the tokenizer of RECIPE (TO), or SOURCES="path ..." OUT=dir ARGS="--vocab-size 32768"
 	$(BIN)/python -m data.prepare $(PREPARE) --only-tokenizer $(ARGS)
 
-data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report.md and plots beside the shards
-	$(BIN)/python -m data.report $(if $(OUT),--output $(OUT),--recipe $(STAGE)) $(ARGS)
+data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report/report.md and plots beside the shards
+	$(BIN)/python -m data.report $(if $(OUT),--output '$(OUT)',--recipe $(STAGE)) $(ARGS)
 
 pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished)
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)
