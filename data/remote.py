@@ -14,12 +14,13 @@ import io
 import random
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from s2.files import temporary_folder
 
 T = TypeVar("T")
 Pieces = Callable[[int, int], Iterator[bytes]]
@@ -82,12 +83,12 @@ def hub_files(
 
     def data_files() -> dict[str, list[str]]:
         _session()  # for its time limit: `datasets` lists the repository over it
-        with tempfile.TemporaryDirectory() as empty:  # in its own cache it would find old copies when the hub is down
+        with temporary_folder() as empty:  # in its own cache it would find old copies when the hub is down
             return datasets.load_dataset_builder(
                 opened,
                 subset,
                 revision=commit,
-                cache_dir=empty,
+                cache_dir=str(empty),
                 data_dir=data_dir,
                 data_files=None if pattern is None else {split: pattern},
             ).config.data_files

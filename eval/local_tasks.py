@@ -18,6 +18,8 @@ import yaml
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from s2.files import write_text
+
 _SPLITS = ("training_split", "validation_split", "test_split")
 
 
@@ -140,8 +142,7 @@ def _rows_of_task(file: Path, stock: Mapping[str, Any], target: Path, task: str)
         raise ValueError(
             f"{file} has no row whose 'subject' is {stock.get('dataset_name')!r}, which task {task!r} needs"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(rows), encoding="utf-8")
+    write_text(target, "".join(rows))
     return target
 
 
@@ -152,4 +153,4 @@ def _path(entry: Entry) -> Path:
 
 
 def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(yaml.safe_dump(dict(content), sort_keys=False), encoding="utf-8")
+    write_text(file, yaml.safe_dump(dict(content), sort_keys=False))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("s2", "data", "eval", "scripts") for path in (ROOT / folder).rglob("*.py"))
 # of os, shutil and tempfile; methods of paths
 FUNCTIONS = {"remove", "unlink", "rename", "renames", "replace", "rmdir", "removedirs", "rmtree", "move"}
-FUNCTIONS |= {"truncate", "copytree", "TemporaryDirectory"}
+FUNCTIONS |= {"truncate", "TemporaryDirectory"}
 METHODS = {"unlink", "rmdir", "rename", "write_text", "write_bytes", "symlink_to", "hardlink_to"}
 
 
