@@ -162,7 +162,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if beyond := [token for token, index in vocabulary.items() if index >= size and token not in special]:
         raise ValueError(
             f"{file}: the tokenizer has token {vocabulary[beyond[0]]}, and the model embeds {size}"
-            f" (vocab_size in config.json): {beyond[0]!r}; the tokenizer is another model's, or the embedding was not enlarged for it"
+            f" (vocab_size in config.json): {beyond[0]!r}; the tokenizer is another model's, or the"
+            " embedding was not enlarged for it"
         )
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
