@@ -22,8 +22,8 @@ export TOKENIZERS_PARALLELISM ?= true
 
 # what `data`, `tokenizer` and `data-report` work on: the recipe's stage, or SOURCES into OUT
 STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origin TO))),extend-$(TO),pretrain).yaml
-PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output $(or $(OUT),$(error SOURCES needs OUT=<folder>)) \
-	$(if $(TOKENIZER),--tokenizer $(TOKENIZER)),--recipe $(STAGE))
+PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
+	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
 .PHONY: help setup test test-gpu lint demo data tokenizer data-report pretrain extend eval needle bench clean
 
@@ -34,7 +34,10 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## make .venv with everything installed
 
+# A job installs nothing: its node may have no network, and other jobs may be using the environment.
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@test -z "$${SLURM_JOB_ID:-}" -o -n '$(filter setup,$(MAKECMDGOALS))' || { echo 'error: $(VENV) is missing or older \
+	than pyproject.toml, and a SLURM job installs nothing: run `make setup` on the login node' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) (a few minutes the first time)'
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -45,14 +48,14 @@ demo: setup ## the whole recipe on this machine: pretrain, extend, lm-eval table
 	$(MAKE) extend
 	$(MAKE) eval
 
-data: setup ## token shards of RECIPE (of its extension TO), or SOURCES="path ..." OUT=dir [TOKENIZER=tokenizer.json]
+data: setup ## token shards of RECIPE (TO), or SOURCES="path ..." OUT=dir [TOKENIZER=file or folder] [ARGS="--eos '</s>'"]
 	$(BIN)/python -m data.prepare $(PREPARE) $(ARGS)
 
-tokenizer: setup ## only the tokenizer of RECIPE, or SOURCES="path ..." OUT=dir ARGS="--vocab-size 32768"
+tokenizer: setup ## only the tokenizer of RECIPE (TO), or SOURCES="path ..." OUT=dir ARGS="--vocab-size 32768"
 	$(BIN)/python -m data.prepare $(PREPARE) --only-tokenizer $(ARGS)
 
-data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report.md and plots beside the shards
-	$(BIN)/python -m data.report $(if $(OUT),--output $(OUT),--recipe $(STAGE)) $(ARGS)
+data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report/report.md and plots beside the shards
+	$(BIN)/python -m data.report $(if $(OUT),--output '$(OUT)',--recipe $(STAGE)) $(ARGS)
 
 pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished)
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)

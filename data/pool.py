@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 import data.work as work
+from s2 import ending
 
 
 class Workers:
@@ -58,7 +59,7 @@ def workers(what: str, parts: int, size: int | None) -> Iterator[Workers]:
     """Workers for `parts` parts on `size` cores (default: all there are).
 
     With at least four parts a core every core works on its own; with fewer, several cores share the parts by the
-    tokenizer's threads. Raises RuntimeError where a worker dies.
+    tokenizer's threads. Raises `s2.ending.FailureError` where a worker dies.
     """
     cores = size or len(os.sched_getaffinity(0))
     processes = max(1, min(cores, parts // 4))
@@ -77,7 +78,7 @@ def workers(what: str, parts: int, size: int | None) -> Iterator[Workers]:
         try:
             yield Workers(executor, processes, bar, counter)
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise ending.FailureError(
                 f"{what}: a worker process was killed, perhaps for memory; run again to go on with the parts that are"
                 " missing, with fewer `workers` if it happens again"
             ) from error

@@ -1,127 +1,167 @@
-"""From corpora to token shards: `python -m data.prepare --recipe recipes/demo/pretrain.yaml`.
+"""From corpora to token shards: `python -m data.prepare --recipe recipes/demo/pretrain.yaml [key=value ...]`.
 
 `<output>/tokenizer.json`, `<output>/train/` and `<output>/heldout/` are written part by part, in parallel. A finished
-output is left alone when the settings are the same, and is an error naming the differing key when they are not; an
-interrupted one goes on with the parts that are missing. `<output>/work/` holds what that takes and is removed at the
-end. The result does not depend on the number of workers or on interruptions.
+output is left alone when the settings are the same, and is an error naming the differing key when they are not, or
+naming the files that were added or have changed since; an interrupted one goes on with the parts that are missing, and
+makes those again whose files have changed. `<output>/work/` holds what that takes and is removed at the end. The result
+does not depend on the number of workers or on interruptions.
 """
 
 import argparse
 import errno
-import fcntl
+import itertools
 import os
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.dedup import Deduplicator
-from data.pool import Workers, workers
+from data.output import TOKENIZER, begin_anew, check_output, is_finished, put_tokenizer, remove_work, writing
+from data.plan import PLAN, Plan, make_plan
 from data.sample import sample_texts
-from data.schema import differences
-from data.shards import (
-    MANIFEST,
-    TokenShards,
-    read_arrays,
-    read_json,
-    read_manifest,
-    remove_unfinished,
-    write_array,
-    write_json,
-    write_manifest,
-)
-from data.sources import PART_BYTES, Part, Source
-from data.spec import PrepareSpec, parse_sections, prepare_section
+from data.shards import TokenShards, read_manifest, write_manifest
+from data.sources import PART_BYTES, Source
+from data.spec import PrepareSpec, is_override, parse_sections, prepare_section
+from data.stages import deduplicate, encode, split_bound
+from data.stamps import changes
 from data.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
-from data.work import Allowance, Budget, Task, discard_part, encode_part, part_counts, scan_part
+from data.work import BAD, EXAMPLES, WORK, Task, part_counts
+from s2 import ending, files, locks
 
 
 def is_prepared(spec: PrepareSpec) -> bool:
-    """Whether the output is finished; raises ValueError where it was made with other settings."""
-    for folder in spec.folders.values():
-        if not (folder / MANIFEST).is_file():
-            return False
-        if lines := differences(read_manifest(folder)["settings"], spec.settings()):
+    """Whether the output is finished; raises ValueError where it, or a part of it, was made with other settings."""
+    return not missing_splits(spec)
+
+
+def missing_splits(spec: PrepareSpec) -> dict[str, Path]:
+    """The splits whose folders are not finished. Raises ValueError where one was made with other settings."""
+    missing = {}
+    for split, folder in spec.folders.items():
+        if not is_finished(folder):
+            missing[split] = folder
+            continue
+        manifest = read_manifest(folder)
+        if lines := spec.changes(manifest["settings"]):
             raise ValueError(
                 f"{folder} was prepared with other settings ({'; '.join(lines[:3])}; there != asked)."
                 " Choose another `output`, or delete that folder to prepare it again"
             )
-    return True
+        for source, made in zip(spec.sources, manifest["sources"], strict=True):
+            if made["skipped"].get(BAD) and not spec.skips_bad_rows(source):
+                raise ValueError(
+                    f"{folder} was prepared with on_bad_row: skip, and {made['skipped'][BAD]:,} rows of"
+                    f" {source.path!r} were left out. Ask for that again, or choose another `output`"
+                )
+    return missing
+
+
+def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
+    """What has become of the local files of a finished output's sources since it was prepared, one line a file.
+
+    Files of which only the time is another are read, and have changed if their content has; without `content` they are
+    not read and count as the same. Nothing is said of sources that are not there any more (as
+    on a machine that has the shards alone), of `python-env`, which is taken as it was, or of outputs of versions of
+    this program that did not record files. Hub datasets are pinned to the revision in the manifest.
+    """
+    finished = [folder for folder in spec.folders.values() if is_finished(folder)]
+    shards = TokenShards(finished[0]) if finished else None
+    if shards is None or shards.source_files is None:
+        return []
+    lines = []
+    for number, source in enumerate(spec.sources):
+        mine = [file for file in shards.source_files if file["source"] == number]
+        if source.path == "python-env" or not any(os.path.exists(file["path"]) for file in mine):
+            continue
+        try:
+            found = source.resolve().files
+        except (FileNotFoundError, ValueError) as error:
+            lines.append(str(error))
+            continue
+        lines += changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
+    return lines
 
 
 def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
     """Make the shard folders of `spec` unless they are there.
 
     only_tokenizer: stop after `<output>/tokenizer.json`; the next preparation goes on from there.
+
+    Where a finished output's sources have changed since, says so on stderr and leaves it as it is: training goes on
+    with the shards it began with.
+
     Raises FileNotFoundError / ValueError for anything wrong with the sources (all are looked up before work
-    begins), ValueError where no document fell into a split, OSError for a full disk or a remote file that cannot be
-    read any more. Whatever was finished by then is used by the next attempt.
+    begins) or with what lies in the output already, OSError for a full disk or a remote file that cannot be
+    read any more, `s2.ending.FailureError` for a worker that was killed. Whatever was finished by then is used by the
+    next attempt.
     """
     if is_prepared(spec):
-        shutil.rmtree(Path(spec.output) / "work", ignore_errors=True)  # of a run that was killed at its very end
+        _look_after(spec)
+        if changed := changed_sources(spec, content=False):
+            print(f"{_changed(spec, changed)}; going on with the shards as they are", file=sys.stderr, flush=True)
         return
-    settings = spec.settings()  # looks the tokenizer up
-    for source in spec.sources:
-        source.resolve()
-    output = Path(spec.output)
-    output.mkdir(parents=True, exist_ok=True)
+    check_output(spec)
     try:
-        with _exclusive(output):
+        with writing(spec) as work:
             if is_prepared(spec):  # another process was faster
-                return
-            _prepare(spec, settings, only_tokenizer)
+                remove_work(spec)
+            else:
+                _prepare(spec, work, only_tokenizer)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            errno.ENOSPC,
-            f"{output}: the disk is full ({error}); make room and run again, finished parts are kept",
+            error.errno,
+            f"{spec.output}: the disk is full ({error}); make room and run again, finished parts are kept",
         ) from error
 
 
-def _prepare(spec: PrepareSpec, settings: dict[str, Any], only_tokenizer: bool) -> None:
-    work = Path(spec.output) / "work"
-    plan = _plan(spec, settings, work)
-    parts = [[Part.from_json(part) for part in source["parts"]] for source in plan["sources"]]
-    tokenizer = _make_tokenizer(spec, parts, Path(spec.output) / "tokenizer.json")
+def _look_after(spec: PrepareSpec) -> None:
+    """Remove what a run that was killed at its very end has left."""
+    if files.kind_of(Path(spec.output) / WORK) is None:
+        return
+    try:
+        with locks.lock(Path(spec.output)):
+            remove_work(spec)
+    except (locks.LockedError, OSError):  # it is about to do so itself; or nothing can be written here
+        return
+
+
+def _changed(spec: PrepareSpec, lines: Sequence[str]) -> str:
+    more = f" (and {len(lines) - 3:,} more)" if len(lines) > 3 else ""
+    return f"{spec.output}: the sources are not what was prepared: {'; '.join(lines[:3])}{more}"
+
+
+def _prepare(spec: PrepareSpec, work: Path, only_tokenizer: bool) -> None:
+    missing = missing_splits(spec)
+    if len(missing) < len(spec.folders) and (changed := changed_sources(spec)):
+        raise ValueError(
+            f"{_changed(spec, changed)}, so {' and '.join(missing)} cannot be made to go with what is there;"
+            " choose another `output`, or undo that"
+        )
+    plan, goes_on = make_plan(spec, work)
+    if not goes_on:
+        begin_anew(spec, work)
+    plan.write(work / PLAN)
+    parts = plan.sources
+    duplicates: list[Counter[str]] = [Counter() for _ in parts]
+    if spec.deduplicate is not None and not only_tokenizer:
+        parts, duplicates = deduplicate(spec, plan, work)
+    below = split_bound(spec, plan, parts, work, only_tokenizer=only_tokenizer)
+    tokenizer = _make_tokenizer(spec, plan, below, work)
     if only_tokenizer:
         return
-    duplicates: list[Counter[str]] = [Counter() for _ in parts]
-    if spec.deduplicate is not None:
-        parts, duplicates = _deduplicate(spec, parts, work / "kept.json")
-    records = _encode(spec, parts, tokenizer.sha256)
-    sources = []
-    for source, planned, done, dropped in zip(spec.sources, plan["sources"], records, duplicates, strict=True):
-        skipped = sum((Counter(record["skipped"]) for _, record in done), Counter()) + dropped
-        totals = {key: sum(record[key] for _, record in done) for key in ("documents", "tokens", "bytes")}
-        if not totals["documents"]:
-            reasons = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "it has no rows"
-            raise ValueError(f"source {source.path!r}: no documents ({reasons})")
-        files = len({path for task, _ in done for path, _ in task.part.files})
-        sources.append(
-            {
-                "name": source.label,
-                "path": source.path,
-                "revision": planned["revision"],
-                "files": files,
-                **totals,
-                "skipped": dict(skipped),
-            }
-        )
-    # Training data last: whoever finds its manifest finds everything.
-    for split, folder in reversed(spec.folders.items()):
+    records = encode(spec, parts, tokenizer.sha256, below, tuple(missing))
+    sources = _summaries(spec, plan, records, duplicates)
+    # Of the manifests that of the training data comes last: whoever finds it finds everything.
+    for split, folder in reversed(missing.items()):
         shards = [shard for done in records for _, record in done for shard in record["shards"][split]]
         if not shards:
-            raise ValueError(
-                f"{spec.output}: no document fell into the {split} split"
-                f" with heldout_fraction {spec.heldout_fraction}; change the fraction or the seed"
-            )
+            raise ValueError(f"{spec.output}: no document fell into the {split} split; run again to decide anew")
         counts = {source.label: np.zeros((2, tokenizer.vocab_size), dtype=np.int64) for source in spec.sources}
         for source, done in zip(spec.sources, records, strict=True):
             for task, _ in done:
@@ -131,199 +171,91 @@ def _prepare(spec: PrepareSpec, settings: dict[str, Any], only_tokenizer: bool) 
             tokenizer.dtype,
             shards,
             counts,
-            tokenizer={**tokenizer.describe(), "file": "../tokenizer.json"},
-            split={"name": split, "heldout_fraction": spec.heldout_fraction, "seed": spec.seed},
+            _files_read(records),
+            tokenizer={**tokenizer.describe(), "file": f"../{TOKENIZER}"},
+            split={"name": split, "heldout_fraction": spec.heldout_fraction, "seed": spec.seed, "below": below},
             sources=sources,
-            settings=settings,
+            settings=plan.settings,
         )
-    shutil.rmtree(work, ignore_errors=True)  # another process that finds everything finished may be at it too
+    remove_work(spec)
 
 
-def _plan(spec: PrepareSpec, settings: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Which parts there are. The plan of an interrupted run is taken up; a hub dataset stays at the revision at which
-    it was begun.
+Records = list[list[tuple[Task, dict[str, Any]]]]
 
-    Raises ValueError where parts are done but the settings or the local files are not those of that run, and for a
-    source whose first row cannot be read. Before any part is done, a changed plan is made anew.
-    """
-    file = work / "plan.json"
-    begun = read_json(file) if file.is_file() else None
-    if begun is not None:
-        changes = differences(begun["settings"], settings) or _changed_files(spec, begun)
-        if not changes:
-            return begun
-        if list(work.glob("[0-9]*.json")):
-            raise ValueError(
-                f"{spec.output}: an interrupted preparation is here, and since then {'; '.join(changes[:3])}"
-                f" (then != now). Undo that to go on with it, or delete {work} to start again"
-            )
-    shutil.rmtree(work, ignore_errors=True)
-    for folder in spec.folders.values():
-        remove_unfinished(folder)
-    if spec.tokenizer.train is not None:
-        (Path(spec.output) / "tokenizer.json").unlink(missing_ok=True)
-    work.mkdir()
+
+def _summaries(
+    spec: PrepareSpec, plan: Plan, records: Records, duplicates: Sequence[Counter[str]]
+) -> list[dict[str, Any]]:
+    """What the manifest says about each source. Raises ValueError for one without documents."""
     sources = []
-    for source in spec.sources:
-        parts, revision = source.parts(spec.part_bytes)
-        source.probe(parts)  # a wrong column or format shows before any work is done
-        sources.append({"revision": revision, "parts": [part.to_json() for part in parts]})
-    write_json(file, {"settings": settings, "sources": sources, "files": _local_files(sources)})
-    return read_json(file)
+    for number, (source, done, dropped) in enumerate(zip(spec.sources, records, duplicates, strict=True)):
+        skipped = sum((Counter(record["skipped"]) for _, record in done), Counter()) + dropped
+        totals = {key: sum(record[key] for _, record in done) for key in ("documents", "tokens", "bytes")}
+        if not totals["documents"]:
+            reasons = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "it has no rows"
+            raise ValueError(f"source {source.path!r}: no documents ({reasons})")
+        is_cut = len(done) < len(plan.sources[number]) or any(record["limited"] for _, record in done)
+        sources.append(
+            {
+                "name": source.label,
+                "path": source.path,
+                "revision": plan.revisions[number],
+                "files": len({path for task, _ in done for path, _ in task.planned.part.files}),
+                "all_read": not is_cut,
+                **totals,
+                "skipped": dict(skipped),
+                "bad_rows": list(itertools.chain.from_iterable(record["bad_rows"] for _, record in done))[:EXAMPLES],
+            }
+        )
+    return sources
 
 
-def _changed_files(spec: PrepareSpec, plan: dict[str, Any]) -> list[str]:
-    """What differs between the local files of a plan and those that are there, one line a file."""
-    now = []
-    for source, planned in zip(spec.sources, plan["sources"], strict=True):
-        if source.resolve()[0] == "hub":
-            now.append(planned)
-        else:
-            now.append({"parts": [part.to_json() for part in source.parts(spec.part_bytes)[0]]})
-    return differences(plan["files"], _local_files(now))
+def _files_read(records: Records) -> list[dict[str, Any]]:
+    """Of each source the local files, as `TokenShards.source_files` returns them."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for number, done in enumerate(records):
+        for _, record in done:
+            for file in record["files"]:
+                before = found.setdefault((number, file["name"]), {"source": number, **file})
+                before["xxh3_128"] = before["xxh3_128"] or file["xxh3_128"]
+    return list(found.values())
 
 
-def _local_files(sources: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Size and modification time of the local files of all parts; missing ones are left out."""
-    stats = {}
-    for source in sources:
-        for part in source["parts"]:
-            for path, _ in part["files"]:
-                if "://" not in path and os.path.isfile(path):
-                    stat = os.stat(path)
-                    stats[path] = [stat.st_size, stat.st_mtime_ns]
-    return stats
+def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> TextTokenizer:
+    """`<output>/tokenizer.json`, made unless it is there.
 
-
-def _make_tokenizer(spec: PrepareSpec, parts: list[list[Part]], file: Path) -> TextTokenizer:
-    settings = spec.tokenizer
+    Raises ValueError where a split that is finished has another one.
+    """
+    settings, output, made = spec.tokenizer, Path(spec.output), work / TOKENIZER
     if settings.path is not None:
         source = Path(settings.path)
-        if source.resolve() != file.resolve():
+        if source.resolve() != (output / TOKENIZER).resolve():
             TextTokenizer(source, settings.bos, settings.eos)  # reject it before it takes the place
-            save_tokenizer_json(source, file)
-    elif settings.train is not None and not file.is_file():
-        sample = sample_texts(spec.sources, parts, settings.train["sample_bytes"], spec.seed, spec.is_heldout)
-        train_tokenizer(sample, settings.train["vocab_size"], file)
-    return TextTokenizer(file, settings.bos, settings.eos)
-
-
-def _deduplicate(spec: PrepareSpec, parts: list[list[Part]], file: Path) -> tuple[list[list[Part]], list[Counter[str]]]:
-    """Write which documents of each part stay, once: `file` says that it is done.
-
-    Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
-    """
-    assert spec.deduplicate is not None
-    if not file.is_file():
-        judge = Deduplicator(spec.deduplicate)
-        with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
-            write_json(file, [_judge(spec, number, every, judge, pool) for number, every in enumerate(parts)])
-    results = read_json(file)
-    return (
-        [every[:taken] for every, (taken, _) in zip(parts, results, strict=True)],
-        [Counter(reasons) for _, reasons in results],
-    )
-
-
-def _judge(
-    spec: PrepareSpec, number: int, parts: list[Part], judge: Deduplicator, pool: Workers
-) -> tuple[int, dict[str, int]]:
-    """Scan a source's parts and decide about them in order; returns how many it takes and what was dropped."""
-    source = spec.sources[number]
-    left = Budget(source.max_bytes, source.max_documents)
-    ahead = len(parts) if left == Budget(None, None) else 2 * pool.size
-    tasks = [Task(spec, number, i, part) for i, part in enumerate(parts)]
-    reasons: Counter[str] = Counter()
-    scanned: set[int] = set()
-    submitted = taken = 0
-    while taken < len(tasks):
-        for task in tasks[submitted : taken + ahead]:
-            pool.submit(task.index, scan_part, task)
-            submitted += 1
-        while taken not in scanned:
-            scanned.update(index for index, _ in pool.done())
-        scan = read_arrays(tasks[taken].file(".scan.npz"))
-        allowance = Allowance(left, first=taken == 0)
-        keep, why = judge.keep(scan, allowance.takes)
-        write_array(tasks[taken].file(".keep.npy"), keep)
-        reasons.update(why)
-        left = left.after({"bytes": int(scan["sizes"][keep].sum()), "documents": int(keep.sum())})
-        taken += 1
-        if allowance.exceeded or left.spent:
-            break
-    while pool.busy:
-        pool.done()
-    return taken, dict(reasons)
-
-
-def _encode(spec: PrepareSpec, parts: list[list[Part]], tokenizer: str) -> list[list[tuple[Task, dict[str, Any]]]]:
-    """Encode all parts; the tasks and records of each source in order, up to its limit."""
-    sources = [_Progress(spec, number, every, tokenizer) for number, every in enumerate(parts)]
-    with workers("tokenizing", sum(map(len, parts)), spec.workers) as pool:
-        while True:
-            for source in sources:
-                for task in source.ready(1 if pool.size == 1 else 2 * pool.size):
-                    pool.submit((source, task), encode_part, task)
-            if not pool.busy:
-                return [source.confirmed for source in sources]
-            for (source, task), record in pool.done():
-                source.take(task, record)
-
-
-class _Progress:
-    """How far one source has come. Without a limit all its parts are ready at once. With one, parts are begun a little
-    ahead of what is confirmed, and what turns out to lie beyond the limit is discarded."""
-
-    def __init__(self, spec: PrepareSpec, number: int, parts: list[Part], tokenizer: str):
-        source = spec.sources[number]
-        self.spec, self.number, self.parts, self.tokenizer = spec, number, parts, tokenizer
-        self.left = Budget(source.max_bytes, source.max_documents)
-        self.unlimited = self.left == Budget(None, None)
-        self.confirmed: list[tuple[Task, dict[str, Any]]] = []
-        self._begun: set[int] = set()
-        self._waiting: dict[int, tuple[Task, dict[str, Any]]] = {}
-        self._ended = False
-
-    def ready(self, ahead: int) -> list[Task]:
-        """Tasks to begin now."""
-        if self._ended:
-            return []
-        first = len(self.confirmed)
-        stop = len(self.parts) if self.unlimited else min(len(self.parts), first + ahead)
-        indices = [i for i in range(first, stop) if i not in self._begun]
-        self._begun.update(indices)
-        return [Task(self.spec, self.number, i, self.parts[i], self.tokenizer, self.left) for i in indices]
-
-    def take(self, task: Task, record: dict[str, Any]) -> None:
-        """Note a part that is done."""
-        self._waiting[task.index] = (task, record)
-        while not self._ended and (entry := self._waiting.pop(len(self.confirmed), None)):
-            if not self.left.allows(entry[1]):
-                self._begun.discard(entry[0].index)  # it was begun before the limit was known exactly
-                break
-            self.confirmed.append(entry)
-            self.left = self.left.after(entry[1])
-            self._ended = entry[1]["limited"] or self.left.spent
-        if self._ended:
-            for task, _ in self._waiting.values():
-                discard_part(task)
-            self._waiting.clear()
-
-
-@contextmanager
-def _exclusive(output: Path) -> Iterator[None]:
-    """Hold the output folder's lock, so that two runs of one recipe do not write into each other's files."""
-    with (output / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{output}: another process is preparing it; waiting", file=sys.stderr)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{output}: its file system has no locks ({error}); prepare elsewhere"
-            ) from error
-        yield
+            save_tokenizer_json(source, made)
+            put_tokenizer(made, output)
+    elif settings.train is not None and not made.is_file():
+        finished = [read_manifest(folder) for folder in spec.folders.values() if is_finished(folder)]
+        if not finished or not (output / TOKENIZER).is_file():
+            sample = sample_texts(
+                spec.sources,
+                [[planned.part for planned in every] for every in plan.sources],
+                settings.train["sample_bytes"],
+                spec.seed,
+                is_heldout=lambda document_id: spec.place(document_id) < below,
+                on_bad=lambda error: None,  # what becomes of a bad row, encoding says
+            )
+            train_tokenizer(sample, settings.train["vocab_size"], made)
+            put_tokenizer(made, output)
+    else:
+        put_tokenizer(made, output)
+    tokenizer = TextTokenizer(output / TOKENIZER, settings.bos, settings.eos)
+    for folder in spec.folders.values():
+        if is_finished(folder) and read_manifest(folder)["tokenizer"]["sha256"] != tokenizer.sha256:
+            raise ValueError(
+                f"{output / TOKENIZER} is not the tokenizer that {folder} was made with; put that one there (the"
+                " manifest has its SHA-256), or choose another `output`"
+            )
+    return tokenizer
 
 
 def describe(folder: str | Path) -> str:
@@ -345,7 +277,13 @@ def _name(path: str, every: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n")[0])
+    """The command; raises what `prepare` raises, and ValueError where a finished output's sources have changed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare",
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s [options] (--recipe RECIPE [key=value ...] | --sources PATH ... | --verify FOLDER)",
+        epilog="With --recipe, key=value arguments override keys of the recipe: data.prepare.heldout_fraction=0.02",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="recipe YAML with a data.init_args.prepare section")
     what.add_argument("--sources", nargs="+", metavar="PATH", help="files, globs, folders, hf://..., python-env")
@@ -354,19 +292,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     plain = parser.add_argument_group("with --sources")
     plain.add_argument("--output", help="folder to write")
-    plain.add_argument("--tokenizer", help="an existing tokenizer.json or SentencePiece model; else one is trained")
+    plain.add_argument(
+        "--tokenizer", help="a tokenizer.json, a SentencePiece model or a folder with one of them; else one is trained"
+    )
     plain.add_argument("--vocab-size", type=int, default=32768, help="of the trained tokenizer")
     plain.add_argument("--sample-bytes", type=int, default=100_000_000, help="of text that the tokenizer is trained on")
+    plain.add_argument("--bos", default="auto", metavar="TOKEN", help="that opens each document, or none")
+    plain.add_argument("--eos", default="auto", metavar="TOKEN", help="that ends each document")
     plain.add_argument("--text-column", default="text")
     plain.add_argument("--id-column")
     plain.add_argument("--url-column")
     plain.add_argument("--deduplicate", choices=["exact", "near"])
-    plain.add_argument("--heldout-fraction", type=float, default=0.01)
+    plain.add_argument("--heldout-fraction", type=float, default=0.01, help="of the documents; 0 holds out none")
+    plain.add_argument("--on-bad-row", choices=["stop", "skip"], default="stop")
     plain.add_argument(
         "--part-bytes", type=int, default=PART_BYTES, help="of the sources that a worker reads in one go"
     )
     plain.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
+    if strange := [text for text in overrides if not is_override(text)]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if overrides and not args.recipe:
+        parser.error(f"{overrides[0]}: key=value arguments override keys of a --recipe")
     if args.verify:
         TokenShards(args.verify).verify()
         print(f"{describe(args.verify)}: checksums match")
@@ -377,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
         for action in plain._group_actions:
             if getattr(args, action.dest) != action.default:
                 parser.error(f"{action.option_strings[0]} goes with --sources; a recipe says it in its prepare section")
-        specs = prepare_section(args.recipe)
+        specs = prepare_section(args.recipe, overrides)
     else:
         if not args.output:
             parser.error("--sources needs --output")
@@ -387,22 +334,32 @@ def main(argv: list[str] | None = None) -> None:
             {
                 "output": args.output,
                 "sources": [{"path": path, "name": _name(path, args.sources), **columns} for path in args.sources],
-                "tokenizer": {"path": args.tokenizer} if args.tokenizer else trained,
-                **{key: getattr(args, key) for key in ("deduplicate", "heldout_fraction", "part_bytes", "seed")},
+                "tokenizer": {
+                    **({"path": args.tokenizer} if args.tokenizer else trained),
+                    **{"bos": args.bos, "eos": args.eos},
+                },
+                **{key: getattr(args, key) for key in _PLAIN_KEYS},
             },
             "command line",
         )
     for spec in specs:
+        if is_prepared(spec) and (changed := changed_sources(spec)):
+            folders = " and ".join(map(str, spec.folders.values()))
+            raise ValueError(
+                f"{_changed(spec, changed)}. To prepare them as they are now, choose another `output` or delete"
+                f" {folders}; training goes on with the shards that are there"
+            )
         prepare(replace(spec, workers=args.workers or spec.workers), only_tokenizer=args.only_tokenizer)
         if args.only_tokenizer:
-            print(Path(spec.output) / "tokenizer.json")
+            TextTokenizer(Path(spec.output) / TOKENIZER, spec.tokenizer.bos, spec.tokenizer.eos)  # it may be gone
+            print(Path(spec.output) / TOKENIZER)
             continue
         for folder in spec.folders.values():
             print(describe(folder))
 
 
+_PLAIN_KEYS = ("deduplicate", "heldout_fraction", "on_bad_row", "part_bytes", "seed")
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
+    ending.run(main)

@@ -1,7 +1,7 @@
 """What is in the data, as a page to look at: `python -m data.report --recipe recipes/demo/pretrain.yaml`.
 
-Writes `report.md` and its plots beside the shards: totals, sources, lengths, packing, random documents; for a recipe
-also what its mixture makes of them.
+Writes `report/report.md` and its plots beside the shards: totals, sources, lengths, packing, random documents; for a
+recipe (`key=value` arguments change it) also what its mixture makes of them.
 """
 
 import argparse
@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 from data.mixture import Curriculum, Mixture, PackedStream
 from data.packing import pack
 from data.shards import TokenShards
-from data.spec import data_section
+from data.spec import data_section, is_override
+from s2 import ending, files
 
+KIND = "data report"
 SAMPLES = 20
 MIXTURE_SAMPLES = 10_000
 _EXCERPT = 240  # characters of a sample's beginning and of its end
@@ -41,28 +43,37 @@ class Lengths:
 
 
 def folder_report(output: str | Path, seed: int = 0) -> Path:
-    """Write `<output>/report.md` about the shard folders below `output`, and return its path.
+    """Write `<output>/report/report.md` about the shard folders below `output`, and return its path.
 
-    Raises FileNotFoundError where there are none.
+    Raises FileNotFoundError where there are none, `s2.files.NotOursError` where `report/` is somebody else's.
     """
     output = Path(output)
     splits = _splits(output)
-    _write(output, [f"# {output}", *_folder_sections(output, splits, seed)])
-    return output / "report.md"
+    folder = files.make_folder(output / "report", KIND)
+    return _write(folder, [f"# {output}", *_folder_sections(folder, "", splits, seed)])
 
 
-def recipe_report(recipe: str | Path, seed: int = 0) -> Path:
+def recipe_report(recipe: str | Path, seed: int = 0, overrides: Sequence[str] = ()) -> Path:
     """The same for the data of a recipe, with its mixture: beside the shards it prepares, or else beside the first ones
-    it mixes. Raises what opening them raises."""
+    it mixes. Raises what opening them raises.
+
+    overrides: `key=value` arguments, see `s2.recipe`.
+    """
     from data.datamodule import PackedDataModule  # Lightning takes seconds to import
 
-    data = PackedDataModule(**data_section(Path(recipe)))
+    section = data_section(Path(recipe), overrides)
+    for key in ("seq_len", "micro_batch_size"):
+        if key not in section:
+            raise ValueError(f"{recipe}: missing key data.{key}")
+    data = PackedDataModule(**section)
     outputs = data.prepared or [Path(data.components[0].path).parent]
-    lines = [f"# {recipe}", *_mixture_sections(outputs[0], data.rows)]
-    for output in outputs:
-        lines += [f"## {output}", *_folder_sections(output, _splits(output), seed)]
-    _write(outputs[0], lines)
-    return outputs[0] / "report.md"
+    rows = data.rows
+    folder = files.make_folder(outputs[0] / "report", KIND)
+    lines = [f"# {recipe}", *_mixture_sections(folder, rows)]
+    for number, output in enumerate(outputs):
+        suffix = f"-{number}" if number else ""
+        lines += [f"## {output}", *_folder_sections(folder, suffix, _splits(output), seed)]
+    return _write(folder, lines)
 
 
 def _splits(output: Path) -> dict[str, TokenShards]:
@@ -70,14 +81,16 @@ def _splits(output: Path) -> dict[str, TokenShards]:
     return found or {"train": TokenShards(output)}
 
 
-def _write(output: Path, lines: Sequence[str]) -> None:
-    (output / "report.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+def _write(folder: Path, lines: Sequence[str]) -> Path:
+    file = folder / "report.md"
+    files.write_text(file, "\n\n".join(lines) + "\n")
+    return file
 
 
 # --- A prepared folder
 
 
-def _folder_sections(output: Path, splits: dict[str, TokenShards], seed: int) -> list[str]:
+def _folder_sections(folder: Path, suffix: str, splits: dict[str, TokenShards], seed: int) -> list[str]:
     train = splits.get("train") or next(iter(splits.values()))
     manifest = train.manifest
     tokenizer = manifest["tokenizer"]
@@ -86,7 +99,7 @@ def _folder_sections(output: Path, splits: dict[str, TokenShards], seed: int) ->
     curves = [Lengths.of(f"tokens, {source}", each, each) for source, each in by_source.items()]
     curves = curves if len(curves) > 1 else []
     plot_lengths(
-        output / "lengths.png",
+        folder / f"lengths{suffix}.png",
         [Lengths.of("documents", lengths, np.ones(len(lengths))), Lengths.of("tokens", lengths, lengths), *curves],
     )
     return [
@@ -107,10 +120,11 @@ def _folder_sections(output: Path, splits: dict[str, TokenShards], seed: int) ->
         ),
         "### Sources",
         _sources_table(manifest["sources"]),
+        *_bad_rows(manifest["sources"]),
         "### Lengths",
         "Training documents by length in tokens: how many there are, and how many tokens they hold"
         + (", in all and by source." if curves else "."),
-        "![lengths](lengths.png)",
+        f"![lengths](lengths{suffix}.png)",
         _length_table(lengths),
         "### Packing",
         "Best-fit packing of all training documents into windows; empty is the share of places without a token, cut the"
@@ -134,6 +148,12 @@ def _sources_table(sources: Sequence[dict[str, Any]]) -> str:
         )
     head = ["source", "path", "files", "documents", "tokens", "share of tokens", "bytes a token", "left out"]
     return _table(head, rows)
+
+
+def _bad_rows(sources: Sequence[dict[str, Any]]) -> list[str]:
+    """The first rows of each source that were skipped as bad, in the words of the reader."""
+    examples = [f"- {_plain(row)}" for source in sources for row in source.get("bad_rows", ())]
+    return ["Bad rows that were skipped, the first of each source:", "\n".join(examples)] if examples else []
 
 
 def _length_table(lengths: np.ndarray) -> str:
@@ -198,7 +218,7 @@ def _plain(text: str) -> str:
 # --- A mixture
 
 
-def _mixture_sections(output: Path, rows: Curriculum) -> list[str]:
+def _mixture_sections(folder: Path, rows: Curriculum) -> list[str]:
     mixture = rows.mixtures[-1]
     sections = ["## Mixture", _mixture_table(mixture)]
     if len(rows.mixtures) > 1:
@@ -221,7 +241,7 @@ def _mixture_sections(output: Path, rows: Curriculum) -> list[str]:
         np.concatenate(lengths),
         np.concatenate([share * each / each.sum() for share, each in zip(shares, lengths, strict=True)]),
     )
-    plot_lengths(output / "mixture.png", [Lengths.of("tokens before mixing", before, before), after])
+    plot_lengths(folder / "mixture.png", [Lengths.of("tokens before mixing", before, before), after])
     return [*sections, "![lengths before and after mixing](mixture.png)"]
 
 
@@ -288,7 +308,8 @@ def plot_lengths(file: Path, curves: Sequence[Lengths]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
+    with files.whole(file) as stream:
+        figure.savefig(stream, format="png", dpi=150)
 
 
 def _short(tick: int) -> str:
@@ -296,17 +317,22 @@ def _short(tick: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data.report",
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s [--seed SEED] (--recipe RECIPE [key=value ...] | --output FOLDER)",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="recipe YAML whose data to describe, with its mixture")
     what.add_argument("--output", help="folder of prepared shards")
     parser.add_argument("--seed", type=int, default=0, help="of the random documents")
-    args = parser.parse_args(argv)
-    print(recipe_report(args.recipe, args.seed) if args.recipe else folder_report(args.output, args.seed))
+    args, overrides = parser.parse_known_args(argv)
+    if strange := [text for text in overrides if not is_override(text)]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if overrides and not args.recipe:
+        parser.error(f"{overrides[0]}: key=value arguments override keys of a --recipe")
+    print(recipe_report(args.recipe, args.seed, overrides) if args.recipe else folder_report(args.output, args.seed))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    ending.run(main)

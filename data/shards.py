@@ -3,46 +3,79 @@
 A shard folder holds, for each shard, `<name>.bin` (the tokens of its documents one after another, uint16 or
 uint32), `<name>.npy` (int64 [2, documents + 1]: row 0 where each document's tokens begin in the .bin, row 1 where
 its UTF-8 bytes would begin) and `<name>.parquet` (the id and url of each document); `counts.npy` (int64
-[sources, 2, vocab_size], see `TokenShards.counts`) and `manifest.json`, which is written last: a folder without it is
-unfinished, whatever else lies in it. A shard's documents come from one source.
+[sources, 2, vocab_size], see `TokenShards.counts`), `files.parquet` (which files the documents were read from, see
+`TokenShards.source_files`) and `manifest.json`, which is written last: a folder without it is unfinished, whatever else
+lies in it. A shard's documents come from one source. The folder is marked (`s2.files`); what else somebody puts there
+stays.
 """
 
 import hashlib
-import itertools
-import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from s2 import ending, files
+
+KIND = "token shards"
 MANIFEST = "manifest.json"
 COUNTS = "counts.npy"
+FILES = "files.parquet"
 FORMAT = "s2-token-shards/2"
+_ENDS = (".bin", ".npy", ".parquet")
 # A page fault maps the pages around it too, in aligned runs of this size (Linux, fault_around_bytes).
 _MAPPED_AT_ONCE = max(1 << 16, mmap.PAGESIZE)
+
+
+class DamagedShardsError(ValueError):
+    """A shard folder is not what was written."""
+
+    exit_code = ending.DAMAGED
 
 
 class ShardWriter:
     """Writes documents of one source into shards `<prefix>-000`, `<prefix>-001`, ... of a folder.
 
-    A file takes its final name only when it is whole and on disk. `close` returns what the manifest says about the
-    shards; without it they count for nothing, and another writer of the same prefix replaces them.
+        with ShardWriter(...) as writer:
+            writer.add(...)
+        writer.shards  # what the manifest says about them
+
+    A file takes its final name only when it is whole and on disk. Without their records the shards count for nothing,
+    and another writer of the same prefix replaces them; where the block ends with an error they are removed.
 
     counts: int64 [2, vocab_size], see `TokenShards.counts`.
+
+    Raises `s2.files.NotOursError` for a folder that holds something else.
     """
 
     def __init__(self, folder: Path, prefix: str, source: str, dtype: np.dtype, vocab_size: int, shard_tokens: int):
-        self.folder, self.prefix, self.source = folder, prefix, source
+        self.folder, self.prefix, self.source = files.make_folder(folder, KIND), prefix, source
         self.dtype, self.shard_tokens = np.dtype(dtype), shard_tokens
-        folder.mkdir(parents=True, exist_ok=True)
         self.counts = np.zeros((2, vocab_size), dtype=np.int64)
         self.shards: list[dict[str, Any]] = []
+        self._file: Any = None  # of the shard that is open, as `files.whole` makes it
         self._stream: Any = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            if self._stream is not None:
+                self._close_shard()
+            return
+        if self._stream is not None:
+            self._stream = None
+            self._file.__exit__(kind, error, trace)
+        remove_shards(self.folder, self.prefix)
 
     def add(
         self, documents: Sequence[np.ndarray], sizes: Sequence[int], ids: Sequence[str], urls: Sequence[str]
@@ -79,7 +112,8 @@ class ShardWriter:
 
     def _open(self) -> None:
         self._name = f"{self.prefix}-{len(self.shards):03d}"
-        self._stream = (self.folder / f"{self._name}.bin.tmp").open("wb")
+        self._file = files.whole(self.folder / f"{self._name}.bin")
+        self._stream = self._file.__enter__()
         self._sha256 = hashlib.sha256()
         self._tokens = 0
         self._lengths: list[np.ndarray] = []
@@ -88,15 +122,15 @@ class ShardWriter:
         self._urls: list[str] = []
 
     def _close_shard(self) -> None:
-        _sync_and_close(self._stream)
         self._stream = None
-        (self.folder / f"{self._name}.bin.tmp").replace(self.folder / f"{self._name}.bin")
+        self._file.__exit__(None, None, None)
         lengths = np.concatenate(self._lengths)
         offsets = np.zeros((2, len(lengths) + 1), dtype=np.int64)
         np.cumsum(lengths, out=offsets[0, 1:])
         np.cumsum(self._sizes, out=offsets[1, 1:])
         write_array(self.folder / f"{self._name}.npy", offsets)
-        _write_origins(self.folder / f"{self._name}.parquet", self._ids, self._urls)
+        origins = {"id": self._ids, "url": self._urls}
+        _write_table(self.folder / f"{self._name}.parquet", origins, {"id": "string", "url": "string"})
         self.shards.append(
             {
                 "name": self._name,
@@ -110,77 +144,68 @@ class ShardWriter:
             }
         )
 
-    def close(self) -> list[dict[str, Any]]:
-        """Close the last shard and return the shards' records."""
-        if self._stream is not None:
-            self._close_shard()
-        return self.shards
-
-    def abort(self) -> None:
-        """Remove everything this writer wrote."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        remove_shards(self.folder, self.prefix)
-
 
 def remove_shards(folder: Path, prefix: str) -> None:
     """Remove the shards of a writer, finished or not."""
-    for number in itertools.count():
-        name = f"{prefix}-{number:03d}"
-        files = [folder / f"{name}{end}{tmp}" for end in (".bin", ".npy", ".parquet") for tmp in ("", ".tmp")]
-        found = [file for file in files if file.exists()]
-        for file in found:
-            file.unlink()
-        if not found:
-            return
+    files.remove_files(folder, *(f"{prefix}-*{end}" for end in _ENDS), f".{prefix}-*.s2-tmp")
+
+
+def remove_unlisted(folder: Path, shards: Iterable[str] = ()) -> None:
+    """Remove all shards of preparation but those named, and what interrupted runs have left in the folder."""
+    if not folder.is_dir():
+        return
+    keep = set(shards)
+    written = re.compile(r"(shard-\d{3}-\d{5,}-\d{3,})\.(bin|npy|parquet)")
+    found = (written.fullmatch(name) for name in os.listdir(folder))
+    files.remove_files(folder, *(match[0] for match in found if match and match[1] not in keep), ".*.s2-tmp")
 
 
 def write_manifest(
-    folder: Path, dtype: np.dtype, shards: Sequence[Mapping[str, Any]], counts: Mapping[str, np.ndarray], **fields: Any
+    folder: Path,
+    dtype: np.dtype,
+    shards: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, np.ndarray],
+    read: Sequence[Mapping[str, Any]] = (),
+    **fields: Any,
 ) -> None:
-    """Finish a shard folder: token counts by source, then the manifest with totals, `fields` and the shards' records.
+    """Finish a shard folder: token counts by source, the files that were read, then the manifest with totals, `fields`
+    and the shards' records.
 
-    counts: for each source int64 [2, vocab_size], see `TokenShards.counts`. Files of shards that are not listed are
-    removed.
+    counts: for each source int64 [2, vocab_size], see `TokenShards.counts`. read: see `TokenShards.source_files`.
+    Files of shards that are not listed are removed.
     """
-    listed = {shard["name"] for shard in shards}
-    for file in folder.glob("shard-*"):
-        if file.name.partition(".")[0] not in listed:
-            file.unlink()
+    remove_unlisted(folder, (shard["name"] for shard in shards))
     write_array(folder / COUNTS, np.stack(list(counts.values())))
+    _write_table(folder / FILES, {key: [file[key] for file in read] for key in _FILE_KEYS}, _FILE_KEYS)
     manifest = {
         "format": FORMAT,
         "dtype": np.dtype(dtype).name,
         **{key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")},
         **fields,
         "counts": {"sources": list(counts), "sha256": _sha256(folder / COUNTS)},
+        "files": {"sha256": _sha256(folder / FILES)},
         "shards": list(shards),
     }
-    write_json(folder / MANIFEST, manifest)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what an interrupted preparation left in a shard folder, and nothing else."""
-    for file in [folder / MANIFEST, folder / COUNTS, *folder.glob("shard-*"), *folder.glob("*.tmp")]:
-        file.unlink(missing_ok=True)
+    files.write_json(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a finished shard folder.
 
-    Raises FileNotFoundError for a missing or unfinished folder, ValueError for a foreign manifest.
+    Raises FileNotFoundError for a missing or unfinished folder, ValueError for a foreign manifest, DamagedShardsError
+    for one that cannot be read.
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
         state = "is unfinished (it has no manifest.json)" if file.parent.is_dir() else "does not exist"
         raise FileNotFoundError(f"shard folder {folder} {state}; prepare it with `python -m data.prepare`")
     try:
-        manifest = read_json(file)
+        manifest = files.read_json(file)
     except ValueError as error:
-        raise ValueError(f"{file}: not readable ({error}); prepare again") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{file}: format {manifest.get('format')!r}, expected {FORMAT!r}; prepare it again")
+        raise DamagedShardsError(f"{error}; delete {folder} and prepare it again") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{file}: format {found!r}, expected {FORMAT!r}; prepare the corpus into another folder")
     return manifest
 
 
@@ -189,7 +214,7 @@ class TokenShards:
 
     offsets: int64 [documents + 1], where each document's tokens begin in that row.
 
-    Raises FileNotFoundError / ValueError where a file is missing or its size is not what the manifest says;
+    Raises FileNotFoundError / DamagedShardsError where a file is missing or its size is not what the manifest says;
     `verify` also reads everything and compares the checksums.
     """
 
@@ -218,9 +243,9 @@ class TokenShards:
             try:
                 offsets = np.load(file, mmap_mode="r")
             except (ValueError, EOFError) as error:
-                raise ValueError(f"{file}: not readable ({error}); prepare again") from error
+                raise DamagedShardsError(f"{file}: not readable ({error}); {self._remedy}") from error
             if offsets.shape != (2, shard["documents"] + 1) or offsets[0, -1] != shard["tokens"]:
-                raise ValueError(f"{file}: does not match manifest.json; prepare again")
+                raise DamagedShardsError(f"{file}: does not match manifest.json; {self._remedy}")
             pieces.append(offsets[row, :-1] + base)
             base += shard[total]
         return np.concatenate([*pieces, [base]]).astype(np.int64)
@@ -231,10 +256,25 @@ class TokenShards:
     def _file(self, shard: dict[str, Any], suffix: str, size: int | None) -> Path:
         file = self.folder / (shard["name"] + suffix)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: listed in manifest.json but missing; prepare again")
-        if size is not None and file.stat().st_size != size:
-            raise ValueError(f"{file}: {file.stat().st_size} bytes, manifest.json says {size}; prepare again")
+            raise FileNotFoundError(f"{file}: listed in manifest.json but missing; {self._remedy}")
+        if size is not None and (found := file.stat().st_size) != size:
+            raise DamagedShardsError(f"{file}: {found} bytes, manifest.json says {size}; {self._remedy}")
         return file
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete {self.folder} and prepare it again"
+
+    @cached_property
+    def source_files(self) -> list[dict[str, Any]] | None:
+        """The files that the documents were read from, in reading order: `source` (its index), `name`, `path`, `size`,
+        `mtime_ns` and `xxh3_128`; no remote ones. None for a folder of an earlier version, which does not know.
+        """
+        import pyarrow.parquet as pq
+
+        if "files" not in self.manifest:
+            return None
+        return pq.read_table(self._file({"name": "files"}, ".parquet", None)).to_pylist()
 
     def counts(self, source: str | None = None) -> np.ndarray:
         """int64 [2, vocab_size]: how often each token occurs (row 0) and how often it opens a document (row 1), in one
@@ -306,16 +346,20 @@ class TokenShards:
             done, shard = done + size, shard + 1
 
     def verify(self) -> None:
-        """Compare every file, the tokenizer's too, with its checksum; raises ValueError naming the first that differs,
-        FileNotFoundError for a missing one."""
+        """Compare every file, the tokenizer's too, with its checksum; raises DamagedShardsError naming the first that
+        differs, FileNotFoundError for a missing one."""
         checksums = [(self.folder / COUNTS, self.manifest["counts"]["sha256"])]
+        if "files" in self.manifest:
+            checksums.append((self.folder / FILES, self.manifest["files"]["sha256"]))
         checksums.append((self.tokenizer_file, self.manifest["tokenizer"]["sha256"]))
         kinds = ((".bin", "sha256"), (".npy", "offsets_sha256"), (".parquet", "origins_sha256"))
         for shard in self.manifest["shards"]:
             checksums += [(self.folder / (shard["name"] + suffix), shard[key]) for suffix, key in kinds]
         for file, checksum in checksums:
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: missing; {self._remedy}")
             if _sha256(file) != checksum:
-                raise ValueError(f"{file}: checksum differs from manifest.json; prepare again")
+                raise DamagedShardsError(f"{file}: checksum differs from manifest.json; {self._remedy}")
 
 
 @lru_cache(maxsize=256)
@@ -327,26 +371,15 @@ def _mapped(file: Path, size: int, modified_ns: int, dtype: np.dtype) -> tuple[m
     return pages, np.frombuffer(pages, dtype=dtype)
 
 
-@contextmanager
-def _whole(file: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content becomes `file` only when it is complete and on disk."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
 def write_array(file: Path, array: np.ndarray) -> None:
     """Write a .npy file that exists only when it is whole and on disk."""
-    with _whole(file) as stream:
+    with files.whole(file) as stream:
         np.save(stream, array)
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file that exists only when it is whole and on disk."""
-    with _whole(file) as stream:
+    with files.whole(file) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
@@ -355,28 +388,23 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write a JSON file that exists only when it is whole and on disk."""
-    with _whole(file) as stream:
-        stream.write(json.dumps(value, indent=1).encode())
+_FILE_KEYS = {
+    "source": "int32",
+    "name": "string",
+    "path": "string",
+    "size": "int64",
+    "mtime_ns": "int64",
+    "xxh3_128": "string",
+}
 
 
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _write_origins(file: Path, ids: list[str], urls: list[str]) -> None:
+def _write_table(file: Path, columns: Mapping[str, list[Any]], types: Mapping[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _whole(file) as stream:
-        pq.write_table(pa.table({"id": ids, "url": urls}), stream, compression="zstd")
-
-
-def _sync_and_close(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
+    table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+    with files.whole(file) as stream:
+        pq.write_table(table, stream, compression="zstd")
 
 
 def _sha256(file: Path) -> str:

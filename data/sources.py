@@ -97,6 +97,7 @@ class Source:
     suffixes: which files of a folder (default TEXT_SUFFIXES, packed or not) are documents; it implies `format: text`.
     min_chars: shorter documents are skipped (default 1; python-env: 200).
     max_bytes, max_documents: stop after that much (UTF-8 bytes of text).
+    on_bad_row: "stop" or "skip" for this source, see `data.spec.PrepareSpec`.
     """
 
     path: str
@@ -114,6 +115,7 @@ class Source:
     max_bytes: int | None = None
     max_documents: int | None = None
     data_dir: str | None = None
+    on_bad_row: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
@@ -121,6 +123,8 @@ class Source:
         for key, least in (("min_chars", 0), ("max_bytes", 1), ("max_documents", 1)):
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, whole_number(getattr(self, key), key, least))
+        if self.on_bad_row not in (None, "stop", "skip"):
+            raise ValueError(f"on_bad_row: expected stop or skip, got {self.on_bad_row!r}")
         if isinstance(self.suffixes, str):
             raise ValueError(f"suffixes: expected a list such as [{self.suffixes}], got {self.suffixes!r}")
         object.__setattr__(self, "suffixes", tuple(self.suffixes))

@@ -2,16 +2,36 @@
 
 import hashlib
 import json
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.dedup import Deduplicate
-from data.schema import fraction, from_mapping, whole_number
+from data.schema import differences, fraction, from_mapping, whole_number
 from data.sources import PART_BYTES, Source
 from data.tokenizer import TokenizerSpec, tokenizer_settings
+from s2.recipe import apply_overrides, load_recipe, unknown_key_message
+
+# What does not decide the content of shards: where they lie, how the work is divided, what happens to bad rows (parts
+# and manifests say how many there were).
+_FREE = ("output", "workers", "part_bytes", "on_bad_row")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# A recipe's `data` section is for this class, which takes these arguments; to import it takes seconds.
+DATAMODULE = "data.datamodule.PackedDataModule"
+DATAMODULE_KEYS = (
+    "seq_len",
+    "micro_batch_size",
+    "mixture",
+    "validation",
+    "prepare",
+    "seed",
+    "num_workers",
+    "document_mask",
+    "curriculum",
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +39,15 @@ class PrepareSpec:
     """The `prepare` section of a recipe.
 
     output: folder to write. sources: see `data.sources.Source`; a bare string is its path.
-    tokenizer: see `data.tokenizer.TokenizerSpec`.
+    tokenizer: see `data.tokenizer.TokenizerSpec`; its `path` may be a Hugging Face folder with a tokenizer.json.
     deduplicate: see `data.dedup.Deduplicate`; over all sources, the first of a set of duplicates stays. The corpus is
         then read twice.
     heldout_fraction, seed: a document is held out when a hash of (seed, its id) falls below the fraction;
         which documents those are does not depend on the order or number of sources. Fraction 0 writes no
-        held-out folder.
+        held-out folder. Of a corpus so small that no document falls below it, the one with the smallest hash is
+        held out.
+    on_bad_row: "stop" at a row that is not as it has to be (broken JSON, a text column that holds no text), or "skip"
+        it; skipped rows are counted in the manifest and the report. A source may say otherwise for itself.
     shard_tokens: a shard file is closed once it holds that many tokens.
     part_bytes: of the sources on disk, that a worker reads in one go. An interrupted preparation goes on with the
         parts that are missing.
@@ -37,6 +60,7 @@ class PrepareSpec:
     deduplicate: Deduplicate | None = None
     heldout_fraction: float = 0.01
     seed: int = 0
+    on_bad_row: str = "stop"
     shard_tokens: int = 1 << 27
     part_bytes: int = PART_BYTES
     workers: int | None = None
@@ -45,6 +69,10 @@ class PrepareSpec:
     def parse(cls, values: Any, where: str = "prepare") -> "PrepareSpec":
         """Build from YAML; raises ValueError naming the wrong key."""
         spec = from_mapping(cls, values, where)
+        if not spec.output:
+            raise ValueError(f"{where}.output: expected the folder to write, got {spec.output!r}")
+        if spec.on_bad_row not in ("stop", "skip"):
+            raise ValueError(f"{where}.on_bad_row: expected stop or skip, got {spec.on_bad_row!r}")
         if not isinstance(spec.sources, list | tuple) or not spec.sources:
             raise ValueError(f"{where}.sources: expected a list of at least one corpus, got {spec.sources!r}")
         sources = tuple(
@@ -58,7 +86,7 @@ class PrepareSpec:
         return replace(
             spec,
             sources=sources,
-            tokenizer=from_mapping(TokenizerSpec, spec.tokenizer, f"{where}.tokenizer"),
+            tokenizer=_in_folder(from_mapping(TokenizerSpec, spec.tokenizer, f"{where}.tokenizer")),
             heldout_fraction=fraction(spec.heldout_fraction, f"{where}.heldout_fraction", zero=True),
             deduplicate=Deduplicate.parse(spec.deduplicate, f"{where}.deduplicate"),
             workers=None if spec.workers is None else whole_number(spec.workers, f"{where}.workers", least=1),
@@ -75,31 +103,101 @@ class PrepareSpec:
     def settings(self) -> dict[str, Any]:
         """All that decides the shards' content, as the manifest records it. Raises FileNotFoundError where the
         tokenizer is missing."""
-        settings = asdict(self) | {"tokenizer": tokenizer_settings(self.tokenizer)}
-        for key in ("output", "workers"):
-            del settings[key]
-        return json.loads(json.dumps(settings))
+        settings = self._content(tokenizer_settings(self.tokenizer))
+        for values, source in zip(settings["sources"], self.sources, strict=True):
+            values["path"] = source.path
+        return settings | {"part_bytes": self.part_bytes, "on_bad_row": self.on_bad_row}
+
+    def changes(self, recorded: dict[str, Any]) -> list[str]:
+        """What differs between the settings that a manifest or an interrupted preparation records (those of earlier
+        versions lack some keys) and those asked for now, one line a key (`seed: 0 != 1`). Empty where the shards are
+        the same. A brought tokenizer that is not there any more counts as the recorded one."""
+        try:
+            tokenizer = tokenizer_settings(self.tokenizer)
+        except FileNotFoundError:
+            tokenizer = {**asdict(self.tokenizer), "path": recorded["tokenizer"]["path"]}
+        now = self._content(tokenizer)
+        try:
+            spec = PrepareSpec.parse(recorded | {"output": self.output}, "recorded")
+        except ValueError:  # of a later version
+            return differences(recorded, now)
+        return differences(spec._content(asdict(spec.tokenizer)), now)
+
+    def _content(self, tokenizer: dict[str, Any]) -> dict[str, Any]:
+        """The settings that decide the shards' content; sources by their labels and whole paths."""
+        settings = asdict(self) | {"tokenizer": tokenizer}
+        for values, source in zip(settings["sources"], self.sources, strict=True):
+            values["name"] = source.label
+            if source.path != "python-env" and "://" not in source.path:
+                values["path"] = os.path.abspath(os.path.expanduser(source.path))
+            del values["on_bad_row"]
+        return json.loads(json.dumps({key: value for key, value in settings.items() if key not in _FREE}))
+
+    def skips_bad_rows(self, source: Source) -> bool:
+        return (source.on_bad_row or self.on_bad_row) == "skip"
+
+    def place(self, document_id: str) -> int:
+        """Where a document falls in the split: a number of [0, 2**64), the same on every machine."""
+        digest = hashlib.blake2b(f"{self.seed}:{document_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big")
+
+    @property
+    def heldout_below(self) -> int:
+        """Documents with a smaller `place` are held out."""
+        return math.ceil(self.heldout_fraction * 2**64)
 
     def is_heldout(self, document_id: str) -> bool:
-        digest = hashlib.blake2b(f"{self.seed}:{document_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.heldout_fraction * 2**64
+        return self.place(document_id) < self.heldout_below
 
 
-def prepare_section(recipe: str | Path) -> list[PrepareSpec]:
-    """The `prepare` settings of a training recipe (one mapping or a list of them), below `data`."""
-    file = Path(recipe)
-    if not file.is_file():
-        raise FileNotFoundError(f"recipe {str(recipe)!r}: no such file")
-    section = data_section(file).get("prepare")
+def _in_folder(tokenizer: TokenizerSpec) -> TokenizerSpec:
+    """The same with the file where `path` is a folder."""
+    if tokenizer.path is None or not (folder := Path(tokenizer.path)).is_dir():
+        return tokenizer
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            return replace(tokenizer, path=str(folder / name))
+    raise FileNotFoundError(f"tokenizer {str(folder)!r}: the folder holds no {' and no '.join(_TOKENIZER_FILES)}")
+
+
+def prepare_section(recipe: str | Path, overrides: Sequence[str] = ()) -> list[PrepareSpec]:
+    """The `prepare` settings of a training recipe (one mapping or a list of them), below `data`.
+
+    overrides: `key=value` arguments, see `s2.recipe`.
+    """
+    section = data_section(Path(recipe), overrides).get("prepare")
     if not section:
         raise ValueError(f"{recipe}: no data.init_args.prepare section, so there is nothing to prepare")
-    return parse_sections(section, f"{recipe}: data.init_args.prepare")
+    return parse_sections(section, f"{recipe}: data.prepare")
 
 
-def data_section(recipe: Path) -> dict[str, Any]:
-    """The arguments of a recipe's datamodule."""
-    data = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("data") or {}
-    return data.get("init_args", data)
+def data_section(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments of a recipe's datamodule, after `key=value` overrides.
+
+    Raises ValueError for a recipe without any, or an override of something that the datamodule has not.
+    """
+    values = load_recipe(recipe)
+    top = {*values, "data"}
+    keys = [key.replace(".init_args", "").split(".") for key in apply_overrides(values, overrides)]
+    for key in keys:
+        if key[0] not in top:
+            raise ValueError(unknown_key_message(key[0], top, recipe, [key[0]]))
+    data = values.get("data") or {}
+    section = (data.get("init_args", data) or {}) if isinstance(data, dict) else data
+    if not isinstance(section, dict):
+        raise ValueError(f"{recipe}: data: expected a mapping of settings, got {section!r}")
+    if data.get("class_path", DATAMODULE) == DATAMODULE:
+        for key in section:
+            if key not in DATAMODULE_KEYS:
+                known = [f"data.{name}" for name in DATAMODULE_KEYS]
+                raise ValueError(unknown_key_message(f"data.{key}", known, recipe, [".".join(k[:2]) for k in keys]))
+    return section
+
+
+def is_override(argument: str) -> bool:
+    """Whether a command-line argument is a `key=value` of a recipe, and not an unknown option."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and ("." in key or not key.startswith("-"))
 
 
 def parse_sections(section: Any, where: str = "prepare") -> list[PrepareSpec]:

@@ -1,18 +1,19 @@
 """What one worker does with one part of a source: scan it for duplicates, or turn it into token shards.
 
 Everything about a part lies in `<output>/work/` under its name `<source>-<part>`; its record is written last, so a part
-is done or not, whenever the process is killed. A worker holds the part's lock while it is at it.
+is done or not, whenever the process is killed. The record says which state of which files was read and what else the
+shards depend on; a part whose record does not fit any more is made again.
 """
 
-import fcntl
+import hashlib
 import json
 import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from queue import Full, Queue
@@ -20,14 +21,35 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from data.columns import BadRowError
 from data.dedup import scan, select
-from data.shards import ShardWriter, read_arrays, remove_shards, write_arrays, write_json
-from data.sources import Document, Part
+from data.plan import Planned
+from data.shards import ShardWriter, read_arrays, remove_shards, write_arrays
+from data.sources import Document
 from data.spec import PrepareSpec
+from data.stamps import begins_in, stamps
 from data.tokenizer import TextTokenizer
+from s2 import files
 
 T = TypeVar("T")
 
+WORK, WRITTEN = "work", "written.json"
+# Everything that a preparation writes into `<output>/work/`.
+WORK_FILES = (
+    "plan.json",
+    "kept.json",
+    "split.json",
+    "tokenizer.json",
+    WRITTEN,
+    "[0-9][0-9][0-9]-[0-9]*.json",
+    "[0-9][0-9][0-9]-[0-9]*.scan.npz",
+    "[0-9][0-9][0-9]-[0-9]*.keep.npy",
+    "[0-9][0-9][0-9]-[0-9]*.counts.npz",
+    ".*.s2-tmp",
+)
+BAD = "bad row"  # the reason that skipped rows are counted under
+EXAMPLES = 5
+_LIMITS = ("name", "max_bytes", "max_documents", "on_bad_row")  # of a source: what its scans do not depend on
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 4096
 
@@ -62,44 +84,112 @@ class Budget:
 
 @dataclass(frozen=True)
 class Task:
-    """One part of one source of a preparation; tokenizer: the SHA-256 of `<output>/tokenizer.json`."""
+    """One part of one source of a preparation.
+
+    index: which of the source's parts, in reading order. tokenizer: the SHA-256 of `<output>/tokenizer.json`. below:
+    documents with a smaller place are held out. splits: those that are written.
+    """
 
     spec: PrepareSpec
     source: int
     index: int
-    part: Part
+    planned: Planned
     tokenizer: str = ""
     budget: Budget = Budget(None, None)
+    below: int = 0
+    splits: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.source:03d}-{self.index:05d}"
+        return f"{self.source:03d}-{self.planned.number:05d}"
 
     def file(self, suffix: str) -> Path:
-        return Path(self.spec.output) / "work" / (self.name + suffix)
+        return Path(self.spec.output) / WORK / (self.name + suffix)
 
     @cached_property
     def keep(self) -> np.ndarray | None:
         """What deduplication left of the part, bool [documents]."""
         return np.load(self.file(".keep.npy")) if self.spec.deduplicate is not None else None
 
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """What a record was made for, besides the files' content and the limits of the source."""
+        return {
+            "place": self.planned.place,
+            "tokenizer": self.tokenizer,
+            "below": self.below,
+            "keep": None if self.keep is None else hashlib.blake2b(self.keep.tobytes(), digest_size=16).hexdigest(),
+        }
+
     def record(self) -> dict[str, Any] | None:
-        """The part's record; None while it is not done with this tokenizer and within this budget."""
+        """The part's record; None while it is not done, or was done for something else."""
         try:
-            record = json.loads(self.file(".json").read_text(encoding="utf-8"))
+            record = files.read_json(self.file(".json"))
         except FileNotFoundError:
             return None
-        return record if record["tokenizer"] == self.tokenizer and self.budget.allows(record) else None
+        fits = (
+            record["for"] == self.depends_on
+            and self.has_read(record["files"])
+            and set(self.splits) <= set(record["shards"])
+            and (self.skips_bad_rows or not record["skipped"].get(BAD))
+            and self.budget.allows(record)
+        )
+        return record if fits else None
+
+    def has_read(self, recorded: list[dict[str, Any]]) -> bool:
+        """Whether the recorded state of the files is the present one."""
+        now = self.planned.stamps
+        return len(now) == len(recorded) and all(stamp.matches(r) for stamp, r in zip(now, recorded, strict=True))
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        return self.spec.skips_bad_rows(self.spec.sources[self.source])
+
+    def documents(self, skipped: Counter[str], bad: list[str]) -> Iterator[Document]:
+        """The part's documents; bad rows stop it or are counted, the first ones with their message in `bad`."""
+
+        def skip(error: BadRowError) -> None:
+            if not self.skips_bad_rows:
+                raise BadRowError(error.file, error.place, f"{error.reason}. {_REMEDY}")
+            skipped[BAD] += 1
+            if len(bad) < EXAMPLES:
+                bad.append(str(error))
+
+        yield from self.spec.sources[self.source].read(self.planned.part, skipped, skip)
+
+    def files_read(self) -> list[dict[str, Any]]:
+        """Records of the files, for a part that has been read; ValueError where they have changed meanwhile."""
+        self.check_files()
+        records = [stamp.record(content=begins_in(self.planned.part)) for stamp in self.planned.stamps]
+        self.check_files()
+        return records
+
+    def check_files(self) -> None:
+        for was, now in zip(self.planned.stamps, stamps(self.planned.part.files), strict=True):
+            if (was.size, was.mtime_ns) != (now.size, now.mtime_ns):
+                raise ValueError(f"{was.path} changed while it was read; run again (what is finished is kept)")
+
+
+_REMEDY = (
+    "Mend or remove the row and run again (finished parts of other files are kept), or set on_bad_row: skip"
+    " (--on-bad-row skip)"
+)
 
 
 def scan_part(task: Task) -> None:
     """Write what deduplication needs to know about a part, unless it is there."""
-    with _locked(task):
-        if task.file(".scan.npz").exists():
-            return
-        assert task.spec.deduplicate is not None
-        source = task.spec.sources[task.source]
-        write_arrays(task.file(".scan.npz"), scan(_counted(source.read(task.part)), task.spec.deduplicate))
+    assert task.spec.deduplicate is not None
+    file = task.file(".scan.npz")
+    source = asdict(task.spec.sources[task.source])
+    wanted = [task.planned.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _LIMITS}]
+    made_for = json.dumps(wanted, sort_keys=True)
+    if file.exists():
+        with np.load(file) as found:
+            if str(found["made_for"]) == made_for and task.has_read(json.loads(str(found["files"]))):
+                return
+    arrays = scan(_counted(task.documents(Counter(), [])), task.spec.deduplicate)
+    arrays |= {"made_for": np.array(made_for), "files": np.array(json.dumps(task.files_read()))}
+    write_arrays(file, arrays)
 
 
 def encode_part(task: Task) -> dict[str, Any]:
@@ -107,37 +197,36 @@ def encode_part(task: Task) -> dict[str, Any]:
 
     Raises what reading the source raises, and OSError where writing fails; nothing of the part is left then.
     """
-    with _locked(task):
-        record = task.record()
-        if record is not None:
-            return record
-        task.file(".json").unlink(missing_ok=True)
+    record = task.record()
+    if record is None:
+        files.remove_files(task.file("").parent, f"{task.name}.json")
         record = _encode(task)
-        write_json(task.file(".json"), record)
-        return record
+        files.write_json(task.file(".json"), record)
+    return record
 
 
 def discard_part(task: Task) -> None:
     """Remove a part that a limit turned out to leave out."""
-    with _locked(task):
-        task.file(".json").unlink(missing_ok=True)
-        for folder in task.spec.folders.values():
-            remove_shards(folder, _prefix(task))
+    files.remove_files(task.file("").parent, f"{task.name}.json")
+    for split in task.splits:
+        remove_shards(task.spec.folders[split], _prefix(task))
 
 
 def _encode(task: Task) -> dict[str, Any]:
     spec, source = task.spec, task.spec.sources[task.source]
     tokenizer = _tokenizer(Path(spec.output), spec.tokenizer.bos, spec.tokenizer.eos, task.tokenizer)
     arguments = (_prefix(task), source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
-    writers = {split: ShardWriter(folder, *arguments) for split, folder in spec.folders.items()}
     skipped: Counter[str] = Counter()
     totals: Counter[str] = Counter()
+    bad: list[str] = []
     allowance = Allowance(task.budget, first=task.index == 0)
-    documents = _within(select(source.read(task.part, skipped), task.keep), allowance)
-    try:
+    documents = within(select(task.documents(skipped, bad), task.keep), allowance)
+    with ExitStack() as stack:
+        folders = {split: spec.folders[split] for split in task.splits}
+        writers = {split: stack.enter_context(ShardWriter(folder, *arguments)) for split, folder in folders.items()}
         for batch, tokens in _encoded(_ahead(batches(documents)), tokenizer, skipped):
             sizes = [len(document.text.encode()) for document in batch]
-            held = [spec.is_heldout(document.id) for document in batch]
+            held = [spec.place(document.id) < task.below for document in batch]
             for split, writer in writers.items():
                 chosen = [i for i, is_held in enumerate(held) if is_held == (split == "heldout")]
                 writer.add(
@@ -148,19 +237,17 @@ def _encode(task: Task) -> dict[str, Any]:
                 )
             totals.update(documents=len(batch), tokens=sum(map(len, tokens)), bytes=sum(sizes))
             progress(sum(sizes))
-        shards = {split: writer.close() for split, writer in writers.items()}
+        read = task.files_read()
         write_arrays(task.file(".counts.npz"), {split: writer.counts for split, writer in writers.items()})
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
     return {
         **{key: totals[key] for key in ("documents", "tokens", "bytes")},
-        "tokenizer": task.tokenizer,
+        "for": task.depends_on,
+        "files": read,
         "skipped": dict(skipped),
+        "bad_rows": bad,
         "limited": allowance.exceeded,
         "budget": [task.budget.bytes, task.budget.documents],
-        "shards": shards,
+        "shards": {split: writer.shards for split, writer in writers.items()},
     }
 
 
@@ -199,7 +286,7 @@ class Allowance:
         return not self.exceeded
 
 
-def _within(documents: Iterable[Document], allowance: Allowance) -> Iterator[Document]:
+def within(documents: Iterable[Document], allowance: Allowance) -> Iterator[Document]:
     for document in documents:
         if not allowance.takes(len(document.text.encode())):
             return
@@ -287,11 +374,3 @@ def _ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
-
-
-@contextmanager
-def _locked(task: Task) -> Iterator[None]:
-    """Hold the part's lock: a process that outlived its killed parent may still be at it."""
-    with task.file(".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -107,7 +107,7 @@ def keep_crashes_in(folder: Path) -> None:
 
 def rank_prefix(environment: Mapping[str, str]) -> str:
     """`[rank 3] ` for a process of several, as torchrun, srun or Lightning have numbered it; empty for the first."""
-    rank = environment.get("RANK") or environment.get("SLURM_PROCID") or environment.get("LOCAL_RANK") or "0"
+    rank = environment.get("RANK") or environment.get("LOCAL_RANK") or environment.get("SLURM_PROCID") or "0"
     return "" if rank == "0" else f"[rank {rank}] "
 
 

@@ -48,7 +48,7 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.s2-tmp")
     try:
         with temporary.open("wb") as stream:
@@ -62,6 +62,21 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def sweep(path: Path, *, is_alone: bool = False) -> None:
+    """Remove temporary files for `path` that killed processes have left.
+
+    Args:
+        is_alone: no other process writes to the folder (the caller holds its lock); otherwise only files that are old
+            and of no process of this host are removed.
+    """
+    for other in path.parent.glob(f".{_escaped(path.name)}.*.s2-tmp"):
+        match = _TEMPORARY.fullmatch(other.name)
+        with contextlib.suppress(OSError):
+            is_litter = is_alone or time.time() - other.stat().st_mtime > _ABANDONED
+            if match and is_litter and (is_alone or not _is_alive(int(match[1]))):
+                other.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,20 +148,26 @@ def make_folder(folder: Path, kind: str) -> Path:
     Raises:
         NotOursError: it is there, not empty, and has no mark or another kind's.
     """
-    if (marked := kind_of(folder)) is None:
-        if folder.is_dir():
-            if others := sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name)):
-                raise NotOursError(
-                    f"{folder} holds files that this program did not write ({', '.join(others[:3])}"
-                    f"{', ...' if len(others) > 3 else ''}); choose another folder, or move them"
-                )
-        elif os.path.lexists(folder):
-            raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
+    check_folder(folder, kind)
+    if kind_of(folder) is None:
         folder.mkdir(parents=True, exist_ok=True)
         _mark(folder, kind)
-    elif marked != kind:
-        raise NotOursError(f"{folder} holds {marked}, not {kind}; choose another folder")
     return folder
+
+
+def check_folder(folder: Path, kind: str) -> None:
+    """Refuse what `make_folder` refuses, without making or marking anything. Raises as that does."""
+    marked = kind_of(folder)
+    if marked not in (None, kind):
+        raise NotOursError(f"{folder} holds {marked}, not {kind}; choose another folder")
+    if marked is None and folder.is_dir():
+        if others := sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name)):
+            raise NotOursError(
+                f"{folder} holds files that this program did not write ({', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}); choose another folder, or move them"
+            )
+    elif marked is None and os.path.lexists(folder):
+        raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
 
 
 def adopt(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
@@ -195,7 +216,7 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
 
     That is: of a folder that `publish` listed, the files in the list; of others the files whose names match one of
     `patterns`, or everything where there are none. What else somebody put there stays, and the folder with it. A folder
-    that is not there is no error.
+    that is not there is no error. Of a link, what it leads to is emptied and loses its mark; link and folder stay.
 
     Raises:
         NotOursError: it is there and is not marked.
@@ -203,7 +224,9 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     if not os.path.lexists(folder):
         return True
     require_marked(folder)
-    if (listed := _read_mark(folder).get("files")) is None and not patterns:
+    listed = _read_mark(folder).get("files")
+    is_link = folder.is_symlink()
+    if listed is None and not patterns and not is_link:
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
         os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
         shutil.rmtree(doomed)
@@ -211,15 +234,21 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     for mark in list(folder.rglob(MARK)):  # folders of their own, made later (converted checkpoints)
         if mark.parent != folder:
             remove_folder(mark.parent)
-    for name in os.listdir(folder) if listed is None else listed:
-        if listed is not None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            with contextlib.suppress(FileNotFoundError):
-                (folder / name).unlink()
+    names = listed
+    if names is None:
+        found = (path for path in (folder.iterdir() if patterns else folder.rglob("*")) if not path.is_dir())
+        wanted = (path for path in found if any(fnmatch.fnmatchcase(path.name, p) for p in patterns or ("*",)))
+        names = [path.relative_to(folder) for path in wanted if path != folder / MARK]
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).unlink()
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):  # the deepest first
         with contextlib.suppress(OSError):
             path.rmdir()
     left = [name for name in os.listdir(folder) if name != MARK]
-    if not left:
+    if not left and is_link:
+        (folder / MARK).unlink()
+    elif not left:
         shutil.rmtree(folder)
     return not left
 
@@ -331,15 +360,6 @@ def _read_mark(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return mark if isinstance(mark, dict) else {}
-
-
-def _sweep(path: Path) -> None:
-    """Remove temporary files for `path` that killed processes have left."""
-    for other in path.parent.glob(f".{_escaped(path.name)}.*.s2-tmp"):
-        match = _TEMPORARY.fullmatch(other.name)
-        with contextlib.suppress(OSError):
-            if match and not _is_alive(int(match[1])) and time.time() - other.stat().st_mtime > _ABANDONED:
-                other.unlink()
 
 
 def _escaped(name: str) -> str:

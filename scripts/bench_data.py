@@ -33,7 +33,7 @@ from data.prepare import prepare
 from data.shards import ShardWriter, TokenShards, write_manifest
 from data.spec import PrepareSpec
 from data.work import batches
-from s2 import files
+from s2 import ending, files
 
 SEQ_LEN, ROWS = 8192, 8
 VOCAB_SIZE = 32768
@@ -223,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

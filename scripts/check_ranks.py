@@ -17,7 +17,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 from itertools import islice
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from s2 import ending, files
 from s2.training.launch import quieten
 from s2.training.module import PretrainModule
 from s2.training.optim import OptimizerConfig, ScheduleConfig
@@ -128,7 +128,7 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
     if stage == 3:
         # or so small a model would not be sharded, or never released
         strategy |= {"persistence_threshold": 0, "live_elements": 0}
-    with tempfile.TemporaryDirectory() as folder:
+    with files.temporary_folder() as folder:
         trainer = Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -218,4 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run(main)

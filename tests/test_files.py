@@ -152,3 +152,25 @@ def test_an_unwritable_place_is_refused_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="cannot write there"):
         files.require_writable(tmp_path / "file" / "results")
+
+
+def test_the_folder_behind_a_link_is_emptied_and_the_link_stays(tmp_path):
+    """Somebody has put a working folder on another disk."""
+    for patterns in ((), ("*.bin",)):
+        (tmp_path / "disk").mkdir(exist_ok=True)
+        link = tmp_path / "work"
+        link.unlink(missing_ok=True)
+        link.symlink_to("disk")
+        files.make_folder(link, "scratch")
+        (link / "a.bin").write_text("a")
+        assert files.remove_folder(link, *patterns)
+        assert link.is_symlink() and not any(path.is_file() for path in (tmp_path / "disk").rglob("*"))
+
+
+def test_whoever_is_alone_in_a_folder_removes_what_killed_processes_left(tmp_path):
+    for name in (".a.json.1.s2-tmp", ".b.json.1.s2-tmp", ".a.json.s2-tmp"):
+        (tmp_path / name).write_text("")
+    files.sweep(tmp_path / "a.json")
+    assert len(list(tmp_path.iterdir())) == 3
+    files.sweep(tmp_path / "a.json", is_alone=True)
+    assert {path.name for path in tmp_path.iterdir()} == {".b.json.1.s2-tmp", ".a.json.s2-tmp"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from s2 import ending
 from s2.locks import Lock
-from s2.training import saved
+from s2.training import saved, slurm
 from s2.training.guard import StepGuard
 from s2.training.run import RunConfig
 from s2.training.workers import SIGNALS
@@ -54,7 +53,7 @@ class RunCheckpoint(Checkpoint):
         self.began = (0, 0)  # step and tokens that this process began at
         self.checkpoints = run.folder / "checkpoints"
         self.seconds = 0.0
-        self._signal: int | None = None
+        self._signals: set[int] = set()
         self._seen_step = -1
         self._saved_step = -1
         self._overdue = False
@@ -86,7 +85,7 @@ class RunCheckpoint(Checkpoint):
             self._handlers.setdefault(number, previous)
 
     def _note_signal(self, number: int, frame: Any) -> None:
-        self._signal = number
+        self._signals.add(number)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,9 +96,8 @@ class RunCheckpoint(Checkpoint):
         self._seen_step = step
         if self._any_rank_signalled(trainer):
             self._save(trainer, pl_module)
-            self._requeue(trainer)
             folder = saved.checkpoint_folder(self.checkpoints, step)
-            raise Preempted(f"stopped at step {step}; the checkpoint is {folder}")
+            raise Preempted(f"stopped at step {step}; the checkpoint is {folder}{self._requeue(trainer)}")
         due = step % self.run.checkpoint_every == 0 or self._overdue
         # weights that no step can be taken with must not take the place of those that one could be
         self._overdue = due and self.guard.in_a_row > 0
@@ -117,8 +115,8 @@ class RunCheckpoint(Checkpoint):
 
     def _any_rank_signalled(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
-            return self._signal is not None
-        flag = torch.tensor(float(self._signal is not None), device=trainer.strategy.root_device)
+            return bool(self._signals)
+        flag = torch.tensor(float(bool(self._signals)), device=trainer.strategy.root_device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -150,10 +148,17 @@ class RunCheckpoint(Checkpoint):
             self.lock.check()
         saved.new_checkpoint(self.checkpoints, step)
 
-    def _requeue(self, trainer: Trainer) -> None:
-        job = os.environ.get("SLURM_JOB_ID")
-        if self.run.slurm_requeue and job and trainer.is_global_zero:
-            subprocess.run(["scontrol", "requeue", job], check=True)
+    def _requeue(self, trainer: Trainer) -> str:
+        """Let the first rank see to the SLURM job and return what it has to say.
+
+        The others wait for it, because srun ends all processes when the first has gone.
+        """
+        if not self.run.slurm_requeue or "SLURM_JOB_ID" not in os.environ:
+            return ""
+        warned = self._signals != {signal.SIGTERM}  # none: the signal has reached another rank first
+        words = f"; {slurm.requeue(os.environ, warned=warned)}" if trainer.is_global_zero else ""
+        trainer.strategy.barrier()
+        return words
 
 
 def tokens_per_step(trainer: Trainer) -> int:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from tqdm import tqdm
 
 from s2 import ending, files
 from s2.locks import acquire
 from s2.recipe import differences, dump_yaml
-from s2.training import memory, saved
+from s2.training import memory, saved, slurm
 from s2.training.callbacks import TrainingLog
 from s2.training.checkpoint import RunCheckpoint
 from s2.training.finish import Finish, closing_words, is_finished
@@ -74,6 +74,7 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
             checkpoint.began = (meta["step"], meta["tokens"])
         _say(trainer, launch_report(run, module, data, trainer, resolved["trainer"]["precision"]))
         if trainer.is_global_zero:
+            slurm.keep_record(os.environ, run.folder)
             again = f"python -m s2.training.cli {run.folder}/config.yaml"
             header = f"# {source} as it was resolved; train it again with: {again}\n"
             files.write_text(run.folder / "config.yaml", header + dump_yaml(resolved))
@@ -86,13 +87,12 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
 
 def topology(environment: Mapping[str, str]) -> dict[str, int]:
     """`trainer.devices` and `trainer.num_nodes` as torchrun or srun (one task per GPU) laid the processes out; empty
-    elsewhere. Keys that the recipe sets win."""
+    for a process that is alone. Keys that the recipe sets win."""
     if "TORCHELASTIC_RUN_ID" in environment:
         devices = int(environment["LOCAL_WORLD_SIZE"])
         return {"devices": devices, "num_nodes": int(environment["WORLD_SIZE"]) // devices}
-    if SLURMEnvironment.detect():
-        nodes = int(environment.get("SLURM_NNODES", "1"))
-        return {"devices": int(environment["SLURM_NTASKS"]) // nodes, "num_nodes": nodes}
+    if tasks := slurm.layout(environment):
+        return {"devices": tasks[0], "num_nodes": tasks[1]}
     return {}
 
 
@@ -116,10 +116,22 @@ def trainer_extras(config: Any) -> dict[str, Any]:
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
         torch.set_float32_matmul_precision("high")
-    if "TORCHELASTIC_RUN_ID" not in os.environ and SLURMEnvironment.detect():
-        # Lightning's requeue saves inside the signal handler; `RunCheckpoint` does it at the step boundary.
-        extras["plugins"] = [*(config.trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_JOB_ID" in os.environ:
+        extras["plugins"] = [*(config.trainer.plugins or []), _slurm_environment()]
     return extras
+
+
+def _slurm_environment() -> ClusterEnvironment:
+    """How the processes find each other.
+
+    Lightning by itself waits in every batch script for the job's other tasks, also where srun has started none.
+    """
+    tasks = slurm.layout(os.environ)
+    if tasks is None:
+        return LightningEnvironment()
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks[0])  # the step's; it may be missing, or the job's
+    # Lightning's requeue saves inside the signal handler; `RunCheckpoint` does it at the step boundary.
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def check_settings(module: PretrainModule, data: Any, trainer: Trainer) -> None:

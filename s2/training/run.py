@@ -35,7 +35,8 @@ class RunConfig:
         keep_checkpoints: newest checkpoints kept.
         max_skipped_steps: so many steps in a row whose gradient is not finite, or whose loss jumps, end the run.
         loss_spike_factor: a step whose loss is over so many times the running mean is skipped. None: none is.
-        slurm_requeue: on SIGTERM or SIGUSR1 under SLURM, call `scontrol requeue` after the checkpoint.
+        slurm_requeue: stopped by SLURM's warning signal or time limit, put the job back into the queue after the
+            checkpoint (see `s2.training.slurm`).
     """
 
     recipe: str

@@ -1,10 +1,17 @@
 """Corpora of a few files, for the tests of preparation."""
 
 import json
+import os
 
 import pytest
 
 from tests.data.preparing import ROWS
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """Hundreds of small files are written; no test loses power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

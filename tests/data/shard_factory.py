@@ -23,10 +23,10 @@ def write_shards(
     shards, sources = [], []
     counts = {}
     for number, (source, each) in enumerate(by_source.items()):
-        writer = ShardWriter(folder, f"shard-{number}", source, np.dtype(np.uint16), VOCAB_SIZE, shard_tokens)
         ids = [f"{source}/{i}" for i in range(len(each))]
-        writer.add(each, [2 * len(document) for document in each], ids, [""] * len(each))
-        shards += writer.close()
+        with ShardWriter(folder, f"shard-{number}", source, np.dtype(np.uint16), VOCAB_SIZE, shard_tokens) as writer:
+            writer.add(each, [2 * len(document) for document in each], ids, [""] * len(each))
+        shards += writer.shards
         counts[source] = writer.counts
         tokens = sum(map(len, each))
         sources.append(

@@ -3,20 +3,23 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import data.prepare as prepare_module
+import data.stages as stages_module
 import data.work as work_module
 from data.prepare import is_prepared, prepare
-from data.shards import ShardWriter, TokenShards
+from data.shards import KIND, ShardWriter, TokenShards
 from data.spec import PrepareSpec
-from data.tokenizer import TextTokenizer
+from s2 import files
+from s2.ending import FailureError
 from tests.data.preparing import identities, many_parts
 
 KILLED_AT_EVERY_STEP = """
@@ -29,13 +32,13 @@ def run(step):
     # A process that is killed just before the given atomic step; None lets it finish.
     pid = os.fork()
     if pid == 0:
-        count, replace = [0], pathlib.Path.replace
-        def killing(self, target):
+        count, replace = [0], os.replace
+        def killing(source, target):
             if count[0] == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             count[0] += 1
-            return replace(self, target)
-        pathlib.Path.replace = killing
+            return replace(source, target)
+        os.replace = killing
         data.prepare.prepare(PrepareSpec.parse(values))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -76,7 +79,7 @@ def test_killed_at_any_step_it_goes_on_and_ends_the_same(corpora):
     for output in outputs:
         assert identities(output) == whole, output
         assert {f.name for f in output.iterdir()} == {"train", "heldout", "tokenizer.json", ".lock"}
-        assert not list(output.rglob("*.tmp"))
+        assert not list(output.rglob("*tmp"))
 
 
 def command(output, corpora, *more):
@@ -191,7 +194,7 @@ def test_a_run_interrupted_before_any_part_was_done_may_change(corpora, monkeypa
         patch.setattr(work_module, "_encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(many_parts(corpora, corpora / "out", workers=1))
-    (corpora / "out" / "train").mkdir(exist_ok=True)
+    files.make_folder(corpora / "out" / "train", KIND)
     (corpora / "out" / "train" / "shard-009-00000-000.bin").write_bytes(b"leftover")
     (corpora / "out" / "train" / "mine.txt").write_text("not of the preparation")
     overrides = {"shard_tokens": 900} if change == "settings" else {}
@@ -221,60 +224,158 @@ def interrupt_after(parts, monkeypatch, asked):
     return done
 
 
-@pytest.mark.parametrize("change", ["settings", "changed file", "added file"])
-def test_done_parts_are_not_thrown_away_for_a_change_without_asking(corpora, monkeypatch, change):
+def prepare_again(asked, monkeypatch):
+    """Prepare; the names of the parts that were encoded."""
+    again, encode = [], work_module._encode
+    with monkeypatch.context() as patch:
+        patch.setattr(work_module, "_encode", lambda task: again.append(task.name) or encode(task))
+        prepare(asked)
+    return again
+
+
+def test_done_parts_are_not_thrown_away_for_other_settings_without_asking(corpora, monkeypatch):
     done = interrupt_after(3, monkeypatch, many_parts(corpora, corpora / "out", workers=1))
-    file = corpora / "a" / ("0.jsonl" if change == "changed file" else "9.jsonl")
-    before = file.read_bytes() if file.exists() else None
-    stat = file.stat() if file.exists() else None
-    if change != "settings":
-        file.write_text('{"text": "another text"}\n')
-    expected = {"settings": "shard_tokens: 400 != 900"}.get(change, file.name.replace(".", r"\."))
-    overrides = {"shard_tokens": 900} if change == "settings" else {}
-    with pytest.raises(ValueError, match=rf"an interrupted preparation is here, .*{expected}.*delete .*work to start"):
-        prepare(many_parts(corpora, corpora / "out", **overrides))
-    if before is None:
-        file.unlink(missing_ok=True)
-    else:
-        file.write_bytes(before)
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    again = []
-    encode = work_module._encode
-    monkeypatch.setattr(work_module, "_encode", lambda task: again.append(task.name) or encode(task))
-    prepare(many_parts(corpora, corpora / "out", workers=1))
+    with pytest.raises(
+        ValueError, match=r"interrupted preparation is here, .*shard_tokens: 400 != 900.*delete .*work to"
+    ):
+        prepare(many_parts(corpora, corpora / "out", workers=1, shard_tokens=900))
+    again = prepare_again(many_parts(corpora, corpora / "out", workers=1), monkeypatch)
     assert again and not set(again) & set(done)
 
 
-def test_parts_of_another_tokenizer_are_made_again(corpora, monkeypatch):
-    """A user replaces tokenizer.json between two attempts, in one process: no part keeps the old ids."""
-    asked = many_parts(corpora, corpora / "out", workers=1, heldout_fraction=0)
-    done = interrupt_after(3, monkeypatch, asked)
-    prepare(many_parts(corpora, corpora / "x", tokenizer={"train": {"vocab_size": 280}}, heldout_fraction=0))
-    (corpora / "out" / "tokenizer.json").write_bytes((corpora / "x" / "tokenizer.json").read_bytes())
+CHANGES = {
+    "mended": lambda a: (a / "0.jsonl").write_text('{"text": "another text"}\n'),
+    "removed": lambda a: (a / "0.jsonl").unlink(),
+    "added": lambda a: (a / "00.jsonl").write_text('{"text": "another text"}\n'),
+    "touched": lambda a: os.utime(a / "0.jsonl"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("part_bytes", [4000, 8000, 2000])  # a file a part, two in one, a file in several
+def test_after_a_change_only_parts_with_changed_files_are_made_again(corpora, monkeypatch, change, part_bytes):
+    for name in "ab":  # so that groups of files would move when one of them shrinks
+        (corpora / name / "3.jsonl").write_text((corpora / name / "3.jsonl").read_text() * 2)
+    asked = replace(many_parts(corpora, corpora / "out", workers=1), part_bytes=part_bytes)
+    done = interrupt_after(7, monkeypatch, asked)
+    plan = json.loads((corpora / "out" / "work" / "plan.json").read_text())
+    first = {
+        f"000-{p['number']:05d}" for p in plan["sources"][0]["parts"] if any("0.jsonl" in n for _, n in p["files"])
+    }
+    CHANGES[change](corpora / "a")
+    again = prepare_again(asked, monkeypatch)
+    allowed = {"touched": set(), "added": first if part_bytes == 8000 else set()}.get(change, first)
+    assert set(done) & set(again) <= allowed
+    shards = [TokenShards(corpora / "out" / split) for split in ("train", "heldout")]
+    found = [each.origin(i)[0] for each in shards for i in range(len(each.offsets) - 1)]
+    assert sorted(found) == sorted(document.id for source in asked.sources for document in source.documents())
+
+
+def test_a_bad_row_can_be_mended_or_skipped_without_losing_finished_parts(corpora, monkeypatch):
+    bad = corpora / "b" / "2.jsonl"
+    good = bad.read_text()
+    bad.write_text(good + '{"text": "bro\n{"text": 7}\n')
+    asked = many_parts(corpora, corpora / "out", workers=1)
+    with pytest.raises(
+        ValueError, match=r"b/2\.jsonl, .*line [0-9]+: not valid JSON .*run again .*or set on_bad_row: skip"
+    ):
+        prepare(asked)
+    done = sorted(file.stem for file in (corpora / "out" / "work").glob("0*-*.json"))
+    assert len(done) >= 5
+    again = prepare_again(replace(asked, on_bad_row="skip"), monkeypatch)
+    assert again and not set(done) & set(again)
+    source = TokenShards(corpora / "out" / "train").manifest["sources"][1]
+    assert source["skipped"] == {"bad row": 2} and len(source["bad_rows"]) == 2
+    assert re.search(r"b/2\.jsonl, .*line [0-9]+: not valid JSON", source["bad_rows"][0])
+    with pytest.raises(
+        ValueError, match=r"prepared with on_bad_row: skip, and 2 rows of '.*b/\*\.jsonl' were left out"
+    ):
+        prepare(asked)
+    mended = replace(asked, output=str(corpora / "mended"))
+    with pytest.raises(ValueError, match="not valid JSON"):
+        prepare(mended)
+    bad.write_text(good)
+    again = prepare_again(mended, monkeypatch)
+    assert again and not set(done) & set(again)
+
+
+def test_duplicates_are_judged_again_after_a_change_but_scanned_only_where_files_changed(corpora, monkeypatch):
+    asked = many_parts(corpora, corpora / "out", workers=1, deduplicate="exact")
+    interrupt_after(3, monkeypatch, asked)
+    text = json.loads((corpora / "a" / "3.jsonl").read_text().splitlines()[0])
+    (corpora / "a" / "0.jsonl").write_text(json.dumps(text) + "\n")  # so the later one is the duplicate now
+    scanned, scan = [], work_module.scan
+    monkeypatch.setattr(work_module, "scan", lambda documents, settings: scanned.append(1) or scan(documents, settings))
     prepare(asked)
-    shards = TokenShards(corpora / "out" / "train")
-    shards.verify()
-    tokenizer = TextTokenizer(shards.tokenizer_file)
-    texts = [d.text for source in asked.sources for d in source.documents()]
-    assert done
-    for i, text in enumerate(texts):
-        assert tokenizer.decode(shards.read(int(shards.offsets[i]), int(shards.offsets[i + 1])))[7:-7] == text
+    assert len(scanned) == 1
+    prepare(replace(asked, output=str(corpora / "whole")))
+
+    def found(output):
+        shards = TokenShards(corpora / output / "train")
+        return [shards.origin(i) for i in range(len(shards.offsets) - 1)]
+
+    assert found("out") == found("whole")
+
+
+def test_another_part_size_does_not_undo_what_is_done(corpora, monkeypatch, capfd):
+    asked = many_parts(corpora, corpora / "out", workers=1)
+    done = interrupt_after(3, monkeypatch, asked)
+    again = prepare_again(replace(asked, part_bytes=10**9), monkeypatch)
+    assert again and not set(done) & set(again)
+    assert "goes on with part_bytes 4000" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["heldout", "train"])
+def test_a_finished_split_stays_while_the_other_is_made_again(corpora, lost):
+    asked = many_parts(corpora, corpora / "out", workers=1)
+    prepare(asked)
+    whole = identities(corpora / "out")
+    kept = corpora / "out" / ("train" if lost == "heldout" else "heldout")
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in kept.iterdir()}
+    files.remove_folder(corpora / "out" / lost)
+    bad = corpora / "b" / "2.jsonl"
+    good, stat = bad.read_text(), bad.stat()
+    bad.write_text("{")
+    with pytest.raises(ValueError, match=rf"b/2\.jsonl has changed, so {lost} cannot be made to go with what is there"):
+        prepare(asked)
+    bad.write_text(good)
+    os.utime(bad, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    prepare(asked)
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in kept.iterdir()} == before
+    assert identities(corpora / "out") == whole
+
+
+def test_a_tokenizer_that_somebody_put_in_place_of_ours_is_left_alone(corpora, monkeypatch):
+    asked = many_parts(corpora, corpora / "out", workers=1)
+    interrupt_after(3, monkeypatch, asked)
+    file = corpora / "out" / "tokenizer.json"
+    ours = file.read_bytes()
+    file.write_text("theirs")
+    with pytest.raises(files.NotOursError, match=r"tokenizer\.json is not what a preparation wrote here; move it"):
+        prepare(asked)
+    assert file.read_text() == "theirs"
+    file.unlink()
+    prepare(asked)
+    assert file.read_bytes() == ours
+    prepare(many_parts(corpora, corpora / "whole"))
+    assert identities(corpora / "out") == identities(corpora / "whole")
 
 
 def test_folders_hold_only_what_the_manifest_lists(corpora):
     asked = many_parts(corpora, corpora / "out", workers=1)
-    (corpora / "out" / "train").mkdir(parents=True)
-    for name in ("shard-000-00099-000.bin", "shard-000-00000-007.npy", "shard-000-00000-000.bin.tmp"):
+    files.make_folder(corpora / "out" / "train", KIND)
+    for name in ("shard-000-00099-000.bin", "shard-000-00000-007.npy", ".shard-000-00000-000.bin.1.s2-tmp"):
         (corpora / "out" / "train" / name).write_bytes(b"of an earlier attempt")
     prepare(asked)
     shards = TokenShards(corpora / "out" / "train").manifest["shards"]
     wanted = {f"{shard['name']}{end}" for shard in shards for end in (".bin", ".npy", ".parquet")}
-    assert {file.name for file in (corpora / "out" / "train").iterdir()} == wanted | {"manifest.json", "counts.npy"}
+    wanted |= {"manifest.json", "counts.npy", "files.parquet", files.MARK}
+    assert {file.name for file in (corpora / "out" / "train").iterdir()} == wanted
 
 
 def test_a_worker_that_dies_is_reported(corpora, monkeypatch):
-    monkeypatch.setattr(prepare_module, "encode_part", die)
-    with pytest.raises(RuntimeError, match="a worker process was killed, perhaps for memory; run again"):
+    monkeypatch.setattr(stages_module, "encode_part", die)
+    with pytest.raises(FailureError, match="a worker process was killed, perhaps for memory; run again"):
         prepare(many_parts(corpora, corpora / "out", workers=2))
 
 

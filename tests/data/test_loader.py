@@ -48,7 +48,7 @@ def datamodule(folders, **overrides):
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-@pytest.mark.parametrize("curriculum", [None, [{"seq_len": 8, "tokens": 1000}, {"seq_len": 16, "tokens": "1e3"}]])
+@pytest.mark.parametrize("curriculum", [None, [{"seq_len": 8, "tokens": 1000}, {"seq_len": 16, "tokens": 1e3}]])
 def test_batches_equal_brute_force(folders, document_mask, curriculum):
     dm = datamodule(folders, document_mask=document_mask, micro_batch_size=3, curriculum=curriculum)
     for step, batch in enumerate(itertools.islice(dm.train_dataloader(), 40)):

@@ -1,6 +1,9 @@
 """Preparation: what lands in shards, when it is done again, and what settings it takes."""
 
+import inspect
 import json
+import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +12,14 @@ import numpy as np
 import pytest
 import yaml
 
+import data.prepare as prepare_module
 import data.work as work_module
-from data.prepare import is_prepared, main, prepare
+from data.datamodule import PackedDataModule
+from data.prepare import changed_sources, is_prepared, main, prepare
 from data.sample import sample_texts
 from data.shards import TokenShards
 from data.sources import Source
+from data.spec import DATAMODULE_KEYS, PrepareSpec
 from data.tokenizer import TextTokenizer
 from tests.data.preparing import ROWS, identities, many_parts, spec
 
@@ -85,6 +91,7 @@ def test_a_brought_tokenizer_is_known_by_content(corpus, tmp_path):
     prepare(spec(corpus, tmp_path / "second", tokenizer={"path": str(file)}))
     assert (tmp_path / "second" / "tokenizer.json").read_bytes() == file.read_bytes()
     moved = file.rename(tmp_path / "moved.json")
+    prepare(spec(corpus, tmp_path / "second", tokenizer={"path": str(file)}))  # finished, so it may be gone
     assert is_prepared(spec(corpus, tmp_path / "second", tokenizer={"path": str(moved)}))
     with pytest.raises(FileNotFoundError, match=r"tokenizer .*tokenizer\.json"):
         prepare(spec(corpus, tmp_path / "third", tokenizer={"path": str(file)}))
@@ -247,19 +254,39 @@ def test_damaged_shards_are_refused(corpus, tmp_path):
         TokenShards(folder)
 
 
-def test_empty_split_is_an_error(corpus, tmp_path):
-    with pytest.raises(ValueError, match="no document fell into the heldout split with heldout_fraction 1e-09"):
-        prepare(spec(corpus, tmp_path / "out", heldout_fraction=1e-9))
-    assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+@pytest.mark.parametrize(("fraction", "said"), [(1e-9, "is held out"), (1 - 1e-9, "is trained on")])
+@pytest.mark.parametrize("deduplicate", [None, "exact"])
+def test_a_small_corpus_has_a_document_in_either_split(corpus, tmp_path, capfd, fraction, said, deduplicate):
+    prepare(spec(corpus, tmp_path / "out", heldout_fraction=fraction, deduplicate=deduplicate))
+    assert re.search(
+        rf"out: of 120 documents .* falls? below heldout_fraction .*, so one {said}: c/", capfd.readouterr().err
+    )
+    sizes = [TokenShards(tmp_path / "out" / split).manifest["documents"] for split in ("train", "heldout")]
+    assert sorted(sizes) == [1, 119]
     prepare(spec(corpus, tmp_path / "none", heldout_fraction=0))
     assert not (tmp_path / "none" / "heldout").exists()
+
+
+def test_a_single_document_is_refused_before_it_is_tokenized(tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text("A book.")
+    asked = spec(tmp_path / "book.txt", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "train_tokenizer", lambda *a: pytest.fail("too late"))
+        with pytest.raises(ValueError, match=r"out: the corpus is a single document, .*set heldout_fraction to 0"):
+            prepare(asked)
+    prepare(asked, only_tokenizer=True)
+    prepare(spec(tmp_path / "book.txt", tmp_path / "out", heldout_fraction=0))
+    assert TokenShards(tmp_path / "out" / "train").manifest["documents"] == 1
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"sources": []}, r"prepare\.sources: expected a list"),
-        ({"sources": [{"pth": "x"}]}, r"prepare\.sources\[0\]: unknown key 'pth'; known keys: path"),
+        (
+            {"sources": [{"pth": "x"}]},
+            r"prepare\.sources\[0\]: unknown key 'pth'; known keys: path.* \(did you mean 'path'\?\)",
+        ),
         ({"sources": [{"format": "text"}]}, r"prepare\.sources\[0\]: missing key 'path'"),
         ({"heldout_fraction": 1.0}, r"heldout_fraction: 1\.0 is not in \[0, 1\)"),
         ({"tokenizer": {}}, r"prepare\.tokenizer: expected exactly one of"),
@@ -269,7 +296,18 @@ def test_empty_split_is_an_error(corpus, tmp_path):
         ({"deduplicate": "fuzzy"}, r"prepare\.deduplicate: unknown 'fuzzy'; known: exact, near"),
         ({"deduplicate": {"threshold": 2}}, r"prepare\.deduplicate: threshold: 2 is not in \(0, 1\)"),
         ({"deduplicate": {"threshold": 0.999, "permutations": 16}}, r"deduplicate: threshold: 0\.999 with 16 perm"),
-        ({"heldout_fraction": "a tenth"}, r"prepare\.heldout_fraction: 'a tenth' is not in \[0, 1\)"),
+        ({"heldout_fraction": "a tenth"}, r"prepare\.heldout_fraction: expected a number, got 'a tenth'"),
+        ({"seed": "x"}, r"prepare\.seed: expected a whole number, got 'x'"),
+        ({"shard_tokens": "5e6"}, r"prepare\.shard_tokens: expected a whole number, got '5e6'"),
+        ({"sources": [{"path": 5}]}, r"prepare\.sources\[0\]\.path: expected text, got 5"),
+        ({"sources": [{"path": "x", "keep": 3}]}, r"prepare\.sources\[0\]: keep: expected a mapping"),
+        (
+            {"sources": [{"path": "x", "on_bad_row": "no"}]},
+            r"sources\[0\]: on_bad_row: expected stop or skip, got 'no'",
+        ),
+        ({"on_bad_row": "warn"}, r"prepare\.on_bad_row: expected stop or skip, got 'warn'"),
+        ({"tokenizer": {"path": 5}}, r"prepare\.tokenizer\.path: expected text, got 5"),
+        ({"heldout_fractoin": 0.1}, r"unknown key 'heldout_fractoin'; .* \(did you mean 'heldout_fraction'\?\)"),
         (
             {"sources": ["a/data.jsonl", "b/data.jsonl"]},
             r"sources\[1\]: the name 'data\.jsonl' occurs twice; set `name`",
@@ -282,6 +320,13 @@ def test_wrong_settings_name_their_key(corpus, tmp_path, overrides, message):
         spec(corpus, tmp_path, **overrides)
 
 
+@pytest.mark.parametrize(("output", "message"), [(5, "expected text, got 5"), ("", "expected the folder to write")])
+def test_a_wrong_output_is_named(output, message):
+    values = {"output": output, "sources": ["x"], "tokenizer": {"train": {"vocab_size": 300}}}
+    with pytest.raises(ValueError, match=rf"prepare\.output: {message}"):
+        PrepareSpec.parse(values)
+
+
 def test_command_line_prepares_a_recipe_and_plain_sources(corpus, tmp_path, capsys):
     section = {
         "output": str(tmp_path / "a"),
@@ -292,11 +337,97 @@ def test_command_line_prepares_a_recipe_and_plain_sources(corpus, tmp_path, caps
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"data": {"class_path": "x", "init_args": {"prepare": section}}}))
     main(["--recipe", str(recipe)])
-    main(["--sources", str(corpus), "--output", str(tmp_path / "b"), "--vocab-size", "300"])
+    plain = ["--sources", str(corpus), "--vocab-size", "300", "--heldout-fraction", "0.2"]
+    main([*plain, "--output", str(tmp_path / "b"), "--eos", "<|pad|>", "--bos", "none"])
     main(["--verify", str(tmp_path / "a" / "train")])
     out = capsys.readouterr().out
     assert "checksums match" in out
     assert "vocabulary 300" in out
+    tokenizer = TokenShards(tmp_path / "b" / "train").manifest["tokenizer"]
+    assert (tokenizer["bos_id"], tokenizer["eos_id"]) == (None, 2)
     recipe.write_text("model: {}")
     with pytest.raises(ValueError, match=r"no data\.init_args\.prepare section"):
         main(["--recipe", str(recipe)])
+
+
+def test_shards_of_plain_sources_are_those_of_a_recipe_with_overrides(corpus, tmp_path, monkeypatch, capfd):
+    """`make data SOURCES=...`, then a recipe without names and with relative paths."""
+    monkeypatch.chdir(tmp_path)
+    main(["--sources", str(corpus), "--output", "out", "--vocab-size", "300", "--heldout-fraction", "0.2"])
+    before = (tmp_path / "out" / "train" / "manifest.json").stat().st_mtime_ns
+    section = {
+        "output": "out",
+        "sources": [{"path": "hf://nobody/nothing"}],
+        "tokenizer": {"train": {"vocab_size": 300}},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    data = {"class_path": "data.datamodule.PackedDataModule", "init_args": {"seq_len": 8, "prepare": section}}
+    recipe.write_text(yaml.safe_dump({"data": data, "trainer": {}}))
+    overrides = ["data.prepare.sources=[corpus.jsonl]", "data.prepare.heldout_fraction=2e-1", "trainer.max_steps=3"]
+    main(["--recipe", str(recipe), *overrides])
+    assert (tmp_path / "out" / "train" / "manifest.json").stat().st_mtime_ns == before
+    for wrong, message in (
+        ("data.prepar.sources=[x]", r"unknown key data\.prepar on the command line; did you mean data\.prepare\?"),
+        ("dat.prepare.sources=[x]", r"unknown key dat on the command line; did you mean data\?"),
+        ("data.prepare.source=[x]", r"data\.prepare: unknown key 'source'; .* \(did you mean 'sources'\?\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(["--recipe", str(recipe), wrong])
+    with pytest.raises(SystemExit):
+        main(["--recipe", str(recipe), "--bogus=1"])
+
+
+def test_the_known_keys_of_data_are_those_of_the_datamodule():
+    assert tuple(inspect.signature(PackedDataModule).parameters) == DATAMODULE_KEYS
+
+
+def test_a_folder_with_a_tokenizer_counts_as_its_file(corpus, tmp_path):
+    prepare(spec(corpus, tmp_path / "first"))
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"hf': the folder holds no tokenizer\.json and no tokenizer\.model"):
+        spec(corpus, tmp_path / "second", tokenizer={"path": str(tmp_path / "hf")})
+    (tmp_path / "hf" / "tokenizer.json").write_bytes((tmp_path / "first" / "tokenizer.json").read_bytes())
+    prepare(spec(corpus, tmp_path / "second", tokenizer={"path": str(tmp_path / "hf")}))
+    assert is_prepared(spec(corpus, tmp_path / "second", tokenizer={"path": str(tmp_path / "hf" / "tokenizer.json")}))
+
+
+@pytest.mark.parametrize("change", ["changed", "new", "gone"])
+def test_a_change_of_the_sources_after_the_end_is_said(corpora, capfd, change):
+    asked = many_parts(corpora, corpora / "out")
+    prepare(asked)
+    before = identities(corpora / "out")
+    os.utime(corpora / "a" / "1.jsonl")  # touched alone
+    assert changed_sources(asked) == []
+    file = corpora / "a" / {"changed": "0.jsonl", "new": "9.jsonl", "gone": "0.jsonl"}[change]
+    if change == "gone":
+        file.unlink()
+    else:
+        file.write_text('{"text": "another"}\n')
+    capfd.readouterr()
+    prepare(asked)  # training goes on
+    assert re.search(
+        rf"out: the sources are not what was prepared: .*{file.name} (has|is) {change}", capfd.readouterr().err
+    )
+    assert identities(corpora / "out") == before
+
+
+def test_make_data_refuses_changed_sources_and_names_them(corpus, tmp_path):
+    command = ["--sources", str(corpus), "--output", str(tmp_path / "out"), "--vocab-size", "300"]
+    main(command)
+    main(command)
+    corpus.write_text(corpus.read_text() + '{"text": "more"}\n')
+    with pytest.raises(
+        ValueError, match=r"corpus\.jsonl has changed\. To prepare them as they are now, choose another"
+    ):
+        main(command)
+
+
+def test_behind_a_limit_files_may_change(corpora):
+    sources = [{"path": str(corpora / "a" / "*.jsonl"), "name": "a", "max_documents": 50}]
+    asked = spec(None, corpora / "out", sources=sources, part_bytes=4000)
+    prepare(asked)
+    (corpora / "a" / "3.jsonl").write_text("")
+    (corpora / "a" / "9.jsonl").write_text("")
+    assert changed_sources(asked) == []
+    (corpora / "a" / "00.jsonl").write_text("")
+    assert changed_sources(asked) == [f"{corpora}/a/00.jsonl is new"]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from s2 import ending
+from s2.locks import lock
 from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
 from s2.training.checkpoint import Preempted
@@ -196,3 +198,40 @@ def test_only_the_main_process_tells_that_a_run_was_stopped(parent, code, monkey
     monkeypatch.setenv(cli.MAIN_PROCESS, str(os.getppid() if parent else os.getpid()))
     assert cli.main(["recipe.yaml"]) == code
     assert "stopped at step 4" in capsys.readouterr().err
+
+
+def test_a_second_run_in_one_folder_is_refused_and_names_the_first(refuse: Callable[..., str], tmp_path: Path) -> None:
+    _, run = train(tmp_path, "trainer.max_steps=3")
+    metrics = (run / "logs" / "metrics.csv").read_text()
+    with lock(run):
+        error = refuse()
+        assert str(run) in error and f"process {os.getpid()} on " in error
+        assert "process" in refuse("run.resume=never")
+    assert (run / "logs" / "metrics.csv").read_text() == metrics and not run.with_name("pretrain.1").exists()
+
+
+def test_what_was_changed_before_a_resume_is_said_and_in_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = train(tmp_path, "trainer.max_steps=3")
+    capsys.readouterr()
+    changed = ("model.optimizer.weight_decay=0.5", "model.optimizer.betas=[0.8,0.9]", "data.document_mask=false")
+    assert train(tmp_path, *changed)[0] == 0
+    said = capsys.readouterr().out
+    for line in ("model.optimizer.weight_decay: 0.1 -> 0.5", "data.init_args.document_mask: True -> False", "betas"):
+        assert line in said
+    state = torch.load(next((run / "checkpoints" / "last").rglob("*optim_states.pt")), weights_only=False)
+    groups = state["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0} and groups[0]["betas"] == (0.8, 0.9)
+    assert train(tmp_path, *changed, "model.optimizer.lr=1e-3")[0] == 0
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and "not trained with" in said and "model.optimizer.lr: 0.003 -> 0.001" in said
+
+
+@pytest.mark.parametrize("strategy", ["zero_3", "auto"])
+def test_optimizer_states_of_another_form_are_refused_by_name(
+    refuse: Callable[..., str], tmp_path: Path, strategy: str
+) -> None:
+    train(tmp_path, "trainer.max_steps=3")
+    error = refuse(f"trainer.strategy={strategy}")
+    assert "saved by ZeRO stage 1" in error and "step-00000003" in error
