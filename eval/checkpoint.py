@@ -33,8 +33,8 @@ def results_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     is_checkpoint = (folder / "config.json").is_file()
     if folder.name == "hf":
-        made_here = kind_of(folder) == FOLDER_KIND or (folder.parent / "summary.json").is_file()
-        if made_here or not is_checkpoint:
+        of_a_run = any((folder.parent / name).is_file() for name in ("summary.json", "logs/metrics.csv"))
+        if kind_of(folder) == FOLDER_KIND or of_a_run or not is_checkpoint:
             return folder.parent / "results"
     if not is_checkpoint:
         return folder / "results"
@@ -161,8 +161,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if beyond := [token for token, index in vocabulary.items() if index >= size and token not in special]:
         raise ValueError(
-            f"{file}: token {beyond[0]!r} is number {vocabulary[beyond[0]]}, but the model has only {size} embeddings"
-            f" (vocab_size in config.json); the tokenizer is another model's, or the embedding was not enlarged for it"
+            f"{file}: the tokenizer has token {vocabulary[beyond[0]]}, and the model embeds {size}"
+            f" (vocab_size in config.json): {beyond[0]!r}; the tokenizer is another model's, or the"
+            " embedding was not enlarged for it"
         )
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

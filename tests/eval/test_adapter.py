@@ -122,7 +122,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_spare_special_to
         model.tok_encode(f"<|spare{size}|>")
     tokenizer.add_tokens(["riverboat"])
     tokenizer.save(str(file))
-    with pytest.raises(ValueError, match=r"token 'riverboat' is number 513, but the model has only 512 embeddings"):
+    with pytest.raises(ValueError, match=r"the tokenizer has token 513, and the model embeds 512 .*'riverboat'"):
         S2LM(tmp_path / "hf", device="cpu")
 
 
