@@ -4,33 +4,48 @@ and the fastest dense kernel the device has for dense ones.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .kept import Kept
+from .modes import is_plain
 from .pattern import Pattern, pattern_from_key
-from .reference import token_mask
+from .reference import check_borders, token_mask
 
-_DENSE_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# fastest first, each with the function that says whether it is enabled
+_DENSE_ORDER = (
+    (SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.cudnn_sdp_enabled),
+    (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled),
+    (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
+    (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
+)
+_ORDER_OF_TORCH = torch._C._get_sdp_priority_order()
+
+
+@torch.compiler.assume_constant_result
+def _chosen_backends() -> list[SDPBackend]:
+    """Those that are enabled in the order to try them; empty: as torch does, since the caller has set an order."""
+    if torch._C._get_sdp_priority_order() != _ORDER_OF_TORCH:
+        return []
+    return [backend for backend, is_enabled in _DENSE_ORDER if is_enabled()]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Dense causal attention, q and k/v of one length: `[B, S, Hq, D]`, `[B, S, Hkv, D]` -> `[B, S, Hq, D]`."""
+    """Dense causal attention, q and k/v of one length: `[B, S, Hq, D]`, `[B, S, Hkv, D]` -> `[B, S, Hq, D]`.
+
+    Of torch's kernels those that are enabled (`torch.nn.attention.sdpa_kernel`, `torch.backends.cuda.enable_*_sdp`), in
+    the order that the caller has set, else the fastest first. cuDNN's backward does not repeat bit for bit;
+    `torch.use_deterministic_algorithms(True)` excludes it.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     gqa = q.shape[1] != k.shape[1]
-    if q.is_cuda:
-        with sdpa_kernel(_DENSE_ORDER, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=gqa)
-    else:
+    chosen = _chosen_backends() if q.is_cuda else []
+    with sdpa_kernel(chosen, set_priority=True) if chosen else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=gqa)
     return out.transpose(1, 2)
 
@@ -51,13 +66,13 @@ def masked_attention(
     heads = (layer, head_offset, total_kv_heads)
     if cu_seqlens is None:
         return _attend(q, k, v, pattern, heads, softmax_scale)
-    borders = cu_seqlens.tolist()
+    borders = check_borders(cu_seqlens.tolist(), q.shape[0])
+    bounds = [(b, e) for b, e in itertools.pairwise(borders) if e > b] or [(0, 0)]
     documents = [
         _attend(q[None, begin:end], k[None, begin:end], v[None, begin:end], pattern, heads, softmax_scale)[0]
-        for begin, end in itertools.pairwise(borders)
-        if end > begin
+        for begin, end in bounds
     ]
-    return torch.cat(documents) if documents else torch.zeros_like(q)
+    return torch.cat([*documents, q.new_zeros(q.shape[0] - borders[-1], *q.shape[1:])])
 
 
 def _attend(
@@ -71,7 +86,7 @@ def _attend(
         raise ValueError(f"the block mask covers {covered} blocks but {needed} are needed")
     # patterns count from the start of the document, so one mask of a rounded-up length serves every shorter one
     rounded = max(256, 1 << (kv_len - 1).bit_length())
-    make_mask = _traced_mask if torch.compiler.is_compiling() else _mask
+    make_mask = _mask if is_plain(q, k, v) else _traced_mask
     mask = make_mask(pattern.key, min(rounded, _longest(pattern)), k.shape[2], *heads, q.device)
     mask = mask[:, kv_len - q_len : kv_len, :kv_len]  # [Hkv, Sq, Skv]
     if group > 1:  # torch's fused CPU kernel takes neither grouped heads nor a mask without a batch dimension
@@ -88,8 +103,7 @@ def _longest(pattern: Pattern) -> int:
     return 1 << 30 if pattern.mask is None else pattern.mask.shape[1] * pattern.block_size
 
 
-@lru_cache(maxsize=16)
-def _mask(
+def _make_mask(
     key: str,
     length: int,
     num_heads: int,
@@ -105,6 +119,9 @@ def _mask(
     return mask.to(device)
 
 
+_mask = Kept(_make_mask, lambda mask: (mask,))
+
+
 @torch.library.custom_op("s2::token_mask", mutates_args=())
 def _traced_mask(
     key: str,
@@ -115,7 +132,7 @@ def _traced_mask(
     total_heads: int,
     device: torch.device,
 ) -> Tensor:
-    """`_mask` as one opaque step, for torch.compile."""
+    """`_mask` as one opaque step, for torch.compile and whatever else watches."""
     return _mask(key, length, num_heads, layer, head_offset, total_heads, device).clone()
 
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..triton.indexing import load_rule
 from .chunks import chunk_block, chunk_tile, locate_item
-from .common import LANES, WORDS, advance, flat_rows, get, load_entry, opaque, store_rows
+from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, opaque, store_rows
 from .packing import document_item
 from .sums import part_begin, segment_runs
 
@@ -49,7 +49,8 @@ def _produce(
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Draws items and loads what they need. The words of a pair of chunks: KV head of the batch (-1 after the last),
+    """Draws items and loads what they need. Queries and dO after the end of a packed document become zero: they add
+    nothing then, whatever the next one holds. The words of a pair of chunks: KV head of the batch (-1 after the last),
     segment of the parts (-1: no parts, all queries are here), where the document begins and its length; then for either
     consumer first key (-1: none), part, and steps before it, unmasked, masked and after it. Chunks of several blocks
     have no unmasked steps told apart: they count as unmasked, and in place of masked ones stands the row after the
@@ -59,7 +60,7 @@ def _produce(
     TOKENS: gl.constexpr = min(BLOCK, ROWS)  # of a step, whose 64 rows are those of one head or several
     HEADS: gl.constexpr = ROWS // TOKENS
     WIDEST: gl.constexpr = LEVELS + 1 if SINKS else LEVELS  # sinks are a level of their own
-    stage, phase, slot, round = 0, 0, 0, 0
+    stage, phase, cut_phase, slot, round = 0, 0, 0, 0, 0
     begin_token, first_chunk, num_divided = 0, 0, 0
     if PACKED:
         num_items = gl.load(documents + 1) * groups
@@ -158,12 +159,22 @@ def _produce(
                         head = kv_head * group + g * HEADS
                         chunk = (batch * kv_heads * group + head) // HEADS * chunks + first_chunk + row // TOKENS
                         token = begin_token + row
-                        ready = step_full.index(stage)
+                        is_cut = PACKED & (row + TOKENS > length)
+                        ready = step_full.index(gl.where(is_cut, STAGES, stage))
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
                         mbarrier.expect(ready, 2 * ROWS * D * 2 + 2 * ROWS * 4)
                         tma.async_copy_global_to_shared(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
                         tma.async_copy_global_to_shared(stats_desc, [chunk, 0], ready, stats_buf.index(stage))
                         tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready, do_buf.index(stage))
+                        if PACKED:  # noqa: SIM102 (decided when compiling)
+                            if is_cut:
+                                mbarrier.wait(ready, cut_phase)
+                                for j in gl.static_range(HEADS):
+                                    clear_rows(flat_rows(q_buf.index(stage)), j * TOKENS, TOKENS, length - row)
+                                    clear_rows(flat_rows(do_buf.index(stage)), j * TOKENS, TOKENS, length - row)
+                                fence_async_shared()
+                                mbarrier.arrive(step_full.index(stage), count=1)
+                                cut_phase = cut_phase ^ 1
                         stage, phase = advance(stage, phase, STAGES)
                 round += slot
                 slot = slot ^ 1
@@ -397,13 +408,14 @@ def attention_backward_kv(
     kv_buf = gl.allocate_shared_memory(element, [SLOTS * CONSUMERS * 2, 1, 1, KEYS, D], k_desc.layout)
     stats_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * ROWS], stats_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    step_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    step_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], barrier)  # the last: what is still to be cut
     step_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     item_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     item_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     item_buf = gl.allocate_shared_memory(gl.int32, [SLOTS, ITEM_WORDS], WORDS)
+    mbarrier.init(step_full.index(STAGES), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(step_full.index(i), count=1)
         mbarrier.init(step_empty.index(i), count=CONSUMERS)

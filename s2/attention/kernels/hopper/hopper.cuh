@@ -300,6 +300,20 @@ DEVICE void store_shared(unsigned to, const float* x) {
                  ::"r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }
 
+// Zeroes rows [first, until) of the panels of a box `[64, columns]`, by a warp. What follows of the async proxy, here or
+// after a barrier that a lane arrives on, sees it: TMA has no documents, so it fills a box whose document ends in it with
+// the next one's rows, and 0 times what stands there need not be 0.
+DEVICE void clear_rows(unsigned box, int first, int until, int columns) {
+    const float zeros[4] = {};
+#pragma unroll 1
+    for (int x = 0; x < columns; x += PANEL, box += PANEL_BYTES)
+#pragma unroll 1
+        for (int at = first * (2 * PANEL) + threadIdx.x % WARP * 16; at < until * (2 * PANEL); at += WARP * 16)
+            store_shared(box + at, zeros);
+    fence_async_shared();
+    __syncwarp();
+}
+
 DEVICE uint4 load_shared(unsigned from) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -38,6 +38,7 @@ struct Shared {
     unsigned long long rows_full[CONSUMERS * ROW_SLOTS], rows_done[CONSUMERS * ROW_SLOTS];
     unsigned long long keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
     unsigned long long tile_full[PLANNED], tile_empty[PLANNED];
+    unsigned long long values_cut;  // values that end with their document are there, but for the zeros after it
 };
 
 struct Problem {
@@ -65,6 +66,7 @@ DEVICE void init_barriers(Shared& shared) {
         barrier_init(shared_address(&shared.tile_full[i]), WARP);        // lanes that have written
         barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values, consumers
     }
+    barrier_init(shared_address(&shared.values_cut), 1);
     barrier_init_fence();
 }
 
@@ -107,7 +109,7 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
 
         barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
         Tile& tile = shared.tiles[slot.index];
-        tile.keys[lane] = entry.key;
+        tile.keys[lane] = entry.exists ? entry.key : NOWHERE;
 #pragma unroll
         for (int c = 0; c < CONSUMERS; c++) {
             const int row = row_of(box + c, share);
@@ -205,12 +207,15 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
     }
 }
 
-// Loads keys or values of the tiles in turn into a ring.
+// Loads keys or values of the tiles in turn into a ring. With CUTS those after the end of a packed document become zero
+// (only edges reach it): hidden keys have the probability 0, which NaN in their values would not heed.
+template <bool CUTS>
 DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty) {
     const int lane = threadIdx.x % WARP;
     const bool is_loader = elected();
     Position<STAGES> stage;
     Position<PLANNED> slot;
+    int cut_phase = 0;
     while (true) {
         barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
         const Tile& tile = shared.tiles[slot.index];
@@ -226,17 +231,31 @@ DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsi
                 const Range range = pick(of_range, tile.far, tile.near, tile.sinks, tile.window);
                 key = entry_of(range, of_range, nth).key;
             }
+            const unsigned ends = CUTS ? __ballot_sync(ALL, nth < 0 && keys_past(key, tile.length) > 0) : 0;
             const int count = minimum(total - base, WARP / ENTRIES);
 #pragma unroll 1
             for (int n = 0; n < count; n++) {
+                const bool is_cut = CUTS && (ends >> n * ENTRIES & ((1u << ENTRIES) - 1));
                 const unsigned full = ring_full + 8 * stage.index;
+                const unsigned loaded = is_cut ? shared_address(&shared.values_cut) : full;
                 barrier_wait(ring_empty + 8 * stage.index, stage.phase ^ 1);
-                if (is_loader) barrier_expect(full, BOX_BYTES);
+                if (is_loader) barrier_expect(loaded, BOX_BYTES);
 #pragma unroll
                 for (int j = 0; j < ENTRIES; j++) {
                     const int first = begin + __shfl_sync(ALL, key, n * ENTRIES + j);
                     const unsigned to = ring + stage.index * BOX_BYTES + j * (KEYS / ENTRIES) * PANEL * 2;
-                    if (is_loader) load_box(to, map, full, first, kv_head, batch);
+                    if (is_loader) load_box(to, map, loaded, first, kv_head, batch);
+                }
+                if (is_cut) {
+                    barrier_wait(loaded, cut_phase);
+                    cut_phase ^= 1;
+#pragma unroll 1
+                    for (int j = 0; j < ENTRIES; j++) {
+                        const int past = keys_past(__shfl_sync(ALL, key, n * ENTRIES + j), tile.length);
+                        const int until = (j + 1) * (KEYS / ENTRIES);
+                        clear_rows(ring + stage.index * BOX_BYTES, until - past, until, D);
+                    }
+                    if (is_loader) barrier_arrive(full);
                 }
                 stage.advance();
             }
