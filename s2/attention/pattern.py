@@ -29,6 +29,7 @@ from torch import Tensor
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 UNBOUNDED = 1 << 30  # a distance no context reaches, in blocks
+_HOST = torch.device("cpu")  # of masks, whatever the default device is
 
 _SPEC = re.compile(
     r"(?:(?P<dense>dense)|W(?P<window>\d+)|L(?P<local>\d+)(?P<ranges>(?:V\d+(?:<\d+)?)+))(?:\+sink(?P<sinks>\d+))?"
@@ -226,7 +227,7 @@ class Pattern:
         if not masks:
             raise ValueError("from_masks needs at least one (mask, end) pair")
         shape = masks[0][0].shape
-        combined = torch.zeros(shape, dtype=torch.bool)
+        combined = torch.zeros(shape, dtype=torch.bool, device=_HOST)
         begin = 0
         for mask, end in masks:
             if mask.dim() != 3 or mask.dtype != torch.bool or mask.shape != shape:
@@ -297,10 +298,10 @@ class Pattern:
                 raise ValueError(f"the block mask covers {size} blocks but {num_blocks} are needed")
             return self.mask[:, :num_blocks, :num_blocks].expand(num_kv_heads, -1, -1).clone()
         distance = _block_distance(num_blocks)
-        key_block = torch.arange(num_blocks)[None, :]
+        key_block = torch.arange(num_blocks, device=_HOST)[None, :]
         rules = self.rules(num_kv_heads, layer=layer)
         masks = [rule.visible(distance, key_block) for rule in rules]
-        return torch.stack(masks) if masks else torch.zeros(0, num_blocks, num_blocks, dtype=torch.bool)
+        return torch.stack(masks) if masks else torch.zeros(0, num_blocks, num_blocks, dtype=torch.bool, device=_HOST)
 
     def is_kv_efficient(
         self, num_blocks: int | None = None, num_kv_heads: int | None = None, *, layer: int = 0
@@ -327,12 +328,12 @@ class Pattern:
         if num_blocks < 1 or num_layers < 1:
             raise ValueError(f"num_blocks={num_blocks} and num_layers={num_layers} must be at least 1")
         _check_heads(num_kv_heads)
-        covered = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+        covered = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=_HOST)
         if self.mask is not None:
             covered |= self.block_mask(num_blocks, num_kv_heads).any(dim=0)
         else:
             distance = _block_distance(num_blocks)
-            key_block = torch.arange(num_blocks)[None, :]
+            key_block = torch.arange(num_blocks, device=_HOST)[None, :]
             distinct = {r for i in range(num_layers) for r in self.rules(num_kv_heads, layer=layer + i)}
             for rule in distinct:
                 covered |= rule.visible(distance, key_block)
@@ -366,7 +367,7 @@ class Pattern:
         size = self.block_size
         num_blocks = -(-seq_len // size)
         tail = seq_len - (num_blocks - 1) * size  # tokens in the last block
-        rows = torch.full((num_blocks,), size, dtype=torch.int64)
+        rows = torch.full((num_blocks,), size, dtype=torch.int64, device=_HOST)
         rows[-1] = tail
         diagonal = rows * (rows + 1) // 2
         if self.mask is not None:
@@ -374,7 +375,7 @@ class Pattern:
             below = torch.tril(mask, diagonal=-1).sum(dim=2)  # [H, nq]
             own = torch.diagonal(mask, dim1=1, dim2=2)
             return [int(((b * rows * size) + o * diagonal).sum()) for b, o in zip(below, own, strict=True)]
-        query = torch.arange(num_blocks)
+        query = torch.arange(num_blocks, device=_HOST)
         counted: dict[HeadRule, int] = {}
         rules = self.rules(num_kv_heads, layer=layer)
         for rule in rules:
@@ -461,7 +462,7 @@ def _kept_blocks(rule: HeadRule, query: Tensor) -> Tensor:
         kept = kept + _members(near_end, level) - _members(low, level)
         near_end = low
     if rule.sinks:
-        sink = torch.arange(rule.sinks)[None, :]
+        sink = torch.arange(rule.sinks, device=_HOST)[None, :]
         distance = query[:, None] - sink
         missing = ~HeadRule(rule.local, rule.levels).visible(distance, sink) & (distance >= 0)
         kept = kept + missing.sum(dim=1)
@@ -474,7 +475,7 @@ def _members(bound: Tensor, level: Level) -> Tensor:
 
 
 def _block_distance(num_blocks: int) -> Tensor:
-    index = torch.arange(num_blocks)
+    index = torch.arange(num_blocks, device=_HOST)
     return index[:, None] - index[None, :]
 
 

@@ -28,8 +28,8 @@ def token_mask(
     size = pattern.block_size
     total = num_heads if total_heads is None else total_heads
     blocks = pattern.block_mask(-(-kv_len // size), total, layer=layer)[head_offset : head_offset + num_heads]
-    query = torch.arange(kv_len - q_len, kv_len)
-    key = torch.arange(kv_len)
+    query = torch.arange(kv_len - q_len, kv_len, device=blocks.device)
+    key = torch.arange(kv_len, device=blocks.device)
     kept = blocks[:, query // size][:, :, key // size]
     return kept & (key[None, :] <= query[:, None])
 

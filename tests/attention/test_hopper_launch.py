@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from s2.attention import Pattern
+from s2.attention import Pattern, op, s2_attention
 from s2.attention.kernels.hopper import cuda, launch, plans, structs
 from s2.attention.kernels.hopper import one_pass as backward
 from s2.attention.kernels.hopper.columns import divide_columns
@@ -523,10 +523,23 @@ def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missin
 
 
 def test_plans_do_not_pile_up(launches, monkeypatch):
+    """The oldest goes: lengths that are in use stay."""
     monkeypatch.setattr(plans, "MAX_PLANS", 4)
     for length in range(1, 12):
         run(Pattern.parse("W3"), length=length)
-        assert len(plans.PLANS) <= 4
+        assert [key[0][1] for key in plans.PLANS] == list(range(max(length - 3, 1), length + 1))
+
+
+def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
+    monkeypatch.setattr(op, "_default_backend", lambda q: "triton")
+    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    monkeypatch.setattr(launch, "_can_compile", lambda: True)
+    q = torch.randn(1, 100, 8, 128, dtype=torch.bfloat16)
+    for spec, distinct in (("L1V8", 1), ("W3", 1), ("L1V24", 3)):
+        plans.PLANS.clear()
+        for layer in range(32):
+            s2_attention(q, q, q, Pattern.parse(spec), layer=layer)
+        assert len(plans.PLANS) == distinct
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
