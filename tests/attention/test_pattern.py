@@ -188,7 +188,8 @@ def test_block_lists_name_exactly_the_kept_blocks():
     extra=st.integers(0, 2),
 )
 def test_document_tiles_cover_every_document_once(lengths, tile, block, extra):
-    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
     table, num_tiles = document_tiles(borders, sum(lengths), tile, block=block, extra=extra)
     entries = [tuple(entry) for entry in table.tolist()]
     assert len(entries) == num_tiles
