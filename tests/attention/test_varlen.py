@@ -7,17 +7,18 @@ import torch
 
 from s2.attention import Pattern, s2_attention
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "sdpa", "triton")
 NAMES = ("out", "lse", "dq", "dk", "dv")
 PATTERNS = [
     Pattern.parse("L1V2+sink1", 16),
     Pattern.parse("W2", 64),
-    Pattern.from_mask(torch.ones(2, 8, 8, dtype=torch.bool), block_size=16),
+    Pattern.from_mask(torch.ones(1, 8, 8, dtype=torch.bool), block_size=16),
 ]
 
 
-def draw(tokens, heads=4, kv_heads=2, dim=32, dtype=torch.float32, device=DEVICE):
+def draw(tokens, heads=2, kv_heads=1, dim=32, dtype=torch.float32, device=DEVICE):
     """q, k, v and the gradient of the output."""
     return [torch.randn(tokens, h, dim, dtype=dtype, device=device) for h in (heads, kv_heads, kv_heads, heads)]
 
@@ -61,32 +62,32 @@ def test_rows_behind_the_last_border_are_zero_and_nobody_reads_them(backend, pat
 def test_tokens_of_no_document_at_all(backend, lengths):
     padded = results(*draw(40), PATTERNS[0], borders_of(lengths), backend)
     assert all((padded[name] == 0).all() for name in ("out", "dq", "dk", "dv"))
-    assert results(*draw(0), PATTERNS[0], borders_of(lengths), backend)["out"].shape == (0, 4, 32)
+    assert results(*draw(0), PATTERNS[0], borders_of(lengths), backend)["out"].shape == (0, 2, 32)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_documents_do_not_see_nan_next_door(backend, pattern, bad):
-    lengths = [37, 61, 5]
+    lengths = [37, 45, 5]
     tensors = draw(sum(lengths))
     before = results(*tensors, pattern, borders_of(lengths), backend)
     for x in tensors:
-        x[37:98] = bad
+        x[37:82] = bad
     after = results(*tensors, pattern, borders_of(lengths), backend)
     for name in NAMES:
         a, b = (x[name].T if name == "lse" else x[name] for x in (before, after))
-        assert torch.equal(a[:37], b[:37]) and torch.equal(a[98:], b[98:]), name
+        assert torch.equal(a[:37], b[:37]) and torch.equal(a[82:], b[82:]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_borders_of_every_form_are_read_alike(backend):
-    lengths = [37, 20, 43]
+    lengths = [17, 11, 22]
     borders = borders_of(lengths)
     table = torch.full((len(borders), 3), 7, dtype=torch.int32, device=DEVICE)
     table[:, 1] = borders
     shifted = torch.cat([borders[:1], borders])[1:]  # not at a multiple of 16 bytes
-    tensors = draw(100)
+    tensors = draw(50)
     wanted = results(*tensors, PATTERNS[0], borders, backend)
     for other in (table[:, 1], borders.long(), table.long()[:, 1], borders.cpu(), shifted):
         found = results(*tensors, PATTERNS[0], other, backend)
@@ -109,7 +110,7 @@ def test_borders_that_do_not_fit_give_nan_where_they_cannot_be_read(borders):
     """As on a GPU: the kernels find out, and touch nothing that is not theirs."""
     q, k, v, dout = draw(100)
     cu_seqlens = torch.tensor(borders, dtype=torch.int64, device=DEVICE).clamp(-1, 101).int()
-    settings = (cu_seqlens, PATTERNS[0].key, 0, 0, 2, 0.1, False)
+    settings = (cu_seqlens, PATTERNS[0].key, 0, 0, 1, 0.1, False)
     out, lse = torch.ops.s2.attention_forward(q, k, v, *settings)
     gradients = torch.ops.s2.attention_backward(q, k, v, out, lse, dout, None, *settings)
     assert all(x.isnan().all() for x in (out, lse, *gradients))
@@ -143,7 +144,7 @@ def test_gradients_of_any_strides(backend, make):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 20), (2, 0)])
 def test_empty_batches_and_sequences(backend, shape):
-    q, k, v = (torch.randn(*shape, h, 32, device=DEVICE, requires_grad=True) for h in (4, 2, 2))
+    q, k, v = (torch.randn(*shape, h, 32, device=DEVICE, requires_grad=True) for h in (2, 1, 1))
     out = s2_attention(q, k, v, PATTERNS[0], backend=backend)
     assert out.shape == q.shape
     assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
@@ -170,7 +171,7 @@ def test_launches_have_room_for_any_sizes(monkeypatch):
     q, k, v, dout = draw(100)
     for borders in (None, borders_of([50, 50])):
         tensors = [x if borders is not None else x[None] for x in (q, k, v, dout)]
-        problem = launch.Problem(PATTERNS[0], 0, 0, 2, 0.1, borders)
+        problem = launch.Problem(PATTERNS[0], 0, 0, 1, 0.1, borders)
         out, lse = launch.run_forward(*tensors[:3], problem)
         launch.run_backward(*tensors[:3], out, lse, tensors[3], None, problem)
         assert len(grids) == 4 and all(len(grid) == 1 for grid in grids.values()), grids
