@@ -18,13 +18,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from data.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
-from data.mixture import Component, Curriculum, Mixture, PackedStream, check_length_filter
+from data.mixture import Component, Curriculum, Mixture, PackedStream, Passes, check_length_filter
 from data.prepare import prepare
 from data.schema import differences, from_mapping, whole_number
 from data.shards import TokenShards
+from data.sources import LOST
 from data.spec import parse_sections
+from data.tokenizer import DROPPED, UNKNOWN
 from data.unigram import target_counts, unigram_loss
 
+LOST_TEXT = (LOST, UNKNOWN, DROPPED)  # counted in manifests: characters of documents that did not become tokens
 WASTEFUL = 0.05  # share of empty places that is worth a warning; length filters cost some
 
 
@@ -36,6 +39,8 @@ class HeldOutSet:
     seq_len: another length than training's.
     micro_batch_size: rows a rank and batch; by default about as many tokens as in training.
     min_tokens, max_tokens: use only documents of that many tokens (inclusive).
+    max_windows: score only so many windows, the first of the set's fixed shuffled order: the same ones on any number
+    of ranks and with any micro-batch, so that curves compare. By default all.
     """
 
     name: str
@@ -45,9 +50,10 @@ class HeldOutSet:
     micro_batch_size: int | None = None
     min_tokens: int = 0
     max_tokens: int | None = None
+    max_windows: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("seq_len", "micro_batch_size"):
+        for key in ("seq_len", "micro_batch_size", "max_windows"):
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, whole_number(getattr(self, key), key, least=1))
         check_length_filter(self)
@@ -72,7 +78,8 @@ class PackedDataModule(LightningDataModule):
         seq_len: inputs a row.
         micro_batch_size: rows a rank and micro-step (gradient accumulation is the trainer's business).
         mixture: list of {path, weight, source, min_tokens, max_tokens, long}, see `data.mixture.Component`.
-        validation: list of {name, path, source, seq_len, micro_batch_size, min_tokens, max_tokens}, see `HeldOutSet`.
+        validation: list of {name, path, source, seq_len, micro_batch_size, min_tokens, max_tokens, max_windows}, see
+            `HeldOutSet`.
         curriculum: list of {seq_len, tokens}, see `Phase`; afterwards windows are `seq_len` long. A shorter window
             shares its row with others, so batches keep their shape (`data.mixture.Curriculum`).
         prepare: how to make the shards if they are not there, see `data.prepare.PrepareSpec`; or a list of
@@ -128,8 +135,9 @@ class PackedDataModule(LightningDataModule):
                 raise ValueError(f"data.curriculum[{i}].tokens: {phase.tokens} is less than a row of {self.seq_len}")
         self._rows: Curriculum | None = None
         self._heldout: dict[str, PackedStream] = {}
-        # Position of the run: `_samples` were consumed when the trainer had processed `_micro_steps`.
-        self._samples = self._micro_steps = 0
+        # Position of the run: `_samples` were consumed when the trainer, at `_counted_from` micro-steps, began to draw
+        # batches. Its count says nothing about samples before that: accumulation and ranks may have been others.
+        self._samples = self._counted_from = 0
         self._started_at: int | None = None
         self._last_trainer: Any = lambda: None
 
@@ -144,9 +152,9 @@ class PackedDataModule(LightningDataModule):
         """Open the shards and check that they fit together; on `fit`, begin a new run at sample 0 unless this
         trainer has trained before."""
         if stage == "fit":
-            self._started_at = None
+            self._samples, self._started_at = self.consumed_samples, None
             if self._last_trainer() is not self.trainer:
-                self._samples = self._micro_steps = 0
+                self._samples = self._counted_from = 0
                 self._last_trainer = weakref.ref(self.trainer) if self.trainer is not None else lambda: None
         if self._rows is not None:
             return
@@ -216,6 +224,22 @@ class PackedDataModule(LightningDataModule):
             self.setup()
         assert self._rows is not None
         return self._rows
+
+    def passes(self, total_tokens: int) -> list[Passes]:
+        """How often the first `total_tokens` tokens of training go through each component of the mixture."""
+        return self.rows.passes(-(-total_tokens // self.seq_len))
+
+    def lost_text(self) -> list[str]:
+        """What of the mixture's text is not in its tokens: what the tokenizer never keeps, and for each source the
+        characters of `LOST_TEXT`; one line each."""
+        folders = {stream.shards.folder: stream.shards.manifest for stream in self.mixture.streams}
+        never = self._shards.manifest["tokenizer"].get("not_kept")
+        lines = [f"{', '.join(never)} (its normalization)"] if never else []
+        for folder, manifest in folders.items():
+            for source in manifest["sources"]:
+                if lost := [f"{source['skipped'][what]:,} {what}" for what in LOST_TEXT if source["skipped"].get(what)]:
+                    lines.append(f"{folder}, source {source['name']}: {', '.join(lost)}")
+        return lines
 
     @property
     def mixture(self) -> Mixture:
@@ -287,7 +311,7 @@ class PackedDataModule(LightningDataModule):
         for settings, stream in zip(self.heldout_sets, self._streams(), strict=True):
             tokens = self.micro_batch_size * self.seq_len
             rows = settings.micro_batch_size or max(1, tokens // stream.seq_len)
-            dataset = HeldOutDataset(stream)
+            dataset = HeldOutDataset(stream, settings.max_windows)
             sampler = HeldOutSampler(*self._rank(), rows, len(dataset))
             loaders.append(self._loader(dataset, sampler, rows, stream.seq_len))
         return loaders
@@ -303,11 +327,9 @@ class PackedDataModule(LightningDataModule):
         """Global samples trained on so far, over all ranks. It counts micro-steps whose training step is
         done, so it is right in every hook from `on_train_batch_end` on, and ignores what loaders have read
         ahead."""
-        if self.trainer is None:
+        if self.trainer is None or self._started_at is None:
             return self._samples
-        processed = self._progress().total.processed
-        # Before the trainer has restored its own counters `processed` is still below the restored one.
-        micro_steps = max(0, processed - self._micro_steps)
+        micro_steps = self._progress().total.processed - self._counted_from
         return self._samples + micro_steps * self._rank()[1] * self.micro_batch_size
 
     def _progress(self) -> Any:
@@ -315,15 +337,15 @@ class PackedDataModule(LightningDataModule):
         return self.trainer.fit_loop.epoch_loop.batch_progress
 
     def _start(self) -> int:
-        self._started_at = self.consumed_samples
-        return self._started_at
+        self._samples = self._started_at = self.consumed_samples
+        if self.trainer is not None:
+            self._counted_from = self._progress().total.processed
+        return self._samples
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for Lightning's checkpoint. Warns inside an accumulation window, whose gradients are
         lost."""
-        processed = 0
         if self.trainer is not None:
-            processed = self._progress().total.processed
             pending = self._progress().current.processed % self.trainer.accumulate_grad_batches
             if pending:
                 rank_zero_warn(
@@ -332,7 +354,6 @@ class PackedDataModule(LightningDataModule):
                 )
         return {
             "consumed_samples": self.consumed_samples,
-            "micro_steps": max(processed, self._micro_steps),
             "order": self.rows.fingerprint(),
         }
 
@@ -356,7 +377,6 @@ class PackedDataModule(LightningDataModule):
                 " (trainer.estimated_stepping_batches in configure_optimizers does that; use max_steps)"
             )
         self._samples = state_dict["consumed_samples"]
-        self._micro_steps = state_dict["micro_steps"]
 
     # --- Baselines
 

@@ -33,17 +33,19 @@ class TrainDataset(Dataset[Sample]):
 
 
 class HeldOutDataset(Dataset[Sample]):
-    """Every window of a held-out set once, in a fixed shuffled order, so that the first n are a fair sample.
+    """Windows of a held-out set once each, in a fixed shuffled order, so that the first `max_windows` (None: all) are
+    a fair sample.
 
     An index beyond the end is an empty sample, whose labels are all ignored.
     """
 
-    def __init__(self, stream: PackedStream):
+    def __init__(self, stream: PackedStream, max_windows: int | None = None):
         self.stream = stream
         self._order = Permutation(stream.num_windows, "held-out")
+        self._size = min(stream.num_windows, max_windows or stream.num_windows)
 
     def __len__(self) -> int:
-        return self.stream.num_windows
+        return self._size
 
     def __getitem__(self, index: int) -> Sample:
         if index >= len(self):

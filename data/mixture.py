@@ -6,6 +6,7 @@ run on other hardware, or looking at sample 10^9, needs no replay.
 """
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,10 @@ import numpy as np
 
 from data.packing import pack
 from data.permutation import Permutation
+from data.quotas import PERIOD, Quotas
 from data.schema import from_mapping, whole_number
 from data.shards import TokenShards
 
-PERIOD = 1000  # samples after which every component has had exactly its quota
 PACKING = "best-fit/1"  # of `data.packing`; another algorithm is another sequence
 
 Window = tuple[np.ndarray, np.ndarray]  # tokens int64 [at most seq_len + 1], borders inside them int64
@@ -32,7 +33,7 @@ class LongDocuments:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "min_tokens", whole_number(self.min_tokens, "min_tokens", least=2))
-        if not 0 < self.share < 1:
+        if not (_is_number(self.share) and 0 < self.share < 1):
             raise ValueError(f"share: {self.share!r}, expected a number between 0 and 1")
 
 
@@ -55,8 +56,8 @@ class Component:
     long: LongDocuments | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"weight: {self.weight!r}, expected a positive number")
+        if not (_is_number(self.weight) and 0 < self.weight < math.inf):
+            raise ValueError(f"weight: {self.weight!r}, expected a positive number; leave out what is not to be used")
         check_length_filter(self)
         if self.long is not None:
             object.__setattr__(self, "long", from_mapping(LongDocuments, self.long, "long"))
@@ -77,12 +78,19 @@ class Component:
         ]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_length_filter(settings: Any) -> None:
     """Make `min_tokens`, `max_tokens` of frozen `settings` ints; raises ValueError where they exclude all."""
     object.__setattr__(settings, "min_tokens", whole_number(settings.min_tokens, "min_tokens"))
     if settings.max_tokens is not None:
-        least = settings.min_tokens or 1
-        object.__setattr__(settings, "max_tokens", whole_number(settings.max_tokens, "max_tokens", least))
+        object.__setattr__(settings, "max_tokens", whole_number(settings.max_tokens, "max_tokens", least=1))
+        if settings.max_tokens < settings.min_tokens:
+            raise ValueError(
+                f"max_tokens: {settings.max_tokens} is below min_tokens {settings.min_tokens}, so no document is left"
+            )
 
 
 class PackedStream:
@@ -104,6 +112,7 @@ class PackedStream:
         where: str = "",
     ):
         self.shards, self.seq_len, self.source = shards, seq_len, source
+        self.label = _label(shards, source, min_tokens, max_tokens)
         where = where or str(shards.folder)
         lengths = np.diff(shards.offsets)
         of_source = shards.documents_of(source, where)
@@ -150,47 +159,69 @@ class PackedStream:
         return tokens, ends[:-1]
 
 
+def _label(shards: TokenShards, source: str | None, min_tokens: int, max_tokens: int | None) -> str:
+    words = [str(shards.folder)]
+    if source is not None:
+        words.append(f"source {source}")
+    if min_tokens > 1 or max_tokens is not None:
+        most = "or more" if max_tokens is None else f"to {max_tokens:,}"
+        words.append(f"documents of {min_tokens:,} {most} tokens")
+    return ", ".join(words)
+
+
 class Mixture:
     """An endless, weighted, shuffled sequence of windows.
 
-    Of every `PERIOD` consecutive samples (aligned) each component gets a fixed quota by largest remainder, at
-    shuffled places. Within a component, windows come in a pseudo-random order, another one each epoch.
+    Of every `PERIOD` consecutive samples (aligned) each component gets its quota, at shuffled places; what is left of
+    its share is made up in other periods (`data.quotas`). Within a component, windows come in a pseudo-random order,
+    another one each epoch.
 
-    Raises ValueError where a component's share is below one sample per period.
+    quotas: places of each component in a period on average, float64 [components].
     """
 
     def __init__(self, streams: Sequence[PackedStream], weights: Sequence[float], seed: int):
         self.streams, self.seed = list(streams), seed
-        shares = np.array(weights, dtype=np.float64) / np.sum(weights)
-        self.quotas = largest_remainder(shares, PERIOD)
-        for stream, share, quota in zip(streams, shares, self.quotas, strict=True):
-            if quota == 0:
-                raise ValueError(
-                    f"mixture: {stream.shards.folder} has a share of {share:.2g}, below one sample"
-                    f" in {PERIOD}; raise its weight or leave it out"
-                )
-        owners = np.repeat(np.arange(len(shares)), self.quotas)
+        self._quotas = Quotas(weights)
+        self.quotas = self._quotas.exact
         shuffle = Permutation(PERIOD, ("interleave", seed))
-        self._owner = np.array([owners[shuffle[i]] for i in range(PERIOD)])
-        self._turn = np.zeros(PERIOD, dtype=np.int64)  # how many earlier samples of the period the owner had
-        for component in range(len(shares)):
-            places = np.flatnonzero(self._owner == component)
-            self._turn[places] = np.arange(len(places))
+        self._shuffle = np.array([shuffle[i] for i in range(PERIOD)])
+        self._layouts: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
         self._permutations: dict[tuple[int, int], Permutation] = {}
+
+    def _layout(self, quotas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which component has each place of a period, and how many earlier places of the period it has."""
+        key = quotas.tobytes()
+        if key not in self._layouts:
+            owner = np.repeat(np.arange(len(quotas)), quotas)[self._shuffle]
+            turn = np.zeros(PERIOD, dtype=np.int64)
+            for component in range(len(quotas)):
+                places = np.flatnonzero(owner == component)
+                turn[places] = np.arange(len(places))
+            if len(self._layouts) > 4 * len(self.streams):
+                self._layouts.clear()
+            self._layouts[key] = owner, turn
+        return self._layouts[key]
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Sample number -> (component, epoch of that component, window)."""
         period, place = divmod(index, PERIOD)
-        component = int(self._owner[place])
-        local = period * int(self.quotas[component]) + int(self._turn[place])
+        owner, turn = self._layout(self._quotas.in_period(period))
+        component = int(owner[place])
+        local = int(self._quotas.before(period)[component] + turn[place])
         size = self.streams[component].num_windows
-        epoch, turn = divmod(local, size)
+        epoch, window = divmod(local, size)
         key = (component, epoch)
         if key not in self._permutations:
             if len(self._permutations) > 4 * len(self.streams):
                 self._permutations.clear()
             self._permutations[key] = Permutation(size, ("windows", self.seed, component, epoch))
-        return component, epoch, self._permutations[key][turn]
+        return component, epoch, self._permutations[key][window]
+
+    def drawn(self, samples: int) -> np.ndarray:
+        """How many of the first `samples` samples are of each component, int64 [components]."""
+        period, rest = divmod(samples, PERIOD)
+        owner, _ = self._layout(self._quotas.in_period(period))
+        return self._quotas.before(period) + np.bincount(owner[:rest], minlength=len(self.streams))
 
     def __getitem__(self, index: int) -> Window:
         """Tokens and borders of sample `index` >= 0 (see `PackedStream.window`)."""
@@ -208,11 +239,25 @@ class Mixture:
                     "documents": len(s.documents),
                     "tokens": s.num_tokens,
                     "windows": s.num_windows,
-                    "quota": int(q),
+                    "quota": int(q) if q == int(q) else float(q),
                 }
                 for s, q in zip(self.streams, self.quotas, strict=True)
             ],
         }
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How much of a mixture's component a run asks for.
+
+    component: folder, source and lengths of its documents. available: its tokens. asked: places for tokens in its share
+    of the samples. passes: how often its windows are gone through; what is above 1 is repetition.
+    """
+
+    component: str
+    available: int
+    asked: int
+    passes: float
 
 
 class Curriculum:
@@ -245,6 +290,20 @@ class Curriculum:
         first = (index - self.begins[phase]) * per_row
         return [self.mixtures[phase][first + i] for i in range(per_row)]
 
+    def passes(self, rows: int) -> list["Passes"]:
+        """How often each component is gone through in the first `rows` rows."""
+        streams = self.mixtures[-1].streams
+        asked, passes = np.zeros(len(streams), dtype=np.int64), np.zeros(len(streams))
+        ends = [*self.begins[1:], rows]
+        for mixture, begin, end, per_row in zip(self.mixtures, self.begins, ends, self.windows_per_row, strict=True):
+            windows = mixture.drawn(max(0, min(rows, end) - begin) * per_row)
+            asked += windows * mixture.streams[0].seq_len
+            passes += windows / [stream.num_windows for stream in mixture.streams]
+        return [
+            Passes(stream.label, stream.num_tokens, int(n), float(p))
+            for stream, n, p in zip(streams, asked, passes, strict=True)
+        ]
+
     def fingerprint(self) -> dict[str, Any]:
         """What the rows depend on; equal fingerprints mean equal sequences."""
         phases = [
@@ -252,12 +311,3 @@ class Curriculum:
             for begin, mixture in zip(self.begins, self.mixtures, strict=True)
         ]
         return {"packing": PACKING, "seq_len": self.seq_len, "phases": phases}
-
-
-def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers proportional to `shares` (which sum to 1) that sum to `total`: Hamilton's method."""
-    exact = shares * total
-    quotas = np.floor(exact + 1e-9).astype(np.int64)
-    order = np.argsort(-(exact - quotas), kind="stable")
-    quotas[order[: total - int(quotas.sum())]] += 1
-    return quotas

@@ -9,7 +9,6 @@ end. The result does not depend on the number of workers or on interruptions.
 import argparse
 import errno
 import fcntl
-import itertools
 import os
 import shutil
 import sys
@@ -21,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data.dedup import Deduplicator
 from data.pool import Workers, workers
+from data.sample import sample_texts
 from data.schema import differences
 from data.shards import (
     MANIFEST,
@@ -167,8 +166,7 @@ def _plan(spec: PrepareSpec, settings: dict[str, Any], work: Path) -> dict[str, 
     sources = []
     for source in spec.sources:
         parts, revision = source.parts(spec.part_bytes)
-        if parts:
-            next(source.read(parts[0]), None)  # a wrong column or format shows before any work is done
+        source.probe(parts)  # a wrong column or format shows before any work is done
         sources.append({"revision": revision, "parts": [part.to_json() for part in parts]})
     write_json(file, {"settings": settings, "sources": sources, "files": _local_files(sources)})
     return read_json(file)
@@ -205,26 +203,9 @@ def _make_tokenizer(spec: PrepareSpec, parts: list[list[Part]], file: Path) -> T
             TextTokenizer(source, settings.bos, settings.eos)  # reject it before it takes the place
             save_tokenizer_json(source, file)
     elif settings.train is not None and not file.is_file():
-        sample = _sample(spec, parts, settings.train["sample_bytes"])
+        sample = sample_texts(spec.sources, parts, settings.train["sample_bytes"], spec.seed, spec.is_heldout)
         train_tokenizer(sample, settings.train["vocab_size"], file)
     return TextTokenizer(file, settings.bos, settings.eos)
-
-
-def _sample(spec: PrepareSpec, parts: list[list[Part]], sample_bytes: int) -> Iterator[str]:
-    """The first training documents of each source, an equal share of bytes from each; the last one is cut."""
-    for source, every in zip(spec.sources, parts, strict=True):
-        left = max(1, sample_bytes // len(spec.sources))
-        with tqdm(desc=f"tokenizer sample: {source.label}", unit="B", unit_scale=True, disable=None) as bar:
-            for document in itertools.chain.from_iterable(map(source.read, every)):
-                if spec.is_heldout(document.id):
-                    continue
-                text = document.text.encode()[:left]
-                yield text.decode(errors="ignore")
-                size = len(text)
-                bar.update(size)
-                left -= size
-                if left <= 0:
-                    break
 
 
 def _deduplicate(spec: PrepareSpec, parts: list[list[Part]], file: Path) -> tuple[list[list[Part]], list[Counter[str]]]:

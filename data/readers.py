@@ -6,27 +6,26 @@ line is broken. Parquet goes through pyarrow so that only the columns in use are
 (`data.remote`): a hub dataset is read like local files, in ranges, without being downloaded.
 """
 
+import bz2
 import gzip
-import hashlib
 import io
 import json
-import math
-import os
-import sysconfig
+import lzma
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import zstandard
-
+from data.columns import BadRowError, Columns, RowError, WrongValueError, find
 from data.remote import SourceError, open_remote
 
+PACKS = (".gz", ".zst", ".bz2", ".xz")
 _PARQUET_BYTES = 16 << 20
 _BUFFER = 1 << 20
-_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+_BOM = b"\xef\xbb\xbf"
+_BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
 class Row(NamedTuple):
@@ -37,65 +36,34 @@ class Row(NamedTuple):
     url: str
 
 
-class RowError(Exception):
-    """A file that cannot be read as what it claims to be; the message names the file and the place in it."""
+OnBad = Callable[[BadRowError], None]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a row mean what.
-
-    id, url: rows that lack them get an id from their place, and no url. The first row of JSON lines must have all
-        columns, later ones may leave out any but the text.
-    keep: conditions by column; a row that fails one, or has no value there, is left out. A condition is a value, a list
-        of values, or {min, max} (inclusive, either may be missing).
-    """
-
-    text: str = "text"
-    id: str | None = None
-    url: str | None = None
-    keep: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.keep, Mapping):
-            raise ValueError(f"keep: expected a mapping from columns to conditions, got {self.keep!r}")
-        for column, wanted in self.keep.items():
-            if isinstance(wanted, Mapping) and (not wanted or set(wanted) - {"min", "max"}):
-                raise ValueError(f"keep.{column}: expected a value, a list or {{min, max}}, got {dict(wanted)!r}")
-            for bound in wanted.values() if isinstance(wanted, Mapping) else ():
-                if isinstance(bound, bool) or not isinstance(bound, int | float) or math.isnan(bound):
-                    raise ValueError(f"keep.{column}: {bound!r} is not a number")
-
-    @property
-    def names(self) -> list[str]:
-        """All columns in use, each once."""
-        return list(dict.fromkeys([self.text, *filter(None, (self.id, self.url)), *self.keep]))
-
-    def rejects(self, row: Mapping[str, Any], file: object) -> str | None:
-        """The column whose condition the row fails, None where it passes all; RowError for an incomparable value."""
-        for column, wanted in self.keep.items():
-            value = row.get(column)
-            if isinstance(wanted, Mapping):
-                if value is None:
-                    return column
-                try:
-                    if not wanted.get("min", value) <= value <= wanted.get("max", value):
-                        return column
-                except TypeError:
-                    raise RowError(f"{file}: column {column!r} holds {value!r}, which has no order") from None
-            elif value not in (wanted if isinstance(wanted, list | tuple) else (wanted,)):
-                return column
-        return None
+def stop(error: BadRowError) -> None:
+    """What a reader does about a bad row unless it is told otherwise."""
+    raise error
 
 
 def open_binary(file: str | Path) -> IO[bytes]:
-    """Open a plain, .gz or .zst file, local or remote, for reading bytes."""
+    """Open a plain, .gz, .zst, .bz2 or .xz file, local or remote, for reading bytes; memory does not grow with what a
+    few packed bytes become.
+
+    Reads of a damaged or truncated file raise one of `_BROKEN`; an OSError that says so has no errno.
+    """
     remote = "://" in str(file)
     raw: Any = io.BufferedReader(open_remote(str(file)), _BUFFER) if remote else Path(file).open("rb")  # noqa: SIM115
     if str(file).endswith(".gz"):
-        return io.BufferedReader(_Unpacked(raw, gzip.GzipFile(fileobj=raw).readinto), _BUFFER)
+        return _Unpacked.buffered(raw, gzip.GzipFile(fileobj=raw).readinto)
     if str(file).endswith(".zst"):
-        return io.BufferedReader(_Unpacked(raw, _ZstdFrames(raw).readinto), _BUFFER)
+        import pyarrow as pa
+
+        # Unlike the zstandard package it tells a truncated file from a whole one, and is fast where there are many
+        # frames, as tools that compress in parallel write them.
+        return _Unpacked.buffered(raw, pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd").readinto)
+    if str(file).endswith(".bz2"):
+        return _Unpacked.buffered(raw, bz2.BZ2File(raw).readinto)
+    if str(file).endswith(".xz"):
+        return _Unpacked.buffered(raw, lzma.LZMAFile(raw).readinto)
     return raw
 
 
@@ -104,6 +72,10 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, raw: Any, readinto: Callable[[Any], int]):
         self._raw, self._readinto = raw, readinto
+
+    @classmethod
+    def buffered(cls, raw: Any, readinto: Callable[[Any], int]) -> io.BufferedReader:
+        return io.BufferedReader(cls(raw, readinto), _BUFFER)
 
     def readable(self) -> bool:
         return True
@@ -116,95 +88,144 @@ class _Unpacked(io.RawIOBase):
         self._raw.close()
 
 
-class _ZstdFrames:
-    """The content of one zstd frame after another (tools that compress in parallel write several). Unlike the library's
-    stream reader it tells a truncated file from a whole one."""
-
-    def __init__(self, raw: Any):
-        self._raw, self._packed, self._plain = raw, b"", memoryview(b"")
-        self._frame: Any = None
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            if not self._packed:
-                self._packed = self._raw.read(_BUFFER)
-                if not self._packed and self._frame is None:
-                    return 0
-                if not self._packed:
-                    raise EOFError("the last zstd frame is incomplete")
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._plain = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._plain))
-        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
-        return size
-
-
 def read_jsonl(
-    file: str | Path, name: str, columns: Columns, skipped: Counter[str], span: tuple[int, int] | None = None
+    file: str | Path,
+    name: str,
+    columns: Columns,
+    skipped: Counter[str],
+    span: tuple[int, int] | None = None,
+    on_bad: OnBad = stop,
 ) -> Iterator[Row]:
     """Rows of a JSON lines file; blank lines are passed over. Where no column gives ids they are `name` and the byte at
     which the row begins in the uncompressed file.
 
     span: only lines that begin in these bytes [begin, end); plain files only.
+    on_bad: is told of each line that is no row; reading goes on behind it unless that raises.
     """
+    for place, offset, row in json_rows(file, span, on_bad):
+        yield from _pick(row, columns, f"{name}:{offset}", file, place, skipped, on_bad)
+
+
+def json_rows(
+    file: str | Path, span: tuple[int, int] | None = None, on_bad: OnBad = stop
+) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """Place (`line 7`), byte offset and object of each line of a JSON lines file. Arguments as of `read_jsonl`."""
     begin, end = span or (0, None)
     number, offset = 0, begin
-    place = "line" if not begin else f"byte {begin} on, line"
+    word = "line" if not begin else f"byte {begin} on, line"
     try:
         with open_binary(file) as stream:
             if begin:
                 stream.seek(begin - 1)
                 offset += len(stream.readline()) - 1  # the rest of a line that belongs to the span before
+            else:
+                _refuse_other_json(file, stream)
             for number, line in enumerate(stream, start=1):
                 if end is not None and offset >= end:
                     return
                 here, offset = offset, offset + len(line)
                 if not line.strip():
                     continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise RowError(f"{file}, {place} {number}: expected a JSON object, got {line[:60]!r}")
-                if number == 1 and not begin:
-                    for column in columns.names:
-                        if column not in row:
-                            raise RowError(_no_column(column, row, file))
-                yield from _pick(row, columns, f"{name}:{here}", file, skipped)
-    except UnicodeDecodeError as error:
-        raise RowError(f"{file}, {place} {number}: not valid UTF-8 ({error})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RowError(f"{file}, {place} {number}: not valid JSON ({error})") from error
+                try:
+                    yield f"{word} {number}", here, _object(line)
+                except WrongValueError as error:
+                    on_bad(BadRowError(file, f"{word} {number}", str(error)))
     except _BROKEN as error:
+        if _is_foreign(error):
+            raise
         raise RowError(f"{file}: broken after line {number} ({error})") from error
 
 
+def _refuse_other_json(file: str | Path, stream: Any) -> None:
+    """Raise RowError for JSON that is not by lines, before a line of many gigabytes is read."""
+    head = stream.peek(_BUFFER).removeprefix(_BOM).lstrip()
+    if head.startswith(b"[") or head.split(b"\n", 1)[0].rstrip() == b"{":
+        found = "an array" if head.startswith(b"[") else "an object of several lines"
+        convert = "jq -c '.[]'" if head.startswith(b"[") else "jq -c ."
+        raise RowError(
+            f"{file}, line 1: expected a JSON object on each line, and this begins {found};"
+            f" `{convert} FILE > FILE.jsonl` makes JSON lines of it"
+        )
+
+
+def _object(line: bytes) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line.removeprefix(_BOM).decode(errors="surrogatepass"))
+    except UnicodeDecodeError as error:
+        raise WrongValueError(f"not valid UTF-8 ({error})") from None
+    except json.JSONDecodeError as error:
+        raise WrongValueError(f"not valid JSON ({error})") from None
+    except RecursionError:
+        raise WrongValueError("not valid JSON (nested too deeply)") from None
+    except ValueError:  # the interpreter's limit, against numbers that take for ever
+        raise WrongValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits") from None
+    if not isinstance(row, dict):
+        raise WrongValueError(f"expected a JSON object, got {line[:60]!r}")
+    return row
+
+
 def read_parquet(
-    file: str | Path, name: str, columns: Columns, skipped: Counter[str], span: tuple[int, int] | None = None
+    file: str | Path,
+    name: str,
+    columns: Columns,
+    skipped: Counter[str],
+    span: tuple[int, int] | None = None,
+    on_bad: OnBad = stop,
 ) -> Iterator[Row]:
     """Rows of a parquet file, reading only the columns in use. Where no column gives ids they are `name` and the row.
 
     span: only these row groups [first, last).
+    on_bad: as of `read_jsonl`.
     """
     import pyarrow as pa
 
     with open_parquet(file) as table:
-        for column in columns.names:
-            if column not in table.schema_arrow.names:
-                raise RowError(_no_column(column, table.schema_arrow.names, file))
+        kinds = {column: parquet_type(table.schema_arrow, column) for column in columns.names}
+        if (kind := kinds[columns.text]) is None:
+            raise RowError(f"{file} has {no_column(columns.text, table.schema_arrow.names)}")
+        if not _holds_text(kind):
+            raise RowError(f"{file}: column {columns.text!r} is of type {kind}, expected text")
+        found = [column for column, kind in kinds.items() if kind is not None]
         first, last = span or (0, table.num_row_groups)
         number = sum(table.metadata.row_group(i).num_rows for i in range(first))
         try:
-            for batch in table.iter_batches(_rows_at_once(table), range(first, last), columns.names):
+            for batch in table.iter_batches(_rows_at_once(table), range(first, last), found):
                 for row in batch.to_pylist():
-                    yield from _pick(row, columns, f"{name}:{number}", file, skipped)
+                    yield from _pick(row, columns, f"{name}:{number}", file, f"row {number}", skipped, on_bad)
                     number += 1
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            if isinstance(error, SourceError) or getattr(error, "errno", None) is not None:
-                raise  # the disk or the network; pyarrow's own complaints about the content have no number
+            if isinstance(error, OSError) and _is_foreign(error):
+                raise
             raise RowError(f"{file}: broken after row {number} ({error})") from error
+
+
+def parquet_type(schema: Any, column: str) -> Any:
+    """The Arrow type of a column, which may lie inside others (`meta.url`); None where there is none."""
+    import pyarrow as pa
+
+    if column in schema.names:
+        return schema.field(column).type
+    fields = schema
+    for name in column.split("."):
+        names = [field.name for field in fields]
+        if name not in names:
+            return None
+        kind = fields.field(name).type
+        fields = kind if pa.types.is_struct(kind) else ()
+    return kind
+
+
+def _holds_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests)
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Whether an OSError is about the disk or the network; what libraries say of a file's content has no number."""
+    return isinstance(error, SourceError) or getattr(error, "errno", None) is not None
 
 
 def _rows_at_once(table: Any) -> int:
@@ -232,6 +253,8 @@ def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[
         with open_binary(file) as stream:
             content = stream.read()
     except _BROKEN as error:
+        if _is_foreign(error):
+            raise
         raise RowError(f"{file}: broken ({error})") from error
     if b"\0" in content:
         skipped["binary"] += 1
@@ -242,49 +265,33 @@ def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[
         skipped["undecodable"] += 1
 
 
-def folder_files(root: Path, suffixes: Iterable[str]) -> list[tuple[str, str]]:
-    """(path, path below `root`) of every file below `root` with one of `suffixes`, in sorted order."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name != "__pycache__"]
-        paths = [os.path.join(folder, name) for name in names if name.endswith(tuple(suffixes))]
-        found += [(path, os.path.relpath(path, root)) for path in paths if os.path.isfile(path)]
-    return sorted(found, key=lambda file: file[1].split(os.sep))
-
-
-def python_env_files(suffixes: Iterable[str]) -> list[tuple[str, str]]:
-    """(path, name) of sources and documentation of the standard library and of the installed packages.
-
-    The order is by hash of the name, so that a size limit takes a fair sample of all packages and not the first ones
-    of the alphabet.
-    """
-    paths = sysconfig.get_paths()
-    files = [
-        (path, f"stdlib/{name}")
-        for path, name in folder_files(Path(paths["stdlib"]), suffixes)
-        if "site-packages" not in name and not path.startswith(paths["purelib"] + os.sep)
-    ]
-    files += [(path, f"site-packages/{name}") for path, name in folder_files(Path(paths["purelib"]), suffixes)]
-    return sorted(files, key=lambda file: hashlib.blake2b(file[1].encode()).digest())
-
-
-def _pick(row: Mapping[str, Any], columns: Columns, row_id: str, file: object, skipped: Counter[str]) -> Iterator[Row]:
-    if columns.text not in row:
-        raise RowError(_no_column(columns.text, row, file))
-    if (rejecting := columns.rejects(row, file)) is not None:
-        skipped[f"{rejecting} not kept"] += 1
+def _pick(
+    row: Mapping[str, Any],
+    columns: Columns,
+    row_id: str,
+    file: object,
+    place: str,
+    skipped: Counter[str],
+    on_bad: OnBad,
+) -> Iterator[Row]:
+    try:
+        has_text, text = find(row, columns.text)
+        if has_text is False:
+            raise WrongValueError(no_column(columns.text, row))
+        rejecting = columns.rejects(row)
+        if rejecting is None and not isinstance(text, str | None):
+            raise WrongValueError(f"column {columns.text!r} holds {type(text).__name__}, expected text")
+    except WrongValueError as error:
+        on_bad(BadRowError(file, place, str(error)))
         return
-    text = row[columns.text]
-    if text is None:
-        skipped["null"] += 1
+    if rejecting is not None or text is None:
+        skipped["null" if rejecting is None else f"{rejecting} not kept"] += 1
         return
-    if not isinstance(text, str):
-        raise RowError(f"{file}, row {row_id}: column {columns.text!r} holds {type(text).__name__}, expected text")
-    if columns.id is not None and row.get(columns.id) is not None:
-        row_id = str(row[columns.id])
-    url = row.get(columns.url) if columns.url is not None else None
-    yield Row(text, row_id, "" if url is None else str(url))
+    given_id = find(row, columns.id)[1] if columns.id is not None else None
+    url = find(row, columns.url)[1] if columns.url is not None else None
+    yield Row(text, row_id if given_id is None else str(given_id), "" if url is None else str(url))
 
 
-def _no_column(column: str, found: Iterable[str], file: object) -> str:
-    return f"{file} has no column {column!r}; it has: {', '.join(sorted(found))}"
+def no_column(column: str, found: Iterable[str]) -> str:
+    """What is said where a column is missing."""
+    return f"no column {column!r}; it has: {', '.join(sorted(found))}"

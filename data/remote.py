@@ -57,8 +57,18 @@ class HubFiles:
     revision: str | None
 
 
-def hub_files(name: str, subset: str | None, split: str, revision: str | None) -> HubFiles:
+def hub_files(
+    name: str,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    *,
+    data_dir: str | None = None,
+    pattern: str | None = None,
+) -> HubFiles:
     """The files of `split` of a hub dataset's `subset`, as its card lays them out; `name` may be a local folder.
+
+    data_dir: only files below this folder. pattern: the files that match it, whatever the card says.
 
     Raises FileNotFoundError (no such dataset, revision or files), PermissionError (no access), ValueError (no such
     subset or split) and SourceError (the hub cannot be reached).
@@ -73,7 +83,14 @@ def hub_files(name: str, subset: str | None, split: str, revision: str | None) -
     def data_files() -> dict[str, list[str]]:
         _session()  # for its time limit: `datasets` lists the repository over it
         with tempfile.TemporaryDirectory() as empty:  # in its own cache it would find old copies when the hub is down
-            return datasets.load_dataset_builder(opened, subset, revision=commit, cache_dir=empty).config.data_files
+            return datasets.load_dataset_builder(
+                opened,
+                subset,
+                revision=commit,
+                cache_dir=empty,
+                data_dir=data_dir,
+                data_files=None if pattern is None else {split: pattern},
+            ).config.data_files
 
     try:
         splits = _with_retries(where, data_files)
@@ -85,7 +102,7 @@ def hub_files(name: str, subset: str | None, split: str, revision: str | None) -
         raise ValueError(f"hub dataset {name!r} {wrong}; it has: {', '.join(subsets)}") from error
     if split not in splits:
         which = f" in subset {subset!r}" if subset else ""
-        raise ValueError(f"hub dataset {name!r} has no split {split!r}{which}; it has: {', '.join(splits)}")
+        raise ValueError(f"hub dataset {name!r} has no split {split!r}{which}; it has: {', '.join(map(str, splits))}")
     if not splits[split]:
         raise FileNotFoundError(f"hub dataset {name!r}: its card names no existing file for split {split!r}")
     return HubFiles(tuple(dict.fromkeys(splits[split])), commit)  # a card's patterns may match a file twice

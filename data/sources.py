@@ -9,36 +9,39 @@ ids that do not depend on where the corpus lies on disk: the train/held-out spli
 import glob
 import itertools
 import os
+import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.columns import Columns, RowError, find, plain_conditions
+from data.folders import NamedFile, folder_files, matching_files, python_env_files
+from data.formats import FORMATS, TEXT_SUFFIXES, Found, format_of, known_format, listed, of_one_format
 from data.readers import (
-    Columns,
+    PACKS,
+    OnBad,
     Row,
-    RowError,
-    folder_files,
+    json_rows,
+    no_column,
     open_parquet,
-    python_env_files,
+    parquet_type,
     read_jsonl,
     read_parquet,
     read_text,
+    stop,
 )
 from data.remote import hub_files, remote_size
 from data.schema import whole_number
 
-FORMATS = ("hub", "parquet", "jsonl", "text", "folder", "python-env")
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 PART_BYTES = 128 << 20
+PROBED_ROWS = 1000
 _LOOKUPS = 16
-_SUFFIX_FORMAT = {
-    ".parquet": "parquet",
-    **{f".{stem}{pack}": "jsonl" for stem in ("jsonl", "json", "ndjson") for pack in ("", ".gz", ".zst")},
-    **{f"{stem}{pack}": "text" for stem in TEXT_SUFFIXES for pack in ("", ".gz", ".zst")},
-}
+LOST = "lone surrogates"  # replaced by "?"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,19 @@ class Part:
 class Source:
     """One corpus.
 
-    path: a file, a glob pattern (`books/*.jsonl.gz`, `**` allowed), a folder of text files,
-        `hf://owner/dataset`, or `python-env` (sources and documentation of the running Python's standard
-        library and site-packages).
-    format: one of FORMATS; "auto" decides by `path`.
+    path: a file, a glob pattern (`books/*.jsonl.gz`, `**` allowed), a folder, `hf://owner/dataset` with a folder or a
+        pattern of files behind it if need be, or `python-env` (sources and documentation of the running Python's
+        standard library and site-packages).
+    format: one of FORMATS; "auto" decides by `path`. Of a folder's files, at any depth, those of one format are read:
+        parquet, JSON lines, or text files as a document each. Where it holds several, `format` has to say which;
+        what is about the data (README, LICENSE, dataset_info.json) does not count beside rows. `folder` is `text`.
     name: label of the documents; by default made from `path`.
     text_column, id_column, url_column: columns of parquet, JSON lines and hub rows. Without `id_column` a document's
         id is its file name and its place in the file.
-    keep: conditions on columns, e.g. {language: en, language_score: {min: 0.65}}, see `data.readers.Columns`.
-    subset, split, revision: of a hub dataset.
-    suffixes: which files of a folder (default TEXT_SUFFIXES) are documents.
+        A column inside another is written with a point (`meta.url`).
+    keep: conditions on columns, e.g. {language: en, language_score: {min: 0.65}}, see `data.columns.Columns`.
+    subset, split, revision: of a hub dataset. data_dir: only files below this folder of it.
+    suffixes: which files of a folder (default TEXT_SUFFIXES, packed or not) are documents; it implies `format: text`.
     min_chars: shorter documents are skipped (default 1; python-env: 200).
     max_bytes, max_documents: stop after that much (UTF-8 bytes of text).
     """
@@ -107,6 +113,7 @@ class Source:
     min_chars: int | None = None
     max_bytes: int | None = None
     max_documents: int | None = None
+    data_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
@@ -117,6 +124,9 @@ class Source:
         if isinstance(self.suffixes, str):
             raise ValueError(f"suffixes: expected a list such as [{self.suffixes}], got {self.suffixes!r}")
         object.__setattr__(self, "suffixes", tuple(self.suffixes))
+        object.__setattr__(self, "keep", plain_conditions(self.keep))
+        if self.data_dir is not None and not self._is_hub:
+            raise ValueError(f"data_dir: {self.data_dir!r} is for hub datasets; of others `path` names the folder")
         self.columns  # noqa: B018  # checks the conditions
 
     @property
@@ -128,35 +138,52 @@ class Source:
         """The source name of its documents: `name`, else the dataset's or the last plain path component."""
         if self.name:
             return self.name
-        if self.format == "hub" or self.path.startswith("hf://"):
-            name = self.path.removeprefix("hf://")
-            return Path(name).name if Path(name).is_dir() else name
-        plain = [part for part in Path(self.path).parts if not glob.has_magic(part)]
-        return plain[-1] if plain else "corpus"
+        if self._is_hub:
+            name, data_dir, pattern = self._place_on_hub()
+            if Path(name).is_dir():
+                name = Path(name).name
+            below = [part for part in (data_dir or pattern or "").split("/") if part and not glob.has_magic(part)]
+            return "/".join([name, *below])
+        parts = Path(self.path).parts
+        if not os.path.exists(os.path.expanduser(self.path)):
+            parts = tuple(part for part in parts if not glob.has_magic(part))
+        return parts[-1] if parts else "corpus"
 
-    def resolve(self) -> tuple[str, list[Path]]:
-        """The format to read and, for local formats, the files (or the folder) in sorted order.
+    @property
+    def _is_hub(self) -> bool:
+        return self.format == "hub" or (self.format == "auto" and self.path.startswith("hf://"))
 
-        Raises FileNotFoundError when nothing lies at `path`, ValueError when a file's format cannot be told.
+    def resolve(self) -> Found:
+        """Look up what lies at `path`.
+
+        Raises FileNotFoundError when nothing lies there, ValueError when a file's format cannot be told or a folder
+        holds several.
         """
-        if self.format == "hub" or (self.format == "auto" and self.path.startswith("hf://")):
-            return "hub", []
+        if self._is_hub:
+            return Found("hub", [], [])
         if self.path == "python-env":
-            return "python-env", []
+            if self.format not in ("auto", "python-env"):
+                raise ValueError(f"source path 'python-env': format {self.format!r} does not go with it")
+            return Found("text", python_env_files(self.suffixes), [])
         root = Path(self.path).expanduser()
+        if self.format == "python-env" or (self.format == "folder" and not root.is_dir()):
+            what = "'python-env'" if self.format == "python-env" else "a folder"
+            raise ValueError(f"source path {self.path!r}: with format {self.format!r} the path is {what}")
         if root.is_dir():
-            return "folder", [root]
-        files = [root] if root.is_file() else sorted(map(Path, glob.glob(str(root), recursive=True)))
-        files = [file for file in files if file.is_file()]
+            return of_one_format(self.path, folder_files(root), self.format.replace("folder", "text"), self.suffixes)
+        files = matching_files(self.path)
         if not files:
             raise FileNotFoundError(
                 f"source path {self.path!r}: no such file, folder or match"
                 " (a Hugging Face dataset is written hf://owner/name)"
             )
-        formats = {_format_of(str(file)) if self.format == "auto" else self.format for file in files}
+        formats = {format_of(path) if self.format == "auto" else self.format for path, _ in files}
         if len(formats) > 1:
-            raise ValueError(f"source path {self.path!r} matches files of several formats: {sorted(formats)}")
-        return formats.pop(), files
+            raise ValueError(
+                f"source path {self.path!r} matches files of several formats: {', '.join(sorted(formats))}; make them"
+                " sources of their own"
+            )
+        return Found(formats.pop(), files, [])
 
     def parts(self, part_bytes: int = PART_BYTES) -> tuple[list[Part], str | None]:
         """The source in parts of about `part_bytes` on disk, in reading order, and the revision of a hub dataset.
@@ -166,22 +193,13 @@ class Source:
         Raises FileNotFoundError and ValueError as `resolve`, ValueError for a hub dataset in another format than
         parquet and JSON lines, `data.remote.SourceError` where the hub does not answer.
         """
-        kind, paths = self.resolve()
+        kind, files, left_out = self.resolve()
         revision = None
         if kind == "hub":
-            found = hub_files(self.path.removeprefix("hf://"), self.subset, self.split, self.revision)
-            revision = found.revision
-            files = [(url, self._name_on_hub(url)) for url in found.files]
-            kinds = {_format_of(url) for url in found.files}
-            if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
-                raise ValueError(f"source path {self.path!r}: a hub dataset of parquet or jsonl files is expected")
-            kind = kinds.pop()
-        elif kind == "python-env":
-            files, kind = python_env_files(self.suffixes), "text"
-        elif kind == "folder":
-            files, kind = folder_files(paths[0], self.suffixes), "text"
-        else:
-            files = [(str(path), self._name(path)) for path in paths]
+            kind, files, revision = self._on_hub()
+        if left_out:
+            read = f"reading {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
+            print(f"source {self.label}: {read}, leaving out {listed(left_out)}", file=sys.stderr)
         parts: list[Part] = []
         group: list[tuple[str, str]] = []
         group_size = 0
@@ -207,7 +225,7 @@ class Source:
         """Bytes of a file, and the spans it is read in where it is more than one part."""
         size = remote_size(path) if "://" in path else os.stat(path).st_size
         pieces = -(-size // part_bytes)
-        if pieces < 2 or kind == "text" or path.endswith((".gz", ".zst")):
+        if pieces < 2 or kind == "text" or path.endswith(PACKS):
             return size, []
         units = size
         if kind == "parquet":
@@ -219,35 +237,108 @@ class Source:
         pieces = min(pieces, units)
         return size, list(itertools.pairwise(units * i // pieces for i in range(pieces + 1))) if pieces else []
 
-    def read(self, part: Part, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """Yield the documents of one part; `skipped` counts, by reason, what was left out.
+    def probe(self, parts: list[Part]) -> None:
+        """Find out early what would stop the reading: a format or a text column that is wrong, or a column that none
+        of the first `PROBED_ROWS` rows (of parquet: none of as many files) has. Rows may lack what others have.
 
-        Raises ValueError naming file and place for a missing column or a broken file, `data.remote.SourceError` for a
-        remote file that cannot be read any more.
+        Raises as `read`, ValueError naming the column.
+        """
+        missing = dict.fromkeys(self.columns.names)
+        there: dict[str, None] = {}
+        if parts and parts[0].format != "text":
+            file = parts[0].files[0][0]
+            try:
+                for names, found in itertools.islice(self._first_rows(parts), PROBED_ROWS):
+                    there |= dict.fromkeys(names)
+                    missing = {column: None for column in missing if column not in found}
+                    if not missing:
+                        break
+            except RowError as error:
+                raise ValueError(f"source path {self.path!r}: {error}") from error
+            if missing and there:
+                rows = f" in its first {PROBED_ROWS:,} rows" if parts[0].format == "jsonl" else ""
+                raise ValueError(f"source path {self.path!r}: {file} has {no_column(next(iter(missing)), there)}{rows}")
+        for part in parts[:1]:
+            next(self.read(part, on_bad=lambda error: None), None)
+
+    def _first_rows(self, parts: list[Part]) -> Iterator[tuple[Iterable[str], list[str]]]:
+        """Names of the columns, and which of those asked for are there, row by row (of parquet: file by file)."""
+        names = self.columns.names
+        for part in parts:
+            for path, _ in part.files:
+                if part.format == "jsonl":
+                    for _, _, row in json_rows(path, part.span, on_bad=lambda error: None):
+                        yield row, [name for name in names if find(row, name)[0]]
+                else:
+                    with open_parquet(path) as table:
+                        schema = table.schema_arrow
+                    yield schema.names, [name for name in names if parquet_type(schema, name) is not None]
+
+    def read(self, part: Part, skipped: Counter[str] | None = None, on_bad: OnBad = stop) -> Iterator[Document]:
+        """Yield the documents of one part.
+
+        skipped: counts, by reason, the rows that were left out, and under `LOST` the characters.
+        on_bad: is told of each row that is not as it has to be (`data.columns.BadRowError`), and may raise; by default
+            it does.
+
+        Raises ValueError naming file and place for a bad row or a broken file, `data.remote.SourceError` for a remote
+        file that cannot be read any more.
         """
         skipped = Counter() if skipped is None else skipped
         label = self.label
         min_chars = self.min_chars if self.min_chars is not None else (200 if self.path == "python-env" else 1)
         try:
             for path, name in part.files:
-                for row in self._rows(part, path, name, skipped):
+                for row in self._rows(part, path, name, skipped, on_bad):
                     if len(row.text) < min_chars:
                         skipped["short"] += 1
                         continue
-                    yield Document(_valid(row.text), _valid(f"{label}/{row.id}"), label, _valid(row.url))
+                    text = _valid(row.text)
+                    if text is not row.text:
+                        skipped[LOST] += len(_SURROGATE.findall(row.text))
+                    yield Document(text, _valid(f"{label}/{row.id}"), label, _valid(row.url))
         except RowError as error:
             raise ValueError(f"source path {self.path!r}: {error}") from error
 
     def documents(self) -> Iterator[Document]:
-        """All documents in order, whatever `max_bytes` and `max_documents` say. Raises as `parts` and `read`."""
-        for part in self.parts()[0]:
+        """All documents in order, whatever `max_bytes` and `max_documents` say. Raises as `parts`, `probe`, `read`."""
+        parts = self.parts()[0]
+        self.probe(parts)
+        for part in parts:
             yield from self.read(part)
 
-    def _rows(self, part: Part, path: str, name: str, skipped: Counter[str]) -> Iterator[Row]:
+    def _rows(self, part: Part, path: str, name: str, skipped: Counter[str], on_bad: OnBad) -> Iterator[Row]:
         if part.format == "text":
             return read_text(path, name, skipped)
         read = read_parquet if part.format == "parquet" else read_jsonl
-        return read(path, name, self.columns, skipped, part.span)
+        return read(path, name, self.columns, skipped, part.span, on_bad)
+
+    def _on_hub(self) -> tuple[str, list[NamedFile], str | None]:
+        """Format, files and revision of a hub dataset."""
+        name, data_dir, pattern = self._place_on_hub()
+        found = hub_files(name, self.subset, self.split, self.revision, data_dir=data_dir, pattern=pattern)
+        files = [(url, self._name_on_hub(url)) for url in found.files]
+        kinds = {known_format(url) for url in found.files}
+        if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
+            raise ValueError(
+                f"source path {self.path!r}: expected parquet or JSON lines files of one kind in the hub dataset, got"
+                f" {listed([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
+                " hf://owner/name/data/*.parquet"
+            )
+        return str(kinds.pop()), files, found.revision
+
+    def _place_on_hub(self) -> tuple[str, str | None, str | None]:
+        """Dataset (or local folder), folder in it and pattern of files in it that `path` and `data_dir` say."""
+        name = self.path.removeprefix("hf://")
+        if Path(name).expanduser().is_dir():
+            return name, self.data_dir, None
+        parts = name.removeprefix("datasets/").strip("/").split("/")
+        name, below = "/".join(parts[:2]), "/".join(parts[2:])
+        if below and self.data_dir:
+            raise ValueError(f"source path {self.path!r} names a place in the dataset, and so does data_dir; say one")
+        if glob.has_magic(below) or known_format(below):
+            return name, None, below
+        return name, below or self.data_dir, None
 
     def _name_on_hub(self, url: str) -> str:
         """A file's path inside its dataset: hf://datasets/owner/name@revision/data/x.parquet -> data/x.parquet."""
@@ -255,24 +346,13 @@ class Source:
             return url.split("/", 5)[-1]
         return Path(url).relative_to(Path(self.path.removeprefix("hf://")).absolute()).as_posix()
 
-    def _name(self, file: Path) -> str:
-        """A file's path below the part of `path` without wildcards: files of one name in many folders stay apart."""
-        pattern = Path(self.path).expanduser()
-        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
-        root = pattern.parent if len(fixed) == len(pattern.parts) else Path(*fixed)
-        return file.relative_to(root).as_posix()
-
 
 def _valid(text: str) -> str:
     """Lone surrogates of broken JSON escapes become "?"; everything else comes back as it was."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def _format_of(file: str) -> str:
-    for suffix, kind in _SUFFIX_FORMAT.items():
-        if file.endswith(suffix):
-            return kind
-    raise ValueError(
-        f"{file}: cannot tell the format from the name; set `format` to one of {', '.join(FORMATS)}"
-        f" or use one of the suffixes {', '.join(_SUFFIX_FORMAT)}"
-    )
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("?", text)
+    return text

@@ -6,7 +6,8 @@ The file's SHA-256 is the tokenizer's identity; shards record it, so tokens of t
 import hashlib
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from data.reserved import drops_characters, not_kept, settings_of, text_encoder, unknown_id
 from data.schema import whole_number
+from s2.files import whole, write_text
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
 PAD_NAMES = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+# What encoding loses: where there is no byte fallback, characters become an unknown token or vanish.
+UNKNOWN, DROPPED = "runs of unknown characters", "characters without a token"
 # Words with their leading space, digits in groups of at most three, runs of punctuation, runs of white space.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -36,11 +41,11 @@ _BATCH_CHARS = 8 << 20
 class TokenizerSpec:
     """`prepare.tokenizer` of a recipe: exactly one of `train` and `path`.
 
-    train: {vocab_size, sample_bytes}: byte-level BPE over the first `sample_bytes` (default 100 MB) of the
-        corpus, shared evenly between the sources, held-out documents left out.
+    train: {vocab_size, sample_bytes}: byte-level BPE over a sample of `sample_bytes` (default 100 MB) from all over the
+        corpus (`data.sample`), held-out documents left out.
     path: an existing tokenizer.json or SentencePiece model.
-    bos, eos: token that opens / closes every document; "auto" looks for the usual names, bos "none" opens
-        with nothing.
+    bos, eos: token that opens / closes every document; "auto" looks for the usual names among the special tokens, and
+        in the whole vocabulary only where no special token has such a name; bos "none" opens with nothing.
     """
 
     train: dict[str, int] | None = None
@@ -63,8 +68,10 @@ class TokenizerSpec:
 class TextTokenizer:
     """A loaded tokenizer.json or SentencePiece model, its identity and the ids that frame a document.
 
+    Text never has these ids, nor those of other special tokens, whatever it spells (`data.reserved`).
+
     Raises FileNotFoundError for a missing file; ValueError for a file that is no tokenizer, an explicit
-    `bos`/`eos` that is not in the vocabulary, or no end-of-document token under any usual name.
+    `bos`/`eos` that is not in the vocabulary or stands for text, or no end-of-document token under any usual name.
     """
 
     def __init__(self, file: str | Path, bos: str = "auto", eos: str = "auto"):
@@ -72,10 +79,6 @@ class TextTokenizer:
         content = _read(self.file)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._tokenizer, _ = _parse(content, self.file)
-        # Text that happens to spell a special token (source code about tokenizers does) stays ordinary text.
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._lines_are_apart = _lines_are_apart(self._tokenizer)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
@@ -88,30 +91,57 @@ class TextTokenizer:
                 " set `eos` to the token that ends a text"
             )
         self.eos_id = eos_id
+        settings = settings_of(self._tokenizer)
+        self.unk_id = unknown_id(settings)
+        self._drops_characters = drops_characters(settings)
+        try:
+            frame = (self.bos_id, self.pad_id, self.eos_id)
+            self._encoder = text_encoder(settings, {i for i in frame if i is not None})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        try:
+            self.not_kept = not_kept(self._encoder)
+        except Exception:  # it cannot encode these texts at all, which is said when a text of the corpus is like them
+            self.not_kept = []
 
     def _find(self, vocab: dict[str, int], what: str, token: str, names: Iterable[str]) -> int | None:
         if token != "auto":
             if token not in vocab:
                 raise ValueError(f"{self.file}: {what} token {token!r} is not in the vocabulary")
             return vocab[token]
-        return next((vocab[name] for name in names if name in vocab), None)
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        known = special if any(name in special for name in EOS_NAMES) else vocab
+        return next((vocab[name] for name in names if name in known), None)
 
     @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned type that holds every id: uint16 up to 65,536 tokens, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
-    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """`[bos?] text eos` of each text, in `dtype`; runs on all cores."""
+    def encode_documents(self, texts: list[str], lost: Counter[str] | None = None) -> list[np.ndarray]:
+        """`[bos?] text eos` of each text, in `dtype`; runs on all cores.
+
+        lost: counts what the vocabulary cannot express, under `UNKNOWN` and `DROPPED`.
+        """
+        lost = Counter() if lost is None else lost
+        encode = self._encoder.encode_batch if self._drops_characters else self._encoder.encode_batch_fast
         head = [] if self.bos_id is None else [self.bos_id]
         ids = [array("I", head) for _ in texts]
         for batch in self._batches(texts):
-            encodings = self._tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
-            for (text, _), encoding in zip(batch, encodings, strict=True):
+            try:
+                encodings = encode([piece for _, piece in batch], add_special_tokens=False)
+            except Exception as error:  # the binding raises bare Exception
+                raise ValueError(f"{self.file}: cannot encode text ({error})") from error
+            for (text, piece), encoding in zip(batch, encodings, strict=True):
                 ids[text].fromlist(encoding.ids)
+                if self._drops_characters and (dropped := _dropped(piece, encoding.offsets)):
+                    lost[DROPPED] += dropped
         for document in ids:
             document.append(self.eos_id)
-        return [np.array(document, dtype=self.dtype) for document in ids]
+        documents = [np.array(document, dtype=self.dtype) for document in ids]
+        if self.unk_id is not None and (unknown := sum(int((each == self.unk_id).sum()) for each in documents)):
+            lost[UNKNOWN] += unknown
+        return documents
 
     def _batches(self, texts: list[str]) -> Iterator[list[tuple[int, str]]]:
         """Pieces of the texts, in order, with the index of their text."""
@@ -133,12 +163,12 @@ class TextTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """What a shard manifest records about the tokenizer."""
-        keys = ("sha256", "vocab_size", "bos_id", "eos_id", "pad_id")
+        keys = ("sha256", "vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "not_kept")
         return {key: getattr(self, key) for key in keys}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path) -> None:
-    """Train a byte-level BPE and write `file` (through a temporary file).
+    """Train a byte-level BPE and write `file`.
 
     Special tokens `<|bos|>`, `<|eos|>`, `<|pad|>` take ids 0, 1, 2. Encoding with special tokens prepends
     `<|bos|>`, which is how documents begin in the shards.
@@ -156,9 +186,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
-    temporary = file.with_name(file.name + ".tmp")
-    tokenizer.save(str(temporary))
-    temporary.replace(file)
+    write_text(file, tokenizer.to_str(pretty=True))
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -192,6 +220,16 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _dropped(text: str, offsets: Sequence[tuple[int, int]]) -> int:
+    """Characters of `text`, white space aside, that lie in none of the spans."""
+    dropped = reached = 0
+    for begin, end in (*offsets, (len(text), len(text))):
+        if begin > reached:
+            dropped += len("".join(text[reached:begin].split()))
+        reached = max(reached, end)
+    return dropped
+
+
 def _read(file: Path) -> bytes:
     if not file.is_file():
         expected = "expected a tokenizer.json or a SentencePiece model"
@@ -215,16 +253,20 @@ def _parse(content: bytes, file: Path) -> tuple[Tokenizer, bool]:
 
 
 def save_tokenizer_json(source: Path, file: Path) -> None:
-    """Write the tokenizer `source` as the tokenizer.json `file` (through a temporary file).
+    """Write the tokenizer `source` as the tokenizer.json `file`.
 
-    A tokenizer.json is copied byte for byte; a SentencePiece model is converted, always to the same bytes. Raises
-    FileNotFoundError for a missing source and ValueError for one that is no tokenizer.
+    A tokenizer.json is copied byte for byte, unless it truncates or pads, which every reader of the file would do; a
+    SentencePiece model is converted, always to the same bytes. Raises FileNotFoundError for a missing source and
+    ValueError for one that is no tokenizer.
     """
     content = _read(source)
     tokenizer, is_json = _parse(content, source)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(content if is_json else tokenizer.to_str(pretty=True).encode())
-    temporary.replace(file)
+    if tokenizer.truncation is not None or tokenizer.padding is not None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        is_json = False
+    with whole(file) as stream:
+        stream.write(content if is_json else tokenizer.to_str(pretty=True).encode())
 
 
 def tokenizer_settings(spec: TokenizerSpec) -> dict[str, Any]:

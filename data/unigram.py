@@ -34,7 +34,7 @@ def unigram_loss(train: Sequence[tuple[TokenShards, str | None, float]], heldout
     target counts, p(t) = (count(t) + 1) / (targets + V), mixed by the weights. The length filters of a training mixture
     are not applied to its counts (that would take a pass over the corpus); those of `heldout` are. The held-out targets
     are exactly those of a full pass of the held-out loader, so the figure stands beside the model's loss;
-    `limit_val_batches` makes the latter a sample of it.
+    `max_windows` makes the latter a sample of it.
     """
     counts = target_counts(heldout)
     total_weight = sum(weight for _, _, weight in train)

@@ -135,7 +135,7 @@ def _encode(task: Task) -> dict[str, Any]:
     allowance = Allowance(task.budget, first=task.index == 0)
     documents = _within(select(source.read(task.part, skipped), task.keep), allowance)
     try:
-        for batch, tokens in _encoded(_ahead(batches(documents)), tokenizer):
+        for batch, tokens in _encoded(_ahead(batches(documents)), tokenizer, skipped):
             sizes = [len(document.text.encode()) for document in batch]
             held = [spec.is_heldout(document.id) for document in batch]
             for split, writer in writers.items():
@@ -220,20 +220,30 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encoded(
-    read: Iterable[list[Document]], tokenizer: TextTokenizer
+    read: Iterable[list[Document]], tokenizer: TextTokenizer, skipped: Counter[str]
 ) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
-    """Batches with their tokens. Two batches are under way where the tokenizer uses several cores: the library encodes
-    one while the ids of the other, for which the interpreter is needed, are taken over."""
+    """Batches with their tokens; `skipped` also counts what the vocabulary cannot express.
+
+    Two batches are under way where the tokenizer uses several cores: the library encodes one while the ids of the
+    other, for which the interpreter is needed, are taken over.
+    """
     at_once = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else 2
-    under_way: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
+    under_way: deque[tuple[list[Document], Future[list[np.ndarray]], Counter[str]]] = deque()
+
+    def next_done() -> tuple[list[Document], list[np.ndarray]]:
+        batch, tokens, lost = under_way.popleft()
+        result = tokens.result()
+        skipped.update(lost)
+        return batch, result
+
     with ThreadPoolExecutor(at_once) as pool:
         for batch in read:
-            under_way.append((batch, pool.submit(tokenizer.encode_documents, [d.text for d in batch])))
+            lost: Counter[str] = Counter()
+            under_way.append((batch, pool.submit(tokenizer.encode_documents, [d.text for d in batch], lost), lost))
             if len(under_way) > at_once:
-                batch, tokens = under_way.popleft()
-                yield batch, tokens.result()
-        for batch, tokens in under_way:
-            yield batch, tokens.result()
+                yield next_done()
+        while under_way:
+            yield next_done()
 
 
 def _counted(documents: Iterable[Document]) -> Iterator[Document]:

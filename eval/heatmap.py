@@ -1,195 +1,149 @@
 """The needle heatmap: context length by depth, score 0 to 1 on a fixed red-yellow-green scale.
 
-    python -m eval.heatmap runs/demo/extend-2k/results/needle.json needle.png --score exact
-    python -m eval.heatmap published_sweep.jsonl sweep.png --score-range 1,10
+    python -m eval.heatmap results/needle.json --output needle.png --score exact
+    python -m eval.heatmap before.json after.json --output before-after.png --titles before after
+    python -m eval.heatmap published_sweep.jsonl --output sweep.png --score-range 1,10
+    python -m eval.heatmap cells/*.json --join --output sweep.png
 
-Reads results of `eval.needle`, or JSON lines with `context_length`, `depth_percent` and `score` (the form
-in which sweeps of other models are published); several files are drawn as one sweep.
+Each file, or folder of files, is a panel of its own; `--join` takes several files as parts of one sweep. What can be
+read, `eval.sweep` says. The numbers of the picture, with their intervals, go beside it as `<name>.cells.json`.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.output import read_json, write_json
+from eval.sweep import SCORE_NAMES, Sweep, describe, format_lengths, parse_length, read_sweep
+from s2 import ending, files
 
-SCORE_NAMES = {
-    "exact": "teacher-forced exact match",
-    "partial": "teacher-forced token accuracy",
-    "generated": "greedy generation, exact match",
-}
 _COLOURS = ("#d73a49", "#f6c945", "#2fa866")
 _MISSING = "#eceef1"
 _INK = "#1f2933"
+_PALE = "#52606d"
+_PICTURES = (".png", ".pdf", ".svg")
+_MOST_PANELS = 6
+_NARROW = 0.6  # inches; below, the labels of columns are slanted
+
+Measure = Callable[[str], float]
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Scores in 0..1 by (context length in tokens, depth in percent), with what the title needs to say."""
-
-    cells: dict[tuple[int, float], list[float]]
-    checkpoint: str
-    scorer: str
-    train_length: int | None = None
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def lengths(self) -> list[int]:
-        return sorted({length for length, _ in self.cells})
-
-    @property
-    def depths(self) -> list[float]:
-        return sorted({depth for _, depth in self.cells})
-
-    def grid(self) -> np.ndarray:
-        """Mean score [depths, lengths]; NaN where a cell was not run."""
-        return np.array(
-            [[np.mean(self.cells.get((length, depth), [np.nan])) for length in self.lengths] for depth in self.depths]
-        )
-
-    def counts(self) -> tuple[int, int]:
-        """Fewest and most samples of a cell that was run."""
-        sizes = [len(scores) for scores in self.cells.values()]
-        return min(sizes), max(sizes)
-
-    def mean(self) -> float:
-        """Mean over cells, so that a cell with more samples does not count more."""
-        return float(np.nanmean(self.grid()))
+def draw(sweep: Sweep, picture: Path, title: str | None = None) -> None:
+    """Write the heatmap of one sweep."""
+    draw_side_by_side([sweep], picture, [title or f"Needle in a haystack: {sweep.checkpoint}"])
 
 
-def read_sweep(files: Sequence[Path], score: str = "exact", score_range: tuple[float, float] | None = None) -> Sweep:
-    """Read result files into one sweep; `score_range` (low, high) brings scores on another scale to 0..1.
+def draw_side_by_side(
+    sweeps: Sequence[Sweep], picture: Path, titles: Sequence[str] | None = None, heading: str | None = None
+) -> None:
+    """Write several sweeps as panels of one figure, with one colour scale of 0 to 1.
 
-    Raises FileNotFoundError; ValueError for an unknown form, a missing score, no samples, or scores outside
-    the range.
+    Sweeps of the same depths get the same columns, so that a cell is found again at its place: the lengths of all of
+    them, grey where a sweep has no samples. Others keep their own. Each panel has a line at its own `train_length`.
+
+    Args:
+        picture: .png, .pdf or .svg; an old one is replaced in one step.
+        titles: one a panel; default: the checkpoints' names.
+        heading: a line above all panels.
     """
-    cells: defaultdict[tuple[int, float], list[float]] = defaultdict(list)
-    names: list[str] = []
-    scorer, train_length = SCORE_NAMES.get(score, score), None
-    notes: list[str] = []
-    low, high = score_range or (0.0, 1.0)
-    if low >= high:
-        raise ValueError(f"--score-range {low:g},{high:g}: expected the lowest and the highest score, like 1,10")
-    for file in map(Path, files):
-        rows, about = _read(file, score)
-        for length, depth, value in rows:
-            if not low <= value <= high:
-                raise ValueError(
-                    f"{file}: score {value:g} is outside {low:g}..{high:g}; name the scale with"
-                    " --score-range, like 1,10"
-                )
-            cells[length, depth].append((value - low) / (high - low))
-        if about["checkpoint"] not in names:
-            names.append(about["checkpoint"])
-        train_length = about.get("train_length") or train_length
-        notes += [note for note in about.get("notes", []) if note not in notes]
-        scorer = about.get("scorer", scorer)
-    if not cells:
-        raise ValueError(f"{', '.join(map(str, files))}: no samples")
-    return Sweep(dict(cells), ", ".join(names), scorer, train_length, tuple(notes))
-
-
-def _read(file: Path, score: str) -> tuple[list[tuple[int, float, float]], dict[str, Any]]:
-    if file.suffix == ".jsonl":
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return _published(file, rows)
-    results = read_json(file)
-    if isinstance(results, list):
-        return _published(file, results)
-    if results.get("kind") != "needle":
-        raise ValueError(
-            f"{file}: expected a result file of eval.needle or rows of context_length, depth_percent, score"
-        )
-    rows = []
-    for sample in results["samples"]:
-        if score not in sample["scores"]:
-            raise ValueError(
-                f"{file}: sample {sample['id']} has no score {score!r}; it has {', '.join(sample['scores'])}"
-            )
-        rows.append((sample["length"], sample["depth"], sample["scores"][score]))
-    settings = results["settings"]
-    notes = [f"haystack {settings['haystack']}"]
-    if results.get("attention_layout"):
-        notes.insert(0, f"attention {results['attention_layout']}")
-    notes += [f"{settings[key]} {key}" for key in ("needles", "distractors") if settings[key] > (key == "needles")]
-    about = {"checkpoint": results["checkpoint"], "train_length": results.get("train_length"), "notes": notes}
-    return rows, about
-
-
-def _published(file: Path, rows: list[Any]) -> tuple[list[tuple[int, float, float]], dict[str, Any]]:
-    keys = ("context_length", "depth_percent", "score")
-    for number, row in enumerate(rows, start=1):
-        if missing := [key for key in keys if key not in row]:
-            raise ValueError(f"{file}, row {number}: no {missing[0]!r}; a published sweep has {', '.join(keys)}")
-    triples = [(int(row[keys[0]]), float(row[keys[1]]), float(row[keys[2]])) for row in rows]
-    name = rows[0].get("model", file.stem) if rows else file.stem
-    return triples, {"checkpoint": name, "scorer": "as published"}
-
-
-def draw(sweep: Sweep, png: Path, title: str | None = None) -> None:
-    """Write the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    lengths, depths, grid = sweep.lengths, sweep.depths, sweep.grid()
-    columns, rows = len(lengths), len(depths)
-    cell_width = float(np.clip(9.0 / columns, 0.30, 1.15))
-    cell_height = float(np.clip(4.6 / rows, 0.16, 0.42))
-    slanted = cell_width < 0.6
-    below = 1.0 if slanted else 0.75
-    width = max(6.4, columns * cell_width + 2.3)
-    subtitle = _wrapped(describe(sweep), width)
-    above = 1.0 + 0.17 * subtitle.count("\n")
-    height = max(2.0, rows * cell_height) + above + below
-    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.95 / width, below / height, 1 - 2.15 / width, 1 - (above + below) / height))
-    axes.set_facecolor(_MISSING)
-    mesh = axes.pcolormesh(
-        np.arange(columns + 1),
-        np.arange(rows + 1),
-        np.ma.masked_invalid(grid),
-        cmap=LinearSegmentedColormap.from_list("needle", _COLOURS),
-        vmin=0,
-        vmax=1,
-        edgecolor="white",
-        linewidth=1.2 if columns * rows <= 400 else 0.5,
-    )
-    axes.set_xlim(0, columns)
-    axes.set_ylim(rows, 0)  # the start of the context on top
-    _label_axes(axes, lengths, depths, cell_width, cell_height, slanted)
-    if cell_width >= 0.42 and cell_height >= 0.2:
-        _write_cells(axes, grid, 8 if cell_width >= 0.6 else 7)
-    if sweep.train_length is not None:
-        _mark_training_length(axes, lengths, sweep.train_length)
-    left = 0.95 / width
-    heading = title or f"Needle in a haystack: {sweep.checkpoint}"
-    figure.text(left, 1 - 0.34 / height, heading, fontsize=12, fontweight="bold", color=_INK, va="center")
-    figure.text(left, 1 - 0.52 / height, subtitle, fontsize=8.5, color="#52606d", va="top", linespacing=1.3)
-    bar = figure.add_axes((1 - 0.95 / width, below / height, 0.16 / width, 1 - (above + below) / height))
+    check_picture(picture)
+    titles = list(titles or [sweep.checkpoint for sweep in sweeps])
+    if len(titles) != len(sweeps):
+        raise ValueError(f"{len(titles)} titles for {len(sweeps)} panels")
+    lengths = sorted({length for sweep in sweeps for length in sweep.lengths})
+    alike = all(sweep.depths == sweeps[0].depths for sweep in sweeps)
+    scales = [(lengths if alike else sweep.lengths, sweep.depths) for sweep in sweeps]
+    columns, rows = (max(len(scale[i]) for scale in scales) for i in (0, 1))
+    panels = len(sweeps)
+
+    # inches
+    cell_width = float(np.clip((9.0 if panels == 1 else 11.0 / panels) / columns, 0.30, 1.15))
+    panel_width = max(4.25 if panels == 1 else 3.4, columns * cell_width)
+    panel_height = max(2.0, rows * float(np.clip(4.6 / rows, 0.16, 0.42)))
+    left, right, gap = 0.95, 1.2, 0.35 if alike else 0.95
+    width = left + panels * panel_width + (panels - 1) * gap + right
+    below = 1.0 if panel_width / columns < _NARROW else 0.75
+
+    figure = Figure(dpi=160, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    room = panel_width + (0.9 if panels == 1 else 0.0)
+    panel_titles = [_wrapped(title, room, _measure(canvas, 12, bold=True), 3) for title in titles]
+    captions = [_wrapped(describe(sweep), room, _measure(canvas, 8.5), 12, " · ") for sweep in sweeps]
+    top = _wrapped(heading, width - left - 0.2, _measure(canvas, 14, bold=True), 2) if heading else ""
+    top_height = 0.14 + (0.25 * _lines(top) + 0.1 if top else 0)
+    title_height = 0.21 * max(map(_lines, panel_titles)) + 0.06
+    caption_height = 0.165 * max(map(_lines, captions))
+    above = top_height + title_height + caption_height + 0.32
+    height = panel_height + above + below
+    figure.set_size_inches(width, height)
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:  # inches from the top left corner
+        figure.text(x / width, 1 - y / height, text, va="top", parse_math=False, **style)
+
+    write(left, 0.14, top, fontsize=14, fontweight="bold", color=_INK, linespacing=1.25)
+    for i, sweep in enumerate(sweeps):
+        x = left + i * (panel_width + gap)
+        axes = figure.add_axes((x / width, below / height, panel_width / width, panel_height / height))
+        axes.set_facecolor(_MISSING)
+        lengths, depths = scales[i]
+        grid = sweep.grid(lengths, depths)
+        cell_width, cell_height = panel_width / len(lengths), panel_height / len(depths)
+        mesh = axes.pcolormesh(
+            np.arange(len(lengths) + 1),
+            np.arange(len(depths) + 1),
+            np.ma.masked_invalid(grid),
+            cmap=LinearSegmentedColormap.from_list("needle", _COLOURS),
+            vmin=0,
+            vmax=1,
+            edgecolor="white",
+            linewidth=1.2 if grid.size <= 400 else 0.5,
+        )
+        axes.set_xlim(0, len(lengths))
+        axes.set_ylim(len(depths), 0)  # the start of the context on top
+        _label_axes(axes, lengths, depths, cell_width, cell_height)
+        if i and alike:
+            axes.set_yticks([])
+            axes.set_ylabel("")
+        if cell_width >= 0.42 and cell_height >= 0.2:
+            _write_cells(axes, grid, 8 if cell_width >= 0.6 else 7)
+        _mark_training_length(axes, lengths, sweep)
+        write(x, top_height, panel_titles[i], fontsize=12, fontweight="bold", color=_INK, linespacing=1.25)
+        write(x, top_height + title_height, captions[i], fontsize=8.5, color=_PALE, linespacing=1.3)
+    bar = figure.add_axes((1 - (right - 0.25) / width, below / height, 0.16 / width, panel_height / height))
     colourbar = figure.colorbar(mesh, cax=bar, ticks=[0, 0.25, 0.5, 0.75, 1])
     colourbar.outline.set_visible(False)
     colourbar.ax.tick_params(labelsize=8, length=0, colors=_INK)
-    colourbar.set_label(f"score: {sweep.scorer}", fontsize=8, color=_INK)
-    png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png)
+    scorers = " / ".join(dict.fromkeys(sweep.scorer for sweep in sweeps))
+    label = _wrapped(f"score: {scorers}", panel_height, _measure(canvas, 8), 2)
+    colourbar.set_label(label, fontsize=8, color=_INK, parse_math=False)
+    with files.whole(picture) as stream:
+        figure.savefig(stream, format=picture.suffix[1:].lower())
 
 
-def _label_axes(
-    axes: Any, lengths: list[int], depths: list[float], cell_width: float, cell_height: float, slanted: bool
-) -> None:
+def check_picture(picture: Path) -> None:
+    """Refuse a name that is no picture's. Raises ValueError."""
+    if picture.suffix.lower() not in _PICTURES:
+        raise ValueError(f"{picture}: a picture ends in {', '.join(_PICTURES)}")
+
+
+def _label_axes(axes: Any, lengths: list[int], depths: list[float], cell_width: float, cell_height: float) -> None:
+    slanted = cell_width < _NARROW
     # At least 0.3 inch between length labels, 0.2 between depth labels.
     columns = range(0, len(lengths), max(1, round(0.3 / cell_width)))
+    labels = format_lengths(lengths)
     axes.set_xticks([c + 0.5 for c in columns])
     axes.set_xticklabels(
-        [format_length(lengths[c]) for c in columns],
+        [labels[c] for c in columns],
         rotation=45 if slanted else 0,
         ha="right" if slanted else "center",
         rotation_mode="anchor",
@@ -222,15 +176,21 @@ def _write_cells(axes: Any, grid: np.ndarray, size: float) -> None:
         )
 
 
-def _mark_training_length(axes: Any, lengths: list[int], train_length: int) -> None:
-    place = sum(length <= train_length for length in lengths)
-    axes.axvline(place, color=_INK, linewidth=1.8, linestyle=(0, (4, 2)), clip_on=False)
+def _mark_training_length(axes: Any, lengths: list[int], sweep: Sweep) -> None:
+    """A line behind the last length that was trained; in words where the sweep ends before it."""
+    trained = sweep.train_length
+    if trained is None:
+        return
+    place = sum(length <= trained for length in lengths)
+    shown = trained <= max(sweep.lengths) or place < len(lengths)
+    if shown:
+        axes.axvline(place, color=_INK, linewidth=1.8, linestyle=(0, (4, 2)), clip_on=False)
     left_half = place <= len(lengths) / 2
     axes.annotate(
-        f"trained on {train_length:,} tokens",
+        f"trained on {trained:,} tokens" + ("" if shown else ", beyond this map"),
         xy=(place, 1.0),
         xycoords=("data", "axes fraction"),
-        xytext=(3 if left_half else -3, 4),
+        xytext=((3 if left_half else -3) if shown else 0, 4),
         textcoords="offset points",
         ha="left" if left_half else "right",
         va="bottom",
@@ -239,70 +199,121 @@ def _mark_training_length(axes: Any, lengths: list[int], train_length: int) -> N
     )
 
 
-def _wrapped(line: str, width: float) -> str:
-    """Break between the parts of a subtitle that is wider than the picture (`width` inches)."""
-    room, lines = int((width - 1.2) / 0.068), [""]
-    for part in line.split(" · "):
-        if lines[-1] and len(lines[-1]) + len(part) + 3 > room:
-            lines.append(part)
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def _measure(canvas: Any, size: float, bold: bool = False) -> Measure:
+    """Width in inches of a text at this font size."""
+    from matplotlib.font_manager import FontProperties
+
+    renderer = canvas.get_renderer()
+    font = FontProperties(size=size, weight="bold" if bold else "normal")
+    return lambda text: renderer.get_text_width_height_descent(text, font, False)[0] / renderer.dpi
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1 if text else 0
+
+
+def _wrapped(text: str, width: float, measure: Measure, most: int, between: str = " ") -> str:
+    """Broken where `between` stands, at last anywhere, into at most `most` lines of `width` inches.
+
+    What has no room is left out of the middle, where paths and names say least.
+    """
+    text = " ".join(text.split())
+    lines: list[str] = []
+    for part in text.split(between):
+        if lines and measure(joined := f"{lines[-1]}{between}{part}") <= width:
+            lines[-1] = joined
         else:
-            lines[-1] += f" · {part}" if lines[-1] else part
+            lines += _broken(part, width, measure)
+    if len(lines) > most:
+        keep = most - most // 2
+        lines = [*lines[:keep], *lines[len(lines) - most // 2 :]]
+        lines[keep - 1] = lines[keep - 1][:-3] + " ..."
     return "\n".join(lines)
 
 
-def describe(sweep: Sweep) -> str:
-    """One line: mean score, samples per cell, notes."""
-    low, high = sweep.counts()
-    n = f"n = {low}" if low == high else f"n = {low} to {high}"
-    return " · ".join([f"mean {sweep.mean():.3f}", f"{n} per cell", *sweep.notes])
+def _broken(part: str, width: float, measure: Measure) -> list[str]:
+    """`part` in pieces of at most `width` inches, broken after a sign or a space where one is near."""
+    pieces = []
+    while measure(part) > width:
+        count = max(1, int(len(part) * width / measure(part)))
+        while count > 1 and measure(part[:count]) > width:
+            count -= 1
+        signs = [match.end() for match in re.finditer(r"[/_,:\s-]", part[:count])]
+        if signs and signs[-1] > count // 2:
+            count = signs[-1]
+        pieces.append(part[:count].rstrip())
+        part = part[count:]
+    return [*pieces, part]
 
 
-def format_length(length: int) -> str:
-    """2048 is 2k, 2560 is 2.5k; what 512 does not divide counts in thousands: 118059 is 118k."""
-    if length % 512 == 0 and length >= 1024:
-        return f"{length / 1024:g}k"
-    return str(length) if length < 1000 else f"{length / 1000:.3g}k"
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.heatmap", description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, help="results of eval.needle, rows of a published sweep, or folders of such")
+    add("--output", type=Path, help="picture to write (.png, .pdf, .svg); without, the last name given is the picture")
+    add("--join", action="store_true", help="all files are parts of one sweep, not panels side by side")
+    add("--score", default="exact", help=f"for results of eval.needle: {', '.join(SCORE_NAMES)}")
+    add("--score-range", help="lowest and highest possible score of the rows, e.g. 1,10")
+    add("--train-length", help="draw the training length here: 2k, or one a panel like 512,2k")
+    add("--titles", nargs="+", help="one a panel (default: the checkpoints' names)")
+    add("--title", help="heading of the figure")
+    return parser.parse_intermixed_args(argv)  # a picture named last, also after options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.heatmap", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("results", nargs="+", type=Path, help="needle.json, or rows of a published sweep (.jsonl)")
-    parser.add_argument("png", type=Path, help="picture to write; the numbers go beside it as .json")
-    parser.add_argument("--score", default="exact", help=f"for eval.needle results: {', '.join(SCORE_NAMES)}")
-    parser.add_argument("--score-range", help="lowest and highest possible score of the rows, e.g. 1,10")
-    parser.add_argument("--train-length", type=int, help="draw the training length here")
-    parser.add_argument("--title")
-    args = parser.parse_args(argv)
-    score_range = None
-    if args.score_range:
-        try:
-            low, high = map(float, args.score_range.split(","))
-        except ValueError:
-            raise ValueError(f"--score-range {args.score_range}: expected two numbers like 1,10") from None
-        score_range = (low, high)
-    sweep = read_sweep(args.results, args.score, score_range)
-    if args.train_length:
-        sweep = replace(sweep, train_length=args.train_length)
-    draw(sweep, args.png, args.title)
-    numbers = args.png.with_suffix(".json")
-    if numbers.resolve() not in {file.resolve() for file in args.results}:
-        write_json(numbers, cells_json(sweep))
-    print(f"{describe(sweep)}\n{args.png}")
+    args = _arguments(argv)
+    picture, results = args.output, args.results
+    if picture is None:
+        if len(results) < 2 or results[-1].suffix.lower() not in _PICTURES:
+            raise ValueError("no picture to write is named; add --output needle.png")
+        *results, picture = results
+    check_picture(picture)
+    groups = [results] if args.join else [[file] for file in results]
+    if len(groups) > _MOST_PANELS:
+        raise ValueError(
+            f"{len(groups)} files would be {len(groups)} panels, and {_MOST_PANELS} have room; --join takes them as"
+            " parts of one sweep"
+        )
+    score_range = _score_range(args.score_range) if args.score_range else None
+    sweeps = [read_sweep(group, args.score, score_range) for group in groups]
+    trained = [parse_length(length) for length in args.train_length.split(",")] if args.train_length else []
+    trained *= len(sweeps) if len(trained) == 1 else 1
+    for name, values in (("--titles", args.titles), ("--train-length", trained)):
+        if values and len(values) != len(sweeps):
+            raise ValueError(f"{name}: {len(values)} for {len(sweeps)} panels; give one a panel")
+    if trained:
+        sweeps = [replace(sweep, train_length=length) for sweep, length in zip(sweeps, trained, strict=True)]
+    numbers = picture.with_name(f"{picture.stem}.cells.json")
+    if len(sweeps) == 1:
+        draw(sweeps[0], picture, args.titles[0] if args.titles else args.title)
+        files.write_json(numbers, sweeps[0].as_json())
+    else:
+        titles = args.titles or _distinct_names(sweeps, results)
+        draw_side_by_side(sweeps, picture, titles, args.title)
+        files.write_json(numbers, {"kind": "needle-heatmaps", "panels": [sweep.as_json() for sweep in sweeps]})
+    for sweep in sweeps:
+        print(describe(sweep) if len(sweeps) == 1 else f"{sweep.checkpoint}: {describe(sweep)}")
+    print(f"{picture}\n{numbers}")
 
 
-def cells_json(sweep: Sweep) -> dict[str, Any]:
-    """The picture's numbers: mean score and n of every cell."""
-    return {
-        "kind": "needle-heatmap",
-        "checkpoint": sweep.checkpoint,
-        "scorer": sweep.scorer,
-        "train_length": sweep.train_length,
-        "cells": [
-            {"length": length, "depth": depth, "score": float(np.mean(scores)), "n": len(scores)}
-            for (length, depth), scores in sorted(sweep.cells.items())
-        ],
-    }
+def _score_range(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"--score-range {text}: expected two numbers like 1,10") from None
+    return low, high
+
+
+def _distinct_names(sweeps: Sequence[Sweep], results: Sequence[Path]) -> list[str]:
+    names = [sweep.checkpoint for sweep in sweeps]
+    return names if len(set(names)) == len(names) else [str(file) for file in results]
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

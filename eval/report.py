@@ -2,8 +2,10 @@
 
 Reads what the other programs left in a run folder (lm-eval results, needle sweeps, held-out losses of the
 training log) and writes Markdown: `results/README.md` of the run, or for several runs the file that
-`--output` names.
+`--output` names. Results of weights that the run no longer has are left out, and named.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -12,13 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from lm_eval.utils import make_table
 
-from eval import heatmap
-from eval.checkpoint import checkpoint_name
-from eval.output import read_json, write_text
+from eval.checkpoint import fingerprint, results_folder
+from eval.sweep import Sweep, describe, format_lengths, read_sweep
+from s2 import ending
+from s2.files import read_json, write_text
+
+_SIGNATURE = "<!-- written by python -m eval.report, which replaces it -->"
+_EARLIER = ("# Results of ", "# Side by side: ")  # how pages begin that have no signature yet
+# What lm-eval results record beside the conditions under which they hold.
+_ABOUT = {
+    *("checkpoint", "fingerprint", "attention_layout", "block_size", "max_position_embeddings"),
+    *("tasks", "num_fewshot", "cut_inputs", "remarks"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,36 +38,61 @@ class RunResults:
     """What one run folder holds.
 
     lm: lm-eval results. needle: sweep by file. losses: rows of {step, tokens, <held-out set>: loss in nats}.
+    left_out: names of result files that are of other weights than the run has now.
     """
 
     folder: Path
     lm: tuple[dict[str, Any], ...]
-    needle: dict[Path, heatmap.Sweep]
+    needle: dict[Path, Sweep]
     losses: tuple[dict[str, float], ...]
-
-    @property
-    def name(self) -> str:
-        return checkpoint_name(self.folder)
+    left_out: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, folder: Path) -> "RunResults":
+    def read(cls, folder: Path) -> RunResults:
         """Raises FileNotFoundError for a folder without any result, ValueError for a broken file."""
         if not folder.is_dir():
             raise FileNotFoundError(f"run {folder}: no such folder; expected something like runs/demo/extend-2k")
-        lm, needle = [], {}
-        for file in sorted((folder / "results").glob("*.json")):
+        results = results_folder(folder)
+        folder = results.parent
+        weights = folder / "hf" if (folder / "hf").is_dir() else folder
+        now = fingerprint(weights) if (weights / "config.json").is_file() else None
+        lm, needle, left_out = [], {}, []
+        for file in sorted(results.glob("*.json")):
             content = read_json(file)
-            if isinstance(content, dict) and "s2" in content and "results" in content:
+            if not isinstance(content, dict) or ".old" in file.name:  # as earlier versions set sweeps aside
+                continue
+            about = content.get("s2") if "results" in content else content if content.get("kind") == "needle" else None
+            if not isinstance(about, dict):
+                continue
+            if now and about.get("fingerprint") not in (None, now):
+                left_out.append(file.name)
+            elif about is not content:
                 lm.append(content)
-            elif isinstance(content, dict) and content.get("kind") == "needle" and ".old" not in file.name:
-                needle[file] = heatmap.read_sweep([file])
+            elif content.get("samples"):
+                needle[file] = read_sweep([file])
         losses = _validation_losses(folder / "logs" / "metrics.csv")
-        if not (lm or needle or losses):
+        if not (lm or needle or losses or left_out):
             raise FileNotFoundError(
                 f"run {folder} has no results yet: neither results/*.json (`make eval`, `make needle`) nor"
                 " held-out losses in logs/metrics.csv"
             )
-        return cls(folder, tuple(lm), needle, tuple(losses))
+        return cls(folder, tuple(lm), needle, tuple(losses), tuple(left_out))
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The last two parts of each path, or as many more as tell it from the others: A/demo/ext and B/demo/ext."""
+    paths = [folder.resolve().parts for folder in folders]
+
+    def last(parts: tuple[str, ...], count: int) -> str:
+        return "/".join(parts[-count:]).replace("//", "/").removeprefix("/")
+
+    def label(parts: tuple[str, ...]) -> str:
+        for count in range(2, len(parts)):
+            if sum(last(other, count) == last(parts, count) for other in paths) == 1:
+                return last(parts, count)
+        return "/".join(parts).replace("//", "/")
+
+    return [label(parts) for parts in paths]
 
 
 def _validation_losses(file: Path) -> list[dict[str, float]]:
@@ -63,59 +100,87 @@ def _validation_losses(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     rows = []
-    with file.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            losses = {
-                key.split("/")[1]: float(value)
-                for key, value in row.items()
-                if key and value and key.startswith("val/") and key.endswith("/loss")
-            }
-            if losses:
-                rows.append({"step": float(row["step"]), "tokens": float(row.get("tokens") or 0), **losses})
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        for number, row in enumerate(csv.DictReader(stream), start=2):
+            try:
+                losses = {
+                    key.split("/")[1]: float(value)
+                    for key, value in row.items()
+                    if key and value and key.startswith("val/") and key.endswith("/loss")
+                }
+                if losses:
+                    rows.append({"step": float(row["step"]), "tokens": float(row.get("tokens") or 0), **losses})
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{file}, line {number}: not a row of the training log ({error})") from None
     return rows
 
 
 def run_page(run: RunResults, page: Path) -> str:
     """Markdown of one run, with pictures linked relative to `page`."""
-    parts = [f"# Results of {run.name}"]
+    (name,) = labels([run.folder])
+    parts = [f"# Results of {name}"]
     if run.losses:
         parts += ["## Held-out loss", _losses_table(run.losses)]
         if (run.folder / "loss.png").is_file():
             parts.append(_picture("loss over tokens", run.folder / "loss.png", page))
     for file, sweep in run.needle.items():
-        parts += ["## Needle in a haystack", heatmap.describe(sweep), _needle_table({run.name: sweep})]
+        parts += [f"## {_needle_heading(file.stem)}", describe(sweep), _needle_table([(name, sweep)])]
         if file.with_suffix(".png").is_file():
-            parts.append(_picture(f"needle heatmap of {run.name}", file.with_suffix(".png"), page))
+            parts.append(_picture(f"needle heatmap of {name}", file.with_suffix(".png"), page))
     if run.lm:
         parts.append("## Downstream tasks")
     for results in run.lm:
         parts += [_lm_conditions(results), make_table(results).strip()]
-    return "\n\n".join(parts) + "\n"
+    return _page([*parts, *_left_out([run], [name])])
 
 
 def comparison_page(runs: Sequence[RunResults], page: Path) -> str:
     """Markdown of several runs side by side, one column each; a dash where a run lacks the number."""
-    parts = ["# Side by side: " + ", ".join(run.name for run in runs)]
-    last = {run.name: run.losses[-1] for run in runs if run.losses}
-    if last:
-        names = list(dict.fromkeys(key for row in last.values() for key in row if key not in ("step", "tokens")))
-        rows = [["tokens", *(f"{last[r.name]['tokens']:,.0f}" if r.name in last else "-" for r in runs)]]
-        rows += [[name, *(_number(last.get(run.name, {}).get(name)) for run in runs)] for name in names]
-        parts += ["## Held-out loss at the end", _markdown(["set", *(run.name for run in runs)], rows)]
-    sweeps = {run.name: next(iter(run.needle.values())) for run in runs if run.needle}
-    if sweeps:
-        parts += ["## Needle in a haystack", _needle_table(sweeps)]
-        for run in runs:
-            pictures = [file.with_suffix(".png") for file in run.needle if file.with_suffix(".png").is_file()]
-            parts += [_picture(f"needle heatmap of {run.name}", picture, page) for picture in pictures]
-    metrics = {run.name: _metrics(run) for run in runs}
-    keys = list(dict.fromkeys(key for values in metrics.values() for key in values))
-    if keys:
-        rows = [[*key, *(metrics[run.name].get(key, "-") for run in runs)] for key in keys]
-        header = ["task", "n-shot", "metric", *(run.name for run in runs)]
-        conditions = [f"{run.name}\n\n{_lm_conditions(results)}" for run in runs for results in run.lm]
+    names = labels([run.folder for run in runs])
+    parts = ["# Side by side: " + ", ".join(names)]
+    last = [run.losses[-1] if run.losses else {} for run in runs]
+    if any(last):
+        sets = list(dict.fromkeys(key for row in last for key in row if key not in ("step", "tokens")))
+        rows = [["tokens", *(f"{row['tokens']:,.0f}" if row else "-" for row in last)]]
+        rows += [[name, *(_number(row.get(name)) for row in last)] for name in sets]
+        parts += ["## Held-out loss at the end", _markdown(["set", *names], rows)]
+    for stem in dict.fromkeys(file.stem for run in runs for file in run.needle):
+        found = [
+            (name, file, sweep)
+            for name, run in zip(names, runs, strict=True)
+            for file, sweep in run.needle.items()
+            if file.stem == stem
+        ]
+        parts += [f"## {_needle_heading(stem)}", _needle_table([(name, sweep) for name, _, sweep in found])]
+        parts.append("\n".join(f"- {name}: {describe(sweep)}" for name, _, sweep in found))
+        for name, file, _ in found:
+            if file.with_suffix(".png").is_file():
+                parts.append(_picture(f"needle heatmap of {name}", file.with_suffix(".png"), page))
+    if rows := _metric_rows(runs):
+        header = ["task", "n-shot", "metric", "conditions", *names]
+        if not any(row[3] for row in rows):
+            header, rows = header[:3] + header[4:], [row[:3] + row[4:] for row in rows]
+        conditions = [
+            f"{name}\n\n{_lm_conditions(results)}" for name, run in zip(names, runs, strict=True) for results in run.lm
+        ]
         parts += ["## Downstream tasks", _markdown(header, rows), *conditions]
-    return "\n\n".join(parts) + "\n"
+    return _page([*parts, *_left_out(runs, names)])
+
+
+def _page(parts: Sequence[str]) -> str:
+    return "\n\n".join([*parts, _SIGNATURE]) + "\n"
+
+
+def _left_out(runs: Sequence[RunResults], names: Sequence[str]) -> list[str]:
+    return [
+        f"Left out of {name}, since they are of other weights than it has now: {', '.join(run.left_out)}"
+        for name, run in zip(names, runs, strict=True)
+        if run.left_out
+    ]
+
+
+def _needle_heading(stem: str) -> str:
+    return "Needle in a haystack" + (f": {stem.removeprefix('needle').strip('-')}" if stem != "needle" else "")
 
 
 def _losses_table(losses: Sequence[dict[str, float]]) -> str:
@@ -127,52 +192,78 @@ def _losses_table(losses: Sequence[dict[str, float]]) -> str:
     return _markdown(["step", "tokens", *names], rows)
 
 
-def _needle_table(sweeps: dict[str, heatmap.Sweep]) -> str:
-    """Mean score over depths by length, one row per checkpoint, and the worst depth."""
-    lengths = sorted({length for sweep in sweeps.values() for length in sweep.lengths})
+def _needle_table(sweeps: Sequence[tuple[str, Sweep]]) -> str:
+    """One row per checkpoint: mean with its interval, mean over depths by length, worst depth."""
+    lengths = sorted({length for _, sweep in sweeps for length in sweep.lengths})
     rows = []
-    for name, sweep in sweeps.items():
+    for name, sweep in sweeps:
         means = dict(zip(sweep.lengths, np.nanmean(sweep.grid(), axis=0), strict=True))
-        worst = np.nanmean(sweep.grid(), axis=1)
-        low = int(worst.argmin())
+        by_depth = np.nanmean(sweep.grid(), axis=1)
+        low = int(by_depth.argmin())
+        begin, end = sweep.interval()
         rows.append(
             [
                 name,
+                f"{sweep.mean():.3f} ({begin:.2f} to {end:.2f})",
                 *(_number(means.get(length)) for length in lengths),
-                f"{worst[low]:.3f} at {sweep.depths[low]:g}%",
+                f"{by_depth[low]:.3f} at {sweep.depths[low]:g}%",
             ]
         )
-    return _markdown(["checkpoint", *map(heatmap.format_length, lengths), "worst depth"], rows)
+    return _markdown(["checkpoint", "mean (95%)", *format_lengths(lengths), "worst depth"], rows)
 
 
-def _metrics(run: RunResults) -> dict[tuple[str, str, str], str]:
-    """{(task, shots, metric): value ± standard error}; a later file wins."""
+def _metric_rows(runs: Sequence[RunResults]) -> list[list[str]]:
+    """Rows of task, shots, metric, conditions and a value ± standard error a run.
+
+    A run's results of one metric under several conditions stand in rows of their own, which say what differs; results
+    of the first documents alone always do.
+    """
+    found: dict[tuple[str, str, str], list[tuple[int, dict[str, str], str]]] = {}
+    for column, run in enumerate(runs):
+        for results in run.lm:
+            conditions = {key: str(value) for key, value in results["s2"].items() if key not in _ABOUT}
+            for key, text in _metrics(results).items():
+                found.setdefault(key, []).append((column, conditions, text))
+    rows = []
+    for key, values in found.items():
+        differing = {"limit"} if any(c.get("limit", "None") != "None" for _, c, _ in values) else set()
+        for column in range(len(runs)):
+            own = [conditions for c, conditions, _ in values if c == column]
+            differing |= {name for c in own for name in c if len({other.get(name) for other in own}) > 1}
+        cells: dict[str, list[str]] = {}
+        for column, conditions, text in values:
+            said = ", ".join(f"{name} {conditions.get(name, '?')}" for name in sorted(differing))
+            cells.setdefault(said.replace("limit None", "no limit"), ["-"] * len(runs))[column] = text
+        rows += [[*key, said, *row] for said, row in cells.items()]
+    return rows
+
+
+def _metrics(results: dict[str, Any]) -> dict[tuple[str, str, str], str]:
+    """{(task, shots, metric): value ± standard error}"""
     found = {}
-    for results in run.lm:
-        for task, values in results["results"].items():
-            shots = str(results.get("n-shot", {}).get(task, ""))
-            for key, value in values.items():
-                name, _, filtered = key.partition(",")
-                if not isinstance(value, float) or name.endswith("_stderr"):
-                    continue
-                error = values.get(f"{name}_stderr,{filtered}")
-                label = name if filtered in ("", "none") else f"{name} ({filtered})"
-                margin = f" ± {error:.4f}" if isinstance(error, float) else ""
-                found[task, shots, label] = f"{value:.4f}{margin}"
+    for task, values in results["results"].items():
+        shots = str(results.get("n-shot", {}).get(task, ""))
+        for key, value in values.items():
+            name, _, filtered = key.partition(",")
+            if not isinstance(value, float) or name.endswith("_stderr"):
+                continue
+            error = values.get(f"{name}_stderr,{filtered}")
+            label = name if filtered in ("", "none") else f"{name} ({filtered})"
+            margin = f" ± {error:.4f}" if isinstance(error, float) else ""
+            found[task, shots, label] = f"{value:.4f}{margin}"
     return found
 
 
 def _lm_conditions(results: dict[str, Any]) -> str:
     about = results["s2"]
-    return (
-        f"{', '.join(about['tasks'])}: max_length {about['max_length']}, BOS {about['bos']},"
-        f" limit {about['limit'] or 'none'}, cut inputs: {about['cut_inputs']}"
-    )
+    said = {"max_length": "max_length", "bos": "BOS", "limit": "limit", "dtype": "dtype"}
+    known = [f"{name} {about[key] or 'none'}" for key, name in said.items() if key in about]
+    return f"{', '.join(about['tasks'])}: {', '.join(known)}, cut inputs: {about.get('cut_inputs', 'unknown')}"
 
 
 def _picture(text: str, file: Path, page: Path) -> str:
     link = Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix()
-    return f"![{text}]({link})"
+    return f"![{text}]({quote(link, safe='/+,')})"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -184,6 +275,14 @@ def _number(value: float | None) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.3f}"
 
 
+def _require_ours(page: Path) -> None:
+    """Refuse to replace a page that somebody else has written. Raises ValueError."""
+    if page.is_file():
+        text = page.read_text(encoding="utf-8", errors="replace")
+        if text.strip() and _SIGNATURE not in text and not text.startswith(_EARLIER):
+            raise ValueError(f"{page} was not written by this program; choose another --output, or move it")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, e.g. runs/demo/pretrain runs/demo/extend-2k")
@@ -191,11 +290,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.runs) > 1 and args.output is None:
         raise ValueError("several runs need --output FILE, e.g. --output runs/demo/README.md")
-    page = args.output or args.runs[0] / "results" / "README.md"
-    runs = [RunResults.read(folder) for folder in args.runs]
+    page = args.output or results_folder(args.runs[0]) / "README.md"
+    _require_ours(page)
+    read = [RunResults.read(folder) for folder in args.runs]
+    runs = list({run.folder.resolve(): run for run in read}.values())  # a run that is named twice is one column
     write_text(page, run_page(runs[0], page) if len(runs) == 1 else comparison_page(runs, page))
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

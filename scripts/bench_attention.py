@@ -51,7 +51,9 @@ from bench_measure import (
 from bench_report import Row, blank_row, line, write
 from torch import Tensor
 
+from s2 import ending
 from s2.attention import Pattern
+from s2.ending import FailureError
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST_LENGTH, HOST_HEADS = 256, 4
@@ -418,15 +420,15 @@ def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:
 def main() -> None:
     args = parse_arguments()
     if not torch.cuda.is_available():
-        sys.exit("error: bench needs a CUDA device")
+        raise FailureError("bench needs a CUDA device")
     record = new_record(args, torch.cuda.get_device_name(), sys.argv[1:])
     page = run(args, record)
     print(f"wrote {page} with its .json and plots")
     rows = [row for section in record["sections"] for row in section["rows"]]
     failed = [row["name"] for row in rows if row["status"] == "failed" and row["name"].startswith("S2 ")]
     if failed:
-        sys.exit(f"error: {len(failed)} of our own rows failed: {', '.join(dict.fromkeys(failed))}")
+        raise FailureError(f"{len(failed)} of our own rows failed: {', '.join(dict.fromkeys(failed))}")
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

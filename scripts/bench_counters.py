@@ -37,6 +37,9 @@ from bench_attention import (
 from bench_kernels import Entry
 from bench_report import Row, heading, markdown, save
 
+from s2 import ending
+from s2.ending import FailureError
+
 UNITS = {  # what may be full, and its counter: percent of what it could do in the kernel's time
     "tensor cores": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "DRAM": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -165,7 +168,6 @@ METHOD = [
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     cases = "\n".join(f"- {case}" for case in record["cases"])
     parts = [heading("Counters of the Hopper kernels", record), cases, table(record["rows"])]
     return save(record, folder, "\n\n".join(parts) + "\n")
@@ -199,20 +201,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if not torch.cuda.is_available():
-        sys.exit("error: bench_counters needs a CUDA device")
+        raise FailureError("bench_counters needs a CUDA device")
     if args.profiled:
         profiled(args)
         return
     ncu = shutil.which("ncu")
     if ncu is None:
-        sys.exit("error: bench_counters needs Nsight Compute's ncu on the path")
+        raise FailureError("bench_counters needs Nsight Compute's ncu on the path")
     result = subprocess.run(profiler_command(ncu, sys.argv[1:]), capture_output=True, text=True, check=False)
-    try:
-        if result.returncode:
-            raise ValueError(f"ncu ended with {result.returncode}:\n{(result.stdout + result.stderr)[-2000:].strip()}")
-        rows = parse(result.stdout, [label for label, *_ in labelled(args)])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if result.returncode:
+        raise FailureError(f"ncu ended with {result.returncode}: {(result.stdout + result.stderr)[-2000:].strip()}")
+    rows = parse(result.stdout, [label for label, *_ in labelled(args)])
     version = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout.split()
     record = origin("bench_counters", sys.argv[1:], torch.cuda.get_device_name(), args.commit)
     record["versions"]["Nsight Compute"] = next((word for word in version if re.fullmatch(r"20\d\d\.\S+", word)), "?")
@@ -222,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -21,6 +20,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from data.prepare import prepare
 from data.shards import ShardWriter, TokenShards, write_manifest
 from data.spec import PrepareSpec
 from data.work import batches
+from s2 import ending, files
 
 SEQ_LEN, ROWS = 8192, 8
 VOCAB_SIZE = 32768
@@ -42,11 +43,16 @@ def spec(output: Path, sources: list[str], tokenizer: dict[str, Any]) -> Prepare
     return PrepareSpec.parse({"output": str(output), "sources": sources, "tokenizer": tokenizer})
 
 
+def free_folder(work: Path) -> Path:
+    """A folder that is not there yet: what is prepared already would not be prepared again. They stay in `work`."""
+    return next(folder for number in count(1) if not (folder := work / f"try-{number}").exists())
+
+
 def preparation(work: Path, sources: list[str], repeats: int) -> dict[str, Any]:
     """Raw and whole rates, in turn."""
     tokenizer = work / "first" / "tokenizer.json"
     prepare(spec(work / "first", sources, {"train": {"vocab_size": VOCAB_SIZE, "sample_bytes": 50_000_000}}))
-    asked = spec(work / "second", sources, {"path": str(tokenizer)})
+    asked = spec(free_folder(work), sources, {"path": str(tokenizer)})
     documents = [document for source in asked.sources for document in source.documents()]
     size = sum(len(document.text.encode()) for document in documents)
     raw, whole = [], []
@@ -56,8 +62,7 @@ def preparation(work: Path, sources: list[str], repeats: int) -> dict[str, Any]:
         for batch in batches(documents):
             library.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
         raw.append(time.perf_counter() - started)
-        for file in [*asked.folders["train"].glob("*"), *asked.folders["heldout"].glob("*")]:
-            file.unlink()
+        asked = spec(free_folder(work), sources, {"path": str(tokenizer)})
         started = time.perf_counter()
         prepare(asked)
         whole.append(time.perf_counter() - started)
@@ -182,7 +187,8 @@ def plot(samples: list[dict[str, float]], file: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    with files.whole(file) as stream:
+        figure.savefig(stream, format="png", dpi=150)
 
 
 def main() -> None:
@@ -206,16 +212,15 @@ def main() -> None:
         "reading": in_fresh_process(reading, args.work / "synthetic", args.read_gb),
     }
     stem = f"{date.today()}-{args.name}-data"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    files.write_json(args.out / f"{stem}.json", result)
     plot(result["reading"]["samples"], args.out / f"{stem}.png")
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     head = f"# Data pipeline, {date.today()}, {result['machine']}\n\n"
     head += f"`{result['command']}` at {result['commit']}; {versions}.\n"
     lines = [head, *table(result), f"\n![memory over the pass]({stem}.png)"]
-    (args.out / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    files.write_text(args.out / f"{stem}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

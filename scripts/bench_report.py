@@ -8,11 +8,12 @@ none.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from s2 import files
 
 Row = dict[str, Any]
 
@@ -240,7 +241,8 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.legend(grid.flat[0].lines, names, loc="outside right upper", fontsize=9)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    with files.whole(path) as stream:
+        figure.savefig(stream, format="png", dpi=130)
 
 
 def _colour(index: int) -> Any:
@@ -287,7 +289,6 @@ def report(record: dict[str, Any], plots: dict[str, str]) -> str:
 
 def write(record: dict[str, Any], folder: Path, *, with_plots: bool) -> Path:
     """Write `<date>-<machine>-<name>.md` and `.json`, and a `.png` for each section of several lengths."""
-    folder.mkdir(parents=True, exist_ok=True)
     name, plots = stem(record), {}
     for section in record["sections"] if with_plots else []:
         measured = [row for row in section["rows"] if row["forward_ms"] is not None]
@@ -298,8 +299,8 @@ def write(record: dict[str, Any], folder: Path, *, with_plots: bool) -> Path:
 
 
 def save(record: dict[str, Any], folder: Path, page: str) -> Path:
-    """Write a record and its page, `<date>-<machine>-<name>.json` and `.md`, into a folder that exists."""
+    """Write a record and its page, `<date>-<machine>-<name>.json` and `.md`."""
     path = folder / f"{stem(record)}.md"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    path.write_text(page)
+    files.write_json(path.with_suffix(".json"), record)
+    files.write_text(path, page)
     return path

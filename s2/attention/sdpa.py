@@ -66,6 +66,8 @@ def masked_attention(
     heads = (layer, head_offset, total_kv_heads)
     if cu_seqlens is None:
         return _attend(q, k, v, pattern, heads, softmax_scale)
+    if torch.compiler.is_compiling():
+        return _attend_packed(q, k, v, cu_seqlens, pattern, heads, softmax_scale)
     borders = check_borders(cu_seqlens.tolist(), q.shape[0])
     bounds = [(b, e) for b, e in itertools.pairwise(borders) if e > b] or [(0, 0)]
     documents = [
@@ -78,17 +80,48 @@ def masked_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: tuple[int, int, int], softmax_scale: float
 ) -> Tensor:
-    q_len, kv_len, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    q_len, kv_len = q.shape[1], k.shape[1]
     if pattern.is_dense and q_len == kv_len:
         return dense_attention(q, k, v, softmax_scale)
     if kv_len > _longest(pattern):
         covered, needed = _longest(pattern) // pattern.block_size, -(-kv_len // pattern.block_size)
         raise ValueError(f"the block mask covers {covered} blocks but {needed} are needed")
-    # patterns count from the start of the document, so one mask of a rounded-up length serves every shorter one
-    rounded = max(256, 1 << (kv_len - 1).bit_length())
-    make_mask = _mask if is_plain(q, k, v) else _traced_mask
-    mask = make_mask(pattern.key, min(rounded, _longest(pattern)), k.shape[2], *heads, q.device)
-    mask = mask[:, kv_len - q_len : kv_len, :kv_len]  # [Hkv, Sq, Skv]
+    mask = _mask_of(pattern, kv_len, k.shape[2], heads, q)[:, kv_len - q_len : kv_len, :kv_len]
+    return _attend_masked(q, k, v, mask, pattern, softmax_scale)
+
+
+def _attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, pattern: Pattern, heads: tuple[int, int, int], scale: float
+) -> Tensor:
+    """All documents at once, `[T, H, D]`, for torch.compile: a graph cannot depend on where the borders are. It takes a
+    mask over all pairs of tokens. Rows behind the last border are zero, and borders that do not fit give NaN, as does a
+    document with NaN or Inf in q, k or v, which keeps its neighbours from it: 0 times NaN is NaN."""
+    cu_seqlens = cu_seqlens.to(q.device).contiguous()
+    token = torch.arange(q.shape[0], device=q.device, dtype=cu_seqlens.dtype)
+    inside = token < cu_seqlens[-1]
+    fits = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] <= q.shape[0])
+    document = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
+    together = document[:, None] == document  # [T, T]
+    position = torch.where(inside, token - cu_seqlens[document], 0).clamp(0, q.shape[0] - 1)
+    bad = ~torch.stack([x.isfinite().flatten(1).all(dim=1) for x in (q, k, v)]).all(dim=0) & inside
+    spoiled = (together & bad).any(dim=1) | ~fits
+    mask = _mask_of(pattern, q.shape[0], k.shape[1], heads, q)
+    mask = mask[:, position[:, None], position] & together  # [Hkv, T, T]
+    q, k, v = (torch.where(x.isfinite() & inside[:, None, None], x, 0.0)[None] for x in (q, k, v))
+    out = torch.where(inside[:, None, None], _attend_masked(q, k, v, mask, pattern, scale)[0], 0.0)
+    return torch.where(spoiled[:, None, None], float("nan"), out)
+
+
+def _mask_of(pattern: Pattern, length: int, num_heads: int, heads: tuple[int, int, int], x: Tensor) -> Tensor:
+    """`[Hkv, n, n]` beside x, with n at least `length` (or as far as the pattern goes). Patterns count from the start
+    of the document, so one mask of a rounded-up length serves every shorter one."""
+    rounded = max(256, 1 << (length - 1).bit_length())
+    make_mask = _mask if is_plain(x) else _traced_mask
+    return make_mask(pattern.key, min(rounded, _longest(pattern)), num_heads, *heads, x.device)
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pattern: Pattern, softmax_scale: float) -> Tensor:
+    group = q.shape[2] // k.shape[2]
     if group > 1:  # torch's fused CPU kernel takes neither grouped heads nor a mask without a batch dimension
         mask, k, v = mask.repeat_interleave(group, dim=0), *(x.repeat_interleave(group, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]

@@ -9,7 +9,8 @@ Shapes: B batch, S sequence, T = B * S packed tokens, E hidden size, H heads, D 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream `[B, S, E]`."""
+    """Pre-norm attention and MLP, each added to the residual stream `[B, S, E]`.
+
+    Checkpointing and compilation happen inside `forward`, so hooks on the block (DeepSpeed ZeRO-3 gathers and releases
+    the weights of a whole block in them) run once a pass, outside of what is recomputed or compiled.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, pattern: Pattern, rotation: int) -> None:
         super().__init__()
@@ -127,6 +132,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.checkpointing: CheckpointMode = "none"
+        self._compiled: Callable[..., Tensor] | None = None
         self._narrow = max(config.hidden_size, config.num_attention_heads * config.head_dim)
 
     def forward(
@@ -137,6 +143,18 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
+        if self._compiled is None or cache is not None:  # it would be compiled anew for every cache length
+            return self._run(x, cos, sin, cu_seqlens, cache)
+        if cu_seqlens is not None:
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        return self._compiled(x, cos, sin, cu_seqlens, None)
+
+    def compile(self, **options: Any) -> None:
+        """Compile what the block computes by `torch.compile(**options)`, but not the hooks on it; decoding with a cache
+        stays eager."""
+        self._compiled = torch.compile(self._run, **options)
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
         return run_checkpointed(self._forward, self.checkpointing, self._narrow, x, cos, sin, cu_seqlens, cache)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:

@@ -140,4 +140,4 @@ def _chunk_loss(logits: Tensor, labels: Tensor, with_grad: bool) -> tuple[Tensor
 
 @cache
 def _compiled_chunk_loss(backend: str) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
-    return torch.compile(_chunk_loss, backend=backend)
+    return torch.compile(_chunk_loss, backend=backend, fullgraph=True)

@@ -49,8 +49,7 @@ class Decoder(nn.Module):
         cos, sin = self.rope(positions)
         x = self.embed_tokens(input_ids)
         for block in self.blocks:
-            # a compiled block would be recompiled for every cache length
-            x = block(x, cos, sin, cu_seqlens) if cache is None else block.forward(x, cos, sin, None, cache)
+            x = block(x, cos, sin, cu_seqlens, cache)
         return self.norm(x)
 
 
@@ -189,21 +188,24 @@ class Transformer(nn.Module):
         for block in self.model.blocks:
             block.checkpointing = mode
 
-    def compile_blocks(self, *, fullgraph: bool = False, backend: str = "inductor") -> None:
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compile each block (and the loss's elementwise part) in place; parameter names do not change.
 
-        Blocks share one compiled graph for each distinct pattern. Decoding with a cache stays eager.
+        Blocks share one compiled graph for each distinct pattern, and always all of a block is compiled: what cannot
+        be captured whole, or would need more graphs than any mixture of lengths does, is an error. A fallback to eager
+        code would be slower and larger than planned, on this rank alone perhaps, and nobody would know. Decoding with
+        a cache stays eager.
 
         Args:
-            fullgraph: fail instead of falling back to eager code where a block cannot be captured whole.
             backend: of torch.compile.
         """
         variants = {(block.self_attn.pattern, block.self_attn.rotation) for block in self.model.blocks}
-        dynamo = torch._dynamo.config
-        # training, evaluation and a changed shape each count as a variant of their own
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(variants))
+        # graphs of a pattern: packed or not, with gradients or not, and each for some lengths and any length
+        limit, dynamo = 32 * len(variants), torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
         for block in self.model.blocks:
-            block.compile(fullgraph=fullgraph, backend=backend)
+            block.compile(fullgraph=True, backend=backend)
         self.lm_head.loss_backend = backend
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from s2.model.flops import model_flops_utilization
 from s2.training.checkpoint import RunCheckpoint, tokens_per_step
 from s2.training.metrics import MetricsFile, read_metrics
+from s2.training.report import data_report
 from s2.training.run import RunConfig
 from s2.training.throughput import clock, device_peak, peak_memory_gib
 
@@ -37,6 +38,11 @@ class TrainingLog(Callback):
         self._seen_step = self._logged_step = 0
         self._logged_at = 0.0
         self._validating = self._validation_began = 0.0
+
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            tokens = trainer.max_steps * tokens_per_step(trainer)
+            print(data_report(trainer.datamodule, tokens), flush=True)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open(trainer)
@@ -109,6 +115,7 @@ class TrainingLog(Callback):
             **_grad_norm(trainer),
             "tokens_per_second_per_device": rate,
             "memory_gib": peak_memory_gib(module.device),
+            "skipped_steps": self.checkpoint.guard.skipped,
         }
         peak = device_peak(module.device)
         if peak is not None:
@@ -133,7 +140,7 @@ class TrainingLog(Callback):
             return
         step = trainer.global_step
         seconds = self._file.seconds + time.perf_counter() - self._opened_at
-        self._file.write({"step": step, "tokens": step * tokens_per_step(trainer), "seconds": seconds, **row})
+        self._file.write({"step": step, "tokens": self.checkpoint.tokens(trainer), "seconds": seconds, **row})
         for logger in trainer.loggers:
             logger.log_metrics(dict(row), step=step)
         tqdm.write(line)

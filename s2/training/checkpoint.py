@@ -7,13 +7,11 @@ together; saving inside the handler would hang ranks that are in the middle of a
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +19,18 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from s2.training.run import RunConfig, checkpoint_folder, publish_checkpoint
+from s2 import ending
+from s2.locks import Lock
+from s2.training import saved
+from s2.training.guard import StepGuard
+from s2.training.run import RunConfig
 from s2.training.workers import SIGNALS
 
 
 class Preempted(Exception):  # noqa: N818 -- not an error: the run is saved and can go on
     """The run was told to stop and has saved a checkpoint."""
+
+    exit_code = ending.STOPPED
 
 
 class RunCheckpoint(Checkpoint):
@@ -37,15 +41,23 @@ class RunCheckpoint(Checkpoint):
 
     Attributes:
         seconds: time spent saving so far, which throughput leaves out.
+        lock: of the run folder, on the process that holds it.
+        guard: says whether the last steps were taken.
+        recipe: every key as it was resolved, which a checkpoint keeps so that a resume can tell what was changed.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, guard: StepGuard) -> None:
         self.run = run
+        self.guard = guard
+        self.lock: Lock | None = None
+        self.recipe: dict[str, Any] = {}
+        self.began = (0, 0)  # step and tokens that this process began at
         self.checkpoints = run.folder / "checkpoints"
         self.seconds = 0.0
         self._signal: int | None = None
         self._seen_step = -1
         self._saved_step = -1
+        self._overdue = False
         self._handlers: dict[int, Any] = {}
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,6 +66,18 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install_handlers()
         self._seen_step = self._saved_step = trainer.global_step
+
+    def tokens(self, trainer: Trainer) -> int:
+        """Tokens trained on so far, over all ranks, whatever the batches of earlier processes were."""
+        step, tokens = self.began
+        return tokens + (trainer.global_step - step) * tokens_per_step(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens"] = {"step": trainer.global_step, "tokens": self.tokens(trainer)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "tokens" in checkpoint:  # versions that did not say have put it into meta.json, which the launch has read
+            self.began = (checkpoint["tokens"]["step"], checkpoint["tokens"]["tokens"])
 
     def _install_handlers(self) -> None:
         # Lightning has put its own handlers in place just before; they broadcast from inside the handler.
@@ -74,8 +98,12 @@ class RunCheckpoint(Checkpoint):
         if self._any_rank_signalled(trainer):
             self._save(trainer, pl_module)
             self._requeue(trainer)
-            raise Preempted(f"stopped at step {step}; the checkpoint is {checkpoint_folder(self.checkpoints, step)}")
-        if step % self.run.checkpoint_every == 0 and step < trainer.max_steps:
+            folder = saved.checkpoint_folder(self.checkpoints, step)
+            raise Preempted(f"stopped at step {step}; the checkpoint is {folder}")
+        due = step % self.run.checkpoint_every == 0 or self._overdue
+        # weights that no step can be taken with must not take the place of those that one could be
+        self._overdue = due and self.guard.in_a_row > 0
+        if due and not self._overdue and step < trainer.max_steps:
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,20 +125,30 @@ class RunCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, module: Any) -> None:
         started = time.perf_counter()
         step = trainer.global_step
-        final = checkpoint_folder(self.checkpoints, step)
-        partial = final.with_name(final.name + ".partial")
-        on_rank_zero(trainer, lambda: _fresh_folder(partial))
+        final = saved.checkpoint_folder(self.checkpoints, step)
+        partial = saved.partial_folder(self.checkpoints, step)
+        on_rank_zero(trainer, lambda: self._begin(step))
         trainer.save_checkpoint(partial / "state")
+        trainer.strategy.barrier()
+        files = saved.inventory(partial, (trainer.global_rank, trainer.world_size))
         meta = {
             "step": step,
-            "tokens": step * tokens_per_step(trainer),
+            "tokens": self.tokens(trainer),
             "world_size": trainer.world_size,
             "zero_stage": getattr(trainer.strategy, "stage", 0),
+            "precision": trainer.precision,
             "model": asdict(module.config),
+            "recipe": self.recipe,
+            "files": {name: entry for part in over_ranks(trainer, files) for name, entry in part.items()},
         }
-        on_rank_zero(trainer, lambda: publish_checkpoint(partial, final, meta, self.run.keep_checkpoints))
+        on_rank_zero(trainer, lambda: saved.publish(partial, final, meta, self.run.keep_checkpoints))
         self._saved_step = step
         self.seconds += time.perf_counter() - started
+
+    def _begin(self, step: int) -> None:
+        if self.lock is not None:
+            self.lock.check()
+        saved.new_checkpoint(self.checkpoints, step)
 
     def _requeue(self, trainer: Trainer) -> None:
         job = os.environ.get("SLURM_JOB_ID")
@@ -131,6 +169,10 @@ def on_rank_zero(trainer: Trainer, work: Callable[[], None]) -> None:
     trainer.strategy.barrier()
 
 
-def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def over_ranks(trainer: Trainer, value: Any) -> list[Any]:
+    """`value` of every rank, in their order, on every rank."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(values, value)
+    return values

@@ -9,9 +9,9 @@ checkpoint, and does nothing once the stage is finished. Any key of the recipe c
 
 On several GPUs of one node: trainer.devices=8. On several nodes: one task per GPU under srun, or torchrun.
 
-Exit codes: 0 finished (or nothing to do), 1 the loss diverged, 2 something in the recipe or its files is wrong,
-75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved; run it again to continue.
-S2_DEBUG=1 shows tracebacks.
+Exit codes: 0 finished (or nothing to do), 1 crash, 2 something in the recipe or its files is wrong, 3 the training
+diverged, 4 no checkpoint is whole, 5 out of memory, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved: run it
+again to continue. S2_DEBUG=1 shows tracebacks.
 """
 
 from __future__ import annotations
@@ -21,43 +21,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2.training.recipe import apply_overrides, load_recipe
+from s2 import ending
+from s2.recipe import apply_overrides, load_recipe
 
-EXIT_DIVERGED, EXIT_WRONG_INPUT, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: try again later
 MAIN_PROCESS = "S2_MAIN_PROCESS"  # environment: the process that started the others of a node, if Lightning did
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a stage and return the exit code."""
+    """Run a stage and return the exit code (see `s2.ending`)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        return 0 if argv else EXIT_WRONG_INPUT
-    try:
-        return train(Path(argv[0]), argv[1:])
-    except Exception as error:
-        code = _exit_code(error)
-        if code is None or os.environ.get("S2_DEBUG") == "1":
-            raise
-        rank = os.environ.get("LOCAL_RANK", "0")
-        kind = "stopped" if code == EXIT_PREEMPTED else "error"
-        print(f"{'' if rank == '0' else f'[local rank {rank}] '}{kind}: {error}", file=sys.stderr)
-        # Lightning kills what is left of a run some seconds after one of the processes it started ended with another
-        # code than 0, and so the main process while it is still closing down; of a stopped run that one's code counts
-        return 0 if code == EXIT_PREEMPTED and _is_helper() else code
+        return ending.DONE if argv else ending.BAD_INPUT
+    code = ending.call(lambda: train(Path(argv[0]), argv[1:]))
+    # Lightning kills what is left of a run some seconds after one of the processes it started ended with another code
+    # than 0, and so the main process while it is still closing down; of a stopped run that one's code counts
+    return ending.DONE if code == ending.STOPPED and _is_helper() else code
 
 
 def _is_helper() -> bool:
     return os.environ.get(MAIN_PROCESS) == str(os.getppid())
-
-
-def _exit_code(error: Exception) -> int | None:
-    """None for what is not the user's to mend: that deserves its traceback."""
-    if isinstance(error, ValueError | OSError):
-        return EXIT_WRONG_INPUT
-    by_name = {"Preempted": EXIT_PREEMPTED, "NonFiniteLossError": EXIT_DIVERGED}
-    by_name["MisconfigurationException"] = EXIT_WRONG_INPUT
-    return by_name.get(type(error).__name__)
 
 
 def train(path: Path, overrides: Sequence[str]) -> int:
@@ -65,10 +48,13 @@ def train(path: Path, overrides: Sequence[str]) -> int:
 
     Raises:
         ValueError, FileNotFoundError: the recipe, its data or its checkpoints are wrong; raised before training.
-        Preempted, NonFiniteLossError: see `s2.training.checkpoint` and `s2.training.module`.
+        Preempted, DivergedError, DamagedError: see `s2.training.checkpoint`, `guard` and `saved`.
     """
     recipe = load_recipe(path)
     overridden = apply_overrides(recipe, overrides)
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # document borders differ from batch to batch, and so do sizes of tensors: without it fragments take gigabytes
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # From here on imports take seconds; whatever can be said without them has been said.
     from s2.training.launch import launch
 
@@ -84,4 +70,4 @@ def train(path: Path, overrides: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run(main)

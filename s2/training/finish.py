@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from s2.training.checkpoint import on_rank_zero, tokens_per_step
+from s2 import files
+from s2.training import saved
+from s2.training.checkpoint import RunCheckpoint, on_rank_zero
+from s2.training.guard import DivergedError
 from s2.training.metrics import plot_losses, read_metrics, validation_curve
-from s2.training.run import RunConfig, complete_checkpoints, read_meta, write_atomically
+from s2.training.run import RunConfig
 from s2.training.throughput import clock
 from s2.training.weights import export
 
@@ -18,11 +20,17 @@ from s2.training.weights import export
 class Finish(Callback):
     """Runs before the last checkpoint is written: a stage counts as finished once that one is there."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, checkpoint: RunCheckpoint) -> None:
         self.run = run
+        self.checkpoint = checkpoint
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         data = trainer.datamodule
+        if not pl_module.validation_is_finite:
+            raise DivergedError(
+                f"held-out losses at the last step are {pl_module.validation_losses}, so nothing is exported; the "
+                f"checkpoints in {self.run.folder / 'checkpoints'} are from before, logs/metrics.csv shows since when"
+            )
         on_rank_zero(trainer, lambda: self._write_summary(trainer, pl_module, data))
         export(pl_module.model, pl_module.config, self.run.folder / "hf", data.tokenizer_file)
         trainer.strategy.barrier()
@@ -44,14 +52,16 @@ class Finish(Callback):
             "recipe": self.run.recipe,
             "stage": self.run.stage,
             "step": step,
-            "tokens": step * tokens_per_step(trainer),
+            "tokens": self.checkpoint.tokens(trainer),
             "seconds": max((row["seconds"] for row in rows), default=0.0),
             "memory_gib": max((row.get("memory_gib", 0.0) for row in rows), default=0.0),
+            "skipped_steps": self.checkpoint.guard.skipped,
             "world_size": trainer.world_size,
             "init_from": module.init_from,
+            "data": [vars(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
             "validation": validation,
         }
-        write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
+        files.write_json(folder / "summary.json", summary)
         baselines = {name: values["unigram_loss"] for name, values in validation.items()}
         plot_losses(
             folder / "logs" / "metrics.csv", folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}"
@@ -64,8 +74,10 @@ def is_finished(run: RunConfig, max_steps: int) -> bool:
     Raises:
         ValueError: it is, but the export is gone.
     """
-    checkpoints = complete_checkpoints(run.folder / "checkpoints")
-    if not checkpoints or read_meta(checkpoints[-1])["step"] < max_steps:
+    checkpoints = saved.complete_checkpoints(run.folder / "checkpoints")
+    if not checkpoints or saved.damage(checkpoints[-1], checksums=False):
+        return False
+    if saved.read_meta(checkpoints[-1])["step"] < max_steps:
         return False
     for name in ("hf/config.json", "summary.json"):
         if not (run.folder / name).is_file():
@@ -78,7 +90,7 @@ def is_finished(run: RunConfig, max_steps: int) -> bool:
 
 def closing_words(folder: Path) -> str:
     """What came out of a finished stage and where it lies."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = files.read_json(folder / "summary.json")
     lines = [
         f"{summary['recipe']} {summary['stage']}: {summary['step']} steps, {summary['tokens']:,} tokens, "
         f"{clock(summary['seconds'])} on {summary['world_size']} process(es), {summary['memory_gib']:.2f} GiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -18,15 +19,21 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from tqdm import tqdm
 
+from s2 import ending, files
+from s2.locks import acquire
+from s2.recipe import differences, dump_yaml
+from s2.training import memory, saved
 from s2.training.callbacks import TrainingLog
 from s2.training.checkpoint import RunCheckpoint
 from s2.training.finish import Finish, closing_words, is_finished
+from s2.training.guard import StepGuard
 from s2.training.module import PretrainModule
 from s2.training.parser import RecipeCLI
-from s2.training.report import launch_report
-from s2.training.run import RunConfig, check_same_model, complete_checkpoints, read_meta, write_atomically
-from s2.training.strategy import register_strategies
+from s2.training.report import launch_report, memory_of
+from s2.training.run import RunConfig
+from s2.training.strategy import ZeROStrategy, register_strategies
 
 
 def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> None:
@@ -37,28 +44,44 @@ def launch(recipe: dict[str, Any], source: Path, overridden: Sequence[str]) -> N
         source: the file they came from.
         overridden: keys that were set on the command line.
     """
-    _quieten()
+    quieten()
     register_strategies()
     trainer_keys = recipe.setdefault("trainer", {})
     for key, value in topology(os.environ).items():
         trainer_keys.setdefault(key, value)
     cli = RecipeCLI(recipe, source, overridden, trainer_extras)
     run, trainer, module, data = cli.config_init.run, cli.trainer, cli.model, cli.datamodule
-    check_lengths(module, data, trainer)
+    resolved = json.loads(cli.parser.dump(cli.config, format="json", skip_none=False))
+    check_settings(module, data, trainer)
     if run.resume == "auto" and is_finished(run, trainer.max_steps):
         _say(trainer, f"{run.folder} is finished, nothing to do\n{closing_words(run.folder)}")
+        _say_changes(trainer, saved.complete_checkpoints(run.folder / "checkpoints")[-1], resolved, finished=True)
         return
-    check_disk(run, module.config.num_parameters(), low_precision=trainer.precision != "32-true")
-    resume = _prepare_folder(run, module, trainer)
     _set_accumulation(run, trainer, data)
-    _say(trainer, launch_report(run, module, data, trainer))
+    check_disk(run, module.config.num_parameters(), low_precision=trainer.precision != "32-true")
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
+    checkpoint.recipe = resolved
+    module.guard = checkpoint.guard
     if trainer.is_global_zero:
-        header = (
-            f"# {source} as it was resolved; train it again with: python -m s2.training.cli {run.folder}/config.yaml\n"
-        )
-        write_atomically(run.folder / "config.yaml", header + cli.parser.dump(cli.config, skip_none=False))
-    _fit(trainer, module, data, resume)
-    _say(trainer, closing_words(run.folder))
+        _make_folder(run)
+        checkpoint.lock = acquire(run.folder)
+    ending.keep_crashes_in(run.folder / "logs")
+    try:
+        resume = _resume_from(run, module, trainer, resolved)
+        if resume is not None:
+            meta = saved.read_meta(resume)
+            checkpoint.began = (meta["step"], meta["tokens"])
+        _say(trainer, launch_report(run, module, data, trainer, resolved["trainer"]["precision"]))
+        if trainer.is_global_zero:
+            again = f"python -m s2.training.cli {run.folder}/config.yaml"
+            header = f"# {source} as it was resolved; train it again with: {again}\n"
+            files.write_text(run.folder / "config.yaml", header + dump_yaml(resolved))
+        _fit(trainer, module, data, resume and resume / "state")
+        _say(trainer, closing_words(run.folder))
+    finally:
+        if checkpoint.lock is not None:
+            checkpoint.lock.release()
 
 
 def topology(environment: Mapping[str, str]) -> dict[str, int]:
@@ -76,8 +99,9 @@ def topology(environment: Mapping[str, str]) -> dict[str, int]:
 def trainer_extras(config: Any) -> dict[str, Any]:
     """Trainer arguments that a recipe cannot write down: callbacks, loggers, and what depends on the machine."""
     run: RunConfig = config.run
-    checkpoint = RunCheckpoint(run)
-    ours = [TrainingLog(run, checkpoint), Finish(run), checkpoint]
+    guard = StepGuard(run, tqdm.write)
+    checkpoint = RunCheckpoint(run, guard)
+    ours = [guard, TrainingLog(run, checkpoint), Finish(run, checkpoint), checkpoint]
     extras: dict[str, Any] = {
         "callbacks": [*(config.trainer.callbacks or []), *ours],
         "default_root_dir": str(run.folder),
@@ -98,15 +122,29 @@ def trainer_extras(config: Any) -> dict[str, Any]:
     return extras
 
 
-def check_lengths(module: PretrainModule, data: Any, trainer: Trainer) -> None:
+def check_settings(module: PretrainModule, data: Any, trainer: Trainer) -> None:
     """Refuse what would fail or mean nothing later.
 
     Raises:
-        ValueError: a sequence beyond the model's context, no end of training, or a warmup beyond that end.
+        ValueError: a sequence beyond the model's context, no end of training, a warmup beyond that end, or held-out
+            sets that would depend on the number of ranks.
     """
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: a stage needs a number of optimizer steps")
+    if (clip := trainer.gradient_clip_val) is not None and not clip >= 0:
+        raise ValueError(f"trainer.gradient_clip_val={clip} must be above 0, or null to clip nothing")
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if every < 1:
+        raise ValueError(f"trainer.log_every_n_steps={every} must be at least 1")
     module.schedule_config.factor(0, trainer.max_steps)
+    batches = trainer.limit_val_batches
+    if batches != 0 and (isinstance(batches, int) or batches != 1.0):
+        raise ValueError(
+            f"trainer.limit_val_batches={batches} counts micro-batches of each rank, so another number of GPUs would "
+            f"score other held-out text; set max_windows of the sets in data.validation, or 0 here to never validate"
+        )
     limit = module.config.max_position_embeddings
     lengths = {"data.seq_len": data.seq_len}
     for heldout in getattr(data, "heldout_sets", []):
@@ -141,30 +179,57 @@ def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
         )
 
 
-def _prepare_folder(run: RunConfig, module: PretrainModule, trainer: Trainer) -> Path | None:
-    """Make the run folder and return the checkpoint to continue from, if there is one.
+def _make_folder(run: RunConfig) -> None:
+    """Make the run folder. With run.resume=never what lies there moves aside to <stage>.1, .2, ...: nothing is deleted.
 
-    With run.resume=never what lies there moves aside to <stage>.1, .2, ...: nothing is deleted.
+    Raises:
+        LockedError: another process is training there.
+    """
+    if run.resume == "never" and run.folder.exists():
+        running = acquire(run.folder)
+        aside = files.move_aside(run.folder)
+        running.release()
+        print(f"run.resume=never: the earlier run is now {aside}")
+    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
+
+
+def _resume_from(run: RunConfig, module: PretrainModule, trainer: Trainer, recipe: dict[str, Any]) -> Path | None:
+    """The checkpoint to continue from, if there is one.
+
+    Every rank decides by itself here, from sizes alone; checksums are read where ranks can divide the work among them
+    (`ZeROStrategy.load_checkpoint`), or here where there is one.
+
+    Raises:
+        DamagedError: there are checkpoints, and none is whole.
+        ValueError: the recipe is not that of the checkpoint.
     """
     if run.resume == "never":
-        if trainer.is_global_zero and run.folder.exists():
-            number = 1
-            while (aside := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
-                number += 1
-            run.folder.rename(aside)
-            print(f"run.resume=never: the earlier run is now {aside}")
-        checkpoints = []
-    else:
-        checkpoints = complete_checkpoints(run.folder / "checkpoints")
-    if trainer.is_global_zero:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    if not checkpoints:
         return None
-    newest = checkpoints[-1]
-    meta = read_meta(newest)
-    check_same_model(meta, asdict(module.config), newest)
-    _say(trainer, f"continuing from {newest} ({meta['tokens']:,} tokens)")
-    return newest / "state"
+    alone = not isinstance(trainer.strategy, ZeROStrategy)
+    checkpoints = saved.complete_checkpoints(run.folder / "checkpoints")
+    newest = saved.newest_whole(
+        checkpoints, lambda path: saved.damage(path, checksums=alone), lambda text: _say(trainer, text)
+    )
+    if newest is None:
+        return None
+    meta = saved.read_meta(newest)
+    stage = getattr(trainer.strategy, "stage", 0)
+    saved.check_resumable(meta, asdict(module.config), stage, str(trainer.precision), newest)
+    _say(trainer, f"continuing from {newest} (step {meta['step']}, {meta['tokens']:,} tokens)")
+    _say_changes(trainer, newest, recipe)
+    return newest
+
+
+def _say_changes(trainer: Trainer, checkpoint: Path, recipe: dict[str, Any], *, finished: bool = False) -> None:
+    """What the recipe says differently since a checkpoint was written."""
+    before = saved.read_meta(checkpoint).get("recipe")
+    if before is None:
+        return  # written by a version that did not keep it
+    changes = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, recipe)]
+    if changes:
+        what = "changed since then, and not trained with" if finished else "changed since then, from here on in force"
+        advice = "; train it anew with run.resume=never or another run.stage" if finished else ""
+        _say(trainer, f"{what}{advice}:\n" + "\n".join(f"  {line}" for line in changes))
 
 
 def _set_accumulation(run: RunConfig, trainer: Trainer, data: Any) -> None:
@@ -178,13 +243,28 @@ def _set_accumulation(run: RunConfig, trainer: Trainer, data: Any) -> None:
 def _fit(trainer: Trainer, module: PretrainModule, data: LightningDataModule, resume: Path | None) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
-    except BaseException:
+    except BaseException as error:
+        full = memory.device_is_full()  # before what holds it is let go
+        if memory.is_out_of_memory(error, device_is_full=full):
+            error = memory.OutOfMemoryError(_out_of_memory(trainer, module, data))
         # Ranks that wait for this one in a collective would wait for the process group's timeout.
         for process in getattr(trainer.strategy.launcher, "procs", []):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
             process.terminate()
-        raise
+        raise error
+
+
+def _out_of_memory(trainer: Trainer, module: PretrainModule, data: Any) -> str:
+    phase = "setting up" if module.phase is None else module.phase.format(step=trainer.global_step + 1)
+    return memory.advice(
+        phase,
+        str(memory_of(module, data, trainer)),
+        module.activation_checkpointing,
+        getattr(trainer.strategy, "stage", 0),
+        data.micro_batch_size,
+        trainer.world_size,
+    )
 
 
 def _say(trainer: Trainer, text: str) -> None:
@@ -193,7 +273,7 @@ def _say(trainer: Trainer, text: str) -> None:
         sys.stdout.flush()
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep the console for the run's own lines; warnings that are about other ways of using Lightning go."""
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)

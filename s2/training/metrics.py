@@ -7,9 +7,11 @@ step are dropped, because those steps are trained again, and the file goes on fr
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
+
+from s2 import files
 
 COLUMNS = (
     "step",
@@ -22,6 +24,7 @@ COLUMNS = (
     "mfu_dense_equivalent",
     "mfu_executed",
     "memory_gib",
+    "skipped_steps",
 )
 
 
@@ -56,12 +59,11 @@ class MetricsFile:
         return bool(new)
 
     def _rewrite(self, rows: list[dict[str, float]]) -> None:
-        partial = self.path.with_suffix(".tmp")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(_text(row) for row in rows)
-        os.replace(partial, self.path)
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, self.columns)
+        writer.writeheader()
+        writer.writerows(_text(row) for row in rows)
+        files.write_text(self.path, file.getvalue())
 
 
 def _text(row: Mapping[str, float]) -> dict[str, str]:
@@ -116,6 +118,5 @@ def plot_losses(csv_file: Path, png: Path, baselines: Mapping[str, float], title
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = png.with_suffix(".tmp.png")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, png)
+    with files.whole(png) as stream:
+        figure.savefig(stream, dpi=120, format="png")

@@ -19,15 +19,13 @@ from s2.model.config import ModelConfig
 from s2.model.hf import load_config
 from s2.model.rope import RotaryEmbedding
 from s2.model.transformer import Transformer
+from s2.training.guard import StepGuard
 from s2.training.optim import OptimizerConfig, ScheduleConfig, build_adamw
+from s2.training.strategy import ZeROStrategy
 from s2.training.weights import load_into
 
 _ADAMW = OptimizerConfig()
 _COSINE = ScheduleConfig()
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The training loss became NaN or infinite."""
 
 
 def resolve_config(keys: dict[str, Any], init_from: str | None) -> ModelConfig:
@@ -68,8 +66,10 @@ class PretrainModule(LightningModule):
         activation_checkpointing: `none`, `selective` (attention outputs and the costly matmuls are kept) or `full`.
         compile: torch.compile each block.
 
-    The loss of a micro-batch is the mean over all valid tokens of all ranks. DeepSpeed averages gradients over
-    ranks, so each rank returns local_sum * ranks / global_count; a rank whose tokens are all masked adds zero.
+    A step's gradient is that of the mean loss over the step's valid tokens, on all ranks and in all its micro-batches,
+    so that a token counts the same wherever it lies. How many are valid is known only after the last micro-batch:
+    until then a micro-batch's loss is its sum over its places, valid or not, which are equally many everywhere, and
+    the accumulated gradient is divided by the step's share of valid places before its norm is taken and clipped.
     """
 
     def __init__(
@@ -90,8 +90,14 @@ class PretrainModule(LightningModule):
         self.compile_blocks = compile
         self.model: Transformer | None = None
         self.train_totals = [0.0, 0.0]  # loss sum and valid tokens since `pop_train_loss`, over all ranks
+        self._settings: list[dict[str, Any]] = []  # of the optimizer's groups, as the recipe has them
+        self.guard: StepGuard | None = None  # decides which steps are taken; set by the launch
+        self._step_places = self._step_valid = 0.0  # of the step so far, over all ranks
+        self._skipped_norm: float | None = None
         self.validation_names: list[str] = []
         self.validation_losses: dict[str, float] = {}
+        self.validation_is_finite = True
+        self.phase: str | None = None  # what is being done, in words
         self._validation_totals = torch.zeros(0)
 
     def configure_model(self) -> None:
@@ -102,9 +108,12 @@ class PretrainModule(LightningModule):
         if self.init_from is not None:
             load_into(model, self.init_from)
         model.set_activation_checkpointing(self.activation_checkpointing)
-        if self.compile_blocks:
-            model.compile_blocks()
         self.model = model
+
+    def on_fit_start(self) -> None:
+        # not in `configure_model`: while ZeRO-3 shards parameters, torch's own functions are not what compilation knows
+        if self.compile_blocks and self.model is not None:
+            self.model.compile_blocks()
 
     def setup(self, stage: str) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -113,10 +122,33 @@ class PretrainModule(LightningModule):
         self.config = replace(self.config, bos_token_id=data.bos_token_id, eos_token_id=data.eos_token_id)
         self.validation_names = list(data.validation_names)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the trainer's count of micro-batches as that of whole steps with today's accumulation.
+
+        Accumulation windows, validations and the data position follow from this count, and it has to agree with
+        DeepSpeed's, which begins at 0 in every process. Checkpoints are written at step boundaries, so the number of
+        steps says it all; micro-batches of another size or on another number of ranks do not count.
+        """
+        micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            unfinished = counts["ready"] - counts["completed"]  # 1 where the checkpoint is from on_train_batch_end
+            counts.update(dict.fromkeys(("ready", "started", "processed"), micro_batches))
+            counts["completed"] = micro_batches - unfinished
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offloaded = getattr(self.trainer.strategy, "offloads_optimizer", False)
         fused = self.trainer.strategy.root_device.type == "cuda" and not offloaded
-        return build_adamw(self, self.optimizer_config, fused=fused)
+        optimizer = build_adamw(self, self.optimizer_config, fused=fused)
+        self._settings = [
+            {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
+        ]
+        return optimizer
+
+    def on_train_start(self) -> None:
+        # A checkpoint may bring back the settings that it was trained with; those of the recipe hold.
+        for group, settings in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
+            group.update(settings)
 
     @property
     def learning_rate(self) -> float:
@@ -130,17 +162,45 @@ class PretrainModule(LightningModule):
             group["lr"] = rate
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.phase = "step {step}"
         loss_sum, num_valid = self._loss(batch)
         total, count = self._sum_over_ranks(torch.stack((loss_sum.detach().double(), num_valid.double()))).tolist()
-        if not math.isfinite(total):
-            raise NonFiniteLossError(
-                f"the loss is {total} at step {self.trainer.global_step} (micro-batch {batch_idx}), in the batch that "
-                f"starts at data position {int(batch['position'])}; no checkpoint holds this state. Resume with a "
-                f"lower model.optimizer.lr or trainer.gradient_clip_val, or look at that batch"
-            )
-        self.train_totals[0] += total
-        self.train_totals[1] += count
-        return loss_sum * (self.trainer.world_size / max(count, 1.0))
+        if math.isfinite(total):
+            self.train_totals[0] += total
+            self.train_totals[1] += count
+        places = batch["labels"].numel()
+        self._step_places += places * self.trainer.world_size
+        self._step_valid += count
+        loss = loss_sum / places
+        if self.guard is not None:
+            self.guard.add(total, count, int(batch["position"]))
+            if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 and self.guard.refuses():
+                return loss * math.nan  # so that every rank finds a gradient that is no number, and skips the step
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return  # DeepSpeed is asked to step after every micro-batch, and does so at the last one
+        # a step without any valid token has no gradient to divide
+        share = self._step_valid / self._step_places if self._step_valid else 1.0
+        self._step_places = self._step_valid = 0.0
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeROStrategy):
+            strategy.divide_gradients(share)
+        else:
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            for gradient in gradients:
+                gradient /= share
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._skipped_norm = None if math.isfinite(norm) else norm
+            if self._skipped_norm is not None:
+                optimizer.zero_grad(set_to_none=True)  # which makes the optimizer leave everything as it is
+
+    def skipped_gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient if the step was skipped for it, None if it was taken."""
+        if isinstance(self.trainer.strategy, ZeROStrategy):
+            return self.trainer.strategy.skipped_gradient_norm()
+        return self._skipped_norm
 
     def pop_train_loss(self) -> float:
         """Mean loss per token since the last call, over all ranks and micro-batches."""
@@ -149,6 +209,7 @@ class PretrainModule(LightningModule):
         return total / max(count, 1.0)
 
     def on_validation_epoch_start(self) -> None:
+        self.phase = "the validation before step {step}"
         if self.trainer.sanity_checking and self.init_from is not None:
             # Before training the number to beat is that of the checkpoint as it is, not with this recipe's RoPE.
             _attend_as(self.model, self.config, load_config(self.init_from))
@@ -162,6 +223,7 @@ class PretrainModule(LightningModule):
         if self.trainer.sanity_checking and self.init_from is not None:
             _attend_as(self.model, load_config(self.init_from), self.config)
         totals = self._sum_over_ranks(self._validation_totals.to(self.device)).cpu()
+        self.validation_is_finite = bool(totals.isfinite().all())
         self.validation_losses = {
             name: float(total / count) if count else math.nan
             for name, (total, count) in zip(self.validation_names, totals, strict=True)

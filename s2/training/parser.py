@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 
+from s2.recipe import unknown_key_message
 from s2.training.module import PretrainModule
-from s2.training.recipe import unknown_key_message
 from s2.training.run import RunConfig
+from s2.training.strategy import STRATEGIES
 
 # What the run folder, the schedule and the resume logic rely on.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -65,6 +68,9 @@ class RecipeCLI(LightningCLI):
         Raises:
             ValueError: names the key, where it stands and what would be right.
         """
+        for key, value in self._booleans(parser, args):
+            if isinstance(value, str):  # jsonargparse would take yes and on for true
+                raise ValueError(f"{key}={value} in {self.source}: expected true or false")
         try:
             self.config = parser.parse_object(args)
         except ArgumentError as error:
@@ -83,18 +89,93 @@ class RecipeCLI(LightningCLI):
             return unknown_key_message(".".join(path), self._known(parser, recipe), self.source, self.overridden)
         if match := re.search(r"the following arguments are required: (\S+)", text):
             return f"{self.source}: the key {match[1]} is missing"
-        if match := re.search(r"(Expected an? .+?)\. Got value: (.*)", text):
-            wanted = re.sub(r"<class '(\w+)'>", r"\1", match[1]).replace("typing.", "").replace("Expected", "expected")
-            return f"{'.'.join(path)}={match[2].strip()} in {self.source}: {wanted}"
-        if match := re.search(r"Problem with given class_path '([^']+)':\s*(.+)", text):
-            return f"{'.'.join(path)}.class_path={match[1]} in {self.source}: {match[2]}"
+        if match := re.search(r"Problem with given class_path '([^']+)':\s*(?!\s|Parser key)(.+)", text):
+            problem = " ".join(match[2].split(" - Expected")[0].split())
+            return f"{'.'.join(path)}.class_path={match[1]} in {self.source}: {problem}"
+        if wanted := _wanted(text):
+            value = match[1].strip() if (match := re.search(r"Got value: (.*)", text)) else _value(recipe, path)
+            return f"{'.'.join(path)}={value} in {self.source}: expected {wanted}"
         return f"{self.source}: {' '.join(text.split('Given value')[0].split())}"
+
+    def instantiate_classes(self) -> None:
+        """Build module, datamodule and trainer.
+
+        Raises:
+            ValueError: what a class says of its arguments, without jsonargparse's list of types around it.
+        """
+        check_strategy(self.config.trainer.strategy, self.source)
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(_own_words(str(error))) from error
+
+    def _booleans(self, parser: LightningArgumentParser, recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Keys that are true or false and nothing else, with what the recipe says of them."""
+        for action in parser._actions:
+            if getattr(action, "_typehint", None) is bool or getattr(action, "type", None) is bool:
+                yield action.dest, _value(recipe, [action.dest])
+        for key, value in recipe.items():
+            for name, parameter in _parameters(value).items():
+                if parameter.annotation in (bool, "bool"):
+                    yield f"{key}.{name}", value.get("init_args", {}).get(name)
 
     def _known(self, parser: LightningArgumentParser, recipe: dict[str, Any]) -> set[str]:
         known = {action.dest for action in parser._actions if action.dest not in ("help", "config")}
         for key, value in recipe.items():
-            if isinstance(value, dict) and "class_path" in value:
-                module, _, name = value["class_path"].rpartition(".")
-                parameters = inspect.signature(getattr(import_module(module), name)).parameters
-                known |= {f"{key}.{parameter}" for parameter in parameters}
+            known |= {f"{key}.{parameter}" for parameter in _parameters(value)}
         return known
+
+
+def _parameters(section: Any) -> Mapping[str, inspect.Parameter]:
+    """Of the class that a section of a recipe names; none where it names none that there is."""
+    if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
+        return {}
+    module, _, name = section["class_path"].rpartition(".")
+    try:
+        return inspect.signature(getattr(import_module(module), name)).parameters
+    except (ImportError, AttributeError, ValueError):
+        return {}
+
+
+_TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+_TYPES |= {"tuple": "a list", "list": "a list", "dict": "a mapping"}
+
+
+def check_strategy(name: Any, source: Path) -> None:
+    """Refuse a strategy that Lightning has no name for.
+
+    Raises:
+        ValueError: names ours, and the closest.
+    """
+    known = [*STRATEGIES, "auto", *StrategyRegistry.available_strategies()]
+    if isinstance(name, str) and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"trainer.strategy={name} in {source}: {hint}There are auto, {', '.join(STRATEGIES)}")
+
+
+def _wanted(text: str) -> str:
+    """What jsonargparse expected, of all types that it tried, in words; "" where it does not say."""
+    words: list[str] = []
+    for found in re.findall(r"Expected an? (.+?)(?=\.? *(?:Got value|- Expected|\n|$))", text):
+        for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", found):
+            words.append(_TYPES.get(name, name))
+        for values in re.findall(r"Literal\[(.*?)\]", found):
+            words += [value.strip().strip("'") for value in values.split(",")]
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}" if words else ""
+
+
+def _value(recipe: Any, path: list[str]) -> Any:
+    for part in ".".join(path).split("."):
+        recipe = recipe.get(part) if isinstance(recipe, dict) else None
+    return recipe
+
+
+def _own_words(text: str) -> str:
+    """Of a report over all types of a union, what a class itself said."""
+    bullets = re.findall(r"^\s*- (.+(?:\n(?!\s*- |\s*Given value).+)*)", text, flags=re.MULTILINE)
+    own = [" ".join(bullet.split()) for bullet in bullets if not bullet.startswith("Expected a")]
+    if problem := next((re.match(r"Problem with given class_path '([^']+)': *(.+)", line) for line in own), None):
+        return f"class_path={problem[1]}: {problem[2]}"
+    return own[0] if own else text

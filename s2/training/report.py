@@ -81,6 +81,23 @@ def _activation_bytes(config: ModelConfig, checkpointing: str, width: int) -> fl
     return config.num_hidden_layers * kept + working + 3 * E * width
 
 
+def data_report(data: Any, total_tokens: int) -> str:
+    """How often a run goes through its data, and what of its text the tokens lack; printed once the data is there."""
+    passes = data.passes(total_tokens)
+    lines = [
+        f"data: {each.component}: {each.asked:,} tokens of {each.available:,}, {each.passes:.2f} passes"
+        for each in passes
+    ]
+    if repeated := [each for each in passes if each.passes > 1]:
+        most = max(repeated, key=lambda each: each.passes)
+        lines.append(
+            f"warning: data is repeated, {most.component} {most.passes:.2f} times; prepare more of it, give it less "
+            f"weight, or train on fewer tokens"
+        )
+    lines += [f"warning: not in the tokens: {line}" for line in data.lost_text()]
+    return "\n".join(lines)
+
+
 def layout_table(config: ModelConfig, seq_len: int) -> str:
     """Layers that attend alike in one line each: pattern, density at `seq_len`, and the share of the causal context
     that a layer's heads see together (and over how many layers it is all of it)."""
@@ -116,22 +133,34 @@ def _ranges(layers: list[int]) -> str:
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def launch_report(run: Any, module: Any, data: Any, trainer: Any) -> str:
-    """The text printed before the first step."""
-    config: ModelConfig = module.config
+def memory_of(module: Any, data: Any, trainer: Any, precision: str | None = None) -> MemoryEstimate:
+    """`estimate_memory` of a run, in another precision where one is given."""
     strategy = trainer.strategy
-    accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
-    tokens = data.micro_batch_size * data.seq_len
-    memory = estimate_memory(
-        config,
-        tokens,
+    return estimate_memory(
+        module.config,
+        data.micro_batch_size * data.seq_len,
         stage=getattr(strategy, "stage", 0),
-        world_size=world,
-        precision=trainer.precision,
+        world_size=trainer.world_size,
+        precision=precision or trainer.precision,
         checkpointing=module.activation_checkpointing,
         offload_optimizer=getattr(strategy, "offloads_optimizer", False),
     )
-    step = tokens * accumulate * world
+
+
+def launch_report(run: Any, module: Any, data: Any, trainer: Any, precision: Any) -> str:
+    """The text printed before the first step.
+
+    Args:
+        precision: trainer.precision of the recipe, which the CPU does not train in.
+    """
+    config: ModelConfig = module.config
+    strategy = trainer.strategy
+    accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
+    memory = f"{memory_of(module, data, trainer)}; {trainer.precision}"
+    if trainer.strategy.root_device.type == "cpu":
+        on_gpus = memory_of(module, data, trainer, str(precision or trainer.precision))
+        memory = f"on GPUs {on_gpus}; {precision}. Here on the CPU in {trainer.precision}, which is not estimated"
+    step = data.micro_batch_size * data.seq_len * accumulate * world
     return "\n".join(
         [
             f"{run.recipe} {run.stage} -> {run.folder}",
@@ -142,7 +171,7 @@ def launch_report(run: Any, module: Any, data: Any, trainer: Any) -> str:
             layout_table(config, data.seq_len),
             f"batch: {data.seq_len:,} tokens x {data.micro_batch_size} x {accumulate} accumulated x {world} ranks = "
             f"{step:,} tokens a step, {trainer.max_steps:,} steps, {step * trainer.max_steps:,} tokens",
-            f"memory estimate: {memory}; {trainer.precision}, ZeRO stage {getattr(strategy, 'stage', 0)}, "
+            f"memory estimate: {memory}, ZeRO stage {getattr(strategy, 'stage', 0)}, "
             f"checkpointing {module.activation_checkpointing}",
         ]
     )

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,9 @@ from typing import Any
 
 import torch
 
+from s2 import files
+
+KIND = "converted checkpoint"
 TAG = "checkpoint"  # the folder name Lightning saves DeepSpeed states under
 
 
@@ -51,15 +53,15 @@ def saved_ranks(state: Path) -> int:
 
 
 def to_universal(state: Path) -> Path:
-    """Convert a state folder and return the universal one, `<state>-universal`; nothing to do if it is there."""
+    """Convert a state folder and return the universal one, `<state>-universal`; nothing to do if it is there whole."""
     universal = state.with_name(state.name + "-universal")
-    if universal.is_dir():
+    if files.kind_of(universal) == KIND and not files.damage(universal, files.listed_files(universal)):
         return universal
     from deepspeed.checkpoint.ds_to_universal import main
 
     partial = universal.with_name(universal.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    files.remove_folder(partial)  # of a process that was killed
+    files.make_folder(partial, KIND)
     settings = argparse.Namespace(
         input_folder=str(state / TAG),
         output_folder=str(partial / TAG),
@@ -71,7 +73,7 @@ def to_universal(state: Path) -> Path:
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main(settings)
-    os.replace(partial, universal)
+    files.publish(partial, universal)
     return universal
 
 
@@ -83,3 +85,4 @@ def add_missing_ranks(universal: Path, world_size: int) -> None:
             file = first.with_name(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
             if not file.exists():
                 os.link(first, file)
+        files.seal(universal)

@@ -14,15 +14,18 @@ On the CPU the same ZeRO code runs over gloo, which is how tests and the demo co
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 
-from s2.training import resize
+from s2.training import resize, saved
+from s2.training.reduction import OrderedReduction
 from s2.training.workers import shield_workers
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -43,6 +46,8 @@ class ZeROStrategy(DeepSpeedStrategy):
         offload_parameters: stage 3 only, keep parameters in host memory.
         bucket_size: elements per reduce and all-gather bucket; sets the size of the communication buffers.
         prefetch_elements: stage 3 only, parameters gathered ahead of use.
+        persistence_threshold: stage 3 only, parameters of at most so many elements stay whole on every rank.
+        live_elements: stage 3 only, elements of gathered parameters that may be kept for their next use.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class ZeROStrategy(DeepSpeedStrategy):
         offload_parameters: bool = False,
         bucket_size: int = 200_000_000,
         prefetch_elements: int = 50_000_000,
+        persistence_threshold: int = 100_000,
+        live_elements: int = 1_000_000_000,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO stage {stage} does not exist; use 1, 2 or 3")
@@ -65,12 +72,18 @@ class ZeROStrategy(DeepSpeedStrategy):
             reduce_bucket_size=bucket_size,
             # DeepSpeed only reports with it, and Lightning's guess would build a second dataloader.
             logging_batch_size_per_gpu=1,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,  # it warns of skipped steps, which `StepGuard` counts
         )
         assert isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
         if stage == 3:
             zero["stage3_prefetch_bucket_size"] = prefetch_elements
+            zero["stage3_param_persistence_threshold"] = persistence_threshold
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live_elements
+            # A block's weights are gathered and released as one, by hooks on the block. Inside it they would be part of
+            # what is recomputed or compiled, which has to do the same every time; hooks that find weights gathered
+            # ahead one time and absent the next do not.
+            zero["leaf_module"] = {"classes": ["s2.model.layers.Block"]}
             zero["stage3_gather_16bit_weights_on_model_save"] = False
         # With offload torch's AdamW stays the optimizer, so that no compiled DeepSpeed op is needed.
         self.config["zero_force_ds_cpu_optimizer"] = False
@@ -114,9 +127,29 @@ class ZeROStrategy(DeepSpeedStrategy):
         else:
             super().setup_distributed()
 
+    def _setup_model_and_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        engine, optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
+        if hasattr(optimizer, "reduce_ipg_grads"):  # ZeRO-1/2 with hooks; see `s2.training.reduction`
+            OrderedReduction(optimizer, engine.module.parameters())
+        return engine, optimizer
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore weights and optimizer, also when they were saved by another number of ranks."""
-        state = Path(checkpoint_path)
+        """Restore weights and optimizer, also when they were saved by another number of ranks.
+
+        Every byte is compared with its checksum first, each rank reading its share. Where the checkpoint is not as it
+        was written, that is said, and the newest whole one before it is restored.
+
+        Raises:
+            DamagedError: there is none.
+        """
+        wanted = Path(checkpoint_path)
+        older = saved.complete_checkpoints(wanted.parent.parent)
+        candidates = [path for path in older if path <= wanted.parent] or [wanted.parent]
+        whole = saved.newest_whole(candidates, self._damage, self._say)
+        assert whole is not None
+        if whole != wanted.parent:
+            self._say(f"continuing from {whole} instead")
+        state = whole / wanted.name
         if resize.saved_ranks(state) in (0, self.world_size):
             return super().load_checkpoint(state, weights_only)
         if self.is_global_zero:
@@ -126,9 +159,54 @@ class ZeROStrategy(DeepSpeedStrategy):
         with resize.universal_load(engine):
             return super().load_checkpoint(resize.to_universal(state), weights_only)
 
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank."""
+        found: list[str | None] = [None] * self.world_size
+        mine = saved.damage(checkpoint, checksums=True, share=(self.global_rank, self.world_size))
+        dist.all_gather_object(found, mine)
+        return next((wrong for wrong in found if wrong), None)
+
+    def _say(self, text: str) -> None:
+        if self.is_global_zero:
+            print(text, flush=True)
+
     def process_dataloader(self, dataloader: object) -> object:
         """Schedulers signal every process of a job; loader workers must live on until the checkpoint is written."""
         return shield_workers(super().process_dataloader(dataloader))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse to train where Lightning and DeepSpeed disagree about where a step begins.
+
+        Raises:
+            RuntimeError: gradients would be zeroed in the middle of a step.
+        """
+        engine = self.deepspeed_engine
+        accumulate = engine.gradient_accumulation_steps()
+        if engine.micro_steps % accumulate != batch_idx % accumulate:
+            raise RuntimeError(
+                f"micro-batch {batch_idx} is number {batch_idx % accumulate} of {accumulate} in its step for the "
+                f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
+            )
+
+    def divide_gradients(self, divisor: float) -> None:
+        """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped."""
+        optimizer = self.deepspeed_engine.optimizer
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = divisor  # which it divides norm and gradient by; it is 1 but for this step
+        else:  # ZeRO-1 in bf16 knows no loss scale and holds all gradients of a step in fp32
+            for gradients in optimizer.fp32_groups_gradients_flat:
+                gradients /= divisor
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, *args, **kwargs)
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = 1.0
+        return output
+
+    def skipped_gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient if DeepSpeed skipped the step for it, None if the step was taken."""
+        engine = self.deepspeed_engine
+        return float(engine.get_global_grad_norm() or math.inf) if engine.optimizer.overflow else None
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""

@@ -26,7 +26,7 @@ def load_into(model: nn.Module, folder: str) -> None:
     """
     weights = load_state_dict(folder) if _rank() == 0 else {}
     for name, parameter in model.named_parameters():
-        with _gathered(parameter, modifier_rank=0):
+        with gathered(parameter, modifier_rank=0):
             if _rank() == 0:
                 _copy(parameter, name, weights, folder)
 
@@ -50,7 +50,7 @@ def export(model: nn.Module, config: ModelConfig, folder: Path, tokenizer_file: 
     """
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        with _gathered(parameter):
+        with gathered(parameter):
             if _rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
     if _rank() != 0:
@@ -63,7 +63,8 @@ def export(model: nn.Module, config: ModelConfig, folder: Path, tokenizer_file: 
     os.replace(partial, folder)
 
 
-def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager:
+def gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager:
+    """Have a parameter whole for a while, also where ZeRO-3 shards it; `modifier_rank` gives its value to all."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed

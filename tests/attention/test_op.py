@@ -66,6 +66,29 @@ def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["L1V3+sink1", "dense"])
+def test_packed_sdpa_compiles_to_one_graph_for_all_borders(spec):
+    pattern, graphs = Pattern.parse(spec, 16), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(q, k, v, borders):
+        out = s2_attention(q, k, v, pattern, cu_seqlens=borders, backend="sdpa")
+        return (out * torch.arange(out.shape[0], device=DEVICE)[:, None, None]).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=count, dynamic=True)
+    inputs = make(300, heads=4, kv_heads=2, packed=True)
+    for borders in ([0, 300], [0, 1, 64, 64, 270, 300, 300], [0, 150, 300]):
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=DEVICE)
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        expected = torch.autograd.grad(loss(*inputs, cu_seqlens), inputs)
+        for a, b in zip(torch.autograd.grad(compiled(*inputs, cu_seqlens), inputs), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-4)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("spec", ["L1V3+sink1", "dense"])
 def test_sdpa_compiles_in_one_graph(spec):
     pattern = Pattern.parse(spec, 16)
 

@@ -176,3 +176,26 @@ def test_launches_have_room_for_any_sizes(monkeypatch):
         launch.run_backward(*tensors[:3], out, lse, tensors[3], None, problem)
         assert len(grids) == 4 and all(len(grid) == 1 for grid in grids.values()), grids
         grids.clear()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
+def test_compiled_documents_keep_to_themselves(pattern):
+    """On the backend that has one mask for all of them then."""
+
+    def run(q, k, v, cu_seqlens):
+        return s2_attention(q, k, v, pattern, cu_seqlens=cu_seqlens, backend="sdpa")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    lengths, padding = [17, 0, 25, 9], 13
+    q, k, v, dout = draw(sum(lengths) + padding)
+    wanted = results(q, k, v, dout, pattern, borders_of(lengths), "sdpa")
+    for x in (q, k, v):
+        x[17:42] = x[-padding:] = float("nan")
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = compiled(*inputs, borders_of(lengths))
+    assert out[17:42].isnan().all()
+    for name, x in zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, inputs, dout)), strict=True):
+        for rows in (slice(0, 17), slice(42, 51), slice(51, 64)):
+            torch.testing.assert_close(x[rows], wanted[name][rows])
+    for borders in MISFITS:
+        assert compiled(*inputs, torch.tensor(borders, device=DEVICE)).isnan().all()

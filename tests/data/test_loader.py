@@ -116,6 +116,24 @@ def test_first_batches_of_a_held_out_pass_are_the_same_for_any_number_of_ranks()
     assert rows[1] == rows[2] == rows[4] == set(range(24))
 
 
+@pytest.mark.parametrize("max_windows", [1, 7, 10_000])
+def test_a_limited_held_out_set_is_the_same_windows_for_any_ranks_and_micro_batch(folders, monkeypatch, max_windows):
+    def targets(world_size, rows):
+        validation = [{"name": "h", "path": str(folders / "heldout"), "micro_batch_size": rows}]
+        validation[0]["max_windows"] = max_windows
+        dm, seen = datamodule(folders, validation=validation), []
+        for rank in range(world_size):
+            monkeypatch.setattr(dm, "_rank", lambda rank=rank: (rank, world_size))
+            [loader] = dm.val_dataloader()
+            seen += [row[row != -100].tolist() for batch in loader for row in batch["labels"]]
+        return sorted(filter(None, seen))
+
+    alone = targets(1, 1)
+    assert len(alone) == max_windows or max_windows == 10_000
+    for world_size, rows in [(1, 4), (2, 1), (3, 2), (8, 3)]:
+        assert targets(world_size, rows) == alone
+
+
 @pytest.mark.parametrize("start", [0, 17])
 def test_training_rows_follow_the_global_order_on_any_number_of_ranks(start):
     for world_size, micro_batch_size in [(1, 4), (2, 2), (4, 1), (3, 5)]:
@@ -149,7 +167,7 @@ def test_fifty_random_resumptions_are_bit_identical(folders):
     state = datamodule(folders, curriculum=curriculum).state_dict()
     for step in np.random.default_rng(0).choice(399, size=50, replace=False).tolist():
         resumed = datamodule(folders, curriculum=curriculum)
-        resumed.load_state_dict(state | {"consumed_samples": 2 * step, "micro_steps": step})
+        resumed.load_state_dict(state | {"consumed_samples": 2 * step})
         for batch, expected in zip(resumed.train_dataloader(), whole[step : step + 2], strict=False):
             assert batch.keys() == expected.keys()
             assert all(torch.equal(batch[key], expected[key]) for key in batch)

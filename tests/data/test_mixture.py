@@ -1,13 +1,15 @@
 """The sample order: bijections, quotas, windows against brute force, and the errors of too little data."""
 
 import functools
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.mixture import PERIOD, Component, Curriculum, Mixture, PackedStream, largest_remainder
+from data.mixture import Component, Curriculum, Mixture, PackedStream
 from data.permutation import Permutation
+from data.quotas import PERIOD, Quotas
 from data.shards import TokenShards
 from tests.data.shard_factory import random_documents, write_shards
 
@@ -84,12 +86,6 @@ def test_filter_that_leaves_nothing_says_how_long_documents_are(shards):
         PackedStream(shards, 16, max_tokens=1)
 
 
-def test_largest_remainder_is_exact():
-    assert largest_remainder(np.array([0.6, 0.4]), 1000).tolist() == [600, 400]
-    assert largest_remainder(np.array([1 / 3, 1 / 3, 1 / 3]), 1000).tolist() == [334, 333, 333]
-    assert largest_remainder(np.array([0.0015, 0.9985]), 1000).tolist() == [2, 998]
-
-
 @pytest.fixture
 def mixture(tmp_path):
     streams = [
@@ -126,20 +122,87 @@ def test_order_is_a_function_of_seed_and_index(mixture):
     assert [Mixture(mixture.streams, [6, 3, 1], seed=8).locate(i) for i in range(500)] != order
 
 
-def test_shares_too_small_to_be_met_are_refused(mixture):
-    with pytest.raises(ValueError, match="below one sample in 1000"):
-        Mixture(mixture.streams, [1, 1, 1e-5], seed=0)
+WEIGHTS = {
+    "thirds": [1, 1, 1],
+    "a rare one": [1, 1, 1e-5],
+    "as floats": [0.12, 0.28, 0.1 + 0.2, 0.3],
+    "rarer than one period": [1e-9, 1],
+    "many": np.random.default_rng(0).random(30) ** 8,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_any_weights_are_met_exactly_in_the_long_run(name):
+    quotas, asked = Quotas(WEIGHTS[name]), np.array(WEIGHTS[name]) / np.sum(WEIGHTS[name])
+    before = np.zeros(len(asked), dtype=np.int64)
+    for period in range(300):
+        here = quotas.in_period(period)
+        assert quotas.before(period).tolist() == before.tolist()
+        assert here.sum() == PERIOD and here.min() >= 0
+        before += here
+        assert np.abs(before - asked * before.sum()).max() < 4
+    far = 10**8
+    assert quotas.before(far).sum() == far * PERIOD
+    assert np.abs(quotas.before(far) - asked * far * PERIOD).max() < 20, "of 10^11 samples"
+
+
+def test_weights_that_a_period_meets_keep_the_order_that_they_had():
+    """Shares that are whole numbers of a thousand have the same quotas in every period."""
+    for weights in ([6, 3, 1], [0.7, 0.2, 0.1], [0.4 * 0.3, 0.4 * 0.7, 0.6]):
+        quotas = Quotas(weights)
+        assert {tuple(quotas.in_period(period)) for period in (0, 1, 17, 10**6)} == {tuple(quotas.exact.astype(int))}
+
+
+def test_a_mixture_of_thirds_goes_through_every_window_once_an_epoch(mixture):
+    thirds = Mixture(mixture.streams, [1, 1, 1], seed=0)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for index in range(5 * PERIOD):
+        component, epoch, window = thirds.locate(index)
+        seen.setdefault((component, epoch), []).append(window)
+    for (component, epoch), windows in seen.items():
+        last = (component, epoch + 1) not in seen
+        assert len(set(windows)) == len(windows)
+        assert last or len(windows) == thirds.streams[component].num_windows
+    counts = [sum(len(w) for (c, _), w in seen.items() if c == component) for component in range(3)]
+    assert thirds.drawn(5 * PERIOD).tolist() == counts and max(counts) - min(counts) <= 3
+    assert thirds.drawn(1234).sum() == 1234
+    assert thirds.fingerprint() != Mixture(mixture.streams, [334, 333, 333], seed=0).fingerprint()
+    assert pickle.loads(pickle.dumps(thirds)).locate(77) == thirds.locate(77)
+
+
+def test_passes_say_how_often_a_run_goes_through_each_component(mixture):
+    rows = Curriculum([mixture], [])
+    for index in (0, 999, 2500):
+        owners = [mixture.locate(i)[0] for i in range(index)]
+        found = rows.passes(index)
+        assert [each.asked for each in found] == [10 * owners.count(i) for i in range(3)]
+    assert [each.available for each in found] == [2000, 500, 90]
+    assert [each.passes for each in found] == [owners.count(i) / s.num_windows for i, s in enumerate(mixture.streams)]
+    assert found[2].component == str(mixture.streams[2].shards.folder)
+
+
+def test_passes_add_up_over_the_phases_of_a_curriculum(curriculum):
+    [found] = curriculum.passes(20)
+    windows = (5 * 8, 10 * 2, 5)
+    assert found.asked == 20 * 64
+    expected = sum(n / m.streams[0].num_windows for n, m in zip(windows, curriculum.mixtures, strict=True))
+    assert found.passes == pytest.approx(expected)
+    assert curriculum.passes(3)[0].passes == pytest.approx(24 / curriculum.mixtures[0].streams[0].num_windows)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"weight": 0}, "weight: 0, expected a positive number"),
-        ({"weight": float("nan")}, "weight: nan"),
-        ({"min_tokens": 10, "max_tokens": 5}, "max_tokens: expected a whole number >= 10, got 5"),
+        *(
+            ({"weight": w}, "weight: .*, expected a positive number")
+            for w in (-1, float("nan"), float("inf"), "1", True)
+        ),
+        ({"min_tokens": 10, "max_tokens": 5}, "max_tokens: 5 is below min_tokens 10, so no document is left"),
         ({"min_tokens": "many"}, "min_tokens: expected a whole number"),
         ({"long": {"min_tokens": 8}}, "long: missing key 'share'"),
         ({"long": {"min_tokens": 8, "share": 1.0}}, "share: 1.0, expected a number between 0 and 1"),
+        ({"long": {"min_tokens": 8, "share": "half"}}, "share: 'half', expected a number between 0 and 1"),
         ({"long": {"min_tokens": 8, "share": 0.5}, "max_tokens": 7}, "leaves no short or no long documents"),
         ({"long": {"min_tokens": 8, "share": 0.5}, "min_tokens": 8}, "leaves no short or no long documents"),
     ],

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-import data.prepare as prepare_module
 import data.work as work_module
 from data.prepare import is_prepared, main, prepare
+from data.sample import sample_texts
 from data.shards import TokenShards
 from data.sources import Source
 from data.tokenizer import TextTokenizer
@@ -61,7 +61,7 @@ def test_split_depends_only_on_id_and_seed(corpus, tmp_path):
 def test_tokenizer_never_sees_heldout_text(corpus, tmp_path):
     asked = spec(corpus, tmp_path, tokenizer={"train": {"vocab_size": 300, "sample_bytes": 10**9}})
     parts, _ = asked.sources[0].parts()
-    sample = set(prepare_module._sample(asked, [parts], 10**9))
+    sample = set(sample_texts(asked.sources, [parts], 10**9, asked.seed, asked.is_heldout))
     expected = {d.text for d in Source(str(corpus), name="c").documents() if not asked.is_heldout(d.id)}
     assert sample == expected
 

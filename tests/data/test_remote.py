@@ -16,6 +16,7 @@ import zstandard
 
 from data import remote
 from data.remote import Retries, SourceError, hub_files, open_remote, remote_size
+from data.sources import Source
 from tests.data.hub_stand_in import HubStandIn, fineweb_rows, write_fineweb
 
 FIRST = "data/CC-MAIN-2024-10/000_00000.parquet"
@@ -44,6 +45,27 @@ def hub(repositories, tmp_path, monkeypatch):
 
 def url(hub: HubStandIn, path: str, name: str = "owner/fineweb") -> str:
     return f"hf://datasets/{name}@{hub.sha[name]}/{path}"
+
+
+def test_a_path_may_go_on_into_the_dataset(hub):
+    """`hf://owner/name/data` is the folder of it, `hf://owner/name/sample/*/*.parquet` what matches."""
+    first, second = url(hub, FIRST), url(hub, SECOND)
+
+    def files(path, **settings):
+        source = Source(path, **settings)
+        return source.label, [file for part in source.parts()[0] for file, _ in part.files]
+
+    sample = [url(hub, "sample/10BT/000_00000.parquet")]
+    assert files("hf://owner/fineweb/sample/*/*.parquet") == ("owner/fineweb/sample", sample)
+    assert files("hf://datasets/owner/fineweb/data/CC-MAIN-2024-10") == (
+        "owner/fineweb/data/CC-MAIN-2024-10",
+        [first, second],
+    )
+    assert files("hf://owner/fineweb", data_dir="data")[1] == [first, second]
+    with pytest.raises(ValueError, match="names a place in the dataset, and so does data_dir"):
+        files("hf://owner/fineweb/data", data_dir="sample")
+    with pytest.raises(FileNotFoundError, match="owner/fineweb"):
+        files("hf://owner/fineweb/nothing/*.parquet")
 
 
 def test_subsets_and_splits_resolve_to_urls_at_a_commit(hub):

@@ -1,8 +1,12 @@
 """Readers: every corpus format gives the same documents, and every broken corpus says what is wrong."""
 
+import bz2
 import gzip
 import itertools
 import json
+import lzma
+import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.sources import Part, Source
+from data.readers import open_binary
+from data.sources import LOST, Part, Source
 
 ROWS = [{"text": f"Document number {i} — naïve café.", "uid": f"u{i}", "other": i} for i in range(5)]
 TEXTS = [row["text"] for row in ROWS]
@@ -25,6 +30,10 @@ def write_corpus(folder: Path, suffix: str) -> Path:
     file = folder / f"corpus{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), file)
+    elif suffix.endswith(".bz2"):
+        file.write_bytes(bz2.compress(jsonl(ROWS[:2])) + bz2.compress(jsonl(ROWS[2:])))
+    elif suffix.endswith(".xz"):
+        file.write_bytes(lzma.compress(jsonl(ROWS[:2])) + lzma.compress(jsonl(ROWS[2:])))
     elif suffix.endswith(".gz"):
         file.write_bytes(gzip.compress(jsonl(ROWS)))
     elif suffix.endswith(".zst"):
@@ -35,7 +44,7 @@ def write_corpus(folder: Path, suffix: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz"])
 def test_row_formats_yield_all_documents_in_order(tmp_path, suffix):
     file = write_corpus(tmp_path, suffix)
     documents = list(Source(str(file), name="c").documents())
@@ -55,6 +64,18 @@ def test_hub_datasets_are_streamed(tmp_path):
     assert documents[3].id.endswith("/u3")
     with pytest.raises(ValueError, match="no column 'body'; it has: other, text, uid"):
         next(Source(str(tmp_path), format="hub", text_column="body").documents())
+    with pytest.raises(ValueError, match="has no split 'validation'; it has: train"):
+        next(Source(str(tmp_path), format="hub", split="validation").documents())
+
+
+def test_a_folder_or_a_pattern_of_a_hub_dataset(tmp_path):
+    for language in ("python", "rust"):
+        (tmp_path / "data" / language).mkdir(parents=True)
+        pq.write_table(pa.table({"text": [language]}), tmp_path / "data" / language / "0.parquet")
+    documents = Source(str(tmp_path), format="hub", data_dir="data/rust").documents()
+    assert [(d.text, d.id) for d in documents] == [("rust", f"{tmp_path.name}/data/rust/data/rust/0.parquet:0")]
+    with pytest.raises(ValueError, match="data_dir: 'rust' is for hub datasets"):
+        Source(str(tmp_path), data_dir="rust")
 
 
 def test_ids_do_not_depend_on_where_the_corpus_lies(tmp_path):
@@ -138,8 +159,8 @@ def test_conditions_on_columns_and_urls(tmp_path, suffix):
     assert kept(keep={"lang": ["de", "fr"]})[0] == [("gut", "http://c")]
     assert kept(keep={"lang": "en"})[0] == [good, ("poor", ""), x]
     with pytest.raises(ValueError, match="has no column 'language'; it has: lang, score, text, url"):
-        kept(keep={"language": "en"})
-    with pytest.raises(ValueError, match="column 'lang' holds 'en', which has no order"):
+        list(Source(str(file), keep={"language": "en"}).documents())
+    with pytest.raises(ValueError, match=r"column 'lang' holds 'en', and keep\.lang asks for numbers"):
         kept(keep={"lang": {"min": 0.5}})
 
 
@@ -147,7 +168,12 @@ def test_conditions_on_columns_and_urls(tmp_path, suffix):
     ("keep", "message"),
     [
         ({"score": {"least": 1}}, r"keep\.score: expected a value, a list or \{min, max\}"),
-        ({"score": {"min": "high"}}, r"keep\.score: 'high' is not a number"),
+        ({"score": {"min": "high"}}, r"keep\.score: 'high' is neither a number nor a date such as 2024-01-31"),
+        ({"score": {"min": float("nan")}}, r"keep\.score: nan is not a number"),
+        ({"score": {"min": 2, "max": "2024-01-31"}}, r"keep\.score: .* are not both numbers or both dates"),
+        ({"score": {"min": 2, "max": 1}}, r"keep\.score: min 2 is above max 1"),
+        ({"score": []}, r"keep\.score: an empty list keeps no row"),
+        ({"score": None}, r"keep\.score: expected a value"),
         (["en"], "keep: expected a mapping"),
     ],
 )
@@ -191,6 +217,50 @@ def test_lone_surrogates_do_not_stop_a_run(tmp_path):
     assert (document.text, document.id, document.url) == ("broken ? escape", "c.jsonl/?", "?")
 
 
+def test_lone_surrogates_are_counted(tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"text": "\\ud800 and \\udfff"}\n{"text": "pair \\ud83d\\ude00"}\n{"text": "é"}\n')
+    source, skipped = Source(str(file)), Counter()
+    assert [d.text for d in source.read(source.parts()[0][0], skipped)] == ["? and ?", "pair 😀", "é"]
+    assert skipped == {LOST: 2}
+
+
+def test_a_json_array_is_refused_from_its_first_bytes(tmp_path):
+    file = tmp_path / "c.json"
+    with file.open("wb") as stream:
+        stream.write(b'[{"text": "')
+        stream.truncate(2 << 30)  # a line of two gigabytes, of which the disk holds nothing
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="begins an array"):
+        next(Source(str(file)).documents())
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+def test_a_small_packed_file_that_holds_much_is_read_a_little_at_a_time(tmp_path):
+    line = json.dumps({"text": "a" * 1000}).encode() + b"\n"
+    file = tmp_path / "c.jsonl.zst"
+    file.write_bytes(zstandard.compress(line * 200_000))
+    assert file.stat().st_size < 1 << 20
+    tracemalloc.start()
+    with open_binary(file) as stream:
+        assert sum(1 for _ in stream) == 200_000
+        assert pa.total_allocated_bytes() < 20 << 20
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_many_small_zstd_frames_cost_no_more_than_their_content(tmp_path):
+    """Each frame once cost the copy of all that follow it in the block."""
+    frame = zstandard.compress(b'{"text": "hello"}\n')
+    file = tmp_path / "c.jsonl.zst"
+    file.write_bytes(frame * 20_000)
+    begin = time.process_time()
+    with open_binary(file) as stream:
+        assert len(stream.read()) == 20_000 * 18
+    assert time.process_time() - begin < 0.5
+
+
 def test_rows_without_an_id_get_one_from_their_place(tmp_path):
     file = tmp_path / "c.jsonl"
     file.write_bytes(jsonl([{"text": "a", "id": "x", "url": None}, {"text": "b", "id": None}, {"text": "c"}]))
@@ -225,7 +295,9 @@ def test_missing_column_names_file_and_columns(tmp_path, suffix):
     ("name", "content", "message"),
     [
         ("c.jsonl", b'{"text": "a"}\n{"text": \n', "c.jsonl, line 2: not valid JSON"),
-        ("c.jsonl", b'["a"]\n', "line 1: expected a JSON object"),
+        ("c.jsonl", b'{"text": "a"}\n["a"]\n', "line 2: expected a JSON object, got"),
+        ("c.json", b'\xef\xbb\xbf\n [{"text": "a"}]\n', r"line 1: .* begins an array; `jq -c '\.\[\]' FILE"),
+        ("c.json", b'{\n  "text": "a"\n}\n', "line 1: .* begins an object of several lines; `jq -c"),
         ("c.jsonl", b'{"text": 5}\n', "column 'text' holds int, expected text"),
         ("c.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], r"c.jsonl.gz.*(broken|not valid JSON)"),
         ("c.parquet", b"no parquet", "not a parquet file"),
@@ -233,6 +305,11 @@ def test_missing_column_names_file_and_columns(tmp_path, suffix):
         ("c.jsonl.gz", b"no gzip", r"c\.jsonl\.gz: broken after line 0"),
         ("c.jsonl.zst", zstandard.compress(jsonl(ROWS * 99))[:-9], r"c\.jsonl\.zst: broken after line \d+"),
         ("c.jsonl.zst", b"no zstd at all", r"c\.jsonl\.zst: broken after line 0"),
+        ("c.jsonl.bz2", bz2.compress(jsonl(ROWS * 99))[:-9], r"c\.jsonl\.bz2: broken after line \d+"),
+        ("c.jsonl.bz2", b"no bzip2", r"c\.jsonl\.bz2: broken after line 0"),
+        ("c.jsonl.xz", lzma.compress(jsonl(ROWS * 99))[:-9], r"c\.jsonl\.xz: broken after line \d+"),
+        ("c.jsonl.xz", b"no xz", r"c\.jsonl\.xz: broken after line 0"),
+        ("c.jsonl.zst", zstandard.compress(jsonl(ROWS)) + b"more", r"c\.jsonl\.zst: broken after line \d+"),
         ("c.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-9], r"c\.txt\.gz: broken"),
         ("c.jsonl", b'{"text": "a"}\n{"text": "\xff\xfe"}\n', r"c\.jsonl, line 2: not valid UTF-8"),
     ],

@@ -8,35 +8,30 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from eval import heatmap
-from eval.heatmap import draw, format_length, main, read_sweep
+from eval.heatmap import draw, draw_side_by_side, main
+from eval.sweep import read_sweep
+from tests.eval.sweeps import published_rows, write_results
 
 GREEN, RED = (0.184, 0.659, 0.400), (0.843, 0.227, 0.286)
+INK = (0.122, 0.161, 0.200)
 
 
-def write_results(file, cells, n=2, **extra):
-    samples = [
-        {
-            "id": f"{length}/{depth}/{i}",
-            "length": length,
-            "depth": depth,
-            "scores": {"exact": score, "partial": 0.5},
-        }
-        for (length, depth), score in cells.items()
-        for i in range(n)
-    ]
-    settings = {"haystack": "prose", "needles": 1, "distractors": 0}
-    about = {"kind": "needle", "checkpoint": "demo/extend-2k", "train_length": 2048, "settings": settings}
-    file.write_text(json.dumps({**about, **extra, "samples": samples}))
-    return file
+def like(png, colour):
+    """Where the picture has this colour, [rows, columns]."""
+    return np.abs(imread(png)[..., :3] - np.array(colour)).max(-1) < 0.02
 
 
 def share_of(png, colour):
-    pixels = imread(png)[..., :3]
-    return float((np.abs(pixels - np.array(colour)).max(-1) < 0.02).mean())
+    return float(like(png, colour).mean())
 
 
-@pytest.mark.parametrize("columns,rows", [(1, 1), (3, 11), (12, 11), (35, 35)])
+def training_lines(png):
+    """Columns of pixels that are a dashed line over the map's whole height."""
+    tall = like(png, INK).sum(0) > 0.3 * imread(png).shape[0]
+    return int(np.diff(np.concatenate([[0], tall])).clip(0).sum())
+
+
+@pytest.mark.parametrize("columns,rows", [(1, 1), (3, 11), (35, 35)])
 def test_all_right_is_green_and_all_wrong_is_red_at_any_size(tmp_path, columns, rows):
     for name, score, shown, other in (("good", 1.0, GREEN, RED), ("bad", 0.0, RED, GREEN)):
         cells = {(512 * (c + 1), 100 * r / max(1, rows - 1)): score for c in range(columns) for r in range(rows)}
@@ -46,77 +41,108 @@ def test_all_right_is_green_and_all_wrong_is_red_at_any_size(tmp_path, columns, 
         assert share_of(tmp_path / f"{name}.png", other) < 0.02  # the colour bar's end
 
 
-def test_cells_stand_where_their_length_and_depth_say(tmp_path):
-    cells = {(512, 0): 1.0, (512, 100): 0.0, (1024, 0): 0.5, (2048, 100): 0.25}
-    sweep = read_sweep([write_results(tmp_path / "needle.json", cells)])
-    assert sweep.lengths == [512, 1024, 2048] and sweep.depths == [0, 100]
-    np.testing.assert_equal(sweep.grid(), [[1.0, 0.5, np.nan], [0.0, np.nan, 0.25]])
-    assert sweep.counts() == (2, 2) and sweep.train_length == 2048
-    assert sweep.mean() == pytest.approx(0.4375)
-    draw(sweep, tmp_path / "needle.png")
+def test_panels_share_one_scale_and_stand_side_by_side(tmp_path):
+    cells = [(length, depth) for length in (512, 1024) for depth in (0, 50, 100)]
+    before = write_results(tmp_path / "before.json", dict.fromkeys(cells, 0.0), checkpoint="demo/pretrain")
+    after = write_results(tmp_path / "after.json", dict.fromkeys(cells, 1.0))
+    png = tmp_path / "both.png"
+    main([str(before), str(after), "--output", str(png), "--titles", "before", "after"])
+    red, green = like(png, RED), like(png, GREEN)
+    middle = red.shape[1] // 2
+    assert red[:, :middle].mean() > 0.2 and green[:, :middle].mean() < 0.001
+    assert green[:, middle:].mean() > 0.2 and red[:, middle:].mean() < 0.01  # the colour bar's end
+    panels = json.loads((tmp_path / "both.cells.json").read_text())["panels"]
+    assert [(panel["checkpoint"], panel["mean"]) for panel in panels] == [("demo/pretrain", 0), ("demo/extend-2k", 1)]
 
 
-def test_several_files_are_one_sweep_and_n_is_told(tmp_path):
-    one = write_results(tmp_path / "a.json", {(512, 0): 1.0}, n=1)
-    two = write_results(tmp_path / "b.json", {(512, 0): 0.0, (1024, 0): 1.0}, n=3)
-    sweep = read_sweep([one, two])
-    assert sweep.grid().tolist() == [[0.25, 1.0]]
-    assert "n = 3 to 4 per cell" in heatmap.describe(sweep)
-    assert read_sweep([one], score="partial").grid().tolist() == [[0.5]]
+def test_a_cell_has_the_same_place_in_every_panel_and_is_grey_where_it_was_not_run(tmp_path):
+    short = read_sweep([write_results(tmp_path / "short.json", {(512, 0): 1.0})])
+    long = read_sweep([write_results(tmp_path / "long.json", dict.fromkeys([(512, 0), (1024, 0), (2048, 0)], 1.0))])
+    draw_side_by_side([short, long], tmp_path / "both.png")
+    green = like(tmp_path / "both.png", GREEN)
+    middle = green.shape[1] // 2
+    assert 2.5 < green[:, middle:].sum() / green[:, :middle].sum() < 3.5
+
+
+def test_sweeps_of_other_depths_keep_their_own_rows_and_columns(tmp_path):
+    coarse = dict.fromkeys([(length, depth) for length in (512, 1024) for depth in (0, 100)], 1.0)
+    fine = dict.fromkeys([(length, depth) for length in (1000, 9000, 80000) for depth in range(1, 99, 7)], 1.0)
+    sweeps = [read_sweep([write_results(tmp_path / f"{len(cells)}.json", cells)]) for cells in (coarse, fine)]
+    draw_side_by_side(sweeps, tmp_path / "both.png")
+    assert share_of(tmp_path / "both.png", (0.925, 0.933, 0.945)) < 0.001  # nothing grey
+    assert share_of(tmp_path / "both.png", GREEN) > 0.35
+
+
+@pytest.mark.parametrize("trained,lines", [(256, 1), (512, 1), (2048, 1), (2049, 0), (8192, 0)])
+def test_the_line_of_the_training_length_is_only_drawn_where_a_sweep_reaches_it(tmp_path, trained, lines):
+    cells = dict.fromkeys([(length, depth) for length in (512, 1024, 2048) for depth in (0, 100)], 0.5)
+    draw(read_sweep([write_results(tmp_path / "n.json", cells, train_length=trained)]), tmp_path / "n.png")
+    assert training_lines(tmp_path / "n.png") == lines
+
+
+def test_each_panel_has_the_line_of_its_own_training_length(tmp_path):
+    cells = dict.fromkeys([(length, depth) for length in (512, 1024, 2048) for depth in (0, 100)], 0.5)
+    sweeps = [
+        read_sweep([write_results(tmp_path / f"{trained}.json", cells, train_length=trained)])
+        for trained in (512, 1024, 8192)
+    ]
+    draw_side_by_side(sweeps, tmp_path / "three.png")
+    assert training_lines(tmp_path / "three.png") == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["costs $5 and $x^2 \\frac{", "/a/very/long/path" * 20, "word " * 100 + "two\nlines"],
+)
+def test_no_name_crashes_or_leaves_the_picture(tmp_path, name):
+    file = write_results(tmp_path / "n.json", {(512, 0): 1.0}, checkpoint=name, settings={"haystack": name})
+    sweep = read_sweep([file])
+    draw(sweep, tmp_path / "n.png")
+    draw_side_by_side([sweep, sweep], tmp_path / "two.png", heading=name)
+    for png in ("n.png", "two.png"):
+        pixels = imread(tmp_path / png)[..., :3]
+        assert pixels.shape[0] < 1200  # inches of height do not follow the name
+        edge = 5
+        for strip in (pixels[:edge], pixels[-edge:], pixels[:, :edge], pixels[:, -edge:]):
+            assert strip.min() > 0.99  # nothing is cut off at the border
 
 
 def test_published_rows_are_brought_to_the_common_scale(tmp_path):
-    rows = [
-        {"model": "other", "context_length": length, "depth_percent": depth, "score": score}
-        for length, depth, score in [(1000, 0, 10), (1000, 50, 1), (2000, 0, 5.5), (2000, 0, 5.5)]
-    ]
+    rows = published_rows({(1000, 0): 10, (1000, 50): 1, (2000, 0): 5.5}, model="other") * 2
     file = tmp_path / "published.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     main([str(file), str(tmp_path / "out.png"), "--score-range", "1,10", "--train-length", "1500"])
-    numbers = json.loads((tmp_path / "out.json").read_text())
-    assert numbers["cells"] == [
-        {"length": 1000, "depth": 0.0, "score": 1.0, "n": 1},
-        {"length": 1000, "depth": 50.0, "score": 0.0, "n": 1},
-        {"length": 2000, "depth": 0.0, "score": 0.5, "n": 2},
+    numbers = json.loads((tmp_path / "out.cells.json").read_text())
+    assert [(cell["length"], cell["depth"], cell["score"], cell["n"]) for cell in numbers["cells"]] == [
+        (1000, 0, 1.0, 2),
+        (1000, 50, 0.0, 2),
+        (2000, 0, 0.5, 2),
     ]
     assert numbers["train_length"] == 1500 and numbers["checkpoint"] == "other"
 
 
 def test_raw_results_beside_the_picture_are_not_overwritten(tmp_path):
     file = write_results(tmp_path / "needle.json", {(512, 0): 1.0})
+    other = write_results(tmp_path / "needle-n1.json", {(512, 0): 0.0})
     before = file.read_text()
-    main([str(file), str(tmp_path / "needle.png")])
+    main([str(other), str(tmp_path / "needle.png")])
     assert file.read_text() == before
 
 
-def test_scores_off_the_scale_and_unknown_files_are_named(tmp_path):
-    published = tmp_path / "published.jsonl"
-    published.write_text('{"context_length": 1000, "depth_percent": 0, "score": 10}')
-    with pytest.raises(
-        ValueError, match=r"published.jsonl: score 10 is outside 0..1; name the scale with --score-range"
+def test_wrong_use_is_told_before_anything_is_written(tmp_path):
+    one = str(write_results(tmp_path / "one.json", {(512, 0): 1.0}))
+    two = str(write_results(tmp_path / "two.json", {(512, 0): 1.0}))
+    before = sorted(file.name for file in tmp_path.iterdir())
+    for arguments, message in (
+        ([one, two], "no picture to write is named; add --output"),
+        ([one, "--output", str(tmp_path / "two.json")], r"two\.json: a picture ends in \.png"),
+        ([one, two, "--output", str(tmp_path / "x.png"), "--titles", "a"], "--titles: 1 for 2 panels"),
+        ([one] * 7 + ["--output", str(tmp_path / "x.png")], "7 files would be 7 panels, and 6 have room; --join"),
+        ([one, "--score-range", "1", str(tmp_path / "x.png")], "--score-range 1: expected two numbers"),
     ):
-        read_sweep([published])
-    published.write_text('{"context_length": 1000, "score": 1}')
-    with pytest.raises(ValueError, match="row 1: no 'depth_percent'"):
-        read_sweep([published])
-    with pytest.raises(ValueError, match="--score-range 10,1"):
-        read_sweep([published], score_range=(10, 1))
-    with pytest.raises(ValueError, match="has no score 'generated'; it has exact, partial"):
-        read_sweep([write_results(tmp_path / "needle.json", {(512, 0): 1.0})], score="generated")
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"other.json: expected a result file of eval.needle"):
-        read_sweep([tmp_path / "other.json"])
-    (tmp_path / "broken.json").write_text('{"kind": ')
-    with pytest.raises(ValueError, match=r"broken.json, line 1: not valid JSON"):
-        read_sweep([tmp_path / "broken.json"])
-
-
-@pytest.mark.parametrize(
-    "length,text",
-    [(512, "512"), (1024, "1k"), (2560, "2.5k"), (131072, "128k"), (1000, "1k"), (118059, "118k")],
-)
-def test_lengths_are_labelled_the_way_people_say_them(length, text):
-    assert format_length(length) == text
+        with pytest.raises(ValueError, match=message):
+            main(arguments)
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 
 @pytest.mark.skipif(

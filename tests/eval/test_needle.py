@@ -3,14 +3,19 @@
 import json
 import random
 import re
+import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval import needle
 from eval.checkpoint import Checkpoint, bos_of, load_tokenizer, results_folder
+from eval.grid import Grid, default_lengths, parse_depths, parse_lengths, result_stem
 from eval.haystack import Haystack, build_prompt
-from eval.needle import Grid, main, parse_depths, parse_lengths, run_sweep, score
+from eval.needle import main, place_results, run_sweep, score
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 
@@ -169,25 +174,112 @@ def test_samples_without_generation_are_run_again_when_it_is_wanted(tokenizer, h
     assert mean(sweep(Oracle(tokenizer), tokenizer, haystack, file), "generated") == 1
 
 
-def test_results_of_another_checkpoint_are_set_aside_not_mixed(tokenizer, haystack, tmp_path, capsys):
+def test_results_of_earlier_weights_are_set_aside_not_mixed(tokenizer, haystack, tmp_path, capsys):
+    sweep(Guesser(tokenizer), tokenizer, haystack, tmp_path / "needle.json")
+    (tmp_path / "needle.png").write_bytes(b"old")
+    about = {"checkpoint": "test", "fingerprint": "other", "train_length": 256}
+    grid = Grid((200, 300), (0.0, 50.0, 100.0), 2)
+    with pytest.raises(ValueError, match=r"needle\.json is of another checkpoint, haystack or kind of prompt"):
+        sweep(Oracle(tokenizer), tokenizer, haystack, tmp_path / "needle.json", fingerprint="other")
+    file = place_results(tmp_path, "needle", about, grid, haystack, bos_of(tokenizer))
+    results = run_sweep(Oracle(tokenizer), tokenizer, bos_of(tokenizer), haystack, grid, file, about)
+    assert file == tmp_path / "needle.json" and mean(results, "exact") == 1 and len(results["samples"]) == 12
+    assert mean(json.loads((tmp_path / "needle.json.1").read_text()), "exact") == 0
+    assert (tmp_path / "needle.png.1").read_bytes() == b"old"
+    assert "is of an earlier checkpoint; kept as needle.json.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["haystack", "dtype", "checkpoint", "seed"])
+def test_another_sweep_of_the_same_name_goes_to_a_file_of_its_own(tokenizer, haystack, tmp_path, change):
+    about = {"checkpoint": "test", "fingerprint": "f", "dtype": "bfloat16"}
+    grid, bos = Grid((200,), (0.0, 50.0, 100.0), 1), bos_of(tokenizer)
+    first = place_results(tmp_path, "needle", about, grid, haystack, bos)
+    run_sweep(Oracle(tokenizer), tokenizer, bos, haystack, grid, first, about)
+    before = first.read_bytes()
+    if change == "haystack":
+        haystack = Haystack.from_texts([prose(300, 2)], tokenizer, "prose")
+    elif change == "seed":
+        grid = Grid((200,), (0.0, 50.0, 100.0), 1, seed=1)
+    else:
+        about[change] = {"dtype": "float32", "checkpoint": "another"}[change]
+    second = place_results(tmp_path, "needle", about, grid, haystack, bos)
+    assert second != first and re.fullmatch(r"needle-[0-9a-f]{6}\.json", second.name)
+    reader = Oracle(tokenizer)
+    results = run_sweep(reader, tokenizer, bos, haystack, grid, second, about)
+    assert reader.calls == len(results["samples"]) == 3  # nothing of the other sweep was taken over
+    assert first.read_bytes() == before
+    assert place_results(tmp_path, "needle", about, grid, haystack, bos) == second
+
+
+def test_a_file_that_is_no_needle_result_is_left_alone(tokenizer, haystack, tmp_path):
     file = tmp_path / "needle.json"
-    sweep(Guesser(tokenizer), tokenizer, haystack, file)
-    results = sweep(Oracle(tokenizer), tokenizer, haystack, file, fingerprint="other")
-    assert mean(results, "exact") == 1 and len(results["samples"]) == 12
-    assert mean(json.loads((tmp_path / "needle.old1.json").read_text()), "exact") == 0
-    assert "checkpoint differ" in capsys.readouterr().out
+    for content in ("[1]", '{"kind": "other"}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"needle\.json is no needle result file"):
+            sweep(Oracle(tokenizer), tokenizer, haystack, file)
+        assert file.read_text() == content
+
+
+def test_a_sweep_takes_over_the_samples_that_another_of_the_same_kind_has(tokenizer, haystack, tmp_path):
+    sweep(Oracle(tokenizer), tokenizer, haystack, tmp_path / "needle-n1.json", Grid((200,), (0.0, 100.0), 1))
+    reader = Oracle(tokenizer)
+    results = sweep(reader, tokenizer, haystack, tmp_path / "needle.json", Grid((200,), (0.0, 100.0), 3))
+    assert reader.calls == 4 and len(results["samples"]) == 6
+
+
+def test_a_quick_look_into_the_same_file_leaves_the_full_sweep_there(tokenizer, haystack, tmp_path):
+    full = sweep(Oracle(tokenizer), tokenizer, haystack, tmp_path / "n.json")
+    quick = sweep(Oracle(tokenizer), tokenizer, haystack, tmp_path / "n.json", Grid((200,), (0.0, 100.0), 1))
+    assert quick["samples"] == full["samples"]
+
+
+def test_every_cell_has_its_interval_and_n(tokenizer, haystack, tmp_path):
+    results = sweep(Guesser(tokenizer), tokenizer, haystack, tmp_path / "needle.json", Grid((200,), (0.0, 100.0), 5))
+    summary = results["summary"]["exact"]
+    assert summary["cells"][0] == {"length": 200, "depth": 0, "score": 0, "n": 5, "interval": [0, 0.4345]}
+    assert summary["mean"] == 0 and summary["interval"] == [0, 0.2775] and summary["interval_kind"] == "Wilson, 95 %"
+    assert set(results["summary"]) == {"exact", "partial", "generated"}
+
+
+def test_running_out_of_memory_keeps_the_shorter_lengths(tokenizer, haystack, tmp_path):
+    class Small(Oracle):
+        def predict_last(self, tokens, count):
+            if len(tokens) > 250:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().predict_last(tokens, count)
+
+    with pytest.raises(MemoryError, match=r"--lengths 300: no room for so many tokens"):
+        sweep(Small(tokenizer), tokenizer, haystack, tmp_path / "needle.json")
+    assert {sample["length"] for sample in json.loads((tmp_path / "needle.json").read_text())["samples"]} == {200}
+
+
+def run(folder, tmp_path, *arguments):
+    text = tmp_path / "haystack.txt"
+    text.write_text(prose(200, 3))
+    main(["--ckpt", str(folder), "--device", "cpu", "--haystack", str(text), *arguments])
 
 
 def test_command_line_writes_json_and_heatmap_of_a_real_model(folder, tmp_path, capsys):
-    text = tmp_path / "haystack.txt"
-    text.write_text(prose(200, 3))
-    command = ["--ckpt", str(folder), "--lengths", "128,256", "--depths", "3", "--n", "2", "--device", "cpu"]
-    command += ["--haystack", str(text), "--output", str(tmp_path / "out"), "--score", "partial"]
-    main(command)
-    results = json.loads((tmp_path / "out" / "needle.json").read_text())
+    out = tmp_path / "out"
+    arguments = ["--lengths", "128,256", "--depths", "3", "--output", str(out)]
+    run(folder, tmp_path, *arguments, "--n", "2", "--score", "partial")
+    file = out / "needle-128+256-d3-n2-haystack.json"
+    results = json.loads(file.read_text())
     assert len(results["samples"]) == 12 and results["train_length"] == 256
-    assert (tmp_path / "out" / "needle.png").stat().st_size > 10_000
+    assert (out / "needle-128+256-d3-n2-haystack.partial.png").stat().st_size > 10_000
     assert "n = 2 per cell" in capsys.readouterr().out
+    before = file.read_bytes()
+    run(folder, tmp_path, *arguments, "--n", "1", "--no-generate")  # a quick look
+    assert file.read_bytes() == before
+    assert (out / "needle-128+256-d3-n1-haystack-no-generate.png").exists()
+
+
+def test_results_go_to_the_file_that_is_named(folder, tmp_path):
+    run(
+        folder, tmp_path, "--lengths", "128", "--depths", "0,100", "--n", "1", "--output", str(tmp_path / "before.json")
+    )
+    assert len(json.loads((tmp_path / "before.json").read_text())["samples"]) == 2
+    assert (tmp_path / "before.png").stat().st_size > 10_000
 
 
 def test_teacher_forcing_and_generation_agree_on_a_real_model(folder, haystack, tokenizer):
@@ -205,7 +297,14 @@ def test_teacher_forcing_and_generation_agree_on_a_real_model(folder, haystack, 
     [
         (["--lengths", "512"], ValueError, r"--lengths 512: the checkpoint reads at most 256 tokens"),
         (["--lengths", "128", "--n", "0"], ValueError, "--n 0: expected at least 1"),
+        (["--lengths", "2x"], ValueError, "--lengths 2x: '2x' is no length; write a number of tokens like 2048 or 2k"),
         (["--lengths", "128", "--depths", "0,150"], ValueError, "--depths 150: a depth is a percentage"),
+        (["--lengths", "128", "--depths", "0,x"], ValueError, "--depths 0,x: expected a number of depths, or percents"),
+        (["--lengths", "128", "--depths", "1"], ValueError, "--depths 1: at least 2"),
+        (["--lengths", "128", "--depths", "101"], ValueError, "nearer to another depth; take fewer depths, or longer"),
+        (["--lengths", "50"], ValueError, "length 50 leaves no room for a haystack"),
+        (["--lengths", "128", "--needles", "2000"], ValueError, "--needles 2000 --distractors 0: there are names for"),
+        (["--lengths", "128", "--train-length", "long"], ValueError, "--train-length: 'long' is no length"),
         (["--lengths", "128", "--score", "generated", "--no-generate"], ValueError, "drop --no-generate"),
         (
             ["--lengths", "128", "--ckpt", "nowhere/hf"],
@@ -238,7 +337,7 @@ def test_short_haystack_and_missing_heldout_say_what_to_do(folder, tmp_path):
     base = ["--ckpt", str(folder), "--lengths", "128", "--device", "cpu", "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=r"haystack haystack.txt has only \d+ tokens; give a longer one"):
         main([*base, "--haystack", str(text)])
-    with pytest.raises(FileNotFoundError, match="no held-out shards near it"):
+    with pytest.raises(FileNotFoundError, match=r"no held-out shards near it .* with --haystack"):
         main(base)
 
 
@@ -255,10 +354,22 @@ def test_checkpoint_without_weights_or_tokenizer_is_named(folder, tmp_path):
 
 
 def test_lengths_and_output_default_to_the_models_and_the_runs_own():
-    assert needle.default_lengths(32768) == (4096, 8192, 16384, 32768)
-    assert needle.default_lengths(600) == (300, 600) and needle.default_lengths(128) == (128,)
+    assert default_lengths(32768) == (4096, 8192, 16384, 32768)
+    assert default_lengths(600) == (300, 600) and default_lengths(128) == (128,)
     assert results_folder("runs/demo/extend-2k/hf") == Path("runs/demo/extend-2k/results")
     assert results_folder("models/llama") == Path("models/llama/results")
+
+
+def test_names_of_results_say_what_differs_from_the_defaults():
+    def stem(depths="11", n=5, lengths=(256, 512), haystack=None, tokens=None, generate=True, **more):
+        return result_stem(Grid(lengths, parse_depths(depths), n, **more), 512, haystack, tokens, generate)
+
+    assert stem() == "needle"
+    assert stem(n=1, seed=3, generate=False) == "needle-n1-seed3-no-generate"
+    assert stem(lengths=(512, 2048), depths="0,33.3") == "needle-512+2k-depth0+33.3"
+    assert stem(depths="35", haystack=Path("a b/my essays.jsonl.gz"), tokens=65536) == "needle-d35-my_essays-of-64k"
+    many = {stem(lengths=tuple(range(256, 256 + 10 * i, 10))) for i in (8, 9)}
+    assert len(many) == 2 and all(re.fullmatch(r"needle-[89]-lengths-[0-9a-f]{6}", name) for name in many)
 
 
 def test_lengths_and_depths_are_read_as_written():
@@ -266,6 +377,50 @@ def test_lengths_and_depths_are_read_as_written():
     assert parse_lengths("1m") == (1 << 20,)
     assert parse_depths("5") == (0, 25, 50, 75, 100)
     assert parse_depths("0,33.3,100") == (0, 33.3, 100)
+    assert parse_depths("100,50,50,0") == (0, 50, 100) and parse_depths("50,50") == (50,)
+    assert Grid((512, 512), (50, 50), 1).lengths == (512,) and len(list(Grid((512, 512), (50, 50), 1).samples())) == 1
+    for wrong in ("", "x", "nan", "0,inf", "1", "2.5", "-3"):
+        with pytest.raises(ValueError, match="--depths"):
+            parse_depths(wrong)
     for wrong in ("2x", "-5", "0", ""):
         with pytest.raises(ValueError, match="is no length"):
             parse_lengths(wrong)
+
+
+def test_haystacks_and_folders_that_cannot_be_used_stop_before_the_sweep(folder, tmp_path):
+    arguments = ["--lengths", "128", "--output", str(tmp_path / "out")]
+    for content in ("", " \n \t ", " " * 5000):
+        (tmp_path / "empty.txt").write_text(content)
+        with pytest.raises(ValueError, match=r"empty\.txt"):
+            run(folder, tmp_path, *arguments, "--haystack", str(tmp_path / "empty.txt"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/results: cannot write there"):
+        run(folder, tmp_path, "--lengths", "128", "--output", str(tmp_path / "file" / "results"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_named(folder, tmp_path):
+    copy = tmp_path / "hf"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"the tokenizer has token \d+, and the model embeds 300 .*another model's"):
+        run(copy, tmp_path, "--lengths", "128", "--output", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "command,message",
+    [
+        ("needle --ckpt FOLDER --lengths 4k", "--lengths 4096: the checkpoint reads at most 256 tokens"),
+        ("heatmap nothing.json needle.png", "[Errno 2] No such file or directory: 'nothing.json'"),
+        ("report nowhere", "run nowhere: no such folder"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_commands_end_with_one_sentence(folder, monkeypatch, capsys, command, message):
+    name, *arguments = command.replace("FOLDER", str(folder)).split()
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"eval.{name}", run_name="__main__")
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and said.startswith(f"error: {message}") and len(said.splitlines()) == 1

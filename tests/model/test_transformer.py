@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2.model import ModelConfig, Transformer
+from s2.model.layers import MLP
 
 SPARSE = "L2V4+dense1"
 
@@ -205,7 +206,7 @@ def assert_compiled_is_the_same(model, mode, backend):
     loss, expected = gradients(model)
     model.set_activation_checkpointing(mode)
     torch._dynamo.reset()
-    model.compile_blocks(fullgraph=True, backend=backend)
+    model.compile_blocks(backend=backend)
     compiled_loss, compiled = gradients(model)
     assert list(model.state_dict()) == names
     torch.testing.assert_close(compiled_loss, loss)
@@ -216,6 +217,34 @@ def assert_compiled_is_the_same(model, mode, backend):
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_blocks_are_captured_whole(mode):
     assert_compiled_is_the_same(build("dense"), mode, "aot_eager")
+
+
+def test_a_block_that_cannot_be_captured_whole_is_an_error_and_not_eager_code(monkeypatch):
+    original = MLP.forward
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return original(self, x)
+
+    monkeypatch.setattr(MLP, "forward", forward)
+    model = build("dense")
+    model.compile_blocks(backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(tokens(1, 64))
+
+
+def test_hooks_on_a_block_run_outside_of_what_is_compiled_or_recomputed():
+    model, calls = build("dense", num_hidden_layers=1), []
+    block = model.model.blocks[0]
+    block.register_forward_pre_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    for mode, compiled in (("full", False), ("selective", False), ("full", True)):
+        model.set_activation_checkpointing(mode)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_blocks(backend="aot_eager")
+        calls.clear()
+        gradients(model)
+        assert calls == [False]
 
 
 @pytest.mark.slow

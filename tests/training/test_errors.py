@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from s2 import ending
+from s2.locks import lock
+from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
-from s2.training.cli import EXIT_WRONG_INPUT, main
-from s2.training.recipe import apply_overrides, load_recipe
+from s2.training.checkpoint import Preempted
+from s2.training.cli import main
 from tests.training.tiny import tiny_recipe, train, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +31,7 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
     def run(*overrides: str, recipe: dict[str, Any] | None = None) -> str:
         path = write_recipe(tmp_path, recipe or tiny_recipe(tmp_path))
-        assert main([str(path), *overrides]) == EXIT_WRONG_INPUT
+        assert main([str(path), *overrides]) == ending.BAD_INPUT
         error = capsys.readouterr().err
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in error, error
@@ -54,6 +58,12 @@ def test_an_unknown_key_names_itself_and_the_closest_known_one(
     assert named in error and hint in error
 
 
+@pytest.mark.parametrize("limit", ["2", "1", "0.5"])
+def test_held_out_sets_that_depend_on_the_ranks_are_refused(refuse: Callable[..., str], limit: str) -> None:
+    error = refuse(f"trainer.limit_val_batches={limit}")
+    assert f"limit_val_batches={limit}" in error and "max_windows" in error
+
+
 def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     recipe["trainer"]["max_step"] = 5
@@ -64,7 +74,7 @@ def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], t
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("trainer.max_steps=many", ["trainer.max_steps", "many", "int"]),
+        ("trainer.max_steps=many", ["trainer.max_steps=many", "a whole number"]),
         ("trainer.max_steps=0", ["trainer.max_steps", "0"]),
         ("model.schedule.name=cosin", ["model.schedule.name", "cosin", "cosine"]),
         ("model.schedule.warmup_steps=6", ["warmup_steps=6", "max_steps=6"]),
@@ -77,7 +87,18 @@ def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], t
         ("data.class_path=data.Missing", ["data.class_path", "data.Missing"]),
         ("run.tokens_per_step=100", ["tokens_per_step=100", "multiple of 128"]),
         ("run.stage=a/b", ["run.stage='a/b'"]),
-        ("trainer.strategy=zero_9", ["zero_9"]),
+        ("trainer.strategy=zero3", ["trainer.strategy=zero3", "did you mean zero_3", "zero_1, zero_2"]),
+        ("trainer.precision=fp8", ["trainer.precision=fp8", "bf16-mixed"]),
+        ("trainer.gradient_clip_val=-1", ["trainer.gradient_clip_val=-1"]),
+        ("trainer.log_every_n_steps=0", ["trainer.log_every_n_steps=0"]),
+        ("trainer.logger={class_path: lightning.pytorch.loggers.WandbLogger}", ["WandbLogger", "wandb", "install"]),
+        ("run.tokens_per_step=1.5", ["run.tokens_per_step=1.5", "whole number"]),
+        ("run.resume=yes", ["run.resume=yes", "auto or never"]),
+        ("model.compile=yes", ["model.compile=yes", "true or false"]),
+        ("data.document_mask=on", ["data.document_mask=on", "true or false"]),
+        ("data.micro_batch_size=0", ["data.micro_batch_size", "got 0"]),
+        ("data.seq_len=64.5", ["data.seq_len=64.5", "a whole number"]),
+        ("data.mixture.0.wieght=1", ["data.mixture[0]", "wieght"]),
         ("model.init_from=runs/nowhere/pretrain/hf", ["runs/nowhere/pretrain/hf", "make pretrain RECIPE=nowhere"]),
         ("model.init_from=runs/x/extend-32k/hf", ["make extend RECIPE=x TO=32k"]),
         ("max_steps", ["'max_steps'", "key=value"]),
@@ -90,6 +111,7 @@ def test_a_wrong_value_names_key_value_and_remedy(
     error = refuse(override)
     for part in expected:
         assert part in error
+    assert "Namespace(" not in error and "Union" not in error and "<class" not in error
 
 
 def test_a_missing_corpus_is_named(refuse: Callable[..., str]) -> None:
@@ -106,7 +128,7 @@ def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     del recipe["run"]["stage"]
     path = tmp_path / "nameless.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    assert main([str(path)]) == EXIT_WRONG_INPUT
+    assert main([str(path)]) == ending.BAD_INPUT
     assert f"error: {path}: the key run.stage is missing" in capsys.readouterr().err
 
 
@@ -137,18 +159,18 @@ def test_a_finished_run_without_its_export_says_what_to_do(refuse: Callable[...,
 
 
 def test_a_missing_recipe_and_bad_yaml_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "none.yaml")]) == EXIT_WRONG_INPUT
+    assert main([str(tmp_path / "none.yaml")]) == ending.BAD_INPUT
     assert "none.yaml does not exist" in capsys.readouterr().err
     broken = tmp_path / "broken.yaml"
     broken.write_text("run:\n  recipe: a\n  stage: [b\n")
-    assert main([str(broken)]) == EXIT_WRONG_INPUT
+    assert main([str(broken)]) == ending.BAD_INPUT
     assert f"{broken}:4: not valid YAML" in capsys.readouterr().err
 
 
 def test_the_command_line_exits_with_2_and_one_line() -> None:
     command = [sys.executable, "-m", "s2.training.cli", "recipes/demo/pretrain.yaml", "trainer.max_step=5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == EXIT_WRONG_INPUT
+    assert done.returncode == ending.BAD_INPUT
     assert done.stderr.strip() == (
         "error: unknown key trainer.max_step on the command line; did you mean trainer.max_steps?"
     )
@@ -165,12 +187,9 @@ def test_overrides_reach_lists_init_args_and_floats_without_a_point(tmp_path: Pa
     assert json.loads(json.dumps(recipe))["run"]["resume"] == "never"
 
 
-@pytest.mark.parametrize(("parent", "code"), [(True, 0), (False, cli.EXIT_PREEMPTED)])
+@pytest.mark.parametrize(("parent", "code"), [(True, 0), (False, ending.STOPPED)])
 def test_only_the_main_process_tells_that_a_run_was_stopped(parent, code, monkeypatch, capsys):
     """One that Lightning started would have the main process killed while it closes down."""
-
-    class Preempted(Exception):  # noqa: N818
-        pass
 
     def stop(*_):
         raise Preempted("stopped at step 4")
@@ -179,3 +198,40 @@ def test_only_the_main_process_tells_that_a_run_was_stopped(parent, code, monkey
     monkeypatch.setenv(cli.MAIN_PROCESS, str(os.getppid() if parent else os.getpid()))
     assert cli.main(["recipe.yaml"]) == code
     assert "stopped at step 4" in capsys.readouterr().err
+
+
+def test_a_second_run_in_one_folder_is_refused_and_names_the_first(refuse: Callable[..., str], tmp_path: Path) -> None:
+    _, run = train(tmp_path, "trainer.max_steps=3")
+    metrics = (run / "logs" / "metrics.csv").read_text()
+    with lock(run):
+        error = refuse()
+        assert str(run) in error and f"process {os.getpid()} on " in error
+        assert "process" in refuse("run.resume=never")
+    assert (run / "logs" / "metrics.csv").read_text() == metrics and not run.with_name("pretrain.1").exists()
+
+
+def test_what_was_changed_before_a_resume_is_said_and_in_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = train(tmp_path, "trainer.max_steps=3")
+    capsys.readouterr()
+    changed = ("model.optimizer.weight_decay=0.5", "model.optimizer.betas=[0.8,0.9]", "data.document_mask=false")
+    assert train(tmp_path, *changed)[0] == 0
+    said = capsys.readouterr().out
+    for line in ("model.optimizer.weight_decay: 0.1 -> 0.5", "data.init_args.document_mask: True -> False", "betas"):
+        assert line in said
+    state = torch.load(next((run / "checkpoints" / "last").rglob("*optim_states.pt")), weights_only=False)
+    groups = state["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0} and groups[0]["betas"] == (0.8, 0.9)
+    assert train(tmp_path, *changed, "model.optimizer.lr=1e-3")[0] == 0
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and "not trained with" in said and "model.optimizer.lr: 0.003 -> 0.001" in said
+
+
+@pytest.mark.parametrize("strategy", ["zero_3", "auto"])
+def test_optimizer_states_of_another_form_are_refused_by_name(
+    refuse: Callable[..., str], tmp_path: Path, strategy: str
+) -> None:
+    train(tmp_path, "trainer.max_steps=3")
+    error = refuse(f"trainer.strategy={strategy}")
+    assert "saved by ZeRO stage 1" in error and "step-00000003" in error

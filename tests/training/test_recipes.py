@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from s2.model.transformer import Transformer
-from s2.training.launch import check_lengths, trainer_extras
+from s2.recipe import load_recipe
+from s2.training.launch import check_settings, trainer_extras
 from s2.training.module import resolve_config
 from s2.training.parser import RecipeCLI
-from s2.training.recipe import load_recipe
 from s2.training.report import launch_report
 from s2.training.strategy import ZeROStrategy, register_strategies
 
@@ -53,7 +53,7 @@ def test_a_recipe_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     cli = build(path, tmp_path)
     run, trainer, module, data = cli.config_init.run, cli.trainer, cli.model, cli.datamodule
     assert (run.recipe, run.stage) == (path.parent.name, path.stem)
-    check_lengths(module, data, trainer)
+    check_settings(module, data, trainer)
     assert isinstance(trainer.strategy, ZeROStrategy)
     assert module.config.max_position_embeddings >= data.seq_len
     for world_size in WORLD_SIZES.get(path.parent.name, (8,)):
@@ -62,7 +62,7 @@ def test_a_recipe_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with torch.device("meta"):
         model = Transformer(module.config)
     assert sum(p.numel() for p in model.parameters()) == module.config.num_parameters()
-    report = launch_report(run, module, data, trainer)
+    report = launch_report(run, module, data, trainer, cli.config.trainer.precision)
     assert module.config.attention_layout in report and "memory estimate" in report
 
 

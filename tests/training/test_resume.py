@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from s2 import ending
 from s2.training.callbacks import TrainingLog
-from s2.training.cli import EXIT_DIVERGED, EXIT_PREEMPTED
 from s2.training.module import PretrainModule
-from s2.training.run import complete_checkpoints
+from s2.training.saved import complete_checkpoints
 from tests.training.tiny import curve, train
 
 
@@ -72,7 +72,7 @@ def test_a_stop_signal_saves_at_the_step_boundary_and_the_next_run_equals_an_uni
     with monkeypatch.context() as patch:
         before = at_step(patch, 3, lambda: os.kill(os.getpid(), number))
         code, run = train(folder, stage=stage)
-    assert code == EXIT_PREEMPTED
+    assert code == ending.STOPPED
     assert (run / "checkpoints" / "last").resolve().name == "step-00000004"
     assert not (run / "hf").exists()
     with monkeypatch.context() as patch:
@@ -86,7 +86,7 @@ def test_a_stop_signal_saves_at_the_step_boundary_and_the_next_run_equals_an_uni
 def test_a_crash_goes_back_to_the_last_checkpoint_and_replaces_the_rows_after_it(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class PowerCut(RuntimeError):  # noqa: N818 -- the name says it
+    class PowerCut(BaseException):
         pass
 
     def cut() -> None:
@@ -116,7 +116,7 @@ def test_gradient_accumulation_resumes_at_whole_steps(folder: Path, monkeypatch:
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         code, _ = train(folder, *accumulated, stage="accumulated-stopped")
-    assert code == EXIT_PREEMPTED
+    assert code == ending.STOPPED
     _, run = train(folder, *accumulated, stage="accumulated-stopped")
     assert_same_run(run, whole)
 
@@ -164,18 +164,35 @@ def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
     assert (uninterrupted / "checkpoints" / "last").resolve() == kept[-1].resolve()
 
 
-def test_a_loss_that_is_not_a_number_stops_before_it_is_saved_and_names_step_and_position(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_another_micro_batch_after_a_resume_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int
 ) -> None:
-    original = PretrainModule._loss
+    """Three steps of three micro-batches are no whole number of windows of six or two."""
+    step = ("run.tokens_per_step=384", "run.validate_every=2")
+    if not (folder / "runs" / "tiny" / "thirds").exists():
+        train(folder, *step, stage="thirds")
+    stage = f"thirds-then-{micro_batch_size}"
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(folder, *step, stage=stage)[0] == ending.STOPPED
+    with monkeypatch.context() as patch:
+        positions = at_step(patch, -1, lambda: None)
+        code, run = train(folder, *step, f"data.micro_batch_size={micro_batch_size}", stage=stage)
+    assert code == 0
+    assert positions == list(range(18, 36, micro_batch_size))
+    for column in ("train/loss", "grad_norm", "val/heldout/loss"):
+        expected = curve(run.with_name("thirds"), column)
+        assert curve(run, column) == pytest.approx(expected, rel=1e-4), column
+    assert list(curve(run, "val/heldout/loss")) == [0, 2, 4, 6]
 
-    def poisoned(self: Any, batch: Any) -> Any:
-        loss, count = original(self, batch)
-        return (loss * float("nan") if int(batch["position"]) == 6 and self.training else loss), count
 
-    monkeypatch.setattr(PretrainModule, "_loss", poisoned)
-    code, run = train(folder, stage="diverged")
-    error = capsys.readouterr().err
-    assert code == EXIT_DIVERGED
-    assert "step 3" in error and "position 6" in error and "Traceback" not in error
-    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000002"]
+def test_a_step_that_lightning_and_deepspeed_count_differently_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_one(self: Any, trainer: Any, *_: Any) -> None:
+        trainer.strategy.deepspeed_engine.micro_steps += 1
+
+    monkeypatch.setattr(TrainingLog, "on_train_start", lose_one)
+    with pytest.raises(RuntimeError, match="number 0 of 3 in its step for the trainer, but number 1 for DeepSpeed"):
+        train(folder, "run.tokens_per_step=384", stage="miscounted")

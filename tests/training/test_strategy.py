@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import yaml
 
 from s2.model.config import ModelConfig
 from s2.model.hf import load_pretrained
+from s2.model.layers import Block
 from s2.training.metrics import read_metrics
+from s2.training.module import PretrainModule
 from s2.training.report import estimate_memory
 from s2.training.throughput import peak_flops
 from tests.training.tiny import curve, train
@@ -34,6 +37,36 @@ def plain(folder: Path) -> Path:
 def test_zero_on_the_cpu_equals_plain_adamw(folder: Path, plain: Path, strategy: str) -> None:
     code, run = train(folder, f"trainer.strategy={strategy}", stage=strategy)
     assert code == 0
+    assert curve(run) == pytest.approx(curve(plain), rel=1e-5)
+    exported, expected = load_pretrained(run / "hf").state_dict(), load_pretrained(plain / "hf").state_dict()
+    for name, value in expected.items():
+        assert (exported[name].float() - value.float()).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_zero_3_trains_the_same_with_every_weight_sharded_and_any_checkpointing(
+    folder: Path, plain: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The weights of so small a model lie below DeepSpeed's threshold for sharding, and would never be released."""
+    whole: list[bool] = []
+    original = Block.forward
+
+    def forward(self: Any, *args: Any) -> Any:
+        whole.append(all(parameter.numel() == parameter.ds_numel for parameter in self.parameters()))
+        others = [block for block in self.others if block is not self]
+        whole.append(all(parameter.numel() == 0 for block in others for parameter in block.parameters()))
+        return original(self, *args)
+
+    def on_fit_start(self: Any) -> None:
+        monkeypatch.setattr(Block, "others", self.model.model.blocks, raising=False)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    monkeypatch.setattr(PretrainModule, "on_fit_start", on_fit_start)
+    settings = {"stage": 3, "persistence_threshold": 0, "prefetch_elements": 0, "live_elements": 0}
+    strategy = json.dumps({"class_path": "s2.training.strategy.ZeROStrategy", "init_args": settings})
+    checkpointing = f"model.activation_checkpointing={mode}"
+    code, run = train(folder, f"trainer.strategy={strategy}", checkpointing, stage=f"sharded-{mode}")
+    assert code == 0 and len(whole) > 24 and all(whole[-12:])  # of the last steps; the first are observed whole
     assert curve(run) == pytest.approx(curve(plain), rel=1e-5)
     exported, expected = load_pretrained(run / "hf").state_dict(), load_pretrained(plain / "hf").state_dict()
     for name, value in expected.items():
@@ -64,6 +97,14 @@ def test_the_summary_holds_the_held_out_loss_before_and_after_and_the_unigram_lo
     assert list(losses) == [0, 3, 6]
     assert heldout["initial_loss"] == losses[0] and heldout["loss"] == losses[6] < losses[0]
     assert 2.0 < heldout["unigram_loss"] < 5.7
+
+
+def test_the_summary_says_how_often_the_data_was_gone_through(plain: Path) -> None:
+    summary = json.loads((plain / "summary.json").read_text())
+    [data] = summary["data"]
+    manifest = json.loads((plain.parents[2] / "data" / "train" / "manifest.json").read_text())
+    assert data["asked"] == summary["tokens"] and data["available"] == manifest["tokens"]
+    assert data["passes"] == pytest.approx(data["asked"] / data["available"], rel=0.1)
 
 
 def test_extension_reports_the_checkpoint_as_it_is_at_the_new_length(folder: Path, plain: Path) -> None:

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from s2.training.cli import EXIT_PREEMPTED, main
-from s2.training.run import complete_checkpoints, read_meta
+from s2 import ending
+from s2.training.cli import main
+from s2.training.saved import complete_checkpoints, read_meta
+from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, write_recipe
 
-ROOT = Path(__file__).parents[2]
 TWO = ("trainer.devices=2", "data.micro_batch_size=1")
-
-
-LEFT_BY_LIGHTNING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
-
-
-def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-    """The command line in a process group of its own, without what a run in this process left in the
-    environment."""
-    inherited = {key: value for key, value in os.environ.items() if key not in LEFT_BY_LIGHTNING}
-    return subprocess.Popen(
-        [sys.executable, "-m", "s2.training.cli", str(recipe), *overrides],
-        cwd=ROOT,
-        env={**inherited, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 @pytest.mark.slow
@@ -64,6 +46,30 @@ def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero_1", "zero_3"])
+def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str) -> None:
+    """Three steps of one micro-batch each are no whole number of windows of two or six; held-out sets stay the same."""
+    recipe = tiny_recipe(tmp_path, "one")
+    recipe["model"]["schedule"] = {"name": "constant"}
+    recipe["run"] |= {"tokens_per_step": 384, "validate_every": 2, "checkpoint_every": 3}
+    recipe["trainer"]["strategy"] = strategy
+    path = write_recipe(tmp_path, recipe)
+    assert main([str(path)]) == 0
+    expected = tmp_path / "runs" / "tiny" / "one"
+    process = start(path, "run.stage=rows-3", "trainer.devices=2", "data.micro_batch_size=3", "trainer.max_steps=3")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    shutil.copytree(expected.with_name("rows-3"), expected.with_name("rows-1"), symlinks=True)
+    for micro_batch_size in (3, 1):  # ranks alone, ranks and micro-batch
+        run = expected.with_name(f"rows-{micro_batch_size}")
+        assert main([str(path), f"run.stage={run.name}", f"data.micro_batch_size={micro_batch_size}"]) == 0
+        for column in ("train/loss", "grad_norm", "val/heldout/loss"):
+            values = curve(run, column)
+            values.pop(3, None) if column.startswith("val/") else None  # the end of the first part
+            assert values == pytest.approx(curve(expected, column), rel=1e-4), (column, micro_batch_size)
+
+
+@pytest.mark.slow
 def test_a_signal_to_every_process_of_a_job_ends_in_one_checkpoint(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "job")
     recipe["data"]["init_args"]["num_workers"] = 1  # its worker gets the signal too
@@ -75,6 +81,6 @@ def test_a_signal_to_every_process_of_a_job_ends_in_one_checkpoint(tmp_path: Pat
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == EXIT_PREEMPTED, errors
+    assert process.returncode == ending.STOPPED, errors
     assert "stopped at step" in errors and "Traceback" not in errors
     assert len(complete_checkpoints(run / "checkpoints")) == 1

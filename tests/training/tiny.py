@@ -71,7 +71,7 @@ def tiny_recipe(folder: Path, stage: str = "pretrain") -> dict[str, Any]:
                     "heldout_fraction": 0.1,
                 },
                 "mixture": [{"path": str(data / "train")}],
-                "validation": [{"name": "heldout", "path": str(data / "heldout")}],
+                "validation": [{"name": "heldout", "path": str(data / "heldout"), "max_windows": 5}],
             },
         },
         "trainer": {
@@ -80,7 +80,6 @@ def tiny_recipe(folder: Path, stage: str = "pretrain") -> dict[str, Any]:
             "max_steps": 6,
             "log_every_n_steps": 1,
             "gradient_clip_val": 1.0,
-            "limit_val_batches": 2,
         },
     }
 

@@ -1,0 +1,110 @@
+"""Which samples a needle sweep has, how that is written on the command line, and how its results are named."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.haystack import NAMES
+from eval.sweep import format_length, parse_length
+
+DEPTHS, SAMPLES = 11, 5  # by default
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which samples a sweep has: `n` for every pair of length (tokens) and depth (percent)."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    n: int
+    needles: int = 1
+    distractors: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("n", 1), ("needles", 1), ("distractors", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected at least {least}")
+        if not self.lengths or not self.depths:
+            raise ValueError("a sweep needs at least one length and one depth")
+        if bad := [depth for depth in self.depths if not 0 <= depth <= 100]:
+            raise ValueError(f"--depths {bad[0]:g}: a depth is a percentage, 0 to 100")
+        if self.needles + self.distractors > NAMES:
+            raise ValueError(
+                f"--needles {self.needles} --distractors {self.distractors}: there are names for {NAMES} together"
+            )
+        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
+        object.__setattr__(self, "depths", tuple(sorted(set(self.depths))))
+
+    def samples(self) -> Iterator[tuple[str, int, float, int]]:
+        """(id, length, depth, index), shortest lengths first."""
+        for length in self.lengths:
+            for depth in self.depths:
+                for index in range(self.n):
+                    yield f"{length}/{depth:g}/{index}", length, depth, index
+
+
+def default_lengths(max_length: int) -> tuple[int, ...]:
+    """The model's length and its half, quarter and eighth, as far as those have 256 tokens."""
+    return tuple(max_length // part for part in (8, 4, 2, 1) if max_length // part >= 256 or part == 1)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """`512,1k,2k`. Raises ValueError that names the option."""
+    try:
+        return tuple(sorted({parse_length(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise ValueError(f"--lengths {text}: {error}") from None
+
+
+def parse_depths(text: str) -> tuple[float, ...]:
+    """`11` means 11 depths evenly from 0 to 100 percent; `0,50,100` those depths. Raises ValueError."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--depths {text}: expected a number of depths, or percents like 0,50,100") from None
+    if len(numbers) > 1:
+        return tuple(sorted({round(number, 3) for number in numbers}))
+    if not (2 <= numbers[0] <= 1001 and numbers[0].is_integer()):
+        raise ValueError(f"--depths {text}: at least 2 (the start and the end), or a list like 0,50,100")
+    count = int(numbers[0])
+    return tuple(round(100 * i / (count - 1), 3) for i in range(count))
+
+
+def result_stem(grid: Grid, max_length: int, haystack: Path | None, haystack_tokens: int | None, generate: bool) -> str:
+    """File name of a sweep's results without suffix: `needle`, and what differs from the defaults.
+
+    Args:
+        max_length: the model's, which the default lengths follow.
+        haystack, haystack_tokens: None where they are the defaults.
+    """
+    parts = []
+    if grid.lengths != default_lengths(max_length):
+        parts.append(_listed("", [format_length(length) for length in grid.lengths]))
+    if grid.depths != parse_depths(str(DEPTHS)):
+        even = len(grid.depths) > 1 and grid.depths == parse_depths(str(len(grid.depths)))
+        parts.append(f"d{len(grid.depths)}" if even else _listed("depth", [f"{depth:g}" for depth in grid.depths]))
+    for name, usual in (("n", SAMPLES), ("needles", 1), ("distractors", 0), ("seed", 0)):
+        if getattr(grid, name) != usual:
+            parts.append(f"{name}{getattr(grid, name)}")
+    if haystack is not None:
+        parts.append(re.sub(r"[^\w-]+", "_", haystack.name.split(".")[0])[:40])
+    if haystack_tokens is not None:
+        parts.append(f"of-{format_length(haystack_tokens)}")
+    if not generate:
+        parts.append("no-generate")
+    return "-".join(["needle", *parts])
+
+
+def _listed(what: str, items: Sequence[str]) -> str:
+    text = "+".join(items)
+    if len(items) <= 6:
+        return what + text
+    return f"{len(items)}-{what or 'length'}s-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

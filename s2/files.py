@@ -1,0 +1,381 @@
+"""The program's own files: what it wrote, it may replace and remove; what it did not write, it never touches.
+
+This is the only module that deletes, renames or replaces anything (`s2.locks` keeps two processes from doing it at
+once). Three ideas:
+
+- **Whole files.** `whole`, `write_text` and `write_json` leave the old file or the new one, on disk, never a part.
+- **Marked folders.** `make_folder` puts a mark (`.s2-folder.json`) into a folder that it makes or finds empty. Only in
+  marked folders is anything removed, and there only what a call names; `publish` writes a list of the files into
+  the mark, and `remove_folder` then removes just these, so that a note that somebody put beside them stays.
+- **Inventories.** `inventory` records sizes and checksums; `damage` says in a few words what is no longer as recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+MARK = ".s2-folder.json"
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.s2-tmp")
+_ABANDONED = 3600.0  # seconds after which the temporary file of a process that this host does not have is litter
+
+
+class NotOursError(ValueError):
+    """What would be removed or replaced was not made by this program."""
+
+
+# --- whole files ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A binary stream whose content becomes `path` when the block ends without an error, and not otherwise.
+
+    The file is on disk then, and keeps the permissions of the one that it replaces. Folders on the way are made. A link
+    at `path` is followed.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.s2-tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`whole` of UTF-8 text. Lone surrogates are written as their escapes, so that nothing is lost to one of them."""
+    with whole(path) as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
+    """`whole` of indented JSON that any reader takes: NaN and infinities become null.
+
+    Args:
+        default: what becomes of values that JSON cannot say, as of `json.dumps`.
+    """
+    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False, default=default) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: empty or not JSON; names the file and the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except ValueError as error:  # numbers of thousands of digits
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that results cannot be written to, before they are worked out; it is made if it is missing.
+
+    Raises:
+        OSError: names the folder and what is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"{folder}: cannot write there ({error.strerror})") from None
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder outside of everybody's way that is gone when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="s2-") as folder:
+        yield Path(folder)
+
+
+# --- marked folders ---------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path, kind: str) -> Path:
+    """Make a folder and mark it as the program's, or take one that is marked with the same kind.
+
+    Args:
+        kind: what the folder holds, in a word or two (`token shards`).
+
+    Raises:
+        NotOursError: it is there, not empty, and has no mark or another kind's.
+    """
+    if (marked := kind_of(folder)) is None:
+        if folder.is_dir():
+            if others := sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name)):
+                raise NotOursError(
+                    f"{folder} holds files that this program did not write ({', '.join(others[:3])}"
+                    f"{', ...' if len(others) > 3 else ''}); choose another folder, or move them"
+                )
+        elif os.path.lexists(folder):
+            raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
+        folder.mkdir(parents=True, exist_ok=True)
+        _mark(folder, kind)
+    elif marked != kind:
+        raise NotOursError(f"{folder} holds {marked}, not {kind}; choose another folder")
+    return folder
+
+
+def adopt(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
+    """Mark a folder that the caller knows as the program's by its content, as earlier versions left it.
+
+    Args:
+        names: of the files in it that the program wrote, relative to it; of a folder that goes on being written, None.
+    """
+    if kind_of(folder) != kind:
+        sizes = None if names is None else {name: (folder / name).stat().st_size for name in names}
+        _mark(folder, kind, **({} if sizes is None else {"files": sizes}))
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a marked folder holds; None where there is no mark that can be read."""
+    return _read_mark(folder).get("kind")
+
+
+def require_marked(folder: Path) -> str:
+    """The kind of a marked folder.
+
+    Raises:
+        NotOursError: it is not marked.
+    """
+    if (kind := kind_of(folder)) is None:
+        raise NotOursError(f"{folder} has no mark of this program ({MARK}); it is left as it is")
+    return kind
+
+
+def remove_files(folder: Path, *patterns: str) -> None:
+    """Remove the files of a marked folder whose names match one of `patterns` (as in a shell); others stay.
+
+    Raises:
+        NotOursError: the folder is there and is not marked.
+    """
+    if not folder.is_dir():
+        return
+    require_marked(folder)
+    for name in os.listdir(folder):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and not (folder / name).is_dir():
+            (folder / name).unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path, *patterns: str) -> bool:
+    """Remove a marked folder with what the program wrote into it; True if nothing is left.
+
+    That is: of a folder that `publish` listed, the files in the list; of others the files whose names match one of
+    `patterns`, or everything where there are none. What else somebody put there stays, and the folder with it. A folder
+    that is not there is no error.
+
+    Raises:
+        NotOursError: it is there and is not marked.
+    """
+    if not os.path.lexists(folder):
+        return True
+    require_marked(folder)
+    if (listed := _read_mark(folder).get("files")) is None and not patterns:
+        doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
+        os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
+        shutil.rmtree(doomed)
+        return True
+    for mark in list(folder.rglob(MARK)):  # folders of their own, made later (converted checkpoints)
+        if mark.parent != folder:
+            remove_folder(mark.parent)
+    for name in os.listdir(folder) if listed is None else listed:
+        if listed is not None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).unlink()
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):  # the deepest first
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    left = [name for name in os.listdir(folder) if name != MARK]
+    if not left:
+        shutil.rmtree(folder)
+    return not left
+
+
+def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that `publish` listed in a folder's mark, as `damage` takes them; {} where it has listed none."""
+    return {name: {"size": size} for name, size in _read_mark(folder).get("files", {}).items()}
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a finished marked folder its name, with its files on disk and listed in its mark.
+
+    The rename is the commit: a process killed before it leaves only the partial name. A marked folder at `final` is
+    removed; where somebody has put files into it, it moves aside as a whole (see `move_aside`).
+
+    Raises:
+        NotOursError: `final` is there and is not marked.
+    """
+    if os.path.lexists(final):
+        require_marked(final)
+    seal(partial)
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
+    if os.path.lexists(final) and not remove_folder(final):
+        move_aside(final)
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+
+
+def seal(folder: Path) -> None:
+    """List the files that a marked folder now holds, with their sizes, in its mark: all of them are the program's."""
+    kind = require_marked(folder)
+    found = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MARK)
+    _mark(folder, kind, files={str(path.relative_to(folder)): path.lstat().st_size for path in found})
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file or folder to the first free of `<name>.1`, `<name>.2`, ... and return that."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{number}")):
+        number += 1
+    os.rename(path, aside)
+    return aside
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target`, in place of an earlier link.
+
+    Raises:
+        NotOursError: something that is no link stands there.
+    """
+    if os.path.lexists(link) and not link.is_symlink():
+        raise NotOursError(f"{link} is no link; move it, the program wants to put one there")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.s2-tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+# --- inventories ------------------------------------------------------------------------------------------------------
+
+
+def checksum(path: Path) -> str:
+    """XXH3 (128 bits) of a file: finds damage at the speed of the disk; it is no defence against forgery."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def inventory(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Size in bytes and checksum of each file below `folder` (or of `names`), by its path relative to it; marks and
+    temporary files are left out."""
+    if names is None:
+        found = (path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
+        names = sorted(str(path.relative_to(folder)) for path in found if not _TEMPORARY.fullmatch(path.name))
+    return {name: {"size": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)} for name in names}
+
+
+def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums: bool = True) -> str | None:
+    """What is no longer as `inventory` recorded it, of the first file that is not; None where all is well.
+
+    Args:
+        checksums: read every byte where a checksum is recorded; without, only sizes are compared.
+    """
+    for name, was in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) != was["size"]:
+            return f"{path} has {size:,} bytes, not the {was['size']:,} that were written"
+        if checksums and "xxh3_128" in was and checksum(path) != was["xxh3_128"]:
+            return f"{path} has other content than was written"
+    return None
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _mark(folder: Path, kind: str, **more: Any) -> None:
+    note = "made by s2-recipes, which may remove from this folder what it wrote there"
+    write_json(folder / MARK, {"kind": kind, "note": note, **more})
+
+
+def _read_mark(folder: Path) -> dict[str, Any]:
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) else {}
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files for `path` that killed processes have left."""
+    for other in path.parent.glob(f".{_escaped(path.name)}.*.s2-tmp"):
+        match = _TEMPORARY.fullmatch(other.name)
+        with contextlib.suppress(OSError):
+            if match and not _is_alive(int(match[1])) and time.time() - other.stat().st_mtime > _ABANDONED:
+                other.unlink()
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not (float("-inf") < value < float("inf")):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _sync(path: Path) -> None:
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        _sync(folder)

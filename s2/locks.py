@@ -1,0 +1,215 @@
+"""One writer for a folder at a time.
+
+A lock is a file in the folder that says who holds it. Two things tell whether the holder is still there: `flock`, which
+a dead process of this host cannot keep, and the file's modification time, which the holder renews, for file systems
+whose `flock` ends at the host. Whoever finds the lock of a dead process takes it over and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+LOCK = ".lock"
+HEARTBEAT = 10.0  # seconds between two renewals
+_PATIENCE = 3.5 * HEARTBEAT  # a lock of another host that is not renewed for so long is taken over
+_ORPHANS = 5.0  # seconds in which the children of a dead holder have let go of its lock
+
+
+class LockedError(ValueError):
+    """Another process is at work in the folder."""
+
+
+class LockLostError(Exception):
+    """Another process has taken this one's lock, believing it dead (it was suspended, or its disk did not answer)."""
+
+
+class Lock:
+    """A lock that is held; made by `lock`."""
+
+    def __init__(self, folder: Path, stream: IO[str], record: dict[str, Any]) -> None:
+        self.folder, self._stream, self._record = folder, stream, record
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise LockLostError where another process has taken the lock over."""
+        if _read(self.folder / LOCK) != self._record:
+            raise LockLostError(f"{self.folder}: the lock was taken by {describe(_read(self.folder / LOCK))}")
+
+    def release(self) -> None:
+        """Give the folder free; the empty lock file stays, since to remove it would be a race."""
+        self._end.set()
+        self._thread.join()
+        if os.pread(self._stream.fileno(), 4096, 0).decode("utf-8", "replace") == _line(self._record):
+            os.ftruncate(self._stream.fileno(), 0)  # by its descriptor: the folder may have another name by now
+        self._stream.close()
+
+    def _renew(self) -> None:
+        while not self._end.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._stream.fileno())
+
+
+@contextmanager
+def lock(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
+    """Hold `folder` (which must be there) for this process and its threads.
+
+    Args:
+        wait: wait for the holder, with a line on stderr, instead of refusing.
+
+    Raises:
+        LockedError: another process holds it; names host, process and since when.
+        OSError: the lock file cannot be written.
+    """
+    held = acquire(folder, wait=wait)
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+def acquire(folder: Path, *, wait: bool = False) -> Lock:
+    """`lock` for holders that live longer than a block; call `Lock.release`."""
+    said = False
+    deadline = time.monotonic() + _ORPHANS
+    while True:
+        stream = (folder / LOCK).open("a+", encoding="utf-8")
+        fcntl.fcntl(stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        if _take(stream) and not _at_work_elsewhere(folder, wait_for_beat=not said):
+            break
+        holder = _read(folder / LOCK)
+        stream.close()
+        if _died_here(holder) and time.monotonic() < deadline:
+            time.sleep(0.1)  # a child that it has just forked is about to let go
+            continue
+        if not wait:
+            raise LockedError(
+                f"{folder} is being written by {describe(holder)}; wait for it or stop it, or choose another folder"
+            )
+        if not said:
+            print(f"{folder}: {describe(holder)} is at work there; waiting", file=sys.stderr, flush=True)
+            said = True
+        time.sleep(0.5)
+    before = _read(folder / LOCK)
+    if before:
+        print(f"{folder}: taking over from {describe(before)}, which is gone", file=sys.stderr, flush=True)
+    record = _identity()
+    stream.seek(0)
+    stream.truncate()
+    stream.write(_line(record))
+    stream.flush()
+    _forget_in_children(stream)
+    return Lock(folder, stream, record)
+
+
+def describe(record: dict[str, Any] | None) -> str:
+    """A holder in words."""
+    if not record:
+        return "another process"
+    job = f", SLURM job {record['job']}" if record.get("job") else ""
+    return f"process {record.get('pid')} on {record.get('host')} (since {record.get('since')}{job})"
+
+
+def _identity() -> dict[str, Any]:
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") and (
+        f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
+    )
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "boot": _boot(),
+        "job": job or os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    }
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _boot() -> str:
+    """Tells hosts apart that have one name, and a host from itself before its last start."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The record in a lock file; None where there is none, or none that can be read."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _take(stream: IO[str]) -> bool:
+    """Whether no process that this host's `flock` knows of holds the file; True where there is no `flock`."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        return _read(Path(stream.name)) is None or not _is_here(_read(Path(stream.name)))
+    return True
+
+
+def _is_here(record: dict[str, Any] | None) -> bool:
+    """Whether a record is that of a living process of this host; asked only where `flock` does not tell."""
+    if not record or (record.get("host"), record.get("boot")) != (socket.gethostname(), _boot()):
+        return False
+    return os.path.exists(f"/proc/{record.get('pid')}") and record.get("pid") != os.getpid()
+
+
+def _died_here(record: dict[str, Any] | None) -> bool:
+    """Whether a record is that of a process of this host that is no more."""
+    if not record or (record.get("host"), record.get("boot")) != (socket.gethostname(), _boot()):
+        return False
+    return not os.path.exists(f"/proc/{record.get('pid')}")
+
+
+def _at_work_elsewhere(folder: Path, *, wait_for_beat: bool) -> bool:
+    """Whether the record is that of a process on another host that still renews its lock."""
+    record = _read(folder / LOCK)
+    if record is None or (record.get("host"), record.get("boot")) == (socket.gethostname(), _boot()):
+        return False
+    mine = _identity()
+    if mine["job"] and record.get("job") == mine["job"] and mine["restarts"] > record.get("restarts", 0):
+        return False  # the same job, started again: the scheduler has ended what was there
+    file = folder / LOCK
+    seen, until = file.stat().st_mtime_ns, time.monotonic() + _PATIENCE
+    if wait_for_beat:
+        print(f"{folder}: looking whether {describe(record)} is still at work", file=sys.stderr, flush=True)
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        if file.stat().st_mtime_ns != seen or _read(file) != record:
+            return _read(file) is not None
+    return False
+
+
+def _forget_in_children(stream: IO[str]) -> None:
+    """A forked child must not keep the lock of a parent that died."""
+    reference = stream
+
+    def close() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.close(reference.fileno())
+
+    os.register_at_fork(after_in_child=close)

@@ -1,0 +1,214 @@
+"""Checkpoints on disk: written whole, checked before they are used.
+
+checkpoints/step-00000500/meta.json     step, tokens, how it was trained, and size and checksum of every other file
+                          state/        what Lightning and DeepSpeed saved
+                          state-universal/   the same for another number of ranks, made when it is first needed
+            last                        link to the newest
+
+A checkpoint is written as `step-00000500.partial` and gets its name when everything is on disk. On resume the newest
+one that is as it was written is used, and what is wrong with a newer one is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from s2 import files
+from s2.ending import DamagedError
+
+KIND = "training checkpoint"
+META = "meta.json"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_NOT_THE_MODEL = ("initializer_range", "bos_token_id", "eos_token_id")  # the ids come from the data
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """checkpoints/step-00000500"""
+    return checkpoints / f"step-{step:08d}"
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders that were published, oldest first; whether they are still whole `damage` tells."""
+    found = []
+    for path in checkpoints.glob("step-*"):
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir() and (files.kind_of(path) == KIND or (path / META).is_file()):
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint: step, tokens, world_size, zero_stage, model (its ModelConfig keys), files.
+
+    Raises:
+        DamagedError: missing, empty or not JSON, or a key is gone.
+    """
+    try:
+        meta = files.read_json(checkpoint / META)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{checkpoint / META} cannot be read ({error})") from None
+    if not isinstance(meta, dict) or not {"step", "tokens", "model"} <= meta.keys():
+        raise DamagedError(f"{checkpoint / META} is not a checkpoint's")
+    return meta
+
+
+def damage(checkpoint: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if it is as it was written.
+
+    Args:
+        checksums: read every byte; without, sizes only.
+        share: (rank, ranks) that divide the reading among them.
+    """
+    try:
+        meta = read_meta(checkpoint)
+    except DamagedError as error:
+        return str(error)
+    recorded = meta.get("files")
+    if recorded is None:  # written by a version that recorded nothing
+        return None if (checkpoint / "state").exists() else f"{checkpoint / 'state'} is missing"
+    if wrong := files.damage(checkpoint, recorded, checksums=False):
+        return wrong
+    if not checksums:
+        return None
+    mine = sorted(recorded)[share[0] :: share[1]]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: files.damage(checkpoint, {name: recorded[name]}), mine)
+        return next((wrong for wrong in found if wrong), None)
+
+
+def newest_whole(
+    checkpoints: Sequence[Path], damage_of: Callable[[Path], str | None], say: Callable[[str], None]
+) -> Path | None:
+    """The newest checkpoint that nothing is wrong with; None where there are none at all.
+
+    Args:
+        checkpoints: oldest first.
+        damage_of: tells what is wrong with one.
+        say: takes a line for each that is passed over.
+
+    Raises:
+        DamagedError: there are some, and all are damaged.
+    """
+    wrong: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        if (what := damage_of(checkpoint)) is None:
+            return checkpoint
+        wrong.append(what)
+        say(f"checkpoint {checkpoint} is damaged: {what}")
+    if wrong:
+        raise DamagedError(
+            f"no checkpoint in {checkpoints[0].parent} is whole (the newest: {wrong[0]}); put the file back, or start "
+            f"over with run.resume=never, which moves the run aside"
+        )
+    return None
+
+
+def new_checkpoint(checkpoints: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into; what a killed process left of others is removed.
+
+    Raises:
+        NotOursError: a folder in the way was not made by this program.
+    """
+    clear_leftovers(checkpoints)
+    return files.make_folder(partial_folder(checkpoints, step), KIND)
+
+
+def partial_folder(checkpoints: Path, step: int) -> Path:
+    """checkpoints/step-00000500.partial"""
+    return checkpoint_folder(checkpoints, step).with_name(f"step-{step:08d}.partial")
+
+
+def clear_leftovers(checkpoints: Path) -> None:
+    """Remove what processes that were killed while saving have left."""
+    for path in checkpoints.glob("step-*.partial"):
+        if files.kind_of(path) == KIND:
+            files.remove_folder(path)
+
+
+def inventory(partial: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
+    """Sizes and checksums of one rank's share of the files of a checkpoint that is being written."""
+    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    mine = [name for name in names if name != files.MARK][share[0] :: share[1]]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: files.inventory(partial, [name]), mine)
+        return {name: entry for part in found for name, entry in part.items()}
+
+
+def publish(partial: Path, final: Path, meta: Mapping[str, Any], keep: int) -> None:
+    """Turn a fully written `partial` folder into the checkpoint `final`, point `last` at it, and drop the oldest.
+
+    The rename is the commit: a process killed before it leaves only a name that resume ignores.
+
+    Args:
+        meta: what meta.json says, with the inventory of all other files under `files`.
+        keep: checkpoints kept, damaged ones not counted; notes that somebody put into a dropped one stay.
+    """
+    files.write_json(partial / META, dict(meta))
+    files.publish(partial, final)
+    _point_last_at(final)
+    whole = [path for path in complete_checkpoints(final.parent) if damage(path, checksums=False) is None]
+    for old in whole[:-keep]:
+        if files.kind_of(old) is None:  # an earlier version's
+            files.adopt(old, KIND, _written_by_us(old))
+        files.remove_folder(old)
+
+
+def _written_by_us(checkpoint: Path) -> list[str]:
+    """Files of a checkpoint without a mark: what its meta.json lists, or else all that stands below `state`."""
+    listed = read_meta(checkpoint).get("files")
+    below = (path for path in checkpoint.glob("state*/**/*") if path.is_file())
+    return [META, *(listed or (str(path.relative_to(checkpoint)) for path in below))]
+
+
+def _point_last_at(final: Path) -> None:
+    last = final.parent / "last"
+    if last.exists() and not last.is_symlink():  # a copy that followed links has made a folder of it
+        files.move_aside(last)
+    files.point(last, final.name)
+
+
+def check_resumable(meta: Mapping[str, Any], model: Mapping[str, Any], stage: int, precision: str, place: Path) -> None:
+    """Refuse to resume weights of another shape or meaning, or optimizer states in another form.
+
+    Args:
+        meta: of the checkpoint.
+        model: the ModelConfig keys of the recipe.
+        stage: ZeRO stage of the recipe's strategy, 0 without DeepSpeed.
+        precision: Lightning's name of it.
+        place: the checkpoint's folder.
+
+    Raises:
+        ValueError: names the first key that differs, both values and the checkpoint.
+    """
+    advice = "go back to the old value, or start over with run.resume=never or another run.stage"
+    saved = meta["model"]
+    for key, value in model.items():
+        if key not in _NOT_THE_MODEL and saved.get(key, value) != value:
+            raise ValueError(
+                f"checkpoint {place} was trained with model.config.{key}={saved[key]!r} but the recipe says {value!r}; "
+                f"{advice}"
+            )
+    saved_stage = meta.get("zero_stage", stage)
+    if _form(saved_stage) != _form(stage):
+        raise ValueError(
+            f"checkpoint {place} was saved by {_strategy(saved_stage)} but the recipe's trainer.strategy is "
+            f"{_strategy(stage)}, which keeps optimizer states in another form; {advice} (its weights alone, from an "
+            f"exported folder, go into any strategy: model.init_from)"
+        )
+    if (saved_precision := meta.get("precision", precision)) != precision:
+        raise ValueError(
+            f"checkpoint {place} was saved in precision {saved_precision} but this run is in {precision}; continue on "
+            f"the same kind of device with the same trainer.precision, or start another run.stage from exported weights"
+        )
+
+
+def _form(stage: int) -> int:
+    return 2 if stage == 1 else stage  # ZeRO-1 and ZeRO-2 shard optimizer states alike
+
+
+def _strategy(stage: int) -> str:
+    return f"ZeRO stage {stage}" if stage else "a strategy without ZeRO"

@@ -1,0 +1,78 @@
+"""Recipes mean the same wherever they are read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2.recipe import apply_overrides, dump_yaml, load_recipe, parse_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-1", 0.5),
+        ("1.5e+3", 1500.0),
+        ("8e6", 8e6),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("12_000_000", 12_000_000),
+        ("010", 10),
+        ("0x10", 16),
+        ("-.inf", float("-inf")),
+        ("true", True),
+        ("false", False),
+        ("yes", "yes"),
+        ("No", "No"),
+        ("on", "on"),
+        ("True", "True"),
+        ("2024-01-31", "2024-01-31"),
+        ("12:30:45", "12:30:45"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("e5", "e5"),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    found = parse_yaml(f"key: {text}")["key"]
+    assert found == value and type(found) is type(value)
+
+
+def test_what_is_dumped_reads_back_the_same() -> None:
+    value = {"a": "no", "b": "1e5", "c": 1e-05, "d": None, "e": True, "f": "2024-01-01", "g": [1, "2"], "h": ".5"}
+    assert parse_yaml(dump_yaml(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: {c: 1, c: 2}\n", ":2: .*'c' stands twice"),
+        ("a: 1\na: 2\n", ":2: .*'a' stands twice"),
+        (f"a: {'9' * 5000}\n", ":1: .*too many digits"),
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "a mapping of keys"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_recipe(file)
+    assert str(file) in str(caught.value)
+
+
+def test_merge_keys_stay_overridable(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("base: &b {x: 1, y: 2}\nuse: {<<: *b, y: 3}\n")
+    assert load_recipe(file)["use"] == {"x": 1, "y": 3}
+
+
+def test_overrides_are_read_like_recipes() -> None:
+    recipe: dict[str, Any] = {"data": {"class_path": "x", "init_args": {"mixture": [{"weight": 1}]}}}
+    assert apply_overrides(recipe, ["data.mixture.0.weight=5e-1", "run.note=no"]) == [
+        "data.mixture.0.weight",
+        "run.note",
+    ]
+    assert recipe["data"]["init_args"]["mixture"][0]["weight"] == 0.5 and recipe["run"]["note"] == "no"

@@ -1,0 +1,207 @@
+"""Whatever is broken, and whenever a run is killed, it goes on from a whole checkpoint with the same losses.
+
+What is broken and when is drawn at random from a seed; S2_RANDOM_CASES=100 draws that many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2 import ending, files
+from s2.training import saved
+from s2.training.saved import complete_checkpoints
+from tests.training.processes import start
+from tests.training.tiny import curve, tiny_recipe, train, write_recipe
+
+SEEDS = range(int(os.environ.get("S2_RANDOM_CASES", "4")))
+CONSTANT = "model.schedule={name: constant, warmup_steps: 2}"  # a run of 5 steps is the beginning of one of 6
+
+
+class PowerCut(BaseException):
+    """Nothing after it runs."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("damage")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Path:
+    code, run = train(folder, CONSTANT, stage="whole")
+    assert code == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> Path:
+    """The first five steps of it, with the checkpoints of steps 4 and 5."""
+    code, run = train(folder, CONSTANT, "trainer.max_steps=5", stage="stopped")
+    assert code == 0
+    return run
+
+
+def assert_same_losses(run: Path, reference: Path, **tolerance: float) -> None:
+    for column in ("train/loss", "lr", "grad_norm"):
+        found, expected = curve(run, column), curve(reference, column)
+        assert found == (pytest.approx(expected, **tolerance) if tolerance else expected), column
+    assert complete_checkpoints(run / "checkpoints")[-1].name == "step-00000006"
+
+
+def _truncate(file: Path, rng: random.Random) -> None:
+    os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+def _empty(file: Path, rng: random.Random) -> None:
+    os.truncate(file, 0)
+
+
+def _remove(file: Path, rng: random.Random) -> None:
+    file.unlink()
+
+
+def _overwrite(file: Path, rng: random.Random) -> None:
+    """200 bytes, as a failing disk leaves them; the size stays."""
+    data = bytearray(file.read_bytes())
+    at = rng.randrange(max(1, len(data) - 200))
+    data[at : at + 200] = bytes(byte ^ 0x5A for byte in data[at : at + 200])
+    file.write_bytes(data)
+
+
+def break_newest(run: Path, rng: random.Random) -> Path:
+    """Break one file of the newest checkpoint in one way."""
+    newest = complete_checkpoints(run / "checkpoints")[-1]
+    file = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+    way = rng.choice([_truncate, _empty, _remove, _overwrite])
+    print(f"{way.__name__} {file}")
+    way(file, rng)
+    return file
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_broken_file_of_the_newest_checkpoint_is_named_and_passed_over(
+    folder: Path, reference: Path, stopped: Path, seed: int, capfd: Any
+) -> None:
+    stage = f"broken-{seed}"
+    shutil.copytree(stopped, stopped.with_name(stage), symlinks=True)
+    file = break_newest(stopped.with_name(stage), random.Random(seed))
+    code, run = train(folder, CONSTANT, stage=stage)
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    if file.name != files.MARK:  # a checkpoint is whole without its mark
+        assert "is damaged" in said.out and str(file) in said.out and "step-00000004" in said.out
+    assert_same_losses(run, reference)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_killed_anywhere_in_saving_goes_on(
+    folder: Path, reference: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power goes at the n-th of the calls by which saving reaches the disk."""
+    rng = random.Random(1000 + seed)
+    left = rng.randrange(1, 60)
+    stage = f"killed-{seed}"
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                print(f"the power goes at {function.__name__}{arguments}")
+                raise PowerCut
+            return function(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        patch.setattr(saved, "inventory", counted(saved.inventory))
+        with contextlib.suppress(PowerCut):
+            train(folder, CONSTANT, stage=stage)
+    code, run = train(folder, CONSTANT, stage=stage)
+    assert code == 0
+    assert_same_losses(run, reference)
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_two_ranks_killed_and_damaged_go_on(folder: Path, reference: Path) -> None:
+    recipe = write_recipe(folder, tiny_recipe(folder, "two"))
+    two = (CONSTANT, "trainer.devices=2", "data.micro_batch_size=1")
+    rng = random.Random(random.SystemRandom().randrange(1000))
+    process = start(recipe, *two)
+    run = folder / "runs" / "tiny" / "two"
+    deadline = time.monotonic() + 200
+    while not len(complete_checkpoints(run / "checkpoints")) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(rng.random() / 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    break_newest(run, rng)
+    process = start(recipe, *two)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same_losses(run, reference, rel=1e-4)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them(
+    folder: Path, stopped: Path, capsys: Any
+) -> None:
+    shutil.copytree(stopped, stopped.with_name("hopeless"), symlinks=True)
+    for checkpoint in complete_checkpoints(stopped.with_name("hopeless") / "checkpoints"):
+        (checkpoint / "meta.json").write_text("")
+    code, run = train(folder, CONSTANT, stage="hopeless")
+    error = capsys.readouterr().err
+    assert code == ending.DAMAGED
+    assert "meta.json" in error and "is empty" in error and "run.resume=never" in error
+    assert len(complete_checkpoints(run / "checkpoints")) == 2
+    assert train(folder, CONSTANT, "run.resume=never", stage="hopeless")[0] == 0
+    assert len(complete_checkpoints(run.with_name("hopeless.1") / "checkpoints")) == 2
+
+
+def test_what_a_killed_process_left_while_saving_another_step_is_removed(folder: Path, stopped: Path) -> None:
+    run = stopped.with_name("leftover")
+    shutil.copytree(stopped, run, symlinks=True)
+    ours = files.make_folder(run / "checkpoints" / "step-00000099.partial", saved.KIND)
+    (ours / "state").write_text("94 GB")
+    theirs = run / "checkpoints" / "step-00000098.partial"
+    theirs.mkdir()
+    (theirs / "note").write_text("x")
+    assert train(folder, CONSTANT, stage="leftover")[0] == 0
+    assert not ours.exists() and (theirs / "note").read_text() == "x"
+
+
+def test_a_note_beside_a_checkpoint_outlives_it(folder: Path, stopped: Path) -> None:
+    run = stopped.with_name("noted")
+    shutil.copytree(stopped, run, symlinks=True)
+    note = run / "checkpoints" / "step-00000004" / "good.txt"
+    note.write_text("the one before the spike")
+    assert train(folder, CONSTANT, "run.keep_checkpoints=1", stage="noted")[0] == 0
+    assert note.read_text() == "the one before the spike"
+    assert sorted(path.name for path in note.parent.iterdir()) == [files.MARK, "good.txt"]
+
+
+def test_checkpoints_of_earlier_versions_are_resumed_and_rotated(folder: Path, reference: Path, stopped: Path) -> None:
+    run = stopped.with_name("earlier")
+    shutil.copytree(stopped, run, symlinks=True)
+    for checkpoint in complete_checkpoints(run / "checkpoints"):
+        meta = files.read_json(checkpoint / "meta.json")
+        for key in ("files", "recipe", "precision"):
+            del meta[key]
+        (checkpoint / "meta.json").write_text(json.dumps(meta))
+        (checkpoint / files.MARK).unlink()
+    code, _ = train(folder, CONSTANT, "run.keep_checkpoints=1", stage="earlier")
+    assert code == 0
+    assert_same_losses(run, reference)
+    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000006"]

@@ -1,0 +1,72 @@
+"""Running out of memory is recognised under its many names, and ends in a sentence that says what to turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from s2 import ending
+from s2.training import memory
+from s2.training.module import PretrainModule
+from tests.training.tiny import train
+
+CUDNN = "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"
+
+
+@pytest.mark.parametrize(
+    ("error", "full", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), False, True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False, True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), False, True),
+        (MemoryError(), False, True),
+        (RuntimeError(CUDNN), True, True),
+        (RuntimeError(CUDNN), False, False),
+        (RuntimeError("NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)"), True, True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True, False),
+    ],
+)
+def test_names_of_running_out_of_memory(error: Exception, full: bool, expected: bool) -> None:
+    assert memory.is_out_of_memory(error, device_is_full=full) is expected
+    outer = RuntimeError("while running compiled code")
+    outer.__cause__ = error
+    assert memory.is_out_of_memory(outer, device_is_full=full) is expected
+
+
+def test_a_run_out_of_memory_names_step_estimate_and_what_to_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    original = PretrainModule.training_step
+
+    def fails(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(PretrainModule, "training_step", fails)
+    code, _ = train(tmp_path)
+    error = capsys.readouterr().err
+    assert code == ending.OUT_OF_MEMORY
+    assert error.count("\n") == 1 and "Traceback" not in error
+    for part in ("step 3", "GiB per device", "data.micro_batch_size below 2", "activation_checkpointing=selective"):
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "stage", "ranks", "first", "absent"),
+    [
+        ("full", 2, 4, "trainer.strategy=zero_3", "activation_checkpointing"),
+        ("selective", 3, 4, "activation_checkpointing=full", "zero_4"),
+        ("full", 3, 2, "more GPUs", "zero_4"),
+        ("full", 1, 1, "more GPUs", "zero_2;"),
+    ],
+)
+def test_advice_names_only_what_can_still_be_turned(
+    checkpointing: str, stage: int, ranks: int, first: str, absent: str
+) -> None:
+    text = memory.advice("step 1", "1 GiB", checkpointing, stage, 1, ranks)
+    turns = text.split("In this order: ")[1].split("; ")
+    assert first in turns[0] and absent not in text
