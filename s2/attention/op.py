@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from .kernels.hopper import launch as hopper_launch
 from .kernels.triton.launch import Problem, run_backward, run_forward
+from .modes import is_plain, without_autocast
 from .pattern import Pattern, pattern_from_key
-from .reference import reference_attention
+from .reference import check_borders, reference_attention
 from .sdpa import dense_attention, masked_attention
 
 BACKENDS = ("reference", "sdpa", "triton", "hopper")
@@ -89,20 +90,6 @@ def _is_elsewhere(x: Tensor) -> bool:
     return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing watches the ops (compilation, dispatch modes such as selective checkpointing, functorch, tensor
-    subclasses): then a call may skip the dispatcher, which takes as long as the rest of its host side."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset(map(type, tensors))
-    )
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, q, k, v, cu_seqlens, *settings):
@@ -121,7 +108,7 @@ class _Attention(torch.autograd.Function):
             return None, None, None, None, *none
         if dout is None:
             dout = torch.zeros_like(out)
-        run = _backward if _is_plain(q, k, v, dout) else attention_backward
+        run = _backward if is_plain(q, k, v, dout) else attention_backward
         return None, *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *none
 
 
@@ -129,7 +116,7 @@ def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-# `torch.autograd.Function.apply` without its look for functorch's wrappers, a tenth of a call; `_is_plain` has looked
+# `torch.autograd.Function.apply` without its look for functorch's wrappers, a tenth of a call; `is_plain` has looked
 _apply_plain = super(torch.autograd.Function, _Attention).apply
 
 
@@ -146,7 +133,7 @@ def _differentiable(q, k, v, *rest):
 
 
 def _call(plain: bool, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    """The forward op, or what it does where nothing watches (`_is_plain`)."""
+    """The forward op, or what it does where nothing watches (`is_plain`)."""
     if not plain:
         return attention_forward(q, k, v, *rest)
     return _apply_plain(_forward, q, k, v, *rest) if _needs_gradient(q, k, v) else _forward(q, k, v, *rest)
@@ -195,28 +182,41 @@ def s2_attention(
         pattern: which blocks each KV head sees. A pattern with one rule (or mask) per *query* head is accepted too;
             K and V are then expanded to the query heads.
         layer: rotates residues when there are fewer KV heads than the stride (`LayerLayout.rotations`).
-        cu_seqlens: int32 `[n + 1]`, borders of packed documents (0 first, T last, repeats allowed). Blocks and
-            residues count from the start of each document.
+        cu_seqlens: int32 `[n + 1]`, borders of packed documents: 0 first, then never falling (repeats are empty
+            documents), T at most. Blocks and residues count from the start of each document, and no document depends
+            on what stands beside it, NaN included. Tokens behind the last border (padding to a static shape) belong to
+            none: there the output and the gradients are 0 and the log-sum-exp is -inf, whatever q, k, v hold. int64
+            borders, slices of tables and borders on another device are copied first. Borders on a GPU are not waited
+            for: if they do not fit, the whole output and all gradients are NaN.
         softmax_scale: default `1 / sqrt(D)`.
         return_lse: also return the log-sum-exp of the scaled scores, `[B, Hq, Sq]` or packed `[Hq, T]`, in float32
             (float64 for the reference on float64); -inf where a query sees no key.
         head_offset: global index of the first KV head held here, under tensor or sequence parallelism.
         total_kv_heads: KV heads of the whole layer (default: those held here). Patterns use global head indices.
         backend: "reference", "sdpa", "triton" or "hopper". None picks by device: on CUDA the Hopper kernels where
-            they apply (`hopper.launch.supports`), else Triton's (dense patterns: the fastest dense kernel torch has),
-            elsewhere "sdpa".
+            they apply (`hopper.launch.objection`), else Triton's (dense patterns: torch's own dense kernels, of those
+            that are enabled), elsewhere "sdpa". Where only the strides of q, k or v keep a call from the Hopper
+            kernels, a warning says so once.
 
     Returns:
-        The output, shape and dtype of `q`; with `return_lse` the pair (output, lse).
+        The output, shape and dtype of `q`; with `return_lse` the pair (output, lse). Autocast changes neither.
 
-    Calls repeat bit for bit, forward and backward, but for dQ on Hopper where queries see many keys
-    (`hopper.launch._takes_one_pass`; L8V16 from 32k tokens on, dense from 3k): there float32 sums are added to in any
-    order. With `torch.use_deterministic_algorithms(True)` kernels run that repeat there too.
+    Calls repeat bit for bit, forward and backward, with two exceptions: dQ on Hopper where queries see many keys
+    (`hopper.launch._takes_one_pass`; L8V16 from 32k tokens on, dense from 3k), where float32 sums are added to in any
+    order, and the backward of dense patterns where torch runs cuDNN, as it does on Hopper. With
+    `torch.use_deterministic_algorithms(True)` kernels run that repeat there too.
+
+    NaN and Inf in a document stay in it. Within one they reach the rows that see them, and may reach those of the same
+    tile that do not, such as the 64 of the diagonal: the probability of a hidden key is 0, and 0 times NaN is NaN. The
+    "sdpa" and "reference" backends have one tile, the document.
+
+    CUDA graphs may capture calls, as `torch.compile(mode="reduce-overhead")` does, after a call with the same shapes
+    has run; the tensors that such calls keep stay for the life of the process (`s2.attention.kept`).
 
     Raises:
         ValueError: a shape, dtype, head count, border tensor or backend that does not fit, by name.
     """
-    asked, plain = None, _is_plain(q, k, v)
+    asked, plain = None, is_plain(q, k, v)
     if plain and cu_seqlens is None and type(pattern) is Pattern:
         asked = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
@@ -236,26 +236,36 @@ def s2_attention(
         asked = None
         k, v = (x.repeat_interleave(group, dim=-2) for x in (k, v))
         head_offset, total = head_offset * group, total * group
+    layer = pattern.first_alike(layer, total)  # one plan, table and graph for all layers with these rules
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if not scale > 0:
         raise ValueError(f"softmax_scale={softmax_scale!r} must be positive")
 
     if backend is None and _prefers_dense_kernel(q, k, pattern, cu_seqlens, return_lse):
-        return dense_attention(q, k, v, scale)
-    hopper = backend in (None, "hopper") and hopper_launch.supports(q, k, v, pattern, packed=cu_seqlens is not None)
-    if backend == "hopper" and not hopper:
-        raise ValueError(
-            "the hopper backend needs sm_90, NVRTC (cuda-bindings, nvidia-cuda-nvrtc), float16 or bfloat16, head_dim "
-            "64 or 128, a rule pattern, block_size 64 or more (32, 16: with a multiple of 2, 4 query heads a KV head; "
-            "256: without levels that end) and q and k of one length; got "
-            f"{q.dtype} q {list(q.shape)}, k {list(k.shape)} and pattern {pattern} on {q.device}; use backend=None or "
-            "'triton'"
-        )
+        with without_autocast(q):
+            return dense_attention(q, k, v, scale)
+    hopper = False
+    if backend in (None, "hopper"):
+        objection = hopper_launch.objection(q, k, v, pattern, packed=cu_seqlens is not None)
+        hopper = not objection
+        if objection and backend == "hopper":
+            shown = ", ".join(
+                f"{name} {list(x.shape)} with strides {list(x.stride())}" for name, x in (("q", q), ("k", k), ("v", v))
+            )
+            raise ValueError(
+                f"the hopper backend does not take this call: {objection}; got {q.dtype} {shown} and pattern {pattern} "
+                f"on {q.device}; use backend=None or 'triton'"
+            )
+        if objection in hopper_launch.AVOIDABLE:
+            hopper_launch.warn_once(objection)
     backend = backend or _default_backend(q)
     if backend in ("triton", "hopper"):
         if q.dtype not in _KERNEL_DTYPES:
-            raise ValueError(f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}")
-        borders = None if cu_seqlens is None else cu_seqlens.to(device=q.device, dtype=torch.int32)
+            raise ValueError(
+                f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}; use backend='sdpa' or "
+                "'reference'"
+            )
+        borders = None if cu_seqlens is None else _as_kernels_read(cu_seqlens, q)
         settings = (pattern.key, layer, head_offset, total, scale, hopper)
         if asked is not None:
             if len(_ANSWERED) >= _MOST_ANSWERS:
@@ -263,15 +273,16 @@ def s2_attention(
             _ANSWERED[asked] = settings
         out, lse = _call(plain, q, k, v, borders, *settings)
         return (out, lse) if return_lse else out
-    if backend == "sdpa" and not return_lse:
-        return masked_attention(
+    with without_autocast(q):
+        if backend == "sdpa" and not return_lse:
+            return masked_attention(
+                q, k, v, pattern,
+                layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
+            )  # fmt: skip
+        out, lse = reference_attention(  # also for sdpa with the log-sum-exp, which torch's SDPA does not return
             q, k, v, pattern,
             layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
         )  # fmt: skip
-    out, lse = reference_attention(  # also for sdpa with the log-sum-exp, which torch's SDPA does not return
-        q, k, v, pattern,
-        layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
-    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -310,8 +321,8 @@ def _check(
 ) -> None:
     if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be an int32 tensor of document borders, got {type(cu_seqlens).__name__}")
-    if not q.is_floating_point():
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
+    if q.dtype not in (torch.float64, *_KERNEL_DTYPES):
+        raise ValueError(f"q, k and v must be float64, float32, float16 or bfloat16, got {q.dtype}")
     if layer < 0:
         raise ValueError(f"layer={layer} must be 0 or more")
     if not isinstance(pattern, Pattern):
@@ -322,9 +333,14 @@ def _check(
         if x.dim() != dims:
             raise ValueError(f"{name} must be {wanted}, got shape {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}: q, k and v need one dtype and "
+                "one device (autocast does not change them here)"
+            )
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[-1] < 1:
+        raise ValueError(f"q has head dimension 0: shape {list(q.shape)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]} but k and v have {k.shape[-1]}")
     heads, kv_heads = q.shape[-2], k.shape[-2]
@@ -340,15 +356,13 @@ def _check(
     else:
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"packed q has {q.shape[0]} tokens but k and v have {k.shape[0]}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"cu_seqlens must be int32 [n + 1] document borders, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
             )
-        readable = (
-            cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-        )  # a GPU would have to be awaited
-        if readable and not _are_borders(cu_seqlens.tolist(), q.shape[0]):
-            raise ValueError(f"cu_seqlens must grow from 0 to {q.shape[0]} tokens, got {cu_seqlens.tolist()}")
+        # those on a GPU would have to be awaited: the kernels check them (`kernels.triton.documents`)
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_borders(cu_seqlens.tolist(), q.shape[0])
     if head_offset < 0:
         raise ValueError(f"head_offset={head_offset} must be 0 or more")
     if head_offset > 0 and total_kv_heads is None:
@@ -359,5 +373,8 @@ def _check(
         )
 
 
-def _are_borders(borders: list[int], tokens: int) -> bool:
-    return borders[0] == 0 and borders[-1] == tokens and borders == sorted(borders)
+def _as_kernels_read(cu_seqlens: Tensor, q: Tensor) -> Tensor:
+    """Borders as int32, one after the other, beside q."""
+    if cu_seqlens.dtype == torch.int64:  # what int32 does not hold must not become a border that fits
+        cu_seqlens = cu_seqlens.clamp(-1, q.shape[0] + 1)
+    return cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()

@@ -12,21 +12,33 @@ attends to; inside a kept block attention is causal at token level. Two families
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
+import math
 import re
+import weakref
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 UNBOUNDED = 1 << 30  # a distance no context reaches, in blocks
+_HOST = torch.device("cpu")  # of masks, whatever the default device is
 
-_SPEC = re.compile(r"(?:(?P<dense>dense)|W(?P<window>\d+)|L(?P<local>\d+)V(?P<stride>\d+))(?:\+sink(?P<sinks>\d+))?")
-_registry: dict[str, Pattern] = {}
+_SPEC = re.compile(
+    r"(?:(?P<dense>dense)|W(?P<window>\d+)|L(?P<local>\d+)(?P<ranges>(?:V\d+(?:<\d+)?)+))(?:\+sink(?P<sinks>\d+))?"
+)
+_RANGE = re.compile(r"V(\d+)(?:<(\d+))?")
+
+# Patterns by key, so that they need not be read again. Masks can be large: they live as long as somebody has them.
+_rules: dict[str, Pattern] = {}
+_masks: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,8 @@ class Pattern:
         sinks: leading blocks that every query keeps.
         heads: one pattern a head, for heads that differ in kind.
         mask: bool `[H, nq, nk]` for mask patterns, else None.
-        key: names the pattern in this process; equal patterns have equal keys.
+        key: the pattern written out, from which `pattern_from_key` makes it again in any process; equal patterns have
+            equal keys.
     """
 
     block_size: int
@@ -96,17 +109,25 @@ class Pattern:
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size={self.block_size!r} is not supported; use one of {BLOCK_SIZES}")
         object.__setattr__(self, "key", self._make_key())
-        _registry.setdefault(self.key, self)
+        self._remember()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _registry.setdefault(self.key, self)  # an unpickled pattern is known in its new process
+        self._remember()
+
+    def _remember(self) -> None:
+        known = _rules if self.mask is None else _masks
+        known.setdefault(self.key, self)
 
     # ---------------------------------------------------------------- constructors
 
     @classmethod
     def parse(cls, spec: str, block_size: int = 64) -> Pattern:
-        """Read `dense`, `L8V16` (8 local blocks, stride 16) or `W16` (window of 16 blocks), optionally `+sink2`.
+        """Read `dense`, `L8V16` (8 local blocks, stride 16) or `W16` (window of 16 blocks), optionally `+sink2`; also
+        what `str` prints of strides by range, `L2V2<5V4` (stride 2 up to block distance 5, 4 beyond).
+
+        Windows are of whole blocks, the query's own included, of which it sees the part up to itself: with blocks of B
+        tokens `W4` is 3 B + 1 to 4 B tokens (16: 49 to 64), not always 4 B.
 
         Raises:
             ValueError: names the spec and the part that is wrong.
@@ -122,7 +143,7 @@ class Pattern:
             return cls(block_size=block_size)
         if match["window"]:
             return cls.from_ranges(int(match["window"]), (), block_size=block_size, sinks=sinks, spec=spec)
-        ranges = ((int(match["stride"]), UNBOUNDED),)
+        ranges = [(int(stride), int(end) if end else None) for stride, end in _RANGE.findall(match["ranges"])]
         return cls.from_ranges(int(match["local"]), ranges, block_size=block_size, sinks=sinks, spec=spec)
 
     @classmethod
@@ -206,7 +227,7 @@ class Pattern:
         if not masks:
             raise ValueError("from_masks needs at least one (mask, end) pair")
         shape = masks[0][0].shape
-        combined = torch.zeros(shape, dtype=torch.bool)
+        combined = torch.zeros(shape, dtype=torch.bool, device=_HOST)
         begin = 0
         for mask, end in masks:
             if mask.dim() != 3 or mask.dtype != torch.bool or mask.shape != shape:
@@ -256,6 +277,14 @@ class Pattern:
             rules.append(HeadRule(self.local, levels, self.sinks))
         return tuple(rules)
 
+    def first_alike(self, layer: int, num_heads: int) -> int:
+        """The first layer whose heads have the same rules as those of `layer`: what is kept for one serves both."""
+        if self.mask is not None:
+            return 0
+        strides = [pattern.max_stride for pattern in self.heads or (self,)]
+        turns = [stride // math.gcd(stride, num_heads) for stride in strides if stride > num_heads]
+        return layer % math.lcm(*turns)
+
     def block_mask(self, num_blocks: int, num_kv_heads: int, *, layer: int = 0) -> Tensor:
         """The definition: bool `[num_kv_heads, num_blocks, num_blocks]`, True where query block i keeps key block b."""
         if not isinstance(num_blocks, int) or num_blocks < 0:
@@ -269,10 +298,10 @@ class Pattern:
                 raise ValueError(f"the block mask covers {size} blocks but {num_blocks} are needed")
             return self.mask[:, :num_blocks, :num_blocks].expand(num_kv_heads, -1, -1).clone()
         distance = _block_distance(num_blocks)
-        key_block = torch.arange(num_blocks)[None, :]
+        key_block = torch.arange(num_blocks, device=_HOST)[None, :]
         rules = self.rules(num_kv_heads, layer=layer)
         masks = [rule.visible(distance, key_block) for rule in rules]
-        return torch.stack(masks) if masks else torch.zeros(0, num_blocks, num_blocks, dtype=torch.bool)
+        return torch.stack(masks) if masks else torch.zeros(0, num_blocks, num_blocks, dtype=torch.bool, device=_HOST)
 
     def is_kv_efficient(
         self, num_blocks: int | None = None, num_kv_heads: int | None = None, *, layer: int = 0
@@ -299,12 +328,12 @@ class Pattern:
         if num_blocks < 1 or num_layers < 1:
             raise ValueError(f"num_blocks={num_blocks} and num_layers={num_layers} must be at least 1")
         _check_heads(num_kv_heads)
-        covered = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+        covered = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=_HOST)
         if self.mask is not None:
             covered |= self.block_mask(num_blocks, num_kv_heads).any(dim=0)
         else:
             distance = _block_distance(num_blocks)
-            key_block = torch.arange(num_blocks)[None, :]
+            key_block = torch.arange(num_blocks, device=_HOST)[None, :]
             distinct = {r for i in range(num_layers) for r in self.rules(num_kv_heads, layer=layer + i)}
             for rule in distinct:
                 covered |= rule.visible(distance, key_block)
@@ -338,7 +367,7 @@ class Pattern:
         size = self.block_size
         num_blocks = -(-seq_len // size)
         tail = seq_len - (num_blocks - 1) * size  # tokens in the last block
-        rows = torch.full((num_blocks,), size, dtype=torch.int64)
+        rows = torch.full((num_blocks,), size, dtype=torch.int64, device=_HOST)
         rows[-1] = tail
         diagonal = rows * (rows + 1) // 2
         if self.mask is not None:
@@ -346,7 +375,7 @@ class Pattern:
             below = torch.tril(mask, diagonal=-1).sum(dim=2)  # [H, nq]
             own = torch.diagonal(mask, dim1=1, dim2=2)
             return [int(((b * rows * size) + o * diagonal).sum()) for b, o in zip(below, own, strict=True)]
-        query = torch.arange(num_blocks)
+        query = torch.arange(num_blocks, device=_HOST)
         counted: dict[HeadRule, int] = {}
         rules = self.rules(num_kv_heads, layer=layer)
         for rule in rules:
@@ -363,15 +392,17 @@ class Pattern:
 
     def _make_key(self) -> str:
         if self.mask is not None:
-            digest = hashlib.sha256(self.mask.numpy().tobytes()).hexdigest()[:32]
-            return f"mask{list(self.mask.shape)}:{digest}/{self.block_size}"
+            bits = zlib.compress(np.packbits(self.mask.numpy()).tobytes(), 1)
+            heads, size, _ = self.mask.shape
+            return f"{_MASK}{self.block_size}:{heads}x{size}:{base64.b64encode(bits).decode()}"
         if self.heads:
-            return "|".join(head.key for head in self.heads)
+            return _HEADS + "|".join(head.key for head in self.heads)
         return f"{self}/{self.block_size}"
 
     def __str__(self) -> str:
         if self.mask is not None:
-            return self.key
+            digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+            return f"mask{list(self.mask.shape)} of blocks of {self.block_size} ({digest})"
         if self.heads:
             return "|".join(str(head) for head in self.heads)
         if self.local >= UNBOUNDED:
@@ -391,12 +422,34 @@ class Pattern:
         return hash(self.key)
 
 
+_MASK, _HEADS = "mask:", "heads:"
+
+
 def pattern_from_key(key: str) -> Pattern:
-    """The pattern that was built under `key` in this process (custom ops carry patterns by key)."""
+    """The pattern whose key this is (custom ops, and programs exported with them, carry patterns by key).
+
+    Raises:
+        ValueError: it is no key.
+    """
+    pattern = _rules.get(key) or _masks.get(key)
+    return _read_key(key) if pattern is None else pattern
+
+
+def _read_key(key: str) -> Pattern:
     try:
-        return _registry[key]
-    except KeyError:
-        raise ValueError(f"no pattern with key {key!r} was built in this process") from None
+        if key.startswith(_MASK):
+            block_size, shape, text = key.removeprefix(_MASK).split(":")
+            heads, size = (int(number) for number in shape.split("x"))
+            bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+            mask = np.unpackbits(bits, count=heads * size * size).astype(bool).reshape(heads, size, size)
+            return Pattern.from_mask(torch.from_numpy(mask), block_size=int(block_size))
+        if key.startswith(_HEADS):
+            own = tuple(pattern_from_key(head) for head in key.removeprefix(_HEADS).split("|"))
+            return Pattern(block_size=own[0].block_size, heads=own)
+        spec, block_size = key.split("/")
+        return Pattern.parse(spec, int(block_size))
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"{key[:80]!r} is not the key of a pattern: {error}") from None
 
 
 def _kept_blocks(rule: HeadRule, query: Tensor) -> Tensor:
@@ -409,7 +462,7 @@ def _kept_blocks(rule: HeadRule, query: Tensor) -> Tensor:
         kept = kept + _members(near_end, level) - _members(low, level)
         near_end = low
     if rule.sinks:
-        sink = torch.arange(rule.sinks)[None, :]
+        sink = torch.arange(rule.sinks, device=_HOST)[None, :]
         distance = query[:, None] - sink
         missing = ~HeadRule(rule.local, rule.levels).visible(distance, sink) & (distance >= 0)
         kept = kept + missing.sum(dim=1)
@@ -422,7 +475,7 @@ def _members(bound: Tensor, level: Level) -> Tensor:
 
 
 def _block_distance(num_blocks: int) -> Tensor:
-    index = torch.arange(num_blocks)
+    index = torch.arange(num_blocks, device=_HOST)
     return index[:, None] - index[None, :]
 
 

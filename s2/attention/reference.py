@@ -28,8 +28,8 @@ def token_mask(
     size = pattern.block_size
     total = num_heads if total_heads is None else total_heads
     blocks = pattern.block_mask(-(-kv_len // size), total, layer=layer)[head_offset : head_offset + num_heads]
-    query = torch.arange(kv_len - q_len, kv_len)
-    key = torch.arange(kv_len)
+    query = torch.arange(kv_len - q_len, kv_len, device=blocks.device)
+    key = torch.arange(kv_len, device=blocks.device)
     kept = blocks[:, query // size][:, :, key // size]
     return kept & (key[None, :] <= query[:, None])
 
@@ -48,20 +48,37 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention output (dtype and shape of `q`) and log-sum-exp (`[B, Hq, Sq]` or `[Hq, T]`).
 
-    Computes in float64 for float64 inputs, else in float32. A row that sees no key gives 0 and lse = -inf.
+    Computes in float64 for float64 inputs, else in float32. A row that sees no key, as those behind the last border,
+    gives 0 and lse = -inf.
     """
     if cu_seqlens is not None:
-        borders = cu_seqlens.tolist()
+        borders = check_borders(cu_seqlens.tolist(), q.shape[0])
+        bounds = [(b, e) for b, e in itertools.pairwise(borders) if e > b] or [(0, 0)]
         documents = [
             _attend(
                 q[None, begin:end], k[None, begin:end], v[None, begin:end],
                 pattern, layer, softmax_scale, head_offset, total_kv_heads,
             )
-            for begin, end in itertools.pairwise(borders)
+            for begin, end in bounds
         ]  # fmt: skip
-        out = torch.cat([out[0] for out, _ in documents])
-        return out, torch.cat([lse[0] for _, lse in documents], dim=1)
+        rest, compute = q.shape[0] - borders[-1], _compute_dtype(q)
+        out = torch.cat([*(out[0] for out, _ in documents), q.new_zeros(rest, *q.shape[1:])])
+        no_lse = torch.full((q.shape[1], rest), float("-inf"), dtype=compute, device=q.device)
+        return out, torch.cat([*(lse[0] for _, lse in documents), no_lse], dim=1)
     return _attend(q, k, v, pattern, layer, softmax_scale, head_offset, total_kv_heads)
+
+
+def check_borders(borders: list[int], num_tokens: int) -> list[int]:
+    """The borders of packed documents. ValueError: they do not begin with 0, fall, or exceed the tokens."""
+    if borders[0] != 0 or borders[-1] > num_tokens or borders != sorted(borders):
+        shown = f"{borders}" if len(borders) <= 20 else f"{borders[:10]} ... {borders[-10:]}"
+        wanted = f"begin with 0, never fall and end at {num_tokens} tokens or before"
+        raise ValueError(f"cu_seqlens must {wanted}, got {shown}")
+    return borders
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _attend(
@@ -74,7 +91,7 @@ def _attend(
     head_offset: int,
     total_kv_heads: int | None,
 ) -> tuple[Tensor, Tensor]:
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = _compute_dtype(q)
     group = q.shape[2] // k.shape[2]
     mask = token_mask(
         pattern, q.shape[1], k.shape[1], k.shape[2],

@@ -1,5 +1,5 @@
-"""How a pattern reaches the kernels: a few integers a head for rules, block lists for masks, and the division of
-packed documents into tiles. Everything here is small (no tensor grows with N squared for rules) and cached.
+"""How a pattern reaches the kernels: a few integers a head for rules, block lists for masks. No tensor grows with N
+squared for rules. Everything is kept (see `kept`).
 
 A rule whose strides nest (each divides the next) has a closed form both ways. For query block i the kept key blocks are
 
@@ -12,12 +12,13 @@ do not nest, go through block lists like masks do.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from .kept import Kept, apart
 from .pattern import UNBOUNDED, HeadRule, Pattern, pattern_from_key
 
 MAX_LEVELS = 2
@@ -54,15 +55,22 @@ def has_closed_form(pattern: Pattern) -> bool:
     return all(rule.is_nested and len(rule.levels) <= MAX_LEVELS for rule in rules)
 
 
-@lru_cache(maxsize=256)
+_TABLES: dict[tuple, Tensor] = {}  # by content and device; graphs read them for ever, and they take 1 KB
+
+
+@functools.cache
 def rule_schedule(
     key: str, num_heads: int, layer: int, head_offset: int, total_heads: int, device: torch.device
 ) -> RuleSchedule:
     """The schedule of heads `[head_offset, head_offset + num_heads)` of a closed-form pattern."""
     rules = pattern_from_key(key).rules(total_heads, layer=layer)[head_offset : head_offset + num_heads]
     rows = [_table_row(rule) for rule in rules]
+    content = (tuple(map(tuple, rows)), device)
+    if content not in _TABLES:
+        table = apart(lambda: torch.tensor(rows, dtype=torch.int32, device=device), device)
+        _TABLES.setdefault(content, table)
     return RuleSchedule(
-        table=torch.tensor(rows, dtype=torch.int32, device=device),
+        table=_TABLES[content],
         rows=rows,
         num_levels=max(len(rule.levels) for rule in rules),
         has_sinks=any(rule.sinks > 0 for rule in rules),
@@ -77,8 +85,7 @@ def _table_row(rule: HeadRule) -> list[int]:
     return row + absent * (MAX_LEVELS - len(rule.levels))
 
 
-@lru_cache(maxsize=32)
-def list_schedule(
+def _list_schedule(
     key: str,
     num_blocks: int,
     num_heads: int,
@@ -101,30 +108,6 @@ def list_schedule(
     return ListSchedule(*compress(mask), *compress(mask.transpose(1, 2)))
 
 
-@dataclass(frozen=True)
-class DocumentTiles:
-    """Which document each tile of a packed batch belongs to.
-
-    `first`: int32 `[n + 1]`, the first tile of each document; `document`: int32 `[num_tiles]`, n for spare tiles.
-    `num_tiles` is an upper bound known without reading the lengths, so nothing waits for the device.
-    """
-
-    first: Tensor
-    document: Tensor
-    num_tiles: int
-
-
-def document_tiles(
-    cu_seqlens: Tensor, total_tokens: int, tile: int, *, block: int = 1, extra: int = 0
-) -> DocumentTiles:
-    """Divide packed documents into tiles of `tile` tokens (whole blocks of `block`), plus `extra` a document."""
-    num_documents = cu_seqlens.shape[0] - 1
-    lengths = cu_seqlens.diff()
-    rounded = (lengths + block - 1) // block * block
-    tiles = (rounded + tile - 1) // tile + extra * (lengths > 0)
-    first = torch.zeros_like(cu_seqlens)
-    first[1:] = tiles.cumsum(0)
-    num_tiles = (total_tokens + num_documents * (block - 1)) // tile + (1 + extra) * num_documents
-    index = torch.arange(num_tiles, device=cu_seqlens.device, dtype=torch.int32)
-    document = torch.searchsorted(first, index, right=True, out_int32=True) - 1
-    return DocumentTiles(first, document, num_tiles)
+list_schedule = Kept(
+    _list_schedule, lambda lists: (lists.key_offsets, lists.key_blocks, lists.query_offsets, lists.query_blocks)
+)

@@ -4,33 +4,48 @@ and the fastest dense kernel the device has for dense ones.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .kept import Kept
+from .modes import is_plain
 from .pattern import Pattern, pattern_from_key
-from .reference import token_mask
+from .reference import check_borders, token_mask
 
-_DENSE_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# fastest first, each with the function that says whether it is enabled
+_DENSE_ORDER = (
+    (SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.cudnn_sdp_enabled),
+    (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled),
+    (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
+    (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
+)
+_ORDER_OF_TORCH = torch._C._get_sdp_priority_order()
+
+
+@torch.compiler.assume_constant_result
+def _chosen_backends() -> list[SDPBackend]:
+    """Those that are enabled in the order to try them; empty: as torch does, since the caller has set an order."""
+    if torch._C._get_sdp_priority_order() != _ORDER_OF_TORCH:
+        return []
+    return [backend for backend, is_enabled in _DENSE_ORDER if is_enabled()]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Dense causal attention, q and k/v of one length: `[B, S, Hq, D]`, `[B, S, Hkv, D]` -> `[B, S, Hq, D]`."""
+    """Dense causal attention, q and k/v of one length: `[B, S, Hq, D]`, `[B, S, Hkv, D]` -> `[B, S, Hq, D]`.
+
+    Of torch's kernels those that are enabled (`torch.nn.attention.sdpa_kernel`, `torch.backends.cuda.enable_*_sdp`), in
+    the order that the caller has set, else the fastest first. cuDNN's backward does not repeat bit for bit;
+    `torch.use_deterministic_algorithms(True)` excludes it.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     gqa = q.shape[1] != k.shape[1]
-    if q.is_cuda:
-        with sdpa_kernel(_DENSE_ORDER, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=gqa)
-    else:
+    chosen = _chosen_backends() if q.is_cuda else []
+    with sdpa_kernel(chosen, set_priority=True) if chosen else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=gqa)
     return out.transpose(1, 2)
 
@@ -53,13 +68,13 @@ def masked_attention(
         return _attend(q, k, v, pattern, heads, softmax_scale)
     if torch.compiler.is_compiling():
         return _attend_packed(q, k, v, cu_seqlens, pattern, heads, softmax_scale)
-    borders = cu_seqlens.tolist()
+    borders = check_borders(cu_seqlens.tolist(), q.shape[0])
+    bounds = [(b, e) for b, e in itertools.pairwise(borders) if e > b] or [(0, 0)]
     documents = [
         _attend(q[None, begin:end], k[None, begin:end], v[None, begin:end], pattern, heads, softmax_scale)[0]
-        for begin, end in itertools.pairwise(borders)
-        if end > begin
+        for begin, end in bounds
     ]
-    return torch.cat(documents) if documents else torch.zeros_like(q)
+    return torch.cat([*documents, q.new_zeros(q.shape[0] - borders[-1], *q.shape[1:])])
 
 
 def _attend(
@@ -71,7 +86,7 @@ def _attend(
     if kv_len > _longest(pattern):
         covered, needed = _longest(pattern) // pattern.block_size, -(-kv_len // pattern.block_size)
         raise ValueError(f"the block mask covers {covered} blocks but {needed} are needed")
-    mask = _mask_of(pattern, kv_len, k.shape[2], heads, q.device)[:, kv_len - q_len : kv_len, :kv_len]
+    mask = _mask_of(pattern, kv_len, k.shape[2], heads, q)[:, kv_len - q_len : kv_len, :kv_len]
     return _attend_masked(q, k, v, mask, pattern, softmax_scale)
 
 
@@ -79,26 +94,30 @@ def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, pattern: Pattern, heads: tuple[int, int, int], scale: float
 ) -> Tensor:
     """All documents at once, `[T, H, D]`, for torch.compile: a graph cannot depend on where the borders are. It takes a
-    mask over all pairs of tokens; rows behind the last border are zero."""
-    token = torch.arange(q.shape[0], device=q.device)
+    mask over all pairs of tokens. Rows behind the last border are zero, and borders that do not fit give NaN, as does a
+    document with NaN or Inf in q, k or v, which keeps its neighbours from it: 0 times NaN is NaN."""
+    cu_seqlens = cu_seqlens.to(q.device).contiguous()
+    token = torch.arange(q.shape[0], device=q.device, dtype=cu_seqlens.dtype)
+    inside = token < cu_seqlens[-1]
+    fits = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] <= q.shape[0])
     document = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
-    position = token - cu_seqlens[document]
-    mask = _mask_of(pattern, q.shape[0], k.shape[1], heads, q.device)
-    inside = (token < cu_seqlens[-1])[:, None, None]
-    position = torch.where(inside[:, 0, 0], position, 0)
-    mask = mask[:, position[:, None], position] & (document[:, None] == document)  # [Hkv, T, T]
-    out = _attend_masked(q[None], k[None], v[None], mask, pattern, scale)[0]
-    return torch.where(inside, out, 0.0)
+    together = document[:, None] == document  # [T, T]
+    position = torch.where(inside, token - cu_seqlens[document], 0).clamp(0, q.shape[0] - 1)
+    bad = ~torch.stack([x.isfinite().flatten(1).all(dim=1) for x in (q, k, v)]).all(dim=0) & inside
+    spoiled = (together & bad).any(dim=1) | ~fits
+    mask = _mask_of(pattern, q.shape[0], k.shape[1], heads, q)
+    mask = mask[:, position[:, None], position] & together  # [Hkv, T, T]
+    q, k, v = (torch.where(x.isfinite() & inside[:, None, None], x, 0.0)[None] for x in (q, k, v))
+    out = torch.where(inside[:, None, None], _attend_masked(q, k, v, mask, pattern, scale)[0], 0.0)
+    return torch.where(spoiled[:, None, None], float("nan"), out)
 
 
-def _mask_of(
-    pattern: Pattern, length: int, num_heads: int, heads: tuple[int, int, int], device: torch.device
-) -> Tensor:
-    """`[Hkv, n, n]` with n at least `length` (or as far as the pattern goes). Patterns count from the start of the
-    document, so one mask of a rounded-up length serves every shorter one."""
+def _mask_of(pattern: Pattern, length: int, num_heads: int, heads: tuple[int, int, int], x: Tensor) -> Tensor:
+    """`[Hkv, n, n]` beside x, with n at least `length` (or as far as the pattern goes). Patterns count from the start
+    of the document, so one mask of a rounded-up length serves every shorter one."""
     rounded = max(256, 1 << (length - 1).bit_length())
-    make_mask = _traced_mask if torch.compiler.is_compiling() else _mask
-    return make_mask(pattern.key, min(rounded, _longest(pattern)), num_heads, *heads, device)
+    make_mask = _mask if is_plain(x) else _traced_mask
+    return make_mask(pattern.key, min(rounded, _longest(pattern)), num_heads, *heads, x.device)
 
 
 def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pattern: Pattern, softmax_scale: float) -> Tensor:
@@ -117,8 +136,7 @@ def _longest(pattern: Pattern) -> int:
     return 1 << 30 if pattern.mask is None else pattern.mask.shape[1] * pattern.block_size
 
 
-@lru_cache(maxsize=16)
-def _mask(
+def _make_mask(
     key: str,
     length: int,
     num_heads: int,
@@ -134,6 +152,9 @@ def _mask(
     return mask.to(device)
 
 
+_mask = Kept(_make_mask, lambda mask: (mask,))
+
+
 @torch.library.custom_op("s2::token_mask", mutates_args=())
 def _traced_mask(
     key: str,
@@ -144,7 +165,7 @@ def _traced_mask(
     total_heads: int,
     device: torch.device,
 ) -> Tensor:
-    """`_mask` as one opaque step, for torch.compile."""
+    """`_mask` as one opaque step, for torch.compile and whatever else watches."""
     return _mask(key, length, num_heads, layer, head_offset, total_heads, device).clone()
 
 

@@ -15,8 +15,7 @@ from triton.compiler import ASTSource
 from s2.attention.kernels.triton import backward, config, forward
 
 LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-INT32 = ("table", "key_offsets", "key_blocks", "query_offsets", "query_blocks", "cu_seqlens", "tile_first",
-         "tile_document")
+INT32 = ("table", "key_offsets", "key_blocks", "query_offsets", "query_blocks", "documents")
 
 
 def compile_for(chip, function, constants, tile, element):

@@ -25,6 +25,9 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="index arithmetic, checked in Triton's interpreter: on machines without a GPU"
 )
 
+NOTHING = torch.zeros(1)
+UNFILLED = (NOTHING,) * 4 + (0,) * 4  # no results with rows of no document
+
 
 @triton.jit
 def runs(table, out, level, num_blocks, low, high, N: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr,
@@ -277,7 +280,7 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
             first += count
     assert wanted.any() and (unseen > 0 or block >= CHUNK)
     dk, dv = (torch.zeros(batch, length, heads, dim) for _ in range(2))
-    attention_sum_parts[(columns.num_parts * (CHUNK // SUMMED.value), batch * heads)](
+    attention_sum_parts[(columns.num_parts * (CHUNK // SUMMED.value) * batch * heads,)](
         parts, dk, dv, schedule.table, length, heads, segment_rows, columns.num_parts, *columns.tiles, *segments,
         TABLE=TABLE_COLUMNS, D=dim, BLOCK=block, LEVELS=schedule.num_levels, SINKS=schedule.has_sinks, CHUNKS=a_tile,
         DIRECT=direct,
@@ -298,8 +301,8 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
     most_tiles = sum(lengths) * share // (consumers * unit) + count * (2 + share // consumers)
     sinks = max(row[1] for row in schedule.rows)
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
-    attention_documents[(count,)](
-        cu_seqlens, documents, count, most_tiles, 0, sinks, 0, 0, 0,
+    attention_documents[(count + 1,)](
+        cu_seqlens, documents, *UNFILLED, count, sum(lengths), most_tiles, 0, sinks, 0, 0, 0,
         BOXES=consumers, SHARE=share, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=4,
     )  # fmt: skip
     num_tiles, num_pairs, num_divided = documents[0, :3].tolist()
@@ -397,8 +400,19 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
     table = torch.full((1 + most_tiles + 500, 4), -1, dtype=torch.int32)
     sizes = (columns.segment_rows, sinks, *columns.strides)
     kind = {"BLOCK": block, "LEVELS": schedule.num_levels}
-    attention_documents[(len(lengths),)](
-        borders, table, len(lengths), most_tiles, *sizes, BOXES=3, SHARE=1, CHUNKS=2, WIDTH=16, **kind
+    attention_documents[(len(lengths) + 1,)](
+        borders,
+        table,
+        *UNFILLED,
+        len(lengths),
+        tokens,
+        most_tiles,
+        *sizes,
+        BOXES=3,
+        SHARE=1,
+        CHUNKS=2,
+        WIDTH=16,
+        **kind,
     )
     _, num_items, num_divided = table[0, :3].tolist()
     assert num_divided > 0 or not any(columns.strides), f"{seed=}, {lengths}"
@@ -431,7 +445,7 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
             assert torch.equal(work, masks[length][head].int()), f"{seed=}, {lengths}, {head=}, {begin=}"
     if block >= CHUNK:  # small blocks' keys lie apart, and are checked on the GPU
         dk, dv = (torch.zeros(tokens, heads, dim) for _ in range(2))
-        attention_sum_document_parts[(3, heads)](
+        attention_sum_document_parts[(3 * heads,)](
             parts, dk, dv, schedule.table, table, heads, most_tiles, columns.segment_rows, 2 * num_divided, sinks,
             *columns.strides, TABLE=TABLE_COLUMNS, D=dim, SINKS=schedule.has_sinks, CHUNKS=2, **kind,
         )  # fmt: skip
@@ -454,9 +468,9 @@ def test_segments_of_packed_documents_have_room(pattern):
             borders = torch.tensor([0, *lengths]).cumsum(0).int()
             most_tiles = sum(lengths) // unit_of(block) + 2 * len(lengths)
             table = torch.zeros((1 + most_tiles + 40000 + 8 * len(lengths), 4), dtype=torch.int32)
-            attention_documents[(len(lengths),)](
-                borders, table, len(lengths), most_tiles, columns.segment_rows, sinks, *columns.strides,
-                BOXES=3, SHARE=1, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8192,
+            attention_documents[(len(lengths) + 1,)](
+                borders, table, *UNFILLED, len(lengths), tokens, most_tiles, columns.segment_rows, sinks,
+                *columns.strides, BOXES=3, SHARE=1, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8192,
             )  # fmt: skip
             assert table[0, 2] <= columns.most_segments
             divided |= bool(table[0, 2])

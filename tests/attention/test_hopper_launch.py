@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from s2.attention import Pattern
+from s2.attention import Pattern, op, s2_attention
 from s2.attention.kernels.hopper import cuda, launch, plans, structs
 from s2.attention.kernels.hopper import one_pass as backward
 from s2.attention.kernels.hopper.columns import divide_columns
+from s2.attention.kernels.triton.documents import unowned
 from tests.attention import standins
 
 
@@ -335,10 +336,15 @@ def test_packed_calls_pass_their_documents(launches):
         assert len(plans.PLANS) == 1
         params, arguments = launches.forward[-1]
         # the table is that of the forward: it is made first
-        name, _, (_, table, count, most_tiles, *_) = launches.gluon[0]
+        name, kernel, own = launches.gluon[0]
+        own = dict(zip(parameters(kernel)[0], own, strict=True))
         launches.gluon.clear()
+        count, most_tiles = own["num_documents"], own["most_tiles"]
         assert (name, count, most_tiles) == ("attention_documents", len(borders) - 1, 2 * 1000 // 192 + 2 * count)
-        assert params.problem.documents == table.data_ptr()
+        assert kernel.grid[0] > count, "nobody fills rows of no document"
+        assert (own["num_tokens"], own["width0"], own["width1"], own["num_heads"]) == (1000, 8 * 128, 0, 8)
+        assert (own["rows0"].data_ptr(), own["lse"].data_ptr()) == (params.out_rows, params.lse)
+        assert params.problem.documents == own["documents"].data_ptr()
         assert params.problem.together == min(4, -(-5 * 132 // most_tiles))
         assert arguments[1] == 132 and last_forward().kernel.constants["PACKED"] is True
 
@@ -409,11 +415,14 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
     names = [name for name, *_ in one_pass.gluon]
     if packed:
         assert names == ["attention_documents"] * 2 and second_launch[1] == 132
-        _, kernel, (_, table, count, most_tiles, *divided) = one_pass.gluon[-1]
-        assert divided[0] == 0, "the one pass does not divide documents"
-        assert (kernel.constants["CHUNKS"], kernel.constants["BOXES"], count) == (4, 3, 2)
-        assert params.documents == rows.documents == table.data_ptr()
-        assert params.most_tiles == rows.blocks == most_tiles
+        _, kernel, own = one_pass.gluon[-1]
+        own = dict(zip(parameters(kernel)[0], own, strict=True))
+        assert own["segment_rows"] == 0, "the one pass does not divide documents"
+        assert (kernel.constants["CHUNKS"], kernel.constants["BOXES"], own["num_documents"]) == (4, 3, 2)
+        assert [own[f"rows{i}"].data_ptr() for i in range(3)] == [rows.dq, params.dk, params.dv]
+        assert [own[f"width{i}"] for i in range(3)] == [16 * 128, 4 * 128, 4 * 128] and own["num_heads"] == 0
+        assert params.documents == rows.documents == own["documents"].data_ptr()
+        assert params.most_tiles == rows.blocks == own["most_tiles"]
         return
     columns = params.columns
     schedule = plan.rules
@@ -427,7 +436,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
     assert second_launch[1] == 2 * min(params.num_items, 66)
     assert names == ["attention_sum_parts"] * (wanted.num_parts > 0)
     for _, kernel, arguments in one_pass.gluon:
-        assert kernel.constants["CHUNKS"] == 4 and kernel.grid == (4 * wanted.num_parts, 4, 1)
+        assert kernel.constants["CHUNKS"] == 4 and kernel.grid == (4 * wanted.num_parts * 4, 1, 1)
         assert arguments[0].data_ptr() == params.parts
         assert list(inspect.signature(kernel.function.fn).parameters)[-len(kernel.constants) :] == [*kernel.constants]
 
@@ -514,10 +523,23 @@ def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missin
 
 
 def test_plans_do_not_pile_up(launches, monkeypatch):
+    """The oldest goes: lengths that are in use stay."""
     monkeypatch.setattr(plans, "MAX_PLANS", 4)
     for length in range(1, 12):
         run(Pattern.parse("W3"), length=length)
-        assert len(plans.PLANS) <= 4
+        assert [key[0][1] for key in plans.PLANS] == list(range(max(length - 3, 1), length + 1))
+
+
+def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
+    monkeypatch.setattr(op, "_default_backend", lambda q: "triton")
+    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    monkeypatch.setattr(launch, "_can_compile", lambda: True)
+    q = torch.randn(1, 100, 8, 128, dtype=torch.bfloat16)
+    for spec, distinct in (("L1V8", 1), ("W3", 1), ("L1V24", 3)):
+        plans.PLANS.clear()
+        for layer in range(32):
+            s2_attention(q, q, q, Pattern.parse(spec), layer=layer)
+        assert len(plans.PLANS) == distinct
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
@@ -531,7 +553,8 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
         rules = plans.schedule.rule_schedule(pattern.key, 4, 0, 0, 4, q.device)
         plan = SimpleNamespace(rules=rules, constants={"LEVELS": rules.num_levels, "BLOCK": block})
-        documents = plans.Documents.of(STREAM, q, plan, consumers, borders, share)
+        fill = unowned(q[0])
+        documents = plans.Documents.of(STREAM, q, plan, consumers, borders, fill, share)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)
         assert num_tiles == sum(-(-(-(-n // box) * share) // consumers) for n in lengths) <= documents.most_tiles

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2.attention import Pattern
-from s2.attention.schedule import document_tiles, has_closed_form, list_schedule, rule_schedule
+from s2.attention.kernels.triton.documents import document_tiles
+from s2.attention.schedule import has_closed_form, list_schedule, rule_schedule
 
 SPECS = ("dense", "W1", "W5", "L1V3", "L2V4", "L3V8+sink1", "W4+sink3", "L4V24", "L8V1")
 
@@ -187,13 +188,15 @@ def test_block_lists_name_exactly_the_kept_blocks():
     extra=st.integers(0, 2),
 )
 def test_document_tiles_cover_every_document_once(lengths, tile, block, extra):
-    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    tiles = document_tiles(borders, sum(lengths), tile, block=block, extra=extra)
-    documents = tiles.document.tolist()
-    assert len(documents) == tiles.num_tiles
-    for d, length in enumerate(lengths):
-        rounded = -(-length // block) * block
-        expected = -(-rounded // tile) + extra * (length > 0)
-        assert documents.count(d) == expected
-        assert tiles.first[d + 1] - tiles.first[d] == expected
-    assert set(documents) <= set(range(len(lengths) + 1))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    table, num_tiles = document_tiles(borders, sum(lengths), tile, block=block, extra=extra)
+    entries = [tuple(entry) for entry in table.tolist()]
+    assert len(entries) == num_tiles
+    wanted = [
+        (begin, length, i)
+        for begin, length in zip(borders.tolist(), lengths, strict=False)
+        for i in range(-(-(-(-length // block) * block) // tile) + extra if length else 0)
+    ]
+    assert entries[: len(wanted)] == wanted
+    assert all(length == 0 for _, length, _ in entries[len(wanted) :])

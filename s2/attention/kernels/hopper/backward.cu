@@ -78,6 +78,7 @@ struct Shared {
     unsigned long long rows_full[STAGES], queries_empty[STAGES], gradients_empty[STAGES];
     unsigned long long dscores_full[STAGES], other_full[STAGES], dscores_empty[STAGES], sums_full, sums_empty;
     unsigned long long keys_full, keys_done, item_full[ITEMS], item_empty[ITEMS], drawn_full, drawn_empty;
+    unsigned long long rows_cut, keys_cut;  // what ends with its document is there, but for the zeros after it
     int drawn;
 };
 
@@ -95,6 +96,8 @@ DEVICE void init_barriers(Shared& shared) {
     barrier_init(shared_address(&shared.sums_empty), 1);
     barrier_init(shared_address(&shared.keys_full), 1);
     barrier_init(shared_address(&shared.keys_done), consumers);
+    barrier_init(shared_address(&shared.rows_cut), 1);
+    barrier_init(shared_address(&shared.keys_cut), 1);
     barrier_init(shared_address(&shared.drawn_full), 1);
     barrier_init(shared_address(&shared.drawn_empty), ARRIVALS);
     for (int i = 0; i < ITEMS; i++) {
@@ -255,18 +258,22 @@ DEVICE void for_steps(const Item& item, const Params& params, const Work& work) 
     }
 }
 
-// Loads queries with their lse2 and dO with its delta of all steps.
+// Loads queries with their lse2 and dO with its delta of all steps. Rows after the end of a packed document become zero:
+// they add nothing to dK and dV then, whatever the next one holds.
 DEVICE void load_rows(Shared& shared, const Params& params) {
     const bool is_loader = elected();
     Position<ITEMS> slot;
     Position<STAGES> stage;
+    int cut_phase = 0;
     while (true) {
         barrier_wait(shared_address(&shared.item_full[slot.index]), slot.phase);
         const Item& item = shared.items[slot.index];
         if (item.group < 0) return;
-        const int batch = divide(item.group, params.kv_heads), begin = item.begin;
+        const int batch = divide(item.group, params.kv_heads), begin = item.begin, length = item.length;
         for_steps(item, params, [&](int box, int row, int head) {
-            const unsigned full = shared_address(&shared.rows_full[stage.index]);
+            const bool is_cut = PACKED && row + TOKENS > length;
+            const unsigned full =
+                is_cut ? shared_address(&shared.rows_cut) : shared_address(&shared.rows_full[stage.index]);
             const float* stats = params.stats + static_cast<long long>(box) * (2 * ROWS);
             const auto load = [&](unsigned to, const TensorMap* map, unsigned statistics, const float* from) {
                 copy_to_shared(statistics, from, 4 * ROWS, full);
@@ -286,6 +293,17 @@ DEVICE void load_rows(Shared& shared, const Params& params) {
                 load(shared_address(shared.queries[stage.index]), &params.q, shared_address(shared.lse[stage.index]),
                      stats);
             __syncwarp();
+            if (is_cut) {
+                barrier_wait(full, cut_phase);
+                cut_phase ^= 1;
+#pragma unroll 1
+                for (int until = TOKENS; until <= ROWS; until += TOKENS) {  // of each head
+                    const int first = until - (row + TOKENS - length);
+                    clear_rows(shared_address(shared.queries[stage.index]), first, until, D);
+                    clear_rows(shared_address(shared.gradients[stage.index]), first, until, D);
+                }
+                if (is_loader) barrier_arrive(shared_address(&shared.rows_full[stage.index]));
+            }
             stage.advance();
         });
         if (arrives(is_loader)) barrier_arrive(shared_address(&shared.item_empty[slot.index]));
@@ -343,12 +361,17 @@ DEVICE void move_sums(Shared& shared, const Params& params) {
     }
 }
 
+// First key of a chunk, or of a block of one of small blocks; NOWHERE if there is none.
+DEVICE int first_key(const Item& item, int c, int j) {
+    const int key = BLOCK < KEYS ? item.first[c][j] : item.key[c];
+    return key < 0 ? NOWHERE : key;
+}
+
 // Loads keys and values of an item, and of the other thread block's keys those columns for which this one makes dQ;
 // or has the L2 cache load them.
 template <bool PREFETCHES>
-DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item) {
+DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item, unsigned full) {
     const int batch = divide(item.group, params.kv_heads), head = item.group - batch * params.kv_heads;
-    const unsigned full = shared_address(&shared.keys_full);
     if (!PREFETCHES) barrier_expect(full, 2 * CONSUMERS * BOX_BYTES + CONSUMERS * PANEL_BYTES);
     const auto load = [&](unsigned to, const TensorMap* map, int x, int token) {
         if (PREFETCHES)
@@ -360,8 +383,7 @@ DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item) 
     for (int c = 0; c < (PREFETCHES ? CONSUMERS : 2 * CONSUMERS); c++) {
 #pragma unroll
         for (int j = 0; j < ENTRIES; j++) {
-            const int first = BLOCK < KEYS ? item.first[c][j] : item.key[c];
-            const int token = item.begin + (first < 0 ? item.length : first);
+            const int token = item.begin + first_key(item, c, j);
             const int entry = j * (KEYS / ENTRIES) * (2 * PANEL);
             if (c >= CONSUMERS) {
                 load(shared_address(shared.other_keys[c - CONSUMERS]) + entry, &params.k,
@@ -377,20 +399,56 @@ DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item) 
     }
 }
 
+// Whether a chunk of an item ends after its packed document.
+DEVICE bool is_item_cut(const Item& item) {
+    bool is_cut = false;
+#pragma unroll 1
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll 1
+        for (int j = 0; j < ENTRIES; j++) is_cut |= keys_past(first_key(item, c, j), item.length) > 0;
+    return is_cut;
+}
+
+// Zeroes keys and values after the end of the document: hidden keys get dS = 0, which NaN in them would not heed.
+DEVICE void cut_chunks(Shared& shared, const Item& item) {
+#pragma unroll 1
+    for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll 1
+        for (int j = 0; j < ENTRIES; j++) {
+            const int until = (j + 1) * (KEYS / ENTRIES);
+            const int first = until - keys_past(first_key(item, c, j), item.length);
+            if (c < CONSUMERS) {
+                clear_rows(shared_address(shared.keys[c]), first, until, D);
+                clear_rows(shared_address(shared.values[c]), first, until, D);
+            } else {
+                clear_rows(shared_address(shared.other_keys[c - CONSUMERS]), first, until, PANEL);
+            }
+        }
+    }
+}
+
 // Loads the chunks of the items in turn.
 DEVICE void load_items(Shared& shared, const Params& params) {
     const bool is_loader = elected();
+    const unsigned full = shared_address(&shared.keys_full), cut = shared_address(&shared.keys_cut);
     Position<ITEMS> slot;
-    int phase = 1;
+    int phase = 1, cut_phase = 0;
     while (true) {
         barrier_wait(shared_address(&shared.item_full[slot.index]), slot.phase);
         const Item& item = shared.items[slot.index];
         if (item.group < 0) return;
-        if (is_loader) load_chunks<true>(shared, params, item);
+        if (is_loader) load_chunks<true>(shared, params, item, full);
+        const bool is_cut = PACKED && is_item_cut(item);
         __syncwarp();
         barrier_wait(shared_address(&shared.keys_done), phase);  // of the item before
-        if (is_loader) load_chunks<false>(shared, params, item);
+        if (is_loader) load_chunks<false>(shared, params, item, is_cut ? cut : full);
         __syncwarp();
+        if (is_cut) {
+            barrier_wait(cut, cut_phase);
+            cut_phase ^= 1;
+            cut_chunks(shared, item);
+            if (is_loader) barrier_arrive(full);
+        }
         phase ^= 1;
         slot.advance();
     }

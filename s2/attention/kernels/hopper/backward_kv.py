@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..triton.indexing import load_rule
 from .chunks import chunk_block, chunk_tile, locate_item
-from .common import LANES, WORDS, advance, flat_rows, get, load_entry, opaque, store_rows
+from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, opaque, store_rows
 from .packing import document_item
 from .sums import part_begin, segment_runs
 
@@ -49,17 +49,18 @@ def _produce(
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Draws items and loads what they need. The words of a pair of chunks: KV head of the batch (-1 after the last),
-    segment of the parts (-1: no parts, all queries are here), where the document begins and its length; then for either
-    consumer first key (-1: none), part, and steps before it, unmasked, masked and after it. Chunks of several blocks
-    have no unmasked steps told apart: they count as unmasked, and in place of masked ones stands the row after the
-    last. Then follow, for either consumer, each block's first key and the query after the last one that sees it (0: no
-    block)."""
+    """Draws items and loads what they need. Queries and dO after the end of a packed document become zero: they add
+    nothing then, whatever the next one holds. They are cut when the next step is on its way. The words of a pair of
+    chunks: KV head of the batch (-1 after the last), segment of the parts (-1: no parts, all queries are here), where
+    the document begins and its length; then for either consumer first key (-1: none), part, and steps before it,
+    unmasked, masked and after it. Chunks of several blocks have no unmasked steps told apart: they count as unmasked,
+    and in place of masked ones stands the row after the last. Then follow, for either consumer, each block's first key
+    and the query after the last one that sees it (0: no block)."""
     D: gl.constexpr = q_desc.block_type.shape[3]
     TOKENS: gl.constexpr = min(BLOCK, ROWS)  # of a step, whose 64 rows are those of one head or several
     HEADS: gl.constexpr = ROWS // TOKENS
     WIDEST: gl.constexpr = LEVELS + 1 if SINKS else LEVELS  # sinks are a level of their own
-    stage, phase, slot, round = 0, 0, 0, 0
+    stage, phase, cut, cut_phases, slot, round = 0, 0, -1, 0, 0, 0
     begin_token, first_chunk, num_divided = 0, 0, 0
     if PACKED:
         num_items = gl.load(documents + 1) * groups
@@ -158,13 +159,22 @@ def _produce(
                         head = kv_head * group + g * HEADS
                         chunk = (batch * kv_heads * group + head) // HEADS * chunks + first_chunk + row // TOKENS
                         token = begin_token + row
-                        ready = step_full.index(stage)
+                        is_cut = PACKED & (row + TOKENS > length)
+                        ready = step_full.index(gl.where(is_cut, STAGES + stage, stage))
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
                         mbarrier.expect(ready, 2 * ROWS * D * 2 + 2 * ROWS * 4)
                         tma.async_copy_global_to_shared(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
                         tma.async_copy_global_to_shared(stats_desc, [chunk, 0], ready, stats_buf.index(stage))
                         tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready, do_buf.index(stage))
+                        if PACKED:
+                            cut_phases = _cut_rows(
+                                length - top + TOKENS, cut, cut_phases, q_buf, do_buf, step_full, STAGES
+                            )  # fmt: skip
+                            cut = gl.where(is_cut, stage, -1)
                         stage, phase = advance(stage, phase, STAGES)
+                if PACKED:  # before anything is waited for that needs it
+                    cut_phases = _cut_rows(length - top + TOKENS, cut, cut_phases, q_buf, do_buf, step_full, STAGES)
+                    cut = -1
                 round += slot
                 slot = slot ^ 1
     if item == num_items + gl.num_programs(0) - 1:  # the last draw of all: the counter is zero for the next launch
@@ -172,6 +182,22 @@ def _produce(
     mbarrier.wait(item_empty.index(slot), (round & 1) ^ 1)
     item_buf.index(slot).store(lane * 0 - 1)
     mbarrier.arrive(item_full.index(slot), count=1)
+
+
+@gluon.jit
+def _cut_rows(count, stage, phases, q_buf, do_buf, step_full, STAGES: gl.constexpr):
+    """Zeroes queries and dO of a stage (-1: none) but for the first `count` of each head, and hands it over. Only the
+    last rows of a document are cut, which come first in an item. A bit of `phases` for each stage; returns them."""
+    TOKENS: gl.constexpr = q_buf.shape[3]
+    if stage >= 0:
+        mbarrier.wait(step_full.index(STAGES + stage), (phases >> stage) & 1)
+        for j in gl.static_range(ROWS // TOKENS):
+            clear_rows(flat_rows(q_buf.index(stage)), j * TOKENS, TOKENS, count)
+            clear_rows(flat_rows(do_buf.index(stage)), j * TOKENS, TOKENS, count)
+        fence_async_shared()
+        mbarrier.arrive(step_full.index(stage), count=1)
+        phases = phases ^ (1 << stage)
+    return phases
 
 
 @gluon.jit
@@ -397,7 +423,7 @@ def attention_backward_kv(
     kv_buf = gl.allocate_shared_memory(element, [SLOTS * CONSUMERS * 2, 1, 1, KEYS, D], k_desc.layout)
     stats_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * ROWS], stats_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    step_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    step_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], barrier)  # the second half: still to be cut
     step_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
@@ -406,6 +432,7 @@ def attention_backward_kv(
     item_buf = gl.allocate_shared_memory(gl.int32, [SLOTS, ITEM_WORDS], WORDS)
     for i in gl.static_range(STAGES):
         mbarrier.init(step_full.index(i), count=1)
+        mbarrier.init(step_full.index(STAGES + i), count=1)
         mbarrier.init(step_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(SLOTS):
         mbarrier.init(kv_full.index(i), count=1)

@@ -73,6 +73,20 @@ def flat_rows(buffer):
 
 
 @gluon.jit
+def clear_rows(flat, first: gl.constexpr, ROWS: gl.constexpr, count):
+    """Zeroes ROWS rows of `[rows, D]` in shared memory, from `first` on, but for the first `count` of them. TMA has no
+    documents, so it fills a box whose document ends in it with the next one's rows, and 0 times what stands there need
+    not be 0. The caller puts it before what follows by a fence and a barrier."""
+    STEP: gl.constexpr = 8  # few, since the producer has few registers
+    columns: gl.constexpr = flat.shape[1] // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
+    for step in gl.static_range(ROWS // STEP):
+        part = flat.slice(first + step * STEP, STEP)
+        row = step * STEP + gl.arange(0, STEP, gl.SliceLayout(1, layout))
+        part.store(gl.where((row < count)[:, None], part.load(layout), 0.0).to(flat.dtype))
+
+
+@gluon.jit
 def store_rows(x, buffer, desc, pointer, batch, head, begin, row, length, tokens, heads, PACKED: gl.constexpr):
     """Writes 64 rows `[64, D]` of registers, of one head or several, through shared memory to `[B, tokens, heads, D]`:
     by TMA, which stops at the end of the sequence, or row by row where a packed document ends among them. `row` counts

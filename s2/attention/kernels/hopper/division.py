@@ -49,7 +49,7 @@ class Division(_Parts):
             self.items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.columns, self.table, self.sizes = columns, plan.rules.table, (length, kv_heads)
         self.scalars = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
-        grid = (columns.num_parts * _STEPS, groups, 1)
+        grid = (columns.num_parts * _STEPS * groups, 1, 1)
         super().__init__(
             (max(columns.segments), groups, columns.num_parts, 2, CHUNK, head_dim),
             _sum_launch(sums.attention_sum_parts, grid, q, plan, CHUNKS=columns.chunks, DIRECT=direct),
@@ -84,7 +84,7 @@ class PackedDivision(_Parts):
         programs = min(num_parts * _STEPS, -(-_PROGRAMS * processors // kv_heads))
         super().__init__(
             (kv_heads, num_parts, 2, CHUNK, head_dim),
-            _sum_launch(sums.attention_sum_document_parts, (programs, kv_heads, 1), q, plan, CHUNKS=PAIR),
+            _sum_launch(sums.attention_sum_document_parts, (programs * kv_heads, 1, 1), q, plan, CHUNKS=PAIR),
         )
 
     @property

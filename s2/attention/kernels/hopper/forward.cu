@@ -291,11 +291,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
         lower_registers<PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(ALL, threadIdx.x / WARP, 0);
         if (warp == 0)
-            load_tiles(shared, &params.k, shared_address(shared.keys), shared_address(shared.keys_full),
-                       shared_address(shared.keys_empty));
+            load_tiles<false>(shared, &params.k, shared_address(shared.keys), shared_address(shared.keys_full),
+                              shared_address(shared.keys_empty));
         if (warp == 1)
-            load_tiles(shared, &params.v, shared_address(shared.values), shared_address(shared.values_full),
-                       shared_address(shared.values_empty));
+            load_tiles<PACKED>(shared, &params.v, shared_address(shared.values), shared_address(shared.values_full),
+                               shared_address(shared.values_empty));
         if (warp == 2) plan_tiles(shared, params.problem);
         if (warp == 3) move_rows(shared, params.problem, &params.q, &params.out);
     } else {

@@ -63,6 +63,16 @@ DEVICE void barrier_wait(unsigned barrier, int parity) {
         "@!done bra AGAIN; }" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Whether it has completed, the same for all lanes of a warp.
+DEVICE bool barrier_test(unsigned barrier, int parity) {
+    unsigned is_done;
+    asm volatile(
+        "{ .reg .pred done; "
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; "
+        "selp.u32 %0, 1, 0, done; }" : "=r"(is_done) : "r"(barrier), "r"(parity) : "memory");
+    return __all_sync(ALL, is_done);
+}
+
 // The next of `count` pieces of work, for a warp of a thread block, or of the first one of a cluster. The `blocks` of
 // them first take the piece of their own number, then draw from a counter until there is nothing left, once in vain.
 // They draw as many times in all as there are pieces, and the last draw leaves the counter zero for the next launch.
@@ -298,6 +308,20 @@ DEVICE float2 load_shared_pair(unsigned from) {
 DEVICE void store_shared(unsigned to, const float* x) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
                  ::"r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
+// Zeroes rows [first, until) of the panels of a box `[64, columns]`, by a warp. What follows of the async proxy, here or
+// after a barrier that a lane arrives on, sees it: TMA has no documents, so it fills a box whose document ends in it with
+// the next one's rows, and 0 times what stands there need not be 0.
+DEVICE void clear_rows(unsigned box, int first, int until, int columns) {
+    const float zeros[4] = {};
+#pragma unroll 1
+    for (int x = 0; x < columns; x += PANEL, box += PANEL_BYTES)
+#pragma unroll 4
+        for (int at = first * (2 * PANEL) + threadIdx.x % WARP * 16; at < until * (2 * PANEL); at += WARP * 16)
+            store_shared(box + at, zeros);
+    fence_async_shared();
+    __syncwarp();
 }
 
 DEVICE uint4 load_shared(unsigned from) {

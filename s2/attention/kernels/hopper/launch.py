@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ... import schedule
 from ...pattern import UNBOUNDED, Pattern, pattern_from_key
+from ..triton.documents import unowned
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
 from .columns import CHUNK, PAIR, mean_chunks
@@ -43,22 +44,29 @@ _MANY_TILES = 32  # a processor: from there on heads are worked on one by one to
 _NVRTC = 13  # the version that kernels are built and checked with; ptxas 12.8 has made wrong code (`common.opaque`)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
-    """Whether the kernels take this call: sm_90, 16 bits, head dimension 64 or 128, a closed-form pattern, blocks of 64
-    and more, or of 32 and 16 with two and four query heads to a KV head (or multiples), as many queries as keys, and
-    strides that TMA can read; no blocks of 256 with levels that end (`most_skipped`). None where NVRTC is missing:
-    warns once."""
-    if not on_hopper(q) or not _can_compile():
-        return False
+def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> str:
+    """What keeps the kernels from taking this call; empty if they take it. They want sm_90, NVRTC (warns once where it
+    is missing), 16 bits, head dimension 64 or 128, a closed-form pattern, blocks of 64 and more, or of 32 and 16 with
+    two and four query heads to a KV head (or multiples), as many queries as keys, and strides that TMA can read; no
+    blocks of 256 with levels that end (`most_skipped`)."""
+    if not on_hopper(q):
+        return "it runs on devices of compute capability 9.0 (sm_90)"
+    if not _can_compile():
+        return "it needs NVRTC 13 (packages cuda-bindings and nvidia-cuda-nvrtc)"
     if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
-        return _takes(q, k, v, pattern, packed)
+        return _objection(q, k, v, pattern, packed)
     key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, pattern.key)
-    known = _TAKEN.get(key)
+    known = _OBJECTIONS.get(key)
     if known is None:
-        if len(_TAKEN) >= plans.MAX_PLANS:
-            _TAKEN.clear()
-        known = _TAKEN[key] = _takes(q, k, v, pattern, packed)
+        if len(_OBJECTIONS) >= plans.MAX_PLANS:
+            _OBJECTIONS.clear()
+        known = _OBJECTIONS[key] = _objection(q, k, v, pattern, packed)
     return known
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
+    """Whether there is no `objection`."""
+    return not objection(q, k, v, pattern, packed)
 
 
 def on_hopper(x: Tensor) -> bool:
@@ -92,18 +100,50 @@ def _finds_nvrtc() -> bool:
     return False
 
 
-def _takes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] in _STAGES
-        and q.numel() > 0
-        and (packed or q.shape[1] == k.shape[1])
-        and pattern.block_size >= _SMALLEST_BLOCK
-        and q.shape[-2] // k.shape[-2] % plans.heads_a_box(pattern.block_size) == 0
-        and _has_closed_form(pattern.key)
-        and keeps_moving(pattern.key, q.shape[-1])
-        and all(_has_readable_strides(x) for x in (q, k, v))
-    )
+def _objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> str:
+    # texts are constant, since torch.compile goes through here
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return "it takes float16 and bfloat16"
+    if q.shape[-1] not in _STAGES:
+        return "it takes head dimensions 64 and 128"
+    if q.numel() == 0:
+        return "there are no queries"
+    if not packed and q.shape[1] != k.shape[1]:
+        return "it takes as many queries as keys"
+    if (
+        pattern.block_size < _SMALLEST_BLOCK
+        or q.shape[-2] // k.shape[-2] % plans.heads_a_box(pattern.block_size)
+    ):  # fmt: skip
+        return "blocks of 32 and 16 need a multiple of 2 and 4 query heads to a KV head"
+    if not _has_closed_form(pattern.key):
+        return "the pattern has no closed form (a mask, more than two strides, or one that does not divide the next)"
+    if not keeps_moving(pattern.key, q.shape[-1]):
+        return "blocks of 256 cannot have levels that end"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _has_readable_strides(x):
+            return _UNREADABLE[name]
+    return ""
+
+
+_OBJECTIONS: dict[tuple, str] = {}
+_UNREADABLE = {
+    name: f"the strides of {name} (expanded or padded?) are not what TMA reads, 1 for the last dimension and positive "
+    f"multiples of 8 elements for the others; {name}.contiguous() has such strides"
+    for name in "qkv"
+}
+AVOIDABLE = frozenset(_UNREADABLE.values())  # objections to how the caller's tensors happen to lie in memory
+
+
+@torch.compiler.assume_constant_result
+def warn_once(objection: str) -> None:
+    if objection not in _said:
+        _said.add(objection)
+        warnings.warn(
+            f"Triton's kernels, which are slower, run in place of the Hopper kernels: {objection}", stacklevel=3
+        )
+
+
+_said: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
@@ -132,9 +172,6 @@ def most_skipped(pattern: Pattern, consumers: int) -> int:
         for rule in pattern.heads or (pattern,)
     )
     return consumers - 1 + (ends + more_blocks) * max(block // CHUNK, 1)
-
-
-_TAKEN: dict[tuple, bool] = {}
 
 
 def _has_readable_strides(x: Tensor) -> bool:
@@ -281,6 +318,8 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
     -> lse `[Hq, T]`."""
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 1:  # no document
+        return q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
     q, k, v = plans.at_16(q), plans.at_16(k), plans.at_16(v)
     out = plans.empty_like(q)
     packed = cu_seqlens is not None
@@ -292,7 +331,10 @@ def run_forward(
         forward = plan.forward = Forward(q, k, v, plan, packed)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     stream = plans.stream_of(q.device)
-    documents = plans.Documents.of(stream, q, plan, forward.consumers, cu_seqlens, forward.share) if packed else None
+    documents = None
+    if packed:
+        fill = unowned(out, lse=lse[0])
+        documents = plans.Documents.of(stream, q, plan, forward.consumers, cu_seqlens, fill, forward.share)
     forward(q, k, v, out, lse, documents, plans.counter_of(q.device, stream), stream)
     return out, lse[0] if packed else lse
 
@@ -394,25 +436,28 @@ def run_backward(
     `_takes_one_pass`: then dQ is not. ValueError: lse is not float32, as the forward's is."""
     if lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32, got {lse.dtype}")
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 1:  # no document
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     q, k, v = plans.at_16(q), plans.at_16(k), plans.at_16(v)
     device = q.device
     dq, dk, dv = plans.empty_like(q), plans.empty_like(k), plans.empty_like(v)
     out, lse, dout = plans.aligned(out), plans.aligned(lse), plans.aligned(dout)
     dlse = None if dlse is None else plans.aligned(dlse)
     packed = cu_seqlens is not None
+    fill = unowned(dq, dk, dv) if packed else None
     tensors = (q, k, v, dout, dq, dk, dv)
     q, k, v, grad_out, grad_q, grad_k, grad_v = (x[None] for x in tensors) if packed else tensors
     plan = plans.plan_of(q, k, v, pattern, heads, softmax_scale, packed)
     if _takes_one_pass(plan, q.shape[1], cu_seqlens):
         if plan.one_pass is None:
             plan.one_pass = OnePass(q, k, v, plan, packed)
-        plan.one_pass(q, k, v, out, lse, grad_out, dlse, dq, dk, dv, cu_seqlens)
+        plan.one_pass(q, k, v, out, lse, grad_out, dlse, dq, dk, dv, cu_seqlens, fill)
         return dq, dk, dv
     if plan.backward is None:
         plan.backward = TwoPasses(q, k, v, plan, packed)
     backward, stream = plan.backward, plans.stream_of(device)
     counter = plans.counter_of(device, stream)
-    documents = plans.Documents.of(stream, q, plan, _Q_CONSUMERS, cu_seqlens, columns=backward.division.documents)
+    documents = plans.Documents.of(stream, q, plan, _Q_CONSUMERS, cu_seqlens, fill, columns=backward.division.documents)
     rows = q.shape[0] * q.shape[2] // plans.heads_a_box(pattern.block_size) * documents.boxes
     stats = lse.new_empty((rows, 2 * CHUNK))
     backward.q[dlse is not None](

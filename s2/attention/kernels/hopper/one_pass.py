@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..triton.documents import Fill
 from ..triton.forward import LOG2E
 from . import cuda, plans, structs
 from .columns import CHUNK
@@ -86,12 +87,13 @@ class OnePass:
         dk: Tensor,
         dv: Tensor,
         cu_seqlens: Tensor | None,
+        fill: Fill | None,
     ) -> None:
-        """All contiguous but q, k and v. Packed ones as a batch of one."""
+        """All contiguous but q, k and v. Packed ones as a batch of one, with the gradients to `fill`."""
         device = q.device
         stream = plans.stream_of(device)
         counter = plans.counter_of(device, stream)
-        documents = plans.Documents.of(stream, q, self.plan, _BOXES, cu_seqlens, an_item=CHUNKS)
+        documents = plans.Documents.of(stream, q, self.plan, _BOXES, cu_seqlens, fill, an_item=CHUNKS)
         boxes = self.sets * documents.boxes
         stats = lse.new_empty((boxes, 2, CHUNK))
         sums = lse.new_empty((boxes, CHUNK, q.shape[-1]))

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..triton.documents import fill_unowned, misfits
 from .chunks import CHUNK, chunk_items
 
 
@@ -72,9 +73,13 @@ def _counts(
     return tiles, boxes, tl.where(segments > 1, wide * segments, 0), tl.where(segments > 1, 0, wide), others
 
 
-@triton.jit(do_not_specialize=["num_documents", "most_tiles", "segment_rows", "sinks", "stride0", "stride1", "stride2"])
+@triton.jit(do_not_specialize=[
+    "width0", "width1", "width2", "num_heads", "num_documents", "num_tokens", "most_tiles", "segment_rows", "sinks",
+    "stride0", "stride1", "stride2",
+])  # fmt: skip
 def attention_documents(
-    cu_seqlens, documents, num_documents, most_tiles, segment_rows, sinks, stride0, stride1, stride2,
+    cu_seqlens, documents, rows0, rows1, rows2, lse, width0, width1, width2, num_heads, num_documents, num_tokens,
+    most_tiles, segment_rows, sinks, stride0, stride1, stride2,
     BOXES: tl.constexpr, SHARE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -83,16 +88,18 @@ def attention_documents(
     same rows stand side by side), and after room for `most_tiles` for each item of CHUNKS key chunks: its first box or
     its number in the document (`document_item`), the token where the document begins, its length, and the boxes before
     it (not counted SHARE times). The longest items come first: of all documents the segments, then wide tiles as a
-    whole (`wide_tiles`). A program writes one document's. `sinks` are the most of any head."""
+    whole (`wide_tiles`). A program writes one document's; those after the last document `fill_unowned`. `sinks` are the
+    most of any head. Where borders do not fit there are no tiles and no items."""
     document = tl.program_id(0)
-    tiles, chunks, divided, wide, others, all_divided, all_wide = 0, 0, 0, 0, 0, 0, 0
+    tiles, chunks, divided, wide, others, all_divided, all_wide, bad = 0, 0, 0, 0, 0, 0, 0, 0
     for start in range(0, num_documents, WIDTH):
         lane = start + tl.arange(0, WIDTH)
         exists = lane < num_documents
         begin = tl.load(cu_seqlens + lane, mask=exists, other=0)
-        length = tl.load(cu_seqlens + lane + 1, mask=exists, other=0) - begin
+        end = tl.load(cu_seqlens + lane + 1, mask=exists, other=0)
+        bad = tl.maximum(bad, tl.max(misfits(begin, end, num_tokens).to(tl.int32), 0))
         own_tiles, own_chunks, own_divided, own_wide, own_others = _counts(
-            length, segment_rows, sinks, stride0, stride1, stride2, BOXES, SHARE, CHUNKS, BLOCK, LEVELS
+            end - begin, segment_rows, sinks, stride0, stride1, stride2, BOXES, SHARE, CHUNKS, BLOCK, LEVELS
         )
         before = lane < document
         tiles += tl.sum(tl.where(before, own_tiles, 0), 0)
@@ -102,31 +109,41 @@ def attention_documents(
         others += tl.sum(tl.where(before, own_others, 0), 0)
         all_divided += tl.sum(own_divided, 0)
         all_wide += tl.sum(own_wide, 0)
-    begin = tl.load(cu_seqlens + document)
-    length = tl.load(cu_seqlens + document + 1) - begin
-    own_tiles, _, own_divided, own_wide, own_others = _counts(
-        length, segment_rows, sinks, stride0, stride1, stride2, BOXES, SHARE, CHUNKS, BLOCK, LEVELS
-    )
-    if document == num_documents - 1:
-        tl.store(documents, tiles + own_tiles)
-        tl.store(documents + 1, all_divided + all_wide + others + own_others)
-        tl.store(documents + 2, all_divided)
-    for start in range(0, own_tiles, WIDTH):
-        lane = start + tl.arange(0, WIDTH)
-        _store_entries(documents + 4 * (1 + tiles), lane, lane < own_tiles, lane * BOXES, begin, length, chunks)
-    items = documents + 4 * (1 + most_tiles)
-    whole = items + 4 * (all_divided + wide)
-    rest = items + 4 * (all_divided + all_wide + others)
-    skipped = wide_tiles((length + BLOCK - 1) // BLOCK, sinks, stride0, stride1, stride2, CHUNKS, BLOCK, LEVELS)
-    for start in range(0, own_divided, WIDTH):
-        lane = start + tl.arange(0, WIDTH)
-        _store_entries(items + 4 * divided, lane, lane < own_divided, lane, begin, length, chunks)
-    for start in range(0, own_wide, WIDTH):
-        lane = start + tl.arange(0, WIDTH)
-        _store_entries(whole, lane, lane < own_wide, lane, begin, length, chunks)
-    for start in range(0, own_others, WIDTH):
-        lane = start + tl.arange(0, WIDTH)
-        _store_entries(rest, lane, lane < own_others, skipped + lane, begin, length, chunks)
+    is_bad = (bad > 0) | (tl.load(cu_seqlens) != 0)
+    if document >= num_documents:
+        fill_unowned(
+            rows0, rows1, rows2, lse, width0, width1, width2, num_heads, tl.load(cu_seqlens + num_documents),
+            num_tokens, is_bad, document - num_documents, tl.num_programs(0) - num_documents,
+        )  # fmt: skip
+    elif is_bad:
+        for word in tl.static_range(3):
+            tl.store(documents + word, 0)
+    else:
+        begin = tl.load(cu_seqlens + document)
+        length = tl.load(cu_seqlens + document + 1) - begin
+        own_tiles, _, own_divided, own_wide, own_others = _counts(
+            length, segment_rows, sinks, stride0, stride1, stride2, BOXES, SHARE, CHUNKS, BLOCK, LEVELS
+        )
+        if document == num_documents - 1:
+            tl.store(documents, tiles + own_tiles)
+            tl.store(documents + 1, all_divided + all_wide + others + own_others)
+            tl.store(documents + 2, all_divided)
+        for start in range(0, own_tiles, WIDTH):
+            lane = start + tl.arange(0, WIDTH)
+            _store_entries(documents + 4 * (1 + tiles), lane, lane < own_tiles, lane * BOXES, begin, length, chunks)
+        items = documents + 4 * (1 + most_tiles)
+        whole = items + 4 * (all_divided + wide)
+        rest = items + 4 * (all_divided + all_wide + others)
+        skipped = wide_tiles((length + BLOCK - 1) // BLOCK, sinks, stride0, stride1, stride2, CHUNKS, BLOCK, LEVELS)
+        for start in range(0, own_divided, WIDTH):
+            lane = start + tl.arange(0, WIDTH)
+            _store_entries(items + 4 * divided, lane, lane < own_divided, lane, begin, length, chunks)
+        for start in range(0, own_wide, WIDTH):
+            lane = start + tl.arange(0, WIDTH)
+            _store_entries(whole, lane, lane < own_wide, lane, begin, length, chunks)
+        for start in range(0, own_others, WIDTH):
+            lane = start + tl.arange(0, WIDTH)
+            _store_entries(rest, lane, lane < own_others, skipped + lane, begin, length, chunks)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ constexpr int ENTRIES = BLOCK < KEYS ? KEYS / BLOCK : 1;  // blocks of a key til
 constexpr int PARTS = BLOCK > KEYS ? BLOCK / KEYS : 1;    // key tiles of a block
 constexpr int TABLE = 8;                                  // columns of the rule table
 constexpr int UNBOUNDED = 1 << 30;
+constexpr int NOWHERE = 1 << 30;                          // a token past all others, which TMA reads as zeros
 
 struct Rule {
     int local, sinks;
@@ -155,6 +156,9 @@ DEVICE Entry edge_entry(const Plan& plan, int nth) {
     if (tile < range.tiles) return entry_of(range, tile, nth);
     return entry_of(plan.diagonal, tile - plan.window_edge.tiles, nth);
 }
+
+// Of the TOKENS keys of an entry, those after the end of a document of `length` tokens. None of an entry that is nowhere.
+DEVICE int keys_past(int key, int length) { return key < length ? maximum(key + TOKENS - length, 0) : 0; }
 
 // Whether a box whose first row is `row` sees a block (or a part of one) at an edge. A box past the last row looks
 // where that one does, so that every consumer sees a key tile.

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ... import schedule
+from ...kept import apart
 from ...pattern import Pattern
+from ..triton.documents import Fill, fillers
 from . import cuda, packing
 from .columns import CHUNK, UNDIVIDED, PackedColumns
 from .direct import Launch
@@ -63,7 +65,8 @@ def counter_of(device: torch.device, stream: int) -> Tensor:
         return torch.zeros(1, dtype=torch.int32, device=device)
     counter = _COUNTERS.get((device, stream))
     if counter is None:
-        counter = _COUNTERS[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+        counter = apart(lambda: torch.zeros(1, dtype=torch.int32).to(device), device)
+        counter = _COUNTERS.setdefault((device, stream), counter)
     return counter
 
 
@@ -96,7 +99,7 @@ def plan_of(
     plan = PLANS.get(key)
     if plan is None:
         if len(PLANS) >= MAX_PLANS:
-            PLANS.clear()
+            del PLANS[next(iter(PLANS))]  # the oldest
         rules = schedule.rule_schedule(pattern.key, k.shape[2], *heads, q.device)
         constants = {
             "TABLE": schedule.TABLE_COLUMNS,
@@ -110,11 +113,12 @@ def plan_of(
 
 @functools.lru_cache(MAX_PLANS)
 def _table_launch(
-    count: int, consumers: int, share: int, an_item: int, block: int, levels: int, device: torch.device
-) -> Launch:
-    """Kept, since what a launch prepares takes longer than a call."""
+    count: int, consumers: int, share: int, an_item: int, block: int, levels: int, dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    """Kept, since what a launch prepares takes longer than a call. `dtype`: of the results."""
     constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
-    return Launch(packing.attention_documents, (count, 1, 1), constants, (device,))
+    return Launch(packing.attention_documents, (count + fillers(device), 1, 1), constants, (dtype, device))
 
 
 _DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made from their number
@@ -137,16 +141,18 @@ class Documents:
         plan: Plan,
         consumers: int,
         cu_seqlens: Tensor | None,
+        fill: Fill | None,
         share: int = 1,
         an_item: int = 2,
         columns: PackedColumns = UNDIVIDED,
     ) -> Documents:
         """With tiles of `consumers` boxes, of which `share` of the same rows stand side by side, and items of `an_item`
-        chunks. `stream` is the current one, by its handle."""
+        chunks. Rows of no document are filled in the results `fill` (of packed documents alone). `stream` is the
+        current one, by its handle."""
         length = q.shape[1]
         levels, block = plan.constants["LEVELS"], plan.constants["BLOCK"]
         tokens = min(block, CHUNK)
-        if cu_seqlens is None:
+        if cu_seqlens is None or fill is None:
             return cls(plan.rules.table, 0, -(-length // tokens))
         count = cu_seqlens.shape[0] - 1
         most_tiles = length * share // (consumers * tokens) + count * (1 if share == 1 else 2 + share // consumers)
@@ -155,9 +161,9 @@ class Documents:
         most_items = (most_keys + min(most_keys, count * sinks * block)) // (2 * CHUNK) + count * (levels + 2)
         most_items += columns.most_segments
         table = torch.empty((1 + most_tiles + most_items, 4), dtype=torch.int32, device=q.device)
-        launch = _table_launch(count, consumers, share, an_item, block, levels, q.device)
-        numbers = (count, most_tiles, columns.segment_rows, sinks, *columns.strides)
-        launch(stream, aligned(cu_seqlens), table, *numbers)
+        launch = _table_launch(count, consumers, share, an_item, block, levels, q.dtype, q.device)
+        numbers = (count, length, most_tiles, columns.segment_rows, sinks, *columns.strides)
+        launch(stream, aligned(cu_seqlens), table, *fill, *numbers)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
 
 

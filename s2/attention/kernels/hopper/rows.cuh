@@ -38,6 +38,7 @@ struct Shared {
     unsigned long long rows_full[CONSUMERS * ROW_SLOTS], rows_done[CONSUMERS * ROW_SLOTS];
     unsigned long long keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
     unsigned long long tile_full[PLANNED], tile_empty[PLANNED];
+    unsigned long long values_cut;  // values that end with their document are there, but for the zeros after it
 };
 
 struct Problem {
@@ -65,6 +66,7 @@ DEVICE void init_barriers(Shared& shared) {
         barrier_init(shared_address(&shared.tile_full[i]), WARP);        // lanes that have written
         barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values, consumers
     }
+    barrier_init(shared_address(&shared.values_cut), 1);
     barrier_init_fence();
 }
 
@@ -107,7 +109,7 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
 
         barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
         Tile& tile = shared.tiles[slot.index];
-        tile.keys[lane] = entry.key;
+        tile.keys[lane] = entry.exists ? entry.key : NOWHERE;
 #pragma unroll
         for (int c = 0; c < CONSUMERS; c++) {
             const int row = row_of(box + c, share);
@@ -205,16 +207,37 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
     }
 }
 
-// Loads keys or values of the tiles in turn into a ring.
+// Loads keys or values of the tiles in turn into a ring. With CUTS those after the end of a packed document become zero
+// (only edges reach it): hidden keys have the probability 0, which NaN in their values would not heed. While they are on
+// their way others are loaded: they are cut once they are there, or before the warp would have to wait for something else.
+template <bool CUTS>
 DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty) {
     const int lane = threadIdx.x % WARP;
     const bool is_loader = elected();
     Position<STAGES> stage;
     Position<PLANNED> slot;
+    const unsigned cut_full = shared_address(&shared.values_cut);
+    int cut = -1, cut_phase = 0, past = 0;  // the stage to be cut, and keys of its entries past the end, an entry a lane
+    const auto settle = [&] {
+        if (cut < 0) return;
+        barrier_wait(cut_full, cut_phase);
+        cut_phase ^= 1;
+#pragma unroll 1
+        for (int j = 0; j < ENTRIES; j++) {
+            const int until = (j + 1) * (KEYS / ENTRIES);
+            clear_rows(ring + cut * BOX_BYTES, until - __shfl_sync(ALL, past, j), until, D);
+        }
+        if (is_loader) barrier_arrive(ring_full + 8 * cut);
+        cut = -1;
+    };
+    const auto wait = [&](unsigned barrier, int parity) {
+        if (CUTS && cut >= 0 && (barrier_test(cut_full, cut_phase) || !barrier_test(barrier, parity))) settle();
+        barrier_wait(barrier, parity);
+    };
     while (true) {
-        barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
+        wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
         const Tile& tile = shared.tiles[slot.index];
-        if (tile.index < 0) return;
+        if (tile.index < 0) break;
         const int begin = tile.begin, batch = tile.batch, kv_head = tile.kv_head;
         const int edges = tile.edges, total = edges + tile.fulls;
 #pragma unroll 1
@@ -226,11 +249,19 @@ DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsi
                 const Range range = pick(of_range, tile.far, tile.near, tile.sinks, tile.window);
                 key = entry_of(range, of_range, nth).key;
             }
+            const int own_past = CUTS && nth < 0 ? keys_past(key, tile.length) : 0;
+            const unsigned ends = CUTS ? __ballot_sync(ALL, own_past > 0) : 0;
             const int count = minimum(total - base, WARP / ENTRIES);
 #pragma unroll 1
             for (int n = 0; n < count; n++) {
-                const unsigned full = ring_full + 8 * stage.index;
-                barrier_wait(ring_empty + 8 * stage.index, stage.phase ^ 1);
+                unsigned full = ring_full + 8 * stage.index;
+                wait(ring_empty + 8 * stage.index, stage.phase ^ 1);
+                if (CUTS && (ends >> n * ENTRIES & ((1u << ENTRIES) - 1))) {
+                    settle();
+                    cut = stage.index;
+                    past = __shfl_sync(ALL, own_past, n * ENTRIES + lane % ENTRIES);
+                    full = cut_full;
+                }
                 if (is_loader) barrier_expect(full, BOX_BYTES);
 #pragma unroll
                 for (int j = 0; j < ENTRIES; j++) {
@@ -245,6 +276,7 @@ DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsi
         if (is_loader) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
         slot.advance();
     }
+    if (CUTS) settle();
 }
 
 // The key tiles that a consumer's rows see, one after the other, over all tiles.

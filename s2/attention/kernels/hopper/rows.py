@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from ..triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
-from .common import LANES, WORDS, advance, get, load_entry, lowest_bit, votes
+from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, lowest_bit, votes
 
 CONSUMERS = gl.constexpr(3)
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup
@@ -153,13 +153,20 @@ def _load_rows(batch, head, row, round, q_desc, do_desc, q_buf, do_buf, q_full, 
 
 @gluon.jit
 def _load_keys(
-    keys, entry, begin, batch, kv_head, stage, phase, k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty,
-    STAGES: gl.constexpr,
+    keys, entry, begin, length, batch, kv_head, stage, phase, cut, cut_entry, cut_phases,
+    k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty,
+    STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Fills a stage with the blocks whose first keys stand from `entry` on."""
+    """Fills a stage with the blocks whose first keys stand from `entry` on. Keys and values after the end of a packed
+    document become zero: hidden keys get P = 0 and dS = 0, which NaN in them would not heed. While they are on their
+    way the next ones are loaded: `cut` is the stage that is still to be cut (-1: none)."""
     size: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = k_desc.block_type.shape[3]
-    full = kv_full.index(stage)
+    past = 0
+    if PACKED:
+        for j in gl.static_range(KEYS // size):
+            past = gl.maximum(past, get(keys, entry + j) + size - length)
+    full = kv_full.index(gl.where(past > 0, STAGES + stage, stage))
     mbarrier.wait(kv_empty.index(stage), phase ^ 1)
     mbarrier.expect(full, 2 * KEYS * D * 2)
     for j in gl.static_range(KEYS // size):
@@ -169,17 +176,40 @@ def _load_keys(
             k, v = k.slice(j * size, size, 2), v.slice(j * size, size, 2)
         tma.async_copy_global_to_shared(k_desc, [batch, kv_head, key, 0], full, k)
         tma.async_copy_global_to_shared(v_desc, [batch, kv_head, key, 0], full, v)
-    return advance(stage, phase, STAGES)
+    if PACKED:
+        cut_phases = _cut_keys(keys, cut_entry, length, cut, cut_phases, k_buf, v_buf, kv_full, size, STAGES)
+        cut = gl.where(past > 0, stage, -1)
+        cut_entry = entry
+    stage, phase = advance(stage, phase, STAGES)
+    return stage, phase, cut, cut_entry, cut_phases
+
+
+@gluon.jit
+def _cut_keys(
+    keys, entry, length, stage, phases, k_buf, v_buf, kv_full, size: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Zeroes keys and values after the end of the document in a stage (-1: none), whose first keys stand from `entry`
+    on, and hands it over. A bit of `phases` for each stage; returns them."""
+    if stage >= 0:
+        mbarrier.wait(kv_full.index(STAGES + stage), (phases >> stage) & 1)
+        for j in gl.static_range(KEYS // size):
+            count = length - get(keys, entry + j)
+            clear_rows(flat_rows(k_buf.index(stage)), j * size, size, count)
+            clear_rows(flat_rows(v_buf.index(stage)), j * size, size, count)
+        fence_async_shared()
+        mbarrier.arrive(kv_full.index(stage), count=1)
+        phases = phases ^ (1 << stage)
+    return phases
 
 
 @gluon.jit
 def make_rings(STAGES: gl.constexpr):
-    """Barriers of the consumers' rows, of the key and value stages and of the tiles planned, with their words and
-    lists (the third is for the rest of a long list)."""
+    """Barriers of the consumers' rows, of the key and value stages (as many more for those that are still to be cut)
+    and of the tiles planned, with their words and lists (the third is for the rest of a long list)."""
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    kv_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    kv_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     tile_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
     tile_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], barrier)
@@ -190,6 +220,7 @@ def make_rings(STAGES: gl.constexpr):
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(kv_full.index(i), count=1)
+        mbarrier.init(kv_full.index(STAGES + i), count=1)
         mbarrier.init(kv_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(TILES):
         mbarrier.init(tile_full.index(i), count=1)
@@ -217,7 +248,7 @@ def produce_rows(
     _plan_tile(0, list_buf, tile_buf, table, documents, counter, length, heads, group, tiles_per_head, num_tiles,
                TABLE, BLOCK, LEVELS, SINKS, PACKED)  # fmt: skip
     mbarrier.arrive(tile_full.index(0), count=1)
-    stage, phase, round = 0, 0, 0
+    stage, phase, cut, cut_entry, cut_phases, round = 0, 0, -1, 0, 0, 0
     while get(words, round % TILES * TILE_WORDS) >= 0:
         slot = round % TILES
         word = slot * TILE_WORDS
@@ -226,6 +257,7 @@ def produce_rows(
         head = get(words, word + 4)
         row = get(words, word + 5)
         begin = get(words, word + 6)
+        own_length = get(words, word + 7) if PACKED else 0
         rows_at = gl.minimum(total, STAGES) - 1  # after the stages, which are free before
         plan_at = gl.minimum(gl.maximum(total - STAGES, 1), total - 1)
         for n in range(total):
@@ -243,12 +275,19 @@ def produce_rows(
                 _, more, _ = _key_block(entry + gl.arange(0, LIST, LANES), edges, plan, BLOCK, LEVELS, SINKS)
                 list_buf.index(TILES).store(more)
             entry = gl.where(entry < LIST, slot, TILES) * LIST + entry % LIST
-            stage, phase = _load_keys(keys, entry, begin, batch, head // group, stage, phase,
-                                      k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty, STAGES)  # fmt: skip
+            stage, phase, cut, cut_entry, cut_phases = _load_keys(
+                keys, entry, begin, own_length, batch, head // group, stage, phase, cut, cut_entry, cut_phases,
+                k_desc, v_desc, k_buf, v_buf, kv_full, kv_empty, STAGES, PACKED,
+            )  # fmt: skip
             if n == rows_at:
                 _load_rows(
                     batch, head, begin + row, round, q_desc, do_desc, q_buf, do_buf, q_full, q_empty, TOKENS
                 )  # fmt: skip
+        if PACKED:  # before anything is waited for that needs it
+            cut_phases = _cut_keys(
+                keys, cut_entry, own_length, cut, cut_phases, k_buf, v_buf, kv_full, k_desc.block_type.shape[2], STAGES
+            )  # fmt: skip
+            cut = -1
         round += 1
 
 

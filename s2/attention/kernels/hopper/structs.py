@@ -107,7 +107,7 @@ def shared_bytes(head_dim: int, consumers: int, stages: int) -> int:
     """Size of Shared in rows.cuh."""
     box = _ROWS * head_dim * 2
     tile = 4 * (8 + 3 * consumers + 32 + 4 * 4)
-    barriers = 2 * consumers * _ROW_SLOTS + 4 * stages + 2 * _PLANNED
+    barriers = 2 * consumers * _ROW_SLOTS + 4 * stages + 2 * _PLANNED + 1
     return (consumers * _ROW_SLOTS + 2 * stages) * box + _PLANNED * tile + 8 * barriers
 
 
@@ -117,7 +117,7 @@ def backward_shared_bytes(head_dim: int) -> int:
     box = _ROWS * head_dim * 2
     items, consumers, ranks, stages = 2, 2, 2, 2
     item = 4 * (9 + 2 * consumers + 8 * consumers + 16 * consumers)
-    barriers = 6 * stages + 2 + 2 + 2 * items + 2
+    barriers = 6 * stages + 2 + 2 + 2 * items + 2 + 2
     rows = stages * (2 * box + 8 * _ROWS)
     dscores = stages * ranks * consumers * panel
     return (2 * consumers + 1) * box + consumers * panel + rows + dscores + items * item + 8 * barriers + 8

@@ -119,13 +119,15 @@ def attention_sum_parts(
     CHUNKS: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV `[B, S, Hkv, D]` of the chunks of divided levels, from parts `[segments, B Hkv, num_parts, dK and dV,
-    64, D]`. Programs: chunks in steps of SUMMED rows, and KV heads."""
+    64, D]`. Programs: chunks in steps of SUMMED rows, for one KV head after the other."""
     tiles = (tiles0, tiles1, tiles2, tiles3)
     segments = (segments0, segments1, segments2, segments3)
     WIDEST: tl.constexpr = LEVELS + 1 if SINKS else LEVELS
-    index = tl.program_id(0) // (CHUNK // SUMMED)
-    group = tl.program_id(1)
-    groups = tl.num_programs(1)
+    per_group = num_parts * (CHUNK // SUMMED)
+    group = tl.program_id(0) // per_group
+    groups = tl.num_programs(0) // per_group
+    step = tl.program_id(0) % per_group
+    index = step // (CHUNK // SUMMED)
     level = -1
     for other in tl.static_range(WIDEST + 1):
         begin = part_begin(other, tiles, segments, WIDEST, CHUNKS)
@@ -133,7 +135,7 @@ def attention_sum_parts(
         level = tl.where(inside, other, level)
     rule = load_rule(table + (group % kv_heads) * TABLE, LEVELS, SINKS)
     own = index - part_begin(level, tiles, segments, WIDEST, CHUNKS)
-    rows = tl.program_id(0) % (CHUNK // SUMMED) * SUMMED + tl.arange(0, SUMMED)
+    rows = step % (CHUNK // SUMMED) * SUMMED + tl.arange(0, SUMMED)
     batch_tokens = (group // kv_heads).to(tl.int64) * length
     _add_up(
         part, dk, dv, own, level, rule, 0, length, group % kv_heads, batch_tokens, kv_heads, segment_rows,
@@ -159,12 +161,13 @@ def attention_sum_document_parts(
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The same `[T, Hkv, D]` of packed documents, from parts `[Hkv, num_parts, dK and dV, 64, D]`: CHUNKS for every
-    divided item of the table. Programs go through these items in steps of SUMMED rows; and KV heads."""
-    group = tl.program_id(1)
+    divided item of the table. As many programs for each KV head go through these items in steps of SUMMED rows."""
+    programs = tl.num_programs(0) // kv_heads
+    group = tl.program_id(0) // programs
     rule = load_rule(table + group * TABLE, LEVELS, SINKS)
     an_item: tl.constexpr = CHUNKS * (CHUNK // SUMMED)
     num_steps = tl.load(documents + 2) * an_item
-    step = tl.program_id(0)
+    step = tl.program_id(0) % programs
     while step < num_steps:
         item = step // an_item
         entry = documents + 4 * (1 + most_tiles + item)
@@ -184,4 +187,4 @@ def attention_sum_document_parts(
                     part, dk, dv, CHUNKS * tile + chunk, level, rule, begin_token, length, group, 0, kv_heads, own_rows,
                     slot, -CHUNKS * wide, rows, D, BLOCK, LEVELS, SINKS, CHUNKS, True,
                 )  # fmt: skip
-        step += tl.num_programs(0)
+        step += programs

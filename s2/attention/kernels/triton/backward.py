@@ -11,7 +11,8 @@ With P = exp(scale * Q K^T - lse):  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ
 import triton
 import triton.language as tl
 
-from .forward import LOG2E, locate_rows, locate_tile
+from .documents import locate_tile
+from .forward import LOG2E, locate_program, locate_rows
 from .indexing import (
     full_tile,
     full_tiles,
@@ -33,9 +34,9 @@ def attention_delta(
     stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh, stride_lb, stride_lh, stride_gb, stride_gh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    nth, head, batch = locate_program(tl.cdiv(length, BLOCK_M), num_heads)
+    row = nth.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = head.to(tl.int64)
     out += batch * stride_ob + head * stride_oh
     dout += batch * stride_db + head * stride_dh
     valid = row < length
@@ -51,12 +52,11 @@ def attention_delta(
     tl.store(delta + batch * stride_lb + head * stride_lh + row, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "num_documents", "list_stride"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "num_packs", "list_stride"])
 def attention_backward_q(
     q, k, v, dout, lse, delta, dq,
     table, key_offsets, key_blocks, list_stride,
-    cu_seqlens, tile_first, tile_document, num_documents,
-    q_len, kv_len, scale, num_tiles, group,
+    documents, q_len, kv_len, scale, num_tiles, num_packs, group,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lh,
     TABLE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,19 +64,16 @@ def attention_backward_q(
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     tokens: tl.constexpr = BLOCK_M // PACK
-    program_head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    nth, program_head, batch = locate_program(num_tiles, num_packs)
     if PACKED:
-        begin, q_len, tile = locate_tile(
-            cu_seqlens, tile_first, tile_document, num_documents, num_tiles - 1 - tl.program_id(0)
-        )
+        begin, q_len, tile = locate_tile(documents, num_tiles - 1 - nth)
         kv_len = q_len
         if q_len <= 0:
             return
         begin = begin.to(tl.int64)
     else:
         begin = 0
-        tile = (kv_len - q_len) // tokens + num_tiles - 1 - tl.program_id(0)
+        tile = (kv_len - q_len) // tokens + num_tiles - 1 - nth
     kv_head = ((program_head * PACK) // group).to(tl.int64)
 
     position, token, valid, head = locate_rows(program_head, tile, q_len, kv_len, BLOCK_M, PACK)
@@ -221,12 +218,11 @@ def _query_step(
     return dk0, dk1, dv0, dv1
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "num_documents", "list_stride"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "kv_heads", "list_stride"])
 def attention_backward_kv(
     q, k, v, dout, lse, delta, dk, dv,
     table, query_offsets, query_blocks, list_stride,
-    cu_seqlens, tile_first, tile_document, num_documents,
-    q_len, kv_len, scale, group,
+    documents, q_len, kv_len, scale, num_tiles, kv_heads, group,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     stride_gkb, stride_gkt, stride_gkh, stride_gvb, stride_gvt, stride_gvh,
@@ -234,17 +230,17 @@ def attention_backward_kv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(0).to(tl.int64)  # heads vary fastest: all heads start with their longest columns
-    batch = tl.program_id(2).to(tl.int64)
+    # heads vary fastest: all heads start with their longest columns
+    kv_head, tile, batch = locate_program(kv_heads, num_tiles)
+    kv_head = kv_head.to(tl.int64)
     if PACKED:
-        begin, q_len, tile = locate_tile(cu_seqlens, tile_first, tile_document, num_documents, tl.program_id(1))
+        begin, q_len, tile = locate_tile(documents, tile)
         kv_len = q_len
         if q_len <= 0:
             return
         begin = begin.to(tl.int64)
     else:
         begin = 0
-        tile = tl.program_id(1)
     rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)
     offset = kv_len - q_len  # position of the first query
     num_blocks = tl.cdiv(kv_len, BLOCK)

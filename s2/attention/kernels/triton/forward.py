@@ -10,6 +10,7 @@
 import triton
 import triton.language as tl
 
+from .documents import locate_tile
 from .indexing import full_tile, full_tiles, gather_positions, key_plan, load_rule, masked_tile, masked_tiles
 from .tiles import NEVER, consecutive_rows, dot, dot_add, gathered_rows, load_tile, store_tile, visible
 
@@ -18,13 +19,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate_tile(cu_seqlens, tile_first, tile_document, num_documents, program):
-    """Document of a packed batch that `program` works on: `(first token, length, tile)`; length 0: a spare one."""
-    document = tl.load(tile_document + program)
-    begin = tl.load(cu_seqlens + document)
-    tile = program - tl.load(tile_first + document)
-    end = tl.load(cu_seqlens + tl.minimum(document + 1, num_documents))
-    return begin, end - begin, tile
+def locate_program(inner, middle):
+    """Coordinates `(inner, middle, batch)` of a program in a grid of one dimension, which has room for any sizes: the
+    other two of a device's end at 65,535."""
+    program = tl.program_id(0)
+    rest = program // inner
+    return program % inner, rest % middle, (rest // middle).to(tl.int64)
 
 
 @triton.jit
@@ -39,33 +39,30 @@ def locate_rows(program_head, tile, q_len, kv_len, BLOCK_M: tl.constexpr, PACK: 
     return position, token, valid, head
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "num_documents", "list_stride"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "num_packs", "list_stride"])
 def attention_forward(
     q, k, v, out, lse,
     table, key_offsets, key_blocks, list_stride,
-    cu_seqlens, tile_first, tile_document, num_documents,
-    q_len, kv_len, scale_log2, num_tiles, group,
+    documents, q_len, kv_len, scale_log2, num_tiles, num_packs, group,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     TABLE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, STAGES: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    # q [B, Sq, Hq, D], k/v [B, Skv, Hkv, D] -> out [B, Sq, Hq, D], lse [B, Hq, Sq]; packed: B = 1, S = T
+    # q [B, Sq, Hq, D], k/v [B, Skv, Hkv, D] -> out [B, Sq, Hq, D], lse [B, Hq, Sq]; packed: B = 1, S = T, documents the
+    # table of tiles
     tokens: tl.constexpr = BLOCK_M // PACK
-    program_head = tl.program_id(1)  # counts groups of PACK query heads
-    batch = tl.program_id(2).to(tl.int64)
+    nth, program_head, batch = locate_program(num_tiles, num_packs)
     if PACKED:
-        begin, q_len, tile = locate_tile(
-            cu_seqlens, tile_first, tile_document, num_documents, num_tiles - 1 - tl.program_id(0)
-        )
+        begin, q_len, tile = locate_tile(documents, num_tiles - 1 - nth)
         kv_len = q_len
         if q_len <= 0:
             return
         begin = begin.to(tl.int64)
     else:
         begin = 0
-        tile = (kv_len - q_len) // tokens + num_tiles - 1 - tl.program_id(0)  # the longest rows first
+        tile = (kv_len - q_len) // tokens + num_tiles - 1 - nth  # the longest rows first
     kv_head = ((program_head * PACK) // group).to(tl.int64)
 
     position, token, valid, head = locate_rows(program_head, tile, q_len, kv_len, BLOCK_M, PACK)

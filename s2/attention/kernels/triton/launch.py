@@ -19,6 +19,7 @@ from .config import (
     pack_heads,
     split_head_dim,
 )
+from .documents import Fill, document_tiles, unowned
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Problem:
 
     def batched(self, x: Tensor) -> Tensor:
         return x[None] if self.cu_seqlens is not None else x
+
+    def unbatched(self, x: Tensor) -> Tensor:
+        return x[0] if self.cu_seqlens is not None else x
+
+    @property
+    def has_no_documents(self) -> bool:
+        return self.cu_seqlens is not None and self.cu_seqlens.shape[0] == 1
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -81,10 +89,11 @@ class _Schedule:
 
 
 def _mask_blocks(problem: Problem, num_blocks: int) -> int:
-    """Blocks of the lists of a mask pattern; packed documents are checked one by one (this reads `cu_seqlens`)."""
+    """Blocks of the lists of a mask pattern. Packed documents may be shorter than all the tokens: where these exceed
+    the mask, `cu_seqlens` is read."""
     assert problem.pattern.mask is not None
     size, covered = problem.pattern.block_size, problem.pattern.mask.shape[1]
-    if problem.cu_seqlens is None:
+    if problem.cu_seqlens is None or num_blocks <= covered:
         return num_blocks
     longest = -(-int(problem.cu_seqlens.diff().max()) // size)
     if longest > covered:
@@ -93,9 +102,9 @@ def _mask_blocks(problem: Problem, num_blocks: int) -> int:
 
 
 def _query_tiles(
-    problem: Problem, q: Tensor, k: Tensor, config: TileConfig, lists: bool
-) -> tuple[int, int, tuple[Tensor, Tensor, int], int]:
-    """`(block_m, pack, (tile_first, tile_document, num_documents), num_tiles)` of kernels that walk queries."""
+    problem: Problem, q: Tensor, k: Tensor, config: TileConfig, lists: bool, fill: Fill | None = None
+) -> tuple[int, int, Tensor, int]:
+    """`(block_m, pack, table of tiles, num_tiles)` of kernels that walk queries."""
     size, group = problem.pattern.block_size, q.shape[2] // k.shape[2]
     block_m = config.block_m
     pack = pack_heads(group, size, block_m)
@@ -107,10 +116,8 @@ def _query_tiles(
     tokens = block_m // pack
     if problem.cu_seqlens is None:
         offset = k.shape[1] - q.shape[1]
-        num_tiles = -(-k.shape[1] // tokens) - offset // tokens
-        return block_m, pack, (q, q, 0), num_tiles
-    tiles = schedule.document_tiles(problem.cu_seqlens, q.shape[1], tokens)
-    return block_m, pack, (tiles.first, tiles.document, problem.cu_seqlens.shape[0] - 1), tiles.num_tiles
+        return block_m, pack, q, -(-k.shape[1] // tokens) - offset // tokens
+    return block_m, pack, *document_tiles(problem.cu_seqlens, q.shape[1], tokens, fill=fill)
 
 
 def run_forward(
@@ -122,25 +129,26 @@ def run_forward(
     o = problem.batched(out)
     batch, q_len, num_heads, head_dim = q.shape
     lse = torch.empty(batch, num_heads, q_len, dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out, lse[0] if problem.cu_seqlens is not None else lse
+    if out.numel() == 0 or problem.has_no_documents:
+        return out.zero_(), problem.unbatched(lse.fill_(float("-inf")))
     capability = _capability(q.device)
     d0, d1 = split_head_dim(head_dim, q.element_size(), capability)
     config = config or forward_config(head_dim, q.element_size(), capability)
     plan = _Schedule(problem, k)
-    block_m, pack, documents, num_tiles = _query_tiles(problem, q, k, config, plan.lists)
+    fill = None if problem.cu_seqlens is None else unowned(out, lse=lse[0])
+    block_m, pack, documents, num_tiles = _query_tiles(problem, q, k, config, plan.lists, fill)
     block_n = min(config.block_n, problem.pattern.block_size) if plan.lists else config.block_n
-    cu_seqlens = q if problem.cu_seqlens is None else problem.cu_seqlens
-    forward.attention_forward[(num_tiles, num_heads // pack, batch)](
+    num_packs = num_heads // pack
+    forward.attention_forward[(num_tiles * num_packs * batch,)](
         q, k, v, o, lse,
         plan.table, *plan.key_lists, plan.list_stride,
-        cu_seqlens, *documents,
-        q_len, k.shape[1], problem.softmax_scale * forward.LOG2E.value, num_tiles, num_heads // k.shape[2],
+        documents, q_len, k.shape[1], problem.softmax_scale * forward.LOG2E.value, num_tiles, num_packs,
+        num_heads // k.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
         D=head_dim, D0=d0, D1=d1, BLOCK_M=block_m, BLOCK_N=block_n, PACK=pack, STAGES=config.num_stages,
         **plan.constants(problem), num_warps=config.num_warps,
     )  # fmt: skip
-    return out, lse[0] if problem.cu_seqlens is not None else lse
+    return out, problem.unbatched(lse)
 
 
 def run_backward(
@@ -157,7 +165,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
+    if q.numel() == 0 or k.numel() == 0 or problem.has_no_documents:
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad_q, grad_k, grad_v = (problem.batched(x) for x in (dq, dk, dv))
     q, k, v, out, dout = (_unit_stride(problem.batched(x)) for x in (q, k, v, out, dout))
@@ -170,13 +178,12 @@ def run_backward(
     kv_config = kv_config or backward_kv_config(head_dim, q.element_size(), capability)
     plan = _Schedule(problem, k)
     size = problem.pattern.block_size
-    cu_seqlens = q if problem.cu_seqlens is None else problem.cu_seqlens
 
     delta = torch.empty_like(lse)
     gradient_lse = lse if dlse is None else problem.batched(dlse)
     gradient_lse = gradient_lse if gradient_lse.stride(-1) == 1 else gradient_lse.contiguous()
     rows = 64
-    backward.attention_delta[(-(-q_len // rows), num_heads, batch)](
+    backward.attention_delta[(-(-q_len // rows) * num_heads * batch,)](
         out, dout, gradient_lse, delta, q_len, num_heads,
         *out.stride()[:3], *dout.stride()[:3], *delta.stride()[:2], *gradient_lse.stride()[:2],
         D=head_dim, D0=d0, D1=d1, BLOCK_M=rows, HAS_DLSE=dlse is not None,
@@ -185,18 +192,16 @@ def run_backward(
     block_n = min(kv_config.block_n, size) if plan.lists else kv_config.block_n
     block_m = min(kv_config.block_m, size) if plan.lists else kv_config.block_m
     extra = plan.levels + 1 if block_n > size else 0
-    if problem.cu_seqlens is None:
-        documents: tuple[Tensor, Tensor, int] = (q, q, 0)
-        num_tiles = -(-plan.num_blocks * size // block_n) + extra
-    else:
-        tiles = schedule.document_tiles(problem.cu_seqlens, q_len, block_n, block=size, extra=extra)
-        documents = (tiles.first, tiles.document, problem.cu_seqlens.shape[0] - 1)
-        num_tiles = tiles.num_tiles
-    backward.attention_backward_kv[(kv_heads, num_tiles, batch)](
+    documents, num_tiles = q, -(-plan.num_blocks * size // block_n) + extra
+    if problem.cu_seqlens is not None:
+        fill = unowned(dq, dk, dv)
+        documents, num_tiles = document_tiles(
+            problem.cu_seqlens, q_len, block_n, block=size, extra=extra, fill=fill
+        )  # fmt: skip
+    backward.attention_backward_kv[(kv_heads * num_tiles * batch,)](
         q, k, v, dout, lse, delta, grad_k, grad_v,
         plan.table, *plan.query_lists, plan.list_stride,
-        cu_seqlens, *documents,
-        q_len, k.shape[1], problem.softmax_scale, group,
+        documents, q_len, k.shape[1], problem.softmax_scale, num_tiles, kv_heads, group,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *lse.stride()[:2],
         *grad_k.stride()[:3], *grad_v.stride()[:3],
         D=head_dim, D0=d0, D1=d1, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=kv_config.num_stages,
@@ -205,11 +210,11 @@ def run_backward(
 
     block_m, pack, documents, num_tiles = _query_tiles(problem, q, k, q_config, plan.lists)
     block_n = min(q_config.block_n, size) if plan.lists else q_config.block_n
-    backward.attention_backward_q[(num_tiles, num_heads // pack, batch)](
+    num_packs = num_heads // pack
+    backward.attention_backward_q[(num_tiles * num_packs * batch,)](
         q, k, v, dout, lse, delta, grad_q,
         plan.table, *plan.key_lists, plan.list_stride,
-        cu_seqlens, *documents,
-        q_len, k.shape[1], problem.softmax_scale, num_tiles, group,
+        documents, q_len, k.shape[1], problem.softmax_scale, num_tiles, num_packs, group,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grad_q.stride()[:3],
         *lse.stride()[:2],
         D=head_dim, D0=d0, D1=d1, BLOCK_M=block_m, BLOCK_N=block_n, PACK=pack, STAGES=q_config.num_stages,
