@@ -6,6 +6,7 @@ together; saving inside the handler would hang ranks that are in the middle of a
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -126,7 +127,16 @@ class RunCheckpoint(Checkpoint):
         final = saved.checkpoint_folder(self.checkpoints, step)
         partial = saved.partial_folder(self.checkpoints, step)
         on_rank_zero(trainer, lambda: self._begin(step))
-        trainer.save_checkpoint(partial / "state")
+        try:
+            trainer.save_checkpoint(partial / "state")
+        except (OSError, RuntimeError) as error:
+            if saved.disk_is_full(error, self.checkpoints):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"{self.checkpoints}: the disk was full before the checkpoint of step {step} was written; make "
+                    f"room, or keep fewer with run.keep_checkpoints, and run again: earlier checkpoints are whole",
+                ) from error
+            raise
         trainer.strategy.barrier()
         files = saved.inventory(partial, (trainer.global_rank, trainer.world_size))
         meta = {

@@ -11,7 +11,9 @@ one that is as it was written is used, and what is wrong with a newer one is sai
 
 from __future__ import annotations
 
+import errno
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from s2.ending import DamagedError
 
 KIND = "training checkpoint"
 META = "meta.json"
+_ALMOST_FULL = 1 << 30  # bytes free of a disk that has just refused to take a file
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _NOT_THE_MODEL = ("initializer_range", "bos_token_id", "eos_token_id")  # the ids come from the data
 
@@ -136,6 +139,14 @@ def inventory(partial: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: files.inventory(partial, [name]), mine)
         return {name: entry for part in found for name, entry in part.items()}
+
+
+def disk_is_full(error: BaseException, checkpoints: Path) -> bool:
+    """Whether writing failed for want of room. torch reports that as an error of its zip writer, without a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    words = ("PytorchStreamWriter failed", "unexpected pos", "No space left")
+    return any(word in str(error) for word in words) and shutil.disk_usage(checkpoints).free < _ALMOST_FULL
 
 
 def publish(partial: Path, final: Path, meta: Mapping[str, Any], keep: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
 from s2 import ending
+from s2.training import saved
 from s2.training.callbacks import TrainingLog
+from s2.training.metrics import read_metrics
 from s2.training.module import PretrainModule
-from s2.training.saved import complete_checkpoints
+from s2.training.saved import complete_checkpoints, read_meta
 from tests.training.tiny import curve, train
 
 
@@ -196,3 +200,42 @@ def test_a_step_that_lightning_and_deepspeed_count_differently_is_refused(
     monkeypatch.setattr(TrainingLog, "on_train_start", lose_one)
     with pytest.raises(RuntimeError, match="number 0 of 3 in its step for the trainer, but number 1 for DeepSpeed"):
         train(folder, "run.tokens_per_step=384", stage="miscounted")
+
+
+def test_tokens_are_counted_as_they_were_trained_on(folder: Path) -> None:
+    """Three steps of 128 tokens and three of 256 are 1,152, whatever the batch is at the end."""
+    constant = "model.schedule={name: constant, warmup_steps: 2}"
+    train(folder, constant, "trainer.max_steps=3", stage="counted")
+    _, run = train(folder, constant, "data.micro_batch_size=4", stage="counted")
+    rows = [row for row in read_metrics(run / "logs" / "metrics.csv") if "train/loss" in row]
+    assert [row["tokens"] for row in rows] == [128, 256, 384, 640, 896, 1152]
+    assert json.loads((run / "summary.json").read_text())["tokens"] == 1152
+    assert read_meta(complete_checkpoints(run / "checkpoints")[-1])["tokens"] == 1152
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota")])
+def test_a_full_disk_ends_in_a_sentence_and_room_is_all_it_takes(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: OSError
+) -> None:
+    stage = f"full-{error.errno}"
+    with monkeypatch.context() as patch:
+        original = Trainer.save_checkpoint
+
+        def save(self: Any, *arguments: Any, **keywords: Any) -> None:
+            if self.global_step == 4:
+                raise error
+            original(self, *arguments, **keywords)
+
+        patch.setattr(Trainer, "save_checkpoint", save)
+        code, run = train(folder, stage=stage)
+    said = capsys.readouterr().err
+    assert code == ending.BAD_INPUT and "disk was full" in said and "step 4" in said and "Traceback" not in said
+    assert train(folder, stage=stage)[0] == 0
+    assert_same_run(run, uninterrupted)
+
+
+def test_torchs_own_words_for_a_full_disk_count_only_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    assert not saved.disk_is_full(error, tmp_path)
+    monkeypatch.setattr(saved, "_ALMOST_FULL", 1 << 62)
+    assert saved.disk_is_full(error, tmp_path)
