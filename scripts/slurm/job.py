@@ -108,8 +108,8 @@ def evaluate(environment: dict[str, str], step: Step) -> int:
         if phase in record.facts["done"]:
             print(f"the {phase} was finished by an earlier start of this job", flush=True)
             continue
-        # A sweep goes on where it stopped, so that each of its starts brings it further.
-        progress = phase if phase == "table" else f"{phase} {len(record.facts['starts'])}"
+        # Both go on where they stopped: a sweep by its samples, which each start adds to, a table by its answers.
+        progress = f"{phase} {kept_answers(checkpoint) if phase == 'table' else len(record.facts['starts'])}"
         record.note(["python", *command], progress)
         warned = False
         try:
@@ -123,11 +123,17 @@ def evaluate(environment: dict[str, str], step: Step) -> int:
             return code
         if (idle := record.idle_starts(progress)) >= IDLE_STARTS:
             return stopped(
-                f"the lm-eval table was cut off in {idle} starts of job {record.job} and begins anew each time; the "
+                f"the lm-eval table was cut off in {idle} starts of job {record.job} before an answer was kept; the "
                 f"job does not start again: submit it with a longer --time, or with fewer TASKS a job"
             )
         return stopped(f"before the {phase} was finished; {slurm.requeue(environment, warned=True)}")
     return ending.DONE
+
+
+def kept_answers(checkpoint: str) -> int:
+    """Bytes of the answers that cut-off evaluations have kept beside their results (see `eval.answers`)."""
+    places = (Path(checkpoint).parent / "results", *Path("runs/eval").glob("*/results"))
+    return sum(file.stat().st_size for place in places for file in (place / ".unfinished").glob("*.jsonl"))
 
 
 def recipe_path(kind: str, environment: Mapping[str, str]) -> Path:

@@ -194,7 +194,7 @@ def test_starting_over_happens_once_a_job_and_not_at_every_restart(repository, m
     assert commands[0][-1] == "run.resume=never" and commands[1][-1] == "run.resume=auto"
 
 
-def test_a_table_longer_than_the_time_limit_does_not_begin_anew_for_ever(repository, monkeypatch, capsys):
+def test_a_table_that_no_start_brings_further_ends_the_job(repository, monkeypatch, capsys):
     (repository / "hf").mkdir()
     (repository / "hf/config.json").write_text("{}")
     monkeypatch.setattr(job.slurm, "requeue", lambda _, warned: "requeued")
@@ -208,7 +208,26 @@ def test_a_table_longer_than_the_time_limit_does_not_begin_anew_for_ever(reposit
         assert job.evaluate(JOB | {"CKPT": "hf", "SLURM_RESTART_COUNT": str(restart)}, step) == 75
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == ["stopped: before the table was finished; requeued"] * 2
-    assert "cut off in 3 starts of job 17 and begins anew each time" in said[2] and "longer --time" in said[2]
+    assert "cut off in 3 starts of job 17 before an answer was kept" in said[2] and "longer --time" in said[2]
+
+
+def test_a_table_that_each_start_brings_further_is_finished_at_last(repository, monkeypatch, capsys):
+    (repository / "run/hf").mkdir(parents=True)
+    (repository / "run/hf/config.json").write_text("{}")
+    kept = repository / "run/results/.unfinished/lm-x.jsonl"
+    kept.parent.mkdir(parents=True)
+    monkeypatch.setattr(job.slurm, "requeue", lambda _, warned: "requeued")
+
+    def warned(*_):
+        with kept.open("a") as file:
+            file.write("an answer\n")
+        raise job.WarnedError
+
+    for restart in range(5):
+        step = job.Step(raises=True)
+        monkeypatch.setattr(step, "run", warned)
+        assert job.evaluate(JOB | {"CKPT": "run/hf", "SLURM_RESTART_COUNT": str(restart)}, step) == 75
+    assert capsys.readouterr().err.splitlines() == ["stopped: before the table was finished; requeued"] * 5
 
 
 def test_a_time_limit_within_the_warning_is_said(monkeypatch):
