@@ -11,6 +11,7 @@ RECIPE ?= demo
 GPUS ?=
 ARGS ?=
 TASKS ?=
+HELDOUT ?=
 WORKERS ?= 2
 # the extension stages of the recipe, shortest first: extend-2k.yaml -> 2k
 STAGES := $(shell ls recipes/$(RECIPE)/extend-*.yaml 2>/dev/null | sed 's/.*extend-\(.*\)\.yaml/\1/' | sort -n)
@@ -32,16 +33,17 @@ help: ## list the targets
 	@echo
 	@echo '  settings: RECIPE=$(RECIPE) TO=$(TO) CKPT=$(CKPT) GPUS=$(GPUS) ARGS="key=value ..."'
 
-setup: $(VENV)/.ready ## make .venv with everything installed
-
-# A job installs nothing: its node may have no network, and other jobs may be using the environment.
-$(VENV)/.ready: pyproject.toml constraints.txt
-	@test -z "$${SLURM_JOB_ID:-}" -o -n '$(filter setup,$(MAKECMDGOALS))' || { echo 'error: $(VENV) is missing or older \
-	than pyproject.toml, and a SLURM job installs nothing: run `make setup` on the login node' >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo 'installing into $(VENV) (a few minutes the first time)'
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+setup: ## make .venv with everything installed
+	@wanted=$$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-32); \
+	if [ "$$(cat $(VENV)/.ready 2>/dev/null)" = "$$wanted" ]; then exit 0; fi; \
+	if [ -z '$(filter setup,$(MAKECMDGOALS))' ] && [ -n "$${SLURM_JOB_ID:-}" ]; then \
+		echo 'error: $(VENV) is missing or was set up from another pyproject.toml, and a SLURM job installs nothing: run `make setup` on the login node' >&2; exit 2; fi; \
+	if [ -z '$(filter setup,$(MAKECMDGOALS))' ] && [ -e $(VENV) ] && [ ! -e $(VENV)/.ready ]; then \
+		echo 'error: $(VENV) was not set up by this Makefile, so nothing is installed into it: run `make setup VENV=$(VENV)` to do so, or choose another VENV' >&2; exit 2; fi; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	echo 'installing into $(VENV) (a few minutes the first time)'; echo unfinished >$(VENV)/.ready; \
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	echo "$$wanted" >$(VENV)/.ready
 
 demo: setup ## the whole recipe on this machine: pretrain, extend, lm-eval table, needle heatmap
 	$(MAKE) pretrain
@@ -64,13 +66,14 @@ extend: setup ## extend RECIPE's last stage to the context length TO
 	@test -n '$(TO)' || { echo 'error: recipes/$(RECIPE) has no extend-*.yaml'; exit 2; }
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/extend-$(TO).yaml $(DEVICES) $(ARGS)
 
-eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap
+eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap (HELDOUT=<text or shards> of a checkpoint of others)
 	@test -z '$(EVAL_DATA)' -o -n '$(TASKS)' || { echo 'error: EVAL_DATA=$(EVAL_DATA) needs TASKS=<stock tasks>'; exit 2; }
-	$(BIN)/python -m eval.lm --ckpt $(CKPT) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) $(ARGS)
-	$(if $(TASKS),,$(MAKE) needle CKPT=$(CKPT) ARGS=)
+	$(BIN)/python -m eval.lm --ckpt $(CKPT) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) \
+		$(if $(HELDOUT),$(if $(TASKS),,--heldout $(HELDOUT))) $(ARGS)
+	$(if $(TASKS),,$(MAKE) needle CKPT=$(CKPT) HELDOUT=$(HELDOUT) ARGS=)
 
 needle: setup ## needle-in-a-haystack heatmap of CKPT
-	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(ARGS)
+	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(if $(HELDOUT),--haystack $(HELDOUT)) $(ARGS)
 
 test: setup ## the test suite, no GPU needed (WORKERS processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu' $(ARGS)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from s2 import ending
 from s2.recipe import apply_overrides, load_recipe
+from s2.training.keys import check_keys
 
 MAIN_PROCESS = "S2_MAIN_PROCESS"  # environment: the process that started the others of a node, if Lightning did
 
@@ -52,6 +53,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     """
     recipe = load_recipe(path)
     overridden = apply_overrides(recipe, overrides)
+    check_keys(recipe, path, overridden)
     if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         # document borders differ from batch to batch, and so do sizes of tensors: without it fragments take gigabytes
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

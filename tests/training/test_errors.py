@@ -20,6 +20,7 @@ from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
 from s2.training.checkpoint import Preempted
 from s2.training.cli import main
+from s2.training.keys import parameters
 from tests.training.tiny import tiny_recipe, train, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,25 @@ def test_an_unknown_key_names_itself_and_the_closest_known_one(
 def test_held_out_sets_that_depend_on_the_ranks_are_refused(refuse: Callable[..., str], limit: str) -> None:
     error = refuse(f"trainer.limit_val_batches={limit}")
     assert f"limit_val_batches={limit}" in error and "max_windows" in error
+
+
+def test_an_unknown_key_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    program = (
+        "import sys; from s2.training.cli import main; c = main(sys.argv[1:]); print(list(sys.modules)); sys.exit(c)"
+    )
+    for override in ("trainer.max_step=5", "model.config.rope_thetas=1", "data.sequence_len=1", "run.stag=x"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(recipe), override], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == ending.BAD_INPUT and "unknown key" in done.stderr
+        assert "'torch'" not in done.stdout and "'lightning'" not in done.stdout
+
+
+def test_what_cannot_be_read_from_source_is_left_to_the_parser() -> None:
+    assert parameters("lightning.pytorch.trainer.trainer", "Trainer") >= {"max_steps", "strategy"}
+    assert parameters("tests.training.masked_data", "MaskedDataModule") is None  # it inherits its arguments
+    assert parameters("no.such.module", "Class") is None and parameters("json", "NoClass") is None
 
 
 def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], tmp_path: Path) -> None:
