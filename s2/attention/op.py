@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .kernels.hopper import launch as hopper_launch
 from .kernels.triton.launch import Problem, run_backward, run_forward
 from .modes import is_plain, without_autocast
-from .pattern import Pattern, pattern_from_key
+from .pattern import Pattern, first_alike, pattern_from_key
 from .reference import check_borders, reference_attention
 from .sdpa import dense_attention, masked_attention
 
@@ -50,6 +50,7 @@ def _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, s
     if _is_elsewhere(q):
         with torch.cuda.device(q.device):
             return _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper)
+    layer = first_alike(pattern, layer, total_kv_heads)  # what is kept serves all layers with these rules
     if hopper:
         heads = (layer, head_offset, total_kv_heads)
         return hopper_launch.run_forward(q, k, v, cu_seqlens, pattern_from_key(pattern), heads, softmax_scale)
@@ -72,6 +73,7 @@ def _backward(
         settings = (pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper)
         with torch.cuda.device(q.device):
             return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings)
+    layer = first_alike(pattern, layer, total_kv_heads)
     if hopper:
         heads = (layer, head_offset, total_kv_heads)
         rule = pattern_from_key(pattern)
@@ -236,7 +238,6 @@ def s2_attention(
         asked = None
         k, v = (x.repeat_interleave(group, dim=-2) for x in (k, v))
         head_offset, total = head_offset * group, total * group
-    layer = pattern.first_alike(layer, total)  # one plan, table and graph for all layers with these rules
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if not scale > 0:
         raise ValueError(f"softmax_scale={softmax_scale!r} must be positive")

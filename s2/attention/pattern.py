@@ -13,6 +13,7 @@ attends to; inside a kept block attention is causal at token level. Two families
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import itertools
 import math
@@ -433,6 +434,16 @@ def pattern_from_key(key: str) -> Pattern:
     """
     pattern = _rules.get(key) or _masks.get(key)
     return _read_key(key) if pattern is None else pattern
+
+
+def first_alike(key: str, layer: int, num_heads: int) -> int:
+    """`Pattern.first_alike` of a pattern's key."""
+    return 0 if key.startswith(_MASK) else _first_alike(key, layer, num_heads)
+
+
+@functools.lru_cache(4096)
+def _first_alike(key: str, layer: int, num_heads: int) -> int:
+    return pattern_from_key(key).first_alike(layer, num_heads)
 
 
 def _read_key(key: str) -> Pattern:

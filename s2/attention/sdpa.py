@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kept import Kept
 from .modes import is_plain
-from .pattern import Pattern, pattern_from_key
+from .pattern import Pattern, first_alike, pattern_from_key
 from .reference import check_borders, token_mask
 
 # fastest first, each with the function that says whether it is enabled
@@ -99,7 +99,8 @@ def _attend_packed(
     cu_seqlens = cu_seqlens.to(q.device).contiguous()
     token = torch.arange(q.shape[0], device=q.device, dtype=cu_seqlens.dtype)
     inside = token < cu_seqlens[-1]
-    fits = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] <= q.shape[0])
+    never_falls = (cu_seqlens.cummax(0).values == cu_seqlens).all()
+    fits = (cu_seqlens[0] == 0) & never_falls & (cu_seqlens[-1] <= q.shape[0])
     document = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
     together = document[:, None] == document  # [T, T]
     position = torch.where(inside, token - cu_seqlens[document], 0).clamp(0, q.shape[0] - 1)
@@ -152,7 +153,14 @@ def _make_mask(
     return mask.to(device)
 
 
-_mask = Kept(_make_mask, lambda mask: (mask,))
+_masks = Kept(_make_mask, lambda mask: (mask,))
+
+
+def _mask(
+    key: str, length: int, num_heads: int, layer: int, head_offset: int, total_heads: int, device: torch.device
+) -> Tensor:
+    """The kept one, which serves all layers with the same rules."""
+    return _masks(key, length, num_heads, first_alike(key, layer, total_heads), head_offset, total_heads, device)
 
 
 @torch.library.custom_op("s2::token_mask", mutates_args=())

@@ -69,7 +69,7 @@ def test_a_captured_graph_outlives_what_other_calls_evict(backend, pattern, monk
         captured = s2_attention(*inputs, pattern, backend=backend)
     from s2.attention import sdpa
 
-    for kept in (list_schedule, sdpa._mask):
+    for kept in (list_schedule, sdpa._masks):
         monkeypatch.setattr(kept, "most_bytes", 0)
     plans.PLANS.clear()
     for tokens in range(64, 768, 64):  # other tables take the place of all that may go

@@ -36,7 +36,7 @@ def new_process(monkeypatch):
         monkeypatch.setattr(pattern, "_masks", weakref.WeakValueDictionary())
         schedule.rule_schedule.cache_clear()
         schedule.list_schedule.values.clear()
-        sdpa._mask.values.clear()
+        sdpa._masks.values.clear()
 
     forget()
     return forget
