@@ -127,7 +127,7 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
     )
     if stage == 3:
         # or so small a model would not be sharded, or never released
-        strategy |= {"persistence_threshold": 0, "live_elements": 0}
+        strategy |= {"persistence_threshold": 0, "reuse_distance": 0, "prefetch_elements": 0}
     with files.temporary_folder() as folder:
         trainer = Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",

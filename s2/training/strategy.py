@@ -47,7 +47,7 @@ class ZeROStrategy(DeepSpeedStrategy):
         bucket_size: elements per reduce and all-gather bucket; sets the size of the communication buffers.
         prefetch_elements: stage 3 only, parameters gathered ahead of use.
         persistence_threshold: stage 3 only, parameters of at most so many elements stay whole on every rank.
-        live_elements: stage 3 only, elements of gathered parameters that may be kept for their next use.
+        reuse_distance: stage 3 only, parameters stay gathered if they are used again within so many elements of others.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ZeROStrategy(DeepSpeedStrategy):
         bucket_size: int = 200_000_000,
         prefetch_elements: int = 50_000_000,
         persistence_threshold: int = 100_000,
-        live_elements: int = 1_000_000_000,
+        reuse_distance: int = 1_000_000_000,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO stage {stage} does not exist; use 1, 2 or 3")
@@ -79,7 +79,7 @@ class ZeROStrategy(DeepSpeedStrategy):
         if stage == 3:
             zero["stage3_prefetch_bucket_size"] = prefetch_elements
             zero["stage3_param_persistence_threshold"] = persistence_threshold
-            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live_elements
+            zero["stage3_max_reuse_distance"] = reuse_distance
             # A block's weights are gathered and released as one, by hooks on the block. Inside it they would be part of
             # what is recomputed or compiled, which has to do the same every time; hooks that find weights gathered
             # ahead one time and absent the next do not.

@@ -64,7 +64,7 @@ def test_zero_3_trains_the_same_with_every_weight_sharded_and_any_checkpointing(
 
     monkeypatch.setattr(Block, "forward", forward)
     monkeypatch.setattr(PretrainModule, "on_fit_start", on_fit_start)
-    settings = {"stage": 3, "persistence_threshold": 0, "prefetch_elements": 0, "live_elements": 0}
+    settings = {"stage": 3, "persistence_threshold": 0, "prefetch_elements": 0, "reuse_distance": 0}
     strategy = json.dumps({"class_path": "s2.training.strategy.ZeROStrategy", "init_args": settings})
     checkpointing = f"model.activation_checkpointing={mode}"
     code, run = train(folder, f"trainer.strategy={strategy}", checkpointing, stage=f"sharded-{mode}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -67,6 +68,25 @@ def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str
             values = curve(run, column)
             values.pop(3, None) if column.startswith("val/") else None  # the end of the first part
             assert values == pytest.approx(curve(expected, column), rel=1e-4), (column, micro_batch_size)
+
+
+@pytest.mark.slow
+def test_weights_gathered_ahead_do_not_disturb_selective_checkpointing(tmp_path: Path) -> None:
+    """After a validation DeepSpeed knows which weights come next, and gathers them ahead in the first forward of
+    training, but not when that forward is recomputed."""
+    recipe = tiny_recipe(tmp_path, "whole")
+    recipe["model"] |= {"activation_checkpointing": "selective", "schedule": {"name": "constant"}}
+    recipe["trainer"]["max_steps"] = 3
+    path = write_recipe(tmp_path, recipe)
+    assert main([str(path)]) == 0
+    settings = {"stage": 3, "persistence_threshold": 0, "reuse_distance": 0}
+    strategy = json.dumps({"class_path": "s2.training.strategy.ZeROStrategy", "init_args": settings})
+    process = start(path, *TWO, "run.stage=sharded", f"trainer.strategy={strategy}")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for column in ("train/loss", "grad_norm", "val/heldout/loss"):
+        whole, sharded = (curve(tmp_path / "runs" / "tiny" / stage, column) for stage in ("whole", "sharded"))
+        assert sharded == pytest.approx(whole, rel=1e-5), column
 
 
 @pytest.mark.slow
