@@ -45,10 +45,16 @@ setup: ## make .venv with everything installed
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	echo "$$wanted" >$(VENV)/.ready
 
-demo: setup ## the whole recipe on this machine: pretrain, extend, lm-eval table, needle heatmap
-	$(MAKE) pretrain
-	$(MAKE) extend
-	$(MAKE) eval
+DEMO := runs/demo/start/needle.json runs/demo/extend-2k/results/needle.json
+
+demo: setup ## the whole recipe on this machine: pretrain, extend, lm-eval table, needle heatmaps before and after
+	$(MAKE) pretrain RECIPE=demo
+	$(MAKE) extend RECIPE=demo TO=2k
+	$(MAKE) eval RECIPE=demo TO=2k CKPT=runs/demo/extend-2k/hf
+	$(MAKE) needle CKPT=recipes/demo/start ARGS="--lengths 256,512,1k,2k --beyond --haystack runs/demo/data/heldout \
+		--no-generate --output $(firstword $(DEMO))"
+	$(BIN)/python -m eval.heatmap $(DEMO) --output runs/demo/needle-before-after.png \
+		--titles 'before: as pretrained at 512' 'after: extended to 2k here'
 
 data: setup ## token shards of RECIPE (TO), or SOURCES="path ..." OUT=dir [TOKENIZER=file or folder] [ARGS="--eos '</s>'"]
 	$(BIN)/python -m data.prepare $(PREPARE) $(ARGS)

@@ -1,5 +1,5 @@
 """Corpora as streams of documents: hub datasets, parquet, JSON lines, text files, folders, this Python
-environment.
+environment, synthetic retrieval documents.
 
 A `Source` is one entry of a recipe's `prepare.sources`. It comes in parts that are read independently of each other;
 whatever the format and however many parts, reading them in order yields the same documents in the same order, with
@@ -35,7 +35,8 @@ from data.readers import (
     stop,
 )
 from data.remote import hub_files, remote_size
-from data.schema import whole_number
+from data.retrieval import Retrieval, read_retrieval
+from data.schema import from_mapping, whole_number
 
 PART_BYTES = 128 << 20
 PROBED_ROWS = 1000
@@ -59,8 +60,9 @@ class Document:
 class Part:
     """What one worker reads of a source in one go.
 
-    format: parquet, jsonl or text. files: (path or url, name that ids begin with). span: row groups [first, last) of
-    the one parquet file or bytes [begin, end) of the one JSON lines file; None for whole files. size: bytes on disk.
+    format: parquet, jsonl, text or retrieval. files: (path or url, name that ids begin with). span: row groups
+    [first, last) of the one parquet file, bytes [begin, end) of the one JSON lines file or documents [first, last) made
+    on the spot; None for whole files. size: bytes on disk, or about as many of text.
     """
 
     format: str
@@ -83,8 +85,9 @@ class Source:
     """One corpus.
 
     path: a file, a glob pattern (`books/*.jsonl.gz`, `**` allowed), a folder, `hf://owner/dataset` with a folder or a
-        pattern of files behind it if need be, or `python-env` (sources and documentation of the running Python's
-        standard library and site-packages).
+        pattern of files behind it if need be, `python-env` (sources and documentation of the running Python's
+        standard library and site-packages), or `retrieval` (synthetic documents, see `data.retrieval`).
+    retrieval: what those are like, see `data.retrieval.Retrieval`.
     format: one of FORMATS; "auto" decides by `path`. Of a folder's files, at any depth, those of one format are read:
         parquet, JSON lines, or text files as a document each. Where it holds several, `format` has to say which;
         what is about the data (README, LICENSE, dataset_info.json) does not count beside rows. `folder` is `text`.
@@ -116,6 +119,7 @@ class Source:
     max_documents: int | None = None
     data_dir: str | None = None
     on_bad_row: str | None = None
+    retrieval: Retrieval | None = None
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
@@ -131,6 +135,10 @@ class Source:
         object.__setattr__(self, "keep", plain_conditions(self.keep))
         if self.data_dir is not None and not self._is_hub:
             raise ValueError(f"data_dir: {self.data_dir!r} is for hub datasets; of others `path` names the folder")
+        if (self.path == "retrieval") != (self.retrieval is not None):
+            raise ValueError("retrieval: settings of a source with `path: retrieval`, and of no other")
+        if self.retrieval is not None:
+            object.__setattr__(self, "retrieval", from_mapping(Retrieval, self.retrieval, "retrieval"))
         self.columns  # noqa: B018  # checks the conditions
 
     @property
@@ -169,6 +177,11 @@ class Source:
             if self.format not in ("auto", "python-env"):
                 raise ValueError(f"source path 'python-env': format {self.format!r} does not go with it")
             return Found("text", python_env_files(self.suffixes), [])
+        if self.retrieval is not None:
+            if self.format != "auto":
+                raise ValueError(f"source path 'retrieval': format {self.format!r} does not go with it")
+            self.retrieval.check()
+            return Found("retrieval", [], [])
         root = Path(self.path).expanduser()
         if self.format == "python-env" or (self.format == "folder" and not root.is_dir()):
             what = "'python-env'" if self.format == "python-env" else "a folder"
@@ -199,6 +212,8 @@ class Source:
         """
         kind, files, left_out = self.resolve()
         revision = None
+        if self.retrieval is not None:
+            return _made_parts(self.retrieval, part_bytes), None
         if kind == "hub":
             kind, files, revision = self._on_hub()
         if left_out:
@@ -249,7 +264,7 @@ class Source:
         """
         missing = dict.fromkeys(self.columns.names)
         there: dict[str, None] = {}
-        if parts and parts[0].format != "text":
+        if parts and parts[0].format not in ("text", "retrieval"):
             file = parts[0].files[0][0]
             try:
                 for names, found in itertools.islice(self._first_rows(parts), PROBED_ROWS):
@@ -314,6 +329,8 @@ class Source:
     def _rows(self, part: Part, path: str, name: str, skipped: Counter[str], on_bad: OnBad) -> Iterator[Row]:
         if part.format == "text":
             return read_text(path, name, skipped)
+        if self.retrieval is not None and part.span is not None:
+            return read_retrieval(self.retrieval, *part.span)
         read = read_parquet if part.format == "parquet" else read_jsonl
         return read(path, name, self.columns, skipped, part.span, on_bad)
 
@@ -349,6 +366,13 @@ class Source:
         if url.startswith("hf://datasets/"):
             return url.split("/", 5)[-1]
         return Path(url).relative_to(Path(self.path.removeprefix("hf://")).absolute()).as_posix()
+
+
+def _made_parts(settings: Retrieval, part_bytes: int) -> list[Part]:
+    each = max(1, part_bytes // settings.mean_chars)
+    spans = itertools.pairwise([*range(0, settings.documents, each), settings.documents])
+    file = ("retrieval://", "")  # no local file, whose size and time would be looked up
+    return [Part("retrieval", (file,), span, (span[1] - span[0]) * settings.mean_chars) for span in spans]
 
 
 def _valid(text: str) -> str:

@@ -89,9 +89,17 @@ class Checkpoint:
     device: torch.device
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None) -> "Checkpoint":
+    def load(
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_length: int = 0,
+    ) -> "Checkpoint":
         """Load onto `device` (default: the GPU if any) in `dtype` (default: bfloat16 there, else float32).
 
+        max_length: read so many tokens where config.json allows fewer, with RoPE as it is; for measuring how a model
+            does beyond the length it was trained on.
         Raises FileNotFoundError for missing files, ValueError for weights or a tokenizer that do not fit the config or
         a device that is not there, MemoryError for weights that do not fit on it.
         """
@@ -101,7 +109,9 @@ class Checkpoint:
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         with memory_for(f"the weights of {folder} in {str(dtype).removeprefix('torch.')}", where, "take a larger one"):
             model = load_pretrained(folder, device=where, dtype=dtype).eval()
-        return cls(folder, load_config(folder), model, tokenizer, where)
+        if max_length > model.config.max_position_embeddings:
+            model.config = model.config.replace(max_position_embeddings=max_length)
+        return cls(folder, model.config, model, tokenizer, where)
 
     @property
     def name(self) -> str:

@@ -233,7 +233,8 @@ def check_lengths(lengths: Sequence[int], max_length: int, haystack: Haystack | 
     if longest > max_length:
         raise ValueError(
             f"--lengths {longest}: the checkpoint reads at most {max_length} tokens (max_position_embeddings"
-            " in its config.json); drop the longer lengths, or extend the model first"
+            " in its config.json); drop the longer lengths, extend the model first, or see with --beyond how it does"
+            " there as it is"
         )
     if haystack is not None and longest > len(haystack.tokens):
         raise ValueError(
@@ -288,6 +289,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--haystack-tokens", default=format_length(_HAYSTACK_TOKENS), help="how much of the haystack to read")
     add("--needles", default=1, type=int, help="numbers hidden and asked for in each prompt")
     add("--distractors", default=0, type=int, help="further numbers hidden and not asked for")
+    add(
+        "--beyond",
+        action="store_true",
+        help="take lengths beyond max_position_embeddings too: how the model does where it was not trained",
+    )
     add("--seed", default=0, type=int)
     add("--train-length", help="where the heatmap's line is (default: max_position_embeddings)")
     add("--output", type=Path, help="folder, or .json file, for the results (default: the run's results folder)")
@@ -310,7 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.ckpt)
     lengths = parse_lengths(args.lengths) if args.lengths else default_lengths(config.max_position_embeddings)
     grid = Grid(lengths, parse_depths(args.depths), args.n, args.needles, args.distractors, args.seed)
-    check_lengths(grid.lengths, config.max_position_embeddings)
+    readable = max(config.max_position_embeddings, *grid.lengths) if args.beyond else config.max_position_embeddings
+    check_lengths(grid.lengths, readable)
     try:
         source = Path(args.haystack) if args.haystack else find_heldout(args.ckpt)
     except FileNotFoundError as error:
@@ -319,15 +326,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     haystack = Haystack.from_texts(
         read_texts(source, args.text_column), tokenizer, source.name or str(source), args.haystack_tokens
     )
-    check_lengths(grid.lengths, config.max_position_embeddings, haystack)
+    check_lengths(grid.lengths, readable, haystack)
     check_prompts(grid, haystack, tokenizer, bos_of(tokenizer), config.vocab_size)
     output = args.output or results_folder(args.ckpt)
     files.require_writable(output.parent if output.suffix == ".json" else output)
-    checkpoint = Checkpoint.load(args.ckpt, args.device)
-    about = checkpoint.describe() | {"train_length": args.train_length or checkpoint.max_length}
+    checkpoint = Checkpoint.load(args.ckpt, args.device, max_length=readable)
+    trained = config.max_position_embeddings
+    about = checkpoint.describe() | {"train_length": args.train_length or trained}
     length = None if args.haystack_tokens == _HAYSTACK_TOKENS else args.haystack_tokens
     named = Path(args.haystack) if args.haystack else None
-    stem = result_stem(grid, checkpoint.max_length, named, length, not args.no_generate)
+    stem = result_stem(grid, trained, named, length, not args.no_generate)
     file = place_results(output, stem, about, grid, haystack, checkpoint.bos_id)
     run_sweep(
         checkpoint,

@@ -282,6 +282,17 @@ def test_results_go_to_the_file_that_is_named(folder, tmp_path):
     assert (tmp_path / "before.png").stat().st_size > 10_000
 
 
+def test_a_model_is_measured_beyond_its_length_where_that_is_asked_for(folder, tmp_path):
+    """The line of the heatmap and the record stay at the length that the model was trained on."""
+    text = tmp_path / "haystack.txt"
+    text.write_text(prose(200, 3))
+    command = ["--ckpt", str(folder), "--lengths", "256,512", "--depths", "0,100", "--n", "1", "--device", "cpu"]
+    main([*command, "--haystack", str(text), "--output", str(tmp_path / "needle.json"), "--beyond"])
+    results = json.loads((tmp_path / "needle.json").read_text())
+    assert {sample["length"] for sample in results["samples"]} == {256, 512} and results["train_length"] == 256
+    assert {"exact", "generated"} <= set(results["samples"][-1]["scores"])
+
+
 def test_teacher_forcing_and_generation_agree_on_a_real_model(folder, haystack, tokenizer):
     """Fed its own greedy continuation as the answer, the model must score it as exact."""
     checkpoint = Checkpoint.load(folder, "cpu")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from s2.model.hf import load_config, load_pretrained
 from s2.model.transformer import Transformer
 from s2.recipe import load_recipe
 from s2.training.launch import check_settings, trainer_extras
@@ -26,7 +29,9 @@ def build(path: Path, folder: Path) -> RecipeCLI:
     `folder`."""
     recipe = load_recipe(path)
     init_from = recipe["model"].get("init_from")
-    if init_from:
+    if init_from and (ROOT / init_from).is_dir():  # a checkpoint of the repository itself
+        shutil.copytree(ROOT / init_from, folder / init_from, dirs_exist_ok=True)
+    elif init_from:
         previous = load_recipe(path.parent / f"{Path(init_from).parent.name}.yaml")
         before = previous["model"].get("init_from")
         if before:
@@ -89,3 +94,15 @@ def test_every_stage_of_1_3b_and_7b_covers_the_whole_context_within_one_layer() 
         if "attention_layout" in config and path.parent.name in ("1.3b", "7b"):
             model = resolve_config(config, None)
             assert all(pattern.layers_to_cover(model.num_key_value_heads) == 1 for pattern in model.layout.patterns)
+
+
+def test_the_demo_extends_a_checkpoint_that_its_own_recipe_makes() -> None:
+    """Shapes, layout and tokenizer: the same recipe with more tokens gives another one to put in its place."""
+    recipe = load_recipe(ROOT / "recipes/demo/pretrain.yaml")
+    folder = ROOT / load_recipe(ROOT / "recipes/demo/extend-2k.yaml")["model"]["init_from"]
+    start, model = load_config(folder), resolve_config(recipe["model"]["config"], None)
+    assert replace(start, bos_token_id=None, eos_token_id=None) == model
+    for section in recipe["data"]["init_args"]["prepare"]:
+        assert ROOT / section["tokenizer"]["path"] == folder / "tokenizer.json"
+    assert sum(p.numel() for p in load_pretrained(folder).parameters()) == model.num_parameters()
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8 << 20

@@ -1,0 +1,145 @@
+"""Synthetic retrieval documents: the same everywhere, answerable from their own text, and not what is evaluated."""
+
+import re
+
+import numpy as np
+import pytest
+
+from data import retrieval
+from data.prepare import prepare
+from data.retrieval import Retrieval, document
+from data.shards import TokenShards
+from data.sources import Source
+from data.spec import PrepareSpec
+from eval import haystack
+from eval.tasks import passkey
+
+
+def facts(text):
+    """(body, {number: how often it stands in the body}, numbers that the questions end with)"""
+    body, _, questions = text.rpartition("\n\n")
+    answers = [re.findall(r"\d+", line)[-1] for line in questions.split("\n")]
+    return body, answers
+
+
+@pytest.fixture(scope="module")
+def filler(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filler")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(f"Line {i} of a long and quiet text about boats." for i in range(3000)))
+    spec = {
+        "output": str(folder / "data"),
+        "sources": [str(corpus)],
+        "tokenizer": {"train": {"vocab_size": 300, "sample_bytes": 20_000}},
+        "heldout_fraction": 0,
+    }
+    prepare(PrepareSpec.parse(spec))
+    return folder / "data"
+
+
+def test_every_answer_stands_once_before_its_question():
+    settings = Retrieval(documents=200, facts=(1, 12))
+    for number in range(200):
+        body, answers = facts(document(settings, number))
+        stated = re.findall(r"\d+", body)
+        assert sorted(stated) == sorted(answers) and 1 <= len(answers) <= 12
+
+
+def test_facts_and_questions_come_in_several_wordings():
+    """Of one and the same fact too: whoever repeats the statement word by word does not answer every question."""
+    settings = Retrieval(documents=100, facts=(6, 6))
+    repeated = total = 0
+    for number in range(100):
+        body, _, questions = document(settings, number).rpartition("\n\n")
+        repeated += sum(question in body.split("\n") for question in questions.split("\n"))
+        total += 6
+    assert 0.05 < repeated / total < 0.5
+
+
+def test_a_document_depends_on_settings_seed_and_number_alone(filler):
+    source = Source(
+        path="retrieval",
+        retrieval={"documents": 40, "facts": [1, 3], "chars": [300, 900], "filler": str(filler / "train")},
+    )
+    whole = list(source.documents())
+    parts, _ = source.parts(part_bytes=2000)
+    assert len(parts) > 3 and [d for part in parts for d in source.read(part)] == whole
+    assert len({d.text for d in whole}) == len({d.id for d in whole}) == 40
+    other = Source(path="retrieval", retrieval={"documents": 40, "facts": [1, 3], "seed": 1})
+    assert not {d.text for d in other.documents()} & {d.text for d in whole}
+
+
+def test_filler_fills_up_to_the_length_asked_for_and_facts_lie_at_every_depth(filler):
+    settings = Retrieval(documents=300, facts=(1, 1), chars=(2000, 3000), filler=str(filler / "train"))
+    depths = []
+    for number in range(300):
+        text = document(settings, number)
+        assert 1900 <= len(text) <= 3000
+        body, answers = facts(text)
+        assert body.count("long and quiet text") > 20
+        depths.append(re.search(rf"\b{answers[0]}\b", body).start() / len(body))
+    assert np.histogram(depths, bins=5, range=(0, 1))[0].min() > 30
+
+
+def test_no_wording_key_or_filler_of_the_evaluations_occurs():
+    """A model trained on these documents is measured on other sentences about other things."""
+    text = "\n".join(document(Retrieval(documents=2000, facts=(1, 8)), number) for number in range(2000)).lower()
+    words, asked = set(re.findall(r"[a-z]+", text)), set(haystack._COLOURS) | set(haystack._THINGS)
+    assert not words & {"magic", "pass", "passkey", "remember"}
+    assert not words & asked
+    syllable = f"(?:{'|'.join(retrieval._CONSONANTS)})(?:{'|'.join(retrieval._VOWELS)})"
+    spelled = {word for word in asked if re.fullmatch(f"(?:{syllable}){{1,2}}[klmnrst]?", word)}
+    assert spelled <= retrieval._NOT_NAMES  # made-up names cannot meet them either
+    assert "magic number" not in text and "pass key" not in text and not re.search(r"number of the .* is \d", text)
+    for sentence in passkey._FILLER:
+        assert sentence.strip().lower() not in text
+
+
+def test_prepares_like_any_source_beside_the_corpus_it_is_filled_from(filler, tmp_path):
+    spec = {
+        "output": str(tmp_path / "retrieval"),
+        "sources": [
+            {"path": "retrieval", "name": "dense", "retrieval": {"documents": 30, "facts": [2, 6]}},
+            {
+                "path": "retrieval",
+                "name": "hidden",
+                "retrieval": {"documents": 20, "facts": [1, 2], "chars": [500, 900], "filler": str(filler / "train")},
+            },
+        ],
+        "tokenizer": {"path": str(filler / "tokenizer.json")},
+        "heldout_fraction": 0.2,
+    }
+    prepare(PrepareSpec.parse(spec))
+    train, heldout = TokenShards(tmp_path / "retrieval" / "train"), TokenShards(tmp_path / "retrieval" / "heldout")
+    assert train.sources == heldout.sources == ["dense", "hidden"]
+    assert len(train.offsets) + len(heldout.offsets) - 2 == 50
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"documents": 0, "facts": [1, 2]}, "documents: expected a whole number >= 1, got 0"),
+        ({"documents": 5, "facts": [3, 2]}, r"facts: expected 1 <= least <= most <= 1,000, got \[3, 2\]"),
+        ({"documents": 5, "facts": 3}, r"facts: expected \[least, most\], got 3"),
+        ({"documents": 5, "facts": [1, 2], "chars": [10, 20]}, "chars and filler belong together"),
+        ({"documents": 5, "facts": [1, 2], "fillers": "x"}, "unknown key 'fillers'"),
+        (None, "settings of a source with `path: retrieval`"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Source(path="retrieval", retrieval=settings)
+
+
+def test_a_filler_that_is_no_shard_folder_stops_before_any_work(tmp_path):
+    settings = {"documents": 5, "facts": [1, 2], "chars": [100, 200], "filler": str(tmp_path / "nowhere")}
+    spec = {
+        "output": str(tmp_path / "out"),
+        "sources": [{"path": "retrieval", "retrieval": settings}],
+        "tokenizer": {"train": {"vocab_size": 300, "sample_bytes": 1000}},
+    }
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        prepare(PrepareSpec.parse(spec))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="settings of a source with `path: retrieval`"):
+        Source(path="corpus.txt", retrieval={"documents": 5, "facts": [1, 2]})
