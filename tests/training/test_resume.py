@@ -87,6 +87,16 @@ def test_a_stop_signal_saves_at_the_step_boundary_and_the_next_run_equals_an_uni
     assert_same_run(run, uninterrupted)
 
 
+def test_a_stop_signal_in_the_last_step_lets_the_run_end(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    code, run = train(folder, stage="stopped-at-the-end")
+    assert code == ending.DONE
+    assert_same_run(run, uninterrupted)
+    assert train(folder, stage="stopped-at-the-end")[0] == ending.DONE
+
+
 def test_a_crash_goes_back_to_the_last_checkpoint_and_replaces_the_rows_after_it(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
