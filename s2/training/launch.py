@@ -272,6 +272,8 @@ def _fit(trainer: Trainer, module: PretrainModule, data: LightningDataModule, re
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
             process.terminate()
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # Lightning makes it exit code 1
         raise error
 
 
