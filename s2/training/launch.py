@@ -99,9 +99,9 @@ def topology(environment: Mapping[str, str]) -> dict[str, int]:
 def trainer_extras(config: Any) -> dict[str, Any]:
     """Trainer arguments that a recipe cannot write down: callbacks, loggers, and what depends on the machine."""
     run: RunConfig = config.run
-    for key, ours in (("val_check_interval", "run.validate_every"), ("default_root_dir", "run.root")):
+    for key, instead in (("val_check_interval", "run.validate_every"), ("default_root_dir", "run.root")):
         if (value := config.trainer[key]) is not None:
-            raise ValueError(f"trainer.{key}={value} would not be looked at; {ours} says it")
+            raise ValueError(f"trainer.{key}={value} would not be looked at; {instead} says it")
     guard = StepGuard(run, tqdm.write)
     checkpoint = RunCheckpoint(run, guard)
     ours = [guard, TrainingLog(run, checkpoint), Finish(run, checkpoint), checkpoint]
