@@ -219,9 +219,12 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     that is not there is no error. Of a link, what it leads to is emptied and loses its mark; link and folder stay.
 
     Raises:
-        NotOursError: it is there and is not marked.
+        NotOursError: it is there, holds something and is not marked.
     """
     if not os.path.lexists(folder):
+        return True
+    if folder.is_dir() and not folder.is_symlink() and all(map(_TEMPORARY.fullmatch, os.listdir(folder))):
+        shutil.rmtree(folder)  # `make_folder` was killed between making and marking it
         return True
     require_marked(folder)
     listed = _read_mark(folder).get("files")

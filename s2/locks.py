@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from s2.ending import FailureError
+
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between two renewals
 _PATIENCE = 3.5 * HEARTBEAT  # a lock of another host that is not renewed for so long is taken over
@@ -31,7 +33,7 @@ class LockedError(ValueError):
     """Another process is at work in the folder."""
 
 
-class LockLostError(Exception):
+class LockLostError(FailureError):
     """Another process has taken this one's lock, believing it dead (it was suspended, or its disk did not answer)."""
 
 
@@ -45,7 +47,10 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise LockLostError where another process has taken the lock over."""
+        """Raise LockLostError where another process has taken the lock over; a lock file that somebody has removed is
+        put back."""
+        if not (self.folder / LOCK).exists():
+            self._put_back()
         if _read(self.folder / LOCK) != self._record:
             raise LockLostError(f"{self.folder}: the lock was taken by {describe(_read(self.folder / LOCK))}")
 
@@ -57,9 +62,18 @@ class Lock:
             os.ftruncate(self._stream.fileno(), 0)  # by its descriptor: the folder may have another name by now
         self._stream.close()
 
+    def _put_back(self) -> None:
+        stream = _open(self.folder)
+        if not _take(stream) or _read(self.folder / LOCK):
+            stream.close()  # the next has come in between
+            return
+        _write(stream, self._record)
+        removed, self._stream = self._stream, stream
+        removed.close()
+
     def _renew(self) -> None:
         while not self._end.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 os.utime(self._stream.fileno())
 
 
@@ -86,8 +100,7 @@ def acquire(folder: Path, *, wait: bool = False) -> Lock:
     said = False
     deadline = time.monotonic() + _ORPHANS
     while True:
-        stream = (folder / LOCK).open("a+", encoding="utf-8")
-        fcntl.fcntl(stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        stream = _open(folder)
         if _take(stream) and not _at_work_elsewhere(folder, wait_for_beat=not said):
             break
         holder = _read(folder / LOCK)
@@ -107,11 +120,7 @@ def acquire(folder: Path, *, wait: bool = False) -> Lock:
     if before:
         print(f"{folder}: taking over from {describe(before)}, which is gone", file=sys.stderr, flush=True)
     record = _identity()
-    stream.seek(0)
-    stream.truncate()
-    stream.write(_line(record))
-    stream.flush()
-    _forget_in_children(stream)
+    _write(stream, record)
     return Lock(folder, stream, record)
 
 
@@ -133,8 +142,22 @@ def _identity() -> dict[str, Any]:
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "boot": _boot(),
         "job": job or os.environ.get("SLURM_JOB_ID"),
-        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
     }
+
+
+def _open(folder: Path) -> IO[str]:
+    stream = (folder / LOCK).open("a+", encoding="utf-8")
+    fcntl.fcntl(stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    return stream
+
+
+def _write(stream: IO[str], record: dict[str, Any]) -> None:
+    stream.seek(0)
+    stream.truncate()
+    stream.write(_line(record))
+    stream.flush()
+    _forget_in_children(stream)
 
 
 def _line(record: dict[str, Any]) -> str:

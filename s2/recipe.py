@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,41 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
     mapping.update(loader.construct_mapping(node))
 
 
+def _checked(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """For scalars with a tag (`!!bool maybe`), whose text no pattern has matched."""
+
+    def checked(loader: _Loader, node: yaml.ScalarNode) -> Any:
+        try:
+            return construct(loader, node)
+        except (ValueError, KeyError, AttributeError):
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+    return checked
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _checked(_Loader.construct_yaml_bool))
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _checked(_Loader.construct_yaml_timestamp))
+_Loader.add_constructor("tag:yaml.org,2002:float", _checked(_float))
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document, with the scalars that this module names. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML document, with the scalars that this module names. Raises yaml.YAMLError.
+
+    A part that stands under an alias is a copy of its own, so that an override of one leaves the other as it is.
+    """
+    try:
+        return _unshared(yaml.load(text, Loader=_Loader))
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or an alias stands inside of what it names") from None
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def dump_yaml(value: Any) -> str:
@@ -124,7 +151,7 @@ def apply_overrides(recipe: dict[str, Any], arguments: Sequence[str]) -> list[st
         try:
             value = parse_yaml(text)
         except yaml.YAMLError:
-            raise ValueError(f"argument {argument!r}: the value {text!r} is not valid YAML") from None
+            raise ValueError(f"argument {_short(argument)}: the value is not valid YAML") from None
         _assign(recipe, key, value)
         keys.append(key)
     return keys
@@ -137,23 +164,37 @@ def _assign(recipe: dict[str, Any], key: str, value: Any) -> None:
         last = depth == len(parts) - 1
         where = ".".join(parts[:depth])
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise ValueError(f"override {key}: {where} is a list of {len(node)}; {part!r} is no index into it")
             if last:
                 node[int(part)] = value
-            else:
-                node = node[int(part)]
+                continue
+            if node[int(part)] is None:
+                node[int(part)] = {}
+            node = _with_keys(node[int(part)], key, parts[: depth + 1])
             continue
         if "class_path" in node and part not in ("class_path", "init_args", "dict_kwargs"):
-            node = node.setdefault("init_args", {})
+            if node.get("init_args") is None:
+                node["init_args"] = {}
+            node = node["init_args"]
+            if not isinstance(node, dict):
+                raise ValueError(f"override {key}: {where}.init_args is {node!r}, not a mapping of arguments")
         if last:
             node[part] = value
             continue
         if node.get(part) is None:
             node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict | list):
-            raise ValueError(f"override {key}: {'.'.join(parts[: depth + 1])} is {node!r} and has no keys below it")
+        node = _with_keys(node[part], key, parts[: depth + 1])
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 100 else f"{text[:80]}...")
+
+
+def _with_keys(node: Any, key: str, parts: Sequence[str]) -> Any:
+    if not isinstance(node, dict | list):
+        raise ValueError(f"override {key}: {'.'.join(parts)} is {node!r} and has no keys below it")
+    return node
 
 
 def unknown_key_message(key: str, known: Iterable[str], recipe: Path, overridden: Iterable[str]) -> str:

@@ -174,3 +174,10 @@ def test_whoever_is_alone_in_a_folder_removes_what_killed_processes_left(tmp_pat
     assert len(list(tmp_path.iterdir())) == 3
     files.sweep(tmp_path / "a.json", is_alone=True)
     assert {path.name for path in tmp_path.iterdir()} == {".b.json.1.s2-tmp", ".a.json.s2-tmp"}
+
+
+def test_a_folder_that_was_made_and_not_yet_marked_is_removed(tmp_path):
+    folder = tmp_path / "x.partial"
+    folder.mkdir()
+    (folder / f".{files.MARK}.123.s2-tmp").write_text("{")
+    assert files.remove_folder(folder) and not folder.exists()

@@ -100,3 +100,24 @@ def test_a_holder_notices_that_its_lock_was_taken(tmp_path: Path) -> None:
         with pytest.raises(locks.LockLostError, match="node7"):
             held.check()
     assert "node7" in (tmp_path / locks.LOCK).read_text()  # theirs is not wiped by us
+
+
+def test_a_holder_puts_back_a_lock_file_that_was_removed(tmp_path: Path) -> None:
+    with locks.lock(tmp_path) as held:
+        (tmp_path / locks.LOCK).unlink()
+        held.check()
+        held.check()
+        with pytest.raises(locks.LockedError, match=str(os.getpid())), locks.lock(tmp_path):
+            pass
+
+
+def test_a_removed_lock_file_does_not_let_two_in(tmp_path: Path) -> None:
+    with locks.lock(tmp_path) as held:
+        (tmp_path / locks.LOCK).unlink()
+        process = hold(tmp_path)
+        try:
+            with pytest.raises(locks.LockLostError, match=f"process {process.pid} "):
+                held.check()
+        finally:
+            process.kill()
+            process.wait()

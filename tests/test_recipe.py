@@ -52,6 +52,11 @@ def test_what_is_dumped_reads_back_the_same() -> None:
         ("a: 1\na: 2\n", ":2: .*'a' stands twice"),
         (f"a: {'9' * 5000}\n", ":1: .*too many digits"),
         ("a: [1\n", "not valid YAML"),
+        ("a: 1\nb: !!bool maybe\n", ":2: .*'maybe' is no bool"),
+        ("a: !!float x\n", ":1: .*'x' is no float"),
+        ("a: !!timestamp x\n", ":1: .*'x' is no timestamp"),
+        ("a: &a\n  b: *a\n", "not valid YAML: .*alias"),
+        (f"a: {'[' * 3000}{']' * 3000}\n", "not valid YAML: .*nested too deeply"),
         ("- 1\n", "a mapping of keys"),
     ],
 )
@@ -76,3 +81,33 @@ def test_overrides_are_read_like_recipes() -> None:
         "run.note",
     ]
     assert recipe["data"]["init_args"]["mixture"][0]["weight"] == 0.5 and recipe["run"]["note"] == "no"
+
+
+def test_an_override_below_an_anchor_leaves_what_the_alias_names(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("mixture: [&part {path: a}]\nvalidation: [*part]\n")
+    recipe = load_recipe(file)
+    apply_overrides(recipe, ["mixture.0.path=b"])
+    assert recipe == {"mixture": [{"path": "b"}], "validation": [{"path": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.sources.0.keep=1", r"data\.sources\.0 is 'a' and has no keys"),
+        ("data.sources.\N{SUPERSCRIPT TWO}=b", "no index"),
+        ("other.x=1", r"other\.init_args is \['y'\], not a mapping"),
+        (f"data.n={'9' * 5000}", r"^.{0,200}the value is not valid YAML$"),
+        (f"data.n={'[' * 3000}", r"^.{0,200}the value is not valid YAML$"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_named(override: str, words: str) -> None:
+    recipe: dict[str, Any] = {"data": {"sources": ["a"]}, "other": {"class_path": "x.X", "init_args": ["y"]}}
+    with pytest.raises(ValueError, match=words):
+        apply_overrides(recipe, [override])
+
+
+def test_an_override_fills_empty_init_args() -> None:
+    recipe: dict[str, Any] = {"data": {"class_path": "x.X", "init_args": None}}
+    apply_overrides(recipe, ["data.seq_len=64"])
+    assert recipe["data"]["init_args"] == {"seq_len": 64}

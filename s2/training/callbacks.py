@@ -109,8 +109,9 @@ class TrainingLog(Callback):
         seconds, steps = max(now - self._logged_at, 1e-9), step - self._logged_step
         self._logged_at, self._logged_step = now, step
         rate = steps * tokens_per_step(trainer) / seconds / trainer.world_size
+        loss = module.pop_train_loss()
         row = {
-            "train/loss": module.pop_train_loss(),
+            **({} if math.isnan(loss) else {"train/loss": loss}),  # every step since the last line was skipped
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             **_grad_norm(trainer),
             "tokens_per_second_per_device": rate,
@@ -165,7 +166,7 @@ def step_line(step: int, max_steps: int, row: Mapping[str, float], seconds_left:
     unit = "GPU" if device_type == "cuda" else "process"
     parts = [
         f"step {step}/{max_steps}",
-        f"loss {row['train/loss']:.4f}",
+        f"loss {row.get('train/loss', math.nan):.4f}",
         f"lr {row['lr']:.2e}",
         *([f"grad norm {row['grad_norm']:.2f}"] if "grad_norm" in row else []),
         f"{row['tokens_per_second_per_device']:,.0f} tokens/s/{unit}",

@@ -95,7 +95,8 @@ class RunCheckpoint(Checkpoint):
         if step == self._seen_step:
             return  # inside a gradient accumulation
         self._seen_step = step
-        if self._any_rank_signalled(trainer):
+        # After the last step the run goes on to its end: a checkpoint of that step says that the export is there.
+        if step < trainer.max_steps and self._any_rank_signalled(trainer):
             self._save(trainer, pl_module)
             folder = saved.checkpoint_folder(self.checkpoints, step)
             raise Preempted(f"stopped at step {step}; the checkpoint is {folder}{self._requeue(trainer)}")

@@ -80,12 +80,13 @@ def is_finished(run: RunConfig, max_steps: int) -> bool:
     checkpoints = saved.complete_checkpoints(run.folder / "checkpoints")
     if not checkpoints or saved.damage(checkpoints[-1], checksums=False):
         return False
-    if saved.read_meta(checkpoints[-1])["step"] < max_steps:
+    step = saved.read_meta(checkpoints[-1])["step"]
+    if step < max_steps:
         return False
     for name in ("hf/config.json", "summary.json"):
         if not (run.folder / name).is_file():
             raise ValueError(
-                f"{run.folder} is trained to step {max_steps} but has no {name}; remove {checkpoints[-1]} to train "
+                f"{run.folder} is trained to step {step} but has no {name}; remove {checkpoints[-1]} to train "
                 f"from the checkpoint before it and export again"
             )
     return True

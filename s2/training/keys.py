@@ -8,6 +8,7 @@ types and values too.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -23,10 +24,11 @@ _NESTED = {
     "model.config": ("s2.model.config", "ModelConfig"),
 }
 _OTHERS = ("seed_everything", "data")
+_CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def check_keys(recipe: Mapping[str, Any], source: Path, overridden: Iterable[str]) -> None:
-    """Refuse the first key that nothing takes.
+    """Refuse a section that is no mapping, and the first key that nothing takes.
 
     Args:
         recipe: keys after overrides.
@@ -36,6 +38,7 @@ def check_keys(recipe: Mapping[str, Any], source: Path, overridden: Iterable[str
     Raises:
         ValueError: says where the key stands and which it may have meant.
     """
+    _check_sections(recipe, source)
     sections = {**_SECTIONS, **_NESTED, **_data(recipe)}
     known = {key: parameters(*place) for key, place in sections.items()}
     names = {f"{key}.{name}" for key, found in known.items() for name in found or ()} | {*_SECTIONS, *_OTHERS}
@@ -47,6 +50,21 @@ def check_keys(recipe: Mapping[str, Any], source: Path, overridden: Iterable[str
         for name in _section(recipe, key):
             if found is not None and name not in found:
                 raise ValueError(unknown_key_message(f"{key}.{name}", names, source, overridden))
+
+
+def _check_sections(recipe: Mapping[str, Any], source: Path) -> None:
+    for key in (*_SECTIONS, "data", "model.optimizer", "model.schedule"):
+        parent, _, name = key.rpartition(".")
+        section = _section(recipe, parent) if parent else recipe
+        if name in section and not isinstance(section[name], Mapping):
+            raise ValueError(f"{key}={section[name]!r} in {source}: expected a mapping of keys")
+    data = _section(recipe, "data")
+    path = data.get("class_path")
+    if "data" in recipe and not (isinstance(path, str) and _CLASS_PATH.fullmatch(path)):
+        said = f"data.class_path={path!r} in {source}" if "class_path" in data else f"{source}: no data.class_path"
+        raise ValueError(f"{said}; expected a module and a class in it, as data.datamodule.PackedDataModule")
+    if not isinstance(arguments := data.get("init_args", {}), Mapping):
+        raise ValueError(f"data.init_args={arguments!r} in {source}: expected a mapping of the class's arguments")
 
 
 def parameters(module: str, name: str) -> set[str] | None:

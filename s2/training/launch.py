@@ -99,6 +99,9 @@ def topology(environment: Mapping[str, str]) -> dict[str, int]:
 def trainer_extras(config: Any) -> dict[str, Any]:
     """Trainer arguments that a recipe cannot write down: callbacks, loggers, and what depends on the machine."""
     run: RunConfig = config.run
+    for key, instead in (("val_check_interval", "run.validate_every"), ("default_root_dir", "run.root")):
+        if (value := config.trainer[key]) is not None:
+            raise ValueError(f"trainer.{key}={value} would not be looked at; {instead} says it")
     guard = StepGuard(run, tqdm.write)
     checkpoint = RunCheckpoint(run, guard)
     ours = [guard, TrainingLog(run, checkpoint), Finish(run, checkpoint), checkpoint]
@@ -106,8 +109,9 @@ def trainer_extras(config: Any) -> dict[str, Any]:
         "callbacks": [*(config.trainer.callbacks or []), *ours],
         "default_root_dir": str(run.folder),
         "val_check_interval": run.validate_every,
-        "logger": config.trainer.logger
-        or TensorBoardLogger(run.folder / "logs", name="tensorboard", version="", default_hp_metric=False),
+        "logger": TensorBoardLogger(run.folder / "logs", name="tensorboard", version="", default_hp_metric=False)
+        if config.trainer.logger is None
+        else config.trainer.logger,
     }
     if config.trainer.accelerator == "auto":
         extras["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,7 +148,7 @@ def check_settings(module: PretrainModule, data: Any, trainer: Trainer) -> None:
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: a stage needs a number of optimizer steps")
     if (clip := trainer.gradient_clip_val) is not None and not clip >= 0:
-        raise ValueError(f"trainer.gradient_clip_val={clip} must be above 0, or null to clip nothing")
+        raise ValueError(f"trainer.gradient_clip_val={clip} must be above 0; null or 0 clips nothing")
     if trainer.accumulate_grad_batches < 1:
         raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -181,7 +185,8 @@ def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
     each = parameters * (14 if low_precision else 12)
     kept = sum(f.stat().st_size for f in (run.folder / "checkpoints").rglob("*") if f.is_file() and not f.is_symlink())
     needed = (run.keep_checkpoints + 1) * each + 2 * parameters - kept
-    existing = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.exists())
+    checkpoints = (run.folder / "checkpoints").absolute()  # or a link to another disk
+    existing = next(folder for folder in (checkpoints, *checkpoints.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
@@ -192,17 +197,20 @@ def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
 
 
 def _make_folder(run: RunConfig) -> None:
-    """Make the run folder. With run.resume=never what lies there moves aside to <stage>.1, .2, ...: nothing is deleted.
+    """Make the run folder and see that it can be written to. With run.resume=never what lies there moves aside to
+    <stage>.1, .2, ...: nothing is deleted.
 
     Raises:
         LockedError: another process is training there.
+        OSError: a file stands where a folder has to be, or nothing can be written there.
     """
     if run.resume == "never" and run.folder.exists():
         running = acquire(run.folder)
         aside = files.move_aside(run.folder)
         running.release()
         print(f"run.resume=never: the earlier run is now {aside}")
-    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
+    for folder in ("logs", "checkpoints"):
+        files.require_writable(run.folder / folder)
 
 
 def _resume_from(run: RunConfig, module: PretrainModule, trainer: Trainer, recipe: dict[str, Any]) -> Path | None:
@@ -264,6 +272,8 @@ def _fit(trainer: Trainer, module: PretrainModule, data: LightningDataModule, re
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
             process.terminate()
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # Lightning makes it exit code 1
         raise error
 
 

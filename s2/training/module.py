@@ -212,10 +212,10 @@ class PretrainModule(LightningModule):
         return self._skipped_norm
 
     def pop_train_loss(self) -> float:
-        """Mean loss per token since the last call, over all ranks and micro-batches."""
+        """Mean loss per token since the last call, over all ranks and micro-batches; NaN where no token counted."""
         total, count = self.train_totals
         self.train_totals = [0.0, 0.0]
-        return total / max(count, 1.0)
+        return total / count if count else math.nan
 
     def on_validation_epoch_start(self) -> None:
         self.phase = "the validation before step {step}"

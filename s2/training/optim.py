@@ -37,12 +37,13 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"model.optimizer.lr={self.lr} must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"model.optimizer.lr={self.lr} must be a number above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"model.optimizer.betas={list(self.betas)} must both lie in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"model.optimizer.weight_decay={self.weight_decay} must not be negative")
+        for name in ("eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.optimizer.{name}={getattr(self, name)} must be a number, and not negative")
 
 
 @dataclass(frozen=True)

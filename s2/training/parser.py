@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -71,13 +71,24 @@ class RecipeCLI(LightningCLI):
         for key, value in self._booleans(parser, args):
             if isinstance(value, str):  # jsonargparse would take yes and on for true
                 raise ValueError(f"{key}={value} in {self.source}: expected true or false")
+        for key in self._nulls(parser, args):  # which it would hand on
+            raise ValueError(
+                f"{key}=null in {self.source}: it needs a value; where there is a default, leave the key out"
+            )
+        seed = args.get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything={seed} in {self.source}: expected 0 to {2**32 - 1}")
         try:
             self.config = parser.parse_object(args)
         except ArgumentError as error:
             raise ValueError(self._explain(str(error), parser, args)) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        return super().instantiate_trainer(**self.trainer_extras(self.config_init), **kwargs)
+        extras = self.trainer_extras(self.config_init)
+        try:
+            return super().instantiate_trainer(**extras, **kwargs)
+        except (TypeError, ImportError) as error:  # Lightning's, of devices and accelerators that there are not
+            raise ValueError(f"trainer in {self.source}: {error}") from error
 
     def _explain(self, text: str, parser: LightningArgumentParser, recipe: dict[str, Any]) -> str:
         path = [key for key in re.findall(r'Parser key "([^"]+)"', text) if not key.endswith("class_path")]
@@ -87,11 +98,13 @@ class RecipeCLI(LightningCLI):
         if match := re.search(r"Option '([^']+)' is not accepted", text):
             path.append(match[1])
             return unknown_key_message(".".join(path), self._known(parser, recipe), self.source, self.overridden)
-        if match := re.search(r"the following arguments are required: (\S+)", text):
+        if match := re.search(r"the following arguments are required: ([^\s,]+)", text):
             return f"{self.source}: the key {match[1]} is missing"
         if match := re.search(r"Problem with given class_path '([^']+)':\s*(?!\s|Parser key)(.+)", text):
             problem = " ".join(match[2].split(" - Expected")[0].split())
             return f"{'.'.join(path)}.class_path={match[1]} in {self.source}: {problem}"
+        if match := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text):
+            return f"{'.'.join(path)}.class_path={match[1]} in {self.source}: expected a subclass of {match[2]}"
         if wanted := _wanted(text):
             value = match[1].strip() if (match := re.search(r"Got value: (.*)", text)) else _value(recipe, path)
             return f"{'.'.join(path)}={value} in {self.source}: expected {wanted}"
@@ -119,6 +132,17 @@ class RecipeCLI(LightningCLI):
                 if parameter.annotation in (bool, "bool"):
                     yield f"{key}.{name}", value.get("init_args", {}).get(name)
 
+    def _nulls(self, parser: LightningArgumentParser, recipe: dict[str, Any]) -> Iterator[str]:
+        """Keys that the recipe sets to null though their type has none."""
+        for action in parser._actions:
+            kind = getattr(action, "_typehint", None)
+            if kind is None or kind is Any or type(None) in get_args(kind):
+                continue
+            section, _, name = action.dest.rpartition(".")
+            found = _value(recipe, [section])
+            if isinstance(found, dict) and name in found and found[name] is None:
+                yield action.dest
+
     def _known(self, parser: LightningArgumentParser, recipe: dict[str, Any]) -> set[str]:
         known = {action.dest for action in parser._actions if action.dest not in ("help", "config")}
         for key, value in recipe.items():
@@ -133,7 +157,7 @@ def _parameters(section: Any) -> Mapping[str, inspect.Parameter]:
     module, _, name = section["class_path"].rpartition(".")
     try:
         return inspect.signature(getattr(import_module(module), name)).parameters
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError, ValueError, TypeError):
         return {}
 
 

@@ -11,6 +11,7 @@ runs/<recipe>/<stage>/config.yaml            every key as it was resolved
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("recipe", "stage"):
             value = getattr(self, name)
-            if not _SAFE_NAME.fullmatch(str(value)):
-                raise ValueError(f"run.{name}={value!r} is a folder name: letters, digits, '.', '-' and '_'")
+            if not _SAFE_NAME.fullmatch(str(value)) or not str(value).strip("."):
+                raise ValueError(
+                    f"run.{name}={value!r} is a folder name: letters, digits, '-', '_', and '.' among them"
+                )
         if self.tokens_per_step is not None:
-            if self.tokens_per_step < 1 or self.tokens_per_step != int(self.tokens_per_step):
+            if not 1 <= self.tokens_per_step < math.inf or self.tokens_per_step != int(self.tokens_per_step):
                 raise ValueError(f"run.tokens_per_step={self.tokens_per_step} is a whole number of tokens, at least 1")
             self.tokens_per_step = int(self.tokens_per_step)  # 4.2e6 is one
         for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):

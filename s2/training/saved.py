@@ -12,6 +12,7 @@ one that is as it was written is used, and what is wrong with a newer one is sai
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -54,9 +55,20 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         meta = files.read_json(checkpoint / META)
     except (OSError, ValueError) as error:
         raise DamagedError(f"{checkpoint / META} cannot be read ({error})") from None
-    if not isinstance(meta, dict) or not {"step", "tokens", "model"} <= meta.keys():
+    if not isinstance(meta, dict) or not _is_meta(meta):
         raise DamagedError(f"{checkpoint / META} is not a checkpoint's")
     return meta
+
+
+def _is_meta(meta: Mapping[str, Any]) -> bool:
+    recorded = meta.get("files", {})
+    counts = (meta.get("step"), meta.get("tokens"))
+    return (
+        all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+        and isinstance(meta.get("model"), Mapping)
+        and isinstance(recorded, Mapping)
+        and all(isinstance(entry, Mapping) and "size" in entry for entry in recorded.values())
+    )
 
 
 def damage(checkpoint: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -70,6 +82,9 @@ def damage(checkpoint: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)
         meta = read_meta(checkpoint)
     except DamagedError as error:
         return str(error)
+    match = _STEP_FOLDER.fullmatch(checkpoint.name)
+    if match and int(match[1]) != meta["step"]:
+        return f"{checkpoint / META} is that of step {meta['step']}, so the folder was renamed or the file copied"
     recorded = meta.get("files")
     if recorded is None:  # written by a version that recorded nothing
         return None if (checkpoint / "state").exists() else f"{checkpoint / 'state'} is missing"
@@ -111,13 +126,15 @@ def newest_whole(
 
 
 def new_checkpoint(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; what a killed process left of others is removed.
-
-    Raises:
-        NotOursError: a folder in the way was not made by this program.
-    """
+    """An empty folder to write the checkpoint of `step` into; what a killed process left of others is removed, and
+    what somebody else put in the way moves aside."""
     clear_leftovers(checkpoints)
-    return files.make_folder(partial_folder(checkpoints, step), KIND)
+    partial = partial_folder(checkpoints, step)
+    try:
+        return files.make_folder(partial, KIND)
+    except files.NotOursError:
+        _move_aside(partial)
+        return files.make_folder(partial, KIND)
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
@@ -152,20 +169,29 @@ def disk_is_full(error: BaseException, checkpoints: Path) -> bool:
 def publish(partial: Path, final: Path, meta: Mapping[str, Any], keep: int) -> None:
     """Turn a fully written `partial` folder into the checkpoint `final`, point `last` at it, and drop the oldest.
 
-    The rename is the commit: a process killed before it leaves only a name that resume ignores.
+    The rename is the commit: a process killed before it leaves only a name that resume ignores. What stands at `final`
+    and has no mark of a checkpoint moves aside.
 
     Args:
         meta: what meta.json says, with the inventory of all other files under `files`.
-        keep: checkpoints kept, damaged ones not counted; notes that somebody put into a dropped one stay.
+        keep: checkpoints kept, up to this one; damaged ones and those of later steps, which this run has passed over
+            or left behind, do not count. Notes that somebody put into a dropped one stay.
     """
     files.write_json(partial / META, dict(meta))
+    if os.path.lexists(final) and files.kind_of(final) != KIND:
+        _move_aside(final)
     files.publish(partial, final)
     _point_last_at(final)
-    whole = [path for path in complete_checkpoints(final.parent) if damage(path, checksums=False) is None]
+    checkpoints = complete_checkpoints(final.parent)
+    whole = [path for path in checkpoints[: checkpoints.index(final) + 1] if damage(path, checksums=False) is None]
     for old in whole[:-keep]:
         if files.kind_of(old) is None:  # an earlier version's
             files.adopt(old, KIND, _written_by_us(old))
         files.remove_folder(old)
+
+
+def _move_aside(path: Path) -> None:
+    print(f"{path} was not written by this program, or has lost its mark; it is now {files.move_aside(path)}")
 
 
 def _written_by_us(checkpoint: Path) -> list[str]:

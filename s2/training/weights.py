@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2.files import kind_of, move_aside, publish, remove_folder
+from s2.files import NotOursError, kind_of, move_aside, publish, remove_folder
 from s2.model.config import ModelConfig
 from s2.model.hf import load_weights, save_pretrained
 from s2.model.tokenizer_files import read_tokenizer
@@ -84,7 +84,10 @@ def export(
     dtype = torch.float32 if any(value.dtype == torch.float32 for value in state.values()) else torch.bfloat16
     own = init_from is not None and (Path(init_from) / "tokenizer.json").is_file()
     partial = folder.with_name(folder.name + ".partial")
-    remove_folder(partial)
+    try:
+        remove_folder(partial)
+    except NotOursError:
+        print(f"{partial} was not written by this program; it is now {move_aside(partial)}")
     save_pretrained(state, config, partial, None if own else tokenizer_file, dtype=dtype, source=init_from)
     if os.path.lexists(folder) and kind_of(folder) is None:
         print(f"{folder} was not written by this program; it is now {move_aside(folder)}")

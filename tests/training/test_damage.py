@@ -205,3 +205,68 @@ def test_checkpoints_of_earlier_versions_are_resumed_and_rotated(folder: Path, r
     assert code == 0
     assert_same_losses(run, reference)
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000006"]
+
+
+def _copy(stopped: Path, stage: str) -> tuple[Path, Path, Path]:
+    """A copy of the stopped run and its checkpoints of steps 4 and 5."""
+    run = stopped.with_name(stage)
+    shutil.copytree(stopped, run, symlinks=True)
+    fourth, fifth = complete_checkpoints(run / "checkpoints")
+    return run, fourth, fifth
+
+
+def _published(run: Path, step: int, keep: int) -> list[str]:
+    """Publish a checkpoint of `step`, made from the newest; returns the names of those that are there then."""
+    checkpoints = run / "checkpoints"
+    meta = saved.read_meta(complete_checkpoints(checkpoints)[-1])
+    partial = saved.new_checkpoint(checkpoints, step)
+    shutil.copytree(complete_checkpoints(checkpoints)[-1] / "state", partial / "state")
+    saved.publish(partial, saved.checkpoint_folder(checkpoints, step), {**meta, "step": step}, keep)
+    return [path.name for path in complete_checkpoints(checkpoints)]
+
+
+def test_a_new_checkpoint_is_kept_beside_a_damaged_one_of_a_later_step(stopped: Path) -> None:
+    run, fourth, fifth = _copy(stopped, "later")
+    _overwrite(fifth / "state" / "checkpoint" / "mp_rank_00_model_states.pt", random.Random(0))  # the size stays
+    fifth.rename(later := fifth.with_name("step-00000008"))
+    files.write_json(later / "meta.json", {**saved.read_meta(later), "step": 8})
+    assert _published(run, 5, keep=1) == ["step-00000005", "step-00000008"] and not fourth.exists()
+
+
+def test_a_renamed_checkpoint_is_passed_over(folder: Path, reference: Path, stopped: Path, capfd: Any) -> None:
+    run, _, fifth = _copy(stopped, "renamed")
+    fifth.rename(fifth.with_name("step-00000900"))
+    code, run = train(folder, CONSTANT, "run.keep_checkpoints=1", stage="renamed")
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    assert "step-00000900/meta.json is that of step 5" in said.out
+    for column in ("train/loss", "lr", "grad_norm"):
+        assert curve(run, column) == curve(reference, column), column
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000006", "step-00000900", "last"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "5"}, {"step": None}, {"tokens": True}, {"model": []}, {"files": []}, {"files": {"state/latest": 7}}],
+    ids=str,
+)
+def test_a_meta_file_of_another_form_is_damage(stopped: Path, change: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000005"
+    shutil.copytree(complete_checkpoints(stopped / "checkpoints")[-1], checkpoint)
+    assert saved.damage(checkpoint, checksums=True) is None
+    files.write_json(checkpoint / "meta.json", {**saved.read_meta(checkpoint), **change})
+    assert "meta.json is not a checkpoint's" in (saved.damage(checkpoint, checksums=True) or "")
+
+
+def test_what_stands_in_the_way_of_a_checkpoint_moves_aside(stopped: Path, capsys: Any) -> None:
+    run, _, fifth = _copy(stopped, "in-the-way")
+    (fifth / files.MARK).unlink()  # as a copy by `cp a/* b` leaves it
+    for name in ("step-00000007", "step-00000007.partial"):
+        (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / name / "notes.txt").write_text("mine")
+    assert _published(run, 5, keep=2) == ["step-00000004", "step-00000005"]
+    assert _published(run, 7, keep=2) == ["step-00000005", "step-00000007"]
+    assert (run / "checkpoints" / "step-00000005.1" / "meta.json").is_file()
+    for name in ("step-00000007.1", "step-00000007.partial.1"):
+        assert (run / "checkpoints" / name / "notes.txt").read_text() == "mine"
+    assert capsys.readouterr().out.count("it is now") == 3

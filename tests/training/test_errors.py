@@ -24,6 +24,7 @@ from s2.training.keys import parameters
 from tests.training.tiny import tiny_recipe, train, write_recipe
 
 ROOT = Path(__file__).parents[2]
+_MAPPINGS = ("run", "trainer", "data", "data.init_args", "model", "model.optimizer", "model.schedule")
 
 
 @pytest.fixture
@@ -112,6 +113,27 @@ def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], t
         ("trainer.gradient_clip_val=-1", ["trainer.gradient_clip_val=-1"]),
         ("trainer.log_every_n_steps=0", ["trainer.log_every_n_steps=0"]),
         ("trainer.logger={class_path: lightning.pytorch.loggers.WandbLogger}", ["WandbLogger", "wandb", "install"]),
+        ("run.tokens_per_step=.inf", ["run.tokens_per_step=inf", "whole number"]),
+        ("run.stage=..", ["run.stage='..'"]),
+        ("run.resume=", ["run.resume=null", "needs a value"]),
+        ("trainer.max_steps=", ["trainer.max_steps=null", "needs a value"]),
+        ("model.optimizer.lr=", ["model.optimizer.lr=null", "needs a value"]),
+        ("model.optimizer.lr=.inf", ["model.optimizer.lr=inf"]),
+        ("model.optimizer.weight_decay=.nan", ["model.optimizer.weight_decay=nan"]),
+        ("model.optimizer.eps=-1", ["model.optimizer.eps=-1"]),
+        ("seed_everything=-1", ["seed_everything=-1", "0 to"]),
+        ("trainer.devices=x", ["pretrain.yaml", "devices"]),
+        ("trainer.accelerator=tpu", ["pretrain.yaml", "torch_xla"]),
+        ("trainer.val_check_interval=7", ["trainer.val_check_interval=7", "run.validate_every"]),
+        ("trainer.default_root_dir=x", ["trainer.default_root_dir=x", "run.root"]),
+        ("data.class_path=json.JSONDecoder", ["data.class_path=json.JSONDecoder", "subclass of LightningDataModule"]),
+        ("data.class_path=.datamodule.X", ["data.class_path='.datamodule.X'"]),
+        ("data.class_path=data.datamodule", ["data.class_path=data.datamodule"]),
+        *[
+            (f"{key}={value}", [f"{key}=", "pretrain.yaml", "a mapping"])
+            for key in _MAPPINGS
+            for value in ("", "[]", "3")
+        ],
         ("run.tokens_per_step=1.5", ["run.tokens_per_step=1.5", "whole number"]),
         ("run.resume=yes", ["run.resume=yes", "auto or never"]),
         ("model.compile=yes", ["model.compile=yes", "true or false"]),
@@ -255,3 +277,19 @@ def test_optimizer_states_of_another_form_are_refused_by_name(
     train(tmp_path, "trainer.max_steps=3")
     error = refuse(f"trainer.strategy={strategy}")
     assert "saved by ZeRO stage 1" in error and "step-00000003" in error
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+def test_a_run_folder_that_cannot_be_written_to_is_refused_before_training(
+    name: str, refuse: Callable[..., str], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "tiny" / "pretrain"
+    run.mkdir(parents=True)
+    (run / name).write_text("a file")
+    assert str(run / name) in refuse() and not (run / "config.yaml").exists()
+
+
+def test_a_run_without_a_logger_has_none(tmp_path: Path) -> None:
+    steps = ("trainer.max_steps=1", "model.schedule.warmup_steps=0")
+    code, run = train(tmp_path, "trainer.logger=false", *steps)
+    assert code == 0 and not (run / "logs" / "tensorboard").exists()

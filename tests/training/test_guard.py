@@ -85,6 +85,13 @@ def test_a_resumed_run_goes_past_the_bad_batch_and_counts_on(folder: Path, monke
     assert read_meta(complete_checkpoints(run / "checkpoints")[-1])["step"] == 6
 
 
+def test_a_skipped_step_has_no_loss_in_the_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    poison(monkeypatch, 2)
+    code, run = train(folder, "trainer.max_steps=3", stage="no-loss")
+    assert code == 0 and sorted(curve(run)) == [1, 3]
+    assert "step 2/3 | loss nan" in capsys.readouterr().out
+
+
 def test_a_learning_rate_that_kills_ends_with_a_diagnosis_and_no_export(folder: Path, capsys: Any) -> None:
     wild = ("model.optimizer.lr=1e6", "trainer.max_steps=12", "run.max_skipped_steps=4", "run.checkpoint_every=3")
     code, run = train(folder, *wild, "trainer.gradient_clip_val=null", stage="wild")

@@ -87,6 +87,32 @@ def test_a_stop_signal_saves_at_the_step_boundary_and_the_next_run_equals_an_uni
     assert_same_run(run, uninterrupted)
 
 
+def test_a_stop_signal_in_the_last_step_lets_the_run_end(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    code, run = train(folder, stage="stopped-at-the-end")
+    assert code == ending.DONE
+    assert_same_run(run, uninterrupted)
+    assert train(folder, stage="stopped-at-the-end")[0] == ending.DONE
+
+
+def test_an_interrupt_from_the_keyboard_ends_as_one(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        assert train(folder, stage="interrupted")[0] == ending.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    monkeypatch.undo()
+    code, run = train(folder, stage="interrupted")
+    assert code == ending.DONE
+    assert_same_run(run, uninterrupted)
+
+
 def test_a_crash_goes_back_to_the_last_checkpoint_and_replaces_the_rows_after_it(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
