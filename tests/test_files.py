@@ -174,3 +174,10 @@ def test_whoever_is_alone_in_a_folder_removes_what_killed_processes_left(tmp_pat
     assert len(list(tmp_path.iterdir())) == 3
     files.sweep(tmp_path / "a.json", is_alone=True)
     assert {path.name for path in tmp_path.iterdir()} == {".b.json.1.s2-tmp", ".a.json.s2-tmp"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    with pytest.raises(IsADirectoryError, match="page is a folder, and a file is to be written there"):
+        files.write_text(tmp_path / "page", "x")
+    assert os.listdir(tmp_path) == ["page"]
