@@ -308,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.score == "generated" and args.no_generate:
         raise ValueError("--score generated needs generation; drop --no-generate")
     config = load_config(args.ckpt)
-    lengths = parse_lengths(args.lengths) if args.lengths else default_lengths(config.max_position_embeddings)
+    longest = config.max_position_embeddings
+    lengths = default_lengths(longest) if args.lengths is None else parse_lengths(args.lengths)
     grid = Grid(lengths, parse_depths(args.depths), args.n, args.needles, args.distractors, args.seed)
     check_lengths(grid.lengths, config.max_position_embeddings)
     try:

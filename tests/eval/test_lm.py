@@ -138,6 +138,9 @@ def test_impossible_settings_are_refused(sparse, lm):
         lm.generate_until(requests(("the", {"until": []})), disable_tqdm=True)
     with pytest.raises(ValueError, match=r"max_seq_lengths \[4096\]: longer than max_length=256"):
         evaluate(lm, ["s2_passkey"], metadata={"max_seq_lengths": [128, 4096]})
+    for lengths in (4096, ["4096"]):
+        with pytest.raises(ValueError, match=r"max_seq_lengths .*4096.*: expected a list of lengths in tokens"):
+            evaluate(lm, ["s2_passkey"], metadata={"max_seq_lengths": lengths})
     with pytest.raises(ValueError, match=r"--tasks helaswag: no task, group or tag of this .*did you mean hellaswag"):
         evaluate(lm, ["helaswag"])
     with pytest.raises(ValueError, match=r"--data-dir .*: s2_passkey do not read it"):

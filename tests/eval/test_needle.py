@@ -297,6 +297,7 @@ def test_teacher_forcing_and_generation_agree_on_a_real_model(folder, haystack, 
     [
         (["--lengths", "512"], ValueError, r"--lengths 512: the checkpoint reads at most 256 tokens"),
         (["--lengths", "128", "--n", "0"], ValueError, "--n 0: expected at least 1"),
+        (["--lengths", ""], ValueError, "--lengths : '' is no length"),
         (["--lengths", "2x"], ValueError, "--lengths 2x: '2x' is no length; write a number of tokens like 2048 or 2k"),
         (["--lengths", "128", "--depths", "0,150"], ValueError, "--depths 150: a depth is a percentage"),
         (["--lengths", "128", "--depths", "0,x"], ValueError, "--depths 0,x: expected a number of depths, or percents"),
@@ -412,7 +413,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_named(folder, tmp
     "command,message",
     [
         ("needle --ckpt FOLDER --lengths 4k", "--lengths 4096: the checkpoint reads at most 256 tokens"),
-        ("heatmap nothing.json needle.png", "[Errno 2] No such file or directory: 'nothing.json'"),
+        ("heatmap nothing.json needle.png", "No such file or directory: 'nothing.json'"),
         ("report nowhere", "run nowhere: no such folder"),
     ],
 )
