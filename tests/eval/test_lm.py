@@ -296,14 +296,14 @@ def heldout(sparse):
     tokenizer = TextTokenizer(sparse / "tokenizer.json")
     folder = sparse.parent.parent / "data" / "heldout"
     texts = [prose(20, seed) for seed in range(3)] + ["[1, 2, 3]", "42"]
-    writer = ShardWriter(folder, "shard", "prose", tokenizer.dtype, tokenizer.vocab_size, 1 << 20)
     ids = [f"prose/{i}" for i in range(len(texts))]
-    writer.add(tokenizer.encode_documents(texts), [len(text.encode()) for text in texts], ids, [""] * len(texts))
+    with ShardWriter(folder, "shard", "prose", tokenizer.dtype, tokenizer.vocab_size, 1 << 20) as writer:
+        writer.add(tokenizer.encode_documents(texts), [len(text.encode()) for text in texts], ids, [""] * len(texts))
     file = os.path.relpath(tokenizer.file, folder)
     write_manifest(
         folder,
         tokenizer.dtype,
-        writer.close(),
+        writer.shards,
         {"prose": writer.counts},
         tokenizer={**tokenizer.describe(), "file": file},
     )
