@@ -118,7 +118,7 @@ class Source:
     on_bad_row: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.path.strip():
+        if not self.path.removeprefix("hf://").strip("/ ") and not self.path.startswith("/"):
             raise ValueError(f"path: expected a file, a folder or a dataset, got {self.path!r}")
         if self.format not in ("auto", *FORMATS):
             raise ValueError(f"format: unknown {self.format!r}; known: auto, {', '.join(FORMATS)}")

@@ -482,9 +482,10 @@ def test_a_trained_tokenizer_has_only_its_own_special_tokens(corpus, tmp_path):
         spec(corpus, tmp_path, tokenizer={"train": {"vocab_size": 300}, "eos": "</s>"})
 
 
-def test_a_source_without_a_path_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"sources\[0\]: path: expected a file, a folder or a dataset, got ''"):
-        spec("", tmp_path / "out")
+@pytest.mark.parametrize("path", ["", " ", "hf://"])
+def test_a_source_without_a_path_is_refused(tmp_path, path):
+    with pytest.raises(ValueError, match=rf"sources\[0\]: path: expected a file, a folder or a dataset, got '{path}'"):
+        spec(None, tmp_path / "out", sources=[path])
 
 
 def test_a_source_that_is_named_twice_is_refused(corpus, tmp_path, monkeypatch):

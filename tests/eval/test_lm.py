@@ -138,6 +138,8 @@ def test_impossible_settings_are_refused(sparse, lm):
         lm.generate_until(requests(("the", {"until": []})), disable_tqdm=True)
     with pytest.raises(ValueError, match=r"max_seq_lengths \[4096\]: longer than max_length=256"):
         evaluate(lm, ["s2_passkey"], metadata={"max_seq_lengths": [128, 4096]})
+    with pytest.raises(ValueError, match="s2_passkey: samples=True; expected a whole number"):
+        evaluate(lm, ["s2_passkey"], metadata={"samples": True})
     for lengths in (4096, ["4096"]):
         with pytest.raises(ValueError, match=r"max_seq_lengths .*4096.*: expected a list of lengths in tokens"):
             evaluate(lm, ["s2_passkey"], metadata={"max_seq_lengths": lengths})
