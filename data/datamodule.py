@@ -6,6 +6,7 @@ ahead.
 """
 
 import math
+import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class HeldOutSet:
         for key in ("seq_len", "micro_batch_size", "max_windows"):
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, whole_number(getattr(self, key), key, least=1))
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
         check_length_filter(self)
 
 

@@ -7,6 +7,7 @@ run on other hardware, or looking at sample 10^9, needs no replay.
 
 import bisect
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,7 @@ class Component:
     def __post_init__(self) -> None:
         if not (_is_number(self.weight) and 0 < self.weight < math.inf):
             raise ValueError(f"weight: {self.weight!r}, expected a positive number; leave out what is not to be used")
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
         check_length_filter(self)
         if self.long is not None:
             object.__setattr__(self, "long", from_mapping(LongDocuments, self.long, "long"))

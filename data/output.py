@@ -125,7 +125,7 @@ def begin_anew(spec: PrepareSpec, work: Path) -> None:
     of tokenizers."""
     files.remove_files(work, *(name for name in WORK_FILES if not name.endswith(".scan.npz") and name != WRITTEN))
     for folder in spec.folders.values():
-        if not is_finished(folder):
+        if not is_finished(folder) and files.kind_of(folder) is not None:  # else it is missing or empty
             remove_unlisted(folder)
 
 

@@ -75,12 +75,13 @@ def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
     lines = []
     for number, source in enumerate(spec.sources):
         mine = [file for file in shards.source_files if file["source"] == number]
-        if source.path == "python-env" or not any(os.path.exists(file["path"]) for file in mine):
+        if source.path == "python-env":
             continue
         try:
             found = source.resolve().files
         except (FileNotFoundError, ValueError) as error:
-            lines.append(str(error))
+            if any(os.path.exists(file["path"]) for file in mine):
+                lines.append(str(error))
             continue
         lines += changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
     return lines
@@ -104,6 +105,8 @@ def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
         if changed := changed_sources(spec, content=False):
             print(f"{_changed(spec, changed)}; going on with the shards as they are", file=sys.stderr, flush=True)
         return
+    if (brought := spec.tokenizer).path is not None:
+        TextTokenizer(brought.path, brought.bos, brought.eos)  # a wrong one shows before the corpus is read
     check_output(spec)
     try:
         with writing(spec) as work:
@@ -230,7 +233,6 @@ def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> Te
     if settings.path is not None:
         source = Path(settings.path)
         if source.resolve() != (output / TOKENIZER).resolve():
-            TextTokenizer(source, settings.bos, settings.eos)  # reject it before it takes the place
             save_tokenizer_json(source, made)
             put_tokenizer(made, output)
     elif settings.train is not None and not made.is_file():
@@ -328,6 +330,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if not args.output:
             parser.error("--sources needs --output")
+        given = Counter(path if "://" in path else os.path.realpath(os.path.expanduser(path)) for path in args.sources)
+        if twice := [path for path, count in given.items() if count > 1]:
+            raise ValueError(
+                f"--sources: {twice[0]} is named {given[twice[0]]} times, and so its documents would be there"
+            )
         trained = {"train": {"vocab_size": args.vocab_size, "sample_bytes": args.sample_bytes}}
         columns = {key: getattr(args, key) for key in ("text_column", "id_column", "url_column")}
         specs = parse_sections(

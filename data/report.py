@@ -327,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--output", help="folder of prepared shards")
     parser.add_argument("--seed", type=int, default=0, help="of the random documents")
     args, overrides = parser.parse_known_args(argv)
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: expected at least 0")
     if strange := [text for text in overrides if not is_override(text)]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if overrides and not args.recipe:

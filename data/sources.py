@@ -122,6 +122,8 @@ class Source:
     retrieval: Retrieval | None = None
 
     def __post_init__(self) -> None:
+        if not self.path.removeprefix("hf://").strip("/ ") and not self.path.startswith("/"):
+            raise ValueError(f"path: expected a file, a folder or a dataset, got {self.path!r}")
         if self.format not in ("auto", *FORMATS):
             raise ValueError(f"format: unknown {self.format!r}; known: auto, {', '.join(FORMATS)}")
         for key, least in (("min_chars", 0), ("max_bytes", 1), ("max_documents", 1)):

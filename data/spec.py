@@ -18,6 +18,7 @@ from s2.recipe import apply_overrides, load_recipe, unknown_key_message
 # What does not decide the content of shards: where they lie, how the work is divided, what happens to bad rows (parts
 # and manifests say how many there were).
 _FREE = ("output", "workers", "part_bytes", "on_bad_row")
+_CWD = "cwd"  # in records: the folder from which relative paths lead
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # A recipe's `data` section is for this class, which takes these arguments; to import it takes seconds.
 DATAMODULE = "data.datamodule.PackedDataModule"
@@ -38,7 +39,8 @@ DATAMODULE_KEYS = (
 class PrepareSpec:
     """The `prepare` section of a recipe.
 
-    output: folder to write. sources: see `data.sources.Source`; a bare string is its path.
+    output: folder to write; `~` is the home folder, as in all paths here.
+    sources: see `data.sources.Source`; a bare string is its path.
     tokenizer: see `data.tokenizer.TokenizerSpec`; its `path` may be a Hugging Face folder with a tokenizer.json.
     deduplicate: see `data.dedup.Deduplicate`; over all sources, the first of a set of duplicates stays. The corpus is
         then read twice.
@@ -85,6 +87,7 @@ class PrepareSpec:
                 raise ValueError(f"{where}.sources[{i}]: the name {label!r} occurs twice; set `name`")
         return replace(
             spec,
+            output=os.path.expanduser(spec.output),
             sources=sources,
             tokenizer=_in_folder(from_mapping(TokenizerSpec, spec.tokenizer, f"{where}.tokenizer")),
             heldout_fraction=fraction(spec.heldout_fraction, f"{where}.heldout_fraction", zero=True),
@@ -106,12 +109,15 @@ class PrepareSpec:
         settings = self._content(tokenizer_settings(self.tokenizer))
         for values, source in zip(settings["sources"], self.sources, strict=True):
             values["path"] = source.path
-        return settings | {"part_bytes": self.part_bytes, "on_bad_row": self.on_bad_row}
+        return settings | {"part_bytes": self.part_bytes, "on_bad_row": self.on_bad_row, _CWD: os.getcwd()}
 
     def changes(self, recorded: dict[str, Any]) -> list[str]:
         """What differs between the settings that a manifest or an interrupted preparation records (those of earlier
         versions lack some keys) and those asked for now, one line a key (`seed: 0 != 1`). Empty where the shards are
-        the same. A brought tokenizer that is not there any more counts as the recorded one."""
+        the same. A brought tokenizer that is not there any more counts as the recorded one; so do sources of the same
+        path as it was written (in a project folder that has moved) or as it leads from the recorded working folder."""
+        recorded = dict(recorded)
+        then = recorded.pop(_CWD, None)
         try:
             tokenizer = tokenizer_settings(self.tokenizer)
         except FileNotFoundError:
@@ -121,15 +127,20 @@ class PrepareSpec:
             spec = PrepareSpec.parse(recorded | {"output": self.output}, "recorded")
         except ValueError:  # of a later version
             return differences(recorded, now)
-        return differences(spec._content(asdict(spec.tokenizer)), now)
+        before = spec._content(asdict(spec.tokenizer), then)
+        for old, new, was, source in zip(before["sources"], now["sources"], spec.sources, self.sources, strict=False):
+            if was.path == source.path:
+                old["path"] = new["path"]
+        return differences(before, now)
 
-    def _content(self, tokenizer: dict[str, Any]) -> dict[str, Any]:
-        """The settings that decide the shards' content; sources by their labels and whole paths."""
+    def _content(self, tokenizer: dict[str, Any], cwd: str | None = None) -> dict[str, Any]:
+        """The settings that decide the shards' content; sources by their labels and whole paths, relative ones from
+        `cwd` on."""
         settings = asdict(self) | {"tokenizer": tokenizer}
         for values, source in zip(settings["sources"], self.sources, strict=True):
             values["name"] = source.label
             if source.path != "python-env" and "://" not in source.path:
-                values["path"] = os.path.abspath(os.path.expanduser(source.path))
+                values["path"] = os.path.abspath(os.path.join(cwd or "", os.path.expanduser(source.path)))
             del values["on_bad_row"]
         return json.loads(json.dumps({key: value for key, value in settings.items() if key not in _FREE}))
 
@@ -151,8 +162,11 @@ class PrepareSpec:
 
 
 def _in_folder(tokenizer: TokenizerSpec) -> TokenizerSpec:
-    """The same with the file where `path` is a folder."""
-    if tokenizer.path is None or not (folder := Path(tokenizer.path)).is_dir():
+    """The same with the whole path, and the file where that is a folder."""
+    if tokenizer.path is None:
+        return tokenizer
+    tokenizer = replace(tokenizer, path=os.path.expanduser(tokenizer.path))
+    if not (folder := Path(str(tokenizer.path))).is_dir():
         return tokenizer
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():

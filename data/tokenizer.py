@@ -63,6 +63,9 @@ class TokenizerSpec:
             least = {"vocab_size": 256 + 3, "sample_bytes": 1}  # every byte and the special tokens
             checked = {key: whole_number(settings.get(key), f"train.{key}", least[key]) for key in least}
             object.__setattr__(self, "train", checked)
+            for key, token in (("bos", self.bos), ("eos", self.eos)):
+                if token not in ("auto", BOS, EOS, PAD, *(["none"] if key == "bos" else [])):
+                    raise ValueError(f"{key}: {token!r} is none of a trained tokenizer's, {BOS}, {EOS} and {PAD}")
 
 
 class TextTokenizer:

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from s2.files import kind_of
+from s2.files import checksum, kind_of
 from s2.inference.generate import generate
 from s2.model.config import ModelConfig, read_object
 from s2.model.hf import FOLDER_KIND, load_config, load_pretrained
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
-
-_SAMPLED_BYTES = 1 << 20
 
 
 def checkpoint_name(folder: str | Path) -> str:
@@ -42,19 +40,20 @@ def results_folder(folder: str | Path) -> Path:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Identity of a checkpoint's content: config.json, and size, head and tail of every weight file.
+    """Identity of a checkpoint's content: config.json, tokenizer.json and all weights, which are read for it.
 
-    Reads at most 2 MiB a file, so that results can be matched with their checkpoint without much reading.
+    Less would not do: training may leave most of a file as it was, and results of other weights must not be taken for
+    this one's.
     """
-    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLED_BYTES))
-            stream.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(stream.read())
+    digest = hashlib.sha256()
+    for file in (*(Path(folder) / name for name in ("config.json", "tokenizer.json")), *_weights(folder)):
+        if file.is_file():
+            digest.update(f"{file.name}:{checksum(file)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _weights(folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def check_checkpoint(folder: str | Path) -> Path:
@@ -70,7 +69,7 @@ def check_checkpoint(folder: str | Path) -> Path:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"checkpoint {folder}: {name} is missing; a Hugging Face folder has one")
-    if not any(folder.glob("*.safetensors")):
+    if not _weights(folder):
         raise FileNotFoundError(f"checkpoint {folder}: no *.safetensors weights in it")
     return folder
 
@@ -122,6 +121,11 @@ class Checkpoint:
         return self.config.max_position_embeddings
 
     @cached_property
+    def fingerprint(self) -> str:
+        """See the function of this name; of the folder as it was when first asked."""
+        return fingerprint(self.folder)
+
+    @cached_property
     def bos_id(self) -> int | None:
         """The token that opens every document, None where the tokenizer adds none."""
         return bos_of(self.tokenizer)
@@ -152,7 +156,7 @@ class Checkpoint:
         """What result files record about the checkpoint."""
         return {
             "checkpoint": self.name,
-            "fingerprint": fingerprint(self.folder),
+            "fingerprint": self.fingerprint,
             "attention_layout": self.config.attention_layout,
             "block_size": self.config.block_size,
             "max_position_embeddings": self.max_length,

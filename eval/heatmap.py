@@ -29,6 +29,7 @@ _INK = "#1f2933"
 _PALE = "#52606d"
 _PICTURES = (".png", ".pdf", ".svg")
 _MOST_PANELS = 6
+_KINDS = ("needle-heatmap", "needle-heatmaps")  # of files of a picture's numbers
 _NARROW = 0.6  # inches; below, the labels of columns are slanted
 
 Measure = Callable[[str], float]
@@ -282,7 +283,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     score_range = _score_range(args.score_range) if args.score_range else None
     sweeps = [read_sweep(group, args.score, score_range) for group in groups]
-    trained = [parse_length(length) for length in args.train_length.split(",")] if args.train_length else []
+    try:
+        trained = [parse_length(length) for length in args.train_length.split(",")] if args.train_length else []
+    except ValueError as error:
+        raise ValueError(f"--train-length: {error}") from None
     trained *= len(sweeps) if len(trained) == 1 else 1
     for name, values in (("--titles", args.titles), ("--train-length", trained)):
         if values and len(values) != len(sweeps):
@@ -290,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trained:
         sweeps = [replace(sweep, train_length=length) for sweep, length in zip(sweeps, trained, strict=True)]
     numbers = picture.with_name(f"{picture.stem}.cells.json")
+    _require_ours(numbers)
     if len(sweeps) == 1:
         draw(sweeps[0], picture, args.titles[0] if args.titles else args.title)
         files.write_json(numbers, sweeps[0].as_json())
@@ -300,6 +305,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for sweep in sweeps:
         print(describe(sweep) if len(sweeps) == 1 else f"{sweep.checkpoint}: {describe(sweep)}")
     print(f"{picture}\n{numbers}")
+
+
+def _require_ours(numbers: Path) -> None:
+    """Refuse to replace a file that is no picture's numbers, such as results under a like name. Raises ValueError."""
+    if numbers.is_file():
+        try:
+            content = files.read_json(numbers)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or content.get("kind") not in _KINDS:
+            raise ValueError(f"{numbers} is where the picture's numbers go, and another file; choose another --output")
 
 
 def _score_range(text: str) -> tuple[float, float]:

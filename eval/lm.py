@@ -14,6 +14,7 @@ the model as `s2` with lm-eval.
 import argparse
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -66,6 +67,8 @@ def evaluate(
     """
     given = dict(metadata or {})
     lengths = given.get("max_seq_lengths", [])
+    if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
+        raise ValueError(f"max_seq_lengths {json.dumps(lengths)}: expected a list of lengths in tokens such as [4096]")
     if too_long := [length for length in lengths if length > lm.max_length]:
         raise ValueError(
             f"max_seq_lengths {too_long}: longer than max_length={lm.max_length}; the prompts would be cut"
@@ -74,7 +77,7 @@ def evaluate(
     stock = check_tasks(tasks, data_dir)
     if not stock and (unknown := sorted(set(given) - set(_OWN_METADATA))):
         raise ValueError(f"--metadata {unknown[0]}: {', '.join(tasks)} take only {', '.join(_OWN_METADATA)}")
-    check_amounts(limit, num_fewshot)
+    check_amounts(limit, num_fewshot, stock)
     local = LocalTasks()
     heldout = given.pop("heldout", None) or (find_heldout(lm.checkpoint.folder) if "s2_heldout" in tasks else None)
     with temporary_folder() as temporary:
@@ -156,12 +159,15 @@ def check_tasks(tasks: Sequence[str], data_dir: Path | None) -> list[str]:
     return stock
 
 
-def check_amounts(limit: float | None, num_fewshot: int | None) -> None:
-    """Raises ValueError for a number of documents or of examples that lm-eval would take for none or all."""
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and int(limit) == limit)):
+def check_amounts(limit: float | None, num_fewshot: int | None, stock: Sequence[str]) -> None:
+    """Raises ValueError for a number of documents or of examples that lm-eval would take for none or all, and for
+    examples where no task takes any."""
+    if limit is not None and not (0 < limit < 1 or (1 <= limit < math.inf and int(limit) == limit)):
         raise ValueError(f"--limit {limit:g}: {_LIMITS}")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"--num-fewshot {num_fewshot}: expected 0 or more examples")
+    if num_fewshot and not stock:
+        raise ValueError(f"--num-fewshot {num_fewshot}: {', '.join(OWN_TASKS)} take no examples")
 
 
 @cache
@@ -191,7 +197,7 @@ def table(results: dict[str, Any]) -> str:
 def _limit(text: str) -> float:
     try:
         limit = float(text)
-        check_amounts(limit, None)
+        check_amounts(limit, None, ())
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: {_LIMITS}") from None
     return limit if limit < 1 else int(limit)
@@ -262,9 +268,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     check_checkpoint(args.ckpt)
-    tasks = list(dict.fromkeys(name for name in args.tasks.split(",") if name))
-    check_tasks(tasks, args.data_dir)
-    check_amounts(args.limit, args.num_fewshot)
+    tasks = list(dict.fromkeys(name for part in args.tasks.split(",") if (name := part.strip())))
+    check_amounts(args.limit, args.num_fewshot, check_tasks(tasks, args.data_dir))
     if args.heldout and "s2_heldout" not in tasks:
         raise ValueError(f"--heldout {args.heldout}: only s2_heldout reads it, and --tasks does not name that")
     if args.heldout and not args.heldout.exists():

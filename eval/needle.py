@@ -314,14 +314,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.score == "generated" and args.no_generate:
         raise ValueError("--score generated needs generation; drop --no-generate")
     config = load_config(args.ckpt)
-    lengths = parse_lengths(args.lengths) if args.lengths else default_lengths(config.max_position_embeddings)
+    longest = config.max_position_embeddings
+    lengths = default_lengths(longest) if args.lengths is None else parse_lengths(args.lengths)
     grid = Grid(lengths, parse_depths(args.depths), args.n, args.needles, args.distractors, args.seed)
+<<<<<<< HEAD
     readable = max(config.max_position_embeddings, *grid.lengths) if args.beyond else config.max_position_embeddings
     check_lengths(grid.lengths, readable)
     try:
         source = Path(args.haystack) if args.haystack else find_heldout(args.ckpt)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} with --haystack") from None
+=======
+    check_lengths(grid.lengths, config.max_position_embeddings)
+    source = Path(args.haystack) if args.haystack else find_heldout(args.ckpt)
+>>>>>>> w-break2
     tokenizer = load_tokenizer(args.ckpt)
     haystack = Haystack.from_texts(
         read_texts(source, args.text_column), tokenizer, source.name or str(source), args.haystack_tokens

@@ -26,6 +26,7 @@ from s2.files import read_json, write_text
 
 _SIGNATURE = "<!-- written by python -m eval.report, which replaces it -->"
 _EARLIER = ("# Results of ", "# Side by side: ")  # how pages begin that have no signature yet
+_TABLE = ("results", "versions", "n-shot", "higher_is_better")  # what lm-eval makes a table of
 # What lm-eval results record beside the conditions under which they hold.
 _ABOUT = {
     *("checkpoint", "fingerprint", "attention_layout", "block_size", "max_position_embeddings"),
@@ -67,7 +68,7 @@ class RunResults:
             if now and about.get("fingerprint") not in (None, now):
                 left_out.append(file.name)
             elif about is not content:
-                lm.append(content)
+                lm.append(_table_of(file, content))
             elif content.get("samples"):
                 needle[file] = read_sweep([file])
         losses = _validation_losses(folder / "logs" / "metrics.csv")
@@ -77,6 +78,13 @@ class RunResults:
                 " held-out losses in logs/metrics.csv"
             )
         return cls(folder, tuple(lm), needle, tuple(losses), tuple(left_out))
+
+
+def _table_of(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    parts = {"s2": content["s2"].get("tasks"), **{key: content.get(key) for key in _TABLE}}
+    if missing := [key for key, value in parts.items() if not isinstance(value, list if key == "s2" else dict)]:
+        raise ValueError(f"{file}: not as eval.lm writes it ({missing[0]!r} is missing or incomplete); move it away")
+    return content
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -100,11 +108,11 @@ def _validation_losses(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     rows = []
-    with file.open(newline="", encoding="utf-8-sig") as stream:
+    with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         for number, row in enumerate(csv.DictReader(stream), start=2):
             try:
                 losses = {
-                    key.split("/")[1]: float(value)
+                    key.removeprefix("val/").removesuffix("/loss"): float(value)
                     for key, value in row.items()
                     if key and value and key.startswith("val/") and key.endswith("/loss")
                 }

@@ -226,7 +226,7 @@ def _parse(file: Path) -> Any:
         if error.msg == "Extra data":  # JSON lines under another name
             return _parse_lines(file, text)
         raise ValueError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except ValueError as error:  # numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     if isinstance(content, list):
         return [(f", row {number}", row) for number, row in enumerate(content, start=1)]
@@ -241,7 +241,7 @@ def _parse_lines(file: Path, text: str) -> list[tuple[str, Any]]:
         if line.strip():
             try:
                 rows.append((f", line {number}", json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(f"{file}, line {number}: not valid JSON ({reason})") from None
     return rows
@@ -264,7 +264,7 @@ def _published(file: Path, content: list[tuple[str, Any]]) -> _Part:
 
 def _cells(file: Path, content: dict[str, Any]) -> _Part:
     rows = []
-    for number, cell in enumerate(content["cells"], start=1):
+    for number, cell in enumerate(_objects(file, content, "cells"), start=1):
         place = f"{file}, cell {number}"
         length, depth, score, n = (_number(place, cell, key) for key in ("length", "depth", "score", "n"))
         rows.append(_Row(place, _length(place, length), _depth(place, depth), score, max(1, int(n))))
@@ -272,46 +272,73 @@ def _cells(file: Path, content: dict[str, Any]) -> _Part:
         rows,
         _text(content.get("checkpoint") or _stem(file)),
         _text(content.get("scorer", "")),
-        content.get("train_length"),
-        tuple(content.get("notes", ())),
+        _train_length(file, content),
+        tuple(map(_text, _list(file, content, "notes"))),
     )
 
 
 def _samples(file: Path, results: dict[str, Any], score: str) -> _Part:
-    samples = results.get("samples", [])
+    samples = _objects(file, results, "samples")
     rows, moved = [], 0
     depths = sorted({sample["depth"] for sample in samples if isinstance(sample.get("depth"), int | float)})
     conditions = json.dumps([results.get(key) for key in ("fingerprint", "dtype", "settings")], sort_keys=True)
     for number, sample in enumerate(samples, start=1):
         name = sample.get("id", str(number))
         place = f"{file}, sample {name}"
-        scores = sample.get("scores", {})
+        scores = _object(place, sample, "scores")
         if score not in scores:
             raise ValueError(f"{place}: no score {score!r}; it has {', '.join(scores) or 'none'}")
         meant = _depth(place, _number(place, sample, "depth"))
-        measured = next((needle.get("depth", meant) for needle in sample.get("needles", ())), meant)
+        needles = [needle for needle in _objects(place, sample, "needles")[:1] if "depth" in needle]
+        measured = next((_depth(place, _number(place, needle, "depth")) for needle in needles), meant)
         depth = min(depths, key=lambda row: (abs(row - measured), row != meant))
         moved += depth != meant
         length = _length(place, _number(place, sample, "length"))
         identity = (conditions, name) if "id" in sample and results.get("fingerprint") else None
         rows.append(_Row(place, length, depth, _number(place, scores, score), 1, identity))
-    settings = results.get("settings", {})
+    settings = _object(file, results, "settings")
     notes = [f"haystack {settings['haystack']}"] if settings.get("haystack") else []
     if results.get("attention_layout"):
         notes.insert(0, f"attention {results['attention_layout']}")
     for key, usual in (("needles", 1), ("distractors", 0)):
-        if settings.get(key, usual) > usual:
-            notes.append(f"{settings[key]} {key}")
+        if key in settings and (count := _number(str(file), settings, key)) > usual:
+            notes.append(f"{count:g} {key}")
     if moved:
         notes.append(f"{moved} of {len(rows)} needles lay nearer to another row than meant and are shown there")
     return _Part(
         rows,
         _text(results.get("checkpoint") or _stem(file)),
         SCORE_NAMES.get(score, score),
-        results.get("train_length"),
+        _train_length(file, results),
         tuple(notes),
         results.get("fingerprint"),
     )
+
+
+def _list(place: object, content: dict[str, Any], key: str) -> list[Any]:
+    """The list under `key`; none where that is missing. Raises ValueError for anything else."""
+    if not isinstance(value := content.get(key, []), list):
+        raise ValueError(f"{place}: {key} is {json.dumps(value)[:40]}, expected a list")
+    return value
+
+
+def _objects(place: object, content: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    for value in (values := _list(place, content, key)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{place}: {key} holds {json.dumps(value)[:40]}, expected objects")
+    return values
+
+
+def _object(place: object, content: dict[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(value := content.get(key, {}), dict):
+        raise ValueError(f"{place}: {key} is {json.dumps(value)[:40]}, expected an object")
+    return value
+
+
+def _train_length(file: Path, content: dict[str, Any]) -> int | None:
+    if content.get("train_length") is None:
+        return None
+    return _length(str(file), _number(str(file), content, "train_length"))
 
 
 def _number(place: str, row: dict[str, Any], key: str) -> float:

@@ -21,6 +21,7 @@ and OSError are bad input, and everything unforeseen is a crash.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -30,6 +31,8 @@ from typing import NoReturn
 
 DONE, CRASH, BAD_INPUT, DIVERGED, DAMAGED, OUT_OF_MEMORY, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 75, 130
 _BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
+
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 
 _crash_folder: Path | None = None
 
@@ -112,7 +115,8 @@ def rank_prefix(environment: Mapping[str, str]) -> str:
 
 
 def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    words = " ".join(str(error).split())
+    return _ERRNO.sub("", words) if isinstance(error, OSError) else words
 
 
 def _place(error: BaseException) -> str:

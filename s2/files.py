@@ -13,6 +13,7 @@ once). Three ideas:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import json
 import os
@@ -47,6 +48,8 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     at `path` is followed.
     """
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, and a file is to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.s2-tmp")
@@ -111,7 +114,7 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except ValueError as error:  # numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 

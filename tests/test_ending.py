@@ -25,7 +25,7 @@ def _raising(error: BaseException) -> Any:
     ("error", "code", "text"),
     [
         (ValueError("key x in f.yaml:\n  is wrong"), 2, "error: key x in f.yaml: is wrong\n"),
-        (FileNotFoundError(2, "gone", "f"), 2, "error: [Errno 2] gone: 'f'\n"),
+        (FileNotFoundError(2, "gone", "f"), 2, "error: gone: 'f'\n"),
         (ending.DamagedError("d"), 4, "error: d\n"),
         (ending.FailureError("a worker died"), 1, "error: a worker died\n"),
         (Stop("saved"), 75, "stopped: saved\n"),

@@ -29,7 +29,7 @@ def load(
     Raises ValueError for a max_length below 256, or no samples.
     """
     for name, value in (("samples", samples), ("num_lengths", num_lengths)):
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"s2_passkey: {name}={value!r}; expected a whole number of at least 1")
     lengths = [length for length in LENGTHS if length <= max_length][-num_lengths:]
     if not lengths:

@@ -202,7 +202,7 @@ def test_passes_add_up_over_the_phases_of_a_curriculum(curriculum):
         ({"min_tokens": "many"}, "min_tokens: expected a whole number"),
         ({"long": {"min_tokens": 8}}, "long: missing key 'share'"),
         ({"long": {"min_tokens": 8, "share": 1.0}}, "share: 1.0, expected a number between 0 and 1"),
-        ({"long": {"min_tokens": 8, "share": "half"}}, "share: 'half', expected a number between 0 and 1"),
+        ({"long": {"min_tokens": 8, "share": "half"}}, "long.share: expected a number, got 'half'"),
         ({"long": {"min_tokens": 8, "share": 0.5}, "max_tokens": 7}, "leaves no short or no long documents"),
         ({"long": {"min_tokens": 8, "share": 0.5}, "min_tokens": 8}, "leaves no short or no long documents"),
     ],

@@ -96,6 +96,20 @@ def test_the_output_may_be_a_link_and_hold_the_tokenizer_that_is_brought(corpus,
     TokenShards(tmp_path / "disk" / "train").verify()
 
 
+@pytest.mark.parametrize("name", ["train", "heldout", "work"])
+@pytest.mark.parametrize("is_link", [False, True], ids=["folder", "link"])
+def test_an_empty_folder_may_stand_where_one_is_written(corpus, tmp_path, name, is_link):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "disk").mkdir()
+    if is_link:
+        (tmp_path / "out" / name).symlink_to("../disk")
+    else:
+        (tmp_path / "out" / name).mkdir()
+    prepare(spec(corpus, tmp_path / "out"))
+    assert is_prepared(spec(corpus, tmp_path / "out"))
+    assert (tmp_path / "disk").is_dir() and (not is_link or (tmp_path / "out" / name).is_symlink())
+
+
 def test_a_tokenizer_alone_may_be_followed_by_other_settings(corpus, tmp_path, capfd):
     prepare(spec(corpus, tmp_path / "out"), only_tokenizer=True)
     first = (tmp_path / "out" / "tokenizer.json").read_bytes()

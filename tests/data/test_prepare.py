@@ -431,3 +431,64 @@ def test_behind_a_limit_files_may_change(corpora):
     assert changed_sources(asked) == []
     (corpora / "a" / "00.jsonl").write_text("")
     assert changed_sources(asked) == [f"{corpora}/a/00.jsonl is new"]
+
+
+def test_the_same_sources_from_another_working_folder_are_the_same(corpus, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(corpus.parent)
+    prepare(spec(corpus.name, tmp_path / "out"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert is_prepared(spec(corpus, tmp_path / "out"))
+    assert is_prepared(spec(os.path.relpath(corpus), tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"sources\[0\]\.path: '.*' != '.*other\.jsonl'"):
+        is_prepared(spec(tmp_path / "other.jsonl", tmp_path / "out"))
+
+
+def test_a_change_of_the_sources_is_said_in_another_working_folder_too(corpus, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(corpus.parent)
+    prepare(spec(corpus.name, tmp_path / "out"))
+    with corpus.open("a") as stream:
+        stream.write('{"text": "one more"}\n')
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert changed_sources(spec(corpus, tmp_path / "out")) == [f"{corpus} has changed"]
+
+
+def test_the_home_folder_is_written_as_in_a_shell(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    prepare(spec(corpus, "~/out"))
+    assert (tmp_path / "out" / "train" / "manifest.json").is_file()
+    assert not (tmp_path / "~").exists()
+    brought = spec(corpus, "~/second", tokenizer={"path": "~/out/tokenizer.json"})
+    prepare(brought)
+    data = PackedDataModule(8, 1, [{"path": "~/out/train"}], [{"name": "h", "path": "~/out/heldout"}])
+    assert [data.components[0].path, data.heldout_sets[0].path] == [f"{tmp_path}/out/train", f"{tmp_path}/out/heldout"]
+
+
+@pytest.mark.parametrize("tokenizer", [{"path": "{}", "eos": "nope"}, {"path": "broken.json"}])
+def test_a_wrong_tokenizer_shows_before_the_corpus_is_read(corpus, tmp_path, monkeypatch, tokenizer):
+    prepare(spec(corpus, tmp_path / "first"), only_tokenizer=True)
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    wrong = tokenizer | {"path": tokenizer["path"].format(tmp_path / "first" / "tokenizer.json")}
+    with pytest.raises(ValueError, match=r"'nope' is not in the vocabulary|broken\.json: not a tokenizer"):
+        prepare(spec(corpus, tmp_path / "out", tokenizer=wrong, deduplicate="exact"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trained_tokenizer_has_only_its_own_special_tokens(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer: eos: '</s>' is none of a trained tokenizer's"):
+        spec(corpus, tmp_path, tokenizer={"train": {"vocab_size": 300}, "eos": "</s>"})
+
+
+@pytest.mark.parametrize("path", ["", " ", "hf://"])
+def test_a_source_without_a_path_is_refused(tmp_path, path):
+    with pytest.raises(ValueError, match=rf"sources\[0\]: path: expected a file, a folder or a dataset, got '{path}'"):
+        spec(None, tmp_path / "out", sources=[path])
+
+
+def test_a_source_that_is_named_twice_is_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    with pytest.raises(ValueError, match="is named 2 times"):
+        main(["--sources", str(corpus), f"./{corpus.name}", "--output", str(tmp_path / "out")])

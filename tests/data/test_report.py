@@ -49,3 +49,9 @@ def test_the_command_takes_overrides_of_a_recipe_and_names_wrong_keys(prepared, 
     recipe.write_text(yaml.safe_dump({"data": {"init_args": {"seq_len": 64}}}))
     with pytest.raises(ValueError, match=r"recipe\.yaml: missing key data\.micro_batch_size"):
         main(["--recipe", str(recipe)])
+
+
+def test_a_seed_below_zero_is_refused(prepared, capsys):
+    with pytest.raises(SystemExit):
+        main(["--output", str(prepared), "--seed", "-5"])
+    assert "--seed -5: expected at least 0" in capsys.readouterr().err

@@ -129,6 +129,18 @@ def test_raw_results_beside_the_picture_are_not_overwritten(tmp_path):
     assert file.read_text() == before
 
 
+@pytest.mark.parametrize("named", ["results", "foreign"])
+def test_a_file_that_has_the_name_of_the_pictures_numbers_is_not_overwritten(tmp_path, named):
+    file = write_results(tmp_path / "one.cells.json", {(512, 0): 1.0})
+    if named == "foreign":
+        file.write_text("[1, 2]")
+    before = file.read_text()
+    results = file if named == "results" else write_results(tmp_path / "one.json", {(512, 0): 1.0})
+    with pytest.raises(ValueError, match=r"one\.cells\.json is where the picture's numbers go, and another file"):
+        main([str(results), "--output", str(tmp_path / "one.png")])
+    assert file.read_text() == before and not (tmp_path / "one.png").exists()
+
+
 def test_wrong_use_is_told_before_anything_is_written(tmp_path):
     one = str(write_results(tmp_path / "one.json", {(512, 0): 1.0}))
     two = str(write_results(tmp_path / "two.json", {(512, 0): 1.0}))

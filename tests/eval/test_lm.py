@@ -138,6 +138,11 @@ def test_impossible_settings_are_refused(sparse, lm):
         lm.generate_until(requests(("the", {"until": []})), disable_tqdm=True)
     with pytest.raises(ValueError, match=r"max_seq_lengths \[4096\]: longer than max_length=256"):
         evaluate(lm, ["s2_passkey"], metadata={"max_seq_lengths": [128, 4096]})
+    with pytest.raises(ValueError, match="s2_passkey: samples=True; expected a whole number"):
+        evaluate(lm, ["s2_passkey"], metadata={"samples": True})
+    for lengths in (4096, ["4096"]):
+        with pytest.raises(ValueError, match=r"max_seq_lengths .*4096.*: expected a list of lengths in tokens"):
+            evaluate(lm, ["s2_passkey"], metadata={"max_seq_lengths": lengths})
     with pytest.raises(ValueError, match=r"--tasks helaswag: no task, group or tag of this .*did you mean hellaswag"):
         evaluate(lm, ["helaswag"])
     with pytest.raises(ValueError, match=r"--data-dir .*: s2_passkey do not read it"):
@@ -293,14 +298,14 @@ def heldout(sparse):
     tokenizer = TextTokenizer(sparse / "tokenizer.json")
     folder = sparse.parent.parent / "data" / "heldout"
     texts = [prose(20, seed) for seed in range(3)] + ["[1, 2, 3]", "42"]
-    writer = ShardWriter(folder, "shard", "prose", tokenizer.dtype, tokenizer.vocab_size, 1 << 20)
     ids = [f"prose/{i}" for i in range(len(texts))]
-    writer.add(tokenizer.encode_documents(texts), [len(text.encode()) for text in texts], ids, [""] * len(texts))
+    with ShardWriter(folder, "shard", "prose", tokenizer.dtype, tokenizer.vocab_size, 1 << 20) as writer:
+        writer.add(tokenizer.encode_documents(texts), [len(text.encode()) for text in texts], ids, [""] * len(texts))
     file = os.path.relpath(tokenizer.file, folder)
     write_manifest(
         folder,
         tokenizer.dtype,
-        writer.close(),
+        writer.shards,
         {"prose": writer.counts},
         tokenizer={**tokenizer.describe(), "file": file},
     )

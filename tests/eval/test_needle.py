@@ -308,6 +308,7 @@ def test_teacher_forcing_and_generation_agree_on_a_real_model(folder, haystack, 
     [
         (["--lengths", "512"], ValueError, r"--lengths 512: the checkpoint reads at most 256 tokens"),
         (["--lengths", "128", "--n", "0"], ValueError, "--n 0: expected at least 1"),
+        (["--lengths", ""], ValueError, "--lengths : '' is no length"),
         (["--lengths", "2x"], ValueError, "--lengths 2x: '2x' is no length; write a number of tokens like 2048 or 2k"),
         (["--lengths", "128", "--depths", "0,150"], ValueError, "--depths 150: a depth is a percentage"),
         (["--lengths", "128", "--depths", "0,x"], ValueError, "--depths 0,x: expected a number of depths, or percents"),
@@ -348,7 +349,7 @@ def test_short_haystack_and_missing_heldout_say_what_to_do(folder, tmp_path):
     base = ["--ckpt", str(folder), "--lengths", "128", "--device", "cpu", "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=r"haystack haystack.txt has only \d+ tokens; give a longer one"):
         main([*base, "--haystack", str(text)])
-    with pytest.raises(FileNotFoundError, match=r"no held-out shards near it .* with --haystack"):
+    with pytest.raises(FileNotFoundError, match=r"no held-out shards near it .* --haystack FILE for the needle$"):
         main(base)
 
 
@@ -423,7 +424,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_named(folder, tmp
     "command,message",
     [
         ("needle --ckpt FOLDER --lengths 4k", "--lengths 4096: the checkpoint reads at most 256 tokens"),
-        ("heatmap nothing.json needle.png", "[Errno 2] No such file or directory: 'nothing.json'"),
+        ("heatmap nothing.json needle.png", "No such file or directory: 'nothing.json'"),
         ("report nowhere", "run nowhere: no such folder"),
     ],
 )

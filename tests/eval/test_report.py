@@ -167,6 +167,24 @@ def test_results_of_other_weights_are_left_out_and_named(tmp_path):
     assert "Left out of demo/a, since they are of other weights than it has now: needle.json" in page
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors"])
+def test_a_checkpoint_is_another_one_whichever_byte_of_it_differs(tmp_path, name):
+    for file in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / file).write_bytes(bytes(3 << 20))
+    before = fingerprint(tmp_path)
+    with (tmp_path / name).open("r+b") as stream:
+        stream.seek(3 << 19)
+        stream.write(b"1")
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_table_without_what_makes_one_is_named(tmp_path):
+    run = make_run(tmp_path / "demo" / "a")
+    (run / "results" / "odd.json").write_text('{"results": {"x": {"acc,none": 0.5}}, "s2": {"tasks": ["x"]}}')
+    with pytest.raises(ValueError, match=r"odd\.json: not as eval\.lm writes it \('versions' is missing"):
+        main([str(run)])
+
+
 def test_a_page_that_somebody_else_wrote_is_not_replaced(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
     (tmp_path / "README.md").write_text("# My project")
@@ -177,6 +195,14 @@ def test_a_page_that_somebody_else_wrote_is_not_replaced(tmp_path):
     for _ in range(2):
         main([str(run), "--output", str(tmp_path / "README.md")])
     assert "| web |" in (tmp_path / "README.md").read_text()
+
+
+def test_held_out_sets_with_a_slash_in_their_names_stay_apart(tmp_path):
+    run = make_run(tmp_path / "demo" / "a")
+    (run / "logs" / "metrics.csv").write_text("step,tokens,val/web/long/loss,val/web/short/loss\n10,100,3.5,4.5\n")
+    main([str(run)])
+    page = (run / "results" / "README.md").read_text()
+    assert "| step | tokens | web/long | web/short |" in page and "| 10 | 100 | 3.500 | 4.500 |" in page
 
 
 def test_a_broken_row_of_the_training_log_is_named(tmp_path):

@@ -108,6 +108,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(folder, tmp_path, monk
         (["--heldout", str(tmp_path / "file")], ValueError, "only s2_heldout reads it"),
         (["--data-dir", str(tmp_path)], ValueError, "--data-dir"),
         (["--num-fewshot", "-1"], ValueError, "--num-fewshot -1"),
+        (["--num-fewshot", "5"], ValueError, "--num-fewshot 5: s2_heldout, s2_passkey take no examples"),
     ):
         with pytest.raises(error, match=words):
             main([*base, *arguments])
@@ -117,6 +118,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(folder, tmp_path, monk
     ("arguments", "words"),
     [
         (["--limit", "0"], "'0': expected a number of documents, at least 1, or a fraction of them below 1"),
+        (["--limit", "inf"], "'inf': expected a number of documents"),
         (["--limit", "some"], "'some': expected a number of documents"),
         (["--metadata", "{"], "'{': expected a JSON object such as"),
         (["--metadata", "[1]"], "expected a JSON object"),

@@ -122,6 +122,40 @@ def test_a_broken_row_is_named_with_file_and_line(tmp_path, row, message):
         read_sweep([file])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"kind": "needle", "samples": null}', "samples is null, expected a list"),
+        ('{"kind": "needle", "samples": [1]}', "samples holds 1, expected objects"),
+        (
+            '{"kind": "needle", "samples": [{"depth": 0, "length": 9, "scores": null}]}',
+            "scores is null, expected an obj",
+        ),
+        (
+            '{"kind": "needle", "samples": [{"depth": 0, "length": 9, "scores": {"exact": 1}, "needles": 5}]}',
+            "sample 1: needles is 5, expected a list",
+        ),
+        (
+            '{"kind": "needle", "samples": [{"depth": 0, "length": 9, "scores": {"exact": 1}, "needles":'
+            ' [{"depth": "x"}]}]}',
+            'sample 1: depth is "x", not a number',
+        ),
+        ('{"kind": "needle", "settings": 5, "samples": []}', "settings is 5, expected an object"),
+        ('{"kind": "needle", "settings": {"needles": "2"}, "samples": []}', 'needles is "2", not a number'),
+        ('{"kind": "needle", "train_length": "2k", "samples": []}', 'train_length is "2k", not a number'),
+        ('{"kind": "needle-heatmap", "cells": 5}', "cells is 5, expected a list"),
+        ('{"kind": "needle-heatmap", "cells": [5]}', "cells holds 5, expected objects"),
+        ('{"kind": "needle-heatmap", "cells": [], "notes": 5}', "notes is 5, expected a list"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+    ids=str.split("null int scores needles depth settings count trained cells cell notes nested"),
+)
+def test_results_of_another_form_are_named(tmp_path, content, message):
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"odd\.json.*{message}"):
+        read_sweep([tmp_path / "odd.json"])
+
+
 def test_unknown_broken_and_empty_files_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"needle\.json, sample 2000/0.0/0: no score 'generated'; it has exact, partial"
