@@ -172,7 +172,7 @@ class Task:
 
 _REMEDY = (
     "Mend or remove the row and run again (finished parts of other files are kept), or set on_bad_row: skip"
-    " (--on-bad-row skip)"
+    " (data.prepare.on_bad_row=skip, or --on-bad-row skip with --sources)"
 )
 
 

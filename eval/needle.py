@@ -317,17 +317,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     longest = config.max_position_embeddings
     lengths = default_lengths(longest) if args.lengths is None else parse_lengths(args.lengths)
     grid = Grid(lengths, parse_depths(args.depths), args.n, args.needles, args.distractors, args.seed)
-<<<<<<< HEAD
     readable = max(config.max_position_embeddings, *grid.lengths) if args.beyond else config.max_position_embeddings
     check_lengths(grid.lengths, readable)
-    try:
-        source = Path(args.haystack) if args.haystack else find_heldout(args.ckpt)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} with --haystack") from None
-=======
-    check_lengths(grid.lengths, config.max_position_embeddings)
     source = Path(args.haystack) if args.haystack else find_heldout(args.ckpt)
->>>>>>> w-break2
     tokenizer = load_tokenizer(args.ckpt)
     haystack = Haystack.from_texts(
         read_texts(source, args.text_column), tokenizer, source.name or str(source), args.haystack_tokens

@@ -176,16 +176,15 @@ def test_whoever_is_alone_in_a_folder_removes_what_killed_processes_left(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {".b.json.1.s2-tmp", ".a.json.s2-tmp"}
 
 
-<<<<<<< HEAD
 def test_a_folder_that_was_made_and_not_yet_marked_is_removed(tmp_path):
     folder = tmp_path / "x.partial"
     folder.mkdir()
     (folder / f".{files.MARK}.123.s2-tmp").write_text("{")
     assert files.remove_folder(folder) and not folder.exists()
-=======
+
+
 def test_a_folder_in_the_place_of_a_file_is_named_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "page").mkdir()
     with pytest.raises(IsADirectoryError, match="page is a folder, and a file is to be written there"):
         files.write_text(tmp_path / "page", "x")
     assert os.listdir(tmp_path) == ["page"]
->>>>>>> w-break2
