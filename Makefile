@@ -26,7 +26,7 @@ STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origi
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-gpu lint demo data tokenizer data-report pretrain extend eval needle bench clean
+.PHONY: help setup test test-all test-gpu lint demo data tokenizer data-report pretrain extend eval needle bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -82,7 +82,10 @@ needle: setup ## needle-in-a-haystack heatmap of CKPT
 	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(if $(HELDOUT),--haystack $(HELDOUT)) $(ARGS)
 
 test: setup ## the test suite, no GPU needed (WORKERS processes)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu and not nightly' $(ARGS)
+
+test-all: setup ## the same with its nightly tests, and ten random cases of damage and kills
+	S2_RANDOM_CASES=10 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu' $(ARGS)
 
 test-gpu: ## the attention tests on a CUDA device, with the environment at hand (PYTHON=...) or .venv
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -n $(WORKERS) --dist worksteal \

@@ -175,7 +175,7 @@ def test_a_broken_file_stops_the_run_and_is_named(corpora):
     assert not (corpora / "out" / "train" / "manifest.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_empty_and_100_mb_documents(tmp_path):
     line = "line of a very long document, number 12345 ✓\n"
     huge = line * (100_000_000 // len(line.encode()))

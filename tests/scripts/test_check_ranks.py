@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
     ("cases", "ways"),
     [
         ("zero_2-small,zero_3-selective", "mixed"),  # one rank compiled, the other eager
-        ("zero_1-small,zero_3,zero_3-selective,zero_3-full", "eager"),
+        pytest.param("zero_1-small,zero_3,zero_3-selective,zero_3-full", "eager", marks=pytest.mark.nightly),
     ],
 )
 def test_ranks_agree(cases: str, ways: str) -> None:

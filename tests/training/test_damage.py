@@ -24,7 +24,7 @@ from s2.training.saved import complete_checkpoints
 from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, train, write_recipe
 
-SEEDS = range(int(os.environ.get("S2_RANDOM_CASES", "4")))
+SEEDS = range(int(os.environ.get("S2_RANDOM_CASES", "2")))
 CONSTANT = "model.schedule={name: constant, warmup_steps: 2}"  # a run of 5 steps is the beginning of one of 6
 
 

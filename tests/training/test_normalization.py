@@ -43,7 +43,10 @@ def assert_same_steps(run: Path, whole: Path, *, rel: float = 1e-4) -> None:
     assert curve(run, "val/heldout/loss") == pytest.approx(curve(whole, "val/heldout/loss"), rel=rel)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "zero_1", "zero_2", "zero_2_offload", "zero_3", "zero_3_offload"])
+OFFLOADS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("zero_2_offload", "zero_3_offload")]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "zero_1", "zero_2", "zero_3", *OFFLOADS])
 def test_masked_micro_batches_do_not_weaken_a_step(
     recipe: Path, whole: Path, norms: dict[int, float], strategy: str
 ) -> None:
@@ -55,7 +58,7 @@ def test_masked_micro_batches_do_not_weaken_a_step(
         assert curve(whole.with_name(stage), "grad_norm") == pytest.approx(norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["zero_1", "zero_2", "zero_3"])
+@pytest.mark.parametrize("strategy", ["zero_1", "zero_3", pytest.param("zero_2", marks=pytest.mark.nightly)])
 def test_in_bf16_too(
     recipe: Path, whole: Path, norms: dict[int, float], monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
@@ -70,7 +73,9 @@ def test_in_bf16_too(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero_1", "zero_2", "zero_3"])
+@pytest.mark.parametrize(
+    "strategy", ["zero_3", *(pytest.param(f"zero_{n}", marks=pytest.mark.nightly) for n in (1, 2))]
+)
 def test_on_two_ranks_of_which_one_has_no_valid_token(
     recipe: Path, whole: Path, norms: dict[int, float], strategy: str
 ) -> None:

@@ -22,7 +22,7 @@ TWO = ("trainer.devices=2", "data.micro_batch_size=1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero_1", "zero_3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero_1", marks=pytest.mark.nightly), "zero_3"])
 def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on_there(
     tmp_path: Path, strategy: str
 ) -> None:
@@ -47,7 +47,7 @@ def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero_1", "zero_3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero_1", marks=pytest.mark.nightly), "zero_3"])
 def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str) -> None:
     """Three steps of one micro-batch each are no whole number of windows of two or six; held-out sets stay the same."""
     recipe = tiny_recipe(tmp_path, "one")
