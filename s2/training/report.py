@@ -159,7 +159,7 @@ def launch_report(run: Any, module: Any, data: Any, trainer: Any, precision: Any
     memory = f"{memory_of(module, data, trainer)}; {trainer.precision}"
     if trainer.strategy.root_device.type == "cpu":
         on_gpus = memory_of(module, data, trainer, str(precision or trainer.precision))
-        memory = f"on GPUs {on_gpus}; {precision}. Here on the CPU in {trainer.precision}, which is not estimated"
+        memory = f"on GPUs {on_gpus}; {precision or trainer.precision}. Here on the CPU in {trainer.precision}, which is not estimated"
     step = data.micro_batch_size * data.seq_len * accumulate * world
     return "\n".join(
         [

@@ -100,7 +100,8 @@ def test_a_stop_signal_in_the_last_step_lets_the_run_end(
 def test_an_interrupt_from_the_keyboard_ends_as_one(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    # a shell starts what it runs in the background with the signal ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     try:
         assert train(folder, stage="interrupted")[0] == ending.INTERRUPTED

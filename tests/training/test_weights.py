@@ -6,7 +6,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from s2.files import NotOursError
 from s2.model import ModelConfig, Transformer
 from s2.model.hf import FOLDER_KIND, load_pretrained, save_pretrained
 from s2.training.weights import check_same_tokens, export, load_into
@@ -70,6 +69,7 @@ def test_an_export_appears_whole_and_leaves_a_folder_of_others_beside_it(tmp_pat
     assert (tmp_path / "run" / "hf.2" / "note.txt").read_text() == "mine"
     assert torch.equal(load_pretrained(folder).lm_head.weight, trained.lm_head.weight)
     (tmp_path / "run" / "hf.partial").mkdir()
-    with pytest.raises(NotOursError, match=r"hf.partial has no mark"):
-        export(trained, trained.config, folder, checkpoint / "tokenizer.json")
+    (tmp_path / "run" / "hf.partial" / "mine.txt").write_text("mine")
+    export(trained, trained.config, folder, checkpoint / "tokenizer.json")
+    assert (tmp_path / "run" / "hf.partial.1" / "mine.txt").read_text() == "mine"
     assert FOLDER_KIND in (folder / ".s2-folder.json").read_text()
