@@ -158,8 +158,9 @@ def launch_report(run: Any, module: Any, data: Any, trainer: Any, precision: Any
     accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
     memory = f"{memory_of(module, data, trainer)}; {trainer.precision}"
     if trainer.strategy.root_device.type == "cpu":
-        on_gpus = memory_of(module, data, trainer, str(precision or trainer.precision))
-        memory = f"on GPUs {on_gpus}; {precision or trainer.precision}. Here on the CPU in {trainer.precision}, which is not estimated"
+        wanted = str(precision or trainer.precision)
+        memory = f"on GPUs {memory_of(module, data, trainer, wanted)}; {wanted}. Here on the CPU in "
+        memory += f"{trainer.precision}, which is not estimated"
     step = data.micro_batch_size * data.seq_len * accumulate * world
     return "\n".join(
         [
