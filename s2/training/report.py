@@ -156,11 +156,8 @@ def launch_report(run: Any, module: Any, data: Any, trainer: Any, precision: Any
     config: ModelConfig = module.config
     strategy = trainer.strategy
     accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
-    memory = f"{memory_of(module, data, trainer)}; {trainer.precision}"
-    if trainer.strategy.root_device.type == "cpu":
-        wanted = str(precision or trainer.precision)
-        memory = f"on GPUs {memory_of(module, data, trainer, wanted)}; {wanted}. Here on the CPU in "
-        memory += f"{trainer.precision}, which is not estimated"
+    on_cpu = strategy.root_device.type == "cpu"
+    wanted = str(precision or trainer.precision) if on_cpu else str(trainer.precision)
     step = data.micro_batch_size * data.seq_len * accumulate * world
     return "\n".join(
         [
@@ -172,7 +169,8 @@ def launch_report(run: Any, module: Any, data: Any, trainer: Any, precision: Any
             layout_table(config, data.seq_len),
             f"batch: {data.seq_len:,} tokens x {data.micro_batch_size} x {accumulate} accumulated x {world} ranks = "
             f"{step:,} tokens a step, {trainer.max_steps:,} steps, {step * trainer.max_steps:,} tokens",
-            f"memory estimate: {memory}, ZeRO stage {getattr(strategy, 'stage', 0)}, "
-            f"checkpointing {module.activation_checkpointing}",
+            f"memory estimate: {memory_of(module, data, trainer, wanted)}; {wanted}, ZeRO stage "
+            f"{getattr(strategy, 'stage', 0)}, checkpointing {module.activation_checkpointing}"
+            + (f" (of a GPU; here on the CPU, in {trainer.precision}, it is not estimated)" if on_cpu else ""),
         ]
     )
