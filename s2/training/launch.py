@@ -142,8 +142,7 @@ def check_settings(module: PretrainModule, data: Any, trainer: Trainer) -> None:
     """Refuse what would fail or mean nothing later.
 
     Raises:
-        ValueError: a sequence beyond the model's context, no end of training, a warmup beyond that end, or held-out
-            sets that would depend on the number of ranks.
+        ValueError: a sequence beyond the model's context, no end of training, or a warmup beyond that end.
     """
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: a stage needs a number of optimizer steps")
@@ -157,9 +156,10 @@ def check_settings(module: PretrainModule, data: Any, trainer: Trainer) -> None:
     module.schedule_config.factor(0, trainer.max_steps)
     batches = trainer.limit_val_batches
     if batches != 0 and (isinstance(batches, int) or batches != 1.0):
-        raise ValueError(
-            f"trainer.limit_val_batches={batches} counts micro-batches of each rank, so another number of GPUs would "
-            f"score other held-out text; set max_windows of the sets in data.validation, or 0 here to never validate"
+        _say(
+            trainer,
+            f"trainer.limit_val_batches={batches} counts micro-batches of each rank: another number of GPUs scores "
+            f"other held-out text, and its curve does not compare. max_windows of the sets in data.validation does",
         )
     limit = module.config.max_position_embeddings
     lengths = {"data.seq_len": data.seq_len}
