@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+from s2 import recipe
 
 T = TypeVar("T")
 
@@ -74,18 +77,14 @@ def fraction(value: Any, key: str, *, zero: bool = False) -> float:
     return float(value)
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """Human-readable lines, one for each leaf in which two JSON-like values differ (`sources[0].path: 'a' !=
     'b'`)."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines = []
-        for name in [*old, *(n for n in new if n not in old)]:
-            lines += differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-        return lines
-    if isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new):
-            return [f"{key}: {len(old)} entries != {len(new)} entries"]
-        return [
-            line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in differences(a, b, f"{key}[{i}]")
-        ]
-    return [] if old == new else [f"{key}: {old!r} != {new!r}"]
+    lines = []
+    for key, a, b in recipe.differences(old, new):
+        place = re.sub(r"(?:^|\.)(\d+)(?=\.|$)", r"[\1]", key)
+        if isinstance(a, list) and isinstance(b, list):
+            lines.append(f"{place}: {len(a)} entries != {len(b)} entries")
+        else:
+            lines.append(f"{place}: {a!r} != {b!r}")
+    return lines
