@@ -75,7 +75,7 @@ def test_packed_sdpa_compiles_to_one_graph_for_all_borders(spec):
 
     def loss(q, k, v, borders):
         out = s2_attention(q, k, v, pattern, cu_seqlens=borders, backend="sdpa")
-        return (out * torch.arange(out.shape[0], device=DEVICE)[:, None, None]).square().sum()
+        return (out * torch.linspace(0, 1, out.shape[0], device=DEVICE)[:, None, None]).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend=count, dynamic=True)
     inputs = make(300, heads=4, kv_heads=2, packed=True)
@@ -84,7 +84,7 @@ def test_packed_sdpa_compiles_to_one_graph_for_all_borders(spec):
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         expected = torch.autograd.grad(loss(*inputs, cu_seqlens), inputs)
         for a, b in zip(torch.autograd.grad(compiled(*inputs, cu_seqlens), inputs), expected, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-4)
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert len(graphs) == 1
 
 
