@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from tests.attention.cluster import CHUNKS, FAULTS, Cluster, Item, ProtocolError
+from tests.attention.hopper.cluster import CHUNKS, FAULTS, Cluster, Item, ProtocolError
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a model of the kernel's barriers: on machines without a GPU"

@@ -26,7 +26,7 @@ struct Params {
     float* stats;            // lse2 and delta of the 64 rows of a box, over B, sets of heads, boxes
     float* sums;             // of dQ, [64, D] of a box, over the same
     void* dq;                // [B, S, H, D]
-    const int* documents;    // packed: tiles of documents, see `packing.attention_documents`
+    const int* documents;    // packed: tiles of documents, see `varlen.attention_documents`
     float scale;
     int length, heads;
     int chunks;   // boxes of a set of heads, in `stats` and `sums`

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import launch
-from s2.attention.kernels.hopper.columns import CHUNK
+from s2.attention.kernels.hopper.driver import SOURCES
+from s2.attention.kernels.hopper.problem import TILE
 
 CPU = torch.device("cpu")
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 def unit_of(block: int) -> int:
-    """Tokens by which runs are counted: those of a box."""
-    return min(block, CHUNK)
+    """Tokens by which runs are counted: those of an m_block."""
+    return min(block, TILE)
 
 
 def unit_mask(pattern: Pattern, length: int, heads: int, layer: int = 0) -> torch.Tensor:
@@ -34,7 +34,7 @@ def compile_for_host(source: Path, folder: Path, constants: dict[str, int]) -> P
     checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(
         [COMPILER, "-std=c++17", "-O1", *checks, *(f"-D{name}={value}" for name, value in constants.items()),
-         f"-I{Path(launch.__file__).parent}", str(source), "-o", str(program)],
+         f"-I{SOURCES}", str(source), "-o", str(program)],
         check=True,
     )  # fmt: skip
     return program

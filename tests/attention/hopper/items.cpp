@@ -1,4 +1,4 @@
-// Prints what the work items of `chunks.cuh`, compiled for the host, work on. Standard input has
+// Prints what the work items of `n_blocks.cuh`, compiled for the host, work on. Standard input has
 //     <1: a packed document, 0: not> <rows> <heads> <items (of a document: of a head)>
 //     <tiles, segments, batches of four levels each> <rows of a segment> <heads of a wave>
 // and eight integers for each head's rule. A line for each chunk that some row sees:
@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "chunks.cuh"
+#include "n_blocks.cuh"
 
 static void print_tile(int head, int level, int tile, int segment, int part, int length, int low, int high,
                        const Rule& rule) {

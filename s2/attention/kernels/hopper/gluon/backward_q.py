@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ..triton.forward import LOG2E
+from ...triton.forward import LOG2E
 from .common import WORDS, advance, count_bits, flat_rows, get, store_rows
 from .rows import (
     CONSUMERS,
@@ -156,7 +156,7 @@ def attention_backward_q(
     # descriptors over [B, H, S, D] with boxes [1, heads, tokens, D] of 64 rows, k and v [1, 1, tokens, D] of as many
     # tokens; dq and out [B, S, H, D], lse and dlse [B, H, S] contiguous; stats [chunks, 128] float32: lse2 and delta of
     # the 64 rows of a box, over B, sets of heads, boxes; packed: B = 1, S = all tokens, documents
-    # (`packing.attention_documents`)
+    # (`varlen.attention_documents`)
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape

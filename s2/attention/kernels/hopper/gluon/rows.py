@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from ..triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
+from ...triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
 from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, lowest_bit, votes
 
 CONSUMERS = gl.constexpr(3)

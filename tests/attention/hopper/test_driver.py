@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2.attention.kernels.hopper import cuda
-from tests.attention.standins import Driver
+from s2.attention.kernels.hopper import driver
+from tests.attention.hopper.standins import Driver
 
 HEADER = """
 struct Params {
@@ -76,7 +76,7 @@ def source(tmp_path, monkeypatch) -> Path:
     except RuntimeError as error:
         pytest.skip(f"NVRTC is needed: {error}")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda, "_FUNCTIONS", {})
+    monkeypatch.setattr(driver, "_FUNCTIONS", {})
     path = tmp_path / "source" / "copy.cu"
     path.parent.mkdir()
     path.write_text(SOURCE)
@@ -88,13 +88,13 @@ def source(tmp_path, monkeypatch) -> Path:
 def builds(monkeypatch) -> list[dict]:
     """The constants of everything that is compiled."""
     seen: list[dict] = []
-    build = cuda.build
+    build = driver.build
 
     def record(source, constants):
         seen.append(dict(constants))
         return build(source, constants)
 
-    monkeypatch.setattr(cuda, "build", record)
+    monkeypatch.setattr(driver, "build", record)
     return seen
 
 
@@ -102,34 +102,34 @@ def builds(monkeypatch) -> list[dict]:
 
 
 def test_a_kernel_is_compiled_once(source, builds):
-    first = cuda.compile_kernel(source, CONSTANTS)
+    first = driver.compile_kernel(source, CONSTANTS)
     assert first.startswith(b"\x7fELF") and b"copy_box" in first
-    assert cuda.compile_kernel(source, CONSTANTS) == first
+    assert driver.compile_kernel(source, CONSTANTS) == first
     assert builds == [CONSTANTS]
 
 
 def test_a_change_of_a_header_or_a_constant_is_compiled(source, builds):
-    first = cuda.compile_kernel(source, CONSTANTS)
-    assert cuda.compile_kernel(source, {"ROWS": 4}) != first
+    first = driver.compile_kernel(source, CONSTANTS)
+    assert driver.compile_kernel(source, {"ROWS": 4}) != first
     (source.parent / "params.cuh").write_text(HEADER.replace("float* out;", "int unused[2]; float* out;"))
-    assert cuda.compile_kernel(source, CONSTANTS) != first
+    assert driver.compile_kernel(source, CONSTANTS) != first
     source.write_text(SOURCE.replace("= tile[", "= 2 * tile["))
-    assert cuda.compile_kernel(source, CONSTANTS) != first
+    assert driver.compile_kernel(source, CONSTANTS) != first
     assert builds == [CONSTANTS, {"ROWS": 4}, CONSTANTS, CONSTANTS]
 
 
 def test_kernels_compiled_at_once_are_all_whole(source, builds):
     with ThreadPoolExecutor(4) as pool:
-        cubins = list(pool.map(lambda _: cuda.compile_kernel(source, CONSTANTS), range(8)))
+        cubins = list(pool.map(lambda _: driver.compile_kernel(source, CONSTANTS), range(8)))
     assert len(set(cubins)) == 1
-    assert cuda.compile_kernel(source, CONSTANTS) == cubins[0]
+    assert driver.compile_kernel(source, CONSTANTS) == cubins[0]
     files = [name for _, _, names in os.walk(os.environ["TRITON_CACHE_DIR"]) for name in names]
     assert files == ["copy.cubin"]
 
 
 def test_an_error_names_file_constants_and_cause(source):
     with pytest.raises(RuntimeError, match=r"copy\.cu does not compile with \{'ROWS': 'many'\}") as error:
-        cuda.compile_kernel(source, {"ROWS": "many"})
+        driver.compile_kernel(source, {"ROWS": "many"})
     assert 'identifier "many" is undefined' in str(error.value)
 
 
@@ -137,20 +137,20 @@ def test_a_file_that_the_cache_does_not_know_is_not_included(source):
     (source.parent / "params.h").write_text(HEADER)
     source.write_text(SOURCE.replace("params.cuh", "params.h"))
     with pytest.raises(RuntimeError, match=r"could not open source file \"params\.h\""):
-        cuda.compile_kernel(source, CONSTANTS)
+        driver.compile_kernel(source, CONSTANTS)
 
 
 def test_the_log_tells_registers_spills_and_warnings(source):
-    cuda.compile_kernel(source, CONSTANTS)
-    _, log = cuda.build(source, CONSTANTS)  # although it is cached
+    driver.compile_kernel(source, CONSTANTS)
+    _, log = driver.build(source, CONSTANTS)  # although it is cached
     assert re.search(r"Compiling entry function 'copy_box' for 'sm_90a'", log)
     assert re.search(r"Used \d+ registers", log)
     assert re.search(r"\b0 bytes spill stores", log)
     source.write_text(SOURCE.replace("__launch_bounds__(32 * ROWS)", "__maxnreg__(24)").replace("// more", MANY_VALUES))
-    spills = re.search(r"(\d+) bytes spill stores", cuda.build(source, CONSTANTS)[1])
+    spills = re.search(r"(\d+) bytes spill stores", driver.build(source, CONSTANTS)[1])
     assert spills and int(spills[1]) > 0
     source.write_text(SOURCE.replace("// more", 'asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");'))
-    assert "(C7508)" in cuda.build(source, CONSTANTS)[1]  # ignored: the kernel may use any number of registers
+    assert "(C7508)" in driver.build(source, CONSTANTS)[1]  # ignored: the kernel may use any number of registers
 
 
 # ---------------------------------------------------------------- parameters and launches
@@ -162,7 +162,7 @@ def extended(name: str, *fields: tuple) -> type[ctypes.Structure]:
 
 def test_parameters_lie_where_the_driver_wants_tensor_maps():
     for extra in range(1, 40):
-        params = cuda.allocate(extended("Longer", *Params._fields_, ("x", ctypes.c_char * extra)))
+        params = driver.allocate(extended("Longer", *Params._fields_, ("x", ctypes.c_char * extra)))
         assert ctypes.addressof(params) % 64 == 0
         assert params.kernel_params[0] == ctypes.addressof(params)
         memory = (ctypes.c_char * (-(-ctypes.sizeof(params) // 64) * 64)).from_address(params.kernel_params[0])
@@ -170,38 +170,38 @@ def test_parameters_lie_where_the_driver_wants_tensor_maps():
 
 
 def test_a_tensor_map_at_a_bad_place_or_of_a_bad_rank_stops():
-    late = cuda.allocate(extended("Late", ("n", ctypes.c_int), *Params._fields_))
+    late = driver.allocate(extended("Late", ("n", ctypes.c_int), *Params._fields_))
     with pytest.raises(ValueError, match="map of Late is not at a multiple of 64 bytes"):
-        cuda.TensorMap(late, "map", 0, torch.bfloat16, [10, 64], [128], [8, 64])
+        driver.TensorMap(late, "map", 0, torch.bfloat16, [10, 64], [128], [8, 64])
     with pytest.raises(ValueError, match="needs 1 strides and 2 sizes"):
-        cuda.TensorMap(cuda.allocate(Params), "map", 0, torch.bfloat16, [10, 64], [128, 2], [8, 64])
+        driver.TensorMap(driver.allocate(Params), "map", 0, torch.bfloat16, [10, 64], [128, 2], [8, 64])
 
 
 @pytest.fixture
-def driver(monkeypatch) -> Driver:
+def recorded(monkeypatch) -> Driver:
     stand_in = Driver()
-    monkeypatch.setattr(cuda, "_driver", lambda: stand_in)
+    monkeypatch.setattr(driver, "_driver", lambda: stand_in)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     return stand_in
 
 
-def test_equal_kernels_are_loaded_once_and_launched_in_a_thread_without_context_too(source, driver):
-    params = cuda.allocate(Params)
+def test_equal_kernels_are_loaded_once_and_launched_in_a_thread_without_context_too(source, recorded):
+    params = driver.allocate(Params)
     for _ in range(2):
-        driver.context = 0
-        cuda.Kernel(source, "copy_box", CONSTANTS, 256, 1024).launch(132, params, 77)
-        assert driver.context == 103
-    assert driver.loads == [cuda.compile_kernel(source, CONSTANTS)]
-    assert driver.launches == 2 * [
+        recorded.context = 0
+        driver.Kernel(source, "copy_box", CONSTANTS, 256, 1024).launch(132, params, 77)
+        assert recorded.context == 103
+    assert recorded.loads == [driver.compile_kernel(source, CONSTANTS)]
+    assert recorded.launches == 2 * [
         ("copy_box of module", 132, 1, 1, 256, 1, 1, 1024, 77, params.kernel_params, 0),
     ]
 
 
 @pytest.mark.parametrize("begins_with_address", [True, False])
-def test_a_map_is_moved_by_its_first_word_or_by_the_driver(driver, begins_with_address):
-    params, asked = cuda.allocate(Params), []
-    driver.cuTensorMapReplaceAddress = lambda *what: (asked.append(what) or driver.success,)
-    boxes = object.__new__(cuda.TensorMap)  # made where there is no driver
+def test_a_map_is_moved_by_its_first_word_or_by_the_driver(recorded, begins_with_address):
+    params, asked = driver.allocate(Params), []
+    recorded.cuTensorMapReplaceAddress = lambda *what: (asked.append(what) or recorded.success,)
+    boxes = object.__new__(driver.TensorMap)  # made where there is no driver
     boxes.field, boxes.words, boxes.map, boxes.begins_with_address = "map", params.map, "a map", begins_with_address
     boxes.move(0x1230)
     assert (params.map[0], asked) == ((0x1230, []) if begins_with_address else (0, [("a map", 0x1230)]))
@@ -215,10 +215,10 @@ def test_a_box_is_read_where_the_tensor_map_was_moved(source):
         pytest.skip("needs sm_90")
     first, second = torch.randn(2, 10, 64, device="cuda")
     out = torch.empty(8, 32, device="cuda")
-    params = cuda.allocate(Params)
+    params = driver.allocate(Params)
     params.out, params.row, params.column = out.data_ptr(), 5, 32
-    boxes = cuda.TensorMap(params, "map", first.data_ptr(), torch.float32, [10, 64], [256], [8, 32], swizzle=0)
-    kernel = cuda.Kernel(source, "copy_box", CONSTANTS, 256, 1024)
+    boxes = driver.TensorMap(params, "map", first.data_ptr(), torch.float32, [10, 64], [256], [8, 32], swizzle=0)
+    kernel = driver.Kernel(source, "copy_box", CONSTANTS, 256, 1024)
 
     def expected(x):
         return torch.cat([x[5:, 32:], x.new_zeros(3, 32)])  # three rows out of bounds
@@ -246,8 +246,8 @@ def test_a_box_is_read_where_the_tensor_map_was_moved(source):
     boxes.move(second.data_ptr())
     moved = list(params.map)
     boxes.move(first.data_ptr())
-    theirs = cuda._driver().CUtensorMap(_ptr=ctypes.addressof(params))
-    assert not cuda._driver().cuTensorMapReplaceAddress(theirs, second.data_ptr())[0]
+    theirs = driver._driver().CUtensorMap(_ptr=ctypes.addressof(params))
+    assert not driver._driver().cuTensorMapReplaceAddress(theirs, second.data_ptr())[0]
     assert list(params.map) == moved
     with pytest.raises(RuntimeError, match=r"cuFuncSetAttribute of copy_box .*CUDA_ERROR"):
-        cuda.Kernel(source, "copy_box", CONSTANTS, 256, 1 << 20).launch(1, params, 0)
+        driver.Kernel(source, "copy_box", CONSTANTS, 256, 1 << 20).launch(1, params, 0)

@@ -1,7 +1,7 @@
-// Chunks of 64 keys: where they lie and which queries see them; see `chunks.py`, whose arithmetic this is. Nothing here
+// Chunks of 64 keys: where they lie and which queries see them; see `n_blocks.py`, whose arithmetic this is. Nothing here
 // needs a GPU, so that tests can compile it for the host.
 //
-// Constants: BLOCK, LEVELS, SINKS; see `launch.py`.
+// Constants: BLOCK, LEVELS, SINKS; see `problem.py`.
 #pragma once
 
 #include "plan.cuh"
@@ -110,7 +110,7 @@ DEVICE LevelTile chunk_tile(int tile, int num_blocks, const Rule& rule) {
     return {-1, 0};
 }
 
-// How the chunks become work items; see `columns.Columns`.
+// How the chunks become work items; see `scheduler.Columns`.
 struct Columns {
     int tiles[MOST_LEVELS], segments[MOST_LEVELS], batches[MOST_LEVELS];
     int segment_rows, num_parts, wave;

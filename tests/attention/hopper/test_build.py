@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2.attention.kernels.hopper import cuda, launch, one_pass
-from tests.attention import sass
+from s2.attention.kernels.hopper import driver, forward, one_pass, support
+from s2.attention.kernels.hopper.problem import Problem
+from s2.attention.schedule import RuleSchedule
+from tests.attention.hopper import sass
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = 227 * 1024  # what a thread block may have on sm_90
 
 # Gluon needs Triton outside interpreter mode, which is fixed at import: so it compiles in a child process. Types follow
@@ -34,22 +36,25 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from s2.attention import schedule
-from s2.attention.kernels.hopper import backward_kv, backward_q, direct, launch
+from s2.attention.kernels.hopper import triton_launcher, two_pass
+from s2.attention.kernels.hopper.gluon import backward_kv, backward_q
+from s2.attention.kernels.hopper.problem import TILE, Problem
 
 knobs.nvidia.dump_ptxas_log = True
 case, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 kernel, head_dim = case["kernel"], case["head_dim"]
 function, stages, registers = {
-    "backward_q": (backward_q.attention_backward_q, launch._Q_STAGES, launch._ROW_REGISTERS[launch._Q_CONSUMERS]),
-    "backward_kv": (backward_kv.attention_backward_kv, launch._KV_STAGES, launch._KEY_REGISTERS),
+    "backward_q": (backward_q.attention_backward_q, two_pass.Q_STAGES, two_pass.Q_REGISTERS),
+    "backward_kv": (backward_kv.attention_backward_kv, two_pass.KV_STAGES, two_pass.KV_REGISTERS),
 }[kernel]
 constants = dict(case["constants"], TABLE=schedule.TABLE_COLUMNS, STAGES=stages[head_dim], REGISTERS=registers)
 
 element = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["element"]]
-block = min(case["constants"]["BLOCK"], launch.CHUNK)
-tensor = torch.empty(1, launch.CHUNK, launch.CHUNK // block, head_dim, dtype=element)
-rows, keys = launch._Boxes.of_rows(tensor, block)(tensor), launch._Boxes.of_keys(tensor, block)(tensor)
-statistics = launch._Boxes.of_statistics(1)(torch.empty(1, 2 * launch.CHUNK))
+block = min(case["constants"]["BLOCK"], TILE)
+tensor = torch.empty(1, TILE, TILE // block, head_dim, dtype=element)
+problem = Problem(None, block, 1.0, *tensor.shape[:3], 1, head_dim, element, tensor.device, False)
+rows, keys = (make(tensor, problem)(tensor) for make in (two_pass.Boxes.of_rows, two_pass.Boxes.of_keys))
+statistics = two_pass.Boxes.of_statistics(1)(torch.empty(1, 2 * TILE))
 
 
 def box_of(name):
@@ -87,9 +92,9 @@ arguments = [
     for name, kind in types.items()
     if kind != "constexpr"
 ]
-boxes = [direct.box_of(x) for x in arguments if hasattr(x, "base")]
-launched = {  # what `direct` says beside what Triton says
-    "known": [direct.Direct.knows(kernel, arguments), True],
+boxes = [triton_launcher.box_of(x) for x in arguments if hasattr(x, "base")]
+launched = {  # what `triton_launcher` says beside what Triton says
+    "known": [triton_launcher.Direct.knows(kernel, arguments), True],
     "boxes": [boxes, [list(meta["block_size"]) for meta in kernel.metadata.tensordesc_meta]],
     "threads": [32 * kernel.metadata.num_warps, int(re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])[1])],
 }
@@ -170,20 +175,20 @@ def _nvdisasm() -> str:
 
 def _cuda(build: Build, folder: Path) -> tuple[str, dict[str, int]]:
     """Compiles into a folder. Returns the log, and bytes of shared memory and registers of a consumer's thread."""
-    if not launch._finds_nvrtc():
+    if not support._finds_nvrtc():
         pytest.skip("NVRTC is needed")
-    constants = build.constants
-    kind = (
-        {"bf16": torch.bfloat16, "fp16": torch.float16}[build.element], build.head_dim,
-        constants["BLOCK"], constants["LEVELS"], constants["SINKS"], constants["PACKED"],
+    constants, element = build.constants, {"bf16": torch.bfloat16, "fp16": torch.float16}[build.element]
+    rules = RuleSchedule(torch.empty(0), [], constants["LEVELS"], constants["SINKS"])
+    problem = Problem(
+        rules, constants["BLOCK"], 1.0, 1, 64, 4, 1, build.head_dim, element, torch.device("cpu"), constants["PACKED"]
     )  # fmt: skip
     if build.kernel == "forward":
-        kernel = launch._forward_kernel(*kind)
+        kernel = forward.kernel_of(problem)
     elif build.kernel == "backward":
-        kernel = one_pass.backward_kernel(*kind)
+        kernel = one_pass.backward_kernel(problem)
     else:
-        kernel = one_pass.pass_kernel(build.kernel, *kind[:3], constants["PACKED"])
-    cubin, log = cuda.build(kernel.source, kernel.constants)
+        kernel = one_pass.pass_kernel(build.kernel, problem)
+    cubin, log = driver.build(kernel.source, kernel.constants)
     (folder / "kernel.cubin").write_bytes(cubin)
     return log, {"shared": kernel.shared_bytes, "registers": kernel.constants.get("CONSUMER_REGISTERS", 0)}
 

@@ -1,5 +1,5 @@
 """Host side of kernels written in CUDA C++ for sm_90a: compiled by NVRTC when first used, launched through the driver;
-`direct.py` launches Triton's in the same way.
+`triton_launcher.py` launches Triton's in the same way.
 
 A kernel takes one struct by value (`const __grid_constant__ Params`), which the host keeps as a `ctypes.Structure` at a
 fixed address (`allocate`) and changes in place: pointers and numbers by assignment, TMA descriptors by
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+SOURCES = Path(__file__).with_name("cu")
 _OPTIONS = (
     "--gpu-architecture=sm_90a",
     "--std=c++17",

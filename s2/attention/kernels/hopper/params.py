@@ -2,9 +2,9 @@
 
 import ctypes
 
-from . import cuda
+from . import driver
 
-_Map = cuda.MAP  # TensorMap of hopper.cuh
+_Map = driver.MAP  # TensorMap of hopper.cuh
 _ROWS = 64  # of a box (plan.cuh)
 _PLANNED = 2  # tiles whose plans are in shared memory (rows.cuh)
 _ROW_SLOTS = 2  # tiles whose rows are
@@ -42,7 +42,7 @@ class Forward(ctypes.Structure):
 
 
 class Columns(ctypes.Structure):
-    """Columns of chunks.cuh."""
+    """Columns of n_blocks.cuh."""
 
     _fields_ = (
         ("tiles", ctypes.c_int * 4),

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from s2.attention.kernels.hopper import cuda, direct
-from tests.attention import standins
+from s2.attention.kernels.hopper import driver as cuda_driver
+from s2.attention.kernels.hopper import triton_launcher
+from tests.attention.hopper import standins
 
 PTX = """
 .visible .entry work(
@@ -60,7 +61,7 @@ def arguments_of(count: int, scale: float = 0.5):
 
 
 def launch_of(kernel, grid=(7, 2, 1), constants=None, kind=()):
-    return direct.Launch(kernel, grid, constants or {"BLOCK": 64}, kind, DESCRIPTORS)
+    return triton_launcher.Launch(kernel, grid, constants or {"BLOCK": 64}, kind, DESCRIPTORS)
 
 
 @pytest.fixture
@@ -81,9 +82,9 @@ def driver(monkeypatch):
         return result
 
     driver.cuLaunchKernel, driver.CUfunction = read, lambda handle: f"function {handle}"
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "TensorMap", standins.TensorMap)
-    monkeypatch.setattr(direct, "_KERNELS", {})
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "TensorMap", standins.TensorMap)
+    monkeypatch.setattr(triton_launcher, "_KERNELS", {})
     return driver
 
 
@@ -147,8 +148,8 @@ def test_tensor_maps_have_the_boxes_that_the_swizzle_spans(driver, monkeypatch):
         made.append(standins.TensorMap(*facts))
         return made[-1]
 
-    monkeypatch.setattr(cuda, "TensorMap", make)
-    direct.Direct(Kernel(), (1, 1, 1), launch_of(Kernel()).described(arguments_of(1)))
+    monkeypatch.setattr(cuda_driver, "TensorMap", make)
+    triton_launcher.Direct(Kernel(), (1, 1, 1), launch_of(Kernel()).described(arguments_of(1)))
     first, second = made
     assert (first.shape, first.strides, first.box, first.swizzle) == ([6, 128], [256], [2, 64], 128)
     assert (second.shape, second.strides, second.box, second.swizzle) == ([64], [], [32], 0)
@@ -160,8 +161,8 @@ def test_threads_do_not_mix_their_parameters(driver, monkeypatch):
     for _ in range(2):
         launch(STREAM, *arguments_of(0))
     driver.read.clear()
-    run = cuda.launch
-    monkeypatch.setattr(cuda, "launch", lambda *settings: (time.sleep(0.001), run(*settings)))
+    run = cuda_driver.launch
+    monkeypatch.setattr(cuda_driver, "launch", lambda *settings: (time.sleep(0.001), run(*settings)))
     wanted = []
 
     def call(number):

@@ -15,11 +15,17 @@ import pytest
 import torch
 
 from s2.attention import Pattern, op, s2_attention
-from s2.attention.kernels.hopper import cuda, launch, plans, structs
+from s2.attention.kernels.hopper import driver as cuda_driver
+from s2.attention.kernels.hopper import forward, launch, problem, support, triton_launcher
 from s2.attention.kernels.hopper import one_pass as backward
-from s2.attention.kernels.hopper.columns import divide_columns
+from s2.attention.kernels.hopper import params as structs
+from s2.attention.kernels.hopper.forward import Forward
+from s2.attention.kernels.hopper.problem import Problem
+from s2.attention.kernels.hopper.scheduler import divide_columns
+from s2.attention.kernels.hopper.varlen import Documents
 from s2.attention.kernels.triton.documents import unowned
-from tests.attention import standins
+from s2.attention.schedule import rule_schedule
+from tests.attention.hopper import standins
 
 
 @dataclass
@@ -57,36 +63,34 @@ PARAMS = {"attention_forward": structs.Forward, "attention_backward": structs.Ba
 def launches(monkeypatch):
     seen = Launches([], [], [])
     driver = Driver(seen)
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "_FUNCTIONS", {})
-    monkeypatch.setattr(cuda, "TensorMap", standins.TensorMap)
-    monkeypatch.setattr(cuda, "compile_kernel", lambda source, constants: b"")
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "_FUNCTIONS", {})
+    monkeypatch.setattr(cuda_driver, "TensorMap", standins.TensorMap)
+    monkeypatch.setattr(cuda_driver, "compile_kernel", lambda source, constants: b"")
+    monkeypatch.setattr(cuda_driver, "current_stream", lambda index: STREAM)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(plans, "PLANS", {})
-    monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: False)
-    monkeypatch.setattr(plans, "processors_of", lambda device: 132)
-    monkeypatch.setattr(plans, "stream_of", lambda device: STREAM)
-    counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(plans, "counter_of", lambda device, stream: counter)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launch, "KEPT", {})
+    monkeypatch.setattr(backward, "is_taken", lambda *call: False)
+    monkeypatch.setattr(problem, "num_sms", lambda device: 132)
 
     def record(self, stream, *arguments):
         assert stream == STREAM
         seen.gluon.append((self.function.fn.__name__, self, arguments))
 
-    monkeypatch.setattr(plans.Launch, "__call__", record)
+    monkeypatch.setattr(triton_launcher.Launch, "__call__", record)
     return seen
 
 
 @pytest.fixture
 def one_pass(monkeypatch, launches):
-    monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: True)
+    monkeypatch.setattr(backward, "is_taken", lambda *call: True)
     return launches
 
 
-def last_forward() -> launch.Forward:
-    *_, plan = plans.PLANS.values()
-    assert plan.forward is not None
-    return plan.forward
+def last_forward() -> Forward:
+    *_, kept = launch.KEPT.values()
+    return kept.kernels[Forward]
 
 
 def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
@@ -225,13 +229,11 @@ BACKWARD = (("Params", structs.Backward, 64), ("Columns", structs.Columns, 4))
 PASSES = (("Params", structs.Passes, 8),)
 
 
-def kernel_of(name: str, dim: int, block: int = 64, packed: bool = False) -> cuda.Kernel:
-    kind = (torch.bfloat16, dim, block, 1, False, packed)
+def kernel_of(name: str, dim: int) -> cuda_driver.Kernel:
+    own = problem_of("L1V15", dim=dim)
     if name == "forward":
-        return launch._forward_kernel(*kind)
-    if name == "backward":
-        return backward.backward_kernel(*kind)
-    return backward.pass_kernel(name, torch.bfloat16, dim, block, packed)
+        return forward.kernel_of(own)
+    return backward.backward_kernel(own) if name == "backward" else backward.pass_kernel(name, own)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def kernel_of(name: str, dim: int, block: int = 64, packed: bool = False) -> cud
     ],
 )
 def test_parameters_and_shared_memory_are_laid_out_as_in_cpp(name, dim, laid_out, tmp_path):
-    if not launch._finds_nvrtc():
+    if not support._finds_nvrtc():
         pytest.skip("NVRTC is needed")
     kernel = kernel_of(name, dim)
     for path in kernel.source.parent.glob("*.cu*"):
@@ -263,7 +265,7 @@ def test_parameters_and_shared_memory_are_laid_out_as_in_cpp(name, dim, laid_out
     def build(wanted):
         checks = "\n".join(f'static_assert({fact} == {value}, "");' for fact, value in wanted.items())
         source.write_text(f'#include "{kernel.source.name}"\n{checks}\n')
-        cuda.build(source, kernel.constants)
+        cuda_driver.build(source, kernel.constants)
 
     build(facts)
     for fact in {"sizeof(Shared)", "sizeof(Params)"} & facts.keys():
@@ -292,12 +294,12 @@ def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block
     assert (constants["D"], constants["BLOCK"], constants["LEVELS"], constants["SINKS"]) == (dim, block, 1, True)
     assert (constants["CONSUMERS"], constants["CONSUMER_REGISTERS"]) == (consumers, registers)
     assert (constants["PACKED"], constants["BF16"]) == (False, dtype == torch.bfloat16)
-    problem = params.problem
-    (plan,) = plans.PLANS.values()
-    assert problem.table == plan.rules.table.data_ptr()
-    assert problem.counter == plans.counter_of(None, None).data_ptr()
-    assert (problem.length, problem.kv_heads, problem.group) == (length, kv_heads, heads // kv_heads)
-    assert (problem.tiles_per_head, problem.num_tiles) == (tiles_per_head, num_tiles)
+    shape = params.problem
+    (kept,) = launch.KEPT.values()
+    assert shape.table == kept.problem.rules.table.data_ptr()
+    assert shape.counter == problem.counter_of(q.device, STREAM).data_ptr()
+    assert (shape.length, shape.kv_heads, shape.group) == (length, kv_heads, heads // kv_heads)
+    assert (shape.tiles_per_head, shape.num_tiles) == (tiles_per_head, num_tiles)
     assert (params.out_rows, params.lse) == (out.data_ptr(), lse.data_ptr())
     assert params.scale_log2 == pytest.approx(0.1 / 0.6931471805599453)
     for field, x, box in (("q", q, a_box), ("k", k, 1), ("v", v, 1), ("out", out, a_box)):
@@ -320,12 +322,10 @@ def test_the_forward_gets_its_problem(launches, dim, consumers, registers, block
     ],
 )
 def test_heads_at_the_end_are_worked_on_together(launches, batch, length, kv_heads, group, block, wanted):
-    q = torch.empty(batch, length, kv_heads * group, 128, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(batch, length, kv_heads * group, 128, dtype=torch.bfloat16)
     k = q[:, :, :kv_heads]
-    key = Pattern.parse("L1V15", block).key
-    rules = plans.schedule.rule_schedule(key, kv_heads, 0, 0, kv_heads, torch.device("cpu"))
-    plan = plans.Plan(rules, {"BLOCK": block}, 0.1, 128, group)
-    assert launch.Forward(q, k, k, plan, packed=False).problem.together == wanted
+    own = Problem.of(q, k, Pattern.parse("L1V15", block), (0, 0, kv_heads), 0.1, False)
+    assert Forward(own, q, k, k).shape.together == wanted
 
 
 def test_packed_calls_pass_their_documents(launches):
@@ -333,7 +333,7 @@ def test_packed_calls_pass_their_documents(launches):
     for borders in ([0, 300, 1000], [0, *range(1, 1001)], [0, 1000]):
         cu_seqlens = torch.tensor(borders, dtype=torch.int32)
         run(pattern, length=1000, heads=8, batch=1, cu_seqlens=cu_seqlens)
-        assert len(plans.PLANS) == 1
+        assert len(launch.KEPT) == 1
         params, arguments = launches.forward[-1]
         # the table is that of the forward: it is made first
         name, kernel, own = launches.gluon[0]
@@ -402,7 +402,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
     sets, tokens = 16 // (64 // min(block, 64)), min(block, 64)
     boxes = params.chunks
     assert boxes >= -(-length // tokens) and rows.chunks == boxes
-    (plan,) = plans.PLANS.values()
+    (kept,) = launch.KEPT.values()
     # parameters are changed in place: those of the two passes over rows are the same at any time
     assert rows.out == rows.dout == out.data_ptr() == params.dout[0] and bool(rows.dlse) == dlse
     assert (rows.length, rows.heads, rows.stats, rows.sums) == (length, 16, params.stats, params.sums)
@@ -425,7 +425,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
         assert params.most_tiles == rows.blocks == own["most_tiles"]
         return
     columns = params.columns
-    schedule = plan.rules
+    schedule = kept.problem.rules
     wanted = divide_columns(schedule.rows, schedule.num_levels, length, block, 4, 4, 132, 4)
     assert [*columns.tiles] == [*wanted.tiles] and [*columns.segments] == [*wanted.segments]
     assert [*columns.batches] == [*wanted.batches]
@@ -441,10 +441,9 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length):
         assert list(inspect.signature(kernel.function.fn).parameters)[-len(kernel.constants) :] == [*kernel.constants]
 
 
-def plan_of(spec: str, block: int = 64, heads: int = 8, kv_heads: int = 8, dim: int = 128) -> plans.Plan:
-    q = torch.empty(1, 4, heads, dim, dtype=torch.bfloat16)
-    k = torch.empty(1, 4, kv_heads, dim, dtype=torch.bfloat16)
-    return plans.plan_of(q, k, k, Pattern.parse(spec, block), (0, 0, kv_heads), 0.1, False)
+def problem_of(spec: str, length: int = 4, heads: int = 8, dim: int = 128) -> Problem:
+    rules = rule_schedule(Pattern.parse(spec).key, 8, 0, 0, 8, torch.device("cpu"))
+    return Problem(rules, 64, 0.1, 1, length, heads, 8, dim, torch.bfloat16, torch.device("cpu"), False)
 
 
 @pytest.mark.parametrize(
@@ -462,31 +461,31 @@ def plan_of(spec: str, block: int = 64, heads: int = 8, kv_heads: int = 8, dim: 
     ],
 )
 def test_one_pass_is_taken_where_queries_see_many_keys(spec, length, settings, wanted):
-    plan = plan_of(spec, **settings)
-    assert launch._takes_one_pass(plan, length, None) is wanted
+    assert backward.is_taken(problem_of(spec, length, **settings), None) is wanted
     three = torch.tensor([0, 5, 9, 3 * length], dtype=torch.int32)
-    assert launch._takes_one_pass(plan, 3 * length, three) is wanted  # of packed documents the mean length counts
+    packed = problem_of(spec, 3 * length, **settings)
+    assert backward.is_taken(packed, three) is wanted  # of packed documents the mean length counts
 
 
 def test_deterministic_algorithms_take_two_passes():
-    plan = plan_of("dense")
-    assert launch._takes_one_pass(plan, 65536, None)
+    own = problem_of("dense", 65536)
+    assert backward.is_taken(own, None)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not launch._takes_one_pass(plan, 65536, None)
+        assert not backward.is_taken(own, None)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_streams_and_graphs_have_their_own_counters(monkeypatch):
-    monkeypatch.setattr(plans, "_COUNTERS", {})
+    monkeypatch.setattr(problem, "_COUNTERS", {})
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     device = torch.device("cpu")
-    first = plans.counter_of(device, 1)
-    assert plans.counter_of(device, 1) is first and plans.counter_of(device, 2) is not first
+    first = problem.counter_of(device, 1)
+    assert problem.counter_of(device, 1) is first and problem.counter_of(device, 2) is not first
     capturing = True
-    assert plans.counter_of(device, 1) is not first and len(plans._COUNTERS) == 2
+    assert problem.counter_of(device, 1) is not first and len(problem._COUNTERS) == 2
 
 
 def no_library():
@@ -505,16 +504,16 @@ def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missin
     bindings = version and SimpleNamespace(driver=None, nvrtc=SimpleNamespace(nvrtcVersion=version))
     monkeypatch.setitem(sys.modules, "cuda", version and SimpleNamespace(bindings=bindings))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    monkeypatch.setattr(support, "on_hopper", lambda x: True)
     q = torch.empty(1, 100, 2, 128, dtype=torch.bfloat16)
-    launch._finds_nvrtc.cache_clear()
+    support._finds_nvrtc.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(3):
-                assert not launch.supports(q, q, q, Pattern.parse("W3"), False)
+                assert not support.supports(q, q, q, Pattern.parse("W3"), False)
     finally:
-        launch._finds_nvrtc.cache_clear()
+        support._finds_nvrtc.cache_clear()
     (warning,) = caught
     assert f"need the package {missing}" in str(warning.message) and reason in str(warning.message)
 
@@ -524,22 +523,22 @@ def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missin
 
 def test_plans_do_not_pile_up(launches, monkeypatch):
     """The oldest goes: lengths that are in use stay."""
-    monkeypatch.setattr(plans, "MAX_PLANS", 4)
+    monkeypatch.setattr(problem, "MAX_KEPT", 4)
     for length in range(1, 12):
         run(Pattern.parse("W3"), length=length)
-        assert [key[0][1] for key in plans.PLANS] == list(range(max(length - 3, 1), length + 1))
+        assert [key[0][1] for key in launch.KEPT] == list(range(max(length - 3, 1), length + 1))
 
 
 def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
     monkeypatch.setattr(op, "_default_backend", lambda q: "triton")
-    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
-    monkeypatch.setattr(launch, "_can_compile", lambda: True)
+    monkeypatch.setattr(support, "on_hopper", lambda x: True)
+    monkeypatch.setattr(support, "_can_compile", lambda: True)
     q = torch.randn(1, 100, 8, 128, dtype=torch.bfloat16)
     for spec, distinct in (("L1V8", 1), ("W3", 1), ("L1V24", 3)):
-        plans.PLANS.clear()
+        launch.KEPT.clear()
         for layer in range(32):
             s2_attention(q, q, q, Pattern.parse(spec), layer=layer)
-        assert len(plans.PLANS) == distinct
+        assert len(launch.KEPT) == distinct
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
@@ -551,10 +550,8 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
     for lengths in ([1] * 30, [64, 65, 63, 0, 0, 191, 193], [3000], [257, 1, 1, 700], [200] * 9):
         borders = torch.tensor([0, *lengths]).cumsum(0).int()
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
-        rules = plans.schedule.rule_schedule(pattern.key, 4, 0, 0, 4, q.device)
-        plan = SimpleNamespace(rules=rules, constants={"LEVELS": rules.num_levels, "BLOCK": block})
-        fill = unowned(q[0])
-        documents = plans.Documents.of(STREAM, q, plan, consumers, borders, fill, share)
+        own = Problem.of(q, q, pattern, (0, 0, 4), 0.1, packed=True)
+        documents = Documents.of(STREAM, own, consumers, borders, unowned(q[0]), share)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)
         assert num_tiles == sum(-(-(-(-n // box) * share) // consumers) for n in lengths) <= documents.most_tiles

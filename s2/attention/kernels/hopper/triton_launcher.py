@@ -1,4 +1,4 @@
-"""Kernels of Triton and Gluon, compiled by Triton and launched through the driver as those in CUDA C++ are (`cuda`):
+"""Kernels of Triton and Gluon, compiled by Triton and launched through the driver as those in CUDA C++ are (`driver`):
 Triton's own launch encodes every TMA descriptor among the arguments again at each call. Its launch hooks (Proton's) do
 not see these launches."""
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import cuda
+from . import driver
 
 _WARPS = 4  # of the producer partition in Gluon, and of the kernels in Triton
 _WARP = 32
@@ -79,7 +79,7 @@ def parameters_of(arguments: Sequence[Any]) -> list[tuple[str, Any]]:
     for i, argument in enumerate(arguments):
         if _is_descriptor(argument):
             dims = range(len(argument.shape))
-            parameters.append((f"map{i}", cuda.MAP))
+            parameters.append((f"map{i}", driver.MAP))
             parameters += [(f"size{i}_{dim}", ctypes.c_int32) for dim in dims]
             parameters += [(f"stride{i}_{dim}", ctypes.c_int64) for dim in dims]
         elif isinstance(argument, Tensor):
@@ -130,7 +130,7 @@ class Direct:
         parameters = parameters_of(arguments)
         fields = sorted(parameters, key=lambda field: -ctypes.sizeof(field[1]))  # maps first: at multiples of 64
         structure: Any = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
-        self.params: Any = cuda.allocate(structure)
+        self.params: Any = driver.allocate(structure)
         base = ctypes.addressof(self.params)
         places = [base + getattr(structure, name).offset for name, _ in parameters]
         self.params.kernel_params = (ctypes.c_void_p * len(places))(*places)
@@ -148,18 +148,18 @@ class Direct:
             self.places.append(getattr(structure, name).offset // 8)
         self.names = [f"value{i}" for i in range(len(self.places), len(arguments))]
         self.numbers: tuple[Any, ...] = ()  # that the parameters have
-        self.kernel, self.function = kernel, cuda.function_at(kernel.function)
+        self.kernel, self.function = kernel, driver.function_at(kernel.function)
         self.size = (*grid, kernel.metadata.num_warps * _WARP, kernel.metadata.shared)
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
-    def _fill_map(self, i: int, descriptor: Any) -> cuda.TensorMap:
+    def _fill_map(self, i: int, descriptor: Any) -> driver.TensorMap:
         """Of the i-th argument, with its shape and strides."""
         base = descriptor.base
         strides = [base.element_size() * stride for stride in descriptor.strides[:-1]]
         for dim, (size, stride) in enumerate(zip(descriptor.shape, descriptor.strides, strict=True)):
             setattr(self.params, f"size{i}_{dim}", size)
             setattr(self.params, f"stride{i}_{dim}", stride)
-        return cuda.TensorMap(
+        return driver.TensorMap(
             self.params, f"map{i}", base.data_ptr(), base.dtype, descriptor.shape, strides, box_of(descriptor),
             descriptor.layout.swizzle_byte_width,
         )  # fmt: skip
@@ -172,11 +172,11 @@ class Direct:
             for place, x in zip(self.places, arguments, strict=False):  # without the numbers
                 words[place] = address = x.data_ptr()
                 bits |= address
-            if bits % cuda.ADDRESS_ALIGNMENT:
+            if bits % driver.ADDRESS_ALIGNMENT:
                 raise ValueError(f"{self.kernel.name}: an argument is not at a multiple of 16 bytes")
             if numbers != self.numbers:
                 self.numbers = ()  # until all are set
                 for name, number in zip(self.names, numbers, strict=True):
                     setattr(self.params, name, number)
                 self.numbers = numbers
-            cuda.launch(self.function, self.size, self.params, stream, self.kernel.name)
+            driver.launch(self.function, self.size, self.params, stream, self.kernel.name)

@@ -1,5 +1,5 @@
 """How the Hopper kernels divide the backward: every visible pair of chunks lies in exactly one work item's run, packed
-or not (in Triton's interpreter, and `chunks.cuh` compiled for the host)."""
+or not (in Triton's interpreter, and `n_blocks.cuh` compiled for the host)."""
 
 import itertools
 import random
@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper.chunks import chunk_block, chunk_run, chunk_tile, locate_item
-from s2.attention.kernels.hopper.columns import CHUNK, PackedColumns, divide_columns, divide_packed
-from s2.attention.kernels.hopper.packing import attention_documents, document_item
-from s2.attention.kernels.hopper.sums import SUMMED, attention_sum_document_parts, attention_sum_parts, segment_runs
+from s2.attention.kernels.hopper.combine import SUMMED, attention_sum_document_parts, attention_sum_parts, segment_runs
+from s2.attention.kernels.hopper.n_blocks import chunk_block, chunk_run, chunk_tile, locate_item
+from s2.attention.kernels.hopper.problem import TILE
+from s2.attention.kernels.hopper.scheduler import divide_columns, divide_packed
+from s2.attention.kernels.hopper.varlen import PackedColumns, attention_documents, document_item
 from s2.attention.kernels.triton.indexing import load_rule
 from s2.attention.schedule import TABLE_COLUMNS, rule_schedule
-from tests.attention.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
+from tests.attention.hopper.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="index arithmetic, checked in Triton's interpreter: on machines without a GPU"
@@ -60,7 +61,7 @@ def blocks(table, out, level, num_blocks, N: tl.constexpr, LEVELS: tl.constexpr,
 def blocks_of(schedule, head: int, level: int, length: int, block: int, chunks: int) -> list[list[tuple[int, int]]]:
     """Of the first chunks of several blocks of a level: their blocks, and the query block after the last one that sees
     each."""
-    a_chunk, num_blocks = CHUNK // block, -(-length // block)
+    a_chunk, num_blocks = TILE // block, -(-length // block)
     size = triton.next_power_of_2(chunks * a_chunk)
     out = torch.full((2, size), -1, dtype=torch.int32)
     blocks[(1,)](schedule.table[head], out, level, num_blocks, N=size, LEVELS=schedule.num_levels,
@@ -73,7 +74,7 @@ def add_runs(found, runs, schedule, head: int, level: int, length: int, block: i
     """Counts in `found` `[key unit, query unit]` what the chunks of a level, from chunk `first` on, work on; of chunks
     of several blocks each block's part of the run."""
     unit = unit_of(block)
-    if block >= CHUNK:
+    if block >= TILE:
         for key, begin, end in runs:
             if begin < end:
                 found[key // unit, begin // unit : end // unit] += 1
@@ -90,7 +91,7 @@ def add_runs(found, runs, schedule, head: int, level: int, length: int, block: i
 
 
 def call_runs(schedule, head: int, level: int, length: int, block: int, low: int, high: int) -> list[list[int]]:
-    size = triton.next_power_of_2(2 * -(-length // CHUNK) + 2)
+    size = triton.next_power_of_2(2 * -(-length // TILE) + 2)
     out = torch.full((3, size), -1, dtype=torch.int32)
     num_blocks = -(-length // block)
     runs[(1,)](schedule.table[head], out, level, num_blocks, low, high, N=size, TABLE=TABLE_COLUMNS, BLOCK=block,
@@ -120,8 +121,8 @@ def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
     heads, block = 4, pattern.block_size
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     wanted = unit_mask(pattern, length, heads)
-    rows = -(-length // CHUNK) * CHUNK
-    for segment_rows in (rows, 5 * CHUNK):
+    rows = -(-length // TILE) * TILE
+    for segment_rows in (rows, 5 * TILE):
         found = torch.zeros_like(wanted, dtype=torch.int32)
         for head in range(heads):
             for level in range(schedule.num_levels + 1 + schedule.has_sinks):
@@ -168,7 +169,7 @@ def test_segments_of_a_tile_are_its_rows(pattern, a_tile):
     """Each row in one of them."""
     heads, block, length = 4, pattern.block_size, 1000
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
-    segment_rows, rows = 4 * CHUNK, -(-length // CHUNK) * CHUNK
+    segment_rows, rows = 4 * TILE, -(-length // TILE) * TILE
     for level in range(schedule.num_levels + 1 + schedule.has_sinks):
         whole = call_runs(schedule, 1, level, length, block, 0, rows)
         for tile in range(0, len(whole) // a_tile, 3):
@@ -197,13 +198,13 @@ def test_division_covers_every_head_within_its_room(pattern, group, a_tile):
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     for length in (1, 700, 4096, 32768, 131072):
         columns = divide_columns(schedule.rows, schedule.num_levels, length, block, heads, group, 132, a_tile)
-        chunks = -(-length // CHUNK)
+        chunks = -(-length // TILE)
         per_head = a_tile * sum(columns.tiles)
         assert chunks <= per_head * heads  # mixed heads: the most of any head in every level
-        assert columns.segment_rows % CHUNK == 0
+        assert columns.segment_rows % TILE == 0
         most = max(columns.segments)
-        assert most == 1 or (most - 1) * columns.segment_rows < chunks * CHUNK <= most * columns.segment_rows
-        parts = most * heads * columns.num_parts * 2 * CHUNK * head_dim * 4
+        assert most == 1 or (most - 1) * columns.segment_rows < chunks * TILE <= most * columns.segment_rows
+        parts = most * heads * columns.num_parts * 2 * TILE * head_dim * 4
         queries = heads * group * length * head_dim * 2
         assert parts <= max(1.25 * queries, 70e6)
         assert 1 <= columns.wave <= heads
@@ -236,15 +237,15 @@ def test_sinks_are_divided_like_the_other_long_columns():
 def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_tile, direct):
     """Parts of segments in which a chunk is not seen, between two of its blocks for example, are never written."""
     dim, block = 16, pattern.block_size
-    heads, batch, length, segment_chunks = (2, 2, 500, 3) if block >= CHUNK else (1, 1, 400, 2)
+    heads, batch, length, segment_chunks = (2, 2, 500, 3) if block >= TILE else (1, 1, 400, 2)
     schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
     whole = divide_columns(schedule.rows, schedule.num_levels, length, block, heads * batch, 1, 132, a_tile)
-    rows, segment_rows = -(-length // CHUNK) * CHUNK, segment_chunks * CHUNK
+    rows, segment_rows = -(-length // TILE) * TILE, segment_chunks * TILE
     levels = range(schedule.num_levels + schedule.has_sinks, -1, -1)
     segments = [-(-rows // segment_rows) if level in levels else 1 for level in range(4)]
     columns = replace(whole, segments=tuple(segments), segment_rows=segment_rows)
-    parts = torch.full((max(segments), batch * heads, columns.num_parts, 2, CHUNK, dim), torch.nan)
-    wanted, unseen = torch.zeros(2, batch, rows + CHUNK, heads, dim), 0
+    parts = torch.full((max(segments), batch * heads, columns.num_parts, 2, TILE, dim), torch.nan)
+    wanted, unseen = torch.zeros(2, batch, rows + TILE, heads, dim), 0
     for head in range(heads):
         first = 0  # part of the level: the widest levels come first
         for level in levels:
@@ -254,7 +255,7 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
                 call_runs(schedule, head, level, length, block, low, min(low + segment_rows, rows))
                 for low in range(0, rows, segment_rows)
             ]
-            members = [] if block >= CHUNK else blocks_of(schedule, head, level, length, block, count)
+            members = [] if block >= TILE else blocks_of(schedule, head, level, length, block, count)
             for own in range(count):
                 tile = [
                     run for run in whole_runs[own // a_tile * a_tile : (own // a_tile + 1) * a_tile] if run[1] < run[2]
@@ -267,10 +268,10 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
                     unseen += begin >= end
                     if begin >= end or (direct and low == high):
                         continue
-                    own_part = torch.randn(batch, 2, CHUNK, dim)
+                    own_part = torch.randn(batch, 2, TILE, dim)
                     parts[segment, head::heads, first + own] = own_part
-                    places = [(key, slice(0, CHUNK))]
-                    if block < CHUNK:
+                    places = [(key, slice(0, TILE))]
+                    if block < TILE:
                         places = [
                             (b * block, slice(n * block, (n + 1) * block)) for n, (b, _) in enumerate(members[own])
                         ]
@@ -278,9 +279,9 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
                         added = own_part[:, :, part_rows].transpose(0, 1)
                         wanted[:, :, at : at + added.shape[2], head] += added
             first += count
-    assert wanted.any() and (unseen > 0 or block >= CHUNK)
+    assert wanted.any() and (unseen > 0 or block >= TILE)
     dk, dv = (torch.zeros(batch, length, heads, dim) for _ in range(2))
-    attention_sum_parts[(columns.num_parts * (CHUNK // SUMMED.value) * batch * heads,)](
+    attention_sum_parts[(columns.num_parts * (TILE // SUMMED.value) * batch * heads,)](
         parts, dk, dv, schedule.table, length, heads, segment_rows, columns.num_parts, *columns.tiles, *segments,
         TABLE=TABLE_COLUMNS, D=dim, BLOCK=block, LEVELS=schedule.num_levels, SINKS=schedule.has_sinks, CHUNKS=a_tile,
         DIRECT=direct,
@@ -329,7 +330,7 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
     assert len(rooms) == len(set(lengths)), "documents of one length have as many pairs"
     for length, room in rooms - {(0, 0)}:
         wanted = unit_mask(pattern, length, heads)
-        rows, size = -(-length // CHUNK) * CHUNK, triton.next_power_of_2(max(room, 2))
+        rows, size = -(-length // TILE) * TILE, triton.next_power_of_2(max(room, 2))
         for head in (0, heads - 1):
             out = torch.full((2, size), -1, dtype=torch.int32)
             tiles[(1,)](schedule.table[head], out, -(-length // block), N=size, BLOCK=block,
@@ -394,7 +395,7 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
     lengths = [rng.randint(400, 650), 0, 1, rng.randint(257, 320), rng.randint(100, 256)]
     rng.shuffle(lengths)
     borders, tokens = torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths)
-    columns = packed_columns(schedule, narrowest, 2 * CHUNK)
+    columns = packed_columns(schedule, narrowest, 2 * TILE)
     sinks, unit = max(row[1] for row in schedule.rows), unit_of(block)
     most_tiles = tokens // (3 * unit) + 2 * len(lengths)
     table = torch.full((1 + most_tiles + 500, 4), -1, dtype=torch.int32)
@@ -417,8 +418,8 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
     _, num_items, num_divided = table[0, :3].tolist()
     assert num_divided > 0 or not any(columns.strides), f"{seed=}, {lengths}"
     entries = table[1 + most_tiles :][:num_items].tolist()
-    parts = torch.randn(heads, 2 * num_divided, 2, CHUNK, dim)
-    summed = torch.zeros(2, tokens + CHUNK, heads, dim)
+    parts = torch.randn(heads, 2 * num_divided, 2, TILE, dim)
+    summed = torch.zeros(2, tokens + TILE, heads, dim)
     masks = {length: unit_mask(pattern, length, heads) for length in lengths if length}
     for head in range(heads):
         out = torch.full((num_items, 9), -1, dtype=torch.int32)
@@ -438,12 +439,12 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
             for chunk, (key, b, e) in enumerate(own):
                 if b < e and not alone:
                     assert item < num_divided
-                    if block >= CHUNK:
+                    if block >= TILE:
                         gradients = parts[head, 2 * item + chunk]
-                        summed[:, begin + key : begin + min(key + CHUNK, length), head] += gradients[:, : length - key]
+                        summed[:, begin + key : begin + min(key + TILE, length), head] += gradients[:, : length - key]
         for (begin, work), length in zip(found.items(), [n for n in lengths if n], strict=True):
             assert torch.equal(work, masks[length][head].int()), f"{seed=}, {lengths}, {head=}, {begin=}"
-    if block >= CHUNK:  # small blocks' keys lie apart, and are checked on the GPU
+    if block >= TILE:  # small blocks' keys lie apart, and are checked on the GPU
         dk, dv = (torch.zeros(tokens, heads, dim) for _ in range(2))
         attention_sum_document_parts[(3 * heads,)](
             parts, dk, dv, schedule.table, table, heads, most_tiles, columns.segment_rows, 2 * num_divided, sinks,
@@ -531,7 +532,7 @@ def count_runs(lines: list[str], found: torch.Tensor, block: int, parts: dict | 
     for line in lines:
         head, segment, part, key, begin, end, *members = map(int, line.split())
         assert begin < end
-        if block >= CHUNK:
+        if block >= TILE:
             found[head, key // unit, begin // unit : end // unit] += 1
         for first, until in zip(members[::2], members[1::2], strict=True):
             low, high = max(first, begin), min(until, end)  # of a small block's part of the run
@@ -558,7 +559,7 @@ def test_items_in_cpp_are_the_pattern(pattern, length, tmp_path):
         return result.stdout.splitlines()
 
     whole = divide_columns(schedule.rows, schedule.num_levels, length, block, heads, 1, 132, 4)
-    rows = -(-length // CHUNK) * CHUNK
+    rows = -(-length // TILE) * TILE
     divided = replace(whole, segments=tuple(-(-rows // 320) for _ in range(4)), segment_rows=320, wave=3)
     for columns in (whole, divided):
         turns = -(-heads // columns.wave)
@@ -574,7 +575,7 @@ def test_items_in_cpp_are_the_pattern(pattern, length, tmp_path):
     num_blocks = -(-length // block)
 
     def items_of(blocks: int) -> int:
-        return -(-blocks * max(block // CHUNK, 1) // (4 * max(CHUNK // block, 1)))
+        return -(-blocks * max(block // TILE, 1) // (4 * max(TILE // block, 1)))
 
     room = items_of(num_blocks) + schedule.num_levels + items_of(min(sinks, num_blocks))
     count_runs(run(f"1 {length} {heads} {room} {' '.join(['0'] * 14)}"), found, block, None)

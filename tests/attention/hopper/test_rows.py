@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import launch, rows
-from s2.attention.kernels.hopper.columns import CHUNK
+from s2.attention.kernels.hopper import forward, support
+from s2.attention.kernels.hopper.gluon import rows
+from s2.attention.kernels.hopper.problem import TILE
+from s2.attention.kernels.hopper.two_pass import QueryGradients
 from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
 from s2.attention.schedule import MAX_LEVELS, has_closed_form, rule_schedule
 from tests.attention import sweep
-from tests.attention.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
-from tests.attention.rings import Rings, Tile
+from tests.attention.hopper.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
+from tests.attention.hopper.rings import Rings, Tile
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="index arithmetic, checked in Triton's interpreter: on machines without a GPU"
@@ -49,7 +51,7 @@ def check_plan(
     line: str, seen_by: np.ndarray, first: int, share: int, block: int, consumers: int, most_skipped: int
 ) -> None:
     """Of the tile of boxes from `first` on. `seen_by` bool `[query unit, key unit]`: what the pattern says."""
-    unit, entries = unit_of(block), max(CHUNK // block, 1)
+    unit, entries = unit_of(block), max(TILE // block, 1)
     edges, fulls, *numbers = map(int, line.split())
     edge_keys, seen = np.array(numbers[: 2 * edges * entries]).reshape(-1, 2).T
     full_keys = np.array(numbers[2 * edges * entries :], dtype=int)
@@ -78,7 +80,7 @@ def check_plan(
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("consumers", sorted(set(launch._CONSUMERS.values())))
+@pytest.mark.parametrize("consumers", sorted(set(forward.CONSUMERS.values())))
 def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, consumers, tmp_path):
     rng = random.Random(seed := random.SystemRandom().randrange(1 << 30))
     cases: dict[tuple[int, bool], list] = {(n, sinks): [] for n in range(MAX_LEVELS + 1) for sinks in (False, True)}
@@ -88,7 +90,7 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, consumers
             continue
         head, layer = rng.randrange(heads), rng.randrange(30)
         schedule = rule_schedule(pattern.key, heads, layer, 0, heads, CPU)
-        length = rng.choice((rng.randint(1, 2 * CHUNK), rng.randint(1, 40 * block), rng.randint(1, 12 * CHUNK)))
+        length = rng.choice((rng.randint(1, 2 * TILE), rng.randint(1, 40 * block), rng.randint(1, 12 * TILE)))
         mask = unit_mask(pattern, length, heads, layer)[head].T.numpy()
         # kernels may be compiled for more than a head needs: for the other heads
         levels = rng.randint(schedule.num_levels, MAX_LEVELS)
@@ -103,7 +105,7 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, consumers
         result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
         for line, (box, share, length, rule, mask, pattern) in zip(result.stdout.splitlines(), own, strict=True):
             try:
-                check_plan(line, mask, box, share, block, consumers, launch.most_skipped(pattern, consumers))
+                check_plan(line, mask, box, share, block, consumers, support.most_skipped(pattern, consumers))
             except AssertionError as error:
                 case = f"{seed=}, {pattern}, {rule=}, {box=}, {share=}, {length=}, {levels=}, {sinks=}"
                 raise AssertionError(case) from error
@@ -111,7 +113,7 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, consumers
 
 def tiles_of(program: Path, rule: list[int], lengths: list[int], share: int, block: int, consumers: int) -> list[Tile]:
     """The tiles of documents as one thread block may get them: their last rows first."""
-    entries, unit = max(CHUNK // block, 1), unit_of(block)
+    entries, unit = max(TILE // block, 1), unit_of(block)
     boxes = [(box, length) for length in lengths for box in range(0, -(-length // unit) * share, consumers)[::-1]]
     text = "\n".join(" ".join(map(str, (box, share, length, *rule))) for box, length in boxes)
     result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
@@ -130,7 +132,7 @@ def test_rings_come_to_their_end_on_the_patterns_that_are_taken(tmp_path):
     programs: dict[tuple, Path] = {}
 
     def halt(pattern: Pattern, dim: int, share: int, lengths: list[int], pick) -> dict[str, str] | None:
-        consumers, stages = launch._CONSUMERS[dim], launch._STAGES[dim]
+        consumers, stages = forward.CONSUMERS[dim], forward.STAGES[dim]
         schedule = rule_schedule(pattern.key, 4, 0, 0, 4, CPU)
         key = (pattern.block_size, schedule.num_levels, schedule.has_sinks, consumers)
         if key not in programs:
@@ -146,7 +148,7 @@ def test_rings_come_to_their_end_on_the_patterns_that_are_taken(tmp_path):
     for _ in range(250):
         block, dim, share = rng.choice((16, 32, 64, 128, 256)), rng.choice((64, 128)), rng.choice((1, 1, 2, 3, 4, 8))
         pattern, _ = draw_rules(rng, block)
-        if not has_closed_form(pattern) or not launch.keeps_moving(pattern.key, dim):
+        if not has_closed_form(pattern) or not support.keeps_moving(pattern.key, dim):
             continue
         lengths = [rng.randint(1, 30 * block) for _ in range(2)]
         step = rng.choice((1, 2, 3, 11))
@@ -156,7 +158,7 @@ def test_rings_come_to_their_end_on_the_patterns_that_are_taken(tmp_path):
 
 def test_patterns_whose_rings_could_halt_are_left_to_other_kernels():
     def moves(local: int, levels: list, block: int, head_dim: int) -> bool:
-        return launch.keeps_moving(Pattern.from_ranges(local, levels, block_size=block).key, head_dim)
+        return support.keeps_moving(Pattern.from_ranges(local, levels, block_size=block).key, head_dim)
 
     assert not moves(2, [(2, 5), (4, 7)], 256, 128)  # a thread block would halt on its first tile
     assert not moves(2, [(2, 5)], 256, 128)
@@ -165,9 +167,9 @@ def test_patterns_whose_rings_could_halt_are_left_to_other_kernels():
         assert moves(2, [(2, 5), (4, None)], block, 128) and moves(2, [(2, 5), (4, 7)], min(block, 64), 128)
     for spec in ("L1V15", "L8V16", "W1", "W9", "dense", "L3V4+sink2"):
         for block, dim in itertools.product((16, 32, 64, 128, 256), (64, 128)):
-            assert launch.keeps_moving(Pattern.parse(spec, block).key, dim)
+            assert support.keeps_moving(Pattern.parse(spec, block).key, dim)
     mixed = Pattern.per_head([Pattern.parse("L1V15", 256), Pattern.from_ranges(2, [(2, 5)], block_size=256)])
-    assert not launch.keeps_moving(mixed.key, 128)
+    assert not support.keeps_moving(mixed.key, 128)
 
 
 @triton.jit
@@ -180,7 +182,7 @@ def edges(table, out, tile_rows, length, KEYS: tl.constexpr, BLOCK: tl.constexpr
 
 
 def test_dq_is_launched_with_the_consumers_that_it_has():
-    assert rows.CONSUMERS.value == launch._Q_CONSUMERS
+    assert rows.CONSUMERS.value == QueryGradients.consumers
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])
@@ -193,9 +195,9 @@ def test_the_edges_of_a_tile_of_dq_fit_its_words(block):
     patterns.append(Pattern.from_ranges(5, [(2, 14), (6, None)], sinks=1, block_size=block))  # 28 entries of 16
     for pattern in filter(has_closed_form, patterns):
         schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
-        tiles = -(-length // (launch._Q_CONSUMERS * block))
+        tiles = -(-length // (QueryGradients.consumers * block))
         for head in (0, 3):
             out = torch.zeros(tiles, dtype=torch.int32)
-            edges[(tiles,)](schedule.table[head], out, launch._Q_CONSUMERS * block, length, KEYS=CHUNK, BLOCK=block,
+            edges[(tiles,)](schedule.table[head], out, QueryGradients.consumers * block, length, KEYS=TILE, BLOCK=block,
                             LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
-            assert out.min() > 0 and out.max() * CHUNK // block <= rows.EDGES.value
+            assert out.min() > 0 and out.max() * TILE // block <= rows.EDGES.value

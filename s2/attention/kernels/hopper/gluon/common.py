@@ -52,7 +52,7 @@ def lowest_bit(bits):
 @gluon.jit
 def load_entry(entries, index):
     """An entry of the table of packed work: `(first box of rows or pair of chunks, token where the document begins, its
-    length, its first chunk)`. See `packing.attention_documents`."""
+    length, its first chunk)`. See `varlen.attention_documents`."""
     entry = entries + 4 * index
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from ..triton.indexing import load_rule
-from .chunks import CHUNK, chunk_block, chunk_run, chunk_tile
-from .packing import document_segments, wide_tiles
+from .n_blocks import CHUNK, chunk_block, chunk_run, chunk_tile
+from .varlen import document_segments, wide_tiles
 
 SUMMED = tl.constexpr(16)  # rows of a chunk that a program adds up
 

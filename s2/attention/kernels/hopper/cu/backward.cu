@@ -21,11 +21,11 @@
 //
 // For head dimension 128: with 64 two passes were as fast.
 //
-// Constants: those of `chunks.cuh`, D, PACKED, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
+// Constants: those of `n_blocks.cuh`, D, PACKED, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
 
 #define CONSUMERS 2
 #include "hopper.cuh"
-#include "chunks.cuh"
+#include "n_blocks.cuh"
 
 constexpr int BOX_BYTES = 64 * D * 2;
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
@@ -42,7 +42,7 @@ struct Params {
     float* sums;              // of dQ / scale, 64 x D of a box, over the same, see `stage_sums`
     float* parts;             // [segments, B Hkv, num_parts, dK and dV, 64, D]
     const int* table;         // rules [heads, TABLE]
-    const int* documents;     // packed: items of documents, see `packing.attention_documents`
+    const int* documents;     // packed: items of documents, see `varlen.attention_documents`
     int* counter;             // 0, and 0 again at the end
     float scale, scale_log2;
     int length, kv_heads, group, groups;  // groups: B Hkv, each read by `group` query heads

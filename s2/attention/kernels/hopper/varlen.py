@@ -1,10 +1,19 @@
-"""The table of packed work: which tiles of rows and which work items documents have."""
+"""Packed documents: the table of which tiles of rows and which work items they have, made on the device."""
 
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..triton.documents import fill_unowned, misfits
-from .chunks import CHUNK, chunk_items
+from ..triton.documents import Fill, fill_unowned, fillers, misfits
+from .n_blocks import CHUNK, chunk_items
+from .problem import MAX_KEPT, TILE, Problem, contiguous16
+from .triton_launcher import Launch
 
 
 @triton.jit
@@ -153,3 +162,73 @@ def _store_entries(to, lane, mask, first, begin, length, chunk):
     tl.store(entry + 1, begin + lane * 0, mask=mask)
     tl.store(entry + 2, length + lane * 0, mask=mask)
     tl.store(entry + 3, chunk + lane * 0, mask=mask)
+
+
+# ---------------------------------------------------------------- host
+
+
+@dataclass(frozen=True)
+class PackedColumns:
+    """How the key columns of packed documents become work items, in pairs of n_blocks (see `scheduler`). Wide ones,
+    those of sinks and of the levels that have a stride in `strides` (the smallest of any head), come first. In
+    documents longer than two segments of `segment_rows` queries they are cut into segments of about as many."""
+
+    segment_rows: int = 0  # 0: nothing is divided
+    strides: tuple[int, ...] = (0, 0, 0)  # of the local window (1) and the levels; 0: not wide
+    most_segments: int = 0  # of all divided pairs, whatever the lengths
+
+
+UNDIVIDED = PackedColumns()
+_DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made from their number
+
+
+@functools.lru_cache(MAX_KEPT)
+def _table_launch(
+    count: int, consumers: int, share: int, an_item: int, block: int, levels: int, dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    """Kept, since what a launch prepares takes longer than a call. `dtype`: of the results."""
+    constants = {"BOXES": consumers, "SHARE": share, "CHUNKS": an_item, "BLOCK": block, "LEVELS": levels, "WIDTH": 256}
+    return Launch(attention_documents, (count + fillers(device), 1, 1), constants, (dtype, device))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The table of packed work (`attention_documents`), where its items begin, and room for the m_blocks of a head. An
+    unpacked call gets another tensor in the table's place."""
+
+    table: Tensor
+    most_tiles: int
+    boxes: int
+
+    @classmethod
+    def of(
+        cls,
+        stream: int,
+        problem: Problem,
+        consumers: int,
+        cu_seqlens: Tensor | None,
+        fill: Fill | None,
+        share: int = 1,
+        an_item: int = 2,
+        columns: PackedColumns = UNDIVIDED,
+    ) -> Documents:
+        """With tiles of `consumers` m_blocks, of which `share` of the same rows stand side by side, and items of
+        `an_item` n_blocks. Rows of no document are filled in the results `fill` (of packed documents alone). `stream`
+        is the current one, by its handle."""
+        length, rules, block, tokens = problem.length, problem.rules, problem.block_size, problem.tokens_per_tile
+        if cu_seqlens is None or fill is None:
+            return cls(rules.table, 0, -(-length // tokens))
+        count = cu_seqlens.shape[0] - 1
+        most_tiles = length * share // (consumers * tokens) + count * (1 if share == 1 else 2 + share // consumers)
+        sinks = max(row[1] for row in rules.rows)
+        most_keys = length + count * block  # in whole blocks
+        most_items = (most_keys + min(most_keys, count * sinks * block)) // (2 * TILE) + count * (rules.num_levels + 2)
+        most_items += columns.most_segments
+        table = torch.empty((1 + most_tiles + most_items, 4), dtype=torch.int32, device=problem.device)
+        launch = _table_launch(
+            count, consumers, share, an_item, block, rules.num_levels, problem.dtype, problem.device
+        )  # fmt: skip
+        numbers = (count, length, most_tiles, columns.segment_rows, sinks, *columns.strides)
+        launch(stream, contiguous16(cu_seqlens), table, *fill, *numbers)
+        return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)

@@ -1,7 +1,7 @@
 // Which key tiles the query rows of a tile see, in closed form: index arithmetic as in `kernels/triton/indexing.py`,
 // which explains it. Nothing here needs a GPU, so that tests can compile it for the host.
 //
-// Constants: BLOCK, LEVELS, SINKS, CONSUMERS; see `launch.py`.
+// Constants: BLOCK, LEVELS, SINKS, CONSUMERS; see `problem.py`.
 #pragma once
 
 #ifdef __CUDACC__

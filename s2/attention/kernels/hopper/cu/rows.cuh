@@ -43,7 +43,7 @@ struct Shared {
 
 struct Problem {
     const int* table;      // rules [heads, TABLE]
-    const int* documents;  // packed: tiles of documents, see `packing.attention_documents`
+    const int* documents;  // packed: tiles of documents, see `varlen.attention_documents`
     int* counter;          // 0, and 0 again at the end
     int length, kv_heads, group;
     int tiles_per_head, num_tiles;  // of a KV head, and in all

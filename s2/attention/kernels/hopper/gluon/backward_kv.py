@@ -8,7 +8,7 @@ holds. The consumers work on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T
     P = exp2(scale_log2 * S - lse2)    dV += P^T dO    dS = P * (dP - delta)    dK += dS^T Q
 
 The chunks of the next item are loaded while this one is worked on. Levels with few long columns are divided into
-segments, whose sums leave as float32 parts (see `columns` and `sums`).
+segments, whose sums leave as float32 parts (see `scheduler` and `combine`).
 """
 
 from triton.experimental import gluon
@@ -21,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.indexing import load_rule
-from .chunks import chunk_block, chunk_tile, locate_item
+from ...triton.indexing import load_rule
+from ..combine import part_begin, segment_runs
+from ..n_blocks import chunk_block, chunk_tile, locate_item
+from ..varlen import document_item
 from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, opaque, store_rows
-from .packing import document_item
-from .sums import part_begin, segment_runs
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
@@ -414,7 +414,7 @@ def attention_backward_kv(
     # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq chunks, 128]: lse2 and delta of 64 rows;
     # dk and dv [B, S, Hkv, D] contiguous; parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32, of packed
     # documents [Hkv, num_parts, ...]; groups = B Hkv, in waves; tiles, segments and tiles an item of each level; sinks
-    # and strides as `packing.wide_tiles` takes them; packed as in the dQ kernel
+    # and strides as `varlen.wide_tiles` takes them; packed as in the dQ kernel
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape
