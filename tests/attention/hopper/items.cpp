@@ -30,7 +30,7 @@ int main() {
     Columns columns = {};
     if (std::scanf("%d %d %d %d", &packed, &length, &heads, &items) != 4) return 1;
     for (int* field : {columns.tiles, columns.segments, columns.batches})
-        for (int i = 0; i < MOST_LEVELS; i++)
+        for (int i = 0; i < 4; i++)
             if (std::scanf("%d", field + i) != 1) return 1;
     if (std::scanf("%d %d", &columns.segment_rows, &columns.wave) != 2) return 1;
     std::vector<int> table(heads * TABLE);

@@ -188,9 +188,9 @@ def _cuda(build: Build, folder: Path) -> tuple[str, dict[str, int]]:
         kernel = one_pass.backward_kernel(problem)
     else:
         kernel = one_pass.pass_kernel(build.kernel, problem)
-    cubin, log = driver.build(kernel.source, kernel.constants)
+    cubin, log = driver.build(kernel.source, kernel.constants, kernel.headers)
     (folder / "kernel.cubin").write_bytes(cubin)
-    return log, {"shared": kernel.shared_bytes, "registers": kernel.constants.get("CONSUMER_REGISTERS", 0)}
+    return log, {"shared": driver.shared_bytes_of(cubin), "registers": kernel.constants.get("CONSUMER_REGISTERS", 0)}
 
 
 def _gluon(build: Build, folder: Path) -> tuple[str, dict[str, int]]:

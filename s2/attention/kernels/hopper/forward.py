@@ -30,10 +30,8 @@ def kernel_of(problem: Problem) -> driver.Kernel:
         "CONSUMER_REGISTERS": _CONSUMER_REGISTERS[consumers],
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
-    shared_bytes = params.shared_bytes(head_dim, consumers, stages)
-    return driver.Kernel(
-        driver.SOURCES / "forward.cu", "attention_forward", constants, (consumers + 1) * 128, shared_bytes
-    )
+    source = driver.SOURCES / "forward.cu"
+    return driver.Kernel(source, "attention_forward", constants, (consumers + 1) * 128, params.HEADERS)
 
 
 class Forward:

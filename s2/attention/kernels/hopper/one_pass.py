@@ -50,16 +50,16 @@ def backward_kernel(problem: Problem) -> driver.Kernel:
         "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
-    shared_bytes = params.backward_shared_bytes(problem.head_dim)
     source = driver.SOURCES / "backward.cu"
-    return driver.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, shared_bytes)
+    return driver.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, params.HEADERS)
 
 
 def pass_kernel(name: str, problem: Problem) -> driver.Kernel:
     """`statistics` or `round`, whatever the rules."""
     boxes = _BOXES if problem.packed else 1
     constants = {**problem.macros, "LEVELS": 0, "SINKS": False, "BOXES": boxes}
-    return driver.Kernel(driver.SOURCES / "passes.cu", f"attention_{name}", constants, _PASS_THREADS, 0)
+    source = driver.SOURCES / "passes.cu"
+    return driver.Kernel(source, f"attention_{name}", constants, _PASS_THREADS, params.HEADERS)
 
 
 class OnePass:

@@ -35,20 +35,7 @@ constexpr int RANKS = CHUNKS / CONSUMERS;  // thread blocks of a cluster
 constexpr int COLUMNS_EACH = D / RANKS;    // of dQ, a thread block
 static_assert(COLUMNS_EACH == PANEL, "a panel of keys, and registers as for scores");
 
-struct Params {
-    TensorMap q, dout, k, v;  // over [B, H, S, D], boxes of one panel of 64 columns
-    const float* stats;       // lse2 and delta of the 64 rows of a box, over B, sets of heads, boxes
-    void *dk, *dv;            // [B, S, Hkv, D]
-    float* sums;              // of dQ / scale, 64 x D of a box, over the same, see `stage_sums`
-    float* parts;             // [segments, B Hkv, num_parts, dK and dV, 64, D]
-    const int* table;         // rules [heads, TABLE]
-    const int* documents;     // packed: items of documents, see `varlen.attention_documents`
-    int* counter;             // 0, and 0 again at the end
-    float scale, scale_log2;
-    int length, kv_heads, group, groups;  // groups: B Hkv, each read by `group` query heads
-    int num_items, chunks, most_tiles;    // chunks: boxes of a set of heads in `stats`
-    Columns columns;
-};
+using Params = BackwardParams;
 
 // Four chunks; arrays of CHUNKS have those of this thread block first.
 struct Item {
@@ -837,3 +824,6 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREA
     }
     cluster_sync();  // the other thread block's shared memory must not be gone while it is written to
 }
+
+// Read by the host (`driver.shared_bytes_of`).
+extern "C" __device__ int shared_bytes = sizeof(Shared);

@@ -4,11 +4,11 @@
 // Constants: BLOCK, LEVELS, SINKS; see `problem.py`.
 #pragma once
 
+#include "params.cuh"
 #include "plan.cuh"
 
 constexpr int CHUNK = 64;
 constexpr int WIDEST = SINKS ? LEVELS + 1 : LEVELS;  // sinks are a level of their own
-constexpr int MOST_LEVELS = 4;
 constexpr int CHUNKS = 4;  // of a work item
 
 struct Stride {
@@ -109,12 +109,6 @@ DEVICE LevelTile chunk_tile(int tile, int num_blocks, const Rule& rule) {
     }
     return {-1, 0};
 }
-
-// How the chunks become work items; see `scheduler.Columns`.
-struct Columns {
-    int tiles[MOST_LEVELS], segments[MOST_LEVELS], batches[MOST_LEVELS];
-    int segment_rows, num_parts, wave;
-};
 
 struct WorkItem {
     int level, segment, group, first, last;  // group: batch x KV head; tiles from `first` on before `last`

@@ -19,19 +19,7 @@ constexpr int LANES = D / 8;              // of a row, eight columns each
 constexpr int AT_ONCE = THREADS / LANES;  // rows
 constexpr int COLUMNS_EACH = D / 2;       // of a half of the sums, see `stage_sums` of backward.cu
 
-struct Params {
-    const void *out, *dout;  // [B, S, H, D]
-    const float* lse;        // [B, H, S]
-    const float* dlse;       // [B, H, S], or null
-    float* stats;            // lse2 and delta of the 64 rows of a box, over B, sets of heads, boxes
-    float* sums;             // of dQ, [64, D] of a box, over the same
-    void* dq;                // [B, S, H, D]
-    const int* documents;    // packed: tiles of documents, see `varlen.attention_documents`
-    float scale;
-    int length, heads;
-    int chunks;   // boxes of a set of heads, in `stats` and `sums`
-    int blocks;   // thread blocks of a set of heads
-};
+using Params = PassParams;
 
 // A box of rows.
 struct Box {
