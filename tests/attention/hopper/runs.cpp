@@ -1,4 +1,4 @@
-// Prints `chunk_run` of `n_blocks.cuh`, compiled for the host: for each case on standard input, a line with
+// Prints `n_block_run` of `n_blocks.cuh`, compiled for the host: for each case on standard input, a line with
 //     <rows of the document> <first row> <row after the last> <n_blocks> <the head's rule, 8 integers>
 // a line with key, begin and end of as many n_blocks of every level.
 #include <cstdio>
@@ -13,7 +13,7 @@ int main() {
         const Rule rule = load_rule(table);
         for (int level = 0; level <= WIDEST; level++)
             for (int index = 0; index < count; index++) {
-                const Run run = chunk_run(index, level, (length + BLOCK - 1) / BLOCK, low, high, rule);
+                const Run run = n_block_run(index, level, (length + BLOCK - 1) / BLOCK, low, high, rule);
                 std::printf("%d %d %d ", run.key, run.begin, run.end);
             }
         std::printf("\n");

@@ -94,9 +94,9 @@ def builds(monkeypatch) -> list[dict]:
     seen: list[dict] = []
     build = driver.build
 
-    def record(source, constants):
+    def record(source, constants, headers):
         seen.append(dict(constants))
-        return build(source, constants)
+        return build(source, constants, headers)
 
     monkeypatch.setattr(driver, "build", record)
     return seen

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper.n_blocks import chunk_run
+from s2.attention.kernels.hopper.n_blocks import n_block_run
 from s2.attention.kernels.hopper.problem import TILE
 from s2.attention.kernels.triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles
 from s2.attention.schedule import rule_schedule
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
 ]
 HEADS, LIST = 4, 256
-KINDS = [(0, False), (1, True), (2, False), (2, True)]  # levels, sinks
+CASES = [(16, 2, True), (32, 1, False), (64, 1, True), (64, 2, False), (256, 0, False), (256, 2, True)]
 
 
 def draw_pattern(rng: random.Random, levels: int, sinks: bool, block: int) -> Pattern:
@@ -45,21 +45,20 @@ def runs(table, out, num_blocks, low, high, N: tl.constexpr, BLOCK: tl.constexpr
     rule = load_rule(table, LEVELS, SINKS)
     lane = tl.arange(0, N)
     for level in tl.static_range(LEVELS + 2 if SINKS else LEVELS + 1):
-        key, begin, end = chunk_run(lane, level, num_blocks, low, high, rule, BLOCK, LEVELS, SINKS)
+        key, begin, end = n_block_run(lane, level, num_blocks, low, high, rule, BLOCK, LEVELS, SINKS)
         to = out + 3 * (level * N + lane)
         tl.store(to, key)
         tl.store(to + 1, begin)
         tl.store(to + 2, end)
 
 
-@pytest.mark.parametrize(("levels", "sinks"), KINDS)
-@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize(("block", "levels", "sinks"), CASES)
 def test_runs_of_queries_agree(block, levels, sinks, tmp_path):
     constants = {"BLOCK": block, "LEVELS": levels, "SINKS": int(sinks)}
     program = compile_for_host(Path(__file__).with_name("runs.cpp"), tmp_path, constants | {"CONSUMERS": 2})
     rng = random.Random(block + 10 * levels + sinks)
     cases, found = [], []
-    for _ in range(6):
+    for _ in range(4):
         pattern, head = draw_pattern(rng, levels, sinks, block), rng.randrange(HEADS)
         schedule = rule_schedule(pattern.key, HEADS, 0, 0, HEADS, CPU)
         length = rng.randint(1, 30 * block)
@@ -104,14 +103,13 @@ def keys_of(first: int, stride: int, index: int, blocks: int, block: int) -> set
     return {(first + i * stride) * block for i in members}
 
 
-@pytest.mark.parametrize(("levels", "sinks"), KINDS)
-@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize(("block", "levels", "sinks"), CASES)
 def test_key_tiles_agree(block, levels, sinks, tmp_path, consumers=3):
     constants = {"BLOCK": block, "LEVELS": levels, "SINKS": int(sinks)}
     program = compile_for_host(Path(__file__).with_name("plans.cpp"), tmp_path, constants | {"CONSUMERS": consumers})
     rng = random.Random(block + 10 * levels + sinks)
     cases, found = [], []
-    for _ in range(6):
+    for _ in range(4):
         pattern, head = draw_pattern(rng, levels, sinks, block), rng.randrange(HEADS)
         schedule = rule_schedule(pattern.key, HEADS, 0, 0, HEADS, CPU)
         length, tokens = rng.randint(1, 30 * block), min(block, TILE)

@@ -44,7 +44,7 @@ class Driver(standins.Driver):
         result = super().cuLaunchKernel(*arguments)
         if result[0] == self.success:
             entry = arguments[0].split()[0]
-            params = standins.copy_of(PARAMS.get(entry, structs.Passes), arguments)
+            params = standins.copy_of(PARAMS.get(entry, structs.PrePost), arguments)
             if entry == "attention_forward":
                 self.seen.forward.append((params, arguments))
             else:
@@ -326,13 +326,13 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length=2
         one_pass.gluon.clear()
         q, k, v, out = run(Pattern.parse(spec, block), length, 16, 4, batch=1, dlse=dlse, cu_seqlens=borders)
     (first, rows, first_launch), (second, params, second_launch), (third, rounded, _) = one_pass.one_pass
-    assert (first, second, third) == ("attention_statistics", "attention_backward", "attention_round")
+    assert (first, second, third) == ("attention_preprocess", "attention_backward", "attention_postprocess")
     sets, tokens = 16 // (64 // min(block, 64)), min(block, 64)
-    boxes = params.chunks
-    assert boxes >= -(-length // tokens) and rows.chunks == boxes
+    boxes = params.m_blocks
+    assert boxes >= -(-length // tokens) and rows.m_blocks == boxes
     # parameters are changed in place: those of the two passes over rows are the same at any time
     assert rows.out == rows.dout == out.data_ptr() == params.dout[0] and bool(rows.dlse) == dlse
-    assert (rows.length, rows.heads, rows.stats, rows.sums) == (length, 16, params.stats, params.sums)
+    assert (rows.length, rows.heads, rows.stats, rows.dq_accum) == (length, 16, params.stats, params.dq_accum)
     assert rounded.dq == rows.dq and rows.dq not in (params.dk, params.dv)
     assert (params.q[0], params.k[0], params.v[0]) == (q.data_ptr(), k.data_ptr(), v.data_ptr())
     assert (params.length, params.kv_heads, params.group, params.groups) == (length, 4, 4, 4)
@@ -345,7 +345,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length=2
         _, kernel, own = one_pass.gluon[-1]
         own = dict(zip(parameters(kernel)[0], own, strict=True))
         assert own["segment_rows"] == 0, "the one pass does not divide documents"
-        assert (kernel.constants["CHUNKS"], kernel.constants["BOXES"], own["num_documents"]) == (4, 3, 2)
+        assert (kernel.constants["N_BLOCKS"], kernel.constants["M_BLOCKS"], own["num_documents"]) == (4, 3, 2)
         assert [own[f"rows{i}"].data_ptr() for i in range(3)] == [rows.dq, params.dk, params.dv]
         assert [own[f"width{i}"] for i in range(3)] == [16 * 128, 4 * 128, 4 * 128] and own["num_heads"] == 0
         assert params.documents == rows.documents == own["documents"].data_ptr()
@@ -353,12 +353,12 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length=2
         return
     columns = params.columns
     segments = zip(columns.tiles, columns.segments, strict=True)
-    assert columns.num_parts == sum(4 * tiles for tiles, count in segments if count > 1)
+    assert columns.num_partials == sum(4 * tiles for tiles, count in segments if count > 1)
     assert second_launch[1] == 2 * min(params.num_items, 66)
-    assert names == ["attention_sum_parts"] * (columns.num_parts > 0)
+    assert names == ["attention_combine"] * (columns.num_partials > 0)
     for _, kernel, arguments in one_pass.gluon:
-        assert kernel.constants["CHUNKS"] == 4 and kernel.grid == (4 * columns.num_parts * 4, 1, 1)
-        assert arguments[0].data_ptr() == params.parts
+        assert kernel.constants["N_BLOCKS"] == 4 and kernel.grid == (4 * columns.num_partials * 4, 1, 1)
+        assert arguments[0].data_ptr() == params.partials
         assert list(inspect.signature(kernel.function.fn).parameters)[-len(kernel.constants) :] == [*kernel.constants]
 
 
@@ -479,4 +479,4 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
         box = min(block, 64)
         assert num_tiles == sum(-(-(-(-n // box) * share) // consumers) for n in lengths) <= documents.most_tiles
         assert 0 < num_pairs <= len(documents.table) - 1 - documents.most_tiles
-        assert sum(-(-n // box) for n in lengths) <= documents.boxes
+        assert sum(-(-n // box) for n in lengths) <= documents.m_blocks

@@ -101,13 +101,15 @@ def _definitions(constants: Constants) -> list[str]:
 
 
 def shared_bytes_of(cubin: bytes) -> int:
-    """Dynamic shared memory of a kernel: the value of its module's only initialised variable; 0 if it has none."""
-    (sections,) = struct.unpack_from("<Q", cubin, 40)  # of ELF64: e_shoff, then e_shentsize, e_shnum, e_shstrndx
-    size, count, names = struct.unpack_from("<3H", cubin, 58)
-    headers = [struct.unpack_from("<2I4Q", cubin, sections + size * i) for i in range(count)]
-    for name, _, _, _, offset, _ in headers:
-        if cubin.startswith(b".nv.global.init\0", headers[names][4] + name):
-            return struct.unpack_from("<i", cubin, offset)[0]
+    """Dynamic shared memory that a kernel needs: the value of its file's variable `shared_bytes`, 0 without one."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)  # of ELF64: e_shoff, then e_shentsize and e_shnum
+    size, count = struct.unpack_from("<2H", cubin, 58)
+    headers = [struct.unpack_from("<2I4QI", cubin, sections + size * i) for i in range(count)]
+    for _, kind, _, _, begin, length, strings in headers:
+        for at in range(begin, begin + length if kind == 2 else 0, 24):  # SHT_SYMTAB
+            name, _, _, section, value, _ = struct.unpack_from("<I2BH2Q", cubin, at)
+            if cubin.startswith(b"shared_bytes\0", headers[strings][4] + name):
+                return struct.unpack_from("<i", cubin, headers[section][4] + value)[0]
     return 0
 
 

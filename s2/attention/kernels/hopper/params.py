@@ -53,7 +53,7 @@ Columns = _struct(
     "Columns",  # see `scheduler.Columns`
     """
     int tiles[4], segments[4], batches[4];
-    int segment_rows, num_parts, wave;
+    int segment_rows, num_partials, wave;
 """,
 )
 Backward = _struct(
@@ -63,31 +63,31 @@ Backward = _struct(
     const float* stats;       // lse2 and delta of the 64 rows of an m_block, over B, sets of heads, m_blocks
     void* dk;                 // [B, S, Hkv, D]
     void* dv;
-    float* sums;              // of dQ / scale, 64 x D of an m_block, over the same, see `stage_sums` of backward.cu
-    float* parts;             // [segments, B Hkv, num_parts, dK and dV, 64, D]
+    float* dq_accum;          // dQ / scale, 64 x D of an m_block, over the same, see `stage_dq` of backward.cu
+    float* partials;          // [segments, B Hkv, num_partials, dK and dV, 64, D]
     const int* table;         // rules [heads, TABLE]
     const int* documents;     // packed: items of documents, see `varlen.attention_documents`
     int* counter;             // 0, and 0 again at the end
     float scale, scale_log2;
     int length, kv_heads, group, groups;  // groups: B Hkv, each read by `group` query heads
-    int num_items, chunks, most_tiles;    // chunks: m_blocks of a set of heads in `stats`
+    int num_items, m_blocks, most_tiles;  // m_blocks: of a set of heads in `stats`
     Columns columns;
 """,
 )
-Passes = _struct(
-    "PassParams",
+PrePost = _struct(
+    "PrePostParams",
     """
     const void* out;       // [B, S, H, D]
     const void* dout;
     const float* lse;      // [B, H, S]
     const float* dlse;     // [B, H, S], or null
     float* stats;          // as in BackwardParams
-    float* sums;
+    float* dq_accum;
     void* dq;              // [B, S, H, D]
     const int* documents;  // packed: tiles of documents, see `varlen.attention_documents`
     float scale;
     int length, heads;
-    int chunks;            // m_blocks of a set of heads, in `stats` and `sums`
+    int m_blocks;          // of a set of heads, in `stats` and `dq_accum`
     int blocks;            // thread blocks of a set of heads
 """,
 )
