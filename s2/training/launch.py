@@ -283,7 +283,7 @@ def _out_of_memory(trainer: Trainer, module: PretrainModule, data: Any) -> str:
     phase = "setting up" if module.phase is None else module.phase.format(step=trainer.global_step + 1)
     return memory.advice(
         phase,
-        str(memory_of(module, data, trainer)),
+        f"{memory_of(module, data, trainer)}{memory.usage()}",
         module.activation_checkpointing,
         getattr(trainer.strategy, "stage", 0),
         data.micro_batch_size,
