@@ -64,7 +64,7 @@ def usage() -> str:
     ours, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     others = max(total - free - torch.cuda.memory_reserved(), 0)
     return (
-        f"; of {total / 2**30:.1f} GiB torch held at most {ours / 2**30:.1f} in tensors and {reserved / 2**30:.1f} with "
+        f"; of {total / 2**30:.1f} GiB torch held at most {ours / 2**30:.1f} in tensors, {reserved / 2**30:.1f} with "
         f"its cache, libraries and other processes {others / 2**30:.1f}"
     )
 
