@@ -4,7 +4,7 @@ called from Gluon too."""
 import triton
 import triton.language as tl
 
-from ..triton.indexing import load_rule
+from ..index import load_rule
 from .n_blocks import CHUNK, chunk_block, chunk_run, chunk_tile
 from .varlen import document_segments, wide_tiles
 

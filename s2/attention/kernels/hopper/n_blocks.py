@@ -4,7 +4,7 @@ Gluon too."""
 import triton
 import triton.language as tl
 
-from ..triton.indexing import member, members_below, reach_of
+from ..index import member, members_below, reach_of
 
 CHUNK = tl.constexpr(64)
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ...triton.indexing import load_rule
+from ...index import load_rule
 from ..combine import part_begin, segment_runs
 from ..n_blocks import chunk_block, chunk_tile, locate_item
 from ..varlen import document_item
