@@ -67,10 +67,13 @@ def call_of(*settings: Any) -> Call:
     same rules: what is kept for it serves all layers that attend alike."""
     call = CALLS.get(settings)
     if call is None:
-        key, rotation, head_offset, total, softmax_scale, backend = settings
+        key, rotation, head_offset, total, *rest = settings
         pattern = pattern_from_key(key)
-        rotation = pattern.first_alike(rotation, total)
-        call = Call(pattern, rotation, head_offset, total, softmax_scale, backend)
+        first = pattern.first_alike(rotation, total)
+        if first == rotation:
+            call = Call(pattern, rotation, head_offset, total, *rest)
+        else:
+            call = call_of(key, first, head_offset, total, *rest)
         if pattern.mask is None:
             call = remember(CALLS, settings, call)
     return call

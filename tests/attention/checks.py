@@ -59,7 +59,8 @@ def call_with(
 
 def plans_kept() -> list[Any]:
     """By kernels, for all remembered calls, oldest first."""
-    return [plan for remembered in call.CALLS.values() for plan in remembered.plans.values()]
+    calls = {id(remembered): remembered for remembered in call.CALLS.values()}
+    return [plan for remembered in calls.values() for plan in remembered.plans.values()]
 
 
 def run(case: Case, inputs: list[Tensor], dtype: torch.dtype, backend: str | None) -> dict[str, Tensor]:
