@@ -18,15 +18,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from data.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
-from data.mixture import Component, Curriculum, Mixture, PackedStream, Passes, check_length_filter
+from data.corpus.sources import LOST
+from data.corpus.tokenizer import DROPPED, UNKNOWN
 from data.prepare import prepare
-from data.schema import differences, from_mapping, whole_number
-from data.shards import TokenShards
-from data.sources import LOST
-from data.spec import parse_sections
-from data.tokenizer import DROPPED, UNKNOWN
-from data.unigram import target_counts, unigram_loss
+from data.prepare.spec import parse_sections
+from data.settings import differences, from_mapping, whole_number
+from data.shards.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
+from data.shards.mixture import Component, Curriculum, Mixture, PackedStream, Passes, check_length_filter
+from data.shards.reader import TokenShards
+from data.shards.unigram import target_counts, unigram_loss
 
 LOST_TEXT = (LOST, UNKNOWN, DROPPED)  # counted in manifests: characters of documents that did not become tokens
 WASTEFUL = 0.05  # share of empty places that is worth a warning; length filters cost some
@@ -74,16 +74,16 @@ class Phase:
 
 
 class PackedDataModule(LightningDataModule):
-    """Packed token batches from a weighted mixture of shard folders (batch layout: `data.loader`).
+    """Packed token batches from a weighted mixture of shard folders (batch layout: `data.shards.loader`).
 
     Args:
         seq_len: inputs a row.
         micro_batch_size: rows a rank and micro-step (gradient accumulation is the trainer's business).
-        mixture: list of {path, weight, source, min_tokens, max_tokens, long}, see `data.mixture.Component`.
+        mixture: list of {path, weight, source, min_tokens, max_tokens, long}, see `data.shards.mixture.Component`.
         validation: list of {name, path, source, seq_len, micro_batch_size, min_tokens, max_tokens, max_windows}, see
             `HeldOutSet`.
         curriculum: list of {seq_len, tokens}, see `Phase`; afterwards windows are `seq_len` long. A shorter window
-            shares its row with others, so batches keep their shape (`data.mixture.Curriculum`).
+            shares its row with others, so batches keep their shape (`data.shards.mixture.Curriculum`).
         prepare: how to make the shards if they are not there, see `data.prepare.PrepareSpec`; or a list of
             such. Without `mixture` / `validation`, the prepared train / held-out folders are used.
         seed: of the sample order.
@@ -390,7 +390,7 @@ class PackedDataModule(LightningDataModule):
 
     def unigram_loss(self, name: str) -> float:
         """Loss (nats per target token) that token frequencies alone reach on held-out set `name`; comparable
-        with the model's held-out loss, see `data.unigram`."""
+        with the model's held-out loss, see `data.shards.unigram`."""
         opened = {str(stream.shards.folder): stream.shards for stream in self.mixture.streams}
         train = [(opened[str(Path(c.path))], c.source, c.weight) for c in self.components]
         return unigram_loss(train, self._heldout_stream(name))

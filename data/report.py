@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from tokenizers import Tokenizer
 
-from data.mixture import Curriculum, Mixture, PackedStream
-from data.packing import pack
-from data.shards import TokenShards
-from data.spec import data_section, is_override
+from data.prepare.spec import data_section, is_override
+from data.shards.mixture import Curriculum, Mixture, PackedStream
+from data.shards.packing import pack
+from data.shards.reader import TokenShards
 from s2 import ending, files
 
 KIND = "data report"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data import remote, work
-from data.prepare import prepare
-from data.remote import Retries, SourceError
+from data.corpus import remote
+from data.corpus.remote import Retries, SourceError
+from data.corpus.tokenizer import TextTokenizer
+from data.prepare import prepare, work
+from data.prepare.spec import PrepareSpec
 from data.shards import TokenShards
-from data.spec import PrepareSpec
-from data.tokenizer import TextTokenizer
 from tests.data.hub_stand_in import HubStandIn, write_fineweb
 
 COLUMNS = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]

@@ -13,19 +13,20 @@ from pathlib import Path
 
 import pytest
 
-import data.stages as stages_module
-import data.work as work_module
+import data.prepare.stages as stages_module
+import data.prepare.work as work_module
 from data.prepare import is_prepared, prepare
-from data.shards import KIND, ShardWriter, TokenShards
-from data.spec import PrepareSpec
+from data.prepare.spec import PrepareSpec
+from data.shards import ShardWriter, TokenShards
+from data.shards.reader import KIND
 from s2 import files
 from s2.ending import FailureError
 from tests.data.preparing import identities, many_parts
 
 KILLED_AT_EVERY_STEP = """
 import json, os, pathlib, signal, sys
-import data.prepare, data.shards
-from data.spec import PrepareSpec
+import data.prepare
+from data.prepare.spec import PrepareSpec
 values = json.loads(sys.argv[1])
 
 def run(step):

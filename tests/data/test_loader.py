@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.datamodule import PackedDataModule
-from data.loader import Collate, HeldOutSampler, TrainSampler
+from data.shards.loader import Collate, HeldOutSampler, TrainSampler
 from tests.data.shard_factory import random_documents, write_shards
 
 LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]

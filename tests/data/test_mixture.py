@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.mixture import Component, Curriculum, Mixture, PackedStream
-from data.permutation import Permutation
-from data.quotas import PERIOD, Quotas
 from data.shards import TokenShards
+from data.shards.mixture import Component, Curriculum, Mixture, PackedStream
+from data.shards.permutation import Permutation
+from data.shards.quotas import PERIOD, Quotas
 from tests.data.shard_factory import random_documents, write_shards
 
 LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]
@@ -268,7 +268,7 @@ def test_shares_of_ten_thousand_samples_are_within_half_a_percent(mixture, weigh
 def test_more_shards_than_a_process_may_open_files(tmp_path, monkeypatch):
     import resource
 
-    import data.shards as shards_module
+    import data.shards.reader as shards_module
 
     documents = random_documents([20] * 300, seed=5)
     folder = write_shards(tmp_path / "many", documents, shard_tokens=20)

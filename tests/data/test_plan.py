@@ -1,7 +1,7 @@
 """Plans of interrupted preparations: parts stay what they were, as far as their files do."""
 
-from data.plan import _renumbered
-from data.sources import Source
+from data.corpus.sources import Source
+from data.prepare.plan import _renumbered
 
 
 def parts_of(folder, part_bytes):

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
-import data.prepare as prepare_module
-import data.work as work_module
+import data.prepare.run as prepare_module
+import data.prepare.work as work_module
+from data.corpus.sample import sample_texts
+from data.corpus.sources import Source
+from data.corpus.tokenizer import TextTokenizer
 from data.datamodule import PackedDataModule
-from data.prepare import changed_sources, is_prepared, main, prepare
-from data.sample import sample_texts
+from data.prepare import changed_sources, is_prepared, prepare
+from data.prepare.cli import main
+from data.prepare.spec import DATAMODULE_KEYS, PrepareSpec
 from data.shards import TokenShards
-from data.sources import Source
-from data.spec import DATAMODULE_KEYS, PrepareSpec
-from data.tokenizer import TextTokenizer
 from tests.data.preparing import ROWS, identities, many_parts, spec
 
 

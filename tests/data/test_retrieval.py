@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from data import retrieval
+from data.corpus import retrieval
+from data.corpus.retrieval import Retrieval, document
+from data.corpus.sources import Source
 from data.prepare import prepare
-from data.retrieval import Retrieval, document
+from data.prepare.spec import PrepareSpec
 from data.shards import TokenShards
-from data.sources import Source
-from data.spec import PrepareSpec
 from eval import haystack
 from eval.tasks import passkey
 

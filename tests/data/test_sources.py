@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.readers import open_binary
-from data.sources import LOST, Part, Source
+from data.corpus.readers import open_binary
+from data.corpus.sources import LOST, Part, Source
 
 ROWS = [{"text": f"Document number {i} — naïve café.", "uid": f"u{i}", "other": i} for i in range(5)]
 TEXTS = [row["text"] for row in ROWS]

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data.folders import NamedFile
-from data.readers import PACKS
+from data.corpus.folders import NamedFile
+from data.corpus.readers import PACKS
 
 FORMATS = ("hub", "parquet", "jsonl", "text", "folder", "python-env")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")

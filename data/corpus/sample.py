@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from data.readers import PACKS, OnBad, open_parquet, stop
-from data.remote import remote_size
-from data.sources import Document, Part, Source
+from data.corpus.readers import PACKS, OnBad, open_parquet, stop
+from data.corpus.remote import remote_size
+from data.corpus.sources import Document, Part, Source
 
 READ = 2  # bytes that are looked at for each byte of the sample; a source that has no more on disk is read whole
 _STRETCH, _PLACES = 4 << 20, 64  # of a larger one, up to that many bytes at each of at least as many places

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.mixture import PackedStream
-from data.shards import TokenShards
+from data.shards.mixture import PackedStream
+from data.shards.reader import TokenShards
 
 
 def target_counts(stream: PackedStream) -> np.ndarray:
     """How often each token is a target in one pass over `stream`, int64 [vocab_size].
 
-    The first token of a document is no target (its label is ignored, see `data.loader`), every other one is.
+    The first token of a document is no target (its label is ignored, see `data.shards.loader`), every other one is.
     """
     shards = stream.shards
     if len(stream.documents) == len(shards.documents_of(stream.source)):

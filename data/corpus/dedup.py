@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
-from data.schema import fraction, from_mapping, whole_number
-from data.sources import Document
+from data.corpus.sources import Document
+from data.settings import fraction, from_mapping, whole_number
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 JSON lines are read line by line rather than through the `datasets` builder: that one fixes the column types
 on its first chunk and then rejects files whose rows do not all have the same fields, and it cannot say which
 line is broken. Parquet goes through pyarrow so that only the columns in use are read. Files may be remote
-(`data.remote`): a hub dataset is read like local files, in ranges, without being downloaded.
+(`data.corpus.remote`): a hub dataset is read like local files, in ranges, without being downloaded.
 """
 
 import bz2
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from data.columns import BadRowError, Columns, RowError, WrongValueError, find
-from data.remote import SourceError, open_remote
+from data.corpus.columns import BadRowError, Columns, RowError, WrongValueError, find
+from data.corpus.remote import SourceError, open_remote
 
 PACKS = (".gz", ".zst", ".bz2", ".xz")
 _PARQUET_BYTES = 16 << 20

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.dedup import Deduplicator, select
-from data.plan import Plan, Planned
-from data.pool import Workers, workers
-from data.shards import read_arrays, write_array
-from data.sources import Document
-from data.spec import PrepareSpec
-from data.split import heldout_below
-from data.work import Allowance, Budget, Task, discard_part, encode_part, scan_part, within
+from data.corpus.dedup import Deduplicator, select
+from data.corpus.sources import Document
+from data.prepare.plan import Plan, Planned
+from data.prepare.pool import Workers, workers
+from data.prepare.spec import PrepareSpec
+from data.prepare.split import heldout_below
+from data.prepare.work import Allowance, Budget, Task, discard_part, encode_part, scan_part, within
+from data.shards.writer import read_arrays, write_array
 from s2 import files
 
 
@@ -73,7 +73,7 @@ def _judge(
 
 
 def split_bound(spec: PrepareSpec, plan: Plan, parts: list[list[Planned]], work: Path, *, only_tokenizer: bool) -> int:
-    """The bound of `data.split`, from `work/split.json` where the files are those it was decided for.
+    """The bound of `data.prepare.split`, from `work/split.json` where the files are those it was decided for.
 
     only_tokenizer: duplicates have not been looked for.
     """

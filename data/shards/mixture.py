@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from data.packing import pack
-from data.permutation import Permutation
-from data.quotas import PERIOD, Quotas
-from data.schema import from_mapping, whole_number
-from data.shards import TokenShards
+from data.settings import from_mapping, whole_number
+from data.shards.packing import pack
+from data.shards.permutation import Permutation
+from data.shards.quotas import PERIOD, Quotas
+from data.shards.reader import TokenShards
 
-PACKING = "best-fit/1"  # of `data.packing`; another algorithm is another sequence
+PACKING = "best-fit/1"  # of `data.shards.packing`; another algorithm is another sequence
 
 Window = tuple[np.ndarray, np.ndarray]  # tokens int64 [at most seq_len + 1], borders inside them int64
 
@@ -96,7 +96,7 @@ def check_length_filter(settings: Any) -> None:
 
 
 class PackedStream:
-    """The documents of a shard folder that pass a filter, packed into windows (`data.packing`).
+    """The documents of a shard folder that pass a filter, packed into windows (`data.shards.packing`).
 
     source: only documents of that source. min_tokens, max_tokens: only documents of that many tokens (inclusive).
 
@@ -175,8 +175,8 @@ class Mixture:
     """An endless, weighted, shuffled sequence of windows.
 
     Of every `PERIOD` consecutive samples (aligned) each component gets its quota, at shuffled places; what is left of
-    its share is made up in other periods (`data.quotas`). Within a component, windows come in a pseudo-random order,
-    another one each epoch.
+    its share is made up in other periods (`data.shards.quotas`). Within a component, windows come in a pseudo-random
+    order, another one each epoch.
 
     quotas: places of each component in a period on average, float64 [components].
     """

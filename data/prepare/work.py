@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data.columns import BadRowError
-from data.dedup import scan, select
-from data.plan import Planned
-from data.shards import ShardWriter, read_arrays, remove_shards, write_arrays
-from data.sources import Document
-from data.spec import PrepareSpec
-from data.stamps import begins_in, stamps
-from data.tokenizer import TextTokenizer
+from data.corpus.columns import BadRowError
+from data.corpus.dedup import scan, select
+from data.corpus.sources import Document
+from data.corpus.tokenizer import TextTokenizer
+from data.prepare.plan import Planned
+from data.prepare.spec import PrepareSpec
+from data.prepare.stamps import begins_in, stamps
+from data.shards.writer import ShardWriter, read_arrays, remove_shards, write_arrays
 from s2 import files
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-import data.work as work
+import data.prepare.work as work
 from s2 import ending
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data.reserved import drops_characters, not_kept, settings_of, text_encoder, unknown_id
-from data.schema import whole_number
+from data.corpus.reserved import drops_characters, not_kept, settings_of, text_encoder, unknown_id
+from data.settings import whole_number
 from s2.files import whole, write_text
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -42,7 +42,7 @@ class TokenizerSpec:
     """`prepare.tokenizer` of a recipe: exactly one of `train` and `path`.
 
     train: {vocab_size, sample_bytes}: byte-level BPE over a sample of `sample_bytes` (default 100 MB) from all over the
-        corpus (`data.sample`), held-out documents left out.
+        corpus (`data.corpus.sample`), held-out documents left out.
     path: an existing tokenizer.json or SentencePiece model.
     bos, eos: token that opens / closes every document; "auto" looks for the usual names among the special tokens, and
         in the whole vocabulary only where no special token has such a name; bos "none" opens with nothing.
@@ -71,7 +71,7 @@ class TokenizerSpec:
 class TextTokenizer:
     """A loaded tokenizer.json or SentencePiece model, its identity and the ids that frame a document.
 
-    Text never has these ids, nor those of other special tokens, whatever it spells (`data.reserved`).
+    Text never has these ids, nor those of other special tokens, whatever it spells (`data.corpus.reserved`).
 
     Raises FileNotFoundError for a missing file; ValueError for a file that is no tokenizer, an explicit
     `bos`/`eos` that is not in the vocabulary or stands for text, or no end-of-document token under any usual name.
@@ -247,7 +247,7 @@ def _parse(content: bytes, file: Path) -> tuple[Tokenizer, bool]:
     except Exception as error:  # the binding raises bare Exception
         if content.startswith(b"{"):
             raise ValueError(f"{file}: not a tokenizer.json ({error})") from error
-    from data import spm  # here, because it asks for a recent protobuf and a tokenizer.json does not
+    from data.corpus import spm  # here, because it asks for a recent protobuf and a tokenizer.json does not
 
     try:
         return spm.to_tokenizer(spm.parse_model(content)), False

@@ -1,7 +1,7 @@
 """Which parts a preparation has: planned once, and again where it was interrupted and files have changed since.
 
 A part keeps its number, and with it what is done of it, as long as it reads the same places of the same files; which
-state of them a finished part has read, its own record says (`data.work`).
+state of them a finished part has read, its own record says (`data.prepare.work`).
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.sources import Part
-from data.spec import PrepareSpec
-from data.stamps import Stamp, stamps, with_known_content
+from data.corpus.sources import Part
+from data.prepare.spec import PrepareSpec
+from data.prepare.stamps import Stamp, stamps, with_known_content
 from s2 import files
 
 PLAN = "plan.json"

@@ -15,10 +15,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from data.plan import PLAN
-from data.shards import KIND, MANIFEST, read_manifest, remove_unlisted
-from data.spec import PrepareSpec
-from data.work import WORK, WORK_FILES, WRITTEN
+from data.prepare.plan import PLAN
+from data.prepare.spec import PrepareSpec
+from data.prepare.work import WORK, WORK_FILES, WRITTEN
+from data.shards.reader import KIND, MANIFEST, read_manifest
+from data.shards.writer import remove_unlisted
 from s2 import files, locks
 
 WORK_KIND = "unfinished preparation"

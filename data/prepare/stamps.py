@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.sources import Part
+from data.corpus.sources import Part
 from s2.files import checksum
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from data.mixture import Curriculum, PackedStream, Window
-from data.permutation import Permutation
+from data.shards.mixture import Curriculum, PackedStream, Window
+from data.shards.permutation import Permutation
 
 IGNORED = -100
 CU_SEQLENS_MULTIPLE = 64

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from data.readers import Row
-from data.schema import whole_number
-from data.shards import TokenShards
-from data.tokenizer import TextTokenizer
+from data.corpus.readers import Row
+from data.corpus.tokenizer import TextTokenizer
+from data.settings import whole_number
+from data.shards.reader import TokenShards
 
 _MOST = {"facts": 1000, "rounds": 100}
 _ADJECTIVES = (  # noqa: SIM905

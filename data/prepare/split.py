@@ -7,8 +7,8 @@ it can happen that none does, or that all do; then the bound moves just so far t
 import sys
 from collections.abc import Iterable
 
-from data.sources import Document
-from data.spec import PrepareSpec
+from data.corpus.sources import Document
+from data.prepare.spec import PrepareSpec
 
 
 def heldout_below(spec: PrepareSpec, documents: Iterable[Document], *, only_tokenizer: bool = False) -> int:

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.columns import Columns, RowError, find, plain_conditions
-from data.folders import NamedFile, folder_files, matching_files, python_env_files
-from data.formats import FORMATS, TEXT_SUFFIXES, Found, format_of, known_format, listed, of_one_format
-from data.readers import (
+from data.corpus.columns import Columns, RowError, find, plain_conditions
+from data.corpus.folders import NamedFile, folder_files, matching_files, python_env_files
+from data.corpus.formats import FORMATS, TEXT_SUFFIXES, Found, format_of, known_format, listed, of_one_format
+from data.corpus.readers import (
     PACKS,
     OnBad,
     Row,
@@ -34,9 +34,9 @@ from data.readers import (
     read_text,
     stop,
 )
-from data.remote import hub_files, remote_size
-from data.retrieval import Retrieval, read_retrieval
-from data.schema import from_mapping, whole_number
+from data.corpus.remote import hub_files, remote_size
+from data.corpus.retrieval import Retrieval, read_retrieval
+from data.settings import from_mapping, whole_number
 
 PART_BYTES = 128 << 20
 PROBED_ROWS = 1000
@@ -86,8 +86,8 @@ class Source:
 
     path: a file, a glob pattern (`books/*.jsonl.gz`, `**` allowed), a folder, `hf://owner/dataset` with a folder or a
         pattern of files behind it if need be, `python-env` (sources and documentation of the running Python's
-        standard library and site-packages), or `retrieval` (synthetic documents, see `data.retrieval`).
-    retrieval: what those are like, see `data.retrieval.Retrieval`.
+        standard library and site-packages), or `retrieval` (synthetic documents, see `data.corpus.retrieval`).
+    retrieval: what those are like, see `data.corpus.retrieval.Retrieval`.
     format: one of FORMATS; "auto" decides by `path`. Of a folder's files, at any depth, those of one format are read:
         parquet, JSON lines, or text files as a document each. Where it holds several, `format` has to say which;
         what is about the data (README, LICENSE, dataset_info.json) does not count beside rows. `folder` is `text`.
@@ -95,12 +95,12 @@ class Source:
     text_column, id_column, url_column: columns of parquet, JSON lines and hub rows. Without `id_column` a document's
         id is its file name and its place in the file.
         A column inside another is written with a point (`meta.url`).
-    keep: conditions on columns, e.g. {language: en, language_score: {min: 0.65}}, see `data.columns.Columns`.
+    keep: conditions on columns, e.g. {language: en, language_score: {min: 0.65}}, see `data.corpus.columns.Columns`.
     subset, split, revision: of a hub dataset. data_dir: only files below this folder of it.
     suffixes: which files of a folder (default TEXT_SUFFIXES, packed or not) are documents; it implies `format: text`.
     min_chars: shorter documents are skipped (default 1; python-env: 200).
     max_bytes, max_documents: stop after that much (UTF-8 bytes of text).
-    on_bad_row: "stop" or "skip" for this source, see `data.spec.PrepareSpec`.
+    on_bad_row: "stop" or "skip" for this source, see `data.prepare.spec.PrepareSpec`.
     """
 
     path: str
@@ -210,7 +210,7 @@ class Source:
         Small files share a part; parquet is split between row groups and plain JSON lines between lines; a larger
         compressed file is one part.
         Raises FileNotFoundError and ValueError as `resolve`, ValueError for a hub dataset in another format than
-        parquet and JSON lines, `data.remote.SourceError` where the hub does not answer.
+        parquet and JSON lines, `data.corpus.remote.SourceError` where the hub does not answer.
         """
         kind, files, left_out = self.resolve()
         revision = None
@@ -299,11 +299,11 @@ class Source:
         """Yield the documents of one part.
 
         skipped: counts, by reason, the rows that were left out, and under `LOST` the characters.
-        on_bad: is told of each row that is not as it has to be (`data.columns.BadRowError`), and may raise; by default
-            it does.
+        on_bad: is told of each row that is not as it has to be (`data.corpus.columns.BadRowError`), and may raise; by
+            default it does.
 
-        Raises ValueError naming file and place for a bad row or a broken file, `data.remote.SourceError` for a remote
-        file that cannot be read any more.
+        Raises ValueError naming file and place for a bad row or a broken file, `data.corpus.remote.SourceError` for a
+        remote file that cannot be read any more.
         """
         skipped = Counter() if skipped is None else skipped
         label = self.label

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.dedup import Deduplicate
-from data.schema import differences, fraction, from_mapping, whole_number
-from data.sources import PART_BYTES, Source
-from data.tokenizer import TokenizerSpec, tokenizer_settings
+from data.corpus.dedup import Deduplicate
+from data.corpus.sources import PART_BYTES, Source
+from data.corpus.tokenizer import TokenizerSpec, tokenizer_settings
+from data.settings import differences, fraction, from_mapping, whole_number
 from s2.recipe import apply_overrides, load_recipe, unknown_key_message
 
 # What does not decide the content of shards: where they lie, how the work is divided, what happens to bad rows (parts
@@ -40,10 +40,10 @@ class PrepareSpec:
     """The `prepare` section of a recipe.
 
     output: folder to write; `~` is the home folder, as in all paths here.
-    sources: see `data.sources.Source`; a bare string is its path.
-    tokenizer: see `data.tokenizer.TokenizerSpec`; its `path` may be a Hugging Face folder with a tokenizer.json.
-    deduplicate: see `data.dedup.Deduplicate`; over all sources, the first of a set of duplicates stays. The corpus is
-        then read twice.
+    sources: see `data.corpus.sources.Source`; a bare string is its path.
+    tokenizer: see `data.corpus.tokenizer.TokenizerSpec`; its `path` may be a Hugging Face folder with a tokenizer.json.
+    deduplicate: see `data.corpus.dedup.Deduplicate`; over all sources, the first of a set of duplicates stays. The
+        corpus is then read twice.
     heldout_fraction, seed: a document is held out when a hash of (seed, its id) falls below the fraction;
         which documents those are does not depend on the order or number of sources. Fraction 0 writes no
         held-out folder. Of a corpus so small that no document falls below it, the one with the smallest hash is
