@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from data.prepare import prepare
+from data.prepare.encoding import batches
 from data.prepare.spec import PrepareSpec
-from data.prepare.work import batches
 from data.shards import ShardWriter, TokenShards, write_manifest
 from data.shards.packing import pack
 from s2 import ending, files

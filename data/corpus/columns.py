@@ -8,10 +8,10 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from typing import Any
 
-Bound = float | date  # dates and times without a zone are UTC
+from data.settings import SettingError
 
 
 class RowError(Exception):
@@ -54,7 +54,7 @@ class Columns:
     id, url: rows that lack them get an id from their place, and no url.
     keep: conditions by column; a row that fails one, or has no value there, is left out. A condition is a value, a list
         of values, or {min, max} (inclusive, either may be missing) of numbers or of dates: `{min: 2023-01-01}` compares
-        with dates, times and text such as 2023-01-01T12:00:00Z. A date as `max` includes that day.
+        with dates, times and text such as 2023-01-01T12:00:00Z, in UTC. A date as `max` includes that day.
     """
 
     text: str = "text"
@@ -64,12 +64,11 @@ class Columns:
 
     def __post_init__(self) -> None:
         for key in ("text", "id", "url"):
-            name = getattr(self, key)
-            if not (isinstance(name, str) and name) and not (name is None and key != "text"):
-                raise ValueError(f"{key}_column: expected the name of a column, got {name!r}")
+            if getattr(self, key) == "":
+                raise SettingError(f"{key}_column", "expected the name of a column, got ''")
         if not isinstance(self.keep, Mapping):
-            raise ValueError(f"keep: expected a mapping from columns to conditions, got {self.keep!r}")
-        conditions = {column: _condition(column, wanted) for column, wanted in self.keep.items()}
+            raise SettingError("keep", f"expected a mapping from columns to conditions, got {self.keep!r}")
+        conditions = {column: _condition(f"keep.{column}", wanted) for column, wanted in self.keep.items()}
         object.__setattr__(self, "_conditions", conditions)
 
     @property
@@ -101,64 +100,59 @@ def plain_conditions(keep: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Condition:
-    """values: one of these (None: any); low, high: bounds, both numbers or both dates."""
+    """values: one of these (None: any); low, high: bounds, inclusive, both numbers or both times."""
 
     values: tuple[Any, ...] | None = None
-    low: Bound | None = None
-    high: Bound | None = None
+    low: Any = None
+    high: Any = None
 
     def holds(self, column: str, value: Any) -> bool:
         if self.values is not None:
             return any(_equals(column, value, wanted) for wanted in self.values)
-        if isinstance(self.low, date) or isinstance(self.high, date):
-            parsed = _date(value)
-            if parsed is None:
+        if isinstance(self.low, datetime):
+            if (span := _span(value)) is None:
                 raise WrongValueError(f"column {column!r} holds {_short(value)}, and keep.{column} asks for dates")
-            return (self.low is None or _aligned(parsed, self.low) >= self.low) and (
-                self.high is None or _aligned(parsed, self.high) <= self.high
-            )
+            return self.low <= span[0] <= self.high
         if isinstance(value, bool) or not _is_number(value):
             raise WrongValueError(f"column {column!r} holds {_short(value)}, and keep.{column} asks for numbers")
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        return self.low <= value <= self.high
 
 
-def _condition(column: str, wanted: Any) -> _Condition:
+def _condition(key: str, wanted: Any) -> _Condition:
+    expected = f"expected a value, a list or {{min, max}}, got {wanted!r}"
     if not isinstance(wanted, Mapping):
         values = tuple(wanted) if isinstance(wanted, list | tuple) else (wanted,)
-        for value in values:
-            if not (isinstance(value, str | date) or _is_number(value)) or value != value:
-                raise ValueError(f"keep.{column}: expected a value, a list or {{min, max}}, got {wanted!r}")
+        if not all((isinstance(value, str | date) or _is_number(value)) and value == value for value in values):
+            raise SettingError(key, expected)
         if not values:
-            raise ValueError(f"keep.{column}: an empty list keeps no row")
+            raise SettingError(key, "an empty list keeps no row")
         return _Condition(values)
     if not wanted or set(wanted) - {"min", "max"}:
-        raise ValueError(f"keep.{column}: expected a value, a list or {{min, max}}, got {dict(wanted)!r}")
-    bounds = {key: _bound(column, bound) for key, bound in wanted.items()}
-    low, high = bounds.get("min"), bounds.get("max")
-    if low is not None and high is not None:
-        if isinstance(low, date) != isinstance(high, date):
-            raise ValueError(f"keep.{column}: {low} and {high} are not both numbers or both dates")
-        first: Any = _aligned(low, high) if isinstance(low, date) else low
-        if first > high:
-            raise ValueError(f"keep.{column}: min {wanted['min']} is above max {wanted['max']}, so no row is kept")
+        raise SettingError(key, expected)
+    bounds = {name: _bound(key, bound) for name, bound in wanted.items()}
+    are_dates = {isinstance(low, datetime) for low, _ in bounds.values()}
+    if len(are_dates) > 1:
+        raise SettingError(key, f"{wanted['min']} and {wanted['max']} are not both numbers or both dates")
+    all_dates = are_dates.pop()
+    low, _ = bounds.get("min", (datetime.min if all_dates else -math.inf, None))
+    _, high = bounds.get("max", (None, datetime.max if all_dates else math.inf))
+    if low > high:
+        raise SettingError(key, f"min {wanted['min']} is above max {wanted['max']}, so no row is kept")
     return _Condition(low=low, high=high)
 
 
-def _bound(column: str, bound: Any) -> Bound:
-    if _is_number(bound) and not isinstance(bound, bool):
-        if math.isnan(bound):
-            raise ValueError(f"keep.{column}: {bound!r} is not a number")
-        return bound
-    parsed = _date(bound)
-    if parsed is None:
-        raise ValueError(f"keep.{column}: {bound!r} is neither a number nor a date such as 2024-01-31")
-    return parsed
+def _bound(key: str, bound: Any) -> tuple[Any, Any]:
+    if _is_number(bound) and not isinstance(bound, bool) and not math.isnan(bound):
+        return bound, bound
+    if (span := _span(bound)) is None:
+        raise SettingError(key, f"{bound!r} is neither a number nor a date such as 2024-01-31")
+    return span
 
 
 def _equals(column: str, value: Any, wanted: Any) -> bool:
     if isinstance(value, date):
-        parsed = _date(wanted)
-        return parsed is not None and _aligned(_utc(value), parsed) == parsed
+        span, moments = _span(wanted), _span(value)
+        return span is not None and moments is not None and span[0] <= moments[0] <= span[1]
     if isinstance(wanted, date):
         wanted = wanted.isoformat()
     if isinstance(value, str) != isinstance(wanted, str) and (_is_number(value) or isinstance(value, str)):
@@ -170,29 +164,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Number) and not isinstance(value, complex)
 
 
-def _date(value: Any) -> date | None:
-    """A date, or a UTC time without a zone; None for what is neither nor the text of one."""
+def _span(value: Any) -> tuple[datetime, datetime] | None:
+    """The first and the last moment, UTC without a zone, of a date, a time or the text of one; None for what is
+    neither."""
     if isinstance(value, str):
         for parse in (date.fromisoformat, datetime.fromisoformat):
             try:
-                return _utc(parse(value.strip()))
+                return _span(parse(value.strip()))
             except ValueError:
                 continue
         return None
-    return _utc(value) if isinstance(value, date) else None
-
-
-def _utc(value: date) -> date:
-    if isinstance(value, datetime) and value.tzinfo is not None:
-        return value.astimezone(UTC).replace(tzinfo=None)
-    return value
-
-
-def _aligned(value: date, bound: Any) -> Any:
-    """`value` in the resolution of `bound`: a date, or a time."""
-    if isinstance(bound, datetime):
-        return value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
-    return value.date() if isinstance(value, datetime) else value
+    if isinstance(value, datetime):
+        moment = value if value.tzinfo is None else value.astimezone(UTC).replace(tzinfo=None)
+        return moment, moment
+    return (datetime.combine(value, time.min), datetime.combine(value, time.max)) if isinstance(value, date) else None
 
 
 def _short(value: Any) -> str:

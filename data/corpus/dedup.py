@@ -9,18 +9,18 @@ compared by the similarity that the signatures estimate. What is kept does not d
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from data.corpus.sources import Document
-from data.settings import fraction, from_mapping, whole_number
+from data.settings import Check, Positive, SettingError, Settings, Share
 
 
 @dataclass(frozen=True)
-class Deduplicate:
+class Deduplicate(Settings):
     """`prepare.deduplicate` of a recipe: `exact`, `near`, or the settings of near-duplicates.
 
     threshold: documents whose Jaccard similarity is at least that are duplicates; None compares whole texts only.
@@ -29,36 +29,30 @@ class Deduplicate:
         1 / sqrt(permutations).
     """
 
-    threshold: float | None = 0.8
-    words: int = 5
-    permutations: int = 128
+    threshold: Share | None = 0.8
+    words: Positive = 5
+    permutations: Annotated[int, Check("a whole number >= 16", lambda n: n >= 16)] = 128
 
     def __post_init__(self) -> None:
-        for key, least in (("words", 1), ("permutations", 16)):
-            object.__setattr__(self, key, whole_number(getattr(self, key), key, least))
-        if self.threshold is not None:
-            object.__setattr__(self, "threshold", fraction(self.threshold, "threshold"))
-            try:
-                self.index()
-            except ValueError as error:
-                raise ValueError(
-                    f"threshold: {self.threshold} with {self.permutations} permutations: {error}"
-                ) from None
-
-    def index(self) -> MinHashLSH:
-        """An empty index of signatures. Its bands are chosen for recall: candidates are compared afterwards."""
-        return MinHashLSH(threshold=self.threshold, num_perm=self.permutations, weights=(0.1, 0.9))
+        super().__post_init__()
+        try:
+            self.index()
+        except ValueError as error:
+            reason = f"{self.threshold} with {self.permutations} permutations: {error}"
+            raise SettingError("threshold", reason) from None
 
     @classmethod
-    def parse(cls, value: Any, where: str) -> "Deduplicate | None":
-        """Build from YAML; None stays None. Raises ValueError naming the wrong key."""
-        if value is None:
+    def from_text(cls, text: str) -> dict[str, Any]:
+        if text not in ("exact", "near"):
+            raise SettingError("", f"unknown {text!r}; known: exact, near, or {{threshold, words, permutations}}")
+        return {"threshold": None} if text == "exact" else {}
+
+    def index(self) -> MinHashLSH | None:
+        """An empty index of signatures, None where whole texts are compared. Its bands are chosen for recall:
+        candidates are compared afterwards."""
+        if self.threshold is None:
             return None
-        if value in ("exact", "near"):
-            return cls(threshold=None) if value == "exact" else cls()
-        if isinstance(value, str):
-            raise ValueError(f"{where}: unknown {value!r}; known: exact, near, or {{threshold, words, permutations}}")
-        return from_mapping(cls, value, where)
+        return MinHashLSH(threshold=self.threshold, num_perm=self.permutations, weights=(0.1, 0.9))
 
 
 def scan(documents: Iterable[Document], settings: Deduplicate) -> dict[str, np.ndarray]:
@@ -94,10 +88,8 @@ class Deduplicator:
     def __init__(self, settings: Deduplicate):
         self.settings = settings
         self._seen: set[bytes] = set()
-        self._index: MinHashLSH | None = None
+        self._index = settings.index()
         self._signatures: list[np.ndarray] = []
-        if settings.threshold is not None:
-            self._index = settings.index()
 
     def keep(
         self, scanned: dict[str, np.ndarray], takes: Callable[[int], bool] = lambda size: True

@@ -63,7 +63,7 @@ def matching_files(pattern: str) -> list[NamedFile]:
     root, wild = Path(*fixed), path.parts[len(fixed) :]
     if "**" in wild:  # the library's search never ends where links make a loop
         files = folder_files(root) if root.is_dir() else []
-        return [(file, name) for file, name in files if _matches(name.split(os.sep), wild)]
+        return [(file, name) for file, name in files if matches(name.split(os.sep), wild)]
     found: dict[str, Path] = {}
     for match in sorted(map(Path, glob.glob(str(path)))):
         if match.is_file():
@@ -71,14 +71,14 @@ def matching_files(pattern: str) -> list[NamedFile]:
     return [(str(match), match.relative_to(root).as_posix()) for match in found.values()]
 
 
-def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern, where `**` stands for any number of folders."""
+def matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether `glob` with `recursive` would find a file, given the parts of its path and those of a pattern."""
     if not pattern:
         return not names
     if pattern[0] == "**":
         rest = pattern[1:] or ("*",)
-        return any(_matches(names[i:], rest) for i in range(len(names)))
-    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+        return any(matches(names[i:], rest) for i in range(len(names)))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and matches(names[1:], pattern[1:])
 
 
 def python_env_files(suffixes: Iterable[str]) -> list[NamedFile]:

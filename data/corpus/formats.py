@@ -4,12 +4,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from data.corpus.folders import NamedFile
 from data.corpus.readers import PACKS
 
-FORMATS = ("hub", "parquet", "jsonl", "text", "folder", "python-env")
+Format = Literal["auto", "hub", "parquet", "jsonl", "text", "folder", "python-env"]
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _SUFFIX_FORMAT = {
     ".parquet": "parquet",
@@ -42,7 +42,7 @@ def format_of(file: str) -> str:
     """The format that a file's name tells. Raises ValueError where it tells none."""
     if (kind := known_format(file)) is None:
         raise ValueError(
-            f"{file}: cannot tell the format from the name; set `format` to one of {', '.join(FORMATS)}"
+            f"{file}: cannot tell the format from the name; set `format` to one of {', '.join(get_args(Format)[1:])}"
             f" or use one of the suffixes {', '.join(_SUFFIX_FORMAT)}"
         )
     return kind

@@ -1,4 +1,4 @@
-"""One reader for each corpus format. Each yields `Row`s in a fixed order; `sources.py` does the rest.
+"""One reader for each corpus format, in a fixed order; `pick` makes documents of their rows.
 
 JSON lines are read line by line rather than through the `datasets` builder: that one fixes the column types
 on its first chunk and then rejects files whose rows do not all have the same fields, and it cannot say which
@@ -15,8 +15,9 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from data.corpus.columns import BadRowError, Columns, RowError, WrongValueError, find
 from data.corpus.remote import SourceError, open_remote
@@ -37,6 +38,7 @@ class Row(NamedTuple):
 
 
 OnBad = Callable[[BadRowError], None]
+RawRows = Iterator[tuple[str, int, Mapping[str, Any]]]  # place, number, columns
 
 
 def stop(error: BadRowError) -> None:
@@ -44,72 +46,42 @@ def stop(error: BadRowError) -> None:
     raise error
 
 
-def open_binary(file: str | Path) -> IO[bytes]:
-    """Open a plain, .gz, .zst, .bz2 or .xz file, local or remote, for reading bytes; memory does not grow with what a
+@contextmanager
+def open_binary(file: str | Path) -> Iterator[Any]:
+    """A plain, .gz, .zst, .bz2 or .xz file, local or remote, open for reading bytes; memory does not grow with what a
     few packed bytes become.
 
     Reads of a damaged or truncated file raise one of `_BROKEN`; an OSError that says so has no errno.
     """
-    remote = "://" in str(file)
-    raw: Any = io.BufferedReader(open_remote(str(file)), _BUFFER) if remote else Path(file).open("rb")  # noqa: SIM115
-    if str(file).endswith(".gz"):
-        return _Unpacked.buffered(raw, gzip.GzipFile(fileobj=raw).readinto)
-    if str(file).endswith(".zst"):
-        import pyarrow as pa
-
-        # Unlike the zstandard package it tells a truncated file from a whole one, and is fast where there are many
-        # frames, as tools that compress in parallel write them.
-        return _Unpacked.buffered(raw, pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd").readinto)
-    if str(file).endswith(".bz2"):
-        return _Unpacked.buffered(raw, bz2.BZ2File(raw).readinto)
-    if str(file).endswith(".xz"):
-        return _Unpacked.buffered(raw, lzma.LZMAFile(raw).readinto)
-    return raw
+    is_remote = "://" in str(file)
+    with io.BufferedReader(open_remote(str(file)), _BUFFER) if is_remote else Path(file).open("rb") as raw:
+        unpack = next((unpack for suffix, unpack in _UNPACK.items() if str(file).endswith(suffix)), None)
+        yield raw if unpack is None else io.BufferedReader(unpack(raw), _BUFFER)
 
 
-class _Unpacked(io.RawIOBase):
-    """A decompressed stream that closes the file it comes from."""
+def _unpack_zstd(raw: Any) -> Any:
+    import pyarrow as pa
 
-    def __init__(self, raw: Any, readinto: Callable[[Any], int]):
-        self._raw, self._readinto = raw, readinto
-
-    @classmethod
-    def buffered(cls, raw: Any, readinto: Callable[[Any], int]) -> io.BufferedReader:
-        return io.BufferedReader(cls(raw, readinto), _BUFFER)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._readinto(buffer)
-
-    def close(self) -> None:
-        super().close()
-        self._raw.close()
+    # Unlike the zstandard package it tells a truncated file from a whole one, and is fast where there are many frames,
+    # as tools that compress in parallel write them.
+    return pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
 
 
-def read_jsonl(
-    file: str | Path,
-    name: str,
-    columns: Columns,
-    skipped: Counter[str],
-    span: tuple[int, int] | None = None,
-    on_bad: OnBad = stop,
-) -> Iterator[Row]:
-    """Rows of a JSON lines file; blank lines are passed over. Where no column gives ids they are `name` and the byte at
-    which the row begins in the uncompressed file.
+_UNPACK: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".zst": _unpack_zstd,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+
+
+def json_rows(file: str | Path, span: tuple[int, int] | None = None, on_bad: OnBad = stop) -> RawRows:
+    """Place (`line 7`), byte at which it begins in the uncompressed file and object of each line of a JSON lines file;
+    blank lines are passed over.
 
     span: only lines that begin in these bytes [begin, end); plain files only.
     on_bad: is told of each line that is no row; reading goes on behind it unless that raises.
     """
-    for place, offset, row in json_rows(file, span, on_bad):
-        yield from _pick(row, columns, f"{name}:{offset}", file, place, skipped, on_bad)
-
-
-def json_rows(
-    file: str | Path, span: tuple[int, int] | None = None, on_bad: OnBad = stop
-) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """Place (`line 7`), byte offset and object of each line of a JSON lines file. Arguments as of `read_jsonl`."""
     begin, end = span or (0, None)
     number, offset = 0, begin
     word = "line" if not begin else f"byte {begin} on, line"
@@ -164,18 +136,10 @@ def _object(line: bytes) -> Mapping[str, Any]:
     return row
 
 
-def read_parquet(
-    file: str | Path,
-    name: str,
-    columns: Columns,
-    skipped: Counter[str],
-    span: tuple[int, int] | None = None,
-    on_bad: OnBad = stop,
-) -> Iterator[Row]:
-    """Rows of a parquet file, reading only the columns in use. Where no column gives ids they are `name` and the row.
+def parquet_rows(file: str | Path, columns: Columns, span: tuple[int, int] | None = None) -> RawRows:
+    """Place (`row 7`), number and the columns in use of each row of a parquet file.
 
     span: only these row groups [first, last).
-    on_bad: as of `read_jsonl`.
     """
     import pyarrow as pa
 
@@ -191,7 +155,7 @@ def read_parquet(
         try:
             for batch in table.iter_batches(_rows_at_once(table), range(first, last), found):
                 for row in batch.to_pylist():
-                    yield from _pick(row, columns, f"{name}:{number}", file, f"row {number}", skipped, on_bad)
+                    yield f"row {number}", number, row
                     number += 1
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and _is_foreign(error):
@@ -265,31 +229,30 @@ def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[
         skipped["undecodable"] += 1
 
 
-def _pick(
-    row: Mapping[str, Any],
-    columns: Columns,
-    row_id: str,
-    file: object,
-    place: str,
-    skipped: Counter[str],
-    on_bad: OnBad,
+def pick(
+    rows: RawRows, columns: Columns, file: str, name: str, skipped: Counter[str], on_bad: OnBad = stop
 ) -> Iterator[Row]:
-    try:
-        has_text, text = find(row, columns.text)
-        if has_text is False:
-            raise WrongValueError(no_column(columns.text, row))
-        rejecting = columns.rejects(row)
-        if rejecting is None and not isinstance(text, str | None):
-            raise WrongValueError(f"column {columns.text!r} holds {type(text).__name__}, expected text")
-    except WrongValueError as error:
-        on_bad(BadRowError(file, place, str(error)))
-        return
-    if rejecting is not None or text is None:
-        skipped["null" if rejecting is None else f"{rejecting} not kept"] += 1
-        return
-    given_id = find(row, columns.id)[1] if columns.id is not None else None
-    url = find(row, columns.url)[1] if columns.url is not None else None
-    yield Row(text, row_id if given_id is None else str(given_id), "" if url is None else str(url))
+    """The rows that are kept, with their text, id and url. Where no column gives ids they are `name` and the number.
+
+    skipped: counts the others by reason. on_bad: as of `json_rows`.
+    """
+    for place, number, row in rows:
+        try:
+            has_text, text = find(row, columns.text)
+            if has_text is False:
+                raise WrongValueError(no_column(columns.text, row))
+            rejecting = columns.rejects(row)
+            if rejecting is None and not isinstance(text, str | None):
+                raise WrongValueError(f"column {columns.text!r} holds {type(text).__name__}, expected text")
+        except WrongValueError as error:
+            on_bad(BadRowError(file, place, str(error)))
+            continue
+        if rejecting is not None or text is None:
+            skipped["null" if rejecting is None else f"{rejecting} not kept"] += 1
+            continue
+        given_id = find(row, columns.id)[1] if columns.id is not None else None
+        url = find(row, columns.url)[1] if columns.url is not None else None
+        yield Row(text, f"{name}:{number}" if given_id is None else str(given_id), "" if url is None else str(url))
 
 
 def no_column(column: str, found: Iterable[str]) -> str:

@@ -5,9 +5,9 @@ of them like a local file: a parquet reader fetches only the columns it wants, a
 a preparation that runs for days, so whatever may pass by itself (a dropped connection, silence, HTTP 429 and 5xx) is
 tried again as `RETRIES` says; what will not (no such file, no access) is reported at once.
 
-Bytes of `hf://` and `http(s)://` files come over the hub library's own http session, below its file system: that one
-hides five retries in each of ours, does not check that it got the range it asked for, and starts a block again
-from its first byte. Other urls (`s3://`) are read through the fsspec package that the user has for them.
+Bytes of `hf://` files come over the hub library's own http session, below its file system: that one hides five retries
+in each of ours, does not check that it got the range it asked for, and starts a block again from its first byte. Other
+urls (`s3://`, `https://`) are read through the fsspec package for them.
 """
 
 import io
@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from fsspec.caching import BaseCache
+from fsspec.spec import AbstractBufferedFile
 
 from s2.files import temporary_folder
 
@@ -131,7 +134,7 @@ def _commit(name: str, revision: str | None) -> tuple[str, str]:
     return info.id, info.sha
 
 
-def open_remote(url: str) -> io.BufferedIOBase:
+def open_remote(url: str) -> AbstractBufferedFile:
     """Open `url` (`hf://`, `http(s)://` or another fsspec protocol) for reading; seekable, not for several threads.
 
     Opening and every read try again as `RETRIES` says and then raise SourceError. A read is never short before the
@@ -145,92 +148,47 @@ def remote_size(url: str) -> int:
     return _with_retries(url, lambda: _connect(url))[0]
 
 
-class _RemoteFile(io.BufferedIOBase):
+class _RemoteFile(AbstractBufferedFile):
     """A remote file of `size` bytes of which one block, the last one fetched, is held in memory."""
 
-    def __init__(self, url: str, size: int, pieces: Pieces) -> None:
-        self.name = url
-        self._size = size
+    def __init__(self, url: str, size: int, pieces: Pieces):
+        super().__init__(None, url, "rb", LEAST_BLOCK, cache_type="none", size=size)
+        self.cache = _Ahead(LEAST_BLOCK, self._fetch_range, size)
         self._pieces = pieces
-        self._offset = 0
-        self._block = b""
-        self._block_start = 0
-        self._ahead = LEAST_BLOCK
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._offset
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
-        if target < 0:
-            raise ValueError(f"{self.name}: seek to {target}, before the start of the file")
-        if target != self._offset:
-            self._offset, self._ahead = target, LEAST_BLOCK
-        return target
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if self.closed:
-            raise ValueError(f"{self.name}: read of a closed file")
-        start = self._offset
-        stop = self._size if size is None or size < 0 else min(start + size, self._size)
-        if stop <= start:
-            return b""
-        held = self._held(stop - start)
-        missing = start + len(held)
-        if missing < stop:
-            self._block = self._fetch(missing, min(max(stop, missing + self._ahead), self._size))
-            self._block_start = missing
-            self._ahead = min(4 * self._ahead, MOST_BLOCK)
-            held += self._block[: stop - missing]
-        self._offset = stop
-        return held
-
-    def read1(self, size: int = -1, /) -> bytes:
-        return self.read(io.DEFAULT_BUFFER_SIZE if size < 0 else size)
-
-    def peek(self, size: int = 0, /) -> bytes:
-        """Some bytes from the current position on, which stays."""
-        if not self._held(1):
-            self.seek(-len(self.read(1)), io.SEEK_CUR)
-        return self._held(io.DEFAULT_BUFFER_SIZE)
-
-    def readline(self, size: int | None = -1, /) -> bytes:  # the inherited one overshoots `size` after a short peek
-        limit = self._size if size is None or size < 0 else size
-        line = bytearray()
-        while len(line) < limit and not line.endswith(b"\n") and (ahead := self.peek()):
-            line += self.read(min(ahead.find(b"\n") + 1 or len(ahead), limit - len(line)))
-        return bytes(line)
-
-    def close(self) -> None:
-        self._block = b""
-        super().close()
-
-    def _held(self, size: int) -> bytes:
-        start = self._offset - self._block_start
-        return self._block[start : start + size] if start >= 0 else b""
-
-    def _fetch(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`; an attempt goes on where the last one broke off."""
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`; an attempt goes on where the last one broke off."""
         data = bytearray()
 
         def attempt() -> None:
             begin = len(data)
-            for piece in self._pieces(start + begin, stop):
+            for piece in self._pieces(start + begin, end):
                 data.extend(piece)
-            if len(data) > stop - start:
+            if len(data) > end - start:
                 del data[begin:]
                 raise OSError("the server sent more than the range asked for")
-            if len(data) < stop - start:
-                raise OSError(f"the server sent {len(data) - begin} of {stop - start - begin} bytes")
+            if len(data) < end - start:
+                raise OSError(f"the server sent {len(data) - begin} of {end - start - begin} bytes")
 
-        _with_retries(self.name, attempt, lambda: start + len(data))
+        _with_retries(self.path, attempt, lambda: start + len(data))
         return bytes(data)
+
+
+class _Ahead(BaseCache):
+    """Holds one block, and reads further ahead the longer a file is read in sequence."""
+
+    block, start, ahead = b"", 0, LEAST_BLOCK
+
+    def _fetch(self, start: int | None, stop: int | None) -> bytes:
+        start, stop = start or 0, min(self.size if stop is None else stop, self.size)
+        held = self.block[start - self.start : stop - self.start] if start >= self.start else b""
+        if (missing := start + len(held)) < stop:
+            follows = missing == self.start + len(self.block)
+            self.ahead = min(4 * self.ahead, MOST_BLOCK) if follows else LEAST_BLOCK
+            self.block = self.fetcher(missing, min(max(stop, missing + self.ahead), self.size))
+            self.start = missing
+            held += self.block[: stop - missing]
+        return held
 
 
 def _connect(url: str) -> tuple[int, Pieces]:
@@ -238,9 +196,6 @@ def _connect(url: str) -> tuple[int, Pieces]:
     from fsspec.core import url_to_fs
     from huggingface_hub.utils import build_hf_headers
 
-    if url.startswith(("http://", "https://")):
-        size = _http_size(url)
-        return size, lambda start, stop: _http_pieces(url, {}, start, stop, size)
     _session()  # for its time limit, as above
     files, path = url_to_fs(url)
     info = files.info(path)
@@ -248,25 +203,14 @@ def _connect(url: str) -> tuple[int, Pieces]:
         raise IsADirectoryError(f"{url}: not a file")
     if url.startswith("hf://"):
         address = files.url(path)
-        return info["size"], lambda start, stop: _http_pieces(address, build_hf_headers(), start, stop, info["size"])
+        return info["size"], lambda start, stop: _hub_pieces(address, build_hf_headers(), start, stop, info["size"])
     return info["size"], lambda start, stop: iter([files.cat_file(path, start=start, end=stop)])
 
 
-def _http_size(url: str) -> int:
-    with _session().stream("GET", url, headers=_range_header(0, 1), follow_redirects=True, timeout=SILENCE) as response:
-        if response.status_code == 416:  # only an empty file has no first byte
-            return 0
-        response.raise_for_status()
-        total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length")
-    if not str(total).isdigit():
-        raise OSError("the server does not say how large the file is")
-    return int(total)
-
-
-def _http_pieces(address: str, headers: dict[str, str], start: int, stop: int, size: int) -> Iterator[bytes]:
+def _hub_pieces(address: str, headers: dict[str, str], start: int, stop: int, size: int) -> Iterator[bytes]:
     from huggingface_hub import constants
 
-    headers = {**headers, **_range_header(start, stop)}
+    headers = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with _session().stream("GET", address, headers=headers, follow_redirects=True, timeout=limit) as response:
         response.raise_for_status()
@@ -276,10 +220,6 @@ def _http_pieces(address: str, headers: dict[str, str], start: int, stop: int, s
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise OSError("the server compressed a range, which cannot be put together")
         yield from response.iter_raw()
-
-
-def _range_header(start: int, stop: int) -> dict[str, str]:
-    return {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
 
 
 def _session() -> Any:

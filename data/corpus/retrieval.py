@@ -18,16 +18,15 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 
 from data.corpus.readers import Row
 from data.corpus.tokenizer import TextTokenizer
-from data.settings import whole_number
+from data.settings import Check, Count, Positive, SettingError, Settings
 from data.shards.reader import TokenShards
 
-_MOST = {"facts": 1000, "rounds": 100}
 _ADJECTIVES = (  # noqa: SIM905
     "tall narrow broken frozen hidden painted wooden quiet crooked dusty hollow rusty polished wild heavy gentle "
     "striped curved ancient paper woollen folded sunken northern southern eastern western upper lower outer inner round"
@@ -60,8 +59,12 @@ _QUESTIONS = (
 )
 
 
+def _range(most: int) -> Check:
+    return Check(f"[least, most] with 1 <= least <= most <= {most:,}", lambda r: 1 <= r[0] <= r[1] <= most)
+
+
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Settings):
     """`retrieval` of a source with `path: retrieval`.
 
     documents: how many. facts: [fewest, most] of a document. rounds: [fewest, most] times that all of them are asked
@@ -74,23 +77,20 @@ class Retrieval:
     seed: another one, other documents.
     """
 
-    documents: int
-    facts: tuple[int, int]
-    rounds: tuple[int, int] = (1, 1)
-    chars: tuple[int, int] | None = None
+    documents: Positive
+    facts: Annotated[tuple[int, int], _range(1000)]
+    rounds: Annotated[tuple[int, int], _range(100)] = (1, 1)
+    chars: Annotated[tuple[int, int], _range(1 << 30)] | None = None
     filler: str | None = None
     recite: bool = False
-    seed: int = 0
+    seed: Count = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "documents", whole_number(self.documents, "documents", least=1))
-        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
-        for key in ("facts", "rounds"):
-            object.__setattr__(self, key, _range(getattr(self, key), key, _MOST[key]))
+        super().__post_init__()
         if (self.chars is None) != (self.filler is None):
-            raise ValueError("chars and filler belong together: how long the documents are, and what fills them up")
-        if self.chars is not None:
-            object.__setattr__(self, "chars", _range(self.chars, "chars", 1 << 30))
+            raise SettingError(
+                "", "chars and filler belong together: how long the documents are, and what fills them up"
+            )
 
     @property
     def mean_chars(self) -> int:
@@ -101,15 +101,6 @@ class Retrieval:
         """Raises FileNotFoundError, ValueError where `filler` is no finished shard folder."""
         if self.filler is not None:
             _filler(self.filler)
-
-
-def _range(value: Any, key: str, most: int) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f"{key}: expected [least, most], got {value!r}")
-    low, high = (whole_number(bound, key, least=1) for bound in value)
-    if not low <= high <= most:
-        raise ValueError(f"{key}: expected 1 <= least <= most <= {most:,}, got {value!r}")
-    return low, high
 
 
 def read_retrieval(settings: Retrieval, first: int, stop: int) -> Iterator[Row]:

@@ -8,15 +8,15 @@ import bisect
 import hashlib
 import heapq
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from data.corpus.readers import PACKS, OnBad, open_parquet, stop
-from data.corpus.remote import remote_size
-from data.corpus.sources import Document, Part, Source
+from data.corpus.limit import Limit
+from data.corpus.parts import Part, file_size, row_groups
+from data.corpus.readers import PACKS, OnBad, stop
+from data.corpus.sources import Document, Source
 
 READ = 2  # bytes that are looked at for each byte of the sample; a source that has no more on disk is read whole
 _STRETCH, _PLACES = 4 << 20, 64  # of a larger one, up to that many bytes at each of at least as many places
@@ -99,7 +99,7 @@ def _looked_at(source: Source, parts: list[Part], share: int, on_bad: OnBad) -> 
     total = sum(part.size for part in parts)
     total = min(total, source.max_bytes or total)  # a limit, in bytes of text, reaches about as far on disk
     if total <= budget or source.max_documents is not None:
-        yield from _within_limits(source, parts, on_bad)
+        yield from Limit.of(source).within(document for part in parts for document in source.read(part, on_bad=on_bad))
         return
     stretch = max(1, min(_STRETCH, budget // _PLACES))
     step = total * stretch // budget
@@ -119,24 +119,13 @@ def _looked_at(source: Source, parts: list[Part], share: int, on_bad: OnBad) -> 
         begin += part.size
 
 
-def _within_limits(source: Source, parts: list[Part], on_bad: OnBad) -> Iterator[Document]:
-    size = count = 0
-    for part in parts:
-        for document in source.read(part, on_bad=on_bad):
-            size, count = size + len(document.text.encode()), count + 1
-            over = source.max_bytes is not None and size > source.max_bytes and count > 1
-            if over or (source.max_documents is not None and count > source.max_documents):
-                return
-            yield document
-
-
 def _pieces(part: Part, places: list[int], stretch: int, step: int) -> Counter[Part]:
     """What to read at some places of a part, `step` bytes from each other, and how many of these each piece holds."""
     found: Counter[Part] = Counter()
     if not places:
         return found
     whole = part.span is not None or len(part.files) == 1
-    sizes = [part.size] if whole else [_size(path) for path, _ in part.files]
+    sizes = [part.size] if whole else [file_size(path) for path, _ in part.files]
     ends = list(itertools.accumulate(sizes))
     taken = 0  # files before this one have been
     for place in places:
@@ -162,16 +151,7 @@ def _piece(part: Part, i: int, offset: int, size: int, step: int) -> Part:
         at = min(begin + offset, end)
         span = (at, min(at + step, end))
     elif part.format == "parquet":
-        first, last = span or (0, _row_groups(path))
+        first, last = span or (0, row_groups(path))
         at = first + min(offset * (last - first) // max(1, size), last - first - 1)
         span = (at, at + 1) if last > first else span
     return Part(part.format, ((path, name),), span, min(step, size))
-
-
-def _row_groups(path: str) -> int:
-    with open_parquet(path) as table:
-        return table.num_row_groups
-
-
-def _size(path: str) -> int:
-    return remote_size(path) if "://" in path else os.stat(path).st_size

@@ -12,35 +12,33 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.corpus.columns import Columns, RowError, find, plain_conditions
 from data.corpus.folders import NamedFile, folder_files, matching_files, python_env_files
-from data.corpus.formats import FORMATS, TEXT_SUFFIXES, Found, format_of, known_format, listed, of_one_format
+from data.corpus.formats import TEXT_SUFFIXES, Format, Found, format_of, known_format, listed, of_one_format
+from data.corpus.parts import Part, divide, divide_made
 from data.corpus.readers import (
-    PACKS,
     OnBad,
     Row,
     json_rows,
     no_column,
     open_parquet,
+    parquet_rows,
     parquet_type,
-    read_jsonl,
-    read_parquet,
+    pick,
     read_text,
     stop,
 )
-from data.corpus.remote import hub_files, remote_size
+from data.corpus.remote import hub_files
 from data.corpus.retrieval import Retrieval, read_retrieval
-from data.settings import from_mapping, whole_number
+from data.settings import Count, Positive, SettingError, Settings
 
 PART_BYTES = 128 << 20
 PROBED_ROWS = 1000
-_LOOKUPS = 16
 LOST = "lone surrogates"  # replaced by "?"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -57,40 +55,16 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one worker reads of a source in one go.
-
-    format: parquet, jsonl, text or retrieval. files: (path or url, name that ids begin with). span: row groups
-    [first, last) of the one parquet file, bytes [begin, end) of the one JSON lines file or documents [first, last) made
-    on the spot; None for whole files. size: bytes on disk, or about as many of text.
-    """
-
-    format: str
-    files: tuple[tuple[str, str], ...]
-    span: tuple[int, int] | None
-    size: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Part":
-        span = tuple(values["span"]) if values["span"] else None
-        files = tuple((path, name) for path, name in values["files"])
-        return cls(values["format"], files, span, values["size"])
-
-
-@dataclass(frozen=True)
-class Source:
+class Source(Settings):
     """One corpus.
 
     path: a file, a glob pattern (`books/*.jsonl.gz`, `**` allowed), a folder, `hf://owner/dataset` with a folder or a
         pattern of files behind it if need be, `python-env` (sources and documentation of the running Python's
         standard library and site-packages), or `retrieval` (synthetic documents, see `data.corpus.retrieval`).
     retrieval: what those are like, see `data.corpus.retrieval.Retrieval`.
-    format: one of FORMATS; "auto" decides by `path`. Of a folder's files, at any depth, those of one format are read:
-        parquet, JSON lines, or text files as a document each. Where it holds several, `format` has to say which;
-        what is about the data (README, LICENSE, dataset_info.json) does not count beside rows. `folder` is `text`.
+    format: "auto" decides by `path`. Of a folder's files, at any depth, those of one format are read: parquet, JSON
+        lines, or text files as a document each. Where it holds several, `format` has to say which; what is about the
+        data (README, LICENSE, dataset_info.json) does not count beside rows. `folder` is `text`.
     name: label of the documents; by default made from `path`.
     text_column, id_column, url_column: columns of parquet, JSON lines and hub rows. Without `id_column` a document's
         id is its file name and its place in the file.
@@ -104,44 +78,37 @@ class Source:
     """
 
     path: str
-    format: str = "auto"
+    format: Format = "auto"
     name: str = ""
     text_column: str = "text"
     id_column: str | None = None
     url_column: str | None = None
-    keep: Mapping[str, Any] = field(default_factory=dict)
+    keep: Any = field(default_factory=dict)
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
-    min_chars: int | None = None
-    max_bytes: int | None = None
-    max_documents: int | None = None
+    min_chars: Count | None = None
+    max_bytes: Positive | None = None
+    max_documents: Positive | None = None
     data_dir: str | None = None
-    on_bad_row: str | None = None
+    on_bad_row: Literal["stop", "skip"] | None = None
     retrieval: Retrieval | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.path.removeprefix("hf://").strip("/ ") and not self.path.startswith("/"):
-            raise ValueError(f"path: expected a file, a folder or a dataset, got {self.path!r}")
-        if self.format not in ("auto", *FORMATS):
-            raise ValueError(f"format: unknown {self.format!r}; known: auto, {', '.join(FORMATS)}")
-        for key, least in (("min_chars", 0), ("max_bytes", 1), ("max_documents", 1)):
-            if getattr(self, key) is not None:
-                object.__setattr__(self, key, whole_number(getattr(self, key), key, least))
-        if self.on_bad_row not in (None, "stop", "skip"):
-            raise ValueError(f"on_bad_row: expected stop or skip, got {self.on_bad_row!r}")
-        if isinstance(self.suffixes, str):
-            raise ValueError(f"suffixes: expected a list such as [{self.suffixes}], got {self.suffixes!r}")
-        object.__setattr__(self, "suffixes", tuple(self.suffixes))
-        object.__setattr__(self, "keep", plain_conditions(self.keep))
+            raise SettingError("path", f"expected a file, a folder or a dataset, got {self.path!r}")
         if self.data_dir is not None and not self._is_hub:
-            raise ValueError(f"data_dir: {self.data_dir!r} is for hub datasets; of others `path` names the folder")
+            raise SettingError("data_dir", f"{self.data_dir!r} is for hub datasets; of others `path` names the folder")
         if (self.path == "retrieval") != (self.retrieval is not None):
-            raise ValueError("retrieval: settings of a source with `path: retrieval`, and of no other")
-        if self.retrieval is not None:
-            object.__setattr__(self, "retrieval", from_mapping(Retrieval, self.retrieval, "retrieval"))
+            raise SettingError("retrieval", "settings of a source with `path: retrieval`, and of no other")
+        object.__setattr__(self, "keep", plain_conditions(self.keep))
         self.columns  # noqa: B018  # checks the conditions
+
+    @classmethod
+    def from_text(cls, text: str) -> dict[str, Any]:
+        return {"path": text}
 
     @property
     def columns(self) -> Columns:
@@ -205,58 +172,25 @@ class Source:
         return Found(formats.pop(), files, [])
 
     def parts(self, part_bytes: int = PART_BYTES) -> tuple[list[Part], str | None]:
-        """The source in parts of about `part_bytes` on disk, in reading order, and the revision of a hub dataset.
+        """The source in parts of about `part_bytes` on disk (`data.corpus.parts.divide`), and the revision of a hub
+        dataset.
 
-        Small files share a part; parquet is split between row groups and plain JSON lines between lines; a larger
-        compressed file is one part.
         Raises FileNotFoundError and ValueError as `resolve`, ValueError for a hub dataset in another format than
         parquet and JSON lines, `data.corpus.remote.SourceError` where the hub does not answer.
         """
         kind, files, left_out = self.resolve()
         revision = None
         if self.retrieval is not None:
-            return _made_parts(self.retrieval, part_bytes), None
+            return divide_made(self.retrieval.documents, self.retrieval.mean_chars, part_bytes), None
         if kind == "hub":
             kind, files, revision = self._on_hub()
         if left_out:
             read = f"reading {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
             print(f"source {self.label}: {read}, leaving out {listed(left_out)}", file=sys.stderr)
-        parts: list[Part] = []
-        group: list[tuple[str, str]] = []
-        group_size = 0
-        if any("://" in path for path, _ in files):
-            with ThreadPoolExecutor(_LOOKUPS) as pool:  # a hub answers many questions at once
-                looked_up = list(pool.map(lambda file: self._size_and_spans(kind, file[0], part_bytes), files))
-        else:
-            looked_up = [self._size_and_spans(kind, path, part_bytes) for path, _ in files]
-        for (path, name), (size, spans) in zip(files, looked_up, strict=True):
-            if group and (len(spans) > 1 or group_size + size > part_bytes):
-                parts.append(Part(kind, tuple(group), None, group_size))
-                group, group_size = [], 0
-            if len(spans) > 1:
-                parts += [Part(kind, ((path, name),), span, size // len(spans)) for span in spans]
-            else:
-                group.append((path, name))
-                group_size += size
-        if group:
-            parts.append(Part(kind, tuple(group), None, group_size))
-        return parts, revision
-
-    def _size_and_spans(self, kind: str, path: str, part_bytes: int) -> tuple[int, list[tuple[int, int]]]:
-        """Bytes of a file, and the spans it is read in where it is more than one part."""
-        size = remote_size(path) if "://" in path else os.stat(path).st_size
-        pieces = -(-size // part_bytes)
-        if pieces < 2 or kind == "text" or path.endswith(PACKS):
-            return size, []
-        units = size
-        if kind == "parquet":
-            try:
-                with open_parquet(path) as table:
-                    units = table.num_row_groups
-            except RowError as error:
-                raise ValueError(f"source path {self.path!r}: {error}") from error
-        pieces = min(pieces, units)
-        return size, list(itertools.pairwise(units * i // pieces for i in range(pieces + 1))) if pieces else []
+        try:
+            return divide(kind, files, part_bytes), revision
+        except RowError as error:
+            raise ValueError(f"source path {self.path!r}: {error}") from error
 
     def probe(self, parts: list[Part]) -> None:
         """Find out early what would stop the reading: a format or a text column that is wrong, or a column that none
@@ -333,8 +267,10 @@ class Source:
             return read_text(path, name, skipped)
         if self.retrieval is not None and part.span is not None:
             return read_retrieval(self.retrieval, *part.span)
-        read = read_parquet if part.format == "parquet" else read_jsonl
-        return read(path, name, self.columns, skipped, part.span, on_bad)
+        columns = self.columns
+        is_parquet = part.format == "parquet"
+        rows = parquet_rows(path, columns, part.span) if is_parquet else json_rows(path, part.span, on_bad)
+        return pick(rows, columns, path, name, skipped, on_bad)
 
     def _on_hub(self) -> tuple[str, list[NamedFile], str | None]:
         """Format, files and revision of a hub dataset."""
@@ -368,13 +304,6 @@ class Source:
         if url.startswith("hf://datasets/"):
             return url.split("/", 5)[-1]
         return Path(url).relative_to(Path(self.path.removeprefix("hf://")).absolute()).as_posix()
-
-
-def _made_parts(settings: Retrieval, part_bytes: int) -> list[Part]:
-    each = max(1, part_bytes // settings.mean_chars)
-    spans = itertools.pairwise([*range(0, settings.documents, each), settings.documents])
-    file = ("retrieval://", "")  # no local file, whose size and time would be looked up
-    return [Part("retrieval", (file,), span, (span[1] - span[0]) * settings.mean_chars) for span in spans]
 
 
 def _valid(text: str) -> str:

@@ -4,19 +4,20 @@ The file's SHA-256 is the tokenizer's identity; shards record it, so tokens of t
 """
 
 import hashlib
+import os
 import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data.corpus.reserved import drops_characters, not_kept, settings_of, text_encoder, unknown_id
-from data.settings import whole_number
+from data.settings import Check, Positive, SettingError, Settings
 from s2.files import whole, write_text
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -38,34 +39,50 @@ _BATCH_CHARS = 8 << 20
 
 
 @dataclass(frozen=True)
-class TokenizerSpec:
+class Training(Settings):
+    """`train` of a tokenizer: every byte and the special tokens have to fit into `vocab_size`."""
+
+    vocab_size: Annotated[int, Check("a whole number >= 259", lambda n: n >= 256 + 3)]
+    sample_bytes: Positive = 100_000_000
+
+
+@dataclass(frozen=True)
+class TokenizerSpec(Settings):
     """`prepare.tokenizer` of a recipe: exactly one of `train` and `path`.
 
     train: {vocab_size, sample_bytes}: byte-level BPE over a sample of `sample_bytes` (default 100 MB) from all over the
         corpus (`data.corpus.sample`), held-out documents left out.
-    path: an existing tokenizer.json or SentencePiece model.
+    path: an existing tokenizer.json or SentencePiece model, or a folder with one of them.
     bos, eos: token that opens / closes every document; "auto" looks for the usual names among the special tokens, and
         in the whole vocabulary only where no special token has such a name; bos "none" opens with nothing.
     """
 
-    train: dict[str, int] | None = None
+    train: Training | None = None
     path: str | None = None
     bos: str = "auto"
     eos: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.train is None) == (self.path is None):
-            raise ValueError("expected exactly one of 'train: {vocab_size, sample_bytes}' and 'path'")
-        if self.train is not None:
-            settings = {"sample_bytes": 100_000_000, **self.train}
-            if unknown := sorted(set(settings) - {"vocab_size", "sample_bytes"}):
-                raise ValueError(f"train: unknown key {unknown[0]!r}; known keys: vocab_size, sample_bytes")
-            least = {"vocab_size": 256 + 3, "sample_bytes": 1}  # every byte and the special tokens
-            checked = {key: whole_number(settings.get(key), f"train.{key}", least[key]) for key in least}
-            object.__setattr__(self, "train", checked)
-            for key, token in (("bos", self.bos), ("eos", self.eos)):
-                if token not in ("auto", BOS, EOS, PAD, *(["none"] if key == "bos" else [])):
-                    raise ValueError(f"{key}: {token!r} is none of a trained tokenizer's, {BOS}, {EOS} and {PAD}")
+            raise SettingError("", "expected exactly one of 'train: {vocab_size, sample_bytes}' and 'path'")
+        if self.path is not None:
+            object.__setattr__(self, "path", _in_folder(os.path.expanduser(self.path)))
+            return
+        for key, token in (("bos", self.bos), ("eos", self.eos)):
+            if token not in ("auto", BOS, EOS, PAD, *(["none"] if key == "bos" else [])):
+                raise SettingError(key, f"{token!r} is none of a trained tokenizer's, {BOS}, {EOS} and {PAD}")
+
+
+def _in_folder(path: str) -> str:
+    """The tokenizer's file where `path` is a folder."""
+    if not os.path.isdir(path):
+        return path
+    names = ("tokenizer.json", "tokenizer.model")
+    for name in names:
+        if os.path.isfile(file := os.path.join(path, name)):
+            return file
+    raise FileNotFoundError(f"tokenizer {path!r}: the folder holds no {' and no '.join(names)}")
 
 
 class TextTokenizer:

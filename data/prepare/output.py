@@ -11,14 +11,14 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from data.corpus.folders import matches
+from data.prepare.part import WORK, WORK_FILES, WRITTEN
 from data.prepare.plan import PLAN
 from data.prepare.spec import PrepareSpec
-from data.prepare.work import WORK, WORK_FILES, WRITTEN
-from data.shards.reader import KIND, MANIFEST, read_manifest
+from data.shards.reader import KIND, MANIFEST, read_manifest, sha256
 from data.shards.writer import remove_unlisted
 from s2 import files, locks
 
@@ -130,11 +130,6 @@ def begin_anew(spec: PrepareSpec, work: Path) -> None:
             remove_unlisted(folder)
 
 
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _sweep(spec: PrepareSpec) -> None:
     files.sweep(Path(spec.output) / TOKENIZER, is_alone=True)
     for folder in (Path(spec.output) / WORK, *spec.folders.values()):
@@ -162,7 +157,7 @@ def _refuse_sources_inside(spec: PrepareSpec) -> None:
         if glob.has_magic(path):
             pattern = Path(os.path.abspath(path)).parts
             outputs = (output, os.path.abspath(spec.output))
-            own = [name for name in _OWN if any(_matches(Path(folder, name).parts, pattern) for folder in outputs)]
+            own = [name for name in _OWN if any(matches(Path(folder, name).parts, pattern) for folder in outputs)]
             if own:
                 raise ValueError(
                     f"source path {source.path!r} would also read {spec.output}/{own[0]}, which is written here; choose"
@@ -183,15 +178,6 @@ def _paths(found: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 def _is_inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether `glob` with `recursive` would find the path."""
-    if not pattern:
-        return not path
-    if pattern[0] == "**":
-        return any(_matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
-    return bool(path) and fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
 def _json(file: Path) -> dict[str, Any]:

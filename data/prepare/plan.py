@@ -1,20 +1,19 @@
 """Which parts a preparation has: planned once, and again where it was interrupted and files have changed since.
 
 A part keeps its number, and with it what is done of it, as long as it reads the same places of the same files; which
-state of them a finished part has read, its own record says (`data.prepare.work`).
+state of them a finished part has read, its own record says (`data.prepare.part`).
 """
 
 import hashlib
 import itertools
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus.sources import Part
+from data.corpus.parts import Part, joined
 from data.prepare.spec import PrepareSpec
 from data.prepare.stamps import Stamp, stamps, with_known_content
 from s2 import files
@@ -131,24 +130,16 @@ def _compared(spec: PrepareSpec, plan: Plan, work: Path) -> Plan:
     for number, every in enumerate(plan.sources):
         done = [files.read_json(file)["files"] for file in sorted(work.glob(f"{number:03d}-*.json"))]
         read = [record for records in done for record in records]
-        every_stamp = [stamp for planned in every for stamp in planned.stamps]
-        known = {stamp.name: stamp for stamp in with_known_content(every_stamp, read)}
-        by_name: dict[str, list[Any]] = {}
-        for record in read:
-            by_name.setdefault(record["name"], []).append(record)
-        differ = {
-            name for name, stamp in known.items() if not all(stamp.matches(record) for record in by_name.get(name, []))
-        }
+        stamps_now = [stamp for planned in every for stamp in planned.stamps]
+        known = {stamp.name: stamp for stamp in with_known_content(stamps_now, read)}
+        differ = {r["name"] for r in read if r["name"] in known and not known[r["name"]].matches(r)}
         changed += [known[name].path for name in sorted(differ)]
         parts += sum(any(record["name"] in differ for record in records) for records in done)
         sources.append([replace(p, stamps=tuple(known[stamp.name] for stamp in p.stamps)) for p in every])
     if changed:
         more = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
-        _say(
-            spec,
-            f"{changed[0]}{more} changed since the interruption; {parts} finished part{'s' * (parts != 1)} will be made"
-            " again",
-        )
+        again = f"{parts} finished part{'s' * (parts != 1)} will be made again"
+        _say(spec, f"{changed[0]}{more} changed since the interruption; {again}")
     return replace(plan, sources=sources)
 
 
@@ -167,49 +158,27 @@ def _place(part: Part) -> list[Any]:
 
 
 def _renumbered(new: Sequence[Part], old: Sequence[tuple[int, Part]]) -> list[tuple[int, Part]]:
-    """The files of `new` in parts that are those of `old` where possible: files that shared a part share it still, even
-    where one of them has grown or is gone."""
-    home = {name: number for number, part in old if part.span is None for _, name in part.files}
-    spans = {json.dumps(_place(part)): number for number, part in old if part.span is not None}
+    """The parts of `old` whose files stand together still, and between them those of `new`, less these files."""
+    pieces = [(index, piece) for index, part in enumerate(new) for piece in part.pieces()]
+    keys = [_keys(piece)[0] for _, piece in pieces]
+    known = {_keys(part)[0]: (number, _keys(part)) for number, part in old}
     fresh = itertools.count(1 + max((number for number, _ in old), default=-1))
-    free = set(home.values())
-    result: list[tuple[int, Part]] = []
-    for key, group in itertools.groupby(_with_homes(new, home), key=lambda entry: entry[0]):
-        pieces = [part for _, part in group]
-        if pieces[0].span is not None:
-            for part in pieces:
-                number = spans.get(json.dumps(_place(part)))
-                result.append((next(fresh) if number is None else number, part))
-            continue
-        number = key[1]
-        if key[0] != "old" or number not in free:
-            number = next(fresh)
-        free.discard(number)
-        every = tuple(file for part in pieces for file in part.files)
-        result.append((number, Part(pieces[0].format, every, None, sum(part.size for part in pieces))))
+    result, at = [], 0
+    while at < len(pieces):
+        number, own = known.get(keys[at], (-1, []))
+        end = at + len(own)
+        if not own or keys[at:end] != own:
+            number, end = next(fresh), at + 1
+            while end < len(pieces) and pieces[end][0] == pieces[at][0] and keys[end] not in known:
+                end += 1
+        result.append((number, joined([piece for _, piece in pieces[at:end]])))
+        at = end
     return result
 
 
-def _with_homes(new: Sequence[Part], home: Mapping[str, int]) -> Iterator[tuple[tuple[str, int], Part]]:
-    """One file after another (or span of one), with what those that stay together have in common: the number of the
-    old part, or the index of the new one. A file between two of one old part joins them."""
-    pieces = [(i, piece) for i, part in enumerate(new) for piece in ([part] if part.span else _files_of(part))]
-    homes = [None if piece.span else home.get(piece.files[0][1]) for _, piece in pieces]
-    after: list[int | None] = [*homes]
-    for k in reversed(range(len(pieces) - 1)):
-        if after[k] is None and pieces[k][1].span is None:
-            after[k] = after[k + 1]
-    before = None
-    for (i, piece), own, following in zip(pieces, homes, after, strict=True):
-        if own is None and before is not None and before == following and piece.span is None:
-            own = before
-        yield (("new", i) if own is None else ("old", own)), piece
-        before = own
-
-
-def _files_of(part: Part) -> list[Part]:
-    """A part of whole local files as one part a file."""
-    return [Part(part.format, ((path, name),), None, os.stat(path).st_size) for path, name in part.files]
+def _keys(part: Part) -> list[str]:
+    """What tells the files of a part, or the span of its one file, from others."""
+    return [json.dumps([part.format, name, part.span]) for _, name in part.files]
 
 
 def _say(spec: PrepareSpec, what: str) -> None:

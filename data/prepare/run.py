@@ -8,26 +8,22 @@ does not depend on the number of workers or on interruptions.
 """
 
 import errno
-import itertools
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from data.corpus.sample import sample_texts
 from data.corpus.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
+from data.prepare.finish import finish
 from data.prepare.output import TOKENIZER, begin_anew, check_output, is_finished, put_tokenizer, remove_work, writing
+from data.prepare.part import BAD, WORK
 from data.prepare.plan import PLAN, Plan, make_plan
 from data.prepare.spec import PrepareSpec
 from data.prepare.stages import deduplicate, encode, split_bound
 from data.prepare.stamps import changes
-from data.prepare.work import BAD, EXAMPLES, WORK, Task, part_counts
 from data.shards.reader import TokenShards, read_manifest
-from data.shards.writer import write_manifest
 from s2 import files, locks
 
 
@@ -157,69 +153,7 @@ def _prepare(spec: PrepareSpec, work: Path, only_tokenizer: bool) -> None:
     if only_tokenizer:
         return
     records = encode(spec, parts, tokenizer.sha256, below, tuple(missing))
-    sources = _summaries(spec, plan, records, duplicates)
-    # Of the manifests that of the training data comes last: whoever finds it finds everything.
-    for split, folder in reversed(missing.items()):
-        shards = [shard for done in records for _, record in done for shard in record["shards"][split]]
-        if not shards:
-            raise ValueError(f"{spec.output}: no document fell into the {split} split; run again to decide anew")
-        counts = {source.label: np.zeros((2, tokenizer.vocab_size), dtype=np.int64) for source in spec.sources}
-        for source, done in zip(spec.sources, records, strict=True):
-            for task, _ in done:
-                counts[source.label] += part_counts(task)[split]
-        write_manifest(
-            folder,
-            tokenizer.dtype,
-            shards,
-            counts,
-            _files_read(records),
-            tokenizer={**tokenizer.describe(), "file": f"../{TOKENIZER}"},
-            split={"name": split, "heldout_fraction": spec.heldout_fraction, "seed": spec.seed, "below": below},
-            sources=sources,
-            settings=plan.settings,
-        )
-    remove_work(spec)
-
-
-Records = list[list[tuple[Task, dict[str, Any]]]]
-
-
-def _summaries(
-    spec: PrepareSpec, plan: Plan, records: Records, duplicates: Sequence[Counter[str]]
-) -> list[dict[str, Any]]:
-    """What the manifest says about each source. Raises ValueError for one without documents."""
-    sources = []
-    for number, (source, done, dropped) in enumerate(zip(spec.sources, records, duplicates, strict=True)):
-        skipped = sum((Counter(record["skipped"]) for _, record in done), Counter()) + dropped
-        totals = {key: sum(record[key] for _, record in done) for key in ("documents", "tokens", "bytes")}
-        if not totals["documents"]:
-            reasons = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "it has no rows"
-            raise ValueError(f"source {source.path!r}: no documents ({reasons})")
-        is_cut = len(done) < len(plan.sources[number]) or any(record["limited"] for _, record in done)
-        sources.append(
-            {
-                "name": source.label,
-                "path": source.path,
-                "revision": plan.revisions[number],
-                "files": len({path for task, _ in done for path, _ in task.planned.part.files}),
-                "all_read": not is_cut,
-                **totals,
-                "skipped": dict(skipped),
-                "bad_rows": list(itertools.chain.from_iterable(record["bad_rows"] for _, record in done))[:EXAMPLES],
-            }
-        )
-    return sources
-
-
-def _files_read(records: Records) -> list[dict[str, Any]]:
-    """Of each source the local files, as `TokenShards.source_files` returns them."""
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for number, done in enumerate(records):
-        for _, record in done:
-            for file in record["files"]:
-                before = found.setdefault((number, file["name"]), {"source": number, **file})
-                before["xxh3_128"] = before["xxh3_128"] or file["xxh3_128"]
-    return list(found.values())
+    finish(spec, plan, records, duplicates, missing, tokenizer, below)
 
 
 def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> TextTokenizer:
@@ -239,12 +173,12 @@ def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> Te
             sample = sample_texts(
                 spec.sources,
                 [[planned.part for planned in every] for every in plan.sources],
-                settings.train["sample_bytes"],
+                settings.train.sample_bytes,
                 spec.seed,
                 is_heldout=lambda document_id: spec.place(document_id) < below,
                 on_bad=lambda error: None,  # what becomes of a bad row, encoding says
             )
-            train_tokenizer(sample, settings.train["vocab_size"], made)
+            train_tokenizer(sample, settings.train.vocab_size, made)
             put_tokenizer(made, output)
     else:
         put_tokenizer(made, output)

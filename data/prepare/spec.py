@@ -4,39 +4,23 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from data.corpus.dedup import Deduplicate
 from data.corpus.sources import PART_BYTES, Source
 from data.corpus.tokenizer import TokenizerSpec, tokenizer_settings
-from data.settings import differences, fraction, from_mapping, whole_number
-from s2.recipe import apply_overrides, load_recipe, unknown_key_message
+from data.settings import Check, Positive, SettingError, Settings, differences, read
 
 # What does not decide the content of shards: where they lie, how the work is divided, what happens to bad rows (parts
 # and manifests say how many there were).
 _FREE = ("output", "workers", "part_bytes", "on_bad_row")
 _CWD = "cwd"  # in records: the folder from which relative paths lead
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# A recipe's `data` section is for this class, which takes these arguments; to import it takes seconds.
-DATAMODULE = "data.datamodule.PackedDataModule"
-DATAMODULE_KEYS = (
-    "seq_len",
-    "micro_batch_size",
-    "mixture",
-    "validation",
-    "prepare",
-    "seed",
-    "num_workers",
-    "document_mask",
-    "curriculum",
-)
 
 
 @dataclass(frozen=True)
-class PrepareSpec:
+class PrepareSpec(Settings):
     """The `prepare` section of a recipe.
 
     output: folder to write; `~` is the home folder, as in all paths here.
@@ -56,46 +40,28 @@ class PrepareSpec:
     workers: processes; all cores by default. They do not change what is written.
     """
 
-    output: str
-    sources: tuple[Source, ...]
+    output: Annotated[str, Check("the folder to write", bool)]
+    sources: Annotated[tuple[Source, ...], Check("a list of at least one corpus", bool)]
     tokenizer: TokenizerSpec
     deduplicate: Deduplicate | None = None
-    heldout_fraction: float = 0.01
+    heldout_fraction: Annotated[float, Check("a number of [0, 1)", lambda x: 0 <= x < 1)] = 0.01
     seed: int = 0
-    on_bad_row: str = "stop"
-    shard_tokens: int = 1 << 27
-    part_bytes: int = PART_BYTES
-    workers: int | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    shard_tokens: Positive = 1 << 27
+    part_bytes: Positive = PART_BYTES
+    workers: Positive | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for i, source in enumerate(self.sources):
+            if source.label in (other.label for other in self.sources[:i]):
+                raise SettingError(f"sources[{i}]", f"the name {source.label!r} occurs twice; set `name`")
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
 
     @classmethod
     def parse(cls, values: Any, where: str = "prepare") -> "PrepareSpec":
-        """Build from YAML; raises ValueError naming the wrong key."""
-        spec = from_mapping(cls, values, where)
-        if not spec.output:
-            raise ValueError(f"{where}.output: expected the folder to write, got {spec.output!r}")
-        if spec.on_bad_row not in ("stop", "skip"):
-            raise ValueError(f"{where}.on_bad_row: expected stop or skip, got {spec.on_bad_row!r}")
-        if not isinstance(spec.sources, list | tuple) or not spec.sources:
-            raise ValueError(f"{where}.sources: expected a list of at least one corpus, got {spec.sources!r}")
-        sources = tuple(
-            from_mapping(Source, {"path": entry} if isinstance(entry, str) else entry, f"{where}.sources[{i}]")
-            for i, entry in enumerate(spec.sources)
-        )
-        labels = [source.label for source in sources]
-        for i, label in enumerate(labels):
-            if label in labels[:i]:
-                raise ValueError(f"{where}.sources[{i}]: the name {label!r} occurs twice; set `name`")
-        return replace(
-            spec,
-            output=os.path.expanduser(spec.output),
-            sources=sources,
-            tokenizer=_in_folder(from_mapping(TokenizerSpec, spec.tokenizer, f"{where}.tokenizer")),
-            heldout_fraction=fraction(spec.heldout_fraction, f"{where}.heldout_fraction", zero=True),
-            deduplicate=Deduplicate.parse(spec.deduplicate, f"{where}.deduplicate"),
-            workers=None if spec.workers is None else whole_number(spec.workers, f"{where}.workers", least=1),
-            shard_tokens=whole_number(spec.shard_tokens, f"{where}.shard_tokens", least=1),
-            part_bytes=whole_number(spec.part_bytes, f"{where}.part_bytes", least=1),
-        )
+        """Build from YAML; raises SettingError naming the wrong key."""
+        return read(cls, values, where)
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -159,59 +125,6 @@ class PrepareSpec:
 
     def is_heldout(self, document_id: str) -> bool:
         return self.place(document_id) < self.heldout_below
-
-
-def _in_folder(tokenizer: TokenizerSpec) -> TokenizerSpec:
-    """The same with the whole path, and the file where that is a folder."""
-    if tokenizer.path is None:
-        return tokenizer
-    tokenizer = replace(tokenizer, path=os.path.expanduser(tokenizer.path))
-    if not (folder := Path(str(tokenizer.path))).is_dir():
-        return tokenizer
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            return replace(tokenizer, path=str(folder / name))
-    raise FileNotFoundError(f"tokenizer {str(folder)!r}: the folder holds no {' and no '.join(_TOKENIZER_FILES)}")
-
-
-def prepare_section(recipe: str | Path, overrides: Sequence[str] = ()) -> list[PrepareSpec]:
-    """The `prepare` settings of a training recipe (one mapping or a list of them), below `data`.
-
-    overrides: `key=value` arguments, see `s2.recipe`.
-    """
-    section = data_section(Path(recipe), overrides).get("prepare")
-    if not section:
-        raise ValueError(f"{recipe}: no data.init_args.prepare section, so there is nothing to prepare")
-    return parse_sections(section, f"{recipe}: data.prepare")
-
-
-def data_section(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The arguments of a recipe's datamodule, after `key=value` overrides.
-
-    Raises ValueError for a recipe without any, or an override of something that the datamodule has not.
-    """
-    values = load_recipe(recipe)
-    top = {*values, "data"}
-    keys = [key.replace(".init_args", "").split(".") for key in apply_overrides(values, overrides)]
-    for key in keys:
-        if key[0] not in top:
-            raise ValueError(unknown_key_message(key[0], top, recipe, [key[0]]))
-    data = values.get("data") or {}
-    section = (data.get("init_args", data) or {}) if isinstance(data, dict) else data
-    if not isinstance(section, dict):
-        raise ValueError(f"{recipe}: data: expected a mapping of settings, got {section!r}")
-    if data.get("class_path", DATAMODULE) == DATAMODULE:
-        for key in section:
-            if key not in DATAMODULE_KEYS:
-                known = [f"data.{name}" for name in DATAMODULE_KEYS]
-                raise ValueError(unknown_key_message(f"data.{key}", known, recipe, [".".join(k[:2]) for k in keys]))
-    return section
-
-
-def is_override(argument: str) -> bool:
-    """Whether a command-line argument is a `key=value` of a recipe, and not an unknown option."""
-    key, equals, _ = argument.partition("=")
-    return bool(equals) and ("." in key or not key.startswith("-"))
 
 
 def parse_sections(section: Any, where: str = "prepare") -> list[PrepareSpec]:

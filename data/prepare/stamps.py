@@ -6,11 +6,11 @@ checked out again, touched) the content decides. Remote files have no stamps: a 
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus.sources import Part
+from data.corpus.parts import Part
 from s2.files import checksum
 
 
@@ -68,20 +68,18 @@ def begins_in(part: Part) -> bool:
 def with_known_content(found: Sequence[Stamp], records: Iterable[Mapping[str, Any]]) -> list[Stamp]:
     """The same stamps, each with the recorded times under which its content was the present one; reads files whose
     time alone is another than that of a record."""
-    by_name: dict[str, dict[int, tuple[int, str]]] = {}
+    recorded: dict[tuple[str, int], dict[int, str]] = {}  # checksums by name and size, then by time
     for record in records:
         if record["xxh3_128"] is not None:
-            by_name.setdefault(record["name"], {})[record["mtime_ns"]] = (record["size"], record["xxh3_128"])
-    return [_known(stamp, by_name.get(stamp.name, {})) for stamp in found]
-
-
-def _known(stamp: Stamp, recorded: Mapping[int, tuple[int, str]]) -> Stamp:
-    touched = {time: digest for time, (size, digest) in recorded.items() if size == stamp.size}
-    if touched.pop(stamp.mtime_ns, None) is not None or not touched:
-        return stamp
-    now = checksum(Path(stamp.path))
-    same = tuple(time for time, digest in touched.items() if digest == now)
-    return Stamp(stamp.path, stamp.name, stamp.size, stamp.mtime_ns, same)
+            recorded.setdefault((record["name"], record["size"]), {})[record["mtime_ns"]] = record["xxh3_128"]
+    known = []
+    for stamp in found:
+        checksums = recorded.get((stamp.name, stamp.size), {})
+        if checksums and stamp.mtime_ns not in checksums:
+            now = checksum(Path(stamp.path))
+            stamp = replace(stamp, same=tuple(time for time, was in checksums.items() if was == now))
+        known.append(stamp)
+    return known
 
 
 def changes(
@@ -94,18 +92,14 @@ def changes(
         the time is another; otherwise they count as the same.
     """
     files = [(path, plain(name)) for path, name in files]
-    there = {name: path for path, name in files}
     known = {record["name"] for record in recorded}
+    now = [Stamp.of(path, name) for path, name in files if name in known]
+    there = {stamp.name: stamp for stamp in (with_known_content(now, recorded) if content else now)}
     lines = [f"{record['name']} is gone" for record in recorded if record["name"] not in there]
     for record in recorded:
-        if (path := there.get(record["name"])) is None:
-            continue
-        stamp = Stamp.of(path, record["name"])
-        same = stamp.matches(record) or stamp.size == record["size"]
-        if content and not stamp.matches(record):
-            same = with_known_content([stamp], [record])[0].matches(record)
-        if not same:
-            lines.append(f"{path} has changed")
+        stamp = there.get(record["name"])
+        if stamp and not stamp.matches(record) and (content or stamp.size != record["size"]):
+            lines.append(f"{stamp.path} has changed")
     last = max((i for i, (_, name) in enumerate(files) if name in known), default=-1)
     end = len(files) if all_read else last
     return lines + [f"{path} is new" for path, name in files[:end] if name not in known]

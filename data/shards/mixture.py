@@ -6,15 +6,13 @@ run on other hardware, or looking at sample 10^9, needs no replay.
 """
 
 import bisect
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from data.settings import from_mapping, whole_number
 from data.shards.packing import pack
 from data.shards.permutation import Permutation
 from data.shards.quotas import PERIOD, Quotas
@@ -23,76 +21,6 @@ from data.shards.reader import TokenShards
 PACKING = "best-fit/1"  # of `data.shards.packing`; another algorithm is another sequence
 
 Window = tuple[np.ndarray, np.ndarray]  # tokens int64 [at most seq_len + 1], borders inside them int64
-
-
-@dataclass(frozen=True)
-class LongDocuments:
-    """`long` of a mixture component: which documents count as long, and their share of the component's samples."""
-
-    min_tokens: int
-    share: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "min_tokens", whole_number(self.min_tokens, "min_tokens", least=2))
-        if not (_is_number(self.share) and 0 < self.share < 1):
-            raise ValueError(f"share: {self.share!r}, expected a number between 0 and 1")
-
-
-@dataclass(frozen=True)
-class Component:
-    """One entry of a recipe's `mixture`.
-
-    path: a shard folder. source: only its documents of that source (the names are in its report).
-    weight: share of the samples (any scale; shares are weight / sum of weights).
-    min_tokens, max_tokens: use only documents of that many tokens (inclusive).
-    long: {min_tokens, share} upsamples long documents inside this component and leaves its weight as it is, so that
-        domains keep their shares (per-source length upsampling, Fu et al., arXiv 2402.10171).
-    """
-
-    path: str
-    weight: float = 1.0
-    source: str | None = None
-    min_tokens: int = 0
-    max_tokens: int | None = None
-    long: LongDocuments | None = None
-
-    def __post_init__(self) -> None:
-        if not (_is_number(self.weight) and 0 < self.weight < math.inf):
-            raise ValueError(f"weight: {self.weight!r}, expected a positive number; leave out what is not to be used")
-        object.__setattr__(self, "path", os.path.expanduser(self.path))
-        check_length_filter(self)
-        if self.long is not None:
-            object.__setattr__(self, "long", from_mapping(LongDocuments, self.long, "long"))
-            if not self.min_tokens < self.long.min_tokens <= (self.max_tokens or self.long.min_tokens):
-                raise ValueError(
-                    f"long.min_tokens: {self.long.min_tokens} leaves no short or no long documents between"
-                    f" min_tokens {self.min_tokens} and max_tokens {self.max_tokens}"
-                )
-
-    def by_length(self) -> list["Component"]:
-        """The components that are sampled: itself, or with `long` its short and its long documents."""
-        if self.long is None:
-            return [self]
-        bound, share = self.long.min_tokens, self.long.share
-        return [
-            replace(self, long=None, weight=self.weight * (1 - share), max_tokens=bound - 1),
-            replace(self, long=None, weight=self.weight * share, min_tokens=bound),
-        ]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_length_filter(settings: Any) -> None:
-    """Make `min_tokens`, `max_tokens` of frozen `settings` ints; raises ValueError where they exclude all."""
-    object.__setattr__(settings, "min_tokens", whole_number(settings.min_tokens, "min_tokens"))
-    if settings.max_tokens is not None:
-        object.__setattr__(settings, "max_tokens", whole_number(settings.max_tokens, "max_tokens", least=1))
-        if settings.max_tokens < settings.min_tokens:
-            raise ValueError(
-                f"max_tokens: {settings.max_tokens} is below min_tokens {settings.min_tokens}, so no document is left"
-            )
 
 
 class PackedStream:
@@ -185,44 +113,21 @@ class Mixture:
         self.streams, self.seed = list(streams), seed
         self._quotas = Quotas(weights)
         self.quotas = self._quotas.exact
-        shuffle = Permutation(PERIOD, ("interleave", seed))
-        self._shuffle = np.array([shuffle[i] for i in range(PERIOD)])
-        self._layouts: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-        self._permutations: dict[tuple[int, int], Permutation] = {}
-
-    def _layout(self, quotas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which component has each place of a period, and how many earlier places of the period it has."""
-        key = quotas.tobytes()
-        if key not in self._layouts:
-            owner = np.repeat(np.arange(len(quotas)), quotas)[self._shuffle]
-            turn = np.zeros(PERIOD, dtype=np.int64)
-            for component in range(len(quotas)):
-                places = np.flatnonzero(owner == component)
-                turn[places] = np.arange(len(places))
-            if len(self._layouts) > 4 * len(self.streams):
-                self._layouts.clear()
-            self._layouts[key] = owner, turn
-        return self._layouts[key]
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Sample number -> (component, epoch of that component, window)."""
         period, place = divmod(index, PERIOD)
-        owner, turn = self._layout(self._quotas.in_period(period))
+        owner, turn = _layout(tuple(self._quotas.in_period(period).tolist()), self.seed)
         component = int(owner[place])
         local = int(self._quotas.before(period)[component] + turn[place])
         size = self.streams[component].num_windows
         epoch, window = divmod(local, size)
-        key = (component, epoch)
-        if key not in self._permutations:
-            if len(self._permutations) > 4 * len(self.streams):
-                self._permutations.clear()
-            self._permutations[key] = Permutation(size, ("windows", self.seed, component, epoch))
-        return component, epoch, self._permutations[key][window]
+        return component, epoch, Permutation(size, ("windows", self.seed, component, epoch))[window]
 
     def drawn(self, samples: int) -> np.ndarray:
         """How many of the first `samples` samples are of each component, int64 [components]."""
         period, rest = divmod(samples, PERIOD)
-        owner, _ = self._layout(self._quotas.in_period(period))
+        owner, _ = _layout(tuple(self._quotas.in_period(period).tolist()), self.seed)
         return self._quotas.before(period) + np.bincount(owner[:rest], minlength=len(self.streams))
 
     def __getitem__(self, index: int) -> Window:
@@ -246,6 +151,18 @@ class Mixture:
                 for s, q in zip(self.streams, self.quotas, strict=True)
             ],
         }
+
+
+@lru_cache(maxsize=128)
+def _layout(quotas: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which component has each place of a period, and how many earlier places of the period it has."""
+    shuffle = Permutation(PERIOD, ("interleave", seed))
+    owner = np.repeat(np.arange(len(quotas)), quotas)[[shuffle[i] for i in range(PERIOD)]]
+    turn = np.zeros(PERIOD, dtype=np.int64)
+    for component in range(len(quotas)):
+        places = np.flatnonzero(owner == component)
+        turn[places] = np.arange(len(places))
+    return owner, turn
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A Feistel network permutes the smallest even-bit power of two that holds the domain; values that fall outside
 the domain are sent through again until they fall inside ("cycle walking", Black and Rogaway 2002), which
-keeps it a bijection.
+keeps it a bijection. NumPy's generators may draw otherwise in another version (NEP 19); a resumed run must not.
 """
 
 import hashlib

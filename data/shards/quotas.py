@@ -8,14 +8,15 @@ floors, which takes O(log k) steps (Knuth, The Art of Computer Programming, 1.2.
 once.
 """
 
+import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 PERIOD = 1000
 _EXACT = 1e-6  # of a sample a period: if all shares are nearer to whole numbers, that is rounding
 _UNIT = 1 << 48  # the fractions are counted in this
-_REMEMBERED = 64  # periods, whose samples the readers of a rank are at
 _STEP = int(_UNIT * 0.6180339887498949) | 1
 
 
@@ -37,41 +38,31 @@ class Quotas:
         self._whole = np.floor(self.exact).astype(np.int64)
         left = PERIOD - int(self._whole.sum())  # places that go round
         ends = np.cumsum(self.exact - self._whole)
-        self._ends = [round(float(end) * _UNIT) for end in ends]
+        edges = [0, *(round(float(end) * _UNIT) for end in ends)]
         if left:
             # What rounding has left over or taken goes to the last that has a fraction.
             last = int(np.flatnonzero(self.exact > self._whole)[-1])
-            self._ends[last:] = [left * _UNIT] * (len(self._ends) - last)
-        self._left = left
-        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            edges[last + 1 :] = [left * _UNIT] * (len(ends) - last)
+        self._edges = tuple(itertools.pairwise(edges)) if left else ()
 
     def in_period(self, period: int) -> np.ndarray:
         """Places in a period, int64 [components]; they sum to PERIOD."""
-        return self._of(period)[0]
+        return self.before(period + 1) - self.before(period)
 
     def before(self, period: int) -> np.ndarray:
         """Places in all earlier periods, int64 [components]."""
-        return self._of(period)[1]
+        return self._whole * period + (_places_before(self._edges, period) if self._edges else 0)
 
-    def _of(self, period: int) -> tuple[np.ndarray, np.ndarray]:
-        if period in self._known:
-            return self._known[period]
-        before = [self._extra_before(i, period) for i in range(len(self._ends))]
-        extra = [self._extra_before(i, period + 1) - n for i, n in enumerate(before)]
-        if len(self._known) >= _REMEMBERED:
-            self._known.clear()
-        self._known[period] = self._whole + np.array(extra), self._whole * period + np.array(before)
-        return self._known[period]
 
-    def _extra_before(self, component: int, period: int) -> int:
-        if not self._left:
-            return 0
-        begin, end = ([0, *self._ends][component + i] for i in (0, 1))
-        count = 0
+@lru_cache(maxsize=128)  # of the periods that the readers of a rank are at
+def _places_before(edges: tuple[tuple[int, int], ...], period: int) -> np.ndarray:
+    """How many of the places that go round lay between each pair of edges before a period."""
+    counts = [0] * len(edges)
+    for i, (begin, end) in enumerate(edges):
         for j in range(begin // _UNIT, -(-end // _UNIT)):
-            count += _multiples_below(period, min(_UNIT, end - j * _UNIT))
-            count -= _multiples_below(period, max(0, begin - j * _UNIT))
-        return count
+            counts[i] += _multiples_below(period, min(_UNIT, end - j * _UNIT))
+            counts[i] -= _multiples_below(period, max(0, begin - j * _UNIT))
+    return np.array(counts)
 
 
 def _multiples_below(n: int, bound: int) -> int:

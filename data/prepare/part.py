@@ -7,31 +7,28 @@ shards depend on; a part whose record does not fit any more is made again.
 
 import hashlib
 import json
-import os
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from queue import Full, Queue
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from data.corpus.columns import BadRowError
 from data.corpus.dedup import scan, select
+from data.corpus.limit import Limit
 from data.corpus.sources import Document
 from data.corpus.tokenizer import TextTokenizer
+from data.prepare.encoding import ahead, batches, encoded
 from data.prepare.plan import Planned
+from data.prepare.pool import Report
 from data.prepare.spec import PrepareSpec
 from data.prepare.stamps import begins_in, stamps
-from data.shards.writer import ShardWriter, read_arrays, remove_shards, write_arrays
+from data.shards.writer import ShardWriter, read_arrays, write_arrays
 from s2 import files
-
-T = TypeVar("T")
 
 WORK, WRITTEN = "work", "written.json"
 # Everything that a preparation writes into `<output>/work/`.
@@ -49,53 +46,26 @@ WORK_FILES = (
 )
 BAD = "bad row"  # the reason that skipped rows are counted under
 EXAMPLES = 5
-_LIMITS = ("name", "max_bytes", "max_documents", "on_bad_row")  # of a source: what its scans do not depend on
-_BATCH_BYTES = 4 << 20
-_BATCH_DOCUMENTS = 4096
-
-progress: Callable[[int], Any] = lambda size: None  # noqa: E731  # bytes of text done; set by whoever runs the work
+_FREE = ("name", "max_bytes", "max_documents", "on_bad_row")  # of a source: what its scans do not depend on
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much more of a source may be taken, None for all of it."""
-
-    bytes: int | None
-    documents: int | None
-
-    def after(self, record: dict[str, Any]) -> "Budget":
-        """What is left after a part."""
-        return Budget(
-            None if self.bytes is None else self.bytes - record["bytes"],
-            None if self.documents is None else self.documents - record["documents"],
-        )
-
-    @property
-    def spent(self) -> bool:
-        return any(left is not None and left <= 0 for left in (self.bytes, self.documents))
-
-    def allows(self, record: dict[str, Any]) -> bool:
-        """Whether a part taken under another budget is what this one gives."""
-        if record["budget"] == [self.bytes, self.documents]:
-            return True
-        left = self.after(record)
-        return not record["limited"] and all(n is None or n >= 0 for n in (left.bytes, left.documents))
+def _no_report(size: int) -> None:
+    """For work that nobody watches."""
 
 
 @dataclass(frozen=True)
 class Task:
     """One part of one source of a preparation.
 
-    index: which of the source's parts, in reading order. tokenizer: the SHA-256 of `<output>/tokenizer.json`. below:
-    documents with a smaller place are held out. splits: those that are written.
+    tokenizer: the SHA-256 of `<output>/tokenizer.json`. limit: what has been taken of the source before the part.
+    below: documents with a smaller place are held out. splits: those that are written.
     """
 
     spec: PrepareSpec
     source: int
-    index: int
     planned: Planned
     tokenizer: str = ""
-    budget: Budget = Budget(None, None)
+    limit: Limit = field(default_factory=Limit)
     below: int = 0
     splits: tuple[str, ...] = ()
 
@@ -132,9 +102,15 @@ class Task:
             and self.has_read(record["files"])
             and set(self.splits) <= set(record["shards"])
             and (self.skips_bad_rows or not record["skipped"].get(BAD))
-            and self.budget.allows(record)
+            and self.is_within_limit(record)
         )
         return record if fits else None
+
+    def is_within_limit(self, record: dict[str, Any]) -> bool:
+        """Whether a part that was begun with less known about the limit is what it would be now."""
+        if record.get("before") == [self.limit.bytes, self.limit.documents]:
+            return True
+        return not record["limited"] and self.limit.allows(record["bytes"], record["documents"])
 
     def has_read(self, recorded: list[dict[str, Any]]) -> bool:
         """Whether the recorded state of the files is the present one."""
@@ -176,23 +152,29 @@ _REMEDY = (
 )
 
 
-def scan_part(task: Task) -> None:
+def scan_part(task: Task, report: Report = _no_report) -> None:
     """Write what deduplication needs to know about a part, unless it is there."""
     assert task.spec.deduplicate is not None
     file = task.file(".scan.npz")
     source = asdict(task.spec.sources[task.source])
-    wanted = [task.planned.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _LIMITS}]
+    wanted = [task.planned.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _FREE}]
     made_for = json.dumps(wanted, sort_keys=True)
     if file.exists():
         with np.load(file) as found:
             if str(found["made_for"]) == made_for and task.has_read(json.loads(str(found["files"]))):
                 return
-    arrays = scan(_counted(task.documents(Counter(), [])), task.spec.deduplicate)
+    arrays = scan(_reported(task.documents(Counter(), []), report), task.spec.deduplicate)
     arrays |= {"made_for": np.array(made_for), "files": np.array(json.dumps(task.files_read()))}
     write_arrays(file, arrays)
 
 
-def encode_part(task: Task) -> dict[str, Any]:
+def _reported(documents: Iterable[Document], report: Report) -> Iterator[Document]:
+    for batch in batches(documents):
+        yield from batch
+        report(sum(len(document.text) for document in batch))
+
+
+def encode_part(task: Task, report: Report = _no_report) -> dict[str, Any]:
     """Write a part's shards and return its record; does nothing where it is done.
 
     Raises what reading the source raises, and OSError where writing fails; nothing of the part is left then.
@@ -200,31 +182,24 @@ def encode_part(task: Task) -> dict[str, Any]:
     record = task.record()
     if record is None:
         files.remove_files(task.file("").parent, f"{task.name}.json")
-        record = _encode(task)
+        record = _encode(task, report)
         files.write_json(task.file(".json"), record)
     return record
 
 
-def discard_part(task: Task) -> None:
-    """Remove a part that a limit turned out to leave out."""
-    files.remove_files(task.file("").parent, f"{task.name}.json")
-    for split in task.splits:
-        remove_shards(task.spec.folders[split], _prefix(task))
-
-
-def _encode(task: Task) -> dict[str, Any]:
+def _encode(task: Task, report: Report) -> dict[str, Any]:
     spec, source = task.spec, task.spec.sources[task.source]
     tokenizer = _tokenizer(Path(spec.output), spec.tokenizer.bos, spec.tokenizer.eos, task.tokenizer)
     arguments = (_prefix(task), source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
     skipped: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     bad: list[str] = []
-    allowance = Allowance(task.budget, first=task.index == 0)
-    documents = within(select(task.documents(skipped, bad), task.keep), allowance)
+    limit = replace(task.limit)
+    documents = limit.within(select(task.documents(skipped, bad), task.keep))
     with ExitStack() as stack:
         folders = {split: spec.folders[split] for split in task.splits}
         writers = {split: stack.enter_context(ShardWriter(folder, *arguments)) for split, folder in folders.items()}
-        for batch, tokens in _encoded(_ahead(batches(documents)), tokenizer, skipped):
+        for batch, tokens in encoded(ahead(batches(documents)), tokenizer, skipped):
             sizes = [len(document.text.encode()) for document in batch]
             held = [spec.place(document.id) < task.below for document in batch]
             for split, writer in writers.items():
@@ -236,7 +211,7 @@ def _encode(task: Task) -> dict[str, Any]:
                     [batch[i].url for i in chosen],
                 )
             totals.update(documents=len(batch), tokens=sum(map(len, tokens)), bytes=sum(sizes))
-            progress(sum(sizes))
+            report(sum(sizes))
         read = task.files_read()
         write_arrays(task.file(".counts.npz"), {split: writer.counts for split, writer in writers.items()})
     return {
@@ -245,8 +220,8 @@ def _encode(task: Task) -> dict[str, Any]:
         "files": read,
         "skipped": dict(skipped),
         "bad_rows": bad,
-        "limited": allowance.exceeded,
-        "budget": [task.budget.bytes, task.budget.documents],
+        "limited": limit.reached,
+        "before": [task.limit.bytes, task.limit.documents],
         "shards": {split: writer.shards for split, writer in writers.items()},
     }
 
@@ -266,111 +241,3 @@ def _tokenizer(output: Path, bos: str, eos: str, sha256: str) -> TextTokenizer:
     if tokenizer.sha256 != sha256:
         raise ValueError(f"{tokenizer.file} was replaced while {output} was being prepared; run again")
     return tokenizer
-
-
-class Allowance:
-    """Tells document by document whether a budget still has room; the first document of a source always finds it."""
-
-    def __init__(self, budget: Budget, first: bool):
-        self._budget, self._first = budget, first
-        self._bytes = self._documents = 0
-        self.exceeded = False
-
-    def takes(self, size: int) -> bool:
-        """Whether the next document, of `size` bytes, is still taken; once one is not, none is."""
-        self._bytes += size
-        self._documents += 1
-        too_large = self._budget.bytes is not None and self._bytes > self._budget.bytes
-        too_many = self._budget.documents is not None and self._documents > self._budget.documents
-        self.exceeded |= too_many or (too_large and not (self._first and self._documents == 1))
-        return not self.exceeded
-
-
-def within(documents: Iterable[Document], allowance: Allowance) -> Iterator[Document]:
-    for document in documents:
-        if not allowance.takes(len(document.text.encode())):
-            return
-        yield document
-
-
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(
-    read: Iterable[list[Document]], tokenizer: TextTokenizer, skipped: Counter[str]
-) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
-    """Batches with their tokens; `skipped` also counts what the vocabulary cannot express.
-
-    Two batches are under way where the tokenizer uses several cores: the library encodes one while the ids of the
-    other, for which the interpreter is needed, are taken over.
-    """
-    at_once = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else 2
-    under_way: deque[tuple[list[Document], Future[list[np.ndarray]], Counter[str]]] = deque()
-
-    def next_done() -> tuple[list[Document], list[np.ndarray]]:
-        batch, tokens, lost = under_way.popleft()
-        result = tokens.result()
-        skipped.update(lost)
-        return batch, result
-
-    with ThreadPoolExecutor(at_once) as pool:
-        for batch in read:
-            lost: Counter[str] = Counter()
-            under_way.append((batch, pool.submit(tokenizer.encode_documents, [d.text for d in batch], lost), lost))
-            if len(under_way) > at_once:
-                yield next_done()
-        while under_way:
-            yield next_done()
-
-
-def _counted(documents: Iterable[Document]) -> Iterator[Document]:
-    for batch in batches(documents):
-        yield from batch
-        progress(sum(len(document.text) for document in batch))
-
-
-def _ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The same items, made by another thread up to `depth` in advance."""
-    queue: Queue[tuple[bool, Any]] = Queue(depth)
-    stop = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stop.is_set():
-            try:
-                return queue.put(entry, timeout=0.1)
-            except Full:
-                continue
-
-    def fill() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if stop.is_set():
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while True:
-            more, item = queue.get()
-            if not more:
-                if item is not None:
-                    raise item
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
