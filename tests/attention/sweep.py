@@ -73,7 +73,7 @@ def draw_case(seed: int, backend: str, kind: str, block: int, head_dim: int, pac
         block = min(block, 128)  # it takes no levels that end with larger ones
     offset, total = 0, None
     pattern = draw_pattern(rng, kind, block, kv_heads)
-    while backend == "hopper" and not support.keeps_moving(pattern.key, head_dim):
+    while backend == "hopper" and not support.is_deadlock_free(pattern.key, head_dim):
         pattern = draw_pattern(rng, kind, block, kv_heads)
     if kind != "mixed" and rng.random() < 0.3:  # some heads of a wider layer
         offset = rng.randint(0, 5)

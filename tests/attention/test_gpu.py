@@ -293,7 +293,7 @@ def test_hopper_takes_ranges_and_mixed_heads_and_views():
 @hopper
 @pytest.mark.parametrize(("block", "end"), [(64, 7), (128, None), (256, 7)])
 def test_levels_that_end_come_to_their_end(block, end):
-    """With blocks of 256 on the Triton kernels, which are the default there: `support.most_skipped`."""
+    """With blocks of 256 on the Triton kernels, which are the default there: `support.is_deadlock_free`."""
     pattern = Pattern.from_ranges(2, [(2, 5), (4, end)], block_size=block)
     assert_correct(Case(pattern, 2560, 2560, 4, 4, 128), torch.bfloat16, device="cuda", backend=None)
 

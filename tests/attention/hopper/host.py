@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from s2.attention import Pattern
+from s2.attention.kernels.hopper import params
 from s2.attention.kernels.hopper.driver import SOURCES
 from s2.attention.kernels.hopper.problem import TILE
 
@@ -31,10 +32,12 @@ def unit_mask(pattern: Pattern, length: int, heads: int, layer: int = 0) -> torc
 def compile_for_host(source: Path, folder: Path, constants: dict[str, int]) -> Path:
     """A program with the constants of a kernel, in a folder. It aborts where C++ does not define a result."""
     program = folder / "-".join([source.stem, *map(str, constants.values())])
+    for name, text in params.HEADERS.items():
+        (folder / name).write_text(text)
     checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(
         [COMPILER, "-std=c++17", "-O1", *checks, *(f"-D{name}={value}" for name, value in constants.items()),
-         f"-I{SOURCES}", str(source), "-o", str(program)],
+         f"-I{SOURCES}", f"-I{folder}", str(source), "-o", str(program)],
         check=True,
     )  # fmt: skip
     return program

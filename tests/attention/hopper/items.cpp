@@ -12,13 +12,13 @@
 static void print_tile(int head, int level, int tile, int segment, int part, int length, int low, int high,
                        const Rule& rule) {
     const int num_blocks = (length + BLOCK - 1) / BLOCK;
-    for (int c = 0; c < CHUNKS; c++) {
-        const int index = tile * CHUNKS + c;
-        const Run run = chunk_run(index, level, num_blocks, low, high, rule);
+    for (int c = 0; c < N_BLOCKS; c++) {
+        const int index = tile * N_BLOCKS + c;
+        const Run run = n_block_run(index, level, num_blocks, low, high, rule);
         if (run.begin >= run.end) continue;
         std::printf("%d %d %d %d %d %d", head, segment, part + index, run.key, run.begin, run.end);
-        for (int j = 0; BLOCK < CHUNK && j < ENTRIES; j++) {
-            const ChunkBlock block = chunk_block(index * ENTRIES + j, level, num_blocks, rule);
+        for (int j = 0; BLOCK < KEYS && j < ENTRIES; j++) {
+            const LevelBlock block = level_block(index * ENTRIES + j, level, num_blocks, rule);
             if (block.exists) std::printf(" %d %d", block.block * BLOCK, block.until * BLOCK);
         }
         std::printf("\n");
@@ -30,7 +30,7 @@ int main() {
     Columns columns = {};
     if (std::scanf("%d %d %d %d", &packed, &length, &heads, &items) != 4) return 1;
     for (int* field : {columns.tiles, columns.segments, columns.batches})
-        for (int i = 0; i < MOST_LEVELS; i++)
+        for (int i = 0; i < 4; i++)
             if (std::scanf("%d", field + i) != 1) return 1;
     if (std::scanf("%d %d", &columns.segment_rows, &columns.wave) != 2) return 1;
     std::vector<int> table(heads * TABLE);
@@ -41,7 +41,7 @@ int main() {
         for (int head = 0; head < heads; head++)
             for (int nth = 0; nth < items; nth++) {
                 const Rule rule = load_rule(&table[head * TABLE]);
-                const LevelTile tile = chunk_tile(nth, num_blocks, rule);
+                const LevelTile tile = document_tile(nth, num_blocks, rule);
                 if (tile.level >= 0) print_tile(head, tile.level, tile.index, -1, 0, length, 0, high, rule);
             }
         return 0;
@@ -51,7 +51,7 @@ int main() {
         if (work.first >= work.last) continue;
         const bool is_divided = columns.segments[work.level] > 1;
         const int low = is_divided ? work.segment * columns.segment_rows : 0;
-        const int part = is_divided ? part_begin(work.level, columns) : 0;
+        const int part = is_divided ? first_partial(work.level, columns) : 0;
         for (int tile = work.first; tile < work.last; tile++)
             print_tile(work.group, work.level, tile, is_divided ? work.segment : -1, part, length, low,
                        is_divided ? minimum(low + columns.segment_rows, high) : high,

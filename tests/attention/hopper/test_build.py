@@ -142,10 +142,10 @@ ONE_PASS = [
     Build("backward", 128, _constants(0, False, block=256), spills=80),
     Build("backward", 128, _constants(2, True, block=16, packed=True), spills=450),
     Build("backward", 128, _constants(1, False, block=32), spills=400, element="fp16"),
-    Build("statistics", 128, _constants(0, False)),
-    Build("statistics", 128, _constants(0, False, block=16, packed=True), element="fp16"),
-    Build("round", 128, _constants(0, False)),
-    Build("round", 128, _constants(0, False, block=16, packed=True), element="fp16"),
+    Build("preprocess", 128, _constants(0, False)),
+    Build("preprocess", 128, _constants(0, False, block=16, packed=True), element="fp16"),
+    Build("postprocess", 128, _constants(0, False)),
+    Build("postprocess", 128, _constants(0, False, block=16, packed=True), element="fp16"),
 ]
 # With two levels and sinks it is mostly the producer that spills, which plans tiles with 32 registers
 GLUON = [
@@ -187,10 +187,10 @@ def _cuda(build: Build, folder: Path) -> tuple[str, dict[str, int]]:
     elif build.kernel == "backward":
         kernel = one_pass.backward_kernel(problem)
     else:
-        kernel = one_pass.pass_kernel(build.kernel, problem)
-    cubin, log = driver.build(kernel.source, kernel.constants)
+        kernel = one_pass.prepost_kernel(build.kernel, problem)
+    cubin, log = driver.build(kernel.source, kernel.constants, kernel.headers)
     (folder / "kernel.cubin").write_bytes(cubin)
-    return log, {"shared": kernel.shared_bytes, "registers": kernel.constants.get("CONSUMER_REGISTERS", 0)}
+    return log, {"shared": driver.shared_bytes_of(cubin), "registers": kernel.constants.get("CONSUMER_REGISTERS", 0)}
 
 
 def _gluon(build: Build, folder: Path) -> tuple[str, dict[str, int]]:

@@ -24,6 +24,10 @@ struct Params {
 # ROWS x 32 floats from (row, column) on, a thread each
 SOURCE = """
 #include "params.cuh"
+#ifndef SHARED
+#define SHARED (128 * ROWS)
+#endif
+extern "C" __device__ int shared_bytes = SHARED;
 
 extern "C" __global__ void __launch_bounds__(32 * ROWS) copy_box(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) float tile[];
@@ -90,9 +94,9 @@ def builds(monkeypatch) -> list[dict]:
     seen: list[dict] = []
     build = driver.build
 
-    def record(source, constants):
+    def record(source, constants, headers):
         seen.append(dict(constants))
-        return build(source, constants)
+        return build(source, constants, headers)
 
     monkeypatch.setattr(driver, "build", record)
     return seen
@@ -189,7 +193,7 @@ def test_equal_kernels_are_loaded_once_and_launched_in_a_thread_without_context_
     params = driver.allocate(Params)
     for _ in range(2):
         recorded.context = 0
-        driver.Kernel(source, "copy_box", CONSTANTS, 256, 1024).launch(132, params, 77)
+        driver.Kernel(source, "copy_box", CONSTANTS, 256).launch(132, params, 77)
         assert recorded.context == 103
     assert recorded.loads == [driver.compile_kernel(source, CONSTANTS)]
     assert recorded.launches == 2 * [
@@ -218,7 +222,7 @@ def test_a_box_is_read_where_the_tensor_map_was_moved(source):
     params = driver.allocate(Params)
     params.out, params.row, params.column = out.data_ptr(), 5, 32
     boxes = driver.TensorMap(params, "map", first.data_ptr(), torch.float32, [10, 64], [256], [8, 32], swizzle=0)
-    kernel = driver.Kernel(source, "copy_box", CONSTANTS, 256, 1024)
+    kernel = driver.Kernel(source, "copy_box", CONSTANTS, 256)
 
     def expected(x):
         return torch.cat([x[5:, 32:], x.new_zeros(3, 32)])  # three rows out of bounds
@@ -250,4 +254,4 @@ def test_a_box_is_read_where_the_tensor_map_was_moved(source):
     assert not driver._driver().cuTensorMapReplaceAddress(theirs, second.data_ptr())[0]
     assert list(params.map) == moved
     with pytest.raises(RuntimeError, match=r"cuFuncSetAttribute of copy_box .*CUDA_ERROR"):
-        driver.Kernel(source, "copy_box", CONSTANTS, 256, 1 << 20).launch(1, params, 0)
+        driver.Kernel(source, "copy_box", CONSTANTS | {"SHARED": 1 << 20}, 256).launch(1, params, 0)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper.combine import SUMMED, attention_sum_document_parts, attention_sum_parts, segment_runs
-from s2.attention.kernels.hopper.n_blocks import chunk_block, chunk_run, chunk_tile, locate_item
+from s2.attention.kernels.hopper.combine import ROWS, attention_combine, attention_combine_packed, segment_runs
+from s2.attention.kernels.hopper.n_blocks import document_tile, level_block, locate_item, n_block_run
 from s2.attention.kernels.hopper.problem import TILE
 from s2.attention.kernels.hopper.scheduler import divide_columns, divide_packed
 from s2.attention.kernels.hopper.varlen import PackedColumns, attention_documents, document_item
@@ -36,7 +36,7 @@ def runs(table, out, level, num_blocks, low, high, N: tl.constexpr, TABLE: tl.co
          LEVELS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
     lane = tl.arange(0, N)
     rule = load_rule(table, LEVELS, SINKS)
-    key, begin, end = chunk_run(lane, level, num_blocks, low, high, rule, BLOCK, LEVELS, SINKS)
+    key, begin, end = n_block_run(lane, level, num_blocks, low, high, rule, BLOCK, LEVELS, SINKS)
     tl.store(out + lane, key)
     tl.store(out + N + lane, begin)
     tl.store(out + 2 * N + lane, end)
@@ -46,7 +46,7 @@ def runs(table, out, level, num_blocks, low, high, N: tl.constexpr, TABLE: tl.co
 def tiles(table, out, num_blocks, N: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
     lane = tl.arange(0, N)
     rule = load_rule(table, LEVELS, SINKS)
-    level, index = chunk_tile(lane, num_blocks, rule, BLOCK, LEVELS, SINKS)
+    level, index = document_tile(lane, num_blocks, rule, BLOCK, LEVELS, SINKS)
     tl.store(out + lane, level)
     tl.store(out + N + lane, index)
 
@@ -54,7 +54,7 @@ def tiles(table, out, num_blocks, N: tl.constexpr, BLOCK: tl.constexpr, LEVELS: 
 @triton.jit
 def blocks(table, out, level, num_blocks, N: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
     lane = tl.arange(0, N)
-    block, until, exists = chunk_block(lane, level, num_blocks, load_rule(table, LEVELS, SINKS), LEVELS, SINKS)
+    block, until, exists = level_block(lane, level, num_blocks, load_rule(table, LEVELS, SINKS), LEVELS, SINKS)
     tl.store(out + lane, tl.where(exists, block, -1))
     tl.store(out + N + lane, until)
 
@@ -135,14 +135,14 @@ def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
 
 
 @triton.jit
-def tile_runs(table, out, tile, level, num_blocks, high, segment, segment_rows, CHUNKS: tl.constexpr,
+def tile_runs(table, out, tile, level, num_blocks, high, segment, segment_rows, N_BLOCKS: tl.constexpr,
               BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
-    lane = tl.arange(0, CHUNKS)
-    _, begin, end, alone = segment_runs(tile * CHUNKS + lane, level, num_blocks, high, segment, segment_rows,
+    lane = tl.arange(0, N_BLOCKS)
+    _, begin, end, alone = segment_runs(tile * N_BLOCKS + lane, level, num_blocks, high, segment, segment_rows,
                                         load_rule(table, LEVELS, SINKS), BLOCK, LEVELS, SINKS)  # fmt: skip
     tl.store(out + lane, begin)
-    tl.store(out + CHUNKS + lane, end)
-    tl.store(out + 2 * CHUNKS, tl.where(alone, 1, 0))
+    tl.store(out + N_BLOCKS + lane, end)
+    tl.store(out + 2 * N_BLOCKS, tl.where(alone, 1, 0))
 
 
 def call_tile(schedule, head, level, tile, length, block, segment, segment_rows, a_tile):
@@ -150,7 +150,7 @@ def call_tile(schedule, head, level, tile, length, block, segment, segment_rows,
     out = torch.full((2 * a_tile + 1,), -1, dtype=torch.int32)
     unit = unit_of(block)
     tile_runs[(1,)](schedule.table[head], out, tile, level, -(-length // block), -(-length // unit) * unit, segment,
-                    segment_rows, CHUNKS=a_tile, BLOCK=block, LEVELS=schedule.num_levels,
+                    segment_rows, N_BLOCKS=a_tile, BLOCK=block, LEVELS=schedule.num_levels,
                     SINKS=schedule.has_sinks)  # fmt: skip
     *numbers, alone = out.tolist()
     return list(zip(numbers[:a_tile], numbers[a_tile:], strict=True)), bool(alone)
@@ -205,7 +205,7 @@ def test_division_covers_every_head_within_its_room(pattern, group, a_tile):
         assert columns.segment_rows % TILE == 0
         most = max(columns.segments)
         assert most == 1 or (most - 1) * columns.segment_rows < chunks * TILE <= most * columns.segment_rows
-        parts = most * heads * columns.num_parts * 2 * TILE * head_dim * 4
+        parts = most * heads * columns.num_partials * 2 * TILE * head_dim * 4
         queries = heads * group * length * head_dim * 2
         assert parts <= max(1.25 * queries, 70e6)
         assert 1 <= columns.wave <= heads
@@ -245,14 +245,14 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
     levels = range(schedule.num_levels + schedule.has_sinks, -1, -1)
     segments = [-(-rows // segment_rows) if level in levels else 1 for level in range(4)]
     columns = replace(whole, segments=tuple(segments), segment_rows=segment_rows)
-    parts = torch.full((max(segments), batch * heads, columns.num_parts, 2, TILE, dim), torch.nan)
+    parts = torch.full((max(segments), batch * heads, columns.num_partials, 2, TILE, dim), torch.nan)
     wanted, unseen = torch.zeros(2, batch, rows + TILE, heads, dim), 0
     for head in range(heads):
         first = 0  # part of the level: the widest levels come first
         for level in levels:
             count = a_tile * columns.tiles[level]
             whole_runs = call_runs(schedule, head, level, length, block, 0, rows)
-            a_segment = [
+            per_segment = [
                 call_runs(schedule, head, level, length, block, low, min(low + segment_rows, rows))
                 for low in range(0, rows, segment_rows)
             ]
@@ -265,7 +265,7 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
                     continue
                 low, high = min(b for _, b, _ in tile) // segment_rows, (max(e for *_, e in tile) - 1) // segment_rows
                 for segment in range(low, high + 1):
-                    key, begin, end = a_segment[segment][own]
+                    key, begin, end = per_segment[segment][own]
                     unseen += begin >= end
                     if begin >= end or (direct and low == high):
                         continue
@@ -282,9 +282,9 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
             first += count
     assert wanted.any() and (unseen > 0 or block >= TILE)
     dk, dv = (torch.zeros(batch, length, heads, dim) for _ in range(2))
-    attention_sum_parts[(columns.num_parts * (TILE // SUMMED.value) * batch * heads,)](
-        parts, dk, dv, schedule.table, length, heads, segment_rows, columns.num_parts, *columns.tiles, *segments,
-        TABLE=TABLE_COLUMNS, D=dim, BLOCK=block, LEVELS=schedule.num_levels, SINKS=schedule.has_sinks, CHUNKS=a_tile,
+    attention_combine[(columns.num_partials * (TILE // ROWS.value) * batch * heads,)](
+        parts, dk, dv, schedule.table, length, heads, segment_rows, columns.num_partials, *columns.tiles, *segments,
+        TABLE=TABLE_COLUMNS, D=dim, BLOCK=block, LEVELS=schedule.num_levels, SINKS=schedule.has_sinks, N_BLOCKS=a_tile,
         DIRECT=direct,
     )  # fmt: skip
     torch.testing.assert_close(torch.stack([dk, dv]), wanted[:, :, :length])
@@ -305,7 +305,7 @@ def test_documents_and_their_tiles(spec, block, consumers, share):
     documents = torch.full((1 + most_tiles + sum(lengths) // 64 + 4 * count, 4), -1, dtype=torch.int32)
     attention_documents[(count + 1,)](
         cu_seqlens, documents, *UNFILLED, count, sum(lengths), most_tiles, 0, sinks, 0, 0, 0,
-        BOXES=consumers, SHARE=share, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=4,
+        M_BLOCKS=consumers, PACK_GQA=share, N_BLOCKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=4,
     )  # fmt: skip
     num_tiles, num_pairs, num_divided = documents[0, :3].tolist()
     assert num_divided == 0, "nothing is divided"
@@ -356,7 +356,7 @@ def document_work(documents, out, most_tiles, segment_rows, sinks, stride0, stri
     tile, segment, rows = document_item(tl.load(entry), item < tl.load(documents + 2), length, segment_rows, sinks,
                                         stride0, stride1, stride2, 2, BLOCK, LEVELS)  # fmt: skip
     rule, num_blocks = load_rule(table, LEVELS, SINKS), (length + BLOCK - 1) // BLOCK
-    level, index = chunk_tile(tile, num_blocks, rule, BLOCK, LEVELS, SINKS)
+    level, index = document_tile(tile, num_blocks, rule, BLOCK, LEVELS, SINKS)
     unit = tl.minimum(BLOCK, 64)
     lane = tl.arange(0, 2)
     key, begin, end, alone = segment_runs(2 * index + lane, level, num_blocks, (length + unit - 1) // unit * unit,
@@ -410,9 +410,9 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
         tokens,
         most_tiles,
         *sizes,
-        BOXES=3,
-        SHARE=1,
-        CHUNKS=2,
+        M_BLOCKS=3,
+        PACK_GQA=1,
+        N_BLOCKS=2,
         WIDTH=16,
         **kind,
     )
@@ -447,9 +447,9 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
             assert torch.equal(work, masks[length][head].int()), f"{seed=}, {lengths}, {head=}, {begin=}"
     if block >= TILE:  # small blocks' keys lie apart, and are checked on the GPU
         dk, dv = (torch.zeros(tokens, heads, dim) for _ in range(2))
-        attention_sum_document_parts[(3 * heads,)](
+        attention_combine_packed[(3 * heads,)](
             parts, dk, dv, schedule.table, table, heads, most_tiles, columns.segment_rows, 2 * num_divided, sinks,
-            *columns.strides, TABLE=TABLE_COLUMNS, D=dim, SINKS=schedule.has_sinks, CHUNKS=2, **kind,
+            *columns.strides, TABLE=TABLE_COLUMNS, D=dim, SINKS=schedule.has_sinks, N_BLOCKS=2, **kind,
         )  # fmt: skip
         gradients = torch.stack([dk, dv])
         torch.testing.assert_close(gradients, summed[:, :tokens])
@@ -472,7 +472,8 @@ def test_segments_of_packed_documents_have_room(pattern):
             table = torch.zeros((1 + most_tiles + 40000 + 8 * len(lengths), 4), dtype=torch.int32)
             attention_documents[(len(lengths) + 1,)](
                 borders, table, *UNFILLED, len(lengths), tokens, most_tiles, columns.segment_rows, sinks,
-                *columns.strides, BOXES=3, SHARE=1, CHUNKS=2, BLOCK=block, LEVELS=schedule.num_levels, WIDTH=8192,
+                *columns.strides, M_BLOCKS=3, PACK_GQA=1, N_BLOCKS=2, BLOCK=block, LEVELS=schedule.num_levels,
+                WIDTH=8192,
             )  # fmt: skip
             assert table[0, 2] <= columns.most_segments
             divided |= bool(table[0, 2])
@@ -501,8 +502,8 @@ def items(
 @pytest.mark.parametrize(("groups", "wave"), [(5, 5), (5, 2), (1, 1)])
 def test_items_are_every_tile_of_every_segment_once(groups, wave, few):
     tiles, segments, batches = (7, 3, 0), (1, 3, 1), (4, 1, 1)
-    a_head = [-(-n // batch) for n, batch in zip(tiles, batches, strict=True)]
-    count = sum(n * parts for n, parts in zip(a_head, segments, strict=True)) * wave * -(-groups // wave)
+    per_head = [-(-n // batch) for n, batch in zip(tiles, batches, strict=True)]
+    count = sum(n * parts for n, parts in zip(per_head, segments, strict=True)) * wave * -(-groups // wave)
     out = torch.full((count, 5), -1, dtype=torch.int32)
     items[(count,)](out, groups, wave, few, *tiles, *segments, *batches, WIDEST=2)
     found = [(level, segment, group, tile) for level, segment, group, *ends in out.tolist() for tile in range(*ends)]
@@ -515,7 +516,7 @@ def test_items_are_every_tile_of_every_segment_once(groups, wave, few):
     assert order == sorted(order)
     for (turn, level, _), run in itertools.groupby(found, key=lambda item: (item[2] // wave, *item[:2])):
         own = [(group, tile // batches[level], tile) for _, _, group, tile in run]
-        if a_head[level] * wave <= few:
+        if per_head[level] * wave <= few:
             assert own == sorted(own, key=lambda item: (item[1], item[0]))
         else:
             assert own == sorted(own)
@@ -569,8 +570,8 @@ def test_items_in_cpp_are_the_pattern(pattern, length, tmp_path):
         found, parts = torch.zeros_like(wanted), {}
         count_runs(lines, found, block, parts)
         assert torch.equal(found, wanted)
-        assert all(0 <= part < columns.num_parts for _, _, part in parts)
-        assert bool(parts) == (columns.num_parts > 0)
+        assert all(0 <= part < columns.num_partials for _, _, part in parts)
+        assert bool(parts) == (columns.num_partials > 0)
     found = torch.zeros_like(wanted)  # as a packed document
     sinks = max(row[1] for row in schedule.rows)
     num_blocks = -(-length // block)

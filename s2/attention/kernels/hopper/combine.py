@@ -1,14 +1,14 @@
-"""Segments of divided columns, where the parts of their gradients stand, and the passes that add them up. Plain Triton,
-called from Gluon too."""
+"""Segments of divided key columns, where their partial sums of dK and dV are, and the kernels that combine them. Plain
+Triton, called from Gluon too."""
 
 import triton
 import triton.language as tl
 
 from ..index import load_rule
-from .n_blocks import CHUNK, chunk_block, chunk_run, chunk_tile
+from .n_blocks import KEYS, document_tile, level_block, n_block_run
 from .varlen import document_segments, wide_tiles
 
-SUMMED = tl.constexpr(16)  # rows of a chunk that a program adds up
+ROWS = tl.constexpr(16)  # of an n_block, that a program combines
 
 
 @triton.jit
@@ -16,78 +16,78 @@ def segment_runs(
     index, level, num_blocks, high, segment, segment_rows, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
     SINKS: tl.constexpr,
 ):  # fmt: skip
-    """As `chunk_run` says it of a tile's chunks `index`, in one segment (-1: in all rows, up to `high`), and whether
-    the tile's rows reach into no other."""
-    key, begin, end = chunk_run(index, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
+    """`n_block_run` of a tile's n_blocks `index` in one segment (-1: in all rows, up to `high`), and whether the tile's
+    rows reach into no other."""
+    key, begin, end = n_block_run(index, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS)
     alone = True
     if segment >= 0:
         last_row = tl.max(tl.where(begin < end, end, 0), 0) - 1
         alone = tl.min(begin, 0) // segment_rows >= last_row // segment_rows
         low = segment * segment_rows
         until = (segment + 1) * segment_rows
-        if BLOCK >= CHUNK:
+        if BLOCK >= KEYS:
             begin = tl.maximum(begin, low)
             end = tl.minimum(end, until)
-        else:  # the runs of a chunk's blocks may leave the segment out
+        else:  # there may be no run of any of the n_block's blocks in the segment
             until = tl.minimum(until, high)
-            key, begin, end = chunk_run(index, level, num_blocks, low, until, rule, BLOCK, LEVELS, SINKS)
+            key, begin, end = n_block_run(index, level, num_blocks, low, until, rule, BLOCK, LEVELS, SINKS)
     exists = begin < end
     return tl.where(exists, key, high), tl.where(exists, begin, high), tl.where(exists, end, high), alone
 
 
 @triton.jit
-def part_begin(level, tiles, segments, WIDEST: tl.constexpr, CHUNKS: tl.constexpr = 2):
-    """First part of a level: those of wider levels that are divided into segments come before, CHUNKS a tile. Sinks
-    are the widest level where there are any."""
+def first_partial(level, tiles, segments, WIDEST: tl.constexpr, N_BLOCKS: tl.constexpr = 2):
+    """Number of a level's first n_block in the workspace, where those of the wider levels that are divided come before,
+    N_BLOCKS per tile. Sinks are the widest level where there are any."""
     begin = 0
     for other in tl.static_range(1, WIDEST + 1):
-        begin += tl.where((level < other) & (segments[other] > 1), CHUNKS * tiles[other], 0)
+        begin += tl.where((level < other) & (segments[other] > 1), N_BLOCKS * tiles[other], 0)
     return begin
 
 
 @triton.jit
-def _add_up(
-    part, dk, dv, own, level, rule, begin_token, length, group, batch_tokens, kv_heads, segment_rows, slot, step, rows,
-    D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr, CHUNKS: tl.constexpr,
-    DIRECT: tl.constexpr,
+def _combine(
+    partials, dk, dv, own, level, rule, begin_token, length, group, batch_tokens, kv_heads, segment_rows, slot, step,
+    rows, D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
+    N_BLOCKS: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """`rows` of the gradients of a level's chunk `own`: the sums of its segments, first to last. The part of segment 0
-    would stand at `slot`, those of the others `step` apart. `batch_tokens`: those before the sequence. With DIRECT a
-    tile of one segment has no parts."""
+    """`rows` of the gradients of a level's n_block `own`, summed over its segments from the first to the last. The
+    partial sum of segment 0 is at `slot`, those of the others `step` apart. `batch_tokens`: those before the sequence.
+    With DIRECT a tile that lies in one segment has none."""
     num_blocks = (length + BLOCK - 1) // BLOCK
-    high = (length + CHUNK - 1) // CHUNK * CHUNK
-    lane = tl.arange(0, CHUNKS)
-    keys, begins, ends = chunk_run(
-        own // CHUNKS * CHUNKS + lane, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS
+    high = (length + KEYS - 1) // KEYS * KEYS
+    lane = tl.arange(0, N_BLOCKS)
+    keys, begins, ends = n_block_run(
+        own // N_BLOCKS * N_BLOCKS + lane, level, num_blocks, 0, high, rule, BLOCK, LEVELS, SINKS
     )
     bottom = tl.min(begins, 0)
     top = tl.max(tl.where(begins < ends, ends, 0), 0)
-    key = tl.sum(tl.where(lane == own % CHUNKS, keys, 0), 0)
-    begin = tl.sum(tl.where(lane == own % CHUNKS, begins, 0), 0)
-    end = tl.sum(tl.where(lane == own % CHUNKS, ends, 0), 0)
+    key = tl.sum(tl.where(lane == own % N_BLOCKS, keys, 0), 0)
+    begin = tl.sum(tl.where(lane == own % N_BLOCKS, begins, 0), 0)
+    end = tl.sum(tl.where(lane == own % N_BLOCKS, ends, 0), 0)
     first = bottom // segment_rows
     last = (top - 1) // segment_rows
     if (begin < end) & ((first < last) | (not DIRECT)):
         column = tl.arange(0, D)
         offsets = rows[:, None] * D + column[None, :]
-        sum_k = tl.zeros([SUMMED, D], tl.float32)
-        sum_v = tl.zeros([SUMMED, D], tl.float32)
+        sum_k = tl.zeros([ROWS, D], tl.float32)
+        sum_v = tl.zeros([ROWS, D], tl.float32)
         for segment in range(first, last + 1):
             low = segment * segment_rows
             seen = tl.maximum(begin, low) < tl.minimum(end, low + segment_rows)
-            if BLOCK < CHUNK:  # the runs of its blocks may leave a segment out, which then has no part
-                _, own_begin, own_end = chunk_run(
+            if BLOCK < KEYS:  # the runs of its blocks may leave a segment out, which then has no partial sum
+                _, own_begin, own_end = n_block_run(
                     own, level, num_blocks, low, tl.minimum(low + segment_rows, high), rule, BLOCK, LEVELS, SINKS
                 )
                 seen = own_begin < own_end
-            source = part + (slot + segment * step).to(tl.int64) * (2 * CHUNK * D)
+            source = partials + (slot + segment * step).to(tl.int64) * (2 * KEYS * D)
             sum_k += tl.load(source + offsets, mask=seen, other=0.0)
-            sum_v += tl.load(source + CHUNK * D + offsets, mask=seen, other=0.0)
+            sum_v += tl.load(source + KEYS * D + offsets, mask=seen, other=0.0)
         row = key + rows
         exists = row < length
-        if BLOCK < CHUNK:
-            block, _, exists = chunk_block(
-                own * (CHUNK // BLOCK) + rows // BLOCK, level, num_blocks, rule, LEVELS, SINKS
+        if BLOCK < KEYS:
+            block, _, exists = level_block(
+                own * (KEYS // BLOCK) + rows // BLOCK, level, num_blocks, rule, LEVELS, SINKS
             )
             row = block * BLOCK + rows % BLOCK
             exists = exists & (row < length)
@@ -96,95 +96,75 @@ def _add_up(
         tl.store(dv + to, sum_v.to(dv.dtype.element_ty), mask=exists[:, None])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "length",
-        "kv_heads",
-        "segment_rows",
-        "num_parts",
-        "tiles0",
-        "tiles1",
-        "tiles2",
-        "tiles3",
-        "segments0",
-        "segments1",
-        "segments2",
-        "segments3",
-    ]
-)
-def attention_sum_parts(
-    part, dk, dv, table, length, kv_heads, segment_rows, num_parts,
+@triton.jit(do_not_specialize=[
+    "length", "kv_heads", "segment_rows", "num_partials", "tiles0", "tiles1", "tiles2", "tiles3", "segments0",
+    "segments1", "segments2", "segments3",
+])  # fmt: skip
+def attention_combine(
+    partials, dk, dv, table, length, kv_heads, segment_rows, num_partials,
     tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3,
     TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
-    CHUNKS: tl.constexpr, DIRECT: tl.constexpr,
+    N_BLOCKS: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV `[B, S, Hkv, D]` of the chunks of divided levels, from parts `[segments, B Hkv, num_parts, dK and dV,
-    64, D]`. Programs: chunks in steps of SUMMED rows, for one KV head after the other."""
+    """dK and dV `[B, S, Hkv, D]` of the n_blocks of divided levels, from partial sums `[segments, B Hkv, num_partials,
+    dK and dV, 64, D]`. Programs: ROWS rows of an n_block each, for one KV head after the other."""
     tiles = (tiles0, tiles1, tiles2, tiles3)
     segments = (segments0, segments1, segments2, segments3)
     WIDEST: tl.constexpr = LEVELS + 1 if SINKS else LEVELS
-    per_group = num_parts * (CHUNK // SUMMED)
+    per_group = num_partials * (KEYS // ROWS)
     group = tl.program_id(0) // per_group
     groups = tl.num_programs(0) // per_group
     step = tl.program_id(0) % per_group
-    index = step // (CHUNK // SUMMED)
+    index = step // (KEYS // ROWS)
     level = -1
     for other in tl.static_range(WIDEST + 1):
-        begin = part_begin(other, tiles, segments, WIDEST, CHUNKS)
-        inside = (segments[other] > 1) & (index >= begin) & (index < begin + CHUNKS * tiles[other])
+        begin = first_partial(other, tiles, segments, WIDEST, N_BLOCKS)
+        inside = (segments[other] > 1) & (index >= begin) & (index < begin + N_BLOCKS * tiles[other])
         level = tl.where(inside, other, level)
     rule = load_rule(table + (group % kv_heads) * TABLE, LEVELS, SINKS)
-    own = index - part_begin(level, tiles, segments, WIDEST, CHUNKS)
-    rows = step % (CHUNK // SUMMED) * SUMMED + tl.arange(0, SUMMED)
+    own = index - first_partial(level, tiles, segments, WIDEST, N_BLOCKS)
+    rows = step % (KEYS // ROWS) * ROWS + tl.arange(0, ROWS)
     batch_tokens = (group // kv_heads).to(tl.int64) * length
-    _add_up(
-        part, dk, dv, own, level, rule, 0, length, group % kv_heads, batch_tokens, kv_heads, segment_rows,
-        group * num_parts + index, groups * num_parts, rows, D, BLOCK, LEVELS, SINKS, CHUNKS, DIRECT,
+    _combine(
+        partials, dk, dv, own, level, rule, 0, length, group % kv_heads, batch_tokens, kv_heads, segment_rows,
+        group * num_partials + index, groups * num_partials, rows, D, BLOCK, LEVELS, SINKS, N_BLOCKS, DIRECT,
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "kv_heads",
-        "most_tiles",
-        "segment_rows",
-        "num_parts",
-        "sinks",
-        "stride0",
-        "stride1",
-        "stride2",
-    ]
-)
-def attention_sum_document_parts(
-    part, dk, dv, table, documents, kv_heads, most_tiles, segment_rows, num_parts, sinks, stride0, stride1, stride2,
+@triton.jit(do_not_specialize=[
+    "kv_heads", "most_tiles", "segment_rows", "num_partials", "sinks", "stride0", "stride1", "stride2",
+])  # fmt: skip
+def attention_combine_packed(
+    partials, dk, dv, table, documents, kv_heads, most_tiles, segment_rows, num_partials,
+    sinks, stride0, stride1, stride2,
     TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The same `[T, Hkv, D]` of packed documents, from parts `[Hkv, num_parts, dK and dV, 64, D]`: CHUNKS for every
-    divided item of the table. As many programs for each KV head go through these items in steps of SUMMED rows."""
+    """The same `[T, Hkv, D]` of packed documents, from partial sums `[Hkv, num_partials, dK and dV, 64, D]`: N_BLOCKS
+    for every divided item of the table. The programs of a KV head, as many for each, stride over the items' rows."""
     programs = tl.num_programs(0) // kv_heads
     group = tl.program_id(0) // programs
     rule = load_rule(table + group * TABLE, LEVELS, SINKS)
-    an_item: tl.constexpr = CHUNKS * (CHUNK // SUMMED)
-    num_steps = tl.load(documents + 2) * an_item
+    steps_per_item: tl.constexpr = N_BLOCKS * (KEYS // ROWS)
+    num_steps = tl.load(documents + 2) * steps_per_item
     step = tl.program_id(0) % programs
     while step < num_steps:
-        item = step // an_item
+        item = step // steps_per_item
         entry = documents + 4 * (1 + most_tiles + item)
         nth = tl.load(entry)
         begin_token = tl.load(entry + 1)
         length = tl.load(entry + 2)
         num_blocks = (length + BLOCK - 1) // BLOCK
         segments, own_rows = document_segments(length, segment_rows)
-        wide = wide_tiles(num_blocks, sinks, stride0, stride1, stride2, CHUNKS, BLOCK, LEVELS)
+        wide = wide_tiles(num_blocks, sinks, stride0, stride1, stride2, N_BLOCKS, BLOCK, LEVELS)
         if nth < wide:  # an item of the last segment, of which each tile has one
-            level, tile = chunk_tile(nth, num_blocks, rule, BLOCK, LEVELS, SINKS)
+            level, tile = document_tile(nth, num_blocks, rule, BLOCK, LEVELS, SINKS)
             if level >= 0:
-                chunk = step // (CHUNK // SUMMED) % CHUNKS
-                slot = group * num_parts + CHUNKS * (item + (segments - 1) * wide) + chunk
-                rows = step % (CHUNK // SUMMED) * SUMMED + tl.arange(0, SUMMED)
-                _add_up(
-                    part, dk, dv, CHUNKS * tile + chunk, level, rule, begin_token, length, group, 0, kv_heads, own_rows,
-                    slot, -CHUNKS * wide, rows, D, BLOCK, LEVELS, SINKS, CHUNKS, True,
+                n_block = step // (KEYS // ROWS) % N_BLOCKS
+                slot = group * num_partials + N_BLOCKS * (item + (segments - 1) * wide) + n_block
+                rows = step % (KEYS // ROWS) * ROWS + tl.arange(0, ROWS)
+                _combine(
+                    partials, dk, dv, N_BLOCKS * tile + n_block, level, rule, begin_token, length, group, 0, kv_heads,
+                    own_rows, slot, -N_BLOCKS * wide, rows, D, BLOCK, LEVELS, SINKS, N_BLOCKS, True,
                 )  # fmt: skip
         step += programs

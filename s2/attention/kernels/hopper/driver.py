@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,36 +33,38 @@ MAP = ctypes.c_uint64 * 16  # a field for a tensor map
 _ELEMENTS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32", torch.int32: "INT32"}
 
 Constants = Mapping[str, int | str]
+Headers = Mapping[str, str]  # texts by name
+NO_HEADERS: Headers = {}
 S = TypeVar("S", bound=ctypes.Structure)
 
 # ---------------------------------------------------------------- compiling
 
 
-def compile_kernel(source: Path, constants: Constants) -> bytes:
+def compile_kernel(source: Path, constants: Constants, headers: Headers = NO_HEADERS) -> bytes:
     """Cubin of a .cu file, from Triton's cache if nothing that goes into it has changed; see `build`. Processes that
     find it missing together each compile it, and one of the equal results stays."""
     from cuda.bindings import nvrtc
     from triton.runtime.cache import get_cache_manager
 
     _, *version = nvrtc.nvrtcVersion()
-    facts = (source.name, _texts(source), _definitions(constants), _OPTIONS, version)
+    facts = (source.name, _texts(source, headers), _definitions(constants), _OPTIONS, version)
     cache = get_cache_manager(hashlib.sha256(repr(facts).encode()).hexdigest())
     path = cache.get_file(f"{source.stem}.cubin")
     if path is not None:
         return Path(path).read_bytes()
-    cubin, _ = build(source, constants)
+    cubin, _ = build(source, constants, headers)
     cache.put(cubin, f"{source.stem}.cubin")
     return cubin
 
 
-def build(source: Path, constants: Constants) -> tuple[bytes, str]:
-    """Compiles a .cu file, which may include other .cu and .cuh files of its folder (and no others), with constants
-    defined as macros. Returns the cubin and the log: warnings, and registers and spills of every kernel. RuntimeError
-    with the log: it does not compile."""
+def build(source: Path, constants: Constants, headers: Headers = NO_HEADERS) -> tuple[bytes, str]:
+    """Compiles a .cu file, which may include `headers`, and .cu and .cuh files of its folder (no others), with
+    constants defined as macros. Returns the cubin and the log: warnings, and registers and spills of every kernel.
+    RuntimeError with the log: it does not compile."""
     from cuda.bindings import nvrtc
 
-    texts = _texts(source)
-    headers = [[text.encode() for text in texts.values()], [name.encode() for name in texts]]
+    texts = _texts(source, headers)
+    included = [[text.encode() for text in texts.values()], [name.encode() for name in texts]]
     options = [option.encode() for option in (*_OPTIONS, *_definitions(constants))]
     what = f"{source} with {dict(constants)}"
 
@@ -71,7 +74,7 @@ def build(source: Path, constants: Constants) -> tuple[bytes, str]:
         return result[-1]
 
     text = texts[source.name].encode()
-    program = succeed(nvrtc.nvrtcCreateProgram(text, str(source).encode(), len(texts), *headers))
+    program = succeed(nvrtc.nvrtcCreateProgram(text, str(source).encode(), len(texts), *included))
     try:
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = bytearray(succeed(nvrtc.nvrtcGetProgramLogSize(program)))
@@ -86,14 +89,28 @@ def build(source: Path, constants: Constants) -> tuple[bytes, str]:
     return bytes(cubin), messages
 
 
-def _texts(source: Path) -> dict[str, str]:
+def _texts(source: Path, headers: Headers) -> dict[str, str]:
     """Of a .cu file and all that it may include, by name."""
-    return {path.name: path.read_text() for path in sorted(source.parent.iterdir()) if path.suffix in (".cu", ".cuh")}
+    files = [path for path in sorted(source.parent.iterdir()) if path.suffix in (".cu", ".cuh")]
+    return {path.name: path.read_text() for path in files} | dict(headers)
 
 
 def _definitions(constants: Constants) -> list[str]:
     values = {name: value if isinstance(value, str) else int(value) for name, value in sorted(constants.items())}
     return [f"--define-macro={name}={value}" for name, value in values.items()]
+
+
+def shared_bytes_of(cubin: bytes) -> int:
+    """Dynamic shared memory that a kernel needs: the value of its file's variable `shared_bytes`, 0 without one."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)  # of ELF64: e_shoff, then e_shentsize and e_shnum
+    size, count = struct.unpack_from("<2H", cubin, 58)
+    headers = [struct.unpack_from("<2I4QI", cubin, sections + size * i) for i in range(count)]
+    for _, kind, _, _, begin, length, strings in headers:
+        for at in range(begin, begin + length if kind == 2 else 0, 24):  # SHT_SYMTAB
+            name, _, _, section, value, _ = struct.unpack_from("<I2BH2Q", cubin, at)
+            if cubin.startswith(b"shared_bytes\0", headers[strings][4] + name):
+                return struct.unpack_from("<i", cubin, headers[section][4] + value)[0]
+    return 0
 
 
 # ---------------------------------------------------------------- the driver
@@ -226,37 +243,39 @@ def function_at(handle: int) -> Any:
     return _driver().CUfunction(handle)
 
 
-_FUNCTIONS: dict[tuple, dict[int, Any]] = {}  # of equal kernels, by device; never unloaded
+_FUNCTIONS: dict[tuple, dict[int, tuple[Any, int]]] = {}  # of equal kernels, by device; never unloaded
 
 
 class Kernel:
-    """An entry (`extern "C"`) of a .cu file compiled with constants, for blocks of `threads` threads and `shared_bytes`
-    of dynamic shared memory. The first launch on a device compiles and loads it: captured in a graph it must have run
-    before. Equal kernels are loaded once in a process."""
+    """An entry (`extern "C"`) of a .cu file compiled with constants, for blocks of `threads` threads and as many bytes
+    of dynamic shared memory as the file's variable `shared_bytes` says (none: 0). The first launch on a device compiles
+    and loads it: captured in a graph it must have run before. Equal kernels are loaded once in a process."""
 
-    def __init__(self, source: Path, entry: str, constants: Constants, threads: int, shared_bytes: int) -> None:
+    def __init__(
+        self, source: Path, entry: str, constants: Constants, threads: int, headers: Headers = NO_HEADERS
+    ) -> None:
         self.source, self.entry, self.constants = source, entry, dict(constants)
-        self.threads, self.shared_bytes = threads, shared_bytes
-        key = (source, entry, tuple(sorted(constants.items())), shared_bytes)  # the function is allowed shared_bytes
-        self.functions = _FUNCTIONS.setdefault(key, {})
+        self.threads, self.headers = threads, headers
+        self.functions = _FUNCTIONS.setdefault((source, entry, tuple(sorted(constants.items()))), {})
 
     def launch(self, grid: int, params: ctypes.Structure, stream: int) -> None:
         """On torch's device, with parameters from `allocate`, on a stream's handle. RuntimeError: it cannot be
         compiled, loaded or launched."""
         device = torch.cuda.current_device()
-        function = self.functions.get(device) or self._load(device)
-        size = (grid, 1, 1, self.threads, self.shared_bytes)
+        function, shared_bytes = self.functions.get(device) or self._load(device)
+        size = (grid, 1, 1, self.threads, shared_bytes)
         launch(function, size, params, stream, f"{self.entry} in {self.source}")
 
-    def _load(self, device: int) -> Any:
+    def _load(self, device: int) -> tuple[Any, int]:
         driver = _driver()
-        cubin = compile_kernel(self.source, self.constants)
+        cubin = compile_kernel(self.source, self.constants, self.headers)
+        shared_bytes = shared_bytes_of(cubin)
         _ensure_context()
         where = f"of {self.entry} in {self.source}"
         module = _checked(f"cuModuleLoadData {where}", driver.cuModuleLoadData(cubin))
         function = _checked(f"cuModuleGetFunction {where}", driver.cuModuleGetFunction(module, self.entry.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        result = driver.cuFuncSetAttribute(function, limit, self.shared_bytes)
-        _checked(f"cuFuncSetAttribute {where}: {self.shared_bytes} bytes of shared memory", result)
-        self.functions[device] = function
-        return function
+        result = driver.cuFuncSetAttribute(function, limit, shared_bytes)
+        _checked(f"cuFuncSetAttribute {where}: {shared_bytes} bytes of shared memory", result)
+        self.functions[device] = function, shared_bytes
+        return function, shared_bytes

@@ -30,10 +30,8 @@ def kernel_of(problem: Problem) -> driver.Kernel:
         "CONSUMER_REGISTERS": _CONSUMER_REGISTERS[consumers],
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
-    shared_bytes = params.shared_bytes(head_dim, consumers, stages)
-    return driver.Kernel(
-        driver.SOURCES / "forward.cu", "attention_forward", constants, (consumers + 1) * 128, shared_bytes
-    )
+    source = driver.SOURCES / "forward.cu"
+    return driver.Kernel(source, "attention_forward", constants, (consumers + 1) * 128, params.HEADERS)
 
 
 class Forward:
@@ -42,9 +40,9 @@ class Forward:
     def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.problem, self.kernel, self.num_sms = problem, kernel_of(problem), problem.num_sms
         self.consumers = consumers = CONSUMERS[problem.head_dim]
-        self.share = problem.group // problem.heads_per_tile  # m_blocks of the same rows, which share key tiles
+        self.pack_gqa = problem.group // problem.heads_per_tile  # m_blocks of the same rows, which pack_gqa key tiles
         m_blocks = -(-problem.length // problem.tokens_per_tile)
-        tiles_per_head = -(-m_blocks * self.share // consumers)  # of a KV head
+        tiles_per_head = -(-m_blocks * self.pack_gqa // consumers)  # of a KV head
         num_tiles = tiles_per_head * problem.batch * problem.kv_heads
         self.grid = self.num_sms if problem.packed else min(num_tiles, self.num_sms)
         self.lock = threading.Lock()  # one call at a time changes the parameters
@@ -80,7 +78,7 @@ class Forward:
         counter = counter_of(device, stream)
         documents = None
         if cu_seqlens is not None:
-            documents = Documents.of(stream, self.problem, self.consumers, cu_seqlens, fill, self.share)
+            documents = Documents.of(stream, self.problem, self.consumers, cu_seqlens, fill, self.pack_gqa)
         with self.lock:
             self.maps.move(q, k, v, out)
             if documents is not None:

@@ -1,16 +1,16 @@
-"""Chunks of 64 keys: where they lie, which queries see them, and which ones a work item has. Plain Triton, called from
-Gluon too."""
+"""n_blocks of 64 keys: where they lie, which queries see them, and which of them a work item has. Plain Triton, called
+from Gluon too; `cu/n_blocks.cuh` says the same in C++."""
 
 import triton
 import triton.language as tl
 
 from ..index import member, members_below, reach_of
 
-CHUNK = tl.constexpr(64)
+KEYS = tl.constexpr(64)
 
 
 @triton.jit
-def chunk_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.constexpr):
+def level_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.constexpr):
     """The `nth` key block of a level, the query block after the last one that sees it, and whether there is such a key
     block. Sinks are a level of their own, `LEVELS + 1`."""
     wider, block, count = 0, 0, 0
@@ -28,16 +28,17 @@ def chunk_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.co
 
 
 @triton.jit
-def chunk_run(
+def n_block_run(
     index, level, num_blocks, low, high, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr
 ):
-    """First key of the `index`-th chunk of a level, and the run `[begin, end)` of query rows in `[low, high)` that sees
-    it; all three are `high` where there is no such chunk or run. A chunk is a part of a block, or the `CHUNK // BLOCK`
-    next blocks of the level; then the run is that of any of them, and the first key one that a row of it sees."""
-    if BLOCK >= CHUNK:
-        per_block: tl.constexpr = BLOCK // CHUNK
-        block, until, exists = chunk_block(index // per_block, level, num_blocks, rule, LEVELS, SINKS)
-        key = block * BLOCK + (index % per_block) * CHUNK
+    """First key of the `index`-th n_block of a level, and the run `[begin, end)` of query rows in `[low, high)` that
+    sees it; all three are `high` where there is no such n_block or run. An n_block is a part of a block, or the next
+    `KEYS // BLOCK` blocks of the level: then the run spans the runs of all, and the key is the first of the blocks
+    that have one."""
+    if BLOCK >= KEYS:
+        per_block: tl.constexpr = BLOCK // KEYS
+        block, until, exists = level_block(index // per_block, level, num_blocks, rule, LEVELS, SINKS)
+        key = block * BLOCK + (index % per_block) * KEYS
         end = tl.minimum(until * BLOCK, high)
         begin = tl.maximum(key, low)
         exists = exists & (begin < end)
@@ -46,8 +47,8 @@ def chunk_run(
         key = index * 0 + high
         begin = key
         last = index * 0
-        for j in tl.static_range(CHUNK // BLOCK):
-            block, until, exists = chunk_block(index * (CHUNK // BLOCK) + j, level, num_blocks, rule, LEVELS, SINKS)
+        for j in tl.static_range(KEYS // BLOCK):
+            block, until, exists = level_block(index * (KEYS // BLOCK) + j, level, num_blocks, rule, LEVELS, SINKS)
             own_begin = tl.maximum(block * BLOCK, low)
             own_end = tl.minimum(until * BLOCK, high)
             exists = exists & (own_begin < own_end)
@@ -58,21 +59,21 @@ def chunk_run(
 
 
 @triton.jit
-def chunk_items(blocks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr = 2):
-    """Items of CHUNKS chunks that so many blocks of a level make."""
-    if BLOCK >= CHUNK:
-        return (blocks * (BLOCK // CHUNK) + CHUNKS - 1) // CHUNKS
+def count_tiles(blocks, BLOCK: tl.constexpr, N_BLOCKS: tl.constexpr = 2):
+    """Tiles of N_BLOCKS n_blocks in so many blocks of a level."""
+    if BLOCK >= KEYS:
+        return (blocks * (BLOCK // KEYS) + N_BLOCKS - 1) // N_BLOCKS
     else:
-        return (blocks + CHUNKS * (CHUNK // BLOCK) - 1) // (CHUNKS * (CHUNK // BLOCK))
+        return (blocks + N_BLOCKS * (KEYS // BLOCK) - 1) // (N_BLOCKS * (KEYS // BLOCK))
 
 
 @triton.jit
-def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
-    """`(level, tile of the level)` of a document's `tile`-th pair of chunks, sinks first, then the widest level; level
-    < 0: a spare."""
+def document_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr):
+    """`(level, tile of the level)` of a document's `tile`-th pair of n_blocks, sinks first, then the widest level.
+    Level < 0: there is no such tile."""
     wider, found, index = 0, -1, 0
     if SINKS:
-        tiles = chunk_items(tl.minimum(rule[1], num_blocks), BLOCK)
+        tiles = count_tiles(tl.minimum(rule[1], num_blocks), BLOCK)
         found = tl.where(tile < tiles, LEVELS + 1, -1)
         index = tl.where(tile < tiles, tile, 0)
         tile = tl.where(tile < tiles, tile, tile - tiles)
@@ -80,7 +81,7 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
         belong = num_blocks
         if step < LEVELS:
             belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
-        tiles = chunk_items(belong - wider, BLOCK)
+        tiles = count_tiles(belong - wider, BLOCK)
         here = (found < 0) & (tile < tiles)
         found = tl.where(here, LEVELS - step, found)
         index = tl.where(here, tile, index)
@@ -92,9 +93,9 @@ def chunk_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.constexpr
 @triton.jit
 def locate_item(item, groups, wave, tiles, segments, batches, few, WIDEST: tl.constexpr):
     """`(level, segment, batch x KV head, first tile, tile after the last)` of a work item of an unpacked call. Items
-    come in waves of `wave` heads, whose queries the L2 cache holds; of a wave the widest level first, and of a level
-    its late segments. The items of one come head by head; if they are `few` or less, which are all worked on at once,
-    the longest of all heads first."""
+    come in waves of `wave` heads, whose queries the L2 cache holds; in a wave the widest level first, in a level the
+    last segment first. The items of a segment come head by head, but if there are no more than `few`, which all run at
+    once, the longest of all heads come first."""
     items = 0
     for level in tl.static_range(WIDEST + 1):
         items += (tiles[level] + batches[level] - 1) // batches[level] * segments[level] * wave
@@ -106,14 +107,14 @@ def locate_item(item, groups, wave, tiles, segments, batches, few, WIDEST: tl.co
         batch = batches[WIDEST - step]
         per_head = (most + batch - 1) // batch
         parts = segments[WIDEST - step]
-        a_segment = per_head * wave
-        if (found < 0) & (item < a_segment * parts):
-            rest = item % a_segment
+        per_segment = per_head * wave
+        if (found < 0) & (item < per_segment * parts):
+            rest = item % per_segment
             found = WIDEST - step
-            segment = parts - 1 - item // a_segment
-            group = start + tl.where(a_segment <= few, rest % wave, rest // per_head)
-            first = tl.where(a_segment <= few, rest // wave, rest % per_head) * batch
+            segment = parts - 1 - item // per_segment
+            group = start + tl.where(per_segment <= few, rest % wave, rest // per_head)
+            first = tl.where(per_segment <= few, rest // wave, rest % per_head) * batch
             last = tl.where(group < groups, tl.minimum(first + batch, most), first)
         if found < 0:
-            item -= a_segment * parts
+            item -= per_segment * parts
     return found, segment, group, first, last

@@ -1,5 +1,5 @@
 """Host of the backward in one pass over the visible pairs (`cu/backward.cu`), and of the passes over rows before and
-after it (`cu/passes.cu`)."""
+after it (`cu/prepost.cu`)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .scheduler import Scheduler, mean_n_blocks
 from .varlen import Documents
 
 HEAD_DIM = 128  # of `cu/backward.cu`
-CHUNKS = 4  # n_blocks of a work item, two of either thread block of a cluster (cu/n_blocks.cuh)
+N_BLOCKS = 4  # of a work item, two of either thread block of a cluster (cu/n_blocks.cuh)
 _CONSUMERS = 2
 _CLUSTER = 2
 _CONSUMER_REGISTERS = 240  # of a thread
 _PRODUCER_REGISTERS = 24  # with two consumers' all that a thread block has
-_BOXES = 3  # m_blocks that a thread block of the passes over packed documents takes
-_PASS_THREADS = 256
+_M_BLOCKS = 3  # m_blocks that a thread block of the passes over packed documents takes
+_PREPOST_THREADS = 256
 _MANY_N_BLOCKS = 23  # that an m_block sees: from there on one pass over the pairs is faster than two
 _MANY_SHARED = 17  # the same with four query heads to a KV head and more
 
@@ -50,16 +50,16 @@ def backward_kernel(problem: Problem) -> driver.Kernel:
         "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
-    shared_bytes = params.backward_shared_bytes(problem.head_dim)
     source = driver.SOURCES / "backward.cu"
-    return driver.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, shared_bytes)
+    return driver.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, params.HEADERS)
 
 
-def pass_kernel(name: str, problem: Problem) -> driver.Kernel:
-    """`statistics` or `round`, whatever the rules."""
-    boxes = _BOXES if problem.packed else 1
-    constants = {**problem.macros, "LEVELS": 0, "SINKS": False, "BOXES": boxes}
-    return driver.Kernel(driver.SOURCES / "passes.cu", f"attention_{name}", constants, _PASS_THREADS, 0)
+def prepost_kernel(name: str, problem: Problem) -> driver.Kernel:
+    """`preprocess` or `postprocess`, whatever the rules."""
+    m_blocks = _M_BLOCKS if problem.packed else 1
+    constants = {**problem.macros, "LEVELS": 0, "SINKS": False, "M_BLOCKS": m_blocks}
+    source = driver.SOURCES / "prepost.cu"
+    return driver.Kernel(source, f"attention_{name}", constants, _PREPOST_THREADS, params.HEADERS)
 
 
 class OnePass:
@@ -70,11 +70,11 @@ class OnePass:
         kv_heads, clusters = problem.kv_heads, problem.num_sms // _CLUSTER
         self.problem = problem
         self.sets = problem.batch * problem.num_heads // problem.heads_per_tile
-        self.scheduler = Scheduler(problem, _CLUSTER * clusters, CHUNKS, direct=False)
+        self.scheduler = Scheduler(problem, _CLUSTER * clusters, N_BLOCKS, direct=False)
         columns, items = self.scheduler.columns, self.scheduler.items
         self.grid = _CLUSTER * (clusters if problem.packed else min(items, clusters))
         self.kernel = backward_kernel(problem)
-        self.statistics, self.round = (pass_kernel(name, problem) for name in ("statistics", "round"))
+        self.preprocess, self.postprocess = (prepost_kernel(name, problem) for name in ("preprocess", "postprocess"))
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
         own = self.params = driver.allocate(params.Backward)
@@ -84,9 +84,9 @@ class OnePass:
         own.groups, own.num_items = problem.batch * kv_heads, items
         own.columns.tiles[:], own.columns.segments[:] = columns.tiles, columns.segments
         own.columns.batches[:], own.columns.segment_rows = columns.batches, columns.segment_rows
-        own.columns.num_parts, own.columns.wave = columns.num_parts, columns.wave
+        own.columns.num_partials, own.columns.wave = columns.num_partials, columns.wave
         self.maps = Maps(own, problem, q, k, v, "dout")
-        rows = self.rows = driver.allocate(params.Passes)
+        rows = self.rows = driver.allocate(params.PrePost)
         rows.scale, rows.length, rows.heads = problem.scale, problem.length, problem.num_heads
 
     def __call__(self, x: BackwardTensors, cu_seqlens: Tensor | None, fill: Fill | None) -> None:
@@ -94,24 +94,24 @@ class OnePass:
         device = self.problem.device
         stream = stream_of(device)
         counter = counter_of(device, stream)
-        documents = Documents.of(stream, self.problem, _BOXES, cu_seqlens, fill, an_item=CHUNKS)
-        boxes = self.sets * documents.boxes
-        stats = x.lse.new_empty((boxes, 2, TILE))
-        sums = x.lse.new_empty((boxes, TILE, HEAD_DIM))
+        documents = Documents.of(stream, self.problem, _M_BLOCKS, cu_seqlens, fill, per_item=N_BLOCKS)
+        m_blocks = self.sets * documents.m_blocks
+        stats = x.lse.new_empty((m_blocks, 2, TILE))
+        dq_accum = x.lse.new_empty((m_blocks, TILE, HEAD_DIM))
         partials = self.scheduler.workspace(stats)
         with self.lock:
             rows, own = self.rows, self.params
             rows.out, rows.dout, rows.lse = x.out.data_ptr(), x.dout.data_ptr(), x.lse.data_ptr()
             rows.dlse = None if x.dlse is None else x.dlse.data_ptr()
-            rows.stats, rows.sums, rows.dq = stats.data_ptr(), sums.data_ptr(), x.dq.data_ptr()
-            rows.documents, rows.chunks = documents.table.data_ptr(), documents.boxes
-            rows.blocks = documents.boxes if cu_seqlens is None else documents.most_tiles
-            self.statistics.launch(self.sets * rows.blocks, rows, stream)
+            rows.stats, rows.dq_accum, rows.dq = stats.data_ptr(), dq_accum.data_ptr(), x.dq.data_ptr()
+            rows.documents, rows.m_blocks = documents.table.data_ptr(), documents.m_blocks
+            rows.blocks = documents.m_blocks if cu_seqlens is None else documents.most_tiles
+            self.preprocess.launch(self.sets * rows.blocks, rows, stream)
             self.maps.move(x.q, x.k, x.v, x.dout)
-            own.stats, own.sums, own.parts = stats.data_ptr(), sums.data_ptr(), partials.data_ptr()
+            own.stats, own.dq_accum, own.partials = stats.data_ptr(), dq_accum.data_ptr(), partials.data_ptr()
             own.dk, own.dv = x.dk.data_ptr(), x.dv.data_ptr()
             own.documents, own.counter = documents.table.data_ptr(), counter.data_ptr()
-            own.chunks, own.most_tiles = documents.boxes, documents.most_tiles
+            own.m_blocks, own.most_tiles = documents.m_blocks, documents.most_tiles
             self.kernel.launch(self.grid, own, stream)
-            self.round.launch(self.sets * rows.blocks, rows, stream)
+            self.postprocess.launch(self.sets * rows.blocks, rows, stream)
         self.scheduler.combine(stream, partials, x.dk, x.dv, documents)

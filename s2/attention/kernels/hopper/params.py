@@ -1,123 +1,95 @@
-"""What the CUDA C++ kernels are given, laid out as C++ does: parameters, and shared memory."""
+"""Parameters of the kernels in CUDA C++, declared once: for C++ as the header `params.cuh`, for the host as ctypes."""
+
+from __future__ import annotations
 
 import ctypes
+import re
+from typing import Any
 
 from . import driver
 
-_Map = driver.MAP  # TensorMap of hopper.cuh
-_ROWS = 64  # of a box (plan.cuh)
-_PLANNED = 2  # tiles whose plans are in shared memory (rows.cuh)
-_ROW_SLOTS = 2  # tiles whose rows are
+_KINDS: dict[str, Any] = {"int": ctypes.c_int, "float": ctypes.c_float, "TensorMap": driver.MAP}
+_MEMBERS = re.compile(r"^ *(?:const )?(\w+)(\*?) ([\w, \[\]]+);", re.MULTILINE)
+_texts = ["#pragma once\nstruct alignas(64) TensorMap {\n    unsigned long long words[16];\n};"]
 
 
-class Problem(ctypes.Structure):
-    """Problem of rows.cuh."""
-
-    _fields_ = (
-        ("table", ctypes.c_void_p),
-        ("documents", ctypes.c_void_p),
-        ("counter", ctypes.c_void_p),
-        ("length", ctypes.c_int),
-        ("kv_heads", ctypes.c_int),
-        ("group", ctypes.c_int),
-        ("tiles_per_head", ctypes.c_int),
-        ("num_tiles", ctypes.c_int),
-        ("together", ctypes.c_int),
-    )
-
-
-class Forward(ctypes.Structure):
-    """Params of forward.cu."""
-
-    _fields_ = (
-        ("q", _Map),
-        ("k", _Map),
-        ("v", _Map),
-        ("out", _Map),
-        ("problem", Problem),
-        ("out_rows", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("scale_log2", ctypes.c_float),
-    )
+def _struct(name: str, members: str) -> type[ctypes.Structure]:
+    """With these members, a pointer a line, tensor maps first: ctypes does not align them to 64 bytes. C++ checks that
+    it comes to the same size, which `driver.allocate` rounds up."""
+    fields = []
+    for kind, pointer, names in _MEMBERS.findall(members):
+        for member, _, count in (item.rstrip("]").partition("[") for item in names.split(", ")):
+            one = ctypes.c_void_p if pointer else _KINDS[kind]
+            fields.append((member, one * int(count) if count else one))
+    structure = _KINDS[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    alignment = 64 if "TensorMap" in members else 1
+    size = -(-ctypes.sizeof(structure) // alignment) * alignment
+    _texts.append(f'struct {name} {{{members}}};\nstatic_assert(sizeof({name}) == {size}, "not as on the host");')
+    return structure
 
 
-class Columns(ctypes.Structure):
-    """Columns of n_blocks.cuh."""
+Problem = _struct(
+    "Problem",
+    """
+    const int* table;               // rules [heads, TABLE]
+    const int* documents;           // packed: tiles of documents, see `varlen.attention_documents`
+    int* counter;                   // 0, and 0 again at the end
+    int length, kv_heads, group;
+    int tiles_per_head, num_tiles;  // of a KV head, and in all
+    int together;                   // KV heads at the end whose tiles are done together, longest first
+""",
+)
+Forward = _struct(
+    "ForwardParams",
+    """
+    TensorMap q, k, v, out;  // over [B, H, S, D], boxes of one panel of 64 columns
+    Problem problem;
+    void* out_rows;          // out [B, S, H, D]
+    float* lse;              // [B, H, S]
+    float scale_log2;
+""",
+)
+Columns = _struct(
+    "Columns",  # see `scheduler.Columns`
+    """
+    int tiles[4], segments[4], batches[4];
+    int segment_rows, num_partials, wave;
+""",
+)
+Backward = _struct(
+    "BackwardParams",
+    """
+    TensorMap q, dout, k, v;  // over [B, H, S, D], boxes of one panel of 64 columns
+    const float* stats;       // lse2 and delta of the 64 rows of an m_block, over B, sets of heads, m_blocks
+    void* dk;                 // [B, S, Hkv, D]
+    void* dv;
+    float* dq_accum;          // dQ / scale, 64 x D of an m_block, over the same, see `stage_dq` of backward.cu
+    float* partials;          // [segments, B Hkv, num_partials, dK and dV, 64, D]
+    const int* table;         // rules [heads, TABLE]
+    const int* documents;     // packed: items of documents, see `varlen.attention_documents`
+    int* counter;             // 0, and 0 again at the end
+    float scale, scale_log2;
+    int length, kv_heads, group, groups;  // groups: B Hkv, each read by `group` query heads
+    int num_items, m_blocks, most_tiles;  // m_blocks: of a set of heads in `stats`
+    Columns columns;
+""",
+)
+PrePost = _struct(
+    "PrePostParams",
+    """
+    const void* out;       // [B, S, H, D]
+    const void* dout;
+    const float* lse;      // [B, H, S]
+    const float* dlse;     // [B, H, S], or null
+    float* stats;          // as in BackwardParams
+    float* dq_accum;
+    void* dq;              // [B, S, H, D]
+    const int* documents;  // packed: tiles of documents, see `varlen.attention_documents`
+    float scale;
+    int length, heads;
+    int m_blocks;          // of a set of heads, in `stats` and `dq_accum`
+    int blocks;            // thread blocks of a set of heads
+""",
+)
 
-    _fields_ = (
-        ("tiles", ctypes.c_int * 4),
-        ("segments", ctypes.c_int * 4),
-        ("batches", ctypes.c_int * 4),
-        ("segment_rows", ctypes.c_int),
-        ("num_parts", ctypes.c_int),
-        ("wave", ctypes.c_int),
-    )
-
-
-class Backward(ctypes.Structure):
-    """Params of backward.cu."""
-
-    _fields_ = (
-        ("q", _Map),
-        ("dout", _Map),
-        ("k", _Map),
-        ("v", _Map),
-        ("stats", ctypes.c_void_p),
-        ("dk", ctypes.c_void_p),
-        ("dv", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("documents", ctypes.c_void_p),
-        ("counter", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("scale_log2", ctypes.c_float),
-        ("length", ctypes.c_int),
-        ("kv_heads", ctypes.c_int),
-        ("group", ctypes.c_int),
-        ("groups", ctypes.c_int),
-        ("num_items", ctypes.c_int),
-        ("chunks", ctypes.c_int),
-        ("most_tiles", ctypes.c_int),
-        ("columns", Columns),
-    )
-
-
-class Passes(ctypes.Structure):
-    """Params of passes.cu."""
-
-    _fields_ = (
-        ("out", ctypes.c_void_p),
-        ("dout", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("dlse", ctypes.c_void_p),
-        ("stats", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("dq", ctypes.c_void_p),
-        ("documents", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("length", ctypes.c_int),
-        ("heads", ctypes.c_int),
-        ("chunks", ctypes.c_int),
-        ("blocks", ctypes.c_int),
-    )
-
-
-def shared_bytes(head_dim: int, consumers: int, stages: int) -> int:
-    """Size of Shared in rows.cuh."""
-    box = _ROWS * head_dim * 2
-    tile = 4 * (8 + 3 * consumers + 32 + 4 * 4)
-    barriers = 2 * consumers * _ROW_SLOTS + 4 * stages + 2 * _PLANNED + 1
-    return (consumers * _ROW_SLOTS + 2 * stages) * box + _PLANNED * tile + 8 * barriers
-
-
-def backward_shared_bytes(head_dim: int) -> int:
-    """Size of Shared in backward.cu."""
-    panel = _ROWS * 128
-    box = _ROWS * head_dim * 2
-    items, consumers, ranks, stages = 2, 2, 2, 2
-    item = 4 * (9 + 2 * consumers + 8 * consumers + 16 * consumers)
-    barriers = 6 * stages + 2 + 2 + 2 * items + 2 + 2
-    rows = stages * (2 * box + 8 * _ROWS)
-    dscores = stages * ranks * consumers * panel
-    return (2 * consumers + 1) * box + consumers * panel + rows + dscores + items * item + 8 * barriers + 8
+HEADERS = {"params.cuh": "\n".join(_texts)}

@@ -26,7 +26,7 @@ _MIN_ITEM_STEPS, _MAX_ITEM_STEPS = 32, 512  # below, the fixed cost of an item s
 _SMALL_WORKSPACE = 1 << 18  # tiles of 256 bytes: 64 MB at head dimension 128 are always granted; else 1.25 times q
 _DRAWN_STEPS, _MAX_BATCH = 16, 4  # tiles of few steps are drawn some at a time: more at the end would be long
 _ITEMS_PER_SM = 8  # the longest item is at most an eighth of an SM's work
-_STEPS = TILE // combine.SUMMED.value  # programs of the combine kernel for an n_block
+_STEPS = TILE // combine.ROWS.value  # programs of the combine kernel for an n_block
 _PROGRAMS_PER_SM = 16  # as many as it runs at once
 
 Table = Sequence[Sequence[int]]  # rows of the rule table, see `schedule.rule_schedule`
@@ -34,22 +34,22 @@ Table = Sequence[Sequence[int]]  # rows of the rule table, see `schedule.rule_sc
 
 @dataclass(frozen=True)
 class Columns:
-    """How the key columns of a launch become work items. `tiles[n]` tiles of `chunks` n_blocks per head belong to level
-    n, the most of any head; each is cut into `segments[n]` segments of `segment_rows` queries. An item takes
-    `batches[n]` tiles, one after the other."""
+    """How the key columns of a launch become work items. `tiles[n]` tiles of some n_blocks per head belong to level n,
+    the most of any head; each is cut into `segments[n]` segments of `segment_rows` queries. An item takes `batches[n]`
+    tiles, one after the other."""
 
     tiles: tuple[int, int, int, int]
     segments: tuple[int, int, int, int]
     segment_rows: int
     batches: tuple[int, int, int, int]
     wave: int  # KV heads worked on together: their queries stay in the L2 cache
-    chunks: int  # n_blocks of a tile
+    n_blocks: int  # of a tile
 
     @property
-    def num_parts(self) -> int:
-        """n_blocks of divided levels per head."""
+    def num_partials(self) -> int:
+        """n_blocks of divided levels per head, which leave partial sums."""
         levels = zip(self.tiles, self.segments, strict=True)
-        return sum(self.chunks * tiles for tiles, segments in levels if segments > 1)
+        return sum(self.n_blocks * tiles for tiles, segments in levels if segments > 1)
 
     @property
     def num_items(self) -> int:
@@ -96,24 +96,24 @@ def mean_n_blocks(table: Table, num_levels: int, length: int, block_size: int) -
 
 
 def divide_columns(
-    table: Table, num_levels: int, length: int, block_size: int, groups: int, group: int, num_sms: int, chunks: int
+    table: Table, num_levels: int, length: int, block_size: int, groups: int, group: int, num_sms: int, n_blocks: int
 ) -> Columns:
-    """Work items in tiles of `chunks` n_blocks for KV heads with these rules, repeated over a batch to `groups` heads
-    in all, each read by `group` query heads."""
+    """Work items in tiles of some n_blocks for KV heads with these rules, repeated over a batch to `groups` heads in
+    all, each read by `group` query heads."""
     num_tiles = -(-length // TILE)
     counts, reaches, pairs = _survey(table, num_levels, length, block_size)
     steps_per_sm = pairs * group * (groups // len(table)) // (2 * num_sms)  # of two n_blocks
     item_steps = min(max(steps_per_sm // _ITEMS_PER_SM, _MIN_ITEM_STEPS), _MAX_ITEM_STEPS)
     segment_tiles = max(item_steps // group, 1)
-    tiles = tuple(-(-_n_blocks_of(count, block_size) // chunks) for count in counts)
+    tiles = tuple(-(-_n_blocks_of(count, block_size) // n_blocks) for count in counts)
     long_tiles = sum(n for n, reach in zip(tiles, reaches, strict=True) if reach > 2 * segment_tiles)
-    room = max(5 * groups * group * length // 4, _SMALL_WORKSPACE) // max(256 * chunks * groups * long_tiles, 1)
+    room = max(5 * groups * group * length // 4, _SMALL_WORKSPACE) // max(256 * n_blocks * groups * long_tiles, 1)
     segment_tiles = -(-num_tiles // max(min(-(-num_tiles // segment_tiles), room), 1))
     num_segments = -(-num_tiles // segment_tiles)
     divided = tuple(num_segments if reach > 2 * segment_tiles else 1 for reach in reaches)
-    batches = tuple(min(max(_DRAWN_STEPS // ((reach + chunks - 1) * group), 1), _MAX_BATCH) for reach in reaches)
+    batches = tuple(min(max(_DRAWN_STEPS // ((reach + n_blocks - 1) * group), 1), _MAX_BATCH) for reach in reaches)
     wave = min(max(_WAVE_ROWS // (num_tiles * TILE * group), 1), groups)
-    return Columns(tiles, divided, segment_tiles * TILE, batches, wave, chunks)  # type: ignore[arg-type]
+    return Columns(tiles, divided, segment_tiles * TILE, batches, wave, n_blocks)  # type: ignore[arg-type]
 
 
 def divide_packed(
@@ -154,26 +154,26 @@ class _Scheduler:
 
 
 class Scheduler(_Scheduler):
-    """Of a batch of sequences into `items` work items of tiles of `chunks` n_blocks. With `direct` a tile that has one
+    """Of a batch of sequences into `items` work items of tiles of some n_blocks. With `direct` a tile that has one
     segment leaves no partial sums. Of packed documents: undivided, and the items are counted on the device."""
 
     documents = UNDIVIDED
 
-    def __init__(self, problem: Problem, num_sms: int, chunks: int, direct: bool) -> None:
+    def __init__(self, problem: Problem, num_sms: int, n_blocks: int, direct: bool) -> None:
         rules, length, kv_heads = problem.rules, problem.length, problem.kv_heads
         groups = problem.batch * kv_heads
         columns, self.items = WHOLE, 0
         if not problem.packed:
             columns = divide_columns(
-                rules.rows, rules.num_levels, length, problem.block_size, groups, problem.group, num_sms, chunks
+                rules.rows, rules.num_levels, length, problem.block_size, groups, problem.group, num_sms, n_blocks
             )
             self.items = columns.num_items * columns.wave * -(-groups // columns.wave)
         self.columns, self.table, self.sizes = columns, rules.table, (length, kv_heads)
-        self.scalars = (columns.segment_rows, columns.num_parts, *columns.tiles, *columns.segments)
-        shape = (max(columns.segments), groups, columns.num_parts, 2, TILE, problem.head_dim)
-        programs = columns.num_parts * _STEPS * groups
+        self.scalars = (columns.segment_rows, columns.num_partials, *columns.tiles, *columns.segments)
+        shape = (max(columns.segments), groups, columns.num_partials, 2, TILE, problem.head_dim)
+        programs = columns.num_partials * _STEPS * groups
         super().__init__(
-            problem, shape, combine.attention_sum_parts, programs, CHUNKS=columns.chunks, DIRECT=direct
+            problem, shape, combine.attention_combine, programs, N_BLOCKS=columns.n_blocks, DIRECT=direct
         )  # fmt: skip
 
     @property
@@ -198,11 +198,11 @@ class PackedScheduler(_Scheduler):
             rules.rows, rules.num_levels, problem.length, problem.block_size, kv_heads, problem.group, num_sms
         )
         self.sinks = max(row[1] for row in rules.rows)
-        num_parts = PAIR * self.documents.most_segments
-        self.scalars = (self.documents.segment_rows, num_parts)
-        programs = kv_heads * min(num_parts * _STEPS, -(-_PROGRAMS_PER_SM * num_sms // kv_heads))
-        shape = (kv_heads, num_parts, 2, TILE, problem.head_dim)
-        super().__init__(problem, shape, combine.attention_sum_document_parts, programs, CHUNKS=PAIR)
+        num_partials = PAIR * self.documents.most_segments
+        self.scalars = (self.documents.segment_rows, num_partials)
+        programs = kv_heads * min(num_partials * _STEPS, -(-_PROGRAMS_PER_SM * num_sms // kv_heads))
+        shape = (kv_heads, num_partials, 2, TILE, problem.head_dim)
+        super().__init__(problem, shape, combine.attention_combine_packed, programs, N_BLOCKS=PAIR)
 
     @property
     def kernel_scalars(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -
     """What keeps the kernels from taking this call; empty if they take it. They want sm_90, NVRTC (warns once where it
     is missing), 16 bits, head dimension 64 or 128, a closed-form pattern, blocks of 64 and more, or of 32 and 16 with
     two and four query heads to a KV head (or multiples), as many queries as keys, and strides that TMA can read; no
-    blocks of 256 with levels that end (`most_skipped`)."""
+    blocks of 256 with levels that end (`is_deadlock_free`)."""
     if not on_hopper(q):
         return "it runs on devices of compute capability 9.0 (sm_90)"
     if not _can_compile():
@@ -92,7 +92,7 @@ def _objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) 
         return "blocks of 32 and 16 need a multiple of 2 and 4 query heads to a KV head"
     if not _has_closed_form(pattern.key):
         return "the pattern has no closed form (a mask, more than two strides, or one that does not divide the next)"
-    if not keeps_moving(pattern.key, q.shape[-1]):
+    if not is_deadlock_free(pattern.key, q.shape[-1]):
         return "blocks of 256 cannot have levels that end"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _has_readable_strides(x):
@@ -127,26 +127,22 @@ def _has_closed_form(key: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def keeps_moving(key: str, head_dim: int) -> bool:
-    """Whether the forward's rings cannot come to a halt. A consumer keeps the values of the last key tile that it saw
-    until it has walked its way through the ring of keys to the next one. Meanwhile the others get as far as values that
-    are in its way, and keys a ring further: the next one must be within two rings."""
-    pattern = pattern_from_key(key)
-    return most_skipped(pattern, forward.CONSUMERS[head_dim]) + 1 < 2 * forward.STAGES[head_dim]
+def is_deadlock_free(key: str, head_dim: int) -> bool:
+    """Whether the pipeline of the forward cannot deadlock for this pattern. A consumer holds the values of its last key
+    tile until it has skipped to the next one that it sees; the others get a pipeline of stages further meanwhile, and
+    their keys another one: the next tile must be within two pipelines. Between two tiles that it sees may lie
 
-
-def most_skipped(pattern: Pattern, consumers: int) -> int:
-    """A bound of how many positions of the forward's rings lie between two key tiles that a consumer sees: at the end
-    of a tile the edges of the others, at the beginning of the next what only the first rows see, where a level or the
-    window ends within the rows, and the keys of these rows before its own."""
+    - the partial tiles of the other consumers: `consumers - 1`,
+    - those of levels that end within the tile's rows, and of the window, which moves on with each block of rows."""
+    pattern, consumers = pattern_from_key(key), forward.CONSUMERS[head_dim]
     block = pattern.block_size
-    tokens = min(block, TILE)
-    more_blocks = -(-(block - tokens + consumers * tokens) // block) - 1  # of the rows, after the first one's
+    row_blocks = -(-(consumers - 1) * min(block, TILE) // block)  # of the tile's rows, after the first one's
     ends = max(
-        sum(-(-more_blocks // stride) for stride, end in rule.ranges if end < UNBOUNDED)
+        sum(-(-row_blocks // stride) for stride, end in rule.ranges if end < UNBOUNDED)
         for rule in pattern.heads or (pattern,)
     )
-    return consumers - 1 + (ends + more_blocks) * max(block // TILE, 1)
+    skipped = consumers - 1 + (ends + row_blocks) * max(block // TILE, 1)
+    return skipped + 1 < 2 * forward.STAGES[head_dim]
 
 
 def _has_readable_strides(x: Tensor) -> bool:

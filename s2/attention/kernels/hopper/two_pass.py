@@ -113,7 +113,7 @@ class QueryGradients:
         dlse = x.lse if x.dlse is None else x.dlse
         self.kernels[x.dlse is not None](
             stream, x.q, x.dout, x.k, x.v, x.dq, x.dq, x.out, x.lse, dlse, stats, self.table, documents.table, counter,
-            *self.scalars, documents.boxes,
+            *self.scalars, documents.m_blocks,
         )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ class KeyGradients:
     ) -> None:
         self.kernel(stats.shape[0])(
             stream, x.q, x.dout, stats, x.k, x.v, x.dk, x.dv, x.dk, x.dv, partials, self.table, documents.table,
-            counter, *self.scalars, documents.boxes, documents.most_tiles, *self.scheduled,
+            counter, *self.scalars, documents.m_blocks, documents.most_tiles, *self.scheduled,
         )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ class TwoPass:
         documents = Documents.of(
             stream, problem, self.q.consumers, cu_seqlens, fill, columns=scheduler.documents
         )  # fmt: skip
-        m_blocks = problem.batch * problem.num_heads // problem.heads_per_tile * documents.boxes
+        m_blocks = problem.batch * problem.num_heads // problem.heads_per_tile * documents.m_blocks
         stats = x.lse.new_empty((m_blocks, 2 * TILE))
         self.q(stream, x, stats, documents, counter)
         partials = scheduler.workspace(stats)

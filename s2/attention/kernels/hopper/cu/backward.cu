@@ -1,7 +1,7 @@
 // Backward for Hopper (sm_90a) in one pass over the visible pairs: warp-specialised, persistent, fed by TMA, in
 // clusters of two thread blocks.
 //
-// A work item is four chunks of 64 keys of one stride level (columns of one residue, or neighbours of the local
+// A work item is four n_blocks of 64 keys of one stride level (columns of one residue, or neighbours of the local
 // window), one for each consumer warpgroup of the cluster, and a segment of the queries that see them, walked from its
 // last rows to its first: items of one head start on the same rows, which the L2 cache then holds. The consumers work
 // on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands in registers:
@@ -11,13 +11,13 @@
 // S and dP of a step are computed beside dK of the step before. dS goes through shared memory to both thread blocks.
 // A step later it is there, so that nobody waits for the others: then a consumer multiplies that of all four with their
 // keys, for half of the columns of dQ in either thread block. The consumers take turns with this. The result is added
-// to float32 sums in memory (`passes.cu` clears them before and rounds them after): the L2 cache adds slowly, and four
-// chunks at once need a quarter of the additions of one. They come in any order, so dQ is not bitwise repeatable; dK
+// to a float32 `dq_accum` in memory (`prepost.cu` clears it before and rounds it after): the L2 cache adds slowly, and
+// four n_blocks at once need a quarter of the additions of one. They come in any order, so dQ is not deterministic; dK
 // and dV are.
 //
-// Of the first warpgroup one warp draws and plans items, one loads queries and dO, one the chunks, and one moves dS to
-// the other thread block and dQ to its sums. Levels with few long columns are divided into segments, whose sums leave
-// as float32 parts (see `columns.py`).
+// Of the first warpgroup one warp draws and plans items, one loads queries and dO, one the n_blocks, and one moves dS to
+// the other thread block and dQ to `dq_accum`. Levels with few long columns are divided into segments, whose partial
+// sums leave in float32 (see `scheduler.py`).
 //
 // For head dimension 128: with 64 two passes were as fast.
 //
@@ -31,40 +31,27 @@ constexpr int BOX_BYTES = 64 * D * 2;
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int ITEMS = 2;                   // planned: the one at work and the next
 constexpr int STAGES = 2;                  // steps whose queries, dO and dS are held
-constexpr int RANKS = CHUNKS / CONSUMERS;  // thread blocks of a cluster
+constexpr int RANKS = N_BLOCKS / CONSUMERS;  // thread blocks of a cluster
 constexpr int COLUMNS_EACH = D / RANKS;    // of dQ, a thread block
 static_assert(COLUMNS_EACH == PANEL, "a panel of keys, and registers as for scores");
 
-struct Params {
-    TensorMap q, dout, k, v;  // over [B, H, S, D], boxes of one panel of 64 columns
-    const float* stats;       // lse2 and delta of the 64 rows of a box, over B, sets of heads, boxes
-    void *dk, *dv;            // [B, S, Hkv, D]
-    float* sums;              // of dQ / scale, 64 x D of a box, over the same, see `stage_sums`
-    float* parts;             // [segments, B Hkv, num_parts, dK and dV, 64, D]
-    const int* table;         // rules [heads, TABLE]
-    const int* documents;     // packed: items of documents, see `varlen.attention_documents`
-    int* counter;             // 0, and 0 again at the end
-    float scale, scale_log2;
-    int length, kv_heads, group, groups;  // groups: B Hkv, each read by `group` query heads
-    int num_items, chunks, most_tiles;    // chunks: boxes of a set of heads in `stats`
-    Columns columns;
-};
+using Params = BackwardParams;
 
-// Four chunks; arrays of CHUNKS have those of this thread block first.
+// Four n_blocks; arrays of N_BLOCKS have those of this thread block first.
 struct Item {
     int group;            // batch x KV head, -1 after the last
     int segment;          // -1: the whole column
     int begin, length;    // of the document
-    int chunk;            // boxes of rows before the document
-    int top, steps;       // the row after the last, and boxes of rows before it
-    int key[CHUNKS];      // first key, -1: no chunk
-    int part[CONSUMERS];  // of the divided columns
-    int end[CONSUMERS];   // the row after the last that sees the chunk
-    // steps (boxes of rows, times sets of heads): the first that sees a chunk, that sees it in part, and the first that
+    int m_block;          // the document's first
+    int top, steps;       // the row after the last, and m_blocks before it
+    int key[N_BLOCKS];    // first key, -1: no n_block
+    int partial[CONSUMERS];  // number in the workspace
+    int end[CONSUMERS];      // the row after the last that sees the n_block
+    // steps (m_blocks, times sets of heads): the first that sees an n_block, that sees it in part, and the first that
     // does not any more
-    int first_step[CHUNKS], diagonal_step[CHUNKS], end_step[CHUNKS];
-    int all_step, until_step;                // steps from one to before the other see all chunks
-    int first[CHUNKS][4], until[CHUNKS][4];  // small blocks: first keys, the row after the last (no block: -1, 0)
+    int first_step[N_BLOCKS], diagonal_step[N_BLOCKS], end_step[N_BLOCKS];
+    int all_step, until_step;                // steps from one to before the other see all n_blocks
+    int first[N_BLOCKS][4], until[N_BLOCKS][4];  // small blocks: first keys, the row after the last (no block: -1, 0)
 };
 
 struct Shared {
@@ -72,7 +59,7 @@ struct Shared {
     unsigned char other_keys[CONSUMERS][PANEL_BYTES];  // a panel of the other thread block's keys
     unsigned char queries[STAGES][BOX_BYTES], gradients[STAGES][BOX_BYTES];
     unsigned char sums[4][16 * COLUMNS_EACH * 4];                  // dQ of a step, 16 rows of a warp
-    unsigned char dscores[STAGES][RANKS][CONSUMERS][PANEL_BYTES];  // dS^T, of the own chunks and of the others
+    unsigned char dscores[STAGES][RANKS][CONSUMERS][PANEL_BYTES];  // dS^T, of the own n_blocks and of the others
     float lse[STAGES][ROWS], delta[STAGES][ROWS];
     Item items[ITEMS];
     unsigned long long rows_full[STAGES], queries_empty[STAGES], gradients_empty[STAGES];
@@ -111,7 +98,7 @@ DEVICE void init_barriers(Shared& shared) {
 
 // Draws items until there are none, after a first one for each cluster, and says what has to be done for each.
 DEVICE void plan_items(Shared& shared, const Params& params) {
-    const int lane = threadIdx.x % WARP, rank = cluster_rank(), nth = lane % CHUNKS;
+    const int lane = threadIdx.x % WARP, rank = cluster_rank(), nth = lane % N_BLOCKS;
     const int c = nth / CONSUMERS == rank ? nth % CONSUMERS : CONSUMERS + nth % CONSUMERS;
     const int num_items = PACKED ? params.documents[1] * params.groups : params.num_items;
     const int sets = params.group / ENTRIES;  // of heads that a step takes together
@@ -142,7 +129,7 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
             }
             return;
         }
-        int begin_token = 0, length = params.length, first_chunk = 0, part = 0, low = 0, pair = 0;
+        int begin_token = 0, length = params.length, first_m_block = 0, partial = 0, low = 0, pair = 0;
         WorkItem work = {};
         if (PACKED) {  // heads vary fastest; sinks of all documents come first
             const int own = divide(item, params.groups);
@@ -151,7 +138,7 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
             pair = entry[0];
             begin_token = entry[1];
             length = entry[2];
-            first_chunk = entry[3];
+            first_m_block = entry[3];
         } else {
             work = locate_item(item, params.groups, params.columns);
         }
@@ -161,7 +148,7 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
         int high = (length + TOKENS - 1) / TOKENS * TOKENS;
         work.segment = PACKED ? -1 : work.segment;
         if (PACKED) {
-            const LevelTile tile = chunk_tile(pair, num_blocks, rule);
+            const LevelTile tile = document_tile(pair, num_blocks, rule);
             work.level = tile.level;
             work.first = tile.index;
             work.last = tile.level < 0 ? tile.index : tile.index + 1;
@@ -173,19 +160,19 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
             if (segments > 1) {
                 low = work.segment * params.columns.segment_rows;
                 high = minimum(low + params.columns.segment_rows, high);
-                part = part_begin(work.level, params.columns);
+                partial = first_partial(work.level, params.columns);
             } else {
                 work.segment = -1;
             }
         }
 #pragma unroll 1
         for (int tile = work.first; tile < work.last; tile++) {
-            const int index = tile * CHUNKS + nth;
-            const Run run = chunk_run(index, work.level, num_blocks, low, high, rule);
+            const int index = tile * N_BLOCKS + nth;
+            const Run run = n_block_run(index, work.level, num_blocks, low, high, rule);
             const bool exists = run.begin < run.end;
             int top = exists ? run.end : 0, bottom = run.begin;
 #pragma unroll
-            for (int distance = 1; distance < CHUNKS; distance *= 2) {
+            for (int distance = 1; distance < N_BLOCKS; distance *= 2) {
                 top = maximum(top, __shfl_xor_sync(ALL, top, distance));
                 bottom = minimum(bottom, __shfl_xor_sync(ALL, bottom, distance));
             }
@@ -194,34 +181,34 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
             const int first = exists ? (top - run.end) / TOKENS : steps;
             const int end = exists ? first + (run.end - run.begin) / TOKENS : steps;
             const int diagonal = BLOCK >= KEYS && exists && run.begin == run.key;
-            // chunks that do not exist count as seen: their keys are loaded as zeros, but not from packed documents
+            // n_blocks that do not exist count as seen: their keys are loaded as zeros, but not from packed documents
             const bool is_seen = !exists && !PACKED;
             int all = is_seen ? 0 : first, until = end;
 #pragma unroll
-            for (int distance = 1; distance < CHUNKS; distance *= 2) {
+            for (int distance = 1; distance < N_BLOCKS; distance *= 2) {
                 all = maximum(all, __shfl_xor_sync(ALL, all, distance));
                 until = minimum(until, __shfl_xor_sync(ALL, until, distance));
             }
-            ChunkBlock block = {};
+            LevelBlock block = {};
             if (BLOCK < KEYS) {
-                const int j = lane / CHUNKS % ENTRIES;
-                block = chunk_block(index * ENTRIES + j, work.level, num_blocks, rule);
+                const int j = lane / N_BLOCKS % ENTRIES;
+                block = level_block(index * ENTRIES + j, work.level, num_blocks, rule);
             }
             Item& to = shared.items[slot.index];
-            if (lane < CHUNKS) {
+            if (lane < N_BLOCKS) {
                 to.key[c] = exists ? run.key : -1;
                 to.first_step[c] = first * sets;
                 to.diagonal_step[c] = (end - diagonal) * sets;
                 to.end_step[c] = end * sets;
             }
-            if (lane < CHUNKS && c < CONSUMERS) {
-                to.part[c] = part + index;
+            if (lane < N_BLOCKS && c < CONSUMERS) {
+                to.partial[c] = partial + index;
                 to.end[c] = run.end;
             }
-            if (BLOCK < KEYS && lane < CHUNKS * ENTRIES) {
+            if (BLOCK < KEYS && lane < N_BLOCKS * ENTRIES) {
                 const bool is_worked_on = exists && block.exists;
-                to.first[c][lane / CHUNKS] = is_worked_on ? block.block * BLOCK : -1;
-                to.until[c][lane / CHUNKS] = is_worked_on ? block.until * BLOCK : 0;
+                to.first[c][lane / N_BLOCKS] = is_worked_on ? block.block * BLOCK : -1;
+                to.until[c][lane / N_BLOCKS] = is_worked_on ? block.until * BLOCK : 0;
             }
             if (lane == 0) {
                 to.all_step = all * sets;
@@ -230,7 +217,7 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
                 to.segment = work.segment;
                 to.begin = begin_token;
                 to.length = length;
-                to.chunk = first_chunk;
+                to.m_block = first_m_block;
                 to.top = top;
                 to.steps = steps;
             }
@@ -242,19 +229,19 @@ DEVICE void plan_items(Shared& shared, const Params& params) {
     }
 }
 
-// Walks the boxes of rows of an item's steps: those of all sets of heads, then those of the box before. Calls
-// `work(box, row, head)` with the box's number over B, sets of heads, boxes, its first row and first head of the batch.
+// The m_blocks of an item's steps: those of all sets of heads, then those of the rows before. Calls `work(m_block, row,
+// head)` with the number over B, sets of heads and m_blocks, the first row, and the first head of the batch.
 template <class Work>
 DEVICE void for_steps(const Item& item, const Params& params, const Work& work) {
     const int sets = params.group / ENTRIES, batch = divide(item.group, params.kv_heads);
     const int first_head = (item.group - batch * params.kv_heads) * params.group, first_set = item.group * sets;
-    const int chunk = item.chunk, top = item.top, steps = item.steps;
+    const int m_block = item.m_block, top = item.top, steps = item.steps;
 #pragma unroll 1
     for (int n = 1; n <= steps; n++) {
         const int row = top - n * TOKENS;
 #pragma unroll 1
         for (int g = 0; g < sets; g++)
-            work((first_set + g) * params.chunks + chunk + row / TOKENS, row, first_head + g * ENTRIES);
+            work((first_set + g) * params.m_blocks + m_block + row / TOKENS, row, first_head + g * ENTRIES);
     }
 }
 
@@ -270,11 +257,11 @@ DEVICE void load_rows(Shared& shared, const Params& params) {
         const Item& item = shared.items[slot.index];
         if (item.group < 0) return;
         const int batch = divide(item.group, params.kv_heads), begin = item.begin, length = item.length;
-        for_steps(item, params, [&](int box, int row, int head) {
+        for_steps(item, params, [&](int m_block, int row, int head) {
             const bool is_cut = PACKED && row + TOKENS > length;
             const unsigned full =
                 is_cut ? shared_address(&shared.rows_cut) : shared_address(&shared.rows_full[stage.index]);
-            const float* stats = params.stats + static_cast<long long>(box) * (2 * ROWS);
+            const float* stats = params.stats + static_cast<long long>(m_block) * (2 * ROWS);
             const auto load = [&](unsigned to, const TensorMap* map, unsigned statistics, const float* from) {
                 copy_to_shared(statistics, from, 4 * ROWS, full);
 #pragma unroll
@@ -312,9 +299,9 @@ DEVICE void load_rows(Shared& shared, const Params& params) {
     }
 }
 
-// Sends dS of every step to the other thread block, and adds dQ of the step before to its sums. The consumers leave
+// Sends dS of every step to the other thread block, and adds dQ of the step before to `dq_accum`. The consumers leave
 // both in shared memory and go on.
-DEVICE void move_sums(Shared& shared, const Params& params) {
+DEVICE void move_dq(Shared& shared, const Params& params) {
     constexpr int dscores_bytes = CONSUMERS * PANEL_BYTES, sums_bytes = ROWS * COLUMNS_EACH * 4;
     const bool is_mover = elected();
     const int rank = cluster_rank();
@@ -330,7 +317,7 @@ DEVICE void move_sums(Shared& shared, const Params& params) {
             barrier_wait(shared_address(&shared.sums_full), phase);
             if (is_mover) {
                 fence_async_shared();
-                bulk_add(params.sums + static_cast<long long>(before) * (ROWS * D) + rank * (ROWS * COLUMNS_EACH),
+                bulk_add(params.dq_accum + static_cast<long long>(before) * (ROWS * D) + rank * (ROWS * COLUMNS_EACH),
                          shared_address(shared.sums), sums_bytes);
                 tma_store_commit();
                 tma_store_wait();
@@ -339,7 +326,7 @@ DEVICE void move_sums(Shared& shared, const Params& params) {
             __syncwarp();
             phase ^= 1;
         };
-        for_steps(item, params, [&](int box, int row, int head) {
+        for_steps(item, params, [&](int m_block, int row, int head) {
             const unsigned full = shared_address(&shared.other_full[stage.index]);
             if (is_mover) barrier_expect(full, dscores_bytes);  // what comes from the other
             barrier_wait(shared_address(&shared.dscores_full[stage.index]), stage.phase);
@@ -351,7 +338,7 @@ DEVICE void move_sums(Shared& shared, const Params& params) {
             }
             __syncwarp();
             if (before >= 0) add();
-            before = box;
+            before = m_block;
             stage.advance();
         });
         add();
@@ -361,7 +348,7 @@ DEVICE void move_sums(Shared& shared, const Params& params) {
     }
 }
 
-// First key of a chunk, or of a block of one of small blocks; NOWHERE if there is none.
+// First key of an n_block, or of a block of one of small blocks; NOWHERE if there is none.
 DEVICE int first_key(const Item& item, int c, int j) {
     const int key = BLOCK < KEYS ? item.first[c][j] : item.key[c];
     return key < 0 ? NOWHERE : key;
@@ -370,7 +357,7 @@ DEVICE int first_key(const Item& item, int c, int j) {
 // Loads keys and values of an item, and of the other thread block's keys those columns for which this one makes dQ;
 // or has the L2 cache load them.
 template <bool PREFETCHES>
-DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item, unsigned full) {
+DEVICE void load_n_blocks(Shared& shared, const Params& params, const Item& item, unsigned full) {
     const int batch = divide(item.group, params.kv_heads), head = item.group - batch * params.kv_heads;
     if (!PREFETCHES) barrier_expect(full, 2 * CONSUMERS * BOX_BYTES + CONSUMERS * PANEL_BYTES);
     const auto load = [&](unsigned to, const TensorMap* map, int x, int token) {
@@ -399,20 +386,20 @@ DEVICE void load_chunks(Shared& shared, const Params& params, const Item& item, 
     }
 }
 
-// Whether a chunk of an item ends after its packed document.
+// Whether an n_block of an item ends after its packed document.
 DEVICE bool is_item_cut(const Item& item) {
     bool is_cut = false;
 #pragma unroll 1
-    for (int c = 0; c < CHUNKS; c++)
+    for (int c = 0; c < N_BLOCKS; c++)
 #pragma unroll 1
         for (int j = 0; j < ENTRIES; j++) is_cut |= keys_past(first_key(item, c, j), item.length) > 0;
     return is_cut;
 }
 
 // Zeroes keys and values after the end of the document: hidden keys get dS = 0, which NaN in them would not heed.
-DEVICE void cut_chunks(Shared& shared, const Item& item) {
+DEVICE void cut_n_blocks(Shared& shared, const Item& item) {
 #pragma unroll 1
-    for (int c = 0; c < CHUNKS; c++) {
+    for (int c = 0; c < N_BLOCKS; c++) {
 #pragma unroll 1
         for (int j = 0; j < ENTRIES; j++) {
             const int until = (j + 1) * (KEYS / ENTRIES);
@@ -427,7 +414,7 @@ DEVICE void cut_chunks(Shared& shared, const Item& item) {
     }
 }
 
-// Loads the chunks of the items in turn.
+// Loads the n_blocks of the items in turn.
 DEVICE void load_items(Shared& shared, const Params& params) {
     const bool is_loader = elected();
     const unsigned full = shared_address(&shared.keys_full), cut = shared_address(&shared.keys_cut);
@@ -437,16 +424,16 @@ DEVICE void load_items(Shared& shared, const Params& params) {
         barrier_wait(shared_address(&shared.item_full[slot.index]), slot.phase);
         const Item& item = shared.items[slot.index];
         if (item.group < 0) return;
-        if (is_loader) load_chunks<true>(shared, params, item, full);
+        if (is_loader) load_n_blocks<true>(shared, params, item, full);
         const bool is_cut = PACKED && is_item_cut(item);
         __syncwarp();
         barrier_wait(shared_address(&shared.keys_done), phase);  // of the item before
-        if (is_loader) load_chunks<false>(shared, params, item, is_cut ? cut : full);
+        if (is_loader) load_n_blocks<false>(shared, params, item, is_cut ? cut : full);
         __syncwarp();
         if (is_cut) {
             barrier_wait(cut, cut_phase);
             cut_phase ^= 1;
-            cut_chunks(shared, item);
+            cut_n_blocks(shared, item);
             if (is_loader) barrier_arrive(full);
         }
         phase ^= 1;
@@ -456,15 +443,15 @@ DEVICE void load_items(Shared& shared, const Params& params) {
 
 // ---------------------------------------------------------------- consumers
 
-// A product `[64, 64]` of a chunk with the rows of a step.
-DEVICE void score(float (&x)[32], unsigned chunk, unsigned rows) {
+// A product `[64, 64]` of an n_block with the rows of a step.
+DEVICE void score(float (&x)[32], unsigned n_block, unsigned rows) {
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
         if (i == 0)
-            product_shared<0>(x, descriptor(chunk + offset), descriptor(rows + offset));
+            product_shared<0>(x, descriptor(n_block + offset), descriptor(rows + offset));
         else
-            product_shared<1>(x, descriptor(chunk + offset), descriptor(rows + offset));
+            product_shared<1>(x, descriptor(n_block + offset), descriptor(rows + offset));
     }
     wgmma_commit();
 }
@@ -476,11 +463,11 @@ DEVICE void accumulate(float (&x)[D / 2], const unsigned (&left)[16], unsigned r
     wgmma_commit();
 }
 
-// Which of a chunk's keys a thread holds in products: this one and the one 8 later, and two queries of every eight.
+// Which of an n_block's keys a thread holds in products: this one and the one 8 later, and two queries of every eight.
 DEVICE int lane_key() { return threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4; }
 DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
-// Columns of dQ (+)= dS^T of the rows of a chunk, left operand, times its keys.
+// Columns of dQ (+)= dS^T of the rows of an n_block, left operand, times its keys.
 DEVICE void accumulate_rows(float (&x)[COLUMNS_EACH / 2], unsigned dscores, unsigned keys, bool add) {
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) {
@@ -516,7 +503,7 @@ DEVICE void transpose(unsigned (&x)[4]) {
     }
 }
 
-// Stores a chunk's gradient.
+// Stores an n_block's gradient.
 DEVICE void store_gradient(const float (&x)[D / 2], float scale, void* rows, const Item& item, int c,
                            const Params& params) {
     const int batch = divide(item.group, params.kv_heads), head = item.group - batch * params.kv_heads;
@@ -543,8 +530,8 @@ DEVICE void store_gradient(const float (&x)[D / 2], float scale, void* rows, con
     }
 }
 
-// Stores a part `[64, D]` of a divided column.
-DEVICE void store_part(const float (&x)[D / 2], float scale, float* to) {
+// Stores a partial sum `[64, D]` of a divided column.
+DEVICE void store_partial(const float (&x)[D / 2], float scale, float* to) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float2* row = reinterpret_cast<float2*>(to + (lane_key() + 8 * r) * D + lane_column());
@@ -554,9 +541,9 @@ DEVICE void store_part(const float (&x)[D / 2], float scale, float* to) {
     }
 }
 
-// Leaves a warp's part of a step's dQ for `move_sums`, in the order of its registers: of a box of 64 rows, columns of
+// Leaves a warp's part of a step's dQ for `move_dq`, in the order of its registers: of an m_block, columns of
 // either thread block, 16 rows of a warp, eight columns, a lane's four values.
-DEVICE void stage_sums(const float (&x)[COLUMNS_EACH / 2], unsigned to) {
+DEVICE void stage_dq(const float (&x)[COLUMNS_EACH / 2], unsigned to) {
 #pragma unroll
     for (int j = 0; j < COLUMNS_EACH / 8; j++) store_shared(to + (j * WARP + threadIdx.x % WARP) * 16, x + 4 * j);
 }
@@ -576,13 +563,13 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         if (is_arriving) barrier_arrive(base + PLACE(dscores_full) + 8 * stage);
     };
     // Waits for that of all. Ordinary stores wrote some of it: the fence of who reads puts them before its products,
-    // and that of `move_sums` before its copy, so that who writes need not wait for its stores.
+    // and that of `move_dq` before its copy, so that who writes need not wait for its stores.
     const auto receive = [&](int phase) {
         barrier_wait(base + PLACE(dscores_full) + 8 * consumer, phase);
         barrier_wait(base + PLACE(other_full) + 8 * consumer, phase);
         fence_async_shared();
     };
-    // dS and keys of a chunk, its columns of dQ inner; those of the other thread block's chunks follow.
+    // dS and keys of an n_block, its columns of dQ inner; those of the other thread block's n_blocks follow.
     const auto scores_of = [&](int c) {
         return operand_at<ROWS_INNER>(base + PLACE(dscores) + consumer * SLOT_BYTES) + c * (PANEL_BYTES / 16);
     };
@@ -599,11 +586,11 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         }
     };
     // Leaves dQ of a step. The consumers take turns with the place, as they do with steps. `receive` has seen that
-    // `move_sums` is in this step (it says what is to come from the other thread block): all sums but those of the step
+    // `move_dq` is in this step (it says what is to come from the other thread block): all sums but those of the step
     // before are gone by then, and a parity tells whether these are too.
     const auto add = [&](const float (&x)[COLUMNS_EACH / 2]) {
         barrier_wait(base + PLACE(sums_empty), consumer ^ 1);
-        stage_sums(x, base + PLACE(sums) + warp * (16 * COLUMNS_EACH * 4));
+        stage_dq(x, base + PLACE(sums) + warp * (16 * COLUMNS_EACH * 4));
         __syncwarp();
         if (is_arriving) barrier_arrive(base + PLACE(sums_full));
     };
@@ -621,12 +608,12 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         const int diagonal_step = item.diagonal_step[consumer], all_step = item.all_step, until_step = item.until_step;
         float dk[D / 2], dv[D / 2];
 
-        // The columns of dQ of a step, from the chunks that its rows see.
+        // The columns of dQ of a step, from the n_blocks that its rows see.
         const auto multiply_some = [&](float (&x)[COLUMNS_EACH / 2], int nth) {
 #pragma unroll
             for (int i = 0; i < COLUMNS_EACH / 2; i++) x[i] = 0.0f;
 #pragma unroll
-            for (int c = 0; c < CHUNKS; c++) {
+            for (int c = 0; c < N_BLOCKS; c++) {
                 if (nth < item.first_step[c] || nth >= item.end_step[c]) continue;
                 wgmma_fence();
                 accumulate_rows(x, scores_of(c), keys_of(c), true);
@@ -743,7 +730,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                     if (nth > all_step && nth <= until_step) {
                         wgmma_fence();
 #pragma unroll
-                        for (int c = 0; c < CHUNKS; c++) accumulate_rows(sums, scores_of(c), keys_of(c), c > 0);
+                        for (int c = 0; c < N_BLOCKS; c++) accumulate_rows(sums, scores_of(c), keys_of(c), c > 0);
                         wgmma_commit();
                         wgmma_wait<0>();
                         pin(dv);
@@ -795,10 +782,10 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         if (is_arriving) barrier_arrive(base + PLACE(keys_done));  // the next ones may come
         if (end_step > first_step) {
             if (item.segment >= 0) {
-                const long long part = (static_cast<long long>(item.segment) * params.groups + item.group) *
-                                           params.columns.num_parts + item.part[consumer];
-                store_part(dk, params.scale, params.parts + part * (2 * CHUNK * D));
-                store_part(dv, 1.0f, params.parts + part * (2 * CHUNK * D) + CHUNK * D);
+                const long long at = (static_cast<long long>(item.segment) * params.groups + item.group) *
+                                           params.columns.num_partials + item.partial[consumer];
+                store_partial(dk, params.scale, params.partials + at * (2 * KEYS * D));
+                store_partial(dv, 1.0f, params.partials + at * (2 * KEYS * D) + KEYS * D);
             } else {
                 store_gradient(dk, params.scale, params.dk, item, consumer, params);
                 store_gradient(dv, 1.0f, params.dv, item, consumer, params);
@@ -828,7 +815,7 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREA
         lower_registers<PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(ALL, threadIdx.x / WARP, 0);
         if (warp == 0) load_rows(shared, params);
-        if (warp == 1) move_sums(shared, params);
+        if (warp == 1) move_dq(shared, params);
         if (warp == 2) plan_items(shared, params);
         if (warp == 3) load_items(shared, params);
     } else {
@@ -837,3 +824,6 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREA
     }
     cluster_sync();  // the other thread block's shared memory must not be gone while it is written to
 }
+
+// Read by the host (`driver.shared_bytes_of`).
+extern "C" __device__ int shared_bytes = sizeof(Shared);

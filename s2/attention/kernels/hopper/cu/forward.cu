@@ -10,7 +10,7 @@
 // float32 sums and 16-bit factors hold. Most steps keep all maxima, need no shuffle and no rescaling.
 //
 // A consumer keeps the values of a key tile until the scores of the next one that it sees are on their way, so it must
-// not have to walk far through the ring of keys in between: `launch.most_skipped`.
+// not have to walk far through the ring of keys in between: `support.is_deadlock_free`.
 //
 // Constants: those of `rows.cuh`, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
 
@@ -20,13 +20,7 @@ constexpr float LAZY = 8.0f, MOST = 256.0f;  // MOST = 2^LAZY
 constexpr float LN2 = 0.6931471805599453f;
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 
-struct Params {
-    TensorMap q, k, v, out;  // over [B, H, S, D], boxes of one panel of 64 columns
-    Problem problem;
-    void* out_rows;  // out [B, S, H, D]
-    float* lse;      // [B, H, S]
-    float scale_log2;
-};
+using Params = ForwardParams;
 
 // Turns scores into probabilities, with new maxima and sums of the thread's two rows (sums of its own columns alone).
 // Maxima are looked for only if these are the rows' first scores, or if the sums show that one has grown by much; then
@@ -303,3 +297,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
         consume(shared, params, warpgroup - 1);
     }
 }
+
+// Read by the host (`driver.shared_bytes_of`).
+extern "C" __device__ int shared_bytes = sizeof(Shared);

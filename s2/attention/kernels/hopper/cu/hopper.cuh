@@ -1,6 +1,8 @@
 // What the CUDA C++ kernels use of Hopper (sm_90a): barriers in shared memory, TMA, wgmma, registers of a warpgroup.
-// Names and semantics are those of the PTX ISA. Needs no header, so NVRTC compiles it alone.
+// Names and semantics are those of the PTX ISA. Needs no header of CUDA, so NVRTC compiles it alone.
 #pragma once
+
+#include "params.cuh"
 
 #ifndef DEVICE
 #define DEVICE __device__ __forceinline__
@@ -10,10 +12,6 @@ constexpr int WARP = 32, WARPGROUP = 128;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int PANEL = 64;                       // columns of 16 bits that a 128-byte swizzle spans
 constexpr int PANEL_BYTES = 64 * 2 * PANEL;     // a panel of 64 rows
-
-struct alignas(64) TensorMap {
-    unsigned long long words[16];
-};
 
 DEVICE unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));

@@ -1,15 +1,14 @@
-// Chunks of 64 keys: where they lie and which queries see them; see `n_blocks.py`, whose arithmetic this is. Nothing here
-// needs a GPU, so that tests can compile it for the host.
+// n_blocks of 64 keys: where they lie and which queries see them. The same arithmetic as in `n_blocks.py`, but for the
+// order of items (no `few`). Nothing here needs a GPU, so that tests can compile it for the host.
 //
 // Constants: BLOCK, LEVELS, SINKS; see `problem.py`.
 #pragma once
 
+#include "params.cuh"
 #include "plan.cuh"
 
-constexpr int CHUNK = 64;
 constexpr int WIDEST = SINKS ? LEVELS + 1 : LEVELS;  // sinks are a level of their own
-constexpr int MOST_LEVELS = 4;
-constexpr int CHUNKS = 4;  // of a work item
+constexpr int N_BLOCKS = 4;                          // of a work item
 
 struct Stride {
     int stride, residue;
@@ -29,13 +28,13 @@ DEVICE int members_of(int level, int num_blocks, const Rule& rule) {
     return members_below(num_blocks, own.stride, own.residue);
 }
 
-struct ChunkBlock {
+struct LevelBlock {
     int block, until;  // and the query block after the last one that sees it
     bool exists;
 };
 
 // The `nth` key block of a level that belongs to no wider one.
-DEVICE ChunkBlock chunk_block(int nth, int level, int num_blocks, const Rule& rule) {
+DEVICE LevelBlock level_block(int nth, int level, int num_blocks, const Rule& rule) {
     int count = SINKS ? minimum(rule.sinks, num_blocks) : 0;
     if (level <= LEVELS) count = members_of(level, num_blocks, rule) - members_of(level + 1, num_blocks, rule);
     if (nth >= count) return {0, 0, false};
@@ -61,13 +60,13 @@ struct Run {
     int key, begin, end;  // first key, and the query rows that see it; all three `high` where there are none
 };
 
-// The `index`-th chunk of a level, and which query rows in [low, high) see it. A chunk is a part of a block, or the
-// next CHUNK / BLOCK blocks of the level; then the run is that of any of them, and the first key one that a row of it
-// sees.
-DEVICE Run chunk_run(int index, int level, int num_blocks, int low, int high, const Rule& rule) {
-    if (BLOCK >= CHUNK) {
-        const ChunkBlock own = chunk_block(index / PARTS, level, num_blocks, rule);
-        const int key = own.block * BLOCK + index % PARTS * CHUNK;
+// The `index`-th n_block of a level, and the query rows in [low, high) that see it. An n_block is a part of a block, or
+// the next KEYS / BLOCK blocks of the level: then the run spans the runs of all, and the key is the first of the blocks
+// that have one.
+DEVICE Run n_block_run(int index, int level, int num_blocks, int low, int high, const Rule& rule) {
+    if (BLOCK >= KEYS) {
+        const LevelBlock own = level_block(index / PARTS, level, num_blocks, rule);
+        const int key = own.block * BLOCK + index % PARTS * KEYS;
         const int begin = maximum(key, low), end = minimum(own.until * BLOCK, high);
         if (own.exists && begin < end) return {key, begin, end};
         return {high, high, high};
@@ -75,7 +74,7 @@ DEVICE Run chunk_run(int index, int level, int num_blocks, int low, int high, co
     Run run = {high, high, 0};
 #pragma unroll
     for (int j = 0; j < ENTRIES; j++) {
-        const ChunkBlock own = chunk_block(index * ENTRIES + j, level, num_blocks, rule);
+        const LevelBlock own = level_block(index * ENTRIES + j, level, num_blocks, rule);
         const int begin = maximum(own.block * BLOCK, low), end = minimum(own.until * BLOCK, high);
         if (own.exists && begin < end) {
             run.key = minimum(run.key, own.block * BLOCK);
@@ -87,34 +86,28 @@ DEVICE Run chunk_run(int index, int level, int num_blocks, int low, int high, co
     return run;
 }
 
-// Items of CHUNKS chunks that so many blocks of a level make.
-DEVICE int items_of(int blocks) { return (blocks * PARTS + CHUNKS * ENTRIES - 1) / (CHUNKS * ENTRIES); }
+// Tiles of N_BLOCKS n_blocks in so many blocks of a level.
+DEVICE int count_tiles(int blocks) { return (blocks * PARTS + N_BLOCKS * ENTRIES - 1) / (N_BLOCKS * ENTRIES); }
 
 struct LevelTile {
     int level, index;
 };
 
-// A document's `tile`-th item, sinks first, then the widest level; level < 0: a spare.
-DEVICE LevelTile chunk_tile(int tile, int num_blocks, const Rule& rule) {
+// A document's `tile`-th tile, sinks first, then the widest level; level < 0: there is none.
+DEVICE LevelTile document_tile(int tile, int num_blocks, const Rule& rule) {
     if (SINKS) {
-        const int tiles = items_of(minimum(rule.sinks, num_blocks));
+        const int tiles = count_tiles(minimum(rule.sinks, num_blocks));
         if (tile < tiles) return {LEVELS + 1, tile};
         tile -= tiles;
     }
 #pragma unroll
     for (int level = LEVELS; level >= 0; level--) {
-        const int tiles = items_of(members_of(level, num_blocks, rule) - members_of(level + 1, num_blocks, rule));
+        const int tiles = count_tiles(members_of(level, num_blocks, rule) - members_of(level + 1, num_blocks, rule));
         if (tile < tiles) return {level, tile};
         tile -= tiles;
     }
     return {-1, 0};
 }
-
-// How the chunks become work items; see `scheduler.Columns`.
-struct Columns {
-    int tiles[MOST_LEVELS], segments[MOST_LEVELS], batches[MOST_LEVELS];
-    int segment_rows, num_parts, wave;
-};
 
 struct WorkItem {
     int level, segment, group, first, last;  // group: batch x KV head; tiles from `first` on before `last`
@@ -133,11 +126,11 @@ DEVICE WorkItem locate_item(int item, int groups, const Columns& columns) {
 #pragma unroll
     for (int level = WIDEST; level >= 0; level--) {
         const int batch = columns.batches[level];
-        const int a_head = divide(columns.tiles[level] + batch - 1, batch);
-        const int a_segment = a_head * columns.wave, size = a_segment * columns.segments[level];
+        const int per_head = divide(columns.tiles[level] + batch - 1, batch);
+        const int per_segment = per_head * columns.wave, size = per_segment * columns.segments[level];
         if (item < size) {
-            const int segment = divide(item, a_segment), rest = item - segment * a_segment;
-            const int head = divide(rest, a_head), first = (rest - head * a_head) * batch;
+            const int segment = divide(item, per_segment), rest = item - segment * per_segment;
+            const int head = divide(rest, per_head), first = (rest - head * per_head) * batch;
             const int group = turn * columns.wave + head;
             const int last = group < groups ? minimum(first + batch, columns.tiles[level]) : first;
             return {level, columns.segments[level] - 1 - segment, group, first, last};
@@ -147,11 +140,11 @@ DEVICE WorkItem locate_item(int item, int groups, const Columns& columns) {
     return {0, 0, 0, 0, 0};
 }
 
-// First part of a level: those of wider levels that are divided into segments come before, CHUNKS a tile.
-DEVICE int part_begin(int level, const Columns& columns) {
+// Number of a level's first n_block in the workspace, where those of wider levels that are divided come before.
+DEVICE int first_partial(int level, const Columns& columns) {
     int begin = 0;
 #pragma unroll
     for (int other = 1; other <= WIDEST; other++)
-        if (level < other && columns.segments[other] > 1) begin += CHUNKS * columns.tiles[other];
+        if (level < other && columns.segments[other] > 1) begin += N_BLOCKS * columns.tiles[other];
     return begin;
 }

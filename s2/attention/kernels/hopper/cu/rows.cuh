@@ -41,15 +41,6 @@ struct Shared {
     unsigned long long values_cut;  // values that end with their document are there, but for the zeros after it
 };
 
-struct Problem {
-    const int* table;      // rules [heads, TABLE]
-    const int* documents;  // packed: tiles of documents, see `varlen.attention_documents`
-    int* counter;          // 0, and 0 again at the end
-    int length, kv_heads, group;
-    int tiles_per_head, num_tiles;  // of a KV head, and in all
-    int together;                   // KV heads at the end whose tiles are done together, longest first
-};
-
 DEVICE void init_barriers(Shared& shared) {
     constexpr int warps = CONSUMERS * WARPGROUP / WARP;  // a consumer's warps arrive on their own
     for (int i = 0; i < CONSUMERS * ROW_SLOTS; i++) {

@@ -1,14 +1,14 @@
 """dK and dV on Hopper (sm_90a), in Gluon: warp-specialised, persistent, fed by TMA.
 
-One CTA holds a producer partition and two consumer warpgroups of 64 keys each: two chunks of one stride level (columns
-of one residue, or neighbours of the local window). A work item is such a pair of chunks and a segment of the queries
-that see them, walked from its last rows to its first: items of one head start on the same rows, which the L2 cache then
-holds. The consumers work on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands in registers:
+A CTA holds a producer partition and two consumer warpgroups of 64 keys each: two n_blocks of one stride level (columns
+of one residue, or neighbours of the local window). A work item is such a pair and a segment of the queries that see
+them, walked from its last rows to its first: items of one head start on the same rows, which the L2 cache then holds.
+The consumers work on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands in registers:
 
     P = exp2(scale_log2 * S - lse2)    dV += P^T dO    dS = P * (dP - delta)    dK += dS^T Q
 
-The chunks of the next item are loaded while this one is worked on. Levels with few long columns are divided into
-segments, whose sums leave as float32 parts (see `scheduler` and `combine`).
+The keys of the next item are loaded while this one is worked on. Levels with few long columns are divided into
+segments, whose partial sums leave in float32 (see `scheduler` and `combine`).
 """
 
 from triton.experimental import gluon
@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...index import load_rule
-from ..combine import part_begin, segment_runs
-from ..n_blocks import chunk_block, chunk_tile, locate_item
+from ..combine import first_partial, segment_runs
+from ..n_blocks import document_tile, level_block, locate_item
 from ..varlen import document_item
 from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, opaque, store_rows
 
@@ -44,24 +44,27 @@ def _pick(pair, lane, which: gl.constexpr):
 def _produce(
     q_desc, do_desc, stats_desc, k_desc, v_desc,
     q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
-    table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, chunks, most_tiles,
+    table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items, m_blocks, most_tiles,
     tiles, segments, batches, sinks, strides,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Draws items and loads what they need. Queries and dO after the end of a packed document become zero: they add
-    nothing then, whatever the next one holds. They are cut when the next step is on its way. The words of a pair of
-    chunks: KV head of the batch (-1 after the last), segment of the parts (-1: no parts, all queries are here), where
-    the document begins and its length; then for either consumer first key (-1: none), part, and steps before it,
-    unmasked, masked and after it. Chunks of several blocks have no unmasked steps told apart: they count as unmasked,
-    and in place of masked ones stands the row after the last. Then follow, for either consumer, each block's first key
-    and the query after the last one that sees it (0: no block)."""
+    """Draws items and loads what they need. Queries and dO after the end of a packed document are zeroed once the next
+    step is on its way: they add nothing then, whatever the next document holds. The words of an item:
+
+         0     KV head of the batch, -1 after the last item
+         1     segment of the partial sums, -1: none, all queries are here
+         2, 3  where the document begins, its length
+         4..   for either consumer: first key (-1: no n_block), number in the workspace, steps before it, unmasked
+               steps, masked steps (small blocks, whose steps all count as unmasked: the row after the last), and after
+        16..   of small blocks, for either consumer: each block's first key, the query after the last (0: no block)
+    """
     D: gl.constexpr = q_desc.block_type.shape[3]
     TOKENS: gl.constexpr = min(BLOCK, ROWS)  # of a step, whose 64 rows are those of one head or several
     HEADS: gl.constexpr = ROWS // TOKENS
     WIDEST: gl.constexpr = LEVELS + 1 if SINKS else LEVELS  # sinks are a level of their own
     stage, phase, cut, cut_phases, slot, round = 0, 0, -1, 0, 0, 0
-    begin_token, first_chunk, num_divided = 0, 0, 0
+    begin_token, first_m_block, num_divided = 0, 0, 0
     if PACKED:
         num_items = gl.load(documents + 1) * groups
         num_divided = gl.load(documents + 2)
@@ -72,7 +75,7 @@ def _produce(
         if PACKED:  # heads vary fastest
             batch_head = item % groups
             entry = item // groups
-            number, begin_token, length, first_chunk = load_entry(documents + 4 * (1 + most_tiles), entry)
+            number, begin_token, length, first_m_block = load_entry(documents + 4 * (1 + most_tiles), entry)
         else:
             level, segment, batch_head, first_tile, last_tile = locate_item(
                 item, groups, wave, tiles, segments, batches, 2 * gl.num_programs(0), WIDEST
@@ -87,7 +90,7 @@ def _produce(
                 number, entry < num_divided, length, segment_rows, sinks, strides[0], strides[1], strides[2], CONSUMERS,
                 BLOCK, LEVELS,
             )  # fmt: skip
-            level, first_tile = chunk_tile(pair, num_blocks, rule, BLOCK, LEVELS, SINKS)
+            level, first_tile = document_tile(pair, num_blocks, rule, BLOCK, LEVELS, SINKS)
             last_tile = gl.where(level < 0, first_tile, first_tile + 1)
             part = CONSUMERS * (entry - first_tile)
         else:
@@ -95,7 +98,7 @@ def _produce(
             for other in gl.static_range(1, WIDEST + 1):
                 split = gl.where(level == other, segments[other], split)
             segment = gl.where(split > 1, segment, -1)
-            part = part_begin(level, tiles, segments, WIDEST)
+            part = first_partial(level, tiles, segments, WIDEST)
         item = gl.atomic_add(counter, 1, sem="relaxed")
         for tile in range(first_tile, last_tile):
             index = tile * CONSUMERS + lane % CONSUMERS
@@ -129,7 +132,7 @@ def _produce(
                 block = lane * 0
                 if BLOCK < KEYS:
                     nth = (tile * CONSUMERS + (lane // 8) % CONSUMERS) * HEADS + (lane // 2) % 4
-                    block, until, found = chunk_block(nth, level, num_blocks, rule, LEVELS, SINKS)
+                    block, until, found = level_block(nth, level, num_blocks, rule, LEVELS, SINKS)
                     found = found & ((lane // 2) % 4 < HEADS)
                     block = gl.where(found, block, 0)
                     words = gl.where(lane < 16, words, block * BLOCK)
@@ -157,14 +160,14 @@ def _produce(
                     row = top - (n + 1) * TOKENS
                     for g in range(sets):
                         head = kv_head * group + g * HEADS
-                        chunk = (batch * kv_heads * group + head) // HEADS * chunks + first_chunk + row // TOKENS
+                        m_block = (batch * kv_heads * group + head) // HEADS * m_blocks + first_m_block + row // TOKENS
                         token = begin_token + row
                         is_cut = PACKED & (row + TOKENS > length)
                         ready = step_full.index(gl.where(is_cut, STAGES + stage, stage))
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
                         mbarrier.expect(ready, 2 * ROWS * D * 2 + 2 * ROWS * 4)
                         tma.async_copy_global_to_shared(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
-                        tma.async_copy_global_to_shared(stats_desc, [chunk, 0], ready, stats_buf.index(stage))
+                        tma.async_copy_global_to_shared(stats_desc, [m_block, 0], ready, stats_buf.index(stage))
                         tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready, do_buf.index(stage))
                         if PACKED:
                             cut_phases = _cut_rows(
@@ -289,9 +292,9 @@ def _skip(steps, step_full, step_empty, stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    C: gl.constexpr, dk_desc, dv_desc, dk_pointer, dv_pointer, parts,
+    C: gl.constexpr, dk_desc, dv_desc, dk_pointer, dv_pointer, partials,
     q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty, item_buf, item_full, item_empty,
-    scale, scale_log2, tokens, kv_heads, group, groups, num_parts,
+    scale, scale_log2, tokens, kv_heads, group, groups, num_partials,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_buf.shape[4]
@@ -372,10 +375,10 @@ def _consume(
             if segment >= 0:
                 rows = gl.arange(0, KEYS, gl.SliceLayout(1, d_layout))
                 columns = gl.arange(0, D, gl.SliceLayout(0, d_layout))
-                first = ((segment * groups + batch_head) * num_parts + part).to(gl.int64) * (2 * KEYS * D)
+                first = ((segment * groups + batch_head) * num_partials + part).to(gl.int64) * (2 * KEYS * D)
                 offsets = rows[:, None] * D + columns[None, :]
-                gl.store(parts + first + offsets, dk)
-                gl.store(parts + first + KEYS * D + offsets, dv)
+                gl.store(partials + first + offsets, dk)
+                gl.store(partials + first + KEYS * D + offsets, dv)
             else:
                 batch = batch_head // kv_heads
                 head = batch_head % kv_heads
@@ -399,22 +402,23 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=[
-    "length", "kv_heads", "group", "groups", "wave", "num_items", "chunks", "most_tiles", "segment_rows", "num_parts",
+    "length", "kv_heads", "group", "groups", "wave", "num_items", "m_blocks", "most_tiles",
+    "segment_rows", "num_partials",
     "tiles0", "tiles1", "tiles2", "tiles3", "segments0", "segments1", "segments2", "segments3",
     "batch0", "batch1", "batch2", "batch3", "sinks", "stride0", "stride1", "stride2",
 ])  # fmt: skip
 def attention_backward_kv(
-    q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, dk, dv, parts, table, documents, counter,
-    scale, scale_log2, length, kv_heads, group, groups, wave, num_items, chunks, most_tiles, segment_rows, num_parts,
-    tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3, batch0, batch1, batch2, batch3,
-    sinks, stride0, stride1, stride2,
+    q_desc, do_desc, stats_desc, k_desc, v_desc, dk_desc, dv_desc, dk, dv, partials, table, documents, counter,
+    scale, scale_log2, length, kv_heads, group, groups, wave, num_items, m_blocks, most_tiles, segment_rows,
+    num_partials, tiles0, tiles1, tiles2, tiles3, segments0, segments1, segments2, segments3,
+    batch0, batch1, batch2, batch3, sinks, stride0, stride1, stride2,
     TABLE: gl.constexpr, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PACKED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
-    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq chunks, 128]: lse2 and delta of 64 rows;
-    # dk and dv [B, S, Hkv, D] contiguous; parts [segments, B Hkv, num_parts, dK and dV, 64, D] float32, of packed
-    # documents [Hkv, num_parts, ...]; groups = B Hkv, in waves; tiles, segments and tiles an item of each level; sinks
-    # and strides as `varlen.wide_tiles` takes them; packed as in the dQ kernel
+    # descriptors over [B, H, S, D] with boxes [1, 1, 64, D]; stats [B Hq m_blocks, 128]: lse2 and delta of 64 rows;
+    # dk and dv [B, S, Hkv, D] contiguous; partials [segments, B Hkv, num_partials, dK and dV, 64, D] float32, of packed
+    # documents [Hkv, num_partials, ...]; groups = B Hkv; tiles, segments and tiles per item of each level; sinks and
+    # strides as in `varlen.wide_tiles`; packed: B = 1, S = all tokens
     D: gl.constexpr = q_desc.block_type.shape[3]
     element: gl.constexpr = q_desc.dtype
     q_box: gl.constexpr = q_desc.block_type.shape
@@ -447,19 +451,19 @@ def attention_backward_kv(
                         q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
                         table, documents, counter, length, kv_heads, group, segment_rows, groups, wave, num_items,
-                        chunks, most_tiles,
+                        m_blocks, most_tiles,
                         (tiles0, tiles1, tiles2, tiles3), (segments0, segments1, segments2, segments3),
                         (batch0, batch1, batch2, batch3), sinks, (stride0, stride1, stride2),
                         TABLE, BLOCK, LEVELS, SINKS, STAGES, PACKED)),
-            (_consume, (0, dk_desc, dv_desc, dk, dv, parts,
+            (_consume, (0, dk_desc, dv_desc, dk, dv, partials,
                         q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, length, kv_heads, group, groups, num_parts,
+                        scale, scale_log2, length, kv_heads, group, groups, num_partials,
                         BLOCK, STAGES, GROUPED, PACKED)),
-            (_consume, (1, dk_desc, dv_desc, dk, dv, parts,
+            (_consume, (1, dk_desc, dv_desc, dk, dv, partials,
                         q_buf, do_buf, stats_buf, kv_buf, step_full, step_empty, kv_full, kv_empty,
                         item_buf, item_full, item_empty,
-                        scale, scale_log2, length, kv_heads, group, groups, num_parts,
+                        scale, scale_log2, length, kv_heads, group, groups, num_partials,
                         BLOCK, STAGES, GROUPED, PACKED)),
         ],
         [4, 4],
