@@ -238,8 +238,14 @@ def _faults(build: Build, log: str, facts: dict[str, int], listing: str) -> list
     return faults
 
 
+BUILDS = [*FORWARD, *ONE_PASS, *GLUON]
+FIRST = {build.kernel: build for build in reversed(BUILDS)}  # of each kernel; the others at night
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checked on machines without a GPU, which have the time")
-@pytest.mark.parametrize("build", [*FORWARD, *ONE_PASS, *GLUON], ids=str)
+@pytest.mark.parametrize(
+    "build", [pytest.param(b, marks=[] if b is FIRST[b.kernel] else pytest.mark.nightly, id=str(b)) for b in BUILDS]
+)
 def test_kernel_builds(build: Build, tmp_path: Path) -> None:
     nvdisasm = _nvdisasm()
     log, facts = (_gluon if build in GLUON else _cuda)(build, tmp_path)
