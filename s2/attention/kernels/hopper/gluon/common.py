@@ -23,16 +23,15 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def opaque(value):
-    """`value`, of which the compiler no longer knows where it comes from. ptxas 12.8 moves matrix descriptors that a
-    loop shares with the code after it into the loop's preheader, which a loop of no steps skips: the code after it then
-    reads registers that nothing wrote. Descriptors made from an opaque index are not shared."""
+    """Identity that hides where `value` comes from. ptxas 12.8 moves matrix descriptors that a loop shares with the code
+    after it into the loop's preheader, which a loop of no steps skips: the code after it then reads registers that
+    nothing wrote. Descriptors made from an opaque index are not shared."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def load_entry(entries, index):
-    """An entry of the table of packed work: `(first box of rows or pair of chunks, token where the document begins, its
-    length, its first chunk)`. See `varlen.attention_documents`."""
+    """The four words of an entry of the table of packed work (`varlen.attention_documents`)."""
     entry = entries + 4 * index
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 
