@@ -23,8 +23,8 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def opaque(value):
-    """Identity that hides where `value` comes from. ptxas 12.8 moves matrix descriptors that a loop shares with the code
-    after it into the loop's preheader, which a loop of no steps skips: the code after it then reads registers that
+    """Identity that hides where `value` comes from. ptxas 12.8 moves matrix descriptors that a loop shares with the
+    code after it into the loop's preheader, which a loop of no steps skips: the code after it then reads registers that
     nothing wrote. Descriptors made from an opaque index are not shared."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
 
