@@ -50,8 +50,8 @@ element = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["element"]]
 block = min(case["constants"]["BLOCK"], TILE)
 tensor = torch.empty(1, TILE, TILE // block, head_dim, dtype=element)
 problem = Problem(None, block, 1.0, *tensor.shape[:3], 1, head_dim, element, tensor.device, False)
-rows, keys = (make(tensor, problem)(tensor) for make in (two_pass.Boxes.of_rows, two_pass.Boxes.of_keys))
-statistics = two_pass.Boxes.of_statistics(1)(torch.empty(1, 2 * TILE))
+rows, keys = (two_pass.describe_tiles(tensor, problem, heads)(tensor) for heads in (problem.heads_per_tile, 1))
+statistics = two_pass.describe_statistics(1)(torch.empty(1, 2 * TILE))
 
 
 def box_of(name):
