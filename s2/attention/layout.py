@@ -76,8 +76,8 @@ class LayerLayout:
         heads = self.ruled_heads(num_kv_heads)
         if heads not in (num_heads, num_kv_heads):
             raise ValueError(
-                f"attention_layout {self.spec!r} has rules for {heads} heads, but the model has {num_kv_heads} KV heads "
-                f"and {num_heads} query heads"
+                f"attention_layout {self.spec!r} has rules for {heads} heads, but the model has {num_kv_heads} KV "
+                f"heads and {num_heads} query heads"
             )
 
     def distinct_rotations(self, num_kv_heads: int) -> list[int]:
