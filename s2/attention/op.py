@@ -317,7 +317,7 @@ def _default_backend(q: Tensor) -> str:
 
 def _prefers_dense_kernel(q: Tensor, k: Tensor, pattern: Pattern, packed: bool, return_lse: bool) -> bool:
     """Dense sequences of one length go to cuDNN or flash SDPA. Packed ones stay with our kernels, which were faster
-    on an H200 than torch's own for documents of mixed lengths (docs/log.md)."""
+    on an H200 than torch's own for documents of mixed lengths (docs/ideas.md)."""
     low = q.dtype in (torch.float16, torch.bfloat16)
     return q.is_cuda and pattern.is_dense and low and not packed and not return_lse and q.shape[1] == k.shape[1]
 
