@@ -67,13 +67,30 @@ class LayerLayout:
     def __iter__(self) -> Iterator[Pattern]:
         return iter(self.patterns)
 
+    def ruled_heads(self, num_kv_heads: int) -> int:
+        """Heads that have a rule of their own: the KV heads, or as many as the layout spells out."""
+        return max((len(pattern.heads) for pattern in self.patterns), default=0) or num_kv_heads
+
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """ValueError: the layout spells out heads, but not those of a model with so many query and KV heads."""
+        heads = self.ruled_heads(num_kv_heads)
+        if heads not in (num_heads, num_kv_heads):
+            raise ValueError(
+                f"attention_layout {self.spec!r} has rules for {heads} heads, but the model has {num_kv_heads} KV "
+                f"heads and {num_heads} query heads"
+            )
+
+    def distinct_rotations(self, num_kv_heads: int) -> list[int]:
+        """`rotations`, each as the first with the same rules: residues repeat, at once where there are as many heads
+        as the stride."""
+        heads = self.ruled_heads(num_kv_heads)
+        pairs = zip(self.patterns, self.rotations, strict=True)
+        return [pattern.first_alike(rotation, heads) for pattern, rotation in pairs]
+
     def density(self, seq_len: int, num_kv_heads: int) -> float:
         """Visible over causal pairs, averaged over layers and heads."""
-        per_layer = [
-            pattern.density(seq_len, num_kv_heads, layer=rotation)
-            for pattern, rotation in zip(self.patterns, self.rotations, strict=True)
-        ]
-        return sum(per_layer) / len(per_layer)
+        heads, pairs = self.ruled_heads(num_kv_heads), zip(self.patterns, self.rotations, strict=True)
+        return sum(pattern.density(seq_len, heads, layer=rotation) for pattern, rotation in pairs) / len(self)
 
 
 def _read_layers(reader: Reader, num_layers: int) -> set[int]:
@@ -87,9 +104,7 @@ def _read_layers(reader: Reader, num_layers: int) -> set[int]:
         if first > last:
             raise reader.error(f"the dense range {match[0]!r} runs backwards; write {last}-{first}", at)
         if last >= num_layers:
-            raise reader.error(
-                f"dense layer {last} does not exist; the model has layers 0 to {num_layers - 1}", at
-            )  # fmt: skip
+            raise reader.error(f"dense layer {last} does not exist; the model has layers 0 to {num_layers - 1}", at)
         layers |= set(range(first, last + 1))
         if not reader.take(","):
             return layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -36,23 +37,22 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, T]`, float32), by the kernels of
     `call.backend`, which the caller has checked to take it."""
-    if _is_elsewhere(q):
-        with torch.cuda.device(q.device):
-            return _forward(q, k, v, cu_seqlens, call)
     run = hopper_launch.run_forward if call.backend == "hopper" else run_forward
-    return run(q, k, v, cu_seqlens, call)
+    return _run(run, q, k, v, cu_seqlens, call)
 
 
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    cu_seqlens: Tensor | None, call: Call,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v."""
+def _backward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; arguments as of `run_backward`, the last a `Call`."""
+    run = hopper_launch.run_backward if rest[-1].backend == "hopper" else run_backward
+    return _run(run, q, *rest)
+
+
+def _run(kernels: Callable[..., Any], q: Tensor, *rest: Any) -> Any:
+    """On the device of q."""
     if _is_elsewhere(q):
         with torch.cuda.device(q.device):
-            return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, call)
-    run = hopper_launch.run_backward if call.backend == "hopper" else run_backward
-    return run(q, k, v, out, lse, dout, dlse, cu_seqlens, call)
+            return kernels(q, *rest)
+    return kernels(q, *rest)
 
 
 def _is_elsewhere(x: Tensor) -> bool:
@@ -114,14 +114,11 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple:
         return None, None, None, *none
     if dout is None:
         dout = torch.zeros_like(out)
-    call = ctx.settings[0]
-    if not isinstance(call, Call):
-        result = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings)
-    elif is_plain(q, k, v, dout):
-        result = _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, call)
-    else:
-        result = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *call.settings)
-    return *result, *none
+    run: Callable[..., tuple] = attention_backward
+    settings = ctx.settings
+    if isinstance(settings[0], Call):
+        run, settings = (_backward, settings) if is_plain(q, k, v, dout) else (run, settings[0].settings)
+    return *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings), *none
 
 
 torch.library.register_autograd("s2::attention_forward", _gradients, setup_context=_save, lib=_library)
@@ -320,7 +317,7 @@ def _default_backend(q: Tensor) -> str:
 
 def _prefers_dense_kernel(q: Tensor, k: Tensor, pattern: Pattern, packed: bool, return_lse: bool) -> bool:
     """Dense sequences of one length go to cuDNN or flash SDPA. Packed ones stay with our kernels, which were faster
-    on an H200 than torch's own for documents of mixed lengths (docs/log.md)."""
+    on an H200 than torch's own for documents of mixed lengths (docs/ideas.md)."""
     low = q.dtype in (torch.float16, torch.bfloat16)
     return q.is_cuda and pattern.is_dense and low and not packed and not return_lse and q.shape[1] == k.shape[1]
 

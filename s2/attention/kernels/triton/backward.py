@@ -232,17 +232,7 @@ def attention_backward_kv(
         per_block: tl.constexpr = BLOCK // BLOCK_M
         list_begin = tl.load(query_offsets + kv_head * list_stride + key_block)
         list_end = tl.load(query_offsets + kv_head * list_stride + key_block + 1)
-        for n in tl.range(0, (list_end - list_begin) * per_block * group, num_stages=1):
-            head = (n % group).to(tl.int64)
-            step = n // group
-            query_block = tl.load(query_blocks + list_begin + step // per_block)
-            start = query_block * BLOCK + (step % per_block) * BLOCK_M - offset
-            dk_acc, dv_acc = _query_step(
-                dk_acc, dv_acc, keys, values,
-                q + head * stride_qh, dout + head * stride_oh, lse + head * stride_lh, delta + head * stride_lh,
-                key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
-                D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, True,
-            )  # fmt: skip
+        num_masked = (list_end - list_begin) * per_block
     else:
         # visible to some row of the tile: [run_begin, run_end); to all: [full_begin, full_end), in query tokens
         reach = reach_of(last_block, rule, LEVELS, False)
@@ -261,7 +251,7 @@ def attention_backward_kv(
         ragged = (full_end == q_len) & (full_begin + full_steps * BLOCK_M < q_len)
         full_steps += ragged.to(tl.int32)
         tail_begin = full_begin + full_steps * BLOCK_M
-        tail_tiles = tl.cdiv(tl.maximum(run_end - tail_begin, 0), BLOCK_M)
+        num_masked = head_tiles + tl.cdiv(tl.maximum(run_end - tail_begin, 0), BLOCK_M)
 
         for n in tl.range(0, full_steps * group, num_stages=STAGES):
             head = (n % group).to(tl.int64)
@@ -272,16 +262,20 @@ def attention_backward_kv(
                 key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
                 D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, False,
             )  # fmt: skip
-        for n in tl.range(0, (head_tiles + tail_tiles) * group, num_stages=1):
-            head = (n % group).to(tl.int64)
-            step = n // group
+    for n in tl.range(0, num_masked * group, num_stages=1):
+        head = (n % group).to(tl.int64)
+        step = n // group
+        if LISTS:
+            query_block = tl.load(query_blocks + list_begin + step // per_block)
+            start = query_block * BLOCK + (step % per_block) * BLOCK_M - offset
+        else:
             start = tl.where(step < head_tiles, run_begin, tail_begin - head_tiles * BLOCK_M) + step * BLOCK_M
-            dk_acc, dv_acc = _query_step(
-                dk_acc, dv_acc, keys, values,
-                q + head * stride_qh, dout + head * stride_oh, lse + head * stride_lh, delta + head * stride_lh,
-                key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
-                D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, True,
-            )  # fmt: skip
+        dk_acc, dv_acc = _query_step(
+            dk_acc, dv_acc, keys, values,
+            q + head * stride_qh, dout + head * stride_oh, lse + head * stride_lh, delta + head * stride_lh,
+            key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
+            D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, True,
+        )  # fmt: skip
 
     dk += batch * stride_gkb + begin * stride_gkt + kv_head * stride_gkh
     dv += batch * stride_gvb + begin * stride_gvt + kv_head * stride_gvh
