@@ -30,7 +30,8 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
 
     Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
     """
-    assert spec.deduplicate is not None
+    if spec.deduplicate is None:
+        return plan.sources, [Counter() for _ in plan.sources]
     file, parts = work / "kept.json", plan.sources
     kept = files.read_json(file) if file.is_file() else {}
     if kept.get("state") != plan.state:
