@@ -48,7 +48,8 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        cls: Any = type(self)
+        for name, hint in _hints(cls).items():
             object.__setattr__(self, name, _typed(getattr(self, name), hint, name))
 
     @classmethod
