@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # recipes are checked without it
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -118,5 +119,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 
 def build_adamw(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW over `model`, matrices decayed only; `fused` runs one kernel per group on CUDA."""
+    import torch
+
     groups = parameter_groups(model.named_parameters(), config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from s2 import ending, files
-from s2.training import saved
-from s2.training.saved import complete_checkpoints
+from s2.training import run_folder
+from s2.training.run_folder import complete_checkpoints
 from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, train, write_recipe
 
@@ -127,7 +127,7 @@ def test_a_run_killed_anywhere_in_saving_goes_on(
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
             patch.setattr(os, name, counted(getattr(os, name)))
-        patch.setattr(saved, "inventory", counted(saved.inventory))
+        patch.setattr(run_folder, "inventory", counted(run_folder.inventory))
         with contextlib.suppress(PowerCut):
             train(folder, CONSTANT, stage=stage)
     code, run = train(folder, CONSTANT, stage=stage)
@@ -173,7 +173,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them(
 def test_what_a_killed_process_left_while_saving_another_step_is_removed(folder: Path, stopped: Path) -> None:
     run = stopped.with_name("leftover")
     shutil.copytree(stopped, run, symlinks=True)
-    ours = files.make_folder(run / "checkpoints" / "step-00000099.partial", saved.KIND)
+    ours = files.make_folder(run / "checkpoints" / "step-00000099.partial", run_folder.KIND)
     (ours / "state").write_text("94 GB")
     theirs = run / "checkpoints" / "step-00000098.partial"
     theirs.mkdir()
@@ -218,10 +218,10 @@ def _copy(stopped: Path, stage: str) -> tuple[Path, Path, Path]:
 def _published(run: Path, step: int, keep: int) -> list[str]:
     """Publish a checkpoint of `step`, made from the newest; returns the names of those that are there then."""
     checkpoints = run / "checkpoints"
-    meta = saved.read_meta(complete_checkpoints(checkpoints)[-1])
-    partial = saved.new_checkpoint(checkpoints, step)
+    meta = run_folder.read_meta(complete_checkpoints(checkpoints)[-1])
+    partial = run_folder.new_checkpoint(checkpoints, step)
     shutil.copytree(complete_checkpoints(checkpoints)[-1] / "state", partial / "state")
-    saved.publish(partial, saved.checkpoint_folder(checkpoints, step), {**meta, "step": step}, keep)
+    run_folder.publish(partial, run_folder.checkpoint_folder(checkpoints, step), {**meta, "step": step}, keep)
     return [path.name for path in complete_checkpoints(checkpoints)]
 
 
@@ -229,7 +229,7 @@ def test_a_new_checkpoint_is_kept_beside_a_damaged_one_of_a_later_step(stopped: 
     run, fourth, fifth = _copy(stopped, "later")
     _overwrite(fifth / "state" / "checkpoint" / "mp_rank_00_model_states.pt", random.Random(0))  # the size stays
     fifth.rename(later := fifth.with_name("step-00000008"))
-    files.write_json(later / "meta.json", {**saved.read_meta(later), "step": 8})
+    files.write_json(later / "meta.json", {**run_folder.read_meta(later), "step": 8})
     assert _published(run, 5, keep=1) == ["step-00000005", "step-00000008"] and not fourth.exists()
 
 
@@ -253,9 +253,9 @@ def test_a_renamed_checkpoint_is_passed_over(folder: Path, reference: Path, stop
 def test_a_meta_file_of_another_form_is_damage(stopped: Path, change: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = tmp_path / "step-00000005"
     shutil.copytree(complete_checkpoints(stopped / "checkpoints")[-1], checkpoint)
-    assert saved.damage(checkpoint, checksums=True) is None
-    files.write_json(checkpoint / "meta.json", {**saved.read_meta(checkpoint), **change})
-    assert "meta.json is not a checkpoint's" in (saved.damage(checkpoint, checksums=True) or "")
+    assert run_folder.damage(checkpoint, checksums=True) is None
+    files.write_json(checkpoint / "meta.json", {**run_folder.read_meta(checkpoint), **change})
+    assert "meta.json is not a checkpoint's" in (run_folder.damage(checkpoint, checksums=True) or "")
 
 
 def test_what_stands_in_the_way_of_a_checkpoint_moves_aside(stopped: Path, capsys: Any) -> None:

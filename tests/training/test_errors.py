@@ -18,9 +18,10 @@ from s2 import ending
 from s2.locks import lock
 from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
-from s2.training.checkpoint import Preempted
 from s2.training.cli import main
-from s2.training.keys import parameters
+from s2.training.gaps.lightning import MAIN_PROCESS
+from s2.training.saving import Preempted
+from s2.typed import read_parameters
 from tests.training.tiny import tiny_recipe, train, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +81,12 @@ def test_an_unknown_key_is_said_before_anything_heavy_is_imported(tmp_path: Path
 
 
 def test_what_cannot_be_read_from_source_is_left_to_the_parser() -> None:
-    assert parameters("lightning.pytorch.trainer.trainer", "Trainer") >= {"max_steps", "strategy"}
-    assert parameters("tests.training.masked_data", "MaskedDataModule") is None  # it inherits its arguments
-    assert parameters("no.such.module", "Class") is None and parameters("json", "NoClass") is None
+    trainer = read_parameters("lightning.pytorch.trainer.trainer", "Trainer")
+    assert (
+        trainer is not None and trainer.keys() >= {"max_steps", "strategy"} and trainer["max_steps"].annotation is int
+    )
+    assert read_parameters("tests.training.masked_data", "MaskedDataModule") is None  # it inherits its arguments
+    assert read_parameters("no.such.module", "Class") is None and read_parameters("json", "NoClass") is None
 
 
 def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_only_the_main_process_tells_that_a_run_was_stopped(parent, code, monkey
         raise Preempted("stopped at step 4")
 
     monkeypatch.setattr(cli, "train", stop)
-    monkeypatch.setenv(cli.MAIN_PROCESS, str(os.getppid() if parent else os.getpid()))
+    monkeypatch.setenv(MAIN_PROCESS, str(os.getppid() if parent else os.getpid()))
     assert cli.main(["recipe.yaml"]) == code
     assert "stopped at step 4" in capsys.readouterr().err
 
