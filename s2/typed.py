@@ -29,6 +29,7 @@ _WORDS |= {type(None): "null", dict: "a mapping", list: "a list", tuple: "a list
 _LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _NO = object()  # of a value that does not fit
+_ANYTHING: Parameters = {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD, annotation=Any)}
 
 
 class SettingError(ValueError):
@@ -103,9 +104,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     """
     if (found := _fitted(value, hint, key)) is not _NO:
         return found
-    if value is None:
-        raise SettingError(key, value, "it needs a value; where there is a default, leave the key out")
-    raise SettingError(key, value, f"expected {' or '.join(_expected(hint))}")
+    expected = f"expected {' or '.join(_expected(hint))}"
+    raise SettingError(key, value, expected if value is not None else f"it needs a value ({expected}), or no such line")
 
 
 def instantiate(section: Mapping[str, Any], base: type, key: str) -> Any:
@@ -149,23 +149,16 @@ def parameters(cls: type) -> Parameters:
     return {name: _parameter(name, hints.get(name, Any), each.default, each.kind) for name, each in found.items()}
 
 
-def find_parameters(module: str, name: str, key: str) -> Parameters:
-    """`parameters` of a class, which is imported only where its source does not tell. Raises SettingError as of the
-    class path of `key`, where there is none."""
-    return read_parameters(module, name) or parameters(_imported(f"{module}.{name}", f"{key}.class_path"))
-
-
-def read_parameters(module: str, name: str) -> Parameters | None:
-    """`parameters` of a class whose module is not imported, from the source; None where that does not tell, as of a
-    class that inherits what it takes. Types that `typing` and the builtins do not know are Any."""
-    if (file := _source_file(module)) is None:
-        return None
+def read_parameters(module: str, name: str) -> Parameters:
+    """`parameters` of a class whose module is not imported, from the source. Types that `typing` and the builtins do
+    not know are Any; where the source does not tell, as of a class that inherits what it takes, anything is taken."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        file = _source_file(module)
+        tree = ast.parse(file.read_text(encoding="utf-8")) if file is not None else ast.Module([], [])
     except (OSError, SyntaxError, UnicodeDecodeError):
-        return None
+        return _ANYTHING
     found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    return _of_class(found[0]) if found else None
+    return _of_class(found[0]) if found else _ANYTHING
 
 
 def in_words(value: Any) -> str:
@@ -260,12 +253,12 @@ def _source_file(module: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _of_class(node: ast.ClassDef) -> Parameters | None:
+def _of_class(node: ast.ClassDef) -> Parameters:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             given = item.args
             if given.kwarg is not None:
-                return None
+                return _ANYTHING
             ordered = [*given.posonlyargs, *given.args]
             defaults = [None] * (len(ordered) - len(given.defaults)) + list(given.defaults)
             pairs = [*zip(ordered, defaults, strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
@@ -273,7 +266,7 @@ def _of_class(node: ast.ClassDef) -> Parameters | None:
     if any("dataclass" in ast.dump(decorator) for decorator in node.decorator_list) and not node.bases:
         fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
         return {each.target.id: _read_parameter(each.target.id, each.annotation, each.value) for each in fields}  # type: ignore[union-attr]
-    return None
+    return _ANYTHING
 
 
 def _read_parameter(name: str, annotation: ast.expr | None, default: ast.expr | None) -> inspect.Parameter:

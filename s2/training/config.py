@@ -200,9 +200,9 @@ def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str
             "model": typed.parameters(ModelSection),
             "model.optimizer": typed.parameters(OptimizerConfig),
             "model.schedule": typed.parameters(ScheduleConfig),
-            "model.config": typed.find_parameters("s2.model.config", "ModelConfig", "model.config"),
-            "trainer": typed.find_parameters("lightning.pytorch.trainer.trainer", "Trainer", "trainer"),
-            "data": typed.find_parameters(*typed.class_path(sections["data"], "data"), "data"),
+            "model.config": typed.read_parameters("s2.model.config", "ModelConfig"),
+            "trainer": typed.read_parameters("lightning.pytorch.trainer.trainer", "Trainer"),
+            "data": typed.read_parameters(*typed.class_path(sections["data"], "data")),
         }
         origin.known.update(f"{key}.{name}" for key, found in known.items() for name in found)
         origin.known.update({*sections, "seed_everything"})

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from s2 import ending, files
 from s2.training import run_folder
@@ -170,6 +171,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them(
     assert len(complete_checkpoints(run.with_name("hopeless.1") / "checkpoints")) == 2
 
 
+def test_a_damaged_summary_of_a_finished_run_is_named_with_the_way_out(
+    folder: Path, stopped: Path, capsys: Any
+) -> None:
+    run = stopped.with_name("summary")
+    shutil.copytree(stopped, run, symlinks=True)
+    for text in ("", "{}", "[]", '{"recipe": 3'):
+        (run / "summary.json").write_text(text)
+        assert train(folder, "trainer.max_steps=5", CONSTANT, stage="summary")[0] == ending.DAMAGED
+        error = capsys.readouterr().err
+        assert f"{run / 'summary.json'} is not as it was written" in error and "remove the newest folder" in error
+
+
 def test_what_a_killed_process_left_while_saving_another_step_is_removed(folder: Path, stopped: Path) -> None:
     run = stopped.with_name("leftover")
     shutil.copytree(stopped, run, symlinks=True)
@@ -192,7 +205,10 @@ def test_a_note_beside_a_checkpoint_outlives_it(folder: Path, stopped: Path) -> 
     assert sorted(path.name for path in note.parent.iterdir()) == [files.MARK, "good.txt"]
 
 
-def test_checkpoints_of_earlier_versions_are_resumed_and_rotated(folder: Path, reference: Path, stopped: Path) -> None:
+def test_runs_of_earlier_versions_are_resumed_and_their_checkpoints_rotated(
+    folder: Path, reference: Path, stopped: Path, capsys: Any
+) -> None:
+    """As the first version that could resume left them: no marks, no checksums, no recipe, no count of tokens."""
     run = stopped.with_name("earlier")
     shutil.copytree(stopped, run, symlinks=True)
     for checkpoint in complete_checkpoints(run / "checkpoints"):
@@ -201,10 +217,26 @@ def test_checkpoints_of_earlier_versions_are_resumed_and_rotated(folder: Path, r
             del meta[key]
         (checkpoint / "meta.json").write_text(json.dumps(meta))
         (checkpoint / files.MARK).unlink()
+        model = checkpoint / "state" / "checkpoint" / "mp_rank_00_model_states.pt"
+        state = torch.load(model, weights_only=False)
+        del state["tokens"]
+        state["callbacks"].clear()
+        state["PackedDataModule"]["micro_steps"] = state["global_step"]
+        torch.save(state, model)
+    (run / "hf" / files.MARK).unlink()
+    summary = files.read_json(run / "summary.json")
+    del summary["data"], summary["skipped_steps"], summary["validation"]["heldout"]["source_loss"]
+    files.write_json(run / "summary.json", summary)
+
+    five = ("trainer.max_steps=5", CONSTANT)
+    assert train(folder, *five, stage="earlier")[0] == 0
+    assert "nothing to do" in capsys.readouterr().out
     code, _ = train(folder, CONSTANT, "run.keep_checkpoints=1", stage="earlier")
     assert code == 0
     assert_same_losses(run, reference)
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000006"]
+    assert (run / "hf.1" / "config.json").is_file() and (run / "hf" / files.MARK).is_file()
+    assert files.read_json(run / "summary.json")["tokens"] == 6 * 128
 
 
 def _copy(stopped: Path, stage: str) -> tuple[Path, Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from s2.locks import lock
 from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
 from s2.training.cli import main
+from s2.training.config import ModelSection, RunConfig
 from s2.training.gaps.lightning import MAIN_PROCESS
 from s2.training.saving import Preempted
 from s2.typed import read_parameters
@@ -67,26 +69,27 @@ def test_held_out_sets_that_depend_on_the_ranks_are_told(tmp_path: Path, capsys:
     assert "limit_val_batches=2 counts micro-batches of each rank" in said and "max_windows" in said
 
 
-def test_an_unknown_key_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_wrong_keys_and_values_are_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_recipe(tmp_path))
     program = (
         "import sys; from s2.training.cli import main; c = main(sys.argv[1:]); print(list(sys.modules)); sys.exit(c)"
     )
-    for override in ("trainer.max_step=5", "model.config.rope_thetas=1", "data.sequence_len=1", "run.stag=x"):
+    keys = ("trainer.max_step=5", "model.config.rope_thetas=1", "data.sequence_len=1", "run.stag=x")
+    values = ("trainer.max_steps=many", "model.optimizer.lr=-1", "model.config.head_dim=x", "data.seq_len=a")
+    for override in (*keys, *values):
         done = subprocess.run(
             [sys.executable, "-c", program, str(recipe), override], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
-        assert "unknown key" in done.stderr
+        assert ("unknown key" if override in keys else override) in done.stderr
         assert "'torch'" not in done.stdout and "'lightning'" not in done.stdout
 
 
 def test_what_cannot_be_read_from_source_is_left_to_the_parser() -> None:
     trainer = read_parameters("lightning.pytorch.trainer.trainer", "Trainer")
-    assert (
-        trainer is not None and trainer.keys() >= {"max_steps", "strategy"} and trainer["max_steps"].annotation is int
-    )
-    assert read_parameters("tests.training.masked_data", "MaskedDataModule") is None  # it inherits its arguments
-    assert read_parameters("no.such.module", "Class") is None and read_parameters("json", "NoClass") is None
+    assert trainer.keys() >= {"max_steps", "strategy"} and trainer["max_steps"].annotation is int
+    inherits = read_parameters("tests.training.masked_data", "MaskedDataModule")
+    for anything in (inherits, read_parameters("no.such.module", "Class"), read_parameters("json", "NoClass")):
+        assert [each.kind for each in anything.values()] == [inspect.Parameter.VAR_KEYWORD]
 
 
 def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], tmp_path: Path) -> None:
@@ -131,8 +134,16 @@ def test_an_unknown_key_in_the_file_names_the_file(refuse: Callable[..., str], t
         ("trainer.val_check_interval=7", ["trainer.val_check_interval=7", "run.validate_every"]),
         ("trainer.default_root_dir=x", ["trainer.default_root_dir=x", "run.root"]),
         ("data.class_path=json.JSONDecoder", ["data.class_path=json.JSONDecoder", "subclass of LightningDataModule"]),
-        ("data.class_path=.datamodule.X", ["data.class_path='.datamodule.X'"]),
+        ("data.class_path=.datamodule.X", ["data.class_path=.datamodule.X", "package.module.Class"]),
         ("data.class_path=data.datamodule", ["data.class_path=data.datamodule"]),
+        ("data.class_path=x", ["data.class_path=x in", "package.module.Class"]),
+        ("data.class_path=nowhere.X", ["data.class_path=nowhere.X in", "No module named 'nowhere'"]),
+        ("data.class_path=data.datamodule.PackdDataModule", ["did you mean PackedDataModule"]),
+        ("trainer.callbacks=[{class_path: Nope}]", ["trainer.callbacks.0.class_path=Nope in", "package.module.Class"]),
+        (
+            "trainer.callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor, init_args: {every: 1}}]",
+            ["trainer.callbacks.0.every", "trainer.callbacks.0.logging_interval"],
+        ),
         *[
             (f"{key}={value}", [f"{key}=", "pretrain.yaml", "a mapping"])
             for key in _MAPPINGS
@@ -291,6 +302,12 @@ def test_a_run_folder_that_cannot_be_written_to_is_refused_before_training(
     run.mkdir(parents=True)
     (run / name).write_text("a file")
     assert str(run / name) in refuse() and not (run / "config.yaml").exists()
+
+
+def test_runs_and_weights_may_lie_below_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(RunConfig("a", "b", root="~/runs").folder) == "/home/someone/runs/a/b"
+    assert ModelSection(init_from="~/hf").init_from == "/home/someone/hf"
 
 
 def test_a_run_without_a_logger_has_none(tmp_path: Path) -> None:

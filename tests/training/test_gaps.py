@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_lightning_kills_the_main_process_after_a_helper_that_ended_with_a_code(
 
 
 def test_lightning_leaves_its_helpers_behind_when_a_run_fails() -> None:
-    trainer: Any = Mock()
+    trainer: Any = MagicMock()
     trainer.strategy.launcher.launch.side_effect = RuntimeError("in training")
     with pytest.raises(RuntimeError, match="in training"):
         _call_and_handle_interrupt(trainer, Mock())
@@ -84,7 +84,7 @@ def test_lightning_leaves_its_helpers_behind_when_a_run_fails() -> None:
 
 
 def test_lightning_makes_an_interrupt_a_failure() -> None:
-    trainer: Any = Mock()
+    trainer: Any = MagicMock()
     trainer.strategy.launcher.launch.side_effect = KeyboardInterrupt
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -101,6 +101,7 @@ def test_lightnings_error_for_wrong_settings_is_no_value_error() -> None:
 
 def test_lightning_takes_a_batch_script_for_a_task_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "s2")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)
     assert SLURMEnvironment.detect() and SLURMEnvironment().auto_requeue
@@ -122,8 +123,8 @@ def test_lightning_restores_micro_batches_of_another_accumulation_as_they_were(t
     assert fit(watch, resume=tmp_path / "saved", max_steps=4, accumulate_grad_batches=3, **EVERY_3).found == 6
 
 
-def test_lightning_warns_of_loaders_without_workers() -> None:
-    with pytest.warns(UserWarning, match="does not have many workers"):
+def test_lightning_warns_of_its_own_calls_of_torch() -> None:
+    with pytest.warns(FutureWarning, match="treespec, LeafSpec"):
         fit(Watch(), max_steps=1, **EVERY_3)
 
 
@@ -147,40 +148,42 @@ def test_deepspeed_would_compile_an_operator_for_shared_memory() -> None:
 
 
 def test_deepspeed_divides_losses_by_the_accumulation_and_hands_gradients_over_as_they_come() -> None:
-    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime import engine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    assert inspect.signature(DeepSpeedEngine.backward).parameters["scale_wrt_gas"].default is True
+    assert "def backward(self, loss, retain_graph=False, scale_wrt_gas=True)" in inspect.getsource(engine)
     for name in ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue"):
         assert name in vars(DeepSpeedZeroOptimizer)
     assert "_place" not in inspect.getsource(DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads)
 
 
 @pytest.mark.slow
-def test_deepspeed_loads_one_groups_settings_into_all_from_a_universal_checkpoint(
+def test_deepspeed_loads_one_groups_settings_and_one_step_into_all_from_a_universal_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[set[float]] = []
+    found: list[tuple[set[float], int]] = []
     original = gaps.universal_load
 
     def watched(engine: Any) -> Any:
         with original(engine) as nothing:
             yield nothing
-            found.append({group["weight_decay"] for group in engine.optimizer.param_groups})
+            steps = {id(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+            found.append(({group["weight_decay"] for group in engine.optimizer.param_groups}, len(steps)))
 
-    train(tmp_path, "trainer.max_steps=3")
+    train(tmp_path, "trainer.max_steps=3", "trainer.strategy=zero_3")
     monkeypatch.setattr(gaps, "universal_load", contextlib.contextmanager(watched))
     monkeypatch.setattr(resize, "saved_ranks", lambda state: 2)
-    assert train(tmp_path, "trainer.max_steps=4")[0] == 0
-    assert len(found) == 1 and len(found[0]) == 1
+    assert train(tmp_path, "trainer.max_steps=4", "trainer.strategy=zero_3")[0] == 0
+    assert found == [({0.1}, 1)]
 
 
 def test_torchs_loader_workers_die_of_a_signal_to_the_job() -> None:
     program = (
         "import os, signal, torch, multiprocessing; from torch.utils.data import DataLoader\n"
-        "batches = iter(DataLoader(torch.arange(64), num_workers=1, prefetch_factor=1)); next(batches)\n"
-        "os.kill(multiprocessing.active_children()[0].pid, signal.SIGTERM)\n"
-        "list(batches)"
+        "batches = iter(DataLoader(torch.arange(64), num_workers=1)); next(batches)\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise\n"
+        "worker = multiprocessing.active_children()[0]; os.kill(worker.pid, signal.SIGTERM)\n"
+        "worker.join(20); print(worker.exitcode, flush=True); os._exit(0)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert result.returncode != 0 and "killed by signal" in result.stderr
+    assert int(result.stdout) == -signal.SIGTERM, result.stderr

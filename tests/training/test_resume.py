@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
@@ -187,6 +188,7 @@ def test_resume_never_moves_the_old_run_aside(folder: Path) -> None:
     assert code == 0
     for kept in (run, run.with_name("twice.1")):
         assert [path.name for path in complete_checkpoints(kept / "checkpoints")] == ["step-00000002", "step-00000003"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"]["resume"] == "auto"  # to train it again goes on
 
 
 def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:

@@ -109,8 +109,8 @@ class OrderedReduction:
 def universal_load(engine: Any) -> Iterator[None]:
     """Let `engine.load_checkpoint` read the universal format, and mend what it gets wrong.
 
-    It hands every parameter group the settings of the first one (its weight decay too), and on ZeRO-3 one step
-    tensor to all parameters, which AdamW would then advance once for each of them.
+    On ZeRO-3 it hands every parameter group the settings of the first one (its weight decay too), and all parameters
+    one step tensor, which AdamW would then advance once for each of them.
     """
     optimizer = engine.optimizer
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
