@@ -144,6 +144,19 @@ def device_is_full() -> bool:
     return free < _ALMOST_NONE * total
 
 
+def usage() -> str:
+    """What this process's GPU held at most, to stand beside the estimate; empty without one."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    ours, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    others = max(total - free - torch.cuda.memory_reserved(), 0)
+    return (
+        f"; of {total / GIB:.1f} GiB torch held at most {ours / GIB:.1f} in tensors, {reserved / GIB:.1f} with "
+        f"its cache, libraries and other processes {others / GIB:.1f}"
+    )
+
+
 def advice(module: Any, data: Any, trainer: Any) -> str:
     """The sentence that a run out of memory ends with: where it was, the estimate, and what can still be turned."""
     phase = "setting up" if module.phase is None else module.phase.format(step=trainer.global_step + 1)
@@ -158,7 +171,7 @@ def advice(module: Any, data: Any, trainer: Any) -> str:
     if stage == 3 or trainer.world_size == 1:
         turns.append("more GPUs with trainer.strategy=zero_3")
     turns.append(f"trainer.strategy={'zero_3_offload' if stage == 3 else 'zero_2_offload'}")
-    estimate = memory_of(module, data, trainer)
+    estimate = f"{memory_of(module, data, trainer)}{usage()}"
     return f"out of memory in {phase}; the estimate was {estimate}. In this order: {'; '.join(turns)}"
 
 
