@@ -10,7 +10,6 @@ does not depend on the number of workers or on interruptions.
 import errno
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,10 +143,7 @@ def _prepare(spec: PrepareSpec, work: Path, only_tokenizer: bool) -> None:
     if not goes_on:
         begin_anew(spec, work)
     plan.write(work / PLAN)
-    parts = plan.sources
-    duplicates: list[Counter[str]] = [Counter() for _ in parts]
-    if spec.deduplicate is not None and not only_tokenizer:
-        parts, duplicates = deduplicate(spec, plan, work)
+    parts, duplicates = (plan.sources, []) if only_tokenizer else deduplicate(spec, plan, work)
     below = split_bound(spec, plan, parts, work, only_tokenizer=only_tokenizer)
     tokenizer = _make_tokenizer(spec, plan, below, work)
     if only_tokenizer:

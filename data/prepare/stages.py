@@ -30,7 +30,8 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
 
     Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
     """
-    assert spec.deduplicate is not None
+    if spec.deduplicate is None:
+        return plan.sources, [Counter() for _ in plan.sources]
     file, parts = work / "kept.json", plan.sources
     kept = files.read_json(file) if file.is_file() else {}
     if kept.get("state") != plan.state:
@@ -38,8 +39,8 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
         judge = Deduplicator(spec.deduplicate)
         with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
             scans = [
-                pool.in_order(scan_part, (Task(spec, number, part) for part in every), _ahead(pool, limit))
-                for number, (every, limit) in enumerate(zip(parts, limits, strict=True))
+                pool.in_order(scan_part, _tasks(spec, number, every), _ahead(pool, limits[number]))
+                for number, every in enumerate(parts)
             ]
             judged = [_judge(judge, limit, scanned) for limit, scanned in zip(limits, scans, strict=True)]
         kept = {"state": plan.state, "sources": judged}
@@ -48,6 +49,10 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
         [every[:taken] for every, (taken, _) in zip(parts, kept["sources"], strict=True)],
         [Counter(reasons) for _, reasons in kept["sources"]],
     )
+
+
+def _tasks(spec: PrepareSpec, number: int, parts: list[Planned]) -> Iterator[Task]:
+    return (Task(spec, number, part) for part in parts)
 
 
 def _judge(judge: Deduplicator, limit: Limit, scanned: Results[Task]) -> tuple[int, dict[str, int]]:
@@ -85,7 +90,7 @@ def split_bound(spec: PrepareSpec, plan: Plan, parts: Parts, work: Path, *, only
 
 def _documents(spec: PrepareSpec, number: int, parts: list[Planned], *, is_judged: bool) -> Iterator[Document]:
     """A source's documents, up to its limit."""
-    tasks = (Task(spec, number, part) for part in parts)
+    tasks = _tasks(spec, number, parts)
     every = (d for task in tasks for d in select(task.documents(Counter(), []), task.keep if is_judged else None))
     return Limit.of(spec.sources[number]).within(every)
 
