@@ -215,3 +215,15 @@ def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]
     else:
         return [] if old == new else [(key, old, new)]
     return [line for name, a, b in pairs for line in differences(a, b, name)]
+
+
+def difference_lines(old: Any, new: Any) -> list[str]:
+    """`differences` for people, one line each: `sources[0].path: 'a' != 'b'`."""
+    lines = []
+    for key, a, b in differences(old, new):
+        place = re.sub(r"(?:^|\.)(\d+)(?=\.|$)", r"[\1]", key)
+        if isinstance(a, list) and isinstance(b, list):
+            lines.append(f"{place}: {len(a)} entries != {len(b)} entries")
+        else:
+            lines.append(f"{place}: {a!r} != {b!r}")
+    return lines

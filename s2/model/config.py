@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from s2 import typed
 from s2.attention import LayerLayout
 from s2.files import read_json
+from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
 
 from .rope import validate_rope_scaling
 
@@ -47,7 +47,7 @@ _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why n
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """A hybrid Llama: keys, meaning and defaults of Hugging Face Llama, plus the attention layout.
 
     Attributes:
@@ -72,32 +72,30 @@ class ModelConfig:
         ValueError: a value does not fit; the message names the key, the value and what would be right.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int = None  # type: ignore[assignment]  # resolved below
-    head_dim: int = None  # type: ignore[assignment]  # resolved below
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive = None  # type: ignore[assignment]  # resolved below
+    head_dim: Annotated[int, Check("a positive even number (RoPE rotates pairs)", lambda n: n > 0 and n % 2 == 0)] = (
+        None  # type: ignore[assignment]  # resolved below
+    )
+    max_position_embeddings: Positive = 2048
+    rms_norm_eps: Weight = 1e-5
+    rope_theta: Weight = 10000.0
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    initializer_range: Weight = 0.02
+    bos_token_id: Count | None = None
+    eos_token_id: Count | list[Count] | None = None
     attention_layout: str = "dense"
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        for key, value in typed.check(dict(vars(self)), typed.parameters(ModelConfig), "").items():
-            object.__setattr__(self, key, value)
+        super().__post_init__()
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for key in (*_HF_REQUIRED, "num_key_value_heads", "max_position_embeddings"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be a positive whole number")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
@@ -105,11 +103,7 @@ class ModelConfig:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}")
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be a positive even number (RoPE rotates pairs)")
-        for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}={getattr(self, key)} must be a positive number")
+            super().__post_init__()
         validate_rope_scaling(self.rope_scaling, "ModelConfig")
         ids = {
             "bos_token_id": [] if self.bos_token_id is None else [self.bos_token_id],
@@ -155,7 +149,9 @@ class ModelConfig:
 
         Changing `hidden_size`, `num_attention_heads` alone keeps the old head_dim and num_key_value_heads.
         """
-        return replace(self, **typed.check(changes, typed.parameters(ModelConfig), "", complete=False))
+        if unknown := changes.keys() - asdict(self).keys():
+            raise UnknownKeyError("", min(unknown), list(asdict(self)))
+        return replace(self, **changes)
 
     # ---------------------------------------------------------------- dictionaries
 
@@ -167,7 +163,7 @@ class ModelConfig:
             ValueError: names `source`, the key and the nearest known one.
         """
         try:
-            return typed.build(cls, values, "")
+            return read(cls, values, "")
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 

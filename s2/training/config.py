@@ -5,20 +5,27 @@ What only torch and Lightning know (layouts of attention, names of strategies) i
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from s2 import typed
+from s2 import settings
 from s2.recipe import unknown_key_message
+from s2.settings import Check, Positive, Settings
 from s2.training.optim import OptimizerConfig, ScheduleConfig
 
-_SAFE_NAME = re.compile(r"[\w.\-]+")
+_Name = Annotated[
+    str,
+    Check(
+        "a folder name: letters, digits, '-', '_', and '.' among them",
+        lambda name: re.fullmatch(r"[\w.\-]+", name) and name.strip("."),
+    ),
+]
+_Seed = bool | Annotated[int, Check(f"0 to {2**32 - 1}", lambda seed: 0 <= seed < 2**32)]
 
 # What the run folder, the schedule and the resume logic rely on.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -33,7 +40,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Settings):
     """How a stage is run; what it trains is said by the other keys.
 
     Attributes:
@@ -53,35 +60,21 @@ class RunConfig:
             checkpoint (see `s2.training.slurm`).
     """
 
-    recipe: str
-    stage: str
+    recipe: _Name
+    stage: _Name
     root: str = "runs"
     resume: Literal["auto", "never"] = "auto"
-    tokens_per_step: int | float | None = None
-    validate_every: int = 500
-    checkpoint_every: int | None = 1000
-    keep_checkpoints: int = 2
-    max_skipped_steps: int = 10
-    loss_spike_factor: float | None = None
+    tokens_per_step: Positive | None = None
+    validate_every: Positive = 500
+    checkpoint_every: Positive | None = 1000
+    keep_checkpoints: Positive = 2
+    max_skipped_steps: Positive = 10
+    loss_spike_factor: Annotated[float, Check("a number above 1, or null", lambda x: x > 1)] | None = None
     slurm_requeue: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("recipe", "stage"):
-            value = getattr(self, name)
-            if not _SAFE_NAME.fullmatch(str(value)) or not str(value).strip("."):
-                raise ValueError(
-                    f"run.{name}={value!r} is a folder name: letters, digits, '-', '_', and '.' among them"
-                )
+        super().__post_init__()
         self.root = os.path.expanduser(self.root)
-        if self.tokens_per_step is not None:
-            if not 1 <= self.tokens_per_step < math.inf or self.tokens_per_step != int(self.tokens_per_step):
-                raise ValueError(f"run.tokens_per_step={self.tokens_per_step} is a whole number of tokens, at least 1")
-            self.tokens_per_step = int(self.tokens_per_step)  # 4.2e6 is one
-        for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"run.{name}={value} must be at least 1")
-        if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
-            raise ValueError(f"run.loss_spike_factor={self.loss_spike_factor} must be above 1, or null")
 
     @property
     def folder(self) -> Path:
@@ -96,7 +89,7 @@ class RunConfig:
         """
         if self.tokens_per_step is None:
             return None
-        wanted = int(self.tokens_per_step)
+        wanted = self.tokens_per_step
         tokens = sequences_per_micro_batch * seq_len * world_size
         if wanted < tokens or wanted % tokens:
             raise ValueError(
@@ -107,7 +100,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ModelSection:
+class ModelSection(Settings):
     """What is trained, and how.
 
     Attributes:
@@ -128,6 +121,7 @@ class ModelSection:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init_from is not None:
             object.__setattr__(self, "init_from", os.path.expanduser(self.init_from))
 
@@ -151,13 +145,14 @@ class Origin:
         """Have errors about keys say where the key stands."""
         try:
             yield
-        except typed.SettingError as error:
-            raise ValueError(f"{error.key}={typed.in_words(error.value)} in {self.file}: {error.problem}") from error
-        except typed.UnknownKeyError as error:
-            known = self.known | set(error.known)
-            raise ValueError(unknown_key_message(error.key, known, self.file, self.overridden)) from None
-        except typed.MissingKeyError as error:
-            raise ValueError(f"{self.file}: {error}") from None
+        except settings.UnknownKeyError as error:
+            before = f"{error.key}." if error.key else ""
+            known = {f"{before}{name}" for name in error.known}
+            if not before or any(key.startswith(before) for key in self.known):
+                known |= self.known  # it may belong into another section
+            raise ValueError(unknown_key_message(f"{before}{error.name}", known, self.file, self.overridden)) from None
+        except settings.SettingError as error:
+            raise ValueError(f"{self.file}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -194,30 +189,31 @@ def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str
     origin = Origin(source, overridden)
     with origin.named():
         sections = {key: _mapping(recipe.get(key, {}), key) for key in ("run", "model", "trainer", "data")}
-        arguments = _mapping(sections["data"].get("init_args", {}), "data.init_args")
+        init_args = _mapping(sections["data"].get("init_args", {}), "data.init_args")
         known = {
-            "run": typed.parameters(RunConfig),
-            "model": typed.parameters(ModelSection),
-            "model.optimizer": typed.parameters(OptimizerConfig),
-            "model.schedule": typed.parameters(ScheduleConfig),
-            "model.config": typed.read_parameters("s2.model.config", "ModelConfig"),
-            "trainer": typed.read_parameters("lightning.pytorch.trainer.trainer", "Trainer"),
-            "data": typed.read_parameters(*typed.class_path(sections["data"], "data")),
+            "run": settings.parameters(RunConfig),
+            "model": settings.parameters(ModelSection),
+            "model.optimizer": settings.parameters(OptimizerConfig),
+            "model.schedule": settings.parameters(ScheduleConfig),
+            "model.config": settings.read_parameters("s2.model.config", "ModelConfig"),
+            "trainer": settings.read_parameters("lightning.pytorch.trainer.trainer", "Trainer"),
+            "data": settings.read_parameters(*settings.class_path(sections["data"], "data")),
         }
         origin.known.update(f"{key}.{name}" for key, found in known.items() for name in found)
         origin.known.update({*sections, "seed_everything"})
         for key, value in recipe.items():
             if key not in origin.known:
                 below = f".{next(iter(value))}" if isinstance(value, Mapping) and value else ""
-                raise typed.UnknownKeyError(f"{key}{below}", [])
-        run = typed.build(RunConfig, sections["run"], "run")
-        model = typed.build(ModelSection, sections["model"], "model")
-        typed.check(model.config, known["model.config"], "model.config", complete=model.init_from is None)
-        typed.check(arguments, known["data"], "data")
-        trainer = {**TRAINER_DEFAULTS, **typed.check(sections["trainer"], known["trainer"], "trainer")}
-        seed = typed.convert(recipe.get("seed_everything", 1234), bool | int, "seed_everything")
-        if not 0 <= seed < 2**32:
-            raise typed.SettingError("seed_everything", seed, f"expected 0 to {2**32 - 1}")
+                raise settings.UnknownKeyError("", f"{key}{below}", [])
+        run = settings.read(RunConfig, sections["run"], "run")
+        model = settings.read(ModelSection, sections["model"], "model")
+        if model.init_from is not None:  # the other keys are those of the folder
+            keys = known["model.config"]
+            known["model.config"] = {name: keys[name] for name in model.config if name in keys}
+        settings.arguments(model.config, known["model.config"], "model.config")
+        settings.arguments(init_args, known["data"], "data")
+        trainer = {**TRAINER_DEFAULTS, **settings.arguments(sections["trainer"], known["trainer"], "trainer")}
+        seed = settings.convert(recipe.get("seed_everything", 1234), _Seed, "seed_everything")
     _check_trainer(trainer)
     model.schedule.factor(0, trainer["max_steps"])  # refuses a warmup beyond the end
     return StageConfig(run, model, sections["data"], trainer, seed, origin)
@@ -225,7 +221,7 @@ def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str
 
 def _mapping(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise typed.SettingError(key, value, "expected a mapping of keys")
+        raise settings.SettingError(key, f"expected a mapping of keys, got {'null' if value is None else repr(value)}")
     return dict(value)
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from tqdm import tqdm
 
-from s2 import ending, files, typed
+from s2 import ending, files, settings
 from s2.locks import lock
 from s2.recipe import differences, dump_yaml
 from s2.training import memory, run_folder, slurm
@@ -60,7 +60,7 @@ class Stage:
         register_strategies()
         _check_strategy(config)
         with config.origin.named():
-            self.data: Any = typed.instantiate(config.data, LightningDataModule, "data")
+            self.data: Any = settings.instantiate(config.data, LightningDataModule, "data")
         self.module = PretrainModule(config.model)
         self.guard = self.module.guard = StepGuard(self.run, tqdm.write)
         self.checkpoint = RunCheckpoint(self.run, self.guard)
@@ -94,7 +94,7 @@ class Stage:
         run = self.run
         callbacks = [self.guard, TrainingLog(run, self.checkpoint), Finish(run, self.checkpoint), self.checkpoint]
         with self.config.origin.named():
-            arguments = typed.check(self.trainer_keys, typed.parameters(Trainer), "trainer")
+            arguments = settings.arguments(self.trainer_keys, settings.parameters(Trainer), "trainer")
         asked = arguments.get("callbacks") or []
         arguments |= {
             "callbacks": [*(asked if isinstance(asked, list) else [asked]), *callbacks],
@@ -213,7 +213,7 @@ CPU_PRECISION = "32-true"  # bf16 gains nothing there
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    return {name: each.default for name, each in typed.parameters(cls).items() if each.default is not each.empty}
+    return {name: each.default for name, each in settings.parameters(cls).items() if each.default is not each.empty}
 
 
 def _check_strategy(config: StageConfig) -> None:
