@@ -14,23 +14,12 @@ from typing import Annotated, Any
 
 from s2.attention import LayerLayout
 from s2.files import read_json
-from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
+from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, parameters, read
 
 from .rope import validate_rope_scaling
 
-# What transformers' LlamaConfig assumes for a key that config.json leaves out.
-_HF_DEFAULTS: dict[str, Any] = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attention_layout": "dense",
-    "block_size": 64,
-}
+# What transformers' LlamaConfig assumes for a key that config.json leaves out, where that is not our default.
+_HF_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # A sparse model has a type of its own, so that no library opens it as a dense Llama without a word.
 _DENSE_TYPE, _SPARSE_TYPE = "llama", "s2_llama"
@@ -212,9 +201,8 @@ class ModelConfig(Settings):
                 raise ValueError(f"{source}: {key}={values[key]!r} is not supported, must be {supported!r}: {reason}")
         if missing := [key for key in _HF_REQUIRED if values.get(key) is None]:
             raise ValueError(f"{source}: lacks {missing}")
-        known = {key: values.get(key, default) for key, default in _HF_DEFAULTS.items()}
-        known |= {key: values[key] for key in _HF_REQUIRED}
-        theta, scaling = _read_rope(values, known["max_position_embeddings"], source)
+        known = _HF_DEFAULTS | {key: values[key] for key in parameters(cls) if key in values}
+        theta, scaling = _read_rope(values, known.get("max_position_embeddings", cls.max_position_embeddings), source)
         config = cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
         if values["model_type"] == _DENSE_TYPE and not config.is_dense:
             raise ValueError(
