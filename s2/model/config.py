@@ -54,7 +54,8 @@ class ModelConfig(Settings):
         tie_word_embeddings: the language-model head is the embedding.
         initializer_range: standard deviation of initial weights.
         bos_token_id, eos_token_id: document delimiters (several eos ids are allowed), None where there is none.
-        attention_layout: which layer attends how, e.g. "L4V24+dense10-22", "L8V16-inter", "dense".
+        attention_layout: which layer attends how, e.g. "L4V24+dense10-22", "L8V16-inter", "dense", by head as in
+            "2*dense|6*L8V16", by range as in "L8V4<64V16"; all of it in `s2.attention.grammar`.
         block_size: tokens in an attention block: 16, 32, 64, 128 or 256.
 
     Raises:
@@ -101,7 +102,8 @@ class ModelConfig(Settings):
         for key, tokens in ids.items():
             if not all(0 <= token < self.vocab_size for token in tokens):
                 raise ValueError(f"{key}={getattr(self, key)} must be below vocab_size={self.vocab_size}, or null")
-        _ = self.layout  # a wrong layout stops here, not at the first batch
+        # a wrong layout stops here, not at the first batch
+        self.layout.check_heads(self.num_attention_heads, self.num_key_value_heads)
 
     @cached_property
     def layout(self) -> LayerLayout:

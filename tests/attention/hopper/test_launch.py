@@ -7,31 +7,36 @@ import time
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from s2.attention import Pattern, op, s2_attention
+from s2.attention import Pattern, call, kept, op, s2_attention
 from s2.attention.kernels.hopper import driver as cuda_driver
 from s2.attention.kernels.hopper import launch, problem, support, triton_launcher
 from s2.attention.kernels.hopper import one_pass as backward
 from s2.attention.kernels.hopper import params as structs
 from s2.attention.kernels.hopper.forward import Forward
 from s2.attention.kernels.hopper.problem import Problem
+from s2.attention.kernels.hopper.two_pass import TwoPass
 from s2.attention.kernels.hopper.varlen import Documents
 from s2.attention.kernels.triton.documents import unowned
 from s2.attention.schedule import rule_schedule
+from tests.attention.checks import call_with, plans_kept
 from tests.attention.hopper import standins
+
+K = TypeVar("K")
 
 
 @dataclass
 class Launches:
-    """Recorded instead of run: Gluon and Triton kernels by name, and the forward and the kernels of the backward in one
-    pass (by name) with their parameters at that time."""
+    """Recorded instead of run: Gluon and Triton kernels by name; those in CUDA C++ with their parameters at that time,
+    the forward, dQ, and by name the backward in one pass."""
 
     gluon: list[tuple[str, Any, tuple]]
     forward: list[tuple[structs.Forward, tuple]]
+    query: list[tuple[structs.BackwardQ, tuple]]
     one_pass: list[tuple[str, Any, tuple]]
 
 
@@ -47,6 +52,8 @@ class Driver(standins.Driver):
             params = standins.copy_of(PARAMS.get(entry, structs.PrePost), arguments)
             if entry == "attention_forward":
                 self.seen.forward.append((params, arguments))
+            elif entry == "attention_backward_q":
+                self.seen.query.append((params, arguments))
             else:
                 self.seen.one_pass.append((entry, params, arguments))
         return result
@@ -54,12 +61,16 @@ class Driver(standins.Driver):
 
 STREAM = 77
 SHARED_BYTES = 1000
-PARAMS = {"attention_forward": structs.Forward, "attention_backward": structs.Backward}
+PARAMS = {
+    "attention_forward": structs.Forward,
+    "attention_backward_q": structs.BackwardQ,
+    "attention_backward": structs.Backward,
+}
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    seen = Launches([], [], [])
+    seen = Launches([], [], [], [])
     driver = Driver(seen)
     monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
     monkeypatch.setattr(cuda_driver, "_FUNCTIONS", {})
@@ -69,7 +80,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_driver, "current_stream", lambda index: STREAM)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(launch, "KEPT", {})
+    monkeypatch.setattr(call, "CALLS", {})
+    monkeypatch.setattr(op, "_CHECKED", {})
     monkeypatch.setattr(backward, "is_taken", lambda *call: False)
     monkeypatch.setattr(problem, "num_sms", lambda device: 132)
 
@@ -87,9 +99,10 @@ def one_pass(monkeypatch, launches):
     return launches
 
 
-def last_forward() -> Forward:
-    *_, kept = launch.KEPT.values()
-    return kept.kernels[Forward]
+def last(kind: type[K]) -> K:
+    """The kernel that the last new shape has used."""
+    *_, kept = plans_kept()
+    return kept.kernels[kind]
 
 
 def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
@@ -101,9 +114,9 @@ def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
     return passed, constants, {p.name for p in known if not p.is_constexpr and not p.do_not_specialize}
 
 
-def described(launches: Launches, name: str = "attention_backward_q") -> dict[str, Any]:
-    """The arguments of a kernel by name, as Triton would get them."""
-    ((kernel, arguments),) = [call for launched, *call in launches.gluon if launched == name]
+def described(launches: Launches) -> dict[str, Any]:
+    """The arguments of the kernel of dK and dV by name, as Triton would get them."""
+    ((kernel, arguments),) = [call for name, *call in launches.gluon if name == "attention_backward_kv"]
     return dict(zip(parameters(kernel)[0], kernel.described(arguments), strict=True))
 
 
@@ -112,7 +125,7 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
     k, v = (torch.randn(batch, length, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2))
     if cu_seqlens is not None:
         q, k, v = q[0], k[0], v[0]
-    settings = (cu_seqlens, pattern, (0, 0, kv_heads), 0.1)
+    settings = (cu_seqlens, call_with(pattern, kv_heads))
     out, lse = launch.run_forward(q, k, v, *settings)
     assert out.shape == q.shape
     assert lse.shape == ((batch, heads, length) if cu_seqlens is None else (heads, length))
@@ -128,9 +141,9 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
 def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, dlse, block, packed):
     borders = torch.tensor([0, length // 3, length], dtype=torch.int32) if packed else None
     run(Pattern.parse(spec, block), length=length, heads=16, dim=dim, batch=1, dlse=dlse, cu_seqlens=borders)
-    assert len(launches.forward) == 1
+    assert len(launches.forward) == len(launches.query) == 1
     names = [name for name, _, _ in launches.gluon if name != "attention_documents"]
-    assert names[:2] == ["attention_backward_q", "attention_backward_kv"]
+    assert names[0] == "attention_backward_kv"
     assert (len(names) < len(launches.gluon)) == packed
     for name, kernel, arguments in launches.gluon:
         passed, constants, specialized = parameters(kernel)
@@ -144,9 +157,9 @@ def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, d
         if "length" in values:
             assert values["length"] == length
     constants = {name: kernel.constants for name, kernel, _ in launches.gluon}
-    assert constants["attention_backward_q"]["HAS_DLSE"] is dlse
     assert constants["attention_backward_kv"]["GROUPED"] is True
-    assert all(constants[name]["PACKED"] is packed for name in names[:2])
+    assert constants["attention_backward_kv"]["PACKED"] is last(TwoPass).q.kernel.constants["PACKED"] is packed
+    assert bool(launches.query[0][0].dlse) is dlse
 
 
 def test_descriptors_are_of_the_tensors_of_this_call(launches):
@@ -154,19 +167,24 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
     run(pattern)
     launches.gluon.clear()
     q, k, v, out = run(pattern)  # the plan is kept, the tensors are new
-    of_q, of_kv = described(launches), described(launches, "attention_backward_kv")
+    values = described(launches)
     read = (("q_desc", q), ("k_desc", k), ("v_desc", v), ("do_desc", out))
-    assert all(values[name].base is x for values in (of_q, of_kv) for name, x in read)
-    written = (("dq_desc", of_q["dq"], q), ("dk_desc", of_kv["dk"], k), ("dv_desc", of_kv["dv"], v))
-    assert all((of_q | of_kv)[name].base.data_ptr() == x.data_ptr() for name, x, _ in written)
-    for values in (of_q, of_kv):
-        for name, x in (*read, *((name, like) for name, _, like in written)):
-            if name in values:
-                batch, length, heads, dim = x.shape
-                assert values[name].shape == [batch, heads, length, dim]
-                assert values[name].strides == [x.stride(0), x.stride(2), x.stride(1), 1]
-                assert values[name].block_shape == [1, 1, 64, dim]
-    assert of_kv["stats_desc"].base is of_q["stats"]
+    assert all(values[name].base is x for name, x in read)
+    written = (("dk_desc", values["dk"], k), ("dv_desc", values["dv"], v))
+    assert all(values[name].base.data_ptr() == x.data_ptr() for name, x, _ in written)
+    for name, x in (*read, *((name, like) for name, _, like in written)):
+        batch, length, heads, dim = x.shape
+        assert values[name].shape == [batch, heads, length, dim]
+        assert values[name].strides == [x.stride(0), x.stride(2), x.stride(1), 1]
+        assert values[name].block_shape == [1, 1, 64, dim]
+    params, _ = launches.query[-1]
+    assert values["stats_desc"].base.data_ptr() == params.stats
+    assert [params.q[0], params.k[0], params.v[0]] == [x.data_ptr() for x in (q, k, v)]
+    assert params.out == params.dout[0] == out.data_ptr()
+    maps = last(TwoPass).q.maps
+    for own, x in ((maps.q, q), (maps.k, k), (maps.v, v), (maps.other, out)):
+        assert own.shape == [x.shape[0], x.shape[2], x.shape[1], x.shape[3]] and own.box == [1, 1, 64, 64]
+        assert own.strides == [2 * x.stride(0), 2 * x.stride(2), 2 * x.stride(1)]
 
 
 def test_statistics_are_of_as_many_rows_as_documents_need(launches):
@@ -175,11 +193,11 @@ def test_statistics_are_of_as_many_rows_as_documents_need(launches):
         launches.gluon.clear()
         borders = torch.linspace(0, 3000, count + 1).int()
         run(Pattern.parse("L1V15"), length=3000, batch=1, cu_seqlens=borders)
-        stats = described(launches)["stats"]
-        descriptor = described(launches, "attention_backward_kv")["stats_desc"]
-        assert descriptor.base is stats and stats.dtype == torch.float32
+        descriptor = described(launches)["stats_desc"]
+        stats, params = descriptor.base, launches.query[-1][0]
+        assert params.stats == stats.data_ptr() and stats.dtype == torch.float32
         assert descriptor.shape == [len(stats), 128] and descriptor.block_shape == [1, 128]
-        assert len(stats) >= 8 * (3000 // 64 + count)
+        assert len(stats) == 8 * params.m_blocks and params.m_blocks >= 3000 // 64 + count
         ((kernel, _),) = [call for name, *call in launches.gluon if name == "attention_backward_kv"]
         assert made.setdefault(len(stats), kernel) is kernel, "prepared again"
     assert len(made) == 2
@@ -188,13 +206,12 @@ def test_statistics_are_of_as_many_rows_as_documents_need(launches):
 def test_small_blocks_come_in_boxes_of_several_heads(launches):
     run(Pattern.parse("L1V15", 16), length=1000, heads=16, batch=1)
     values = described(launches)
-    assert values["q_desc"].block_shape == values["dq_desc"].block_shape == [1, 4, 16, 128]
+    assert values["q_desc"].block_shape == values["do_desc"].block_shape == [1, 4, 16, 128]
     assert values["k_desc"].block_shape == [1, 1, 16, 128]
-    assert (values["tiles_per_head"], values["num_tiles"]) == (21, 21 * 4)  # 48 tokens of 4 heads a tile
-    maps = last_forward().maps
-    assert maps.q.box == maps.other.box == [1, 4, 16, 64] and maps.k.box == maps.v.box == [1, 1, 16, 64]
-    problem = launches.forward[0][0].problem
-    assert (problem.tiles_per_head, problem.num_tiles) == (21, 21 * 4)
+    for maps, ((params, _),) in ((last(Forward).maps, launches.forward), (last(TwoPass).q.maps, launches.query)):
+        assert maps.q.box == maps.other.box == [1, 4, 16, 64] and maps.k.box == maps.v.box == [1, 1, 16, 64]
+        # 48 tokens of 4 heads a tile
+        assert (params.problem.tiles_per_head, params.problem.num_tiles) == (21, 21 * 4)
 
 
 def test_views_and_unaligned_gradients(launches):
@@ -202,7 +219,7 @@ def test_views_and_unaligned_gradients(launches):
     q, k, v = whole.unbind(2)  # strides of a fused projection
     k = torch.randn(1, 4, 500, 128, dtype=torch.bfloat16).transpose(1, 2)  # heads first
     v = torch.randn(v.numel() + 1, dtype=v.dtype)[1:].view(v.shape)  # 2 bytes off
-    settings = (None, Pattern.parse("L1V3"), (0, 0, 4), 0.1)
+    settings = (None, call_with(Pattern.parse("L1V3"), 4))
     out, lse = launch.run_forward(q, k, v, *settings)
     dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)  # 2 bytes off
     gradients = launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)
@@ -212,12 +229,14 @@ def test_views_and_unaligned_gradients(launches):
     values = described(launches)
     assert values["q_desc"].strides == [q.stride(0), q.stride(2), q.stride(1), 1]
     assert values["k_desc"].strides == [k.stride(0), k.stride(2), k.stride(1), 1]
-    written = described(launches, "attention_backward_kv")
-    rows = [descriptor.strides for descriptor in (values["dq_desc"], written["dk_desc"], written["dv_desc"])]
+    rows = [values[name].strides for name in ("do_desc", "dk_desc", "dv_desc")]
     assert rows == 3 * [[500 * 4 * 128, 128, 4 * 128, 1]], "gradients are contiguous"
     assert values["v_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["v_desc"].base, v)
     assert values["do_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["do_desc"].base, dout)
-    assert values["dlse"].is_contiguous()
+    params, _ = launches.query[-1]
+    assert [params.q[0], params.k[0], params.v[0], params.dout[0]] == [
+        values[name].base.data_ptr() for name in ("q_desc", "k_desc", "v_desc", "do_desc")
+    ]
 
 
 # ---------------------------------------------------------------- the forward in CUDA C++
@@ -231,8 +250,8 @@ def test_the_forward_gets_its_problem(launches, dim, block, dtype):
     whole = torch.randn(batch, length, 2, kv_heads, dim, dtype=dtype)
     q, (k, v) = torch.randn(batch, length, heads, dim, dtype=dtype), whole.unbind(2)
     pattern = Pattern.parse("L2V5+sink1", block)
-    out, lse = launch.run_forward(q, k, v, None, pattern, (0, 0, kv_heads), 0.1)
-    forward = last_forward()
+    out, lse = launch.run_forward(q, k, v, None, call_with(pattern, kv_heads))
+    forward = last(Forward)
     ((params, arguments),) = launches.forward
     a_box, tokens = max(64 // block, 1), min(block, 64)
     constants = forward.kernel.constants
@@ -240,7 +259,7 @@ def test_the_forward_gets_its_problem(launches, dim, block, dtype):
     assert (constants["PACKED"], constants["BF16"]) == (False, dtype == torch.bfloat16)
     assert arguments[4:9] == (128 * (constants["CONSUMERS"] + 1), 1, 1, SHARED_BYTES, STREAM)
     shape = params.problem
-    (kept,) = launch.KEPT.values()
+    (kept,) = plans_kept()
     assert shape.table == kept.problem.rules.table.data_ptr()
     assert shape.counter == problem.counter_of(q.device, STREAM).data_ptr()
     assert (shape.length, shape.kv_heads, shape.group) == (length, kv_heads, heads // kv_heads)
@@ -262,11 +281,15 @@ def test_packed_calls_pass_their_documents(launches):
     for borders in ([0, 300, 1000], [0, *range(1, 1001)], [0, 1000]):
         cu_seqlens = torch.tensor(borders, dtype=torch.int32)
         run(pattern, length=1000, heads=8, batch=1, cu_seqlens=cu_seqlens)
-        assert len(launch.KEPT) == 1
+        assert len(plans_kept()) == 1
         params, arguments = launches.forward[-1]
         # the table is that of the forward: it is made first
         name, kernel, own = launches.gluon[0]
         own = dict(zip(parameters(kernel)[0], own, strict=True))
+        _, table, other = next(call for call in launches.gluon[1:] if call[0] == "attention_documents")
+        other = dict(zip(parameters(table)[0], other, strict=True))
+        assert launches.query[-1][0].problem.documents == other["documents"].data_ptr()
+        assert (table.constants["M_BLOCKS"], table.constants["PACK_GQA"]) == (3, 2)
         launches.gluon.clear()
         count, most_tiles = own["num_documents"], own["most_tiles"]
         assert (name, count) == ("attention_documents", len(borders) - 1)
@@ -275,7 +298,7 @@ def test_packed_calls_pass_their_documents(launches):
         assert (own["rows0"].data_ptr(), own["lse"].data_ptr()) == (params.out_rows, params.lse)
         assert params.problem.documents == own["documents"].data_ptr()
         assert 1 <= params.problem.together <= 4 and most_tiles > 0
-        assert arguments[1] == 132 and last_forward().kernel.constants["PACKED"] is True
+        assert arguments[1] == 132 and last(Forward).kernel.constants["PACKED"] is True
 
 
 def test_a_packed_call_prepares_no_launch_that_another_one_has(launches):
@@ -301,7 +324,7 @@ def test_threads_do_not_mix_their_calls(launches, monkeypatch):
     def call():
         own = [x.clone() for x in (q, k, v)]
         for _ in range(5):
-            out, lse = launch.run_forward(*own, None, Pattern.parse("W3"), (0, 0, 4), 0.1)
+            out, lse = launch.run_forward(*own, None, call_with(Pattern.parse("W3"), 4))
             calls.append((*(x.data_ptr() for x in (*own, out)), out, lse))
 
     threads = [threading.Thread(target=call) for _ in range(4)]
@@ -363,7 +386,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length=2
 
 
 def problem_of(spec: str, length: int = 4, heads: int = 8, dim: int = 128) -> Problem:
-    rules = rule_schedule(Pattern.parse(spec).key, 8, 0, 0, 8, torch.device("cpu"))
+    rules = rule_schedule(call_with(Pattern.parse(spec), 8), 8, torch.device("cpu"))
     return Problem(rules, 64, 0.1, 1, length, heads, 8, dim, torch.bfloat16, torch.device("cpu"), False)
 
 
@@ -440,10 +463,10 @@ def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missin
 
 def test_plans_do_not_pile_up(launches, monkeypatch):
     """The oldest goes: lengths that are in use stay."""
-    monkeypatch.setattr(problem, "MAX_KEPT", 4)
+    monkeypatch.setattr(kept, "MOST_REMEMBERED", 4)
     for length in range(1, 12):
         run(Pattern.parse("W3"), length=length)
-        assert [key[0][1] for key in launch.KEPT] == list(range(max(length - 3, 1), length + 1))
+        assert [plan.problem.length for plan in plans_kept()] == list(range(max(length - 3, 1), length + 1))
 
 
 def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
@@ -452,10 +475,10 @@ def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
     monkeypatch.setattr(support, "_can_compile", lambda: True)
     q = torch.randn(1, 100, 8, 128, dtype=torch.bfloat16)
     for spec, distinct in (("L1V8", 1), ("W3", 1), ("L1V24", 3)):
-        launch.KEPT.clear()
+        call.CALLS.clear()
         for layer in range(32):
-            s2_attention(q, q, q, Pattern.parse(spec), layer=layer)
-        assert len(launch.KEPT) == distinct
+            s2_attention(q, q, q, Pattern.parse(spec), rotation=layer)
+        assert len(plans_kept()) == distinct
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
@@ -473,7 +496,7 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
     for lengths in ([1] * 30, [64, 65, 63, 0, 0, 191, 193], [3000], [257, 1, 1, 700], [200] * 9):
         borders = torch.tensor([0, *lengths]).cumsum(0).int()
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
-        own = Problem.of(q, q, pattern, (0, 0, 4), 0.1, packed=True)
+        own = Problem.of(q, q, call_with(pattern, 4), packed=True)
         documents = Documents.of(STREAM, own, consumers, borders, unowned(q[0]), share)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)
