@@ -59,7 +59,7 @@ def evaluate(
 
     Stock tasks read the hub, or local files under `data_dir` (see `eval.local_tasks`). `metadata` reaches
     the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER. Where
-    `unfinished` names a folder, answers are kept there (`eval.answers`), and the same call after an interruption goes
+    `unfinished` names a folder, answers are kept there (`eval.results`), and the same call after an interruption goes
     on from them; `lm.answers.discard()` ends that.
 
     Raises ValueError for an unknown task, settings out of range or lengths in `metadata` beyond the model's;
@@ -217,7 +217,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("lm", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("--ckpt", required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
+    add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
     add("--tasks", default=",".join(OWN_TASKS), help="comma-separated lm-eval names (default: %(default)s)")
     add("--output", type=path,
         help="folder for table and JSON (default: the run's results folder; runs/eval/<name>/results for others")
