@@ -97,7 +97,7 @@ test-gpu: ## the attention tests on a CUDA device, with the environment at hand 
 		tests/attention tests/model/test_triton_op.py $(ARGS)
 
 verify: ## check the attention of every recipe, or of RECIPE, on this machine's GPU, with the environment at hand or .venv
-	$(AT_HAND) scripts/verify.py $(if $(filter command environment,$(firstword $(origin RECIPE))),$(RECIPE)) $(ARGS)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(AT_HAND) scripts/verify.py $(if $(filter command environment,$(firstword $(origin RECIPE))),$(RECIPE)) $(ARGS)
 
 mutants: ## whether the tests notice faults put into copies of the tree (ARGS=--gpu: those of the CUDA kernels)
 	$(AT_HAND) tests/mutants.py $(ARGS)
