@@ -11,7 +11,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.set_num_threads(1)  # the suite runs one process a core
+# The suite runs one process a core; without this Lightning gives every core to the first training run and all after it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 SEED = int(os.environ.get("S2_SEED", "0"))
 settings.register_profile("fixed", derandomize=True)
