@@ -86,22 +86,6 @@ DEVICE void products(float (&acc)[D / 2], const unsigned (&probs)[16], unsigned 
     wgmma_commit();
 }
 
-// Hides keys of an edge from rows that do not see them. `lane_row`: the first of the thread's two rows, 8 apart.
-DEVICE void mask(float (&scores)[32], const Visits& visit, int lane_row, int column) {
-    if (!visit.hides()) return;
-    const Tile& tile = visit.tile();
-#pragma unroll
-    for (int j = 0; j < ENTRIES; j++) {
-        int last[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            last[r] = last_seen(tile, visit.nth, j, visit.bits, visit.row, lane_row + 8 * r) - column;
-#pragma unroll
-        for (int i = 0; i < 32 / ENTRIES; i++)
-            if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) scores[j * (32 / ENTRIES) + i] = MINUS_INFINITY;
-    }
-}
-
 // Rows that are worked on: where they are in shared memory, where their statistics begin, tokens to the document's end.
 struct Held {
     int place;
@@ -134,17 +118,8 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
     } else {  // a packed document ends among these rows
         const int head = held.statistics / tokens, token = held.statistics % tokens;
         const int heads = params.problem.kv_heads * params.problem.group;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int own = lane_row + 8 * r;
-            if (own % TOKENS < held.rows_left) {
-                const long long at = static_cast<long long>(token + own % TOKENS) * heads + head + own / TOKENS;
-                unsigned* to = static_cast<unsigned*>(params.out_rows) + at * (D / 2) + lane % 4;
-#pragma unroll
-                for (int j = 0; j < D / 8; j++)
-                    to[4 * j] = pack(acc[4 * j + 2 * r] * factor[r], acc[4 * j + 2 * r + 1] * factor[r]);
-            }
-        }
+        store_rows(acc, factor, params.out_rows, static_cast<long long>(token) * heads + head, held.rows_left,
+                   params.problem);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(done);
@@ -211,7 +186,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         }
         walk(next.skip, values, values_full, values_empty);
         any = true;
-        if (next.is_edge) mask(scores, next, lane_row, column);
+        if (next.is_edge) mask(scores, next, lane_row, column, MINUS_INFINITY);
         starts = next.is_first;
         softmax(scores, probs, top, sum, acc, scale, starts);
         if (starts) {
@@ -286,12 +261,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
         const int warp = __shfl_sync(ALL, threadIdx.x / WARP, 0);
         if (warp == 0)
             load_tiles<false>(shared, &params.k, shared_address(shared.keys), shared_address(shared.keys_full),
-                              shared_address(shared.keys_empty));
+                              shared_address(shared.keys_empty), 0);
         if (warp == 1)
             load_tiles<PACKED>(shared, &params.v, shared_address(shared.values), shared_address(shared.values_full),
-                               shared_address(shared.values_empty));
+                               shared_address(shared.values_empty), shared_address(&shared.values_cut));
         if (warp == 2) plan_tiles(shared, params.problem);
-        if (warp == 3) move_rows(shared, params.problem, &params.q, &params.out);
+        if (warp == 3) move_rows<true>(shared, params.problem, &params.q, nullptr, &params.out);
     } else {
         raise_registers<CONSUMER_REGISTERS>();
         consume(shared, params, warpgroup - 1);

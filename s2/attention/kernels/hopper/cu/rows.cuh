@@ -1,6 +1,6 @@
 // Tiles of query rows, a box of 64 for each consumer warpgroup, and the warps that feed the consumers.
 //
-// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and results out (`move_rows`), two load keys
+// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and outputs out (`move_rows`), two load keys
 // and values (`load_tiles`). Key tiles of 64 keys go through two rings of stages, edges first (`plan.cuh`). Every
 // consumer walks every position of the rings in order and hands it back, also where it does not see the key tile: one
 // that left positions out could take an older load's phase for that of its own.
@@ -8,7 +8,8 @@
 // Blocks smaller than 64 need several query heads to a KV head. The rows of a box are then one query block of
 // 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
 //
-// Constants: those of `plan.cuh`, D, PACKED, STAGES.
+// Constants: those of `plan.cuh`, D, PACKED, STAGES, ROW_SLOTS (tiles whose rows are held), ROW_PARTS (2: q comes with
+// dO).
 #pragma once
 
 #include "hopper.cuh"
@@ -16,14 +17,13 @@
 
 constexpr int BOX_BYTES = ROWS * D * 2;  // of rows, keys or values
 constexpr int PLANNED = 2;               // tiles whose plans are held: the one at work and the next
-constexpr int ROW_SLOTS = 2;             // tiles whose rows are held
 
 // What the other warps need to know of a tile.
 struct Tile {
     int index;                            // -1 after the last
     int edges, fulls;                     // key tiles
     int batch, kv_head, box;              // the first box, see `row_of`
-    int begin, length;                    // of the document
+    int begin, length, chunk;             // of the document; boxes of rows before it
     int row[CONSUMERS], head[CONSUMERS];  // the first ones of a consumer's box
     int seen[CONSUMERS];                  // bits of the entries of `keys` that it sees
     int keys[WARP];                       // first keys of the entries of the edges
@@ -31,14 +31,14 @@ struct Tile {
 };
 
 struct Shared {
-    unsigned char rows[CONSUMERS * ROW_SLOTS][BOX_BYTES];  // later the output of the same rows
+    unsigned char rows[CONSUMERS * ROW_SLOTS][ROW_PARTS][BOX_BYTES];  // in the forward later its output
     unsigned char keys[STAGES][BOX_BYTES];
     unsigned char values[STAGES][BOX_BYTES];
     Tile tiles[PLANNED];
     unsigned long long rows_full[CONSUMERS * ROW_SLOTS], rows_done[CONSUMERS * ROW_SLOTS];
     unsigned long long keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
     unsigned long long tile_full[PLANNED], tile_empty[PLANNED];
-    unsigned long long values_cut;  // values that end with their document are there, but for the zeros after it
+    unsigned long long keys_cut, values_cut;  // what ends with its document is there, but for the zeros after it
 };
 
 DEVICE void init_barriers(Shared& shared) {
@@ -57,6 +57,7 @@ DEVICE void init_barriers(Shared& shared) {
         barrier_init(shared_address(&shared.tile_full[i]), WARP);        // lanes that have written
         barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values, consumers
     }
+    barrier_init(shared_address(&shared.keys_cut), 1);
     barrier_init(shared_address(&shared.values_cut), 1);
     barrier_init_fence();
 }
@@ -86,12 +87,13 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             head = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
         }
         nth = tiles_per_head - 1 - nth;
-        int box = nth * CONSUMERS, begin = 0, length = problem.length;
+        int box = nth * CONSUMERS, begin = 0, length = problem.length, chunk = 0;
         if (PACKED) {
             const int* entry = problem.documents + 4 + 4 * nth;
             box = entry[0];
             begin = entry[1];
             length = entry[2];
+            chunk = entry[3];
         }
         const int batch = divide(head, problem.kv_heads), kv_head = head - batch * problem.kv_heads;
         const Rule rule = load_rule(problem.table + kv_head * TABLE);
@@ -120,6 +122,7 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             tile.box = box;
             tile.begin = begin;
             tile.length = length;
+            tile.chunk = chunk;
             tile.far = plan.far;
             tile.near = plan.near;
             tile.sinks = plan.sinks;
@@ -144,9 +147,11 @@ DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, 
     for (int x = 0; x < D; x += PANEL) tma_store(map, from + x / PANEL * PANEL_BYTES, x, token, head, batch);
 }
 
-// Loads the rows of the tiles in turn, and stores the output that the consumers leave in their place. Boxes in which a
-// packed document ends are stored by the consumers themselves.
-DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* in, const TensorMap* out) {
+// Loads the rows of the tiles in turn, and dO with two parts. With STORES also stores what the consumers leave in their
+// place, but for boxes in which a packed document ends: those they store themselves.
+template <bool STORES>
+DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q, const TensorMap* dout,
+                      const TensorMap* out) {
     const bool is_mover = elected();
     const int group = problem.group, share = group / (ROWS / TOKENS);
     Position<PLANNED> slot;
@@ -175,7 +180,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
                 barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
                 const auto& done = tiles[ROW_SLOTS];
                 const int row = row_of(done.box + c, share);
-                if (is_mover && (!PACKED || row + TOKENS <= done.length)) {
+                if (STORES && is_mover && (!PACKED || row + TOKENS <= done.length)) {
                     const int head = first_head(done.box + c, done.kv_head, group, share);
                     store_box(out, rows, done.begin + row, head, done.batch);
                     tma_store_commit();
@@ -184,10 +189,12 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
             }
             if (exists && is_mover) {
                 const unsigned full = shared_address(&shared.rows_full[own]);
-                barrier_expect(full, BOX_BYTES);
+                barrier_expect(full, ROW_PARTS * BOX_BYTES);
                 const auto& next = tiles[0];
-                load_box(rows, in, full, next.begin + row_of(next.box + c, share),
-                         first_head(next.box + c, next.kv_head, group, share), next.batch);
+                const int token = next.begin + row_of(next.box + c, share);
+                const int head = first_head(next.box + c, next.kv_head, group, share);
+                load_box(rows, q, full, token, head, next.batch);
+                if (ROW_PARTS > 1) load_box(rows + BOX_BYTES, dout, full, token, head, next.batch);
             }
             __syncwarp();
         }
@@ -200,14 +207,15 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
 
 // Loads keys or values of the tiles in turn into a ring. With CUTS those after the end of a packed document become zero
 // (only edges reach it): hidden keys have the probability 0, which NaN in their values would not heed. While they are on
-// their way others are loaded: they are cut once they are there, or before the warp would have to wait for something else.
+// their way (`cut_full`) others are loaded: they are cut once they are there, or before the warp would have to wait for
+// something else.
 template <bool CUTS>
-DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty) {
+DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty,
+                       unsigned cut_full) {
     const int lane = threadIdx.x % WARP;
     const bool is_loader = elected();
     Position<STAGES> stage;
     Position<PLANNED> slot;
-    const unsigned cut_full = shared_address(&shared.values_cut);
     int cut = -1, cut_phase = 0, past = 0;  // the stage to be cut, and keys of its entries past the end, an entry a lane
     const auto settle = [&] {
         if (cut < 0) return;
@@ -349,4 +357,56 @@ DEVICE int last_seen(const Tile& tile, int nth, int j, unsigned bits, int row, i
     const int entry = nth * ENTRIES + j;
     const bool is_seen = BLOCK >= KEYS || (bits >> entry & 1);
     return is_seen ? row + lane_row % TOKENS - tile.keys[entry] : -1;
+}
+
+// Replaces what keys of an edge are to rows that do not see them. `lane_row`: the first of the thread's two rows, 8
+// apart; `column`: the first of its two columns of every eight.
+DEVICE void mask(float (&x)[32], const Visits& visit, int lane_row, int column, float hidden) {
+    if (!visit.hides()) return;
+    const Tile& tile = visit.tile();
+#pragma unroll
+    for (int j = 0; j < ENTRIES; j++) {
+        int last[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            last[r] = last_seen(tile, visit.nth, j, visit.bits, visit.row, lane_row + 8 * r) - column;
+#pragma unroll
+        for (int i = 0; i < 32 / ENTRIES; i++)
+            if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) x[j * (32 / ENTRIES) + i] = hidden;
+    }
+}
+
+// Stores a warp's 16 rows of a result, each times a factor, to [B, S, H, D], as far as there are tokens: `rows_left`.
+// `first`: the place of the box's first row in [B, S, H].
+DEVICE void store_rows(const float (&x)[D / 2], const float (&factor)[2], void* to, long long first, int rows_left,
+                       const Problem& problem) {
+    const int heads = problem.kv_heads * problem.group, lane = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int own = threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4 + 8 * r;
+        uint4* row = static_cast<uint4*>(to) + (first + own % TOKENS * heads + own / TOKENS) * (D / 8);
+#pragma unroll
+        for (int j = 0; j < D / 8; j += 4) {
+            // four lanes have the words of eight columns, four times: each gets those of one
+            unsigned a[4], b[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = x + 4 * (j + i) + 2 * r;
+                a[i] = pack(pair[0] * factor[r], pair[1] * factor[r]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                const unsigned other = __shfl_xor_sync(ALL, lane % 2 ? a[i] : a[i + 1], 1);
+                b[i] = lane % 2 ? other : a[i];
+                b[i + 1] = lane % 2 ? a[i + 1] : other;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const unsigned other = __shfl_xor_sync(ALL, lane / 2 ? b[i] : b[i + 2], 2);
+                a[i] = lane / 2 ? other : b[i];
+                a[i + 2] = lane / 2 ? b[i + 2] : other;
+            }
+            if (own % TOKENS < rows_left) row[j + lane] = make_uint4(a[0], a[1], a[2], a[3]);
+        }
+    }
 }

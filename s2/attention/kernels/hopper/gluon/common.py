@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: words and rings in shared memory, bits, packed documents."""
+"""What the Gluon kernel is built of: words and rings in shared memory, packed documents."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,26 +27,6 @@ def opaque(value):
     loop shares with the code after it into the loop's preheader, which a loop of no steps skips: the code after it then
     reads registers that nothing wrote. Descriptors made from an opaque index are not shared."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def votes(flags):
-    """Of flags over the lanes of a warp (`LANES`): their bits, in every lane."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
-        "=r,r", [flags.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def count_bits(bits):
-    return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def lowest_bit(bits):
-    """Index of the lowest bit set."""
-    return count_bits((bits & -bits) - 1)
 
 
 @gluon.jit
