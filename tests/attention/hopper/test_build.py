@@ -50,8 +50,8 @@ element = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["element"]]
 block = min(case["constants"]["BLOCK"], TILE)
 tensor = torch.empty(1, TILE, TILE // block, head_dim, dtype=element)
 problem = Problem(None, block, 1.0, *tensor.shape[:3], 1, head_dim, element, tensor.device, False)
-rows, keys = (make(tensor, problem)(tensor) for make in (two_pass.Boxes.of_rows, two_pass.Boxes.of_keys))
-statistics = two_pass.Boxes.of_statistics(1)(torch.empty(1, 2 * TILE))
+rows, keys = (two_pass.describe_tiles(tensor, problem, heads)(tensor) for heads in (problem.heads_per_tile, 1))
+statistics = two_pass.describe_statistics(1)(torch.empty(1, 2 * TILE))
 
 
 def box_of(name):
@@ -242,8 +242,14 @@ def _faults(build: Build, log: str, facts: dict[str, int], listing: str) -> list
     return faults
 
 
+BUILDS = [*FORWARD, *QUERY, *ONE_PASS, *GLUON]
+FIRST = {build.kernel: build for build in reversed(BUILDS)}  # of each kernel; the others at night
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checked on machines without a GPU, which have the time")
-@pytest.mark.parametrize("build", [*FORWARD, *QUERY, *ONE_PASS, *GLUON], ids=str)
+@pytest.mark.parametrize(
+    "build", [pytest.param(b, marks=[] if b is FIRST[b.kernel] else pytest.mark.nightly, id=str(b)) for b in BUILDS]
+)
 def test_kernel_builds(build: Build, tmp_path: Path) -> None:
     nvdisasm = _nvdisasm()
     log, facts = (_gluon if build in GLUON else _cuda)(build, tmp_path)

@@ -14,6 +14,7 @@ from s2.attention.kernels.hopper import forward, support
 from s2.attention.kernels.hopper.problem import TILE
 from s2.attention.schedule import MAX_LEVELS, has_closed_form, rule_schedule
 from tests.attention import sweep
+from tests.attention.checks import call_with
 from tests.attention.hopper.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="index arithmetic, checked on machines without a GPU")
@@ -82,7 +83,7 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, head_dim,
         if not has_closed_form(pattern):
             continue
         head, layer = rng.randrange(heads), rng.randrange(30)
-        schedule = rule_schedule(pattern.key, heads, layer, 0, heads, CPU)
+        schedule = rule_schedule(call_with(pattern, heads, layer), heads, CPU)
         length = rng.choice((rng.randint(1, 2 * TILE), rng.randint(1, 40 * block), rng.randint(1, 12 * TILE)))
         mask = unit_mask(pattern, length, heads, layer)[head].T.numpy()
         # kernels may be compiled for more than a head needs: for the other heads

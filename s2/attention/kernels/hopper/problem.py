@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from ... import schedule
+from ...call import Call
 from ...kept import apart
-from ...pattern import Pattern
 from . import driver
 
 TILE = 64  # query rows of an m_block, keys of an n_block
 MAX_KEPT = 512  # of what is kept for a shape of call
-
-Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +37,12 @@ class Problem:
     packed: bool
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, pattern: Pattern, heads: Heads, scale: float, packed: bool) -> Problem:
-        rules = schedule.rule_schedule(pattern.key, k.shape[2], *heads, q.device)
+    def of(cls, q: Tensor, k: Tensor, call: Call, packed: bool) -> Problem:
+        rules = schedule.rule_schedule(call, k.shape[2], q.device)
         batch, length, num_heads, head_dim = q.shape
         return cls(
-            rules, pattern.block_size, scale, batch, length, num_heads, k.shape[2], head_dim, q.dtype, q.device, packed
+            rules, call.pattern.block_size, call.softmax_scale, batch, length, num_heads, k.shape[2], head_dim, q.dtype,
+            q.device, packed,
         )  # fmt: skip
 
     @property
@@ -64,28 +63,16 @@ class Problem:
         return num_sms(self.device)
 
     @property
-    def macros(self) -> dict[str, int]:
-        """Constants that every kernel in CUDA C++ is compiled with."""
-        rules = self.rules
-        return {
-            "D": self.head_dim,
-            "BLOCK": self.block_size,
-            "LEVELS": rules.num_levels,
-            "SINKS": rules.has_sinks,
-            "PACKED": self.packed,
-            "BF16": self.dtype == torch.bfloat16,
-        }
+    def constants(self) -> dict[str, Any]:
+        """Constants that kernels in Triton and Gluon are compiled with."""
+        rules = {"BLOCK": self.block_size, "LEVELS": self.rules.num_levels, "SINKS": self.rules.has_sinks}
+        return {"TABLE": schedule.TABLE_COLUMNS, **rules}
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """The same of those in Triton and Gluon."""
-        rules = self.rules
-        return {
-            "TABLE": schedule.TABLE_COLUMNS,
-            "BLOCK": self.block_size,
-            "LEVELS": rules.num_levels,
-            "SINKS": rules.has_sinks,
-        }
+    def macros(self) -> dict[str, int]:
+        """Constants that kernels in CUDA C++ are compiled with."""
+        own = {"D": self.head_dim, "PACKED": self.packed, "BF16": self.dtype == torch.bfloat16}
+        return own | {name: self.constants[name] for name in ("BLOCK", "LEVELS", "SINKS")}
 
 
 class BackwardTensors(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -26,49 +26,32 @@ KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
 KV_REGISTERS = 240  # of a thread of the two consumers
 
 
-@dataclass(frozen=True)
-class Boxes:
-    """Makes TMA descriptors of tensors of one shape and stride."""
-
-    shape: list[int]
-    strides: list[int]
-    box: list[int]
-    swizzle: int
-
-    @classmethod
-    def of_rows(cls, x: Tensor, problem: Problem, contiguous: bool = False) -> Boxes:
-        """`[B, S, H, D]` as `[B, H, S, D]` in m_blocks. Of x, or of contiguous tensors of its shape."""
-        return cls._of_tokens(x, problem.heads_per_tile, problem.tokens_per_tile, contiguous)
-
-    @classmethod
-    def of_keys(cls, x: Tensor, problem: Problem, contiguous: bool = False) -> Boxes:
-        """The same in key tiles of one head, or in blocks if they are smaller."""
-        return cls._of_tokens(x, 1, problem.tokens_per_tile, contiguous)
-
-    @classmethod
-    def _of_tokens(cls, x: Tensor, heads: int, tokens: int, contiguous: bool) -> Boxes:
-        batch, length, num_heads, dim = x.shape
-        strides = (length * num_heads * dim, num_heads * dim, dim) if contiguous else x.stride()
-        shape, box = [batch, num_heads, length, dim], [1, heads, tokens, dim]
-        return cls(shape, [strides[0], strides[2], strides[1], 1], box, 128)
-
-    @classmethod
-    def of_statistics(cls, rows: int) -> Boxes:
-        """`[m_blocks, 128]`, in boxes of one row."""
-        return cls([rows, 2 * TILE], [2 * TILE, 1], [1, 2 * TILE], 0)
-
-    def __call__(self, x: Tensor) -> Any:
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        layout = _layout(self.swizzle, 8 * x.element_size(), len(self.shape))
-        return TensorDescriptor(x, self.shape, self.strides, self.box, layout)
-
-
 @functools.cache
 def _layout(swizzle: int, element_bits: int, rank: int) -> Any:
     from triton.experimental.gluon import language as gl
 
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=rank)
+
+
+def _describe(shape: list[int], strides: list[int], box: list[int], swizzle: int, x: Tensor) -> Any:
+    """The TMA descriptor of a tensor as Gluon takes it."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, shape, strides, box, _layout(swizzle, 8 * x.element_size(), len(shape)))
+
+
+def describe_tiles(x: Tensor, problem: Problem, heads: int, contiguous: bool = False) -> Callable[[Tensor], Any]:
+    """Makes descriptors `[B, H, S, D]` of tensors like x `[B, S, H, D]`, or like it but contiguous, in boxes of a
+    tile's tokens of some heads."""
+    batch, length, num_heads, dim = x.shape
+    strides = (length * num_heads * dim, num_heads * dim, dim) if contiguous else x.stride()
+    shape, box = [batch, num_heads, length, dim], [1, heads, problem.tokens_per_tile, dim]
+    return functools.partial(_describe, shape, [strides[0], strides[2], strides[1], 1], box, 128)
+
+
+def describe_statistics(m_blocks: int) -> Callable[[Tensor], Any]:
+    """The same of `[m_blocks, 128]`, in boxes of one row."""
+    return functools.partial(_describe, [m_blocks, 2 * TILE], [2 * TILE, 1], [1, 2 * TILE], 0)
 
 
 def query_kernel(problem: Problem) -> driver.Kernel:
@@ -119,12 +102,12 @@ class KeyGradients:
             constants,
             (problem.dtype, problem.head_dim, problem.device),
         )
-        written = Boxes.of_keys(k, problem, contiguous=True)
+        heads, written = problem.heads_per_tile, describe_tiles(k, problem, 1, contiguous=True)
         self.descriptors = {
-            "q_desc": Boxes.of_rows(q, problem),
-            "do_desc": Boxes.of_rows(q, problem, contiguous=True),
-            "k_desc": Boxes.of_keys(k, problem),
-            "v_desc": Boxes.of_keys(v, problem),
+            "q_desc": describe_tiles(q, problem, heads),
+            "do_desc": describe_tiles(q, problem, heads, contiguous=True),
+            "k_desc": describe_tiles(k, problem, 1),
+            "v_desc": describe_tiles(v, problem, 1),
             "dk_desc": written,
             "dv_desc": written,
         }
@@ -141,7 +124,7 @@ class KeyGradients:
         if kernel is None:
             if len(self.kernels) >= MAX_KEPT:
                 self.kernels.clear()
-            kernel = self.kernels[rows] = self.make(self.descriptors | {"stats_desc": Boxes.of_statistics(rows)})
+            kernel = self.kernels[rows] = self.make(self.descriptors | {"stats_desc": describe_statistics(rows)})
         return kernel
 
     def __call__(

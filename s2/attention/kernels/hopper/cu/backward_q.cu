@@ -16,12 +16,12 @@ constexpr int WARP_ROWS = ROWS / 4;
 
 using Params = BackwardQParams;
 
-// Which of a box's rows a thread holds in products: this one and the one 8 later, and two columns of every eight.
+// Which of an m_block's rows a thread holds in products: this one and the one 8 later, and two columns of every eight.
 DEVICE int lane_row() { return threadIdx.x / WARP % 4 * WARP_ROWS + threadIdx.x % WARP / 4; }
 DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
-// The rows of a box: places of the first one in [B, S, H] and in [B, H, S], and tokens to the document's end.
-struct Box {
+// The rows of an m_block: places of the first one in [B, S, H] and in [B, H, S], and tokens to the document's end.
+struct MBlock {
     long long row, statistics;
     int rows_left;
 };
@@ -37,13 +37,13 @@ struct Outputs {
         return threadIdx.x / WARP % 4 * WARP_ROWS + i * AT_ONCE + threadIdx.x % WARP / LANES;
     }
 
-    DEVICE void load(const Box& box, const Params& params) {
+    DEVICE void load(const MBlock& m_block, const Params& params) {
         const int heads = params.problem.kv_heads * params.problem.group;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             x[i] = make_uint4(0, 0, 0, 0);
-            if (row(i) % TOKENS < box.rows_left) {
-                const long long at = box.row + row(i) % TOKENS * heads + row(i) / TOKENS;
+            if (row(i) % TOKENS < m_block.rows_left) {
+                const long long at = m_block.row + row(i) % TOKENS * heads + row(i) / TOKENS;
                 x[i] = static_cast<const uint4*>(params.out)[at * LANES + threadIdx.x % LANES];
             }
         }
@@ -80,18 +80,18 @@ struct Outputs {
 
 // `lse2` and `delta` of a thread's two rows, for the other kernel in `stats` too; rows past the end get inf and 0, and
 // add nothing. Waits for the rows, of which `gradients` is dO.
-DEVICE void statistics(const Box& box, const Params& params, float* stats, unsigned gradients, unsigned full, int phase,
-                       float (&lse2)[2], float (&delta)[2]) {
+DEVICE void statistics(const MBlock& m_block, const Params& params, float* stats, unsigned gradients, unsigned full,
+                       int phase, float (&lse2)[2], float (&delta)[2]) {
     Outputs outputs;
-    outputs.load(box, params);
+    outputs.load(m_block, params);
     float dlse[2];
     bool exists[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int own = lane_row() + 8 * r;
         const long long of_head = static_cast<long long>(own / TOKENS) * params.problem.length;
-        const long long at = box.statistics + of_head + own % TOKENS;
-        exists[r] = own % TOKENS < box.rows_left;
+        const long long at = m_block.statistics + of_head + own % TOKENS;
+        exists[r] = own % TOKENS < m_block.rows_left;
         lse2[r] = exists[r] ? params.lse[at] * LOG2E : PLUS_INFINITY;
         dlse[r] = exists[r] && params.dlse ? params.dlse[at] : 0.0f;
     }
@@ -100,7 +100,7 @@ DEVICE void statistics(const Box& box, const Params& params, float* stats, unsig
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         delta[r] = exists[r] ? delta[r] - dlse[r] : 0.0f;
-        if (threadIdx.x % 4 == 0 && box.rows_left > 0) {
+        if (threadIdx.x % 4 == 0 && m_block.rows_left > 0) {
             stats[lane_row() + 8 * r] = lse2[r];
             stats[lane_row() + 8 * r + ROWS] = delta[r];
         }
@@ -144,14 +144,14 @@ DEVICE void differentiate(unsigned (&ds)[16], const float (&probs)[32], const fl
     }
 }
 
-// Walks past positions of both rings, side by side: others may need the keys of one to get to its values.
-DEVICE void walk(int count, Position<STAGES>& ring, unsigned keys_full, unsigned keys_empty, unsigned values_full,
-                 unsigned values_empty) {
+// Skips stages of both pipelines, side by side: others may need the keys of one to get to its values.
+DEVICE void skip_stages(int count, Position<STAGES>& ring, unsigned keys_full, unsigned keys_empty,
+                        unsigned values_full, unsigned values_empty) {
 #pragma unroll 1
     for (; count > 0; count--) {
         Position<STAGES> values = ring;
-        walk(1, values, values_full, values_empty);
-        walk(1, ring, keys_full, keys_empty);
+        skip_stages(1, values, values_full, values_empty);
+        skip_stages(1, ring, keys_full, keys_empty);
     }
 }
 
@@ -174,22 +174,22 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         const Tile& tile = next.tile();
         const int token = tile.begin + next.row, head = tile.head[consumer];
         const int head_of_batch = tile.batch * heads + head;
-        const Box box = {(static_cast<long long>(tile.batch) * params.problem.length + token) * heads + head,
+        const MBlock m_block = {(static_cast<long long>(tile.batch) * params.problem.length + token) * heads + head,
                          static_cast<long long>(head_of_batch) * params.problem.length + token, tile.length - next.row};
         const int set = divide(head_of_batch, ROWS / TOKENS);
-        const long long m_block = static_cast<long long>(set) * params.m_blocks + tile.chunk + next.row / TOKENS;
+        const long long index = static_cast<long long>(set) * params.m_blocks + tile.first_m_block + next.row / TOKENS;
         float lse2[2], delta[2];
-        float* stats = params.stats + m_block * (2 * ROWS);
-        statistics(box, params, stats, gradient_base, rows_full, place.phase, lse2, delta);
+        float* stats = params.stats + index * (2 * ROWS);
+        statistics(m_block, params, stats, gradient_base, rows_full, place.phase, lse2, delta);
         const unsigned rows = operand<COLUMNS>(row_base), gradients = operand<COLUMNS>(gradient_base);
         float dq[D / 2], scores[32], dprobs[32];
         unsigned ds[16];
         int stage = -1;  // of the keys whose dS is there, -1: none
         bool add = false;
         bool exists = true;
-        // edges, one after the other
+        // partial n_blocks, one after the other
 #pragma unroll 1
-        while (next.is_edge) {
+        while (next.is_partial) {
             if (stage >= 0) {
                 wgmma_fence();
                 accumulate(dq, ds, operand<ROWS_INNER>(key_base + stage * BOX_BYTES), add);
@@ -198,7 +198,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 add = true;
                 if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);
             }
-            walk(next.skip, ring, keys_full, keys_empty, values_full, values_empty);
+            skip_stages(next.skip, ring, keys_full, keys_empty, values_full, values_empty);
             barrier_wait(keys_full + 8 * ring.index, ring.phase);
             barrier_wait(values_full + 8 * ring.index, ring.phase);
             wgmma_fence();
@@ -212,24 +212,24 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             pin(dprobs);
             if (is_first_lane) {
                 barrier_arrive(values_empty + 8 * ring.index);
-                if (next.seen == 0 && next.fulls <= 0) barrier_arrive(rows_done);
+                if (next.seen == 0 && next.num_full <= 0) barrier_arrive(rows_done);
             }
             differentiate(ds, scores, dprobs, delta);
             stage = ring.index;
             ring.advance();
             exists = next.advance();
-            if (!next.is_edge) {  // the list of edges is not read any more
+            if (!next.is_partial) {  // the list of partial n_blocks is not read any more
                 __syncwarp();
                 if (is_first_lane) barrier_arrive(shared_address(&shared.tile_empty[next.slot.index]));
             }
         }
         if (exists) {
-            // past edges of other consumers; the keys of the last own one are kept
+            // past partial n_blocks of other consumers; the keys of the last own one are kept
             static_assert(CONSUMERS - 1 <= STAGES - 2, "too few stages");
-            walk(next.skip, ring, keys_full, keys_empty, values_full, values_empty);
+            skip_stages(next.skip, ring, keys_full, keys_empty, values_full, values_empty);
             next.skip = 0;
             // counts and positions as uniform values, which the compiler keeps in uniform registers, descriptors too
-            const int count = __shfl_sync(ALL, next.fulls, 0);
+            const int count = __shfl_sync(ALL, next.num_full, 0);
             ring = uniform(ring);
             stage = __shfl_sync(ALL, stage, 0);
 #pragma unroll 1
@@ -264,9 +264,9 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         pin(dq);
         if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);
         const float factor[2] = {params.scale, params.scale};
-        store_rows(dq, factor, params.dq, box.row, box.rows_left, params.problem);
-        // edges at the end that others see
-        walk(next.skip, ring, keys_full, keys_empty, values_full, values_empty);
+        store_rows(dq, factor, params.dq, m_block.row, m_block.rows_left, params.problem);
+        // partial n_blocks at the end that others see
+        skip_stages(next.skip, ring, keys_full, keys_empty, values_full, values_empty);
         next.skip = 0;
         next.slot.advance();
         place.advance();

@@ -10,7 +10,7 @@
 // float32 sums and 16-bit factors hold. Most steps keep all maxima, need no shuffle and no rescaling.
 //
 // A consumer keeps the values of a key tile until the scores of the next one that it sees are on their way, so it must
-// not have to walk far through the ring of keys in between: `support.is_deadlock_free`.
+// not have to walk far through the pipeline of keys in between: `support.is_deadlock_free`.
 //
 // Constants: those of `rows.cuh`, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
 
@@ -160,7 +160,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         // at the beginning there are no probabilities yet (but zeros, and any values), at the end no keys to score (but
         // any)
         if (more) {
-            walk(next.skip, keys, keys_full, keys_empty);
+            skip_stages(next.skip, keys, keys_full, keys_empty);
             if (next.is_first)
                 barrier_wait(shared_address(&shared.rows_full[consumer * ROW_SLOTS + place.index]), place.phase);
             barrier_wait(keys_full + 8 * keys.index, keys.phase);
@@ -184,9 +184,9 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             top[0] = top[1] = MINUS_INFINITY;
             sum[0] = sum[1] = 0.0f;
         }
-        walk(next.skip, values, values_full, values_empty);
+        skip_stages(next.skip, values, values_full, values_empty);
         any = true;
-        if (next.is_edge) mask(scores, next, lane_row, column, MINUS_INFINITY);
+        if (next.is_partial) mask(scores, next, lane_row, column, MINUS_INFINITY);
         starts = next.is_first;
         softmax(scores, probs, top, sum, acc, scale, starts);
         if (starts) {
@@ -199,16 +199,16 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         keys.advance();
 
         // what comes after it
-        const bool was_edge = next.is_edge;
+        const bool was_partial = next.is_partial;
         is_last = !next.advance();
-        if (was_edge && !next.is_edge) {  // the list of edges is not read any more
+        if (was_partial && !next.is_partial) {  // the list of partial n_blocks is not read any more
             __syncwarp();
             if (lane == 0) barrier_arrive(shared_address(&shared.tile_empty[next.slot.index]));
         }
-        if (!is_last && !next.is_edge) {
+        if (!is_last && !next.is_partial) {
             // counts and positions as uniform values, which the compiler keeps in uniform registers, descriptors too
-            const int skip = next.skip, count = __shfl_sync(ALL, next.fulls, 0);
-            walk(skip, keys, keys_full, keys_empty);
+            const int skip = next.skip, count = __shfl_sync(ALL, next.num_full, 0);
+            skip_stages(skip, keys, keys_full, keys_empty);
             keys = uniform(keys);
             values = uniform(values);
             bool add = !starts;
@@ -228,12 +228,12 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 keys.advance();
                 values.advance();
                 if (n == 0 && skip > 0) {
-                    walk(skip, values, values_full, values_empty);
+                    skip_stages(skip, values, values_full, values_empty);
                     values = uniform(values);
                 }
             }
             starts = false;
-            next.fulls = 0;
+            next.num_full = 0;
             is_last = !next.advance();
         }
         if (is_last) {
