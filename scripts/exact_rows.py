@@ -104,7 +104,8 @@ def exact_samples(
             inside = ((columns >= begin) & (columns < end)).nonzero()[:, 0]
             if len(inside) and kv_head in chosen:
                 wanted = columns[inside]
-                for queries in torch.arange(int(wanted.min()), end, device=q.device).split(_rows_at_once(q, begin, end)):
+                after = torch.arange(int(wanted.min()), end, device=q.device)  # queries that may see them
+                for queries in after.split(max(64, PAIRS_AT_ONCE[q.device.type] // (end - begin))):
                     keys = (wanted - begin).clamp_max(int(queries[-1]) - begin)
                     later = wanted > queries[-1]
                     for is_plain in (False, True):
@@ -180,7 +181,3 @@ def _attend(mine: Sequence[Tensor], seen: _Seen, begin: int, queries: Tensor, is
     dprobs = dout @ v.T
     dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, compute).mul_(scale)
     return _Part(q, dout, probs, dscores, out, dscores @ k)
-
-
-def _rows_at_once(x: Tensor, begin: int, end: int) -> int:
-    return max(64, PAIRS_AT_ONCE[x.device.type] // (end - begin))

@@ -1,5 +1,5 @@
-"""Whether the tests notice faults: each mutation of `mutations.py` is made in a copy of the tree, one at a time, and the
-tests that should catch it are run on that copy.
+"""Whether the tests notice faults: each mutation of `mutations.py` is made in a copy of the tree, one at a time, and
+the tests that should catch it are run on that copy.
 
     python tests/mutants.py                      those that need no GPU
     python tests/mutants.py --gpu --workers 14   those of the CUDA kernels, on this machine's GPU
@@ -14,20 +14,24 @@ are not to be found, or these tests fail anyway.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where this runs as a script
@@ -35,6 +39,7 @@ sys.path.insert(0, str(ROOT))  # where this runs as a script
 from s2 import ending, files  # noqa: E402
 from tests.mutations import MUTANTS, Mutant  # noqa: E402
 
+T = TypeVar("T")
 SUFFIXES = (".py", ".cu", ".cuh")
 TIMEOUT = 240  # seconds, in which the tests of a mutant end; they take a few
 
@@ -89,9 +94,8 @@ def tests_of(mutant: Mutant, root: Path = ROOT) -> list[str]:
 
 def copy_tree(to: Path) -> None:
     """What git tracks, and what it does not and does not ignore."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
-    ).stdout  # fmt: skip
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     for name in listed.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,68 +114,112 @@ def mutated(mutant: Mutant, root: Path) -> Iterator[str]:
         files.write_text(root / name, before)
 
 
-def run_tests(root: Path, tests: Sequence[str], timeout: float) -> tuple[int | None, str]:
-    """Exit code of pytest (None: it did not end in time) and the first test that failed."""
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", *tests],
-        cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return None, f"no end within {timeout:.0f} s"
-    failed = re.search(r"^(?:FAILED|ERROR) (?:.*/)?(\S+)", said, re.MULTILINE)
-    return process.returncode, failed[1] if failed else said.strip()[-300:]
+class Runner:
+    """Runs pytest on one copy of the tree, of which it is the only user."""
+
+    def __init__(self, root: Path, timeout: float, gpu: bool) -> None:
+        self.root, self.timeout, self.gpu = root, timeout, gpu
+        self._warm: subprocess.Popen[str] | None = None
+
+    def __call__(self, tests: Sequence[str]) -> tuple[int | None, str]:
+        """Exit code of pytest (None: it did not end in time) and the first test that failed."""
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "--tb=no", *tests]
+        with tempfile.NamedTemporaryFile() as output:
+            code = (self._cold if self.gpu else self._forked)(arguments, output.name)
+            said = Path(output.name).read_text(encoding="utf-8", errors="replace")
+        if code is None:
+            return None, f"no end within {self.timeout:.0f} s"
+        failed = re.search(r"^(?:FAILED|ERROR) (?:.*/)?(\S+)", said, re.MULTILINE)
+        return code, failed[1] if failed else " ".join(said.split())[-300:]
+
+    def close(self) -> None:
+        if self._warm is not None:
+            self._warm.kill()
+            self._warm.wait()
+
+    def _cold(self, arguments: Sequence[str], output: str) -> int | None:
+        """In a new process."""
+        environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
+        with open(output, "wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *arguments],
+                cwd=self.root, env=environment, stdout=stream, stderr=stream, start_new_session=True,
+            )  # fmt: skip
+        try:
+            return process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+    def _forked(self, arguments: Sequence[str], output: str) -> int | None:
+        """In a fork of a process that has imported everything but the project (`warm_pytest.py`)."""
+        if self._warm is None or self._warm.poll() is not None:
+            self._warm = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "warm_pytest.py")],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert self._warm.stdin is not None and self._warm.stdout is not None
+        asked = {"root": str(self.root), "tests": list(arguments), "output": output}
+        print(json.dumps(asked), file=self._warm.stdin, flush=True)
+        process = int(self._warm.stdout.readline())
+        in_time, _, _ = select.select([self._warm.stdout], [], [], self.timeout)
+        if not in_time:
+            os.killpg(process, signal.SIGKILL)
+        code = int(self._warm.stdout.readline())
+        return code if in_time else None
 
 
-def try_out(mutant: Mutant, root: Path, timeout: float) -> Outcome:
+def try_out(mutant: Mutant, run: Runner) -> Outcome:
     """Run a mutant's tests on it."""
     begin = time.monotonic()
-    with mutated(mutant, root) as name:
-        code, by = run_tests(root, tests_of(mutant, root), timeout)
+    with mutated(mutant, run.root) as name:
+        code, by = run(tests_of(mutant, run.root))
     # 1: tests failed; 2: one could not be imported; less than 0: a signal has ended the process
     caught = code is None or code in (1, 2) or code < 0
     return Outcome(mutant.name, name, caught, by, time.monotonic() - begin)
 
 
-def try_all(mutants: Sequence[Mutant], workers: int, timeout: float) -> list[Outcome]:
+def try_all(mutants: Sequence[Mutant], workers: int, timeout: float, gpu: bool) -> list[Outcome]:
     """Every mutant on a copy of the tree, some at a time.
 
     Raises:
         ValueError: the tests of a mutant do not pass without it.
     """
+    runners: SimpleQueue[Runner] = SimpleQueue()
+
+    def with_a_runner(work: Callable[[Runner], T]) -> T:
+        run = runners.get()
+        try:
+            return work(run)
+        finally:
+            runners.put(run)
+
+    def shown(mutant: Mutant, run: Runner) -> Outcome:
+        outcome = try_out(mutant, run)
+        print(line(outcome), flush=True)
+        return outcome
+
+    def failure(tests: Sequence[str], run: Runner) -> str:
+        code, said = run(tests)
+        return "" if code == 0 else f"{' '.join(tests)} fails without a mutation: {said}"
+
     with tempfile.TemporaryDirectory(prefix="s2-mutants-") as folder, ThreadPoolExecutor(workers) as pool:
-        copies: SimpleQueue[Path] = SimpleQueue()
         for n in range(workers):
             copy_tree(Path(folder, str(n)))
-            copies.put(Path(folder, str(n)))
-
-        def on_a_copy(work, *arguments):
-            root = copies.get()
-            try:
-                return work(root, *arguments)
-            finally:
-                copies.put(root)
-
-        def passes(root: Path, tests: list[str]) -> str:
-            code, said = run_tests(root, tests, timeout)
-            return "" if code == 0 else f"{' '.join(tests)} fails without a mutation: {said}"
-
-        def shown(root: Path, mutant: Mutant) -> Outcome:
-            outcome = try_out(mutant, root, timeout)
-            print(line(outcome), flush=True)
-            return outcome
-
-        outcomes = pool.map(lambda mutant: on_a_copy(shown, mutant), mutants)
-        sets = {tuple(tests_of(mutant)) for mutant in mutants}
-        failures = pool.map(lambda tests: on_a_copy(passes, list(tests)), sorted(sets))
-        results = list(outcomes)
-        if failing := [failure for failure in failures if failure]:
-            raise ValueError("; ".join(failing))
-        return results
+            runners.put(Runner(Path(folder, str(n)), timeout, gpu))
+        try:
+            outcomes = pool.map(lambda mutant: with_a_runner(partial(shown, mutant)), mutants)
+            sets = sorted({tuple(tests_of(mutant)) for mutant in mutants})
+            failures = pool.map(lambda tests: with_a_runner(partial(failure, tests)), sets)
+            results = list(outcomes)
+            if failing := [text for text in failures if text]:
+                raise ValueError("; ".join(failing))
+            return results
+        finally:
+            pool.shutdown()
+            for _ in range(workers):
+                runners.get().close()
 
 
 def line(outcome: Outcome) -> str:
@@ -199,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{mutant.name:40} {'gpu' if mutant.gpu else '   '}  {file}: {' '.join(tests)}")
     if args.list:
         return ending.DONE
-    outcomes = try_all(mutants, args.workers, args.timeout)
+    outcomes = try_all(mutants, args.workers, args.timeout, args.gpu)
     if args.json:
         files.write_json(args.json, [asdict(outcome) for outcome in outcomes])
     survivors = [outcome for outcome in outcomes if not outcome.caught]

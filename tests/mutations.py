@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Mutant:
     """`old` stands once in the files of the folder (or file) `where`, and `new` takes its place.
 
-    tests: names of test files, which may go on with `::test`. gpu: only a GPU shows it.
+    tests: names of test files (`data/test_resume.py` where there are two), which may go on with `::test`. gpu: only a
+    GPU shows it.
     """
 
     name: str
@@ -476,7 +477,7 @@ _DATA = (
         "resume_forgets_the_other_ranks", "data",
         "return self._samples + micro_steps * self._rank()[1] * self.micro_batch_size",
         "return self._samples + micro_steps * self.micro_batch_size",
-        ("test_resume.py::test_two_processes_continue_what_one_began", "test_loader.py"),
+        ("data/test_resume.py::test_two_processes_continue_what_one_began", "test_loader.py"),
     ),
     Mutant(
         "resume_starts_over", "data",
@@ -575,25 +576,25 @@ _TRAINING = (
         "resume_counts_steps_as_micro_batches", "s2/training",
         'micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches',
         'micro_batches = checkpoint["global_step"]',
-        ("test_resume.py::test_gradient_accumulation_resumes_at_whole_steps",),
+        ("training/test_resume.py::test_gradient_accumulation_resumes_at_whole_steps",),
     ),
     Mutant(
         "tokens_are_counted_from_zero_after_a_resume", "s2/training",
         "return tokens + (trainer.global_step - step) * tokens_per_step(trainer)",
         "return (trainer.global_step - step) * tokens_per_step(trainer)",
-        ("test_resume.py::test_tokens_are_counted_as_they_were_trained_on",),
+        ("training/test_resume.py::test_tokens_are_counted_as_they_were_trained_on",),
     ),
     Mutant(
         "the_oldest_checkpoint_is_resumed", "s2/training",
         "for checkpoint in reversed(checkpoints):",
         "for checkpoint in checkpoints:",
-        ("test_damage.py", "test_resume.py"),
+        ("test_damage.py", "training/test_resume.py"),
     ),
     Mutant(
         "one_checkpoint_more_is_dropped", "s2/training",
         "for old in whole[:-keep]:",
         "for old in whole[: 1 - keep or None]:",
-        ("test_resume.py::test_only_the_newest_checkpoints_are_kept",),
+        ("training/test_resume.py::test_only_the_newest_checkpoints_are_kept",),
     ),
     Mutant(
         "a_checkpoint_of_other_sizes_is_whole", "s2/training",
@@ -732,13 +733,13 @@ _EVAL = (
         "wilson_is_walds_interval", "eval",
         "/ n + (_Z / (2 * n)) ** 2) / shrink",
         "/ n) / shrink",
-        ("test_needle.py", "test_heatmap.py", "test_report.py"),
+        ("test_needle.py", "test_heatmap.py", "eval/test_report.py"),
     ),
     Mutant(
         "cells_with_more_samples_count_more", "eval",
         "return float(np.mean([np.mean(scores) for scores in self.cells.values()]))",
         "return float(np.mean([score for scores in self.cells.values() for score in scores]))",
-        ("test_heatmap.py", "test_needle.py", "test_report.py"),
+        ("test_heatmap.py", "test_needle.py", "eval/test_report.py"),
     ),
     Mutant(
         "needles_lie_at_the_other_end", "eval",

@@ -132,7 +132,9 @@ def test_a_crash_is_a_row_of_its_own() -> None:
     assert sentences(a_call("whole"), crashes) == ["RuntimeError: an illegal memory access"]
 
 
-def test_the_command_ends_in_a_table_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_the_command_ends_in_a_table_and_a_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     (tmp_path / "own.yaml").write_text(RECIPE)
     arguments = [str(tmp_path / "own.yaml"), "--device", "cpu", "--max-length", "64", "--seed", "3"]
     assert verify.main(arguments) == 0
