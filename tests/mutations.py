@@ -50,7 +50,7 @@ _PATTERNS = (
         "level_end", ATTENTION,
         "(distance >= begin) & (distance < level.end)",
         "(distance >= begin) & (distance <= level.end)",
-        ("test_pattern.py", "test_kernels.py"),
+        ("test_pattern.py",),
     ),
     Mutant(
         "sinks_are_dropped", ATTENTION,
@@ -62,7 +62,7 @@ _PATTERNS = (
         "later_layers_take_the_rules_of_the_first", ATTENTION,
         "return layer % math.lcm(*turns)",
         "return 0",
-        ("test_pattern.py", "test_kept.py", "test_op.py", "test_kernels.py"),
+        ("test_pattern.py", "test_kept.py"),
     ),
     Mutant(
         "masks_of_ranges_overlap", ATTENTION,
@@ -95,7 +95,7 @@ _OP = (
         "reference_takes_the_first_queries", ATTENTION,
         "query = torch.arange(kv_len - q_len, kv_len, device=blocks.device)",
         "query = torch.arange(0, q_len, device=blocks.device)",
-        ("test_kernels.py::test_chunked_prefill_and_decoding_equal_one_pass", "test_kernels.py"),
+        ("test_kernels.py::test_sdpa_matches_the_definition",),
     ),
     Mutant(
         "reference_forgets_the_head_offset", ATTENTION,
@@ -170,7 +170,7 @@ _TRITON = (
         "triton_window_reaches_further", KERNELS,
         "causal & (query // BLOCK - block < reach_of(block, rule, LEVELS, SINKS))",
         "causal & (query // BLOCK - block <= reach_of(block, rule, LEVELS, SINKS))",
-        ("test_kernels.py",),
+        (FOLLOWS_LEVELS, "test_kernels.py::test_every_head_dimension"),
     ),
     Mutant(
         "triton_residue_off_by_one", KERNELS,
@@ -282,7 +282,7 @@ _TRITON = (
         "triton_skips_blocks_of_the_wider_level", KERNELS,
         "unit = tl.where(index < skip, index, skip + (past // keep) * ratio + 1 + past % keep)",
         "unit = tl.where(index < skip, index, skip + (past // keep) * ratio + past % keep)",
-        (FOLLOWS_LEVELS, "test_kernels.py"),
+        (FOLLOWS_LEVELS,),
     ),
 )  # fmt: skip
 

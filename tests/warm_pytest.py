@@ -12,9 +12,11 @@ that a signal has ended, less than 0). It imports nothing of the project. Not fo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 
 LIBRARIES = (
@@ -24,8 +26,10 @@ LIBRARIES = (
 
 
 def run(root: str, tests: list[str], output: str) -> int:
-    """In a process of its own."""
+    """In a process of its own, which ends with its parent."""
     os.setsid()
+    with contextlib.suppress(AttributeError):  # of Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(stream, descriptor)
