@@ -1,5 +1,5 @@
-"""From corpora to batches: sources -> tokenizer -> token shards -> mixture -> `PackedDataModule`.
+"""From corpora to batches: `corpus` -> `prepare` -> `shards` -> `datamodule`.
 
-`data.prepare` writes the shards once; everything after it is a pure function of (recipe, seed, sample index).
-Nothing here knows a model.
+`data.corpus` reads documents and tokenizes them, `data.prepare` writes token shards once, `data.shards` is what is read
+from them in training: a pure function of (recipe, seed, sample index). Nothing here knows a model.
 """

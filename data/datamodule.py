@@ -6,9 +6,7 @@ ahead.
 """
 
 import math
-import os
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +16,30 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from data.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
-from data.mixture import Component, Curriculum, Mixture, PackedStream, Passes, check_length_filter
+from data.corpus.sources import LOST
+from data.corpus.tokenizer import DROPPED, UNKNOWN
 from data.prepare import prepare
-from data.schema import differences, from_mapping, whole_number
-from data.shards import TokenShards
-from data.sources import LOST
-from data.spec import parse_sections
-from data.tokenizer import DROPPED, UNKNOWN
-from data.unigram import target_counts, unigram_loss
+from data.section import DataSection
+from data.settings import differences, read
+from data.shards.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
+from data.shards.mixture import Curriculum, Mixture, PackedStream, Passes
+from data.shards.reader import TokenShards
+from data.shards.unigram import target_counts, unigram_loss
 
 LOST_TEXT = (LOST, UNKNOWN, DROPPED)  # counted in manifests: characters of documents that did not become tokens
 WASTEFUL = 0.05  # share of empty places that is worth a warning; length filters cost some
 
 
-@dataclass(frozen=True)
-class HeldOutSet:
-    """One entry of a recipe's `validation`.
-
-    name: as it appears in the logs. path: a shard folder. source: only its documents of that source.
-    seq_len: another length than training's.
-    micro_batch_size: rows a rank and batch; by default about as many tokens as in training.
-    min_tokens, max_tokens: use only documents of that many tokens (inclusive).
-    max_windows: score only so many windows, the first of the set's fixed shuffled order: the same ones on any number
-    of ranks and with any micro-batch, so that curves compare. By default all.
-    """
-
-    name: str
-    path: str
-    source: str | None = None
-    seq_len: int | None = None
-    micro_batch_size: int | None = None
-    min_tokens: int = 0
-    max_tokens: int | None = None
-    max_windows: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("seq_len", "micro_batch_size", "max_windows"):
-            if getattr(self, key) is not None:
-                object.__setattr__(self, key, whole_number(getattr(self, key), key, least=1))
-        object.__setattr__(self, "path", os.path.expanduser(self.path))
-        check_length_filter(self)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One entry of a recipe's `curriculum`: windows of `seq_len` tokens until `tokens` have been trained on in them."""
-
-    seq_len: int
-    tokens: int
-
-    def __post_init__(self) -> None:
-        for key in ("seq_len", "tokens"):
-            object.__setattr__(self, key, whole_number(getattr(self, key), key, least=1))
-
-
 class PackedDataModule(LightningDataModule):
-    """Packed token batches from a weighted mixture of shard folders (batch layout: `data.loader`).
+    """Packed token batches from a weighted mixture of shard folders (batch layout: `data.shards.loader`).
 
     Args:
         seq_len: inputs a row.
         micro_batch_size: rows a rank and micro-step (gradient accumulation is the trainer's business).
-        mixture: list of {path, weight, source, min_tokens, max_tokens, long}, see `data.mixture.Component`.
-        validation: list of {name, path, source, seq_len, micro_batch_size, min_tokens, max_tokens, max_windows}, see
-            `HeldOutSet`.
-        curriculum: list of {seq_len, tokens}, see `Phase`; afterwards windows are `seq_len` long. A shorter window
-            shares its row with others, so batches keep their shape (`data.mixture.Curriculum`).
-        prepare: how to make the shards if they are not there, see `data.prepare.PrepareSpec`; or a list of
-            such. Without `mixture` / `validation`, the prepared train / held-out folders are used.
+        mixture, validation, curriculum: lists of `data.section.Component`, `HeldOutSet`, `Phase`. Windows of a phase
+            share a row, so batches keep their shape; after the last one windows are `seq_len` long.
+        prepare: how to make the shards if they are not there, see `data.prepare.spec.PrepareSpec`; or a list of such.
+            Without `mixture` / `validation`, the prepared train / held-out folders are used.
         seed: of the sample order.
         num_workers: reader processes a rank.
         document_mask: attention and positions stop at document borders.
@@ -108,33 +62,12 @@ class PackedDataModule(LightningDataModule):
     ):
         super().__init__()
         self.prepare_data_per_node = False  # shards lie on storage that all nodes share
-        self.seq_len = whole_number(seq_len, "data.seq_len", least=1)
-        self.micro_batch_size = whole_number(micro_batch_size, "data.micro_batch_size", least=1)
-        self.num_workers = whole_number(num_workers, "data.num_workers")
-        self.seed, self.document_mask = seed, document_mask
-        self._prepare_specs = parse_sections(prepare, "data.prepare") if prepare else []
-        folders = [spec.folders for spec in self._prepare_specs]
-        if mixture is None:
-            mixture = [{"path": str(folder["train"])} for folder in folders]
-        if validation is None:
-            heldout = [folder["heldout"] for folder in folders if "heldout" in folder]
-            names = ["heldout"] if len(heldout) == 1 else [folder.parent.name for folder in heldout]
-            validation = [{"name": n, "path": str(f)} for n, f in zip(names, heldout, strict=True)]
-        if not mixture:
-            raise ValueError("data.mixture: empty; list at least one {path, weight}, or give a `prepare` section")
-        self.components = [from_mapping(Component, c, f"data.mixture[{i}]") for i, c in enumerate(mixture)]
-        self.heldout_sets = [from_mapping(HeldOutSet, v, f"data.validation[{i}]") for i, v in enumerate(validation)]
-        names = self.validation_names
-        if duplicates := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"data.validation: the name {duplicates.pop()!r} occurs twice")
-        self.phases = [from_mapping(Phase, p, f"data.curriculum[{i}]") for i, p in enumerate(curriculum or [])]
-        for i, phase in enumerate(self.phases):
-            if self.seq_len % phase.seq_len:
-                raise ValueError(
-                    f"data.curriculum[{i}].seq_len: windows of {phase.seq_len} do not fill a row of {self.seq_len}"
-                )
-            if phase.tokens < self.seq_len:
-                raise ValueError(f"data.curriculum[{i}].tokens: {phase.tokens} is less than a row of {self.seq_len}")
+        given = {"mixture": mixture, "validation": validation, "prepare": prepare, "curriculum": curriculum}
+        given |= {"seq_len": seq_len, "micro_batch_size": micro_batch_size, "seed": seed}
+        given |= {"num_workers": num_workers, "document_mask": document_mask}
+        self.section = read(DataSection, given, "data")
+        self.seq_len, self.micro_batch_size = self.section.seq_len, self.section.micro_batch_size
+        self.components, self.heldout_sets = self.section.components, self.section.heldout_sets
         self._rows: Curriculum | None = None
         self._heldout: dict[str, PackedStream] = {}
         # Position of the run: `_samples` were consumed when the trainer, at `_counted_from` micro-steps, began to draw
@@ -147,7 +80,7 @@ class PackedDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make missing shards (global rank 0 only; the others wait)."""
-        for spec in self._prepare_specs:
+        for spec in self.section.specs:
             prepare(spec)
 
     def setup(self, stage: str | None = None) -> None:
@@ -160,39 +93,23 @@ class PackedDataModule(LightningDataModule):
                 self._last_trainer = weakref.ref(self.trainer) if self.trainer is not None else lambda: None
         if self._rows is not None:
             return
-        opened: dict[str, TokenShards] = {}
-        for path in [c.path for c in self.components] + [v.path for v in self.heldout_sets]:
-            if path not in opened:
-                opened[path] = TokenShards(path)
+        opened = {each.path: TokenShards(each.path) for each in (*self.components, *self.heldout_sets)}
         self._check_one_tokenizer(list(opened.values()))
+        phases = self.section.phases
         self._rows = Curriculum(
-            [self._mix(opened, seq_len) for seq_len in (*(phase.seq_len for phase in self.phases), self.seq_len)],
-            [phase.tokens // self.seq_len for phase in self.phases],
+            [self._mix(opened, seq_len) for seq_len in (*(phase.seq_len for phase in phases), self.seq_len)],
+            [phase.tokens // self.seq_len for phase in phases],
         )
         self._heldout = {
-            v.name: PackedStream(
-                opened[v.path],
-                v.seq_len or self.seq_len,
-                source=v.source,
-                min_tokens=v.min_tokens,
-                max_tokens=v.max_tokens,
-                where=f"data.validation[{i}]",
-            )
-            for i, v in enumerate(self.heldout_sets)
+            heldout.name: heldout.pack(opened[heldout.path], heldout.seq_len or self.seq_len, f"data.validation[{i}]")
+            for i, heldout in enumerate(self.heldout_sets)
         }
 
     def _mix(self, opened: dict[str, TokenShards], seq_len: int) -> Mixture:
         streams, weights = [], []
         for i, component in enumerate(self.components):
             for part in component.by_length():
-                stream = PackedStream(
-                    opened[part.path],
-                    seq_len,
-                    source=part.source,
-                    min_tokens=part.min_tokens,
-                    max_tokens=part.max_tokens,
-                    where=f"data.mixture[{i}]",
-                )
+                stream = part.pack(opened[part.path], seq_len, f"data.mixture[{i}]")
                 if stream.packing.waste > WASTEFUL:
                     rank_zero_warn(
                         f"data.mixture[{i}]: {stream.packing.waste:.0%} of its windows of {seq_len} tokens are empty:"
@@ -201,7 +118,7 @@ class PackedDataModule(LightningDataModule):
                     )
                 streams.append(stream)
                 weights.append(part.weight)
-        return Mixture(streams, weights, self.seed)
+        return Mixture(streams, weights, self.section.seed)
 
     @staticmethod
     def _check_one_tokenizer(folders: list[TokenShards]) -> None:
@@ -217,7 +134,7 @@ class PackedDataModule(LightningDataModule):
     @property
     def prepared(self) -> list[Path]:
         """Folders that the `prepare` sections write."""
-        return [Path(spec.output) for spec in self._prepare_specs]
+        return [Path(spec.output) for spec in self.section.specs]
 
     @property
     def rows(self) -> Curriculum:
@@ -294,8 +211,8 @@ class PackedDataModule(LightningDataModule):
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=Collate(seq_len, self.document_mask),
+            num_workers=self.section.num_workers,
+            collate_fn=Collate(seq_len, self.section.document_mask),
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -390,7 +307,7 @@ class PackedDataModule(LightningDataModule):
 
     def unigram_loss(self, name: str) -> float:
         """Loss (nats per target token) that token frequencies alone reach on held-out set `name`; comparable
-        with the model's held-out loss, see `data.unigram`."""
+        with the model's held-out loss, see `data.shards.unigram`."""
         opened = {str(stream.shards.folder): stream.shards for stream in self.mixture.streams}
         train = [(opened[str(Path(c.path))], c.source, c.weight) for c in self.components]
         return unigram_loss(train, self._heldout_stream(name))

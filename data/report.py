@@ -5,7 +5,7 @@ recipe (`key=value` arguments change it) also what its mixture makes of them.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from tokenizers import Tokenizer
 
-from data.mixture import Curriculum, Mixture, PackedStream
-from data.packing import pack
-from data.shards import TokenShards
-from data.spec import data_section, is_override
+from data.section import DataSection, data_section, parse_arguments
+from data.settings import read
+from data.shards.mixture import Curriculum
+from data.shards.packing import pack
+from data.shards.reader import TokenShards
 from s2 import ending, files
 
 KIND = "data report"
@@ -59,12 +60,10 @@ def recipe_report(recipe: str | Path, seed: int = 0, overrides: Sequence[str] = 
 
     overrides: `key=value` arguments, see `s2.recipe`.
     """
+    section = data_section(Path(recipe), overrides)
+    read(DataSection, section, f"{recipe}: data")
     from data.datamodule import PackedDataModule  # Lightning takes seconds to import
 
-    section = data_section(Path(recipe), overrides)
-    for key in ("seq_len", "micro_batch_size"):
-        if key not in section:
-            raise ValueError(f"{recipe}: missing key data.{key}")
     data = PackedDataModule(**section)
     outputs = data.prepared or [Path(data.components[0].path).parent]
     rows = data.rows
@@ -105,49 +104,41 @@ def _folder_sections(folder: Path, suffix: str, splits: dict[str, TokenShards], 
     return [
         f"Tokenizer: {tokenizer['vocab_size']:,} tokens, SHA-256 `{tokenizer['sha256'][:12]}`.",
         _table(
-            ["split", "documents", "tokens", "bytes of text", "bytes a token", "longest document"],
-            [
-                [
-                    name,
-                    f"{shards.manifest['documents']:,}",
-                    f"{shards.manifest['tokens']:,}",
-                    f"{shards.manifest['bytes']:,}",
-                    f"{shards.manifest['bytes'] / shards.manifest['tokens']:.2f}",
-                    f"{np.diff(shards.offsets).max():,} tokens",
-                ]
-                for name, shards in splits.items()
-            ],
+            {
+                "split": name,
+                **{key: shards.manifest[key] for key in ("documents", "tokens")},
+                "bytes of text": shards.manifest["bytes"],
+                "bytes a token": f"{shards.manifest['bytes'] / shards.manifest['tokens']:.2f}",
+                "longest document": f"{np.diff(shards.offsets).max():,} tokens",
+            }
+            for name, shards in splits.items()
         ),
         "### Sources",
-        _sources_table(manifest["sources"]),
+        _table(_source_row(source, manifest["tokens"]) for source in manifest["sources"]),
         *_bad_rows(manifest["sources"]),
         "### Lengths",
         "Training documents by length in tokens: how many there are, and how many tokens they hold"
         + (", in all and by source." if curves else "."),
         f"![lengths](lengths{suffix}.png)",
-        _length_table(lengths),
+        _table([_length_row(lengths)]),
         "### Packing",
         "Best-fit packing of all training documents into windows; empty is the share of places without a token, cut the"
         " share of documents that are longer than a window.",
-        _packing_table(lengths),
+        _table(_packing_row(lengths, seq_len) for seq_len in _WINDOWS),
         f"### {SAMPLES} random training documents",
         *_samples(train, seed),
     ]
 
 
-def _sources_table(sources: Sequence[dict[str, Any]]) -> str:
-    total = sum(source["tokens"] for source in sources)
-    rows = []
-    for source in sources:
-        skipped = ", ".join(f"{n:,} {why}" for why, n in source["skipped"].items())
-        where = f"`{source['path']}`" + (f" at `{source['revision'][:12]}`" if source["revision"] else "")
-        numbers = [f"{source[key]:,}" for key in ("files", "documents", "tokens")]
-        share = f"{source['tokens'] / total:.2%}"
-        rows.append(
-            [source["name"], where, *numbers, share, f"{source['bytes'] / source['tokens']:.2f}", skipped or "-"]
-        )
-    head = ["source", "path", "files", "documents", "tokens", "share of tokens", "bytes a token", "left out"]
-    return _table(head, rows)
+def _source_row(source: dict[str, Any], total: int) -> dict[str, Any]:
+    return {
+        "source": source["name"],
+        "path": f"`{source['path']}`" + (f" at `{source['revision'][:12]}`" if source["revision"] else ""),
+        **{key: source[key] for key in ("files", "documents", "tokens")},
+        "share of tokens": f"{source['tokens'] / total:.2%}",
+        "bytes a token": f"{source['bytes'] / source['tokens']:.2f}",
+        "left out": ", ".join(f"{n:,} {why}" for why, n in source["skipped"].items()) or "-",
+    }
 
 
 def _bad_rows(sources: Sequence[dict[str, Any]]) -> list[str]:
@@ -156,23 +147,17 @@ def _bad_rows(sources: Sequence[dict[str, Any]]) -> list[str]:
     return ["Bad rows that were skipped, the first of each source:", "\n".join(examples)] if examples else []
 
 
-def _length_table(lengths: np.ndarray) -> str:
-    quantiles = (0.01, 0.1, 0.5, 0.9, 0.99)
-    values = np.quantile(lengths, quantiles)
-    of_tokens = [f"{lengths[lengths >= bound].sum() / lengths.sum():.1%}" for bound in _WINDOWS]
-    return _table(
-        ["", *(f"{q:.0%}" for q in quantiles), *(f"tokens in documents >= {bound:,}" for bound in _WINDOWS)],
-        [["document length", *(f"{value:,.0f}" for value in values), *of_tokens]],
-    )
+def _length_row(lengths: np.ndarray) -> dict[str, Any]:
+    quantiles = {f"{q:.0%}": f"{np.quantile(lengths, q):,.0f}" for q in (0.01, 0.1, 0.5, 0.9, 0.99)}
+    shares = {bound: lengths[lengths >= bound].sum() / lengths.sum() for bound in _WINDOWS}
+    of_tokens = {f"tokens in documents >= {bound:,}": f"{share:.1%}" for bound, share in shares.items()}
+    return {"": "document length", **quantiles, **of_tokens}
 
 
-def _packing_table(lengths: np.ndarray) -> str:
-    rows = []
-    for seq_len in _WINDOWS:
-        packing = pack(lengths, seq_len)
-        cut = (lengths > seq_len + 1).mean()
-        rows.append([f"{seq_len:,}", f"{packing.num_windows:,}", f"{packing.waste:.3%}", f"{cut:.3%}"])
-    return _table(["window", "windows", "empty", "cut"], rows)
+def _packing_row(lengths: np.ndarray, seq_len: int) -> dict[str, Any]:
+    packing = pack(lengths, seq_len)
+    cut = (lengths > seq_len + 1).mean()
+    return {"window": seq_len, "windows": packing.num_windows, "empty": f"{packing.waste:.3%}", "cut": f"{cut:.3%}"}
 
 
 def _samples(shards: TokenShards, seed: int) -> list[str]:
@@ -220,75 +205,49 @@ def _plain(text: str) -> str:
 
 def _mixture_sections(folder: Path, rows: Curriculum) -> list[str]:
     mixture = rows.mixtures[-1]
-    sections = ["## Mixture", _mixture_table(mixture)]
-    if len(rows.mixtures) > 1:
-        ends = [*rows.begins[1:], None]
-        phases = [
-            [
-                f"{phase.streams[0].seq_len:,}",
-                f"{begin * rows.seq_len:,}",
-                "-" if end is None else f"{end * rows.seq_len:,}",
-                f"{_waste(phase):.3%}",
-            ]
-            for phase, begin, end in zip(rows.mixtures, rows.begins, ends, strict=True)
-        ]
-        sections += ["### Curriculum", _table(["window", "from token", "to token", "empty"], phases)]
-    before = _all_lengths(mixture)
     shares = mixture.quotas / mixture.quotas.sum()
-    lengths = [np.diff(s.shards.offsets)[s.documents] for s in mixture.streams]
-    after = Lengths.of(
-        "tokens after mixing",
-        np.concatenate(lengths),
-        np.concatenate([share * each / each.sum() for share, each in zip(shares, lengths, strict=True)]),
-    )
-    plot_lengths(folder / "mixture.png", [Lengths.of("tokens before mixing", before, before), after])
-    return [*sections, "![lengths before and after mixing](mixture.png)"]
-
-
-def _mixture_table(mixture: Mixture) -> str:
-    drawn = np.bincount([mixture.locate(i)[0] for i in range(MIXTURE_SAMPLES)], minlength=len(mixture.streams))
-    rows = []
-    for stream, quota, count in zip(mixture.streams, mixture.quotas, drawn, strict=True):
-        share = quota / mixture.quotas.sum()
-        epoch = stream.num_windows / share * stream.seq_len
-        rows.append(
-            [
-                f"`{stream.shards.folder}`" + (f", {stream.source}" if stream.source else ""),
-                _lengths_of(stream),
-                f"{len(stream.documents):,}",
-                f"{stream.num_tokens:,}",
-                f"{share:.1%}",
-                f"{count / MIXTURE_SAMPLES:.2%}",
-                f"{stream.packing.waste:.3%}",
-                f"{epoch:,.0f}",
-            ]
-        )
-    head = ["component", "document lengths", "documents", "tokens", "share asked"]
-    head += [f"share of the first {MIXTURE_SAMPLES:,} samples", "empty", "seen once after tokens"]
-    return _table(head, rows)
-
-
-def _lengths_of(stream: PackedStream) -> str:
-    lengths = np.diff(stream.shards.offsets)[stream.documents]
-    return f"{lengths.min():,} to {lengths.max():,}"
-
-
-def _waste(mixture: Mixture) -> float:
-    shares = mixture.quotas / mixture.quotas.sum()
-    return float(sum(share * s.packing.waste for share, s in zip(shares, mixture.streams, strict=True)))
-
-
-def _all_lengths(mixture: Mixture) -> np.ndarray:
+    drawn = mixture.drawn(MIXTURE_SAMPLES) / MIXTURE_SAMPLES
+    lengths = [np.diff(stream.shards.offsets)[stream.documents] for stream in mixture.streams]
+    components = [
+        {
+            "component": f"`{stream.shards.folder}`" + (f", {stream.source}" if stream.source else ""),
+            "document lengths": f"{each.min():,} to {each.max():,}",
+            "documents": len(stream.documents),
+            "tokens": stream.num_tokens,
+            "share asked": f"{share:.1%}",
+            f"share of the first {MIXTURE_SAMPLES:,} samples": f"{found:.2%}",
+            "empty": f"{stream.packing.waste:.3%}",
+            "seen once after tokens": f"{stream.num_windows / share * stream.seq_len:,.0f}",
+        }
+        for stream, each, share, found in zip(mixture.streams, lengths, shares, drawn, strict=True)
+    ]
+    phases = [
+        {
+            "window": phase.streams[0].seq_len,
+            "from token": begin * rows.seq_len,
+            "to token": "-" if end is None else end * rows.seq_len,
+            "empty": f"{sum(w * stream.packing.waste for w, stream in zip(shares, phase.streams, strict=True)):.3%}",
+        }
+        for phase, begin, end in zip(rows.mixtures, rows.begins, [*rows.begins[1:], None], strict=True)
+    ]
     folders = {stream.shards.folder: stream.shards for stream in mixture.streams}
-    return np.concatenate([np.diff(shards.offsets) for shards in folders.values()])
+    before = np.concatenate([np.diff(shards.offsets) for shards in folders.values()])
+    mixed = np.concatenate([share * each / each.sum() for share, each in zip(shares, lengths, strict=True)])
+    after = Lengths.of("tokens after mixing", np.concatenate(lengths), mixed)
+    plot_lengths(folder / "mixture.png", [Lengths.of("tokens before mixing", before, before), after])
+    curriculum = ["### Curriculum", _table(phases)] if len(phases) > 1 else []
+    picture = "![lengths before and after mixing](mixture.png)"
+    return ["## Mixture", _table(components), *curriculum, picture]
 
 
 # --- Tables and plots
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown; whole numbers get their commas."""
+    rows = list(rows)
+    cells = [[f"{value:,}" if isinstance(value, int) else value for value in row.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (rows[0], ["---"] * len(rows[0]), *cells))
 
 
 def plot_lengths(file: Path, curves: Sequence[Lengths]) -> None:
@@ -326,13 +285,9 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--recipe", help="recipe YAML whose data to describe, with its mixture")
     what.add_argument("--output", help="folder of prepared shards")
     parser.add_argument("--seed", type=int, default=0, help="of the random documents")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parse_arguments(parser, argv)
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: expected at least 0")
-    if strange := [text for text in overrides if not is_override(text)]:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if overrides and not args.recipe:
-        parser.error(f"{overrides[0]}: key=value arguments override keys of a --recipe")
     print(recipe_report(args.recipe, args.seed, overrides) if args.recipe else folder_report(args.output, args.seed))
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.corpus.sources import Source
 from data.shards import TokenShards
-from data.sources import Source
 from s2.model.tokenizer_files import read_tokenizer
 
 
@@ -25,7 +25,7 @@ def find_heldout(checkpoint: str | Path) -> Path:
 
 
 def read_texts(path: str | Path, text_column: str = "text") -> Iterator[str]:
-    """Documents of a shard folder, decoded with its own tokenizer, or of any corpus `data.sources` reads.
+    """Documents of a shard folder, decoded with its own tokenizer, or of any corpus `data.corpus.sources` reads.
 
     Those are .txt, .md, .jsonl (.gz and .zst too), .parquet, a folder of text files or a glob pattern.
 

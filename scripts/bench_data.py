@@ -28,11 +28,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from data.packing import pack
 from data.prepare import prepare
+from data.prepare.encoding import batches
+from data.prepare.spec import PrepareSpec
 from data.shards import ShardWriter, TokenShards, write_manifest
-from data.spec import PrepareSpec
-from data.work import batches
+from data.shards.packing import pack
 from s2 import ending, files
 
 SEQ_LEN, ROWS = 8192, 8

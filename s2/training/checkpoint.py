@@ -33,6 +33,12 @@ class Preempted(Exception):  # noqa: N818 -- not an error: the run is saved and 
     exit_code = ending.STOPPED
 
 
+class Stopped(Preempted):
+    """The run was told to stop and saves nothing."""
+
+    exit_code = ending.INTERRUPTED
+
+
 class RunCheckpoint(Checkpoint):
     """Save every `run.checkpoint_every` steps, at the end, and when told to stop.
 
@@ -97,17 +103,20 @@ class RunCheckpoint(Checkpoint):
         self._seen_step = step
         # After the last step the run goes on to its end: a checkpoint of that step says that the export is there.
         if step < trainer.max_steps and self._any_rank_signalled(trainer):
+            if self.run.checkpoint_every is None:
+                raise Stopped(f"stopped at step {step}; with run.checkpoint_every=null nothing is saved")
             self._save(trainer, pl_module)
             folder = saved.checkpoint_folder(self.checkpoints, step)
             raise Preempted(f"stopped at step {step}; the checkpoint is {folder}{self._requeue(trainer)}")
-        due = step % self.run.checkpoint_every == 0 or self._overdue
+        every = self.run.checkpoint_every
+        due = every is not None and (step % every == 0 or self._overdue)
         # weights that no step can be taken with must not take the place of those that one could be
         self._overdue = due and self.guard.in_a_row > 0
         if due and not self._overdue and step < trainer.max_steps:
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > self._saved_step:
+        if trainer.global_step > self._saved_step and self.run.checkpoint_every is not None:
             self._save(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -32,8 +32,9 @@ class Finish(Callback):
                 f"checkpoints in {self.run.folder / 'checkpoints'} are from before, logs/metrics.csv shows since when"
             )
         on_rank_zero(trainer, lambda: self._write_summary(trainer, pl_module, data))
-        hf = self.run.folder / "hf"
-        export(pl_module.model, pl_module.config, hf, data.tokenizer_file, pl_module.init_from)
+        if self.run.checkpoint_every is not None:
+            hf = self.run.folder / "hf"
+            export(pl_module.model, pl_module.config, hf, data.tokenizer_file, pl_module.init_from)
         trainer.strategy.barrier()
 
     def _write_summary(self, trainer: Trainer, module: Any, data: Any) -> None:
@@ -109,5 +110,6 @@ def closing_words(folder: Path) -> str:
             line += f" ({summary['init_from']} as it is {values['source_loss']:.4f})"
         lines.append(f"{line}, unigram {values['unigram_loss']:.4f}")
     places = {"weights": "hf", "checkpoints": "checkpoints", "metrics": "logs/metrics.csv", "plot": "loss.png"}
-    lines += [f"  {what}: {folder / place}" for what, place in places.items()]
+    there = {what: path for what, place in places.items() if (path := folder / place).is_file() or any(path.glob("*"))}
+    lines += [f"  {what}: {path}" for what, path in there.items()]
     return "\n".join(lines)

@@ -182,6 +182,8 @@ def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
     Raises:
         ValueError: the space needed and the space there is.
     """
+    if run.checkpoint_every is None:
+        return
     each = parameters * (14 if low_precision else 12)
     kept = sum(f.stat().st_size for f in (run.folder / "checkpoints").rglob("*") if f.is_file() and not f.is_symlink())
     needed = (run.keep_checkpoints + 1) * each + 2 * parameters - kept
@@ -281,7 +283,7 @@ def _out_of_memory(trainer: Trainer, module: PretrainModule, data: Any) -> str:
     phase = "setting up" if module.phase is None else module.phase.format(step=trainer.global_step + 1)
     return memory.advice(
         phase,
-        str(memory_of(module, data, trainer)),
+        f"{memory_of(module, data, trainer)}{memory.usage()}",
         module.activation_checkpointing,
         getattr(trainer.strategy, "stage", 0),
         data.micro_batch_size,

@@ -54,6 +54,21 @@ def device_is_full() -> bool:
     return free < _ALMOST_NONE * total
 
 
+def usage() -> str:
+    """What this process's GPU held at most, to stand beside the estimate; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    ours, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    others = max(total - free - torch.cuda.memory_reserved(), 0)
+    return (
+        f"; of {total / 2**30:.1f} GiB torch held at most {ours / 2**30:.1f} in tensors, {reserved / 2**30:.1f} with "
+        f"its cache, libraries and other processes {others / 2**30:.1f}"
+    )
+
+
 def advice(phase: str, estimate: str, checkpointing: str, stage: int, micro_batch_size: int, ranks: int) -> str:
     """The sentence that a run ends with.
 

@@ -32,7 +32,8 @@ class RunConfig:
         tokens_per_step: global batch in tokens. Gradient accumulation follows from it, so the same recipe takes
             the same optimizer steps on any number of GPUs. None: trainer.accumulate_grad_batches as it is.
         validate_every: optimizer steps between validations; the first and the last step are always validated.
-        checkpoint_every: optimizer steps between checkpoints; the last step always writes one.
+        checkpoint_every: optimizer steps between checkpoints; the last step always writes one. None: nothing is saved,
+            neither checkpoints nor the export, as when only rates and memory are measured.
         keep_checkpoints: newest checkpoints kept.
         max_skipped_steps: so many steps in a row whose gradient is not finite, or whose loss jumps, end the run.
         loss_spike_factor: a step whose loss is over so many times the running mean is skipped. None: none is.
@@ -46,7 +47,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
     tokens_per_step: int | float | None = None
     validate_every: int = 500
-    checkpoint_every: int = 1000
+    checkpoint_every: int | None = 1000
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
     loss_spike_factor: float | None = None
@@ -64,8 +65,9 @@ class RunConfig:
                 raise ValueError(f"run.tokens_per_step={self.tokens_per_step} is a whole number of tokens, at least 1")
             self.tokens_per_step = int(self.tokens_per_step)  # 4.2e6 is one
         for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"run.{name}={value} must be at least 1")
         if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
             raise ValueError(f"run.loss_spike_factor={self.loss_spike_factor} must be above 1, or null")
 

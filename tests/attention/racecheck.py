@@ -69,11 +69,11 @@ def elsewhere(text: str) -> collections.Counter[Place]:
 
 def run_cases(arguments: list[str]) -> int:
     """What runs under racecheck."""
-    from s2.attention.kernels.hopper import direct
+    from s2.attention.kernels.hopper import triton_launcher
     from tests.attention import sweep
 
     status = sweep.main(arguments)
-    for kernel in direct._KERNELS.values():
+    for kernel in triton_launcher._KERNELS.values():
         own = dispatch_bytes(kernel.asm["ptx"])
         if own:
             print(f"DISPATCH {kernel.metadata.name} {own.start} {own.stop}")

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from s2.attention import Pattern
-from s2.attention.kernels.hopper import cuda, launch
+from s2.attention.kernels.hopper import driver, one_pass, support
 from tests.attention.checks import Case, assert_correct
 
 DTYPES = {
@@ -73,7 +73,7 @@ def draw_case(seed: int, backend: str, kind: str, block: int, head_dim: int, pac
         block = min(block, 128)  # it takes no levels that end with larger ones
     offset, total = 0, None
     pattern = draw_pattern(rng, kind, block, kv_heads)
-    while backend == "hopper" and not launch.keeps_moving(pattern.key, head_dim):
+    while backend == "hopper" and not support.is_deadlock_free(pattern.key, head_dim):
         pattern = draw_pattern(rng, kind, block, kv_heads)
     if kind != "mixed" and rng.random() < 0.3:  # some heads of a wider layer
         offset = rng.randint(0, 5)
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (args.passes or args.every_lane) and args.backend != "hopper":
         parser.error("--passes and --every-lane are for the hopper backend")
     if args.every_lane:
-        cuda._OPTIONS = (*cuda._OPTIONS, "--define-macro=EVERY_LANE")
+        driver._OPTIONS = (*driver._OPTIONS, "--define-macro=EVERY_LANE")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 30)
     end, done, failed = time.monotonic() + 60 * args.minutes, 0, 0
     while time.monotonic() < end and (args.cases is None or done < args.cases):
@@ -111,17 +111,17 @@ def main(arguments: list[str] | None = None) -> int:
         dtype = family.choice(DTYPES[args.backend])
         block, dim = family.choice(BLOCKS), family.choice(HEAD_DIMS[args.backend])
         if args.passes == 1:
-            dim = launch._ONE_PASS_DIM
-        one_pass = dim == launch._ONE_PASS_DIM and (family.random() < 0.5 if args.passes is None else args.passes == 1)
+            dim = one_pass.HEAD_DIM
+        once = dim == one_pass.HEAD_DIM and (family.random() < 0.5 if args.passes is None else args.passes == 1)
         case = draw_case(seed + done, args.backend, kind, block, dim, packed, args.max_tokens)
         try:
-            with mock.patch.object(launch, "_takes_one_pass", return_value=one_pass):
+            with mock.patch.object(one_pass, "is_taken", return_value=once):
                 assert_correct(case, dtype, backend=args.backend, device=args.device, seed=seed + done)
         except Exception as error:
             failed += 1
             print(
                 f"FAILED --seed {seed + done}{f' --passes {args.passes}' if args.passes else ''}: {case} in {dtype}, "
-                f"{one_pass=}: {type(error).__name__}: {error}",
+                f"one_pass={once}: {type(error).__name__}: {error}",
                 flush=True,
             )
         done += 1

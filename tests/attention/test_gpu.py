@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper import launch, plans
+from s2.attention.kernels.hopper import launch
+from s2.attention.kernels.hopper import one_pass as one_pass_host
+from s2.attention.kernels.hopper.two_pass import TwoPass
 from tests.attention.checks import Case, assert_correct
 
 pytestmark = pytest.mark.gpu
@@ -222,8 +224,8 @@ def test_two_passes_divide_long_packed_documents(block, spec):
     borders = (0, *itertools.accumulate(lengths))
     case = Case(Pattern.parse(spec, block), borders[-1], borders[-1], 8, 2, 128, cu_seqlens=borders)
     assert_correct(case, torch.bfloat16, device="cuda", backend="hopper", seed=torch.seed() % (1 << 30))
-    *_, plan = plans.PLANS.values()
-    assert plan.backward.division.has_parts
+    *_, kept = launch.KEPT.values()
+    assert kept.kernels[TwoPass].scheduler.has_partials
 
 
 @hopper
@@ -236,8 +238,8 @@ def test_divided_packed_documents_repeat_bit_for_bit():
     first, *others = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(4))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    *_, plan = plans.PLANS.values()
-    assert plan.backward.division.has_parts
+    *_, kept = launch.KEPT.values()
+    assert kept.kernels[TwoPass].scheduler.has_partials
 
 
 @hopper
@@ -292,7 +294,7 @@ def test_hopper_takes_ranges_and_mixed_heads_and_views():
 @hopper
 @pytest.mark.parametrize(("block", "end"), [(64, 7), (128, None), (256, 7)])
 def test_levels_that_end_come_to_their_end(block, end):
-    """With blocks of 256 on the Triton kernels, which are the default there: `launch.most_skipped`."""
+    """With blocks of 256 on the Triton kernels, which are the default there: `support.is_deadlock_free`."""
     pattern = Pattern.from_ranges(2, [(2, 5), (4, end)], block_size=block)
     assert_correct(Case(pattern, 2560, 2560, 4, 4, 128), torch.bfloat16, device="cuda", backend=None)
 
@@ -301,7 +303,7 @@ def test_levels_that_end_come_to_their_end(block, end):
 def one_pass(monkeypatch):
     """The backward in one pass over the visible pairs, whatever the length; head dimension 128."""
     taken = []
-    monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: not taken.append(call))
+    monkeypatch.setattr(one_pass_host, "is_taken", lambda *call: not taken.append(call))
     yield taken
     assert taken, "the backward did not ask"
 

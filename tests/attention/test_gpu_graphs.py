@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper import launch, plans
+from s2.attention.kernels.hopper import launch, problem
 from s2.attention.schedule import list_schedule
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +33,8 @@ def test_reduce_overhead_gives_what_eager_gives(backend, pattern, packed, monkey
     if packed and backend == "sdpa":
         pytest.skip("sdpa reads borders on the host")
     torch._dynamo.reset()
-    monkeypatch.setattr(plans, "PLANS", {})
-    monkeypatch.setattr(plans, "_COUNTERS", {})
+    monkeypatch.setattr(launch, "KEPT", {})
+    monkeypatch.setattr(problem, "_COUNTERS", {})
     list_schedule.values.clear()
     borders = torch.tensor([0, 130, 400], device="cuda", dtype=torch.int32) if packed else None
 
@@ -71,7 +71,7 @@ def test_a_captured_graph_outlives_what_other_calls_evict(backend, pattern, monk
 
     for kept in (list_schedule, sdpa._masks):
         monkeypatch.setattr(kept, "most_bytes", 0)
-    plans.PLANS.clear()
+    launch.KEPT.clear()
     for tokens in range(64, 768, 64):  # other tables take the place of all that may go
         s2_attention(*draw(tokens, grad=False), pattern, backend=backend)
     gc.collect()

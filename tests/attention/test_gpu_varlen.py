@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper import launch
+from s2.attention.kernels.hopper import one_pass as one_pass_host
 from tests.attention.test_varlen import MISFITS, NAMES, borders_of, draw, results
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +20,7 @@ LENGTHS = [1, 63, 200, 65, 0, 700, 130, 64, 77, 1029]
 
 @pytest.fixture(params=[False, True], ids=["two passes", "one pass"])
 def one_pass(request, monkeypatch):
-    monkeypatch.setattr(launch, "_takes_one_pass", lambda *call: request.param)
+    monkeypatch.setattr(one_pass_host, "is_taken", lambda *call: request.param)
     return request.param
 
 

@@ -45,11 +45,11 @@ def test_compiles_in_one_graph_and_gives_the_same_gradients(packed):
 
 def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
     from s2.attention import op
-    from s2.attention.kernels.hopper import launch
+    from s2.attention.kernels.hopper import launch, support
 
     calls = []
     monkeypatch.setattr(op, "_default_backend", lambda q: "triton")
-    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    monkeypatch.setattr(support, "on_hopper", lambda x: True)
     monkeypatch.setattr(launch, "run_forward", lambda q, *rest: calls.append(rest) or (q * 2, q[..., 0].mT.float()))
     pattern = Pattern.parse("L1V3+sink1")
     q = torch.randn(1, 100, 2, 128, device=DEVICE, dtype=torch.bfloat16)

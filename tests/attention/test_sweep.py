@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from s2.attention.kernels.hopper import launch
-from s2.attention.kernels.hopper.launch import CHUNK
+from s2.attention.kernels.hopper import support
+from s2.attention.kernels.hopper.problem import TILE
 from tests.attention import sweep
 
 
@@ -17,18 +17,18 @@ def test_a_seed_draws_the_same_case_and_cases_differ():
     packed = [c.cu_seqlens for c in drawn if c.cu_seqlens]
     assert all(borders[0] == 0 and list(borders) == sorted(borders) for borders in packed)
     assert any(a == b for borders in packed for a, b in itertools.pairwise(borders)), "no empty document"
-    assert any(c.q_len % CHUNK for c in drawn) and all(1 <= c.q_len <= 2000 for c in drawn)
+    assert any(c.q_len % TILE for c in drawn) and all(1 <= c.q_len <= 2000 for c in drawn)
 
 
 def test_cases_of_the_hopper_kernels_are_such_as_they_take(monkeypatch):
-    monkeypatch.setattr(launch, "on_hopper", lambda x: True)
+    monkeypatch.setattr(support, "on_hopper", lambda x: True)
     for seed in range(240):
         kind, block = sweep.KINDS[seed % len(sweep.KINDS)], sweep.BLOCKS[seed // 7 % len(sweep.BLOCKS)]
         dim = (64, 128)[seed // 120]
         case = sweep.draw_case(seed, "hopper", kind, block, dim, seed % 2 == 0, 300)
         shape = (case.q_len,) if case.cu_seqlens else (case.batch, case.q_len)
         q, k = (torch.empty(*shape, heads, dim, dtype=torch.float16) for heads in (case.heads, case.kv_heads))
-        assert launch.supports(q, k, k, case.pattern, packed=bool(case.cu_seqlens))
+        assert support.supports(q, k, k, case.pattern, packed=bool(case.cu_seqlens))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="small cases in Triton's interpreter")

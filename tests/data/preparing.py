@@ -1,7 +1,7 @@
 """What the tests of preparation ask for, and what tells its results apart."""
 
+from data.prepare.spec import PrepareSpec
 from data.shards import TokenShards
-from data.spec import PrepareSpec
 
 ROWS = [{"text": f"Text of row {i}: " + "lorem ipsum dolor ✓ " * (i % 7 + 1)} for i in range(120)]
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.sources import Source
+from data.corpus.sources import Source
 
 ROWS = [
     {"text": "a", "meta": {"set": "web", "url": "http://a"}, "when": "2023-05-01T10:00:00Z", "year": 2023},

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data import remote, work
-from data.prepare import prepare
-from data.remote import Retries, SourceError
+from data.corpus import remote
+from data.corpus.remote import Retries, SourceError
+from data.corpus.tokenizer import TextTokenizer
+from data.prepare import part, prepare
+from data.prepare.spec import PrepareSpec
 from data.shards import TokenShards
-from data.spec import PrepareSpec
-from data.tokenizer import TextTokenizer
 from tests.data.hub_stand_in import HubStandIn, write_fineweb
 
 COLUMNS = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]
@@ -90,26 +90,26 @@ def test_a_hub_that_dies_is_named_and_the_work_goes_on_later_at_the_same_revisio
     asked = PrepareSpec.parse(settings("hf://owner/fineweb", tmp_path / "out"))
     with HubStandIn({"owner/fineweb": fineweb}) as hub:
         hub.patch(monkeypatch, tmp_path / "home", timeout=1.0)
-        encode, begun = work._encode, []
+        encode, begun = part._encode, []
 
-        def dies_after_three_parts(task):
+        def dies_after_three_parts(task, report):
             begun.append(task.name)
             if len(begun) == 4:
                 hub.fail(r"resolve/", 503, times=10_000)
-            return encode(task)
+            return encode(task, report)
 
         with (
             monkeypatch.context() as patch,
             pytest.raises(SourceError, match=r"hf://datasets/owner/fineweb@.*\.parquet"),
         ):
-            patch.setattr(work, "_encode", dies_after_three_parts)
+            patch.setattr(part, "_encode", dies_after_three_parts)
             prepare(asked)
     done = sorted(file.name for file in (tmp_path / "out" / "work").glob("0*.json"))
     assert done == [f"{name}.json" for name in begun[:3]]
     with HubStandIn({"owner/fineweb": fineweb}) as hub:
         hub.patch(monkeypatch, tmp_path / "home", timeout=1.0)
         again = []
-        monkeypatch.setattr(work, "_encode", lambda task: again.append(task.name) or encode(task))
+        monkeypatch.setattr(part, "_encode", lambda task, report: again.append(task.name) or encode(task, report))
         prepare(asked)
         assert again and not set(again) & set(begun[:3])
         assert not hub.bytes_sent("README"), "the dataset should not be looked up again"

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.sources import Source
+from data.corpus.sources import Source
 
 
 def ids(path, **settings):

@@ -13,19 +13,20 @@ from pathlib import Path
 
 import pytest
 
-import data.stages as stages_module
-import data.work as work_module
+import data.prepare.part as part_module
+import data.prepare.stages as stages_module
 from data.prepare import is_prepared, prepare
-from data.shards import KIND, ShardWriter, TokenShards
-from data.spec import PrepareSpec
+from data.prepare.spec import PrepareSpec
+from data.shards import ShardWriter, TokenShards
+from data.shards.reader import KIND
 from s2 import files
 from s2.ending import FailureError
 from tests.data.preparing import identities, many_parts
 
 KILLED_AT_EVERY_STEP = """
 import json, os, pathlib, signal, sys
-import data.prepare, data.shards
-from data.spec import PrepareSpec
+import data.prepare
+from data.prepare.spec import PrepareSpec
 values = json.loads(sys.argv[1])
 
 def run(step):
@@ -143,21 +144,21 @@ def test_two_processes_preparing_the_same_data_take_turns(corpora):
 
 def test_finished_parts_are_not_done_again(corpora, monkeypatch):
     asked = many_parts(corpora, corpora / "out", workers=1)
-    encode, done = work_module._encode, []
+    encode, done = part_module._encode, []
 
-    def stops_at_the_fourth(task):
+    def stops_at_the_fourth(task, report):
         if len(done) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         done.append(task.name)
-        return encode(task)
+        return encode(task, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work_module, "_encode", stops_at_the_fourth)
+        patch.setattr(part_module, "_encode", stops_at_the_fourth)
         with pytest.raises(OSError, match=r"the disk is full .*make room and run again, finished parts are kept"):
             prepare(asked)
     assert not is_prepared(asked)
     again = []
-    monkeypatch.setattr(work_module, "_encode", lambda task: again.append(task.name) or encode(task))
+    monkeypatch.setattr(part_module, "_encode", lambda task, report: again.append(task.name) or encode(task, report))
     prepare(asked)
     assert len(done) == 3 and again and not set(done) & set(again)
 
@@ -187,11 +188,11 @@ def test_a_disk_that_fills_while_a_shard_is_written_leaves_nothing_of_the_part(c
 
 @pytest.mark.parametrize("change", ["settings", "file"])
 def test_a_run_interrupted_before_any_part_was_done_may_change(corpora, monkeypatch, change):
-    def interrupted(task):
+    def interrupted(task, report):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(work_module, "_encode", interrupted)
+        patch.setattr(part_module, "_encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(many_parts(corpora, corpora / "out", workers=1))
     files.make_folder(corpora / "out" / "train", KIND)
@@ -209,16 +210,16 @@ def test_a_run_interrupted_before_any_part_was_done_may_change(corpora, monkeypa
 
 def interrupt_after(parts, monkeypatch, asked):
     """Prepare until some parts are done, then fail."""
-    encode, done = work_module._encode, []
+    encode, done = part_module._encode, []
 
-    def fails(task):
+    def fails(task, report):
         if len(done) == parts:
             raise KeyboardInterrupt
         done.append(task.name)
-        return encode(task)
+        return encode(task, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work_module, "_encode", fails)
+        patch.setattr(part_module, "_encode", fails)
         with pytest.raises(KeyboardInterrupt):
             prepare(asked)
     return done
@@ -226,9 +227,9 @@ def interrupt_after(parts, monkeypatch, asked):
 
 def prepare_again(asked, monkeypatch):
     """Prepare; the names of the parts that were encoded."""
-    again, encode = [], work_module._encode
+    again, encode = [], part_module._encode
     with monkeypatch.context() as patch:
-        patch.setattr(work_module, "_encode", lambda task: again.append(task.name) or encode(task))
+        patch.setattr(part_module, "_encode", lambda task, report: again.append(task.name) or encode(task, report))
         prepare(asked)
     return again
 
@@ -304,8 +305,8 @@ def test_duplicates_are_judged_again_after_a_change_but_scanned_only_where_files
     interrupt_after(3, monkeypatch, asked)
     text = json.loads((corpora / "a" / "3.jsonl").read_text().splitlines()[0])
     (corpora / "a" / "0.jsonl").write_text(json.dumps(text) + "\n")  # so the later one is the duplicate now
-    scanned, scan = [], work_module.scan
-    monkeypatch.setattr(work_module, "scan", lambda documents, settings: scanned.append(1) or scan(documents, settings))
+    scanned, scan = [], part_module.scan
+    monkeypatch.setattr(part_module, "scan", lambda documents, settings: scanned.append(1) or scan(documents, settings))
     prepare(asked)
     assert len(scanned) == 1
     prepare(replace(asked, output=str(corpora / "whole")))
@@ -379,5 +380,5 @@ def test_a_worker_that_dies_is_reported(corpora, monkeypatch):
         prepare(many_parts(corpora, corpora / "out", workers=2))
 
 
-def die(task):
+def die(task, report):
     os.kill(os.getpid(), signal.SIGKILL)

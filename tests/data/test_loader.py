@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.datamodule import PackedDataModule
-from data.loader import Collate, HeldOutSampler, TrainSampler
+from data.shards.loader import Collate, HeldOutSampler, TrainSampler
 from tests.data.shard_factory import random_documents, write_shards
 
 LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]
@@ -183,7 +183,7 @@ def test_workers_do_not_change_the_order(folders):
 
 
 def test_wrong_settings_name_their_key(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"data\.mixture\[0\]: unknown key 'wieght'; known keys: path, weight"):
+    with pytest.raises(ValueError, match=r"data\.mixture\[0\]: unknown key 'wieght'; .* \(did you mean 'weight'\?\)"):
         datamodule(folders, mixture=[{"path": "x", "wieght": 1}])
     with pytest.raises(ValueError, match=r"data\.validation\[0\]: missing key 'name'"):
         datamodule(folders, validation=[{"path": "x"}])

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.mixture import Component, Curriculum, Mixture, PackedStream
-from data.permutation import Permutation
-from data.quotas import PERIOD, Quotas
+from data.section import Component
 from data.shards import TokenShards
+from data.shards.mixture import Curriculum, Mixture, PackedStream
+from data.shards.permutation import Permutation
+from data.shards.quotas import PERIOD, Quotas
 from tests.data.shard_factory import random_documents, write_shards
 
 LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]
@@ -193,15 +194,15 @@ def test_passes_add_up_over_the_phases_of_a_curriculum(curriculum):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": 0}, "weight: 0, expected a positive number"),
+        ({"weight": 0}, "weight: expected a positive number, got 0"),
         *(
-            ({"weight": w}, "weight: .*, expected a positive number")
+            ({"weight": w}, "weight: expected a (positive )?number, got")
             for w in (-1, float("nan"), float("inf"), "1", True)
         ),
         ({"min_tokens": 10, "max_tokens": 5}, "max_tokens: 5 is below min_tokens 10, so no document is left"),
         ({"min_tokens": "many"}, "min_tokens: expected a whole number"),
         ({"long": {"min_tokens": 8}}, "long: missing key 'share'"),
-        ({"long": {"min_tokens": 8, "share": 1.0}}, "share: 1.0, expected a number between 0 and 1"),
+        ({"long": {"min_tokens": 8, "share": 1.0}}, "long.share: expected a number between 0 and 1, got 1.0"),
         ({"long": {"min_tokens": 8, "share": "half"}}, "long.share: expected a number, got 'half'"),
         ({"long": {"min_tokens": 8, "share": 0.5}, "max_tokens": 7}, "leaves no short or no long documents"),
         ({"long": {"min_tokens": 8, "share": 0.5}, "min_tokens": 8}, "leaves no short or no long documents"),
@@ -209,15 +210,12 @@ def test_passes_add_up_over_the_phases_of_a_curriculum(curriculum):
 )
 def test_wrong_component_settings_name_the_key(settings, message):
     with pytest.raises(ValueError, match=message):
-        Component("x", **settings)
+        Component(path="x", **settings)
 
 
 def test_upsampling_long_documents_keeps_the_share_of_the_component():
-    plain, short, long = [
-        part
-        for component in (Component("web", 3), Component("books", 1, long={"min_tokens": 100, "share": 0.7}))
-        for part in component.by_length()
-    ]
+    books = Component(path="books", long={"min_tokens": 100, "share": 0.7})
+    plain, short, long = [part for each in (Component(path="web", weight=3), books) for part in each.by_length()]
     assert (plain.path, plain.weight) == ("web", 3)
     assert short.weight + long.weight == pytest.approx(1) and long.weight == pytest.approx(0.7)
     assert (short.min_tokens, short.max_tokens, long.min_tokens, long.max_tokens) == (0, 99, 100, None)
@@ -268,7 +266,7 @@ def test_shares_of_ten_thousand_samples_are_within_half_a_percent(mixture, weigh
 def test_more_shards_than_a_process_may_open_files(tmp_path, monkeypatch):
     import resource
 
-    import data.shards as shards_module
+    import data.shards.reader as shards_module
 
     documents = random_documents([20] * 300, seed=5)
     folder = write_shards(tmp_path / "many", documents, shard_tokens=20)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare import is_prepared, main, prepare
+from data.prepare import is_prepared, prepare
+from data.prepare.cli import main
 from data.shards import DamagedShardsError, TokenShards
 from s2 import ending, files
 from tests.data.preparing import spec

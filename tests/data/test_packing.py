@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import data.packing as packing_module
-from data.packing import best_fit_decreasing, pack
+import data.shards.packing as packing_module
+from data.shards.packing import best_fit_decreasing, pack
 
 
 def one_by_one(lengths, capacity):

@@ -1,7 +1,7 @@
 """Plans of interrupted preparations: parts stay what they were, as far as their files do."""
 
-from data.plan import _renumbered
-from data.sources import Source
+from data.corpus.sources import Source
+from data.prepare.plan import _renumbered
 
 
 def parts_of(folder, part_bytes):
@@ -24,22 +24,27 @@ def test_without_a_change_every_part_stays_as_it_is(tmp_path):
     assert _renumbered(parts_of(tmp_path, 1000), old) == old
 
 
-def test_files_that_shared_a_part_share_it_still(tmp_path):
-    write(tmp_path, a=300, c=600, d=300, e=600, g=300, i=600)
+def test_parts_whose_files_stand_together_keep_their_numbers(tmp_path):
+    write(tmp_path, a=300, c=600, d=300, e=600, g=300, i=600, k=300, m=600)
     old = [(number + 3, part) for number, part in enumerate(parts_of(tmp_path, 1000))]
-    assert files(old) == [(3, ["a", "c"], None), (4, ["d", "e"], None), (5, ["g", "i"], None)]
-    write(tmp_path, a=10, b=20, f=700, h=2100, z=5)  # a shrinks; b, f, h and z are new
+    assert files(old) == [
+        (3, ["a", "c"], None),
+        (4, ["d", "e"], None),
+        (5, ["g", "i"], None),
+        (6, ["k", "m"], None),
+    ]
+    write(tmp_path, a=10, h=2100, z=5)  # a shrinks; h and z are new
     (tmp_path / "e.jsonl").unlink()
     new = _renumbered(parts_of(tmp_path, 1000), old)
     assert files(new) == [
-        (3, ["a", "b", "c"], None),
-        (4, ["d"], None),
-        (6, ["f"], None),
-        (5, ["g"], None),
-        (7, ["h"], (0, 700)),
-        (8, ["h"], (700, 1400)),
-        (9, ["h"], (1400, 2100)),
-        (10, ["i"], None),  # what stands between two files divides their part
-        (11, ["z"], None),
+        (3, ["a", "c"], None),
+        (7, ["d"], None),
+        (8, ["g"], None),  # what stands between two files divides their part
+        (9, ["h"], (0, 700)),
+        (10, ["h"], (700, 1400)),
+        (11, ["h"], (1400, 2100)),
+        (12, ["i"], None),
+        (6, ["k", "m"], None),
+        (13, ["z"], None),
     ]
-    assert [part.size for _, part in new] == [630, 300, 700, 300, 700, 700, 700, 600, 5]
+    assert [part.size for _, part in new] == [610, 300, 300, 700, 700, 700, 600, 900, 5]

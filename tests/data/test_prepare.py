@@ -5,22 +5,24 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-import data.prepare as prepare_module
-import data.work as work_module
+import data.prepare.part as part_module
+import data.prepare.run as prepare_module
+from data.corpus.sample import sample_texts
+from data.corpus.sources import Source
+from data.corpus.tokenizer import TextTokenizer
 from data.datamodule import PackedDataModule
-from data.prepare import changed_sources, is_prepared, main, prepare
-from data.sample import sample_texts
+from data.prepare import changed_sources, is_prepared, prepare
+from data.prepare.cli import main
+from data.prepare.spec import PrepareSpec
+from data.section import DataSection
 from data.shards import TokenShards
-from data.sources import Source
-from data.spec import DATAMODULE_KEYS, PrepareSpec
-from data.tokenizer import TextTokenizer
 from tests.data.preparing import ROWS, identities, many_parts, spec
 
 
@@ -162,7 +164,7 @@ def test_a_first_document_beyond_the_limit_is_taken(corpus, tmp_path):
 
 
 def test_a_wrong_column_in_the_last_source_shows_before_any_work(corpora, monkeypatch):
-    monkeypatch.setattr(work_module, "_encode", lambda task: pytest.fail("nothing should be encoded"))
+    monkeypatch.setattr(part_module, "_encode", lambda *a: pytest.fail("nothing should be encoded"))
     sources = [str(corpora / "a" / "*.jsonl"), {"path": str(corpora / "b" / "*.jsonl"), "text_column": "body"}]
     with pytest.raises(ValueError, match=r"b/0\.jsonl has no column 'body'; it has: text"):
         prepare(spec(None, corpora / "out", sources=sources, workers=1))
@@ -197,8 +199,9 @@ def test_empty_and_100_mb_documents(tmp_path):
 def test_a_source_without_documents_is_named(corpora):
     (corpora / "empty.jsonl").write_text("\n\n")
     (corpora / "blank.jsonl").write_text('{"text": ""}\n')
-    for name, why in (("empty", "it has no rows"), ("blank", r"1 short")):
-        with pytest.raises(ValueError, match=rf"{name}\.jsonl': no documents \({why}\)"):
+    whys = {"empty": "it has no rows", "blank": "no document is left of it; left out: 1 shorter than min_chars"}
+    for name, why in whys.items():
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl': {why}"):
             prepare(spec(None, corpora / name, sources=[str(corpora / f"{name}.jsonl")], heldout_fraction=0))
 
 
@@ -288,22 +291,22 @@ def test_a_single_document_is_refused_before_it_is_tokenized(tmp_path, monkeypat
             r"prepare\.sources\[0\]: unknown key 'pth'; known keys: path.* \(did you mean 'path'\?\)",
         ),
         ({"sources": [{"format": "text"}]}, r"prepare\.sources\[0\]: missing key 'path'"),
-        ({"heldout_fraction": 1.0}, r"heldout_fraction: 1\.0 is not in \[0, 1\)"),
+        ({"heldout_fraction": 1.0}, r"heldout_fraction: expected a number of \[0, 1\), got 1\.0"),
         ({"tokenizer": {}}, r"prepare\.tokenizer: expected exactly one of"),
         ({"shard_tokens": 0}, r"shard_tokens: expected a whole number >= 1"),
         ({"out": "x"}, "prepare: unknown key 'out'"),
         ({"workers": 0}, r"prepare\.workers: expected a whole number >= 1"),
         ({"deduplicate": "fuzzy"}, r"prepare\.deduplicate: unknown 'fuzzy'; known: exact, near"),
-        ({"deduplicate": {"threshold": 2}}, r"prepare\.deduplicate: threshold: 2 is not in \(0, 1\)"),
-        ({"deduplicate": {"threshold": 0.999, "permutations": 16}}, r"deduplicate: threshold: 0\.999 with 16 perm"),
+        ({"deduplicate": {"threshold": 2}}, r"deduplicate\.threshold: expected a number between 0 and 1, got 2"),
+        ({"deduplicate": {"threshold": 0.999, "permutations": 16}}, r"deduplicate\.threshold: 0\.999 with 16 perm"),
         ({"heldout_fraction": "a tenth"}, r"prepare\.heldout_fraction: expected a number, got 'a tenth'"),
         ({"seed": "x"}, r"prepare\.seed: expected a whole number, got 'x'"),
         ({"shard_tokens": "5e6"}, r"prepare\.shard_tokens: expected a whole number, got '5e6'"),
         ({"sources": [{"path": 5}]}, r"prepare\.sources\[0\]\.path: expected text, got 5"),
-        ({"sources": [{"path": "x", "keep": 3}]}, r"prepare\.sources\[0\]: keep: expected a mapping"),
+        ({"sources": [{"path": "x", "keep": 3}]}, r"prepare\.sources\[0\]\.keep: expected a mapping"),
         (
             {"sources": [{"path": "x", "on_bad_row": "no"}]},
-            r"sources\[0\]: on_bad_row: expected stop or skip, got 'no'",
+            r"sources\[0\]\.on_bad_row: expected stop or skip, got 'no'",
         ),
         ({"on_bad_row": "warn"}, r"prepare\.on_bad_row: expected stop or skip, got 'warn'"),
         ({"tokenizer": {"path": 5}}, r"prepare\.tokenizer\.path: expected text, got 5"),
@@ -378,7 +381,7 @@ def test_shards_of_plain_sources_are_those_of_a_recipe_with_overrides(corpus, tm
 
 
 def test_the_known_keys_of_data_are_those_of_the_datamodule():
-    assert tuple(inspect.signature(PackedDataModule).parameters) == DATAMODULE_KEYS
+    assert set(inspect.signature(PackedDataModule).parameters) == {field.name for field in fields(DataSection)}
 
 
 def test_a_folder_with_a_tokenizer_counts_as_its_file(corpus, tmp_path):
@@ -478,13 +481,13 @@ def test_a_wrong_tokenizer_shows_before_the_corpus_is_read(corpus, tmp_path, mon
 
 
 def test_a_trained_tokenizer_has_only_its_own_special_tokens(corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer: eos: '</s>' is none of a trained tokenizer's"):
+    with pytest.raises(ValueError, match=r"tokenizer\.eos: '</s>' is none of a trained tokenizer's"):
         spec(corpus, tmp_path, tokenizer={"train": {"vocab_size": 300}, "eos": "</s>"})
 
 
 @pytest.mark.parametrize("path", ["", " ", "hf://"])
 def test_a_source_without_a_path_is_refused(tmp_path, path):
-    with pytest.raises(ValueError, match=rf"sources\[0\]: path: expected a file, a folder or a dataset, got '{path}'"):
+    with pytest.raises(ValueError, match=rf"sources\[0\]\.path: expected a file, a folder or a dataset, got '{path}'"):
         spec(None, tmp_path / "out", sources=[path])
 
 

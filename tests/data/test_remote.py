@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data import remote
-from data.remote import Retries, SourceError, hub_files, open_remote, remote_size
-from data.sources import Source
+from data.corpus import remote
+from data.corpus.remote import Retries, SourceError, hub_files, open_remote, remote_size
+from data.corpus.sources import Source
 from tests.data.hub_stand_in import HubStandIn, fineweb_rows, write_fineweb
 
 FIRST = "data/CC-MAIN-2024-10/000_00000.parquet"
@@ -293,7 +293,7 @@ def test_other_protocols_go_through_fsspec(monkeypatch):
 
 def test_a_new_process_needs_only_the_environment_and_no_torch(hub, tmp_path):
     program = (
-        "import sys; from data.remote import hub_files, open_remote\n"
+        "import sys; from data.corpus.remote import hub_files, open_remote\n"
         "files = hub_files('owner/fineweb', 'sample-10BT', 'train', None).files\n"
         "print(len(open_remote(files[0]).read()), 'torch' in sys.modules)"
     )

@@ -47,7 +47,7 @@ def test_the_command_takes_overrides_of_a_recipe_and_names_wrong_keys(prepared, 
     with pytest.raises(ValueError, match=r"unknown key data\.seqlen on the command line; did you mean data\.seq_len\?"):
         main(["--recipe", str(recipe), "data.seqlen=3"])
     recipe.write_text(yaml.safe_dump({"data": {"init_args": {"seq_len": 64}}}))
-    with pytest.raises(ValueError, match=r"recipe\.yaml: missing key data\.micro_batch_size"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml: data: missing key 'micro_batch_size'"):
         main(["--recipe", str(recipe)])
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data.reserved import settings_of, text_encoder
-from data.tokenizer import DROPPED, UNKNOWN, TextTokenizer, save_tokenizer_json
+from data.corpus.reserved import settings_of, text_encoder
+from data.corpus.tokenizer import DROPPED, UNKNOWN, TextTokenizer, save_tokenizer_json
 
 LETTERS = list("</s>abcde|tx ")
 TEXT = "a</s>b<s> </S> <|endoftext|>"

@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from data import retrieval
+from data.corpus import retrieval
+from data.corpus.retrieval import Retrieval, document
+from data.corpus.sources import Source
 from data.prepare import prepare
-from data.retrieval import Retrieval, document
+from data.prepare.spec import PrepareSpec
 from data.shards import TokenShards
-from data.sources import Source
-from data.spec import PrepareSpec
 from eval import haystack
 from eval.tasks import passkey
 
@@ -119,8 +119,8 @@ def test_prepares_like_any_source_beside_the_corpus_it_is_filled_from(filler, tm
     "settings,message",
     [
         ({"documents": 0, "facts": [1, 2]}, "documents: expected a whole number >= 1, got 0"),
-        ({"documents": 5, "facts": [3, 2]}, r"facts: expected 1 <= least <= most <= 1,000, got \[3, 2\]"),
-        ({"documents": 5, "facts": 3}, r"facts: expected \[least, most\], got 3"),
+        ({"documents": 5, "facts": [3, 2]}, r"facts: expected \[least, most\] with 1 <= least <= most <= 1,000, got"),
+        ({"documents": 5, "facts": 3}, r"facts: expected a list, got 3"),
         ({"documents": 5, "facts": [1, 2], "chars": [10, 20]}, "chars and filler belong together"),
         ({"documents": 5, "facts": [1, 2], "fillers": "x"}, "unknown key 'fillers'"),
         (None, "settings of a source with `path: retrieval`"),

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import sample
-from data.sample import sample_texts
-from data.sources import Source
-from data.tokenizer import TextTokenizer, train_tokenizer
+from data.corpus import sample
+from data.corpus.sample import sample_texts
+from data.corpus.sources import Source
+from data.corpus.tokenizer import TextTokenizer, train_tokenizer
 
 KINDS = ["jsonl", "jsonl.gz", "parquet", "txt"]
 

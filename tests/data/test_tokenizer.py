@@ -16,8 +16,8 @@ from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor, Sente
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 from tokenizers import Tokenizer, models
 
-import data.tokenizer
-from data.tokenizer import BOS, EOS, TextTokenizer, TokenizerSpec, save_tokenizer_json, train_tokenizer
+import data.corpus.tokenizer
+from data.corpus.tokenizer import BOS, EOS, TextTokenizer, TokenizerSpec, save_tokenizer_json, train_tokenizer
 
 SOURCE = Path(textwrap.__file__).read_text(encoding="utf-8")
 TEXTS = [f"def function_{i}(x):\n    return x + {i}  # naïve ✓\n" for i in range(200)]
@@ -121,10 +121,10 @@ def test_wrong_tokenizer_settings_name_the_key(settings, message):
 
 @given(text=st.text(alphabet="ab1'! \n\r\t\x0b\x1c\x85\u2028\u3000\u180eé漢🙂sS", max_size=40), chars=st.integers(1, 4))
 def test_cutting_a_long_text_divides_it_as_the_pre_tokenizer_does(text, chars):
-    split = data.tokenizer._pre_tokenizer().pre_tokenize_str
+    split = data.corpus.tokenizer._pre_tokenizer().pre_tokenize_str
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(data.tokenizer, "_PIECE_CHARS", chars)
-        pieces = list(data.tokenizer._pieces(text))
+        pieces = list(data.corpus.tokenizer._pieces(text))
     assert "".join(pieces) == text
     assert [word for piece in pieces for word, _ in split(piece)] == [word for word, _ in split(text)]
 

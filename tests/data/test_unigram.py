@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from data.mixture import PackedStream
 from data.shards import TokenShards
-from data.unigram import unigram_loss
+from data.shards.mixture import PackedStream
+from data.shards.unigram import unigram_loss
 from tests.data.shard_factory import VOCAB_SIZE, random_documents, write_shards
 
 

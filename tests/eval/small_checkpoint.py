@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import train_tokenizer
+from data.corpus.tokenizer import train_tokenizer
 from s2.model.config import ModelConfig
 from s2.model.hf import save_pretrained
 from s2.model.transformer import Transformer

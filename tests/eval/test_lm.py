@@ -11,8 +11,8 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from data.corpus.tokenizer import TextTokenizer
 from data.shards import ShardWriter, write_manifest
-from data.tokenizer import TextTokenizer
 from eval.lm import S2LM, evaluate, main, stock_index, table
 from eval.local_tasks import write_local_tasks
 from tests.eval.small_checkpoint import make_checkpoint, prose

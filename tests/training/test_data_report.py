@@ -4,10 +4,10 @@ import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from data.corpus.sources import LOST
+from data.corpus.tokenizer import DROPPED, UNKNOWN
 from data.datamodule import PackedDataModule
 from data.prepare import prepare
-from data.sources import LOST
-from data.tokenizer import DROPPED, UNKNOWN
 from s2.training.report import data_report
 from tests.data.preparing import spec
 from tests.data.shard_factory import random_documents, write_shards

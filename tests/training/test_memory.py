@@ -70,3 +70,20 @@ def test_advice_names_only_what_can_still_be_turned(
     text = memory.advice("step 1", "1 GiB", checkpointing, stage, 1, ranks)
     turns = text.split("In this order: ")[1].split("; ")
     assert first in turns[0] and absent not in text
+
+
+def test_what_the_gpu_held_is_said_in_gibibytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.usage() == "" or torch.cuda.is_available()
+    gib = 2**30
+    for name, value in {
+        "is_available": True,
+        "is_initialized": True,
+        "mem_get_info": (4 * gib, 140 * gib),
+        "max_memory_allocated": 110 * gib,
+        "max_memory_reserved": 126 * gib,
+        "memory_reserved": 120 * gib,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    text = memory.usage()
+    assert "of 140.0 GiB" in text and "110.0 in tensors" in text and "126.0 with its cache" in text
+    assert text.endswith("other processes 16.0")

@@ -267,3 +267,18 @@ def test_torchs_own_words_for_a_full_disk_count_only_on_one(tmp_path: Path, monk
     assert not saved.disk_is_full(error, tmp_path)
     monkeypatch.setattr(saved, "_ALMOST_FULL", 1 << 62)
     assert saved.disk_is_full(error, tmp_path)
+
+
+def test_a_run_that_saves_nothing_needs_no_room_and_keeps_its_figures(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    usage = shutil.disk_usage(folder)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert train(folder, stage="roomy")[0] == ending.BAD_INPUT
+    assert "run.keep_checkpoints=2" in capsys.readouterr().err
+    code, run = train(folder, "run.checkpoint_every=null", stage="unsaved")
+    assert code == 0 and curve(run) == curve(uninterrupted)
+    assert not (run / "hf").exists() and not any((run / "checkpoints").iterdir())
+    assert json.loads((run / "summary.json").read_text())["step"] == 6
+    said = capsys.readouterr().out
+    assert "metrics:" in said and "checkpoints:" not in said and "weights:" not in said

@@ -1,116 +1,117 @@
-"""Host side of the backward in one pass over the visible pairs (`backward.cu`), and of the passes over rows around it
-(`passes.cu`)."""
+"""Host of the backward in one pass over the visible pairs (`cu/backward.cu`), and of the passes over rows before and
+after it (`cu/prepost.cu`)."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..triton.documents import Fill
 from ..triton.forward import LOG2E
-from . import cuda, plans, structs
-from .columns import CHUNK
-from .division import Division
+from . import driver, params
+from .problem import MAX_KEPT, TILE, BackwardTensors, Maps, Problem, counter_of, stream_of
+from .scheduler import Scheduler, mean_n_blocks
+from .varlen import Documents
 
-CHUNKS = 4  # of a work item, two of either thread block of a cluster (chunks.cuh)
+HEAD_DIM = 128  # of `cu/backward.cu`
+N_BLOCKS = 4  # of a work item, two of either thread block of a cluster (cu/n_blocks.cuh)
 _CONSUMERS = 2
 _CLUSTER = 2
-_REGISTERS = 240  # of a consumer's thread
+_CONSUMER_REGISTERS = 240  # of a thread
 _PRODUCER_REGISTERS = 24  # with two consumers' all that a thread block has
-_BOXES = 3  # of rows, that a thread block of the passes over packed documents takes
-_PASS_THREADS = 256
+_M_BLOCKS = 3  # m_blocks that a thread block of the passes over packed documents takes
+_PREPOST_THREADS = 256
+_MANY_N_BLOCKS = 23  # that an m_block sees: from there on one pass over the pairs is faster than two
+_MANY_SHARED = 17  # the same with four query heads to a KV head and more
 
 
-def backward_kernel(
-    dtype: torch.dtype, head_dim: int, block: int, levels: int, sinks: bool, packed: bool
-) -> cuda.Kernel:
+@functools.lru_cache(MAX_KEPT)
+def _sees_many(problem: Problem, length: int) -> bool:
+    mean = mean_n_blocks(problem.rules.rows, problem.rules.num_levels, length, problem.block_size)
+    return mean >= (_MANY_SHARED if problem.group >= 4 else _MANY_N_BLOCKS)
+
+
+def is_taken(problem: Problem, cu_seqlens: Tensor | None) -> bool:
+    """Whether the backward goes over the visible pairs once: where queries see many keys, and if
+    `torch.use_deterministic_algorithms` has not been called. Of packed documents the mean length counts, since borders
+    are on the device: a long one among many short ones is taken for short."""
+    if problem.head_dim != HEAD_DIM or torch.are_deterministic_algorithms_enabled():
+        return False
+    documents = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
+    return _sees_many(problem, max(problem.length // documents, 1))
+
+
+def backward_kernel(problem: Problem) -> driver.Kernel:
     constants = {
-        **plans.macros_of(dtype, head_dim, block, levels, sinks, packed),
-        "CONSUMER_REGISTERS": _REGISTERS,
+        **problem.macros,
+        "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
-    source = Path(__file__).with_name("backward.cu")
-    shared_bytes = structs.backward_shared_bytes(head_dim)
-    return cuda.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, shared_bytes)
+    source = driver.SOURCES / "backward.cu"
+    return driver.Kernel(source, "attention_backward", constants, (_CONSUMERS + 1) * 128, params.HEADERS)
 
 
-def pass_kernel(name: str, dtype: torch.dtype, head_dim: int, block: int, packed: bool) -> cuda.Kernel:
-    """`statistics` or `round`, whatever the rules."""
-    constants = {**plans.macros_of(dtype, head_dim, block, 0, False, packed), "BOXES": _BOXES if packed else 1}
-    return cuda.Kernel(Path(__file__).with_name("passes.cu"), f"attention_{name}", constants, _PASS_THREADS, 0)
+def prepost_kernel(name: str, problem: Problem) -> driver.Kernel:
+    """`preprocess` or `postprocess`, whatever the rules."""
+    m_blocks = _M_BLOCKS if problem.packed else 1
+    constants = {**problem.macros, "LEVELS": 0, "SINKS": False, "M_BLOCKS": m_blocks}
+    source = driver.SOURCES / "prepost.cu"
+    return driver.Kernel(source, f"attention_{name}", constants, _PREPOST_THREADS, params.HEADERS)
 
 
 class OnePass:
-    """A plan's kernels, and their parameters, whose pointers a call replaces. Adds up dQ in float32, in no order."""
+    """The kernels for one shape of call, and their parameters, whose pointers a call replaces. dQ is summed by float32
+    atomics, in no fixed order."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: plans.Plan, packed: bool) -> None:
-        batch, length, num_heads, head_dim = q.shape
-        rules, block = plan.rules, plan.constants["BLOCK"]
-        kv_heads, group = k.shape[2], num_heads // k.shape[2]
-        groups, clusters = batch * kv_heads, plans.processors_of(q.device) // _CLUSTER
-        self.plan = plan
-        self.sets = batch * num_heads // plans.heads_a_box(block)
-        self.division = Division(q, k, plan, _CLUSTER * clusters, CHUNKS, direct=False, packed=packed)
-        columns, items = self.division.columns, self.division.items
-        self.grid = _CLUSTER * (clusters if packed else min(items, clusters))
-        self.kernel = backward_kernel(q.dtype, head_dim, block, rules.num_levels, rules.has_sinks, packed)
-        self.statistics, self.round = (
-            pass_kernel(name, q.dtype, head_dim, block, packed) for name in ("statistics", "round")
-        )
+    def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
+        kv_heads, clusters = problem.kv_heads, problem.num_sms // _CLUSTER
+        self.problem = problem
+        self.sets = problem.batch * problem.num_heads // problem.heads_per_tile
+        self.scheduler = Scheduler(problem, _CLUSTER * clusters, N_BLOCKS, direct=False)
+        columns, items = self.scheduler.columns, self.scheduler.items
+        self.grid = _CLUSTER * (clusters if problem.packed else min(items, clusters))
+        self.kernel = backward_kernel(problem)
+        self.preprocess, self.postprocess = (prepost_kernel(name, problem) for name in ("preprocess", "postprocess"))
         self.lock = threading.Lock()  # one call at a time changes the parameters
 
-        params = self.params = cuda.allocate(structs.Backward)
-        params.scale, params.scale_log2 = plan.scale, plan.scale * LOG2E.value
-        params.table = rules.table.data_ptr()
-        params.length, params.kv_heads, params.group, params.groups = length, kv_heads, group, groups
-        params.num_items = items
-        own = params.columns
-        own.tiles[:], own.segments[:], own.batches[:] = columns.tiles, columns.segments, columns.batches
-        own.segment_rows, own.num_parts, own.wave = columns.segment_rows, columns.num_parts, columns.wave
-        self.maps = plans.Maps(params, q, k, v, "dout", block)
-        rows = self.rows = cuda.allocate(structs.Passes)
-        rows.scale, rows.length, rows.heads = plan.scale, length, num_heads
+        own = self.params = driver.allocate(params.Backward)
+        own.scale, own.scale_log2 = problem.scale, problem.scale * LOG2E.value
+        own.table = problem.rules.table.data_ptr()
+        own.length, own.kv_heads, own.group = problem.length, kv_heads, problem.group
+        own.groups, own.num_items = problem.batch * kv_heads, items
+        own.columns.tiles[:], own.columns.segments[:] = columns.tiles, columns.segments
+        own.columns.batches[:], own.columns.segment_rows = columns.batches, columns.segment_rows
+        own.columns.num_partials, own.columns.wave = columns.num_partials, columns.wave
+        self.maps = Maps(own, problem, q, k, v, "dout")
+        rows = self.rows = driver.allocate(params.PrePost)
+        rows.scale, rows.length, rows.heads = problem.scale, problem.length, problem.num_heads
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        cu_seqlens: Tensor | None,
-        fill: Fill | None,
-    ) -> None:
-        """All contiguous but q, k and v. Packed ones as a batch of one, with the gradients to `fill`."""
-        device = q.device
-        stream = plans.stream_of(device)
-        counter = plans.counter_of(device, stream)
-        documents = plans.Documents.of(stream, q, self.plan, _BOXES, cu_seqlens, fill, an_item=CHUNKS)
-        boxes = self.sets * documents.boxes
-        stats = lse.new_empty((boxes, 2, CHUNK))
-        sums = lse.new_empty((boxes, CHUNK, q.shape[-1]))
-        parts = self.division.room(stats)
+    def __call__(self, x: BackwardTensors, cu_seqlens: Tensor | None, fill: Fill | None) -> None:
+        """Packed documents come with the gradients to `fill` where no document is."""
+        device = self.problem.device
+        stream = stream_of(device)
+        counter = counter_of(device, stream)
+        documents = Documents.of(stream, self.problem, _M_BLOCKS, cu_seqlens, fill, per_item=N_BLOCKS)
+        m_blocks = self.sets * documents.m_blocks
+        stats = x.lse.new_empty((m_blocks, 2, TILE))
+        dq_accum = x.lse.new_empty((m_blocks, TILE, HEAD_DIM))
+        partials = self.scheduler.workspace(stats)
         with self.lock:
-            rows, params = self.rows, self.params
-            rows.out, rows.dout, rows.lse = out.data_ptr(), dout.data_ptr(), lse.data_ptr()
-            rows.dlse = None if dlse is None else dlse.data_ptr()
-            rows.stats, rows.sums, rows.dq = stats.data_ptr(), sums.data_ptr(), dq.data_ptr()
-            rows.documents, rows.chunks = documents.table.data_ptr(), documents.boxes
-            rows.blocks = documents.boxes if cu_seqlens is None else documents.most_tiles
-            self.statistics.launch(self.sets * rows.blocks, rows, stream)
-            self.maps.move(q, k, v, dout)
-            params.stats, params.sums, params.parts = stats.data_ptr(), sums.data_ptr(), parts.data_ptr()
-            params.dk, params.dv = dk.data_ptr(), dv.data_ptr()
-            params.documents, params.counter = documents.table.data_ptr(), counter.data_ptr()
-            params.chunks, params.most_tiles = documents.boxes, documents.most_tiles
-            self.kernel.launch(self.grid, params, stream)
-            self.round.launch(self.sets * rows.blocks, rows, stream)
-        self.division.add_up(stream, parts, dk, dv, documents)
+            rows, own = self.rows, self.params
+            rows.out, rows.dout, rows.lse = x.out.data_ptr(), x.dout.data_ptr(), x.lse.data_ptr()
+            rows.dlse = None if x.dlse is None else x.dlse.data_ptr()
+            rows.stats, rows.dq_accum, rows.dq = stats.data_ptr(), dq_accum.data_ptr(), x.dq.data_ptr()
+            rows.documents, rows.m_blocks = documents.table.data_ptr(), documents.m_blocks
+            rows.blocks = documents.m_blocks if cu_seqlens is None else documents.most_tiles
+            self.preprocess.launch(self.sets * rows.blocks, rows, stream)
+            self.maps.move(x.q, x.k, x.v, x.dout)
+            own.stats, own.dq_accum, own.partials = stats.data_ptr(), dq_accum.data_ptr(), partials.data_ptr()
+            own.dk, own.dv = x.dk.data_ptr(), x.dv.data_ptr()
+            own.documents, own.counter = documents.table.data_ptr(), counter.data_ptr()
+            own.m_blocks, own.most_tiles = documents.m_blocks, documents.most_tiles
+            self.kernel.launch(self.grid, own, stream)
+            self.postprocess.launch(self.sets * rows.blocks, rows, stream)
+        self.scheduler.combine(stream, partials, x.dk, x.dv, documents)

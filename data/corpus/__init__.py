@@ -1,0 +1,1 @@
+"""Corpora as streams of documents, and the tokenizers that turn these into tokens."""

@@ -1,0 +1,195 @@
+"""Synthetic retrieval documents: training data that asks for what stands earlier in the same text.
+
+    sources:
+      - {path: retrieval, name: facts, retrieval: {documents: 5000, facts: [2, 16]}}
+      - {path: retrieval, name: hidden, retrieval: {documents: 900, facts: [1, 8], chars: [1000, 6000],
+         filler: runs/demo/data/train}}
+
+Each document states facts that exist nowhere else (a made-up number under a made-up key), in one of several wordings,
+and at its end asks for each of them, in the same or another wording; with `filler`, the facts lie scattered in ordinary
+text. Nothing of it is a corpus: a model learns no knowledge from it, only to look things up in its context, which plain
+text teaches a small model very slowly, and over lengths that few texts have. Say so where such a model is reported.
+
+The evaluations ask in sentences and for keys of their own (`eval.needle`, `eval.tasks.passkey`); none of those occur
+here, and a test keeps it so. What a document says depends on the settings, the seed and its number alone.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated
+
+import numpy as np
+
+from data.corpus.readers import Row
+from data.corpus.tokenizer import TextTokenizer
+from data.settings import Check, Count, Positive, SettingError, Settings
+from data.shards.reader import TokenShards
+
+_ADJECTIVES = (  # noqa: SIM905
+    "tall narrow broken frozen hidden painted wooden quiet crooked dusty hollow rusty polished wild heavy gentle "
+    "striped curved ancient paper woollen folded sunken northern southern eastern western upper lower outer inner round"
+).split()
+_NOUNS = (  # noqa: SIM905
+    "ladder cabin pump gate mill stable trunk lamp cellar barn archive shelf tent drawer locker cart kiln bakery "
+    "chapel depot quarry vault canoe basket pulley furnace workshop cottage granary signal platform warehouse"
+).split()
+_ATTRIBUTES = (
+    *("gate code", "locker number", "account number", "serial number", "room number", "ticket number"),
+    *("phone extension", "order number", "house number", "catalogue number", "badge number", "batch number"),
+)
+_CONSONANTS = "b c d f g h j k l m n p r s t v w z br cl dr fl gr pl st tr sh th".split()  # noqa: SIM905
+_VOWELS = "a e i o u ai ea oo".split()  # noqa: SIM905
+_ENDINGS = ("", "k", "l", "m", "n", "r", "s", "t")
+# Words that the syllables can spell and that the evaluations ask for.
+_NOT_NAMES = frozenset("beacon comet coral drum maple river teal tower wagon".split())  # noqa: SIM905
+_STATEMENTS = (
+    "the {attribute} for {key} is {value}.",
+    "{key} has {attribute} {value}.",
+    "for {key} the {attribute} reads {value}.",
+    "{key}, {attribute}: {value}.",
+    "they gave {key} the {attribute} {value}.",
+)
+_QUESTIONS = (
+    "which {attribute} belongs to {key}? It is {value}.",
+    "the {attribute} for {key} is {value}.",
+    "what {attribute} does {key} have? {key} has {value}.",
+    "{key}, {attribute}: {value}.",
+)
+
+
+def _range(most: int) -> Check:
+    return Check(f"[least, most] with 1 <= least <= most <= {most:,}", lambda r: 1 <= r[0] <= r[1] <= most)
+
+
+@dataclass(frozen=True)
+class Retrieval(Settings):
+    """`retrieval` of a source with `path: retrieval`.
+
+    documents: how many. facts: [fewest, most] of a document. rounds: [fewest, most] times that all of them are asked
+        for.
+    chars: [shortest, longest] document, in characters; filled up from `filler`. Without it a document is as long as its
+        facts and questions.
+    filler: a folder of token shards whose text lies around the facts; give a `train` folder, so that nothing held out
+        is trained on.
+    recite: no sentences, but a list of that many names and numbers, given again `rounds` times in its order.
+    seed: another one, other documents.
+    """
+
+    documents: Positive
+    facts: Annotated[tuple[int, int], _range(1000)]
+    rounds: Annotated[tuple[int, int], _range(100)] = (1, 1)
+    chars: Annotated[tuple[int, int], _range(1 << 30)] | None = None
+    filler: str | None = None
+    recite: bool = False
+    seed: Count = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.chars is None) != (self.filler is None):
+            raise SettingError(
+                "", "chars and filler belong together: how long the documents are, and what fills them up"
+            )
+
+    @property
+    def mean_chars(self) -> int:
+        """A rough size of a document."""
+        return sum(self.chars) // 2 if self.chars is not None else 20 * sum(self.facts) * (1 + sum(self.rounds))
+
+    def check(self) -> None:
+        """Raises FileNotFoundError, ValueError where `filler` is no finished shard folder."""
+        if self.filler is not None:
+            _filler(self.filler)
+
+
+def read_retrieval(settings: Retrieval, first: int, stop: int) -> Iterator[Row]:
+    """Documents [first, stop); the id of each is its seed and number."""
+    for number in range(first, stop):
+        yield Row(document(settings, number), f"{settings.seed}:{number}", "")
+
+
+def document(settings: Retrieval, number: int) -> str:
+    """The text of one document."""
+    rng = random.Random(f"{settings.seed}/{number}")
+    count = rng.randint(*settings.facts)
+    if settings.recite:
+        items = " ".join(_name(rng) if rng.random() < 0.7 else _number(rng) for _ in range(count))
+        return "\n".join([items] * (1 + rng.randint(*settings.rounds)))
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        keys[_key(rng)] = None
+    one = rng.choice(_ATTRIBUTES) if rng.random() < 0.5 else None
+    facts = [{"attribute": one or rng.choice(_ATTRIBUTES), "key": key, "value": _number(rng)} for key in keys]
+    usual = rng.choice(_QUESTIONS)
+    statements = [_sentence(rng.choice(_STATEMENTS), fact) for fact in facts]
+    asked = [fact for _ in range(rng.randint(*settings.rounds)) for fact in rng.sample(facts, count)]
+    questions = [_sentence(usual if rng.random() < 0.5 else rng.choice(_QUESTIONS), fact) for fact in asked]
+    return "\n".join(_scattered(settings, rng, statements, sum(map(len, questions)))) + "\n\n" + "\n".join(questions)
+
+
+def _scattered(settings: Retrieval, rng: random.Random, statements: list[str], questions: int) -> list[str]:
+    """The statements at random places between lines of filler, in their order; `questions`: characters to come."""
+    if settings.chars is None or settings.filler is None:
+        return statements
+    room = rng.randint(*settings.chars) - questions - sum(len(statement) + 1 for statement in statements)
+    lines = _filler(settings.filler).lines(room, rng)
+    places = sorted(rng.randint(0, len(lines)) for _ in statements)
+    body: list[str] = []
+    for place, end, statement in zip([0, *places], places, statements, strict=False):
+        body += [*lines[place:end], statement]
+    return body + lines[places[-1] :]
+
+
+class _Filler:
+    """Text of a shard folder, taken from random places."""
+
+    def __init__(self, folder: str):
+        self.shards = TokenShards(folder)
+        self.tokenizer = TextTokenizer(self.shards.tokenizer_file)
+        self.frame = [i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None]
+
+    def lines(self, chars: int, rng: random.Random) -> list[str]:
+        """About `chars` characters in whole lines, none where that is too few for one."""
+        found: list[str] = []
+        while chars > 0:
+            tokens = min(max(64, chars // 2), int(self.shards.offsets[-1]))
+            start = rng.randrange(int(self.shards.offsets[-1]) - tokens + 1)
+            ids = self.shards.read(start, start + tokens)
+            text = self.tokenizer.decode(ids[~np.isin(ids, self.frame)])
+            for line in text.split("\n")[1:-1]:  # the first and the last may be cut
+                chars -= len(line) + 1
+                if chars < 0:
+                    return found
+                found.append(line)
+            chars -= 1
+        return found
+
+
+@lru_cache(maxsize=4)
+def _filler(folder: str) -> _Filler:
+    return _Filler(folder)
+
+
+def _sentence(wording: str, fact: dict[str, str]) -> str:
+    text = wording.format(**fact)
+    return text[0].upper() + text[1:]
+
+
+def _key(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.6:
+        return f"the {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
+    return _name(rng) if kind < 0.8 else f"{_name(rng)} {_name(rng)}"
+
+
+def _name(rng: random.Random) -> str:
+    """A made-up word of one or two syllables."""
+    syllables = [rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 2))]
+    name = "".join(syllables) + rng.choice(_ENDINGS)
+    return _name(rng) if name in _NOT_NAMES else name
+
+
+def _number(rng: random.Random) -> str:
+    digits = rng.randint(3, 8)
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))

@@ -1,0 +1,243 @@
+"""What one worker does with one part of a source: scan it for duplicates, or turn it into token shards.
+
+Everything about a part lies in `<output>/work/` under its name `<source>-<part>`; its record is written last, so a part
+is done or not, whenever the process is killed. The record says which state of which files was read and what else the
+shards depend on; a part whose record does not fit any more is made again.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.corpus.columns import BadRowError
+from data.corpus.dedup import scan, select
+from data.corpus.limit import Limit
+from data.corpus.sources import Document
+from data.corpus.tokenizer import TextTokenizer
+from data.prepare.encoding import ahead, batches, encoded
+from data.prepare.plan import Planned
+from data.prepare.pool import Report
+from data.prepare.spec import PrepareSpec
+from data.prepare.stamps import begins_in, stamps
+from data.shards.writer import ShardWriter, read_arrays, write_arrays
+from s2 import files
+
+WORK, WRITTEN = "work", "written.json"
+# Everything that a preparation writes into `<output>/work/`.
+WORK_FILES = (
+    "plan.json",
+    "kept.json",
+    "split.json",
+    "tokenizer.json",
+    WRITTEN,
+    "[0-9][0-9][0-9]-[0-9]*.json",
+    "[0-9][0-9][0-9]-[0-9]*.scan.npz",
+    "[0-9][0-9][0-9]-[0-9]*.keep.npy",
+    "[0-9][0-9][0-9]-[0-9]*.counts.npz",
+    ".*.s2-tmp",
+)
+BAD = "bad row"  # the reason that skipped rows are counted under
+EXAMPLES = 5
+_FREE = ("name", "max_bytes", "max_documents", "on_bad_row")  # of a source: what its scans do not depend on
+
+
+def _no_report(size: int) -> None:
+    """For work that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part of one source of a preparation.
+
+    tokenizer: the SHA-256 of `<output>/tokenizer.json`. limit: what has been taken of the source before the part.
+    below: documents with a smaller place are held out. splits: those that are written.
+    """
+
+    spec: PrepareSpec
+    source: int
+    planned: Planned
+    tokenizer: str = ""
+    limit: Limit = field(default_factory=Limit)
+    below: int = 0
+    splits: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.source:03d}-{self.planned.number:05d}"
+
+    def file(self, suffix: str) -> Path:
+        return Path(self.spec.output) / WORK / (self.name + suffix)
+
+    @cached_property
+    def keep(self) -> np.ndarray | None:
+        """What deduplication left of the part, bool [documents]."""
+        return np.load(self.file(".keep.npy")) if self.spec.deduplicate is not None else None
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """What a record was made for, besides the files' content and the limits of the source."""
+        return {
+            "place": self.planned.place,
+            "tokenizer": self.tokenizer,
+            "below": self.below,
+            "keep": None if self.keep is None else hashlib.blake2b(self.keep.tobytes(), digest_size=16).hexdigest(),
+        }
+
+    def record(self) -> dict[str, Any] | None:
+        """The part's record; None while it is not done, or was done for something else."""
+        try:
+            record = files.read_json(self.file(".json"))
+        except FileNotFoundError:
+            return None
+        fits = (
+            record["for"] == self.depends_on
+            and self.has_read(record["files"])
+            and set(self.splits) <= set(record["shards"])
+            and (self.skips_bad_rows or not record["skipped"].get(BAD))
+            and self.is_within_limit(record)
+        )
+        return record if fits else None
+
+    def is_within_limit(self, record: dict[str, Any]) -> bool:
+        """Whether a part that was begun with less known about the limit is what it would be now."""
+        if record.get("before") == [self.limit.bytes, self.limit.documents]:
+            return True
+        return not record["limited"] and self.limit.allows(record["bytes"], record["documents"])
+
+    def has_read(self, recorded: list[dict[str, Any]]) -> bool:
+        """Whether the recorded state of the files is the present one."""
+        now = self.planned.stamps
+        return len(now) == len(recorded) and all(stamp.matches(r) for stamp, r in zip(now, recorded, strict=True))
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        return self.spec.skips_bad_rows(self.spec.sources[self.source])
+
+    def documents(self, skipped: Counter[str], bad: list[str]) -> Iterator[Document]:
+        """The part's documents; bad rows stop it or are counted, the first ones with their message in `bad`."""
+
+        def skip(error: BadRowError) -> None:
+            if not self.skips_bad_rows:
+                raise BadRowError(error.file, error.place, f"{error.reason}. {_REMEDY}")
+            skipped[BAD] += 1
+            if len(bad) < EXAMPLES:
+                bad.append(str(error))
+
+        yield from self.spec.sources[self.source].read(self.planned.part, skipped, skip)
+
+    def files_read(self) -> list[dict[str, Any]]:
+        """Records of the files, for a part that has been read; ValueError where they have changed meanwhile."""
+        self.check_files()
+        records = [stamp.record(content=begins_in(self.planned.part)) for stamp in self.planned.stamps]
+        self.check_files()
+        return records
+
+    def check_files(self) -> None:
+        for was, now in zip(self.planned.stamps, stamps(self.planned.part.files), strict=True):
+            if (was.size, was.mtime_ns) != (now.size, now.mtime_ns):
+                raise ValueError(f"{was.path} changed while it was read; run again (what is finished is kept)")
+
+
+_REMEDY = (
+    "Mend or remove the row and run again (finished parts of other files are kept), or set on_bad_row: skip"
+    " (data.prepare.on_bad_row=skip, or --on-bad-row skip with --sources)"
+)
+
+
+def scan_part(task: Task, report: Report = _no_report) -> None:
+    """Write what deduplication needs to know about a part, unless it is there."""
+    assert task.spec.deduplicate is not None
+    file = task.file(".scan.npz")
+    source = asdict(task.spec.sources[task.source])
+    wanted = [task.planned.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _FREE}]
+    made_for = json.dumps(wanted, sort_keys=True)
+    if file.exists():
+        with np.load(file) as found:
+            if str(found["made_for"]) == made_for and task.has_read(json.loads(str(found["files"]))):
+                return
+    arrays = scan(_reported(task.documents(Counter(), []), report), task.spec.deduplicate)
+    arrays |= {"made_for": np.array(made_for), "files": np.array(json.dumps(task.files_read()))}
+    write_arrays(file, arrays)
+
+
+def _reported(documents: Iterable[Document], report: Report) -> Iterator[Document]:
+    for batch in batches(documents):
+        yield from batch
+        report(sum(len(document.text) for document in batch))
+
+
+def encode_part(task: Task, report: Report = _no_report) -> dict[str, Any]:
+    """Write a part's shards and return its record; does nothing where it is done.
+
+    Raises what reading the source raises, and OSError where writing fails; nothing of the part is left then.
+    """
+    record = task.record()
+    if record is None:
+        files.remove_files(task.file("").parent, f"{task.name}.json")
+        record = _encode(task, report)
+        files.write_json(task.file(".json"), record)
+    return record
+
+
+def _encode(task: Task, report: Report) -> dict[str, Any]:
+    spec, source = task.spec, task.spec.sources[task.source]
+    tokenizer = _tokenizer(Path(spec.output), spec.tokenizer.bos, spec.tokenizer.eos, task.tokenizer)
+    arguments = (_prefix(task), source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
+    skipped: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    bad: list[str] = []
+    limit = replace(task.limit)
+    documents = limit.within(select(task.documents(skipped, bad), task.keep))
+    with ExitStack() as stack:
+        folders = {split: spec.folders[split] for split in task.splits}
+        writers = {split: stack.enter_context(ShardWriter(folder, *arguments)) for split, folder in folders.items()}
+        for batch, tokens in encoded(ahead(batches(documents)), tokenizer, skipped):
+            sizes = [len(document.text.encode()) for document in batch]
+            held = [spec.place(document.id) < task.below for document in batch]
+            for split, writer in writers.items():
+                chosen = [i for i, is_held in enumerate(held) if is_held == (split == "heldout")]
+                writer.add(
+                    [tokens[i] for i in chosen],
+                    [sizes[i] for i in chosen],
+                    [batch[i].id for i in chosen],
+                    [batch[i].url for i in chosen],
+                )
+            totals.update(documents=len(batch), tokens=sum(map(len, tokens)), bytes=sum(sizes))
+            report(sum(sizes))
+        read = task.files_read()
+        write_arrays(task.file(".counts.npz"), {split: writer.counts for split, writer in writers.items()})
+    return {
+        **{key: totals[key] for key in ("documents", "tokens", "bytes")},
+        "for": task.depends_on,
+        "files": read,
+        "skipped": dict(skipped),
+        "bad_rows": bad,
+        "limited": limit.reached,
+        "before": [task.limit.bytes, task.limit.documents],
+        "shards": {split: writer.shards for split, writer in writers.items()},
+    }
+
+
+def part_counts(task: Task) -> dict[str, np.ndarray]:
+    """Token counts of a part that is done, by split; see `TokenShards.counts`."""
+    return read_arrays(task.file(".counts.npz"))
+
+
+def _prefix(task: Task) -> str:
+    return f"shard-{task.name}"
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(output: Path, bos: str, eos: str, sha256: str) -> TextTokenizer:
+    tokenizer = TextTokenizer(output / "tokenizer.json", bos, eos)
+    if tokenizer.sha256 != sha256:
+        raise ValueError(f"{tokenizer.file} was replaced while {output} was being prepared; run again")
+    return tokenizer

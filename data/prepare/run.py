@@ -1,0 +1,192 @@
+"""From corpora to token shards: `python -m data.prepare --recipe recipes/demo/pretrain.yaml [key=value ...]`.
+
+`<output>/tokenizer.json`, `<output>/train/` and `<output>/heldout/` are written part by part, in parallel. A finished
+output is left alone when the settings are the same, and is an error naming the differing key when they are not, or
+naming the files that were added or have changed since; an interrupted one goes on with the parts that are missing, and
+makes those again whose files have changed. `<output>/work/` holds what that takes and is removed at the end. The result
+does not depend on the number of workers or on interruptions.
+"""
+
+import errno
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.corpus.sample import sample_texts
+from data.corpus.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
+from data.prepare.finish import finish
+from data.prepare.output import TOKENIZER, begin_anew, check_output, is_finished, put_tokenizer, remove_work, writing
+from data.prepare.part import BAD, WORK
+from data.prepare.plan import PLAN, Plan, make_plan
+from data.prepare.spec import PrepareSpec
+from data.prepare.stages import deduplicate, encode, split_bound
+from data.prepare.stamps import changes
+from data.shards.reader import TokenShards, read_manifest
+from s2 import files, locks
+
+
+def is_prepared(spec: PrepareSpec) -> bool:
+    """Whether the output is finished; raises ValueError where it, or a part of it, was made with other settings."""
+    return not missing_splits(spec)
+
+
+def missing_splits(spec: PrepareSpec) -> dict[str, Path]:
+    """The splits whose folders are not finished. Raises ValueError where one was made with other settings."""
+    missing = {}
+    for split, folder in spec.folders.items():
+        if not is_finished(folder):
+            missing[split] = folder
+            continue
+        manifest = read_manifest(folder)
+        if lines := spec.changes(manifest["settings"]):
+            raise ValueError(
+                f"{folder} was prepared with other settings ({'; '.join(lines[:3])}; there != asked)."
+                " Choose another `output`, or delete that folder to prepare it again"
+            )
+        for source, made in zip(spec.sources, manifest["sources"], strict=True):
+            if made["skipped"].get(BAD) and not spec.skips_bad_rows(source):
+                raise ValueError(
+                    f"{folder} was prepared with on_bad_row: skip, and {made['skipped'][BAD]:,} rows of"
+                    f" {source.path!r} were left out. Ask for that again, or choose another `output`"
+                )
+    return missing
+
+
+def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
+    """What has become of the local files of a finished output's sources since it was prepared, one line a file.
+
+    Files of which only the time is another are read, and have changed if their content has; without `content` they are
+    not read and count as the same. Nothing is said of sources that are not there any more (as
+    on a machine that has the shards alone), of `python-env`, which is taken as it was, or of outputs of versions of
+    this program that did not record files. Hub datasets are pinned to the revision in the manifest.
+    """
+    finished = [folder for folder in spec.folders.values() if is_finished(folder)]
+    shards = TokenShards(finished[0]) if finished else None
+    if shards is None or shards.source_files is None:
+        return []
+    lines = []
+    for number, source in enumerate(spec.sources):
+        mine = [file for file in shards.source_files if file["source"] == number]
+        if source.path == "python-env":
+            continue
+        try:
+            found = source.resolve().files
+        except (FileNotFoundError, ValueError) as error:
+            if any(os.path.exists(file["path"]) for file in mine):
+                lines.append(str(error))
+            continue
+        lines += changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
+    return lines
+
+
+def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
+    """Make the shard folders of `spec` unless they are there.
+
+    only_tokenizer: stop after `<output>/tokenizer.json`; the next preparation goes on from there.
+
+    Where a finished output's sources have changed since, says so on stderr and leaves it as it is: training goes on
+    with the shards it began with.
+
+    Raises FileNotFoundError / ValueError for anything wrong with the sources (all are looked up before work
+    begins) or with what lies in the output already, OSError for a full disk or a remote file that cannot be
+    read any more, `s2.ending.FailureError` for a worker that was killed. Whatever was finished by then is used by the
+    next attempt.
+    """
+    if is_prepared(spec):
+        _look_after(spec)
+        if changed := changed_sources(spec, content=False):
+            print(f"{changed_note(spec, changed)}; going on with the shards as they are", file=sys.stderr, flush=True)
+        return
+    if (brought := spec.tokenizer).path is not None:
+        TextTokenizer(brought.path, brought.bos, brought.eos)  # a wrong one shows before the corpus is read
+    check_output(spec)
+    try:
+        with writing(spec) as work:
+            if is_prepared(spec):  # another process was faster
+                remove_work(spec)
+            else:
+                _prepare(spec, work, only_tokenizer)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{spec.output}: the disk is full ({error}); make room and run again, finished parts are kept",
+        ) from error
+
+
+def _look_after(spec: PrepareSpec) -> None:
+    """Remove what a run that was killed at its very end has left."""
+    if files.kind_of(Path(spec.output) / WORK) is None:
+        return
+    try:
+        with locks.lock(Path(spec.output)):
+            remove_work(spec)
+    except (locks.LockedError, OSError):  # it is about to do so itself; or nothing can be written here
+        return
+
+
+def changed_note(spec: PrepareSpec, lines: Sequence[str]) -> str:
+    more = f" (and {len(lines) - 3:,} more)" if len(lines) > 3 else ""
+    return f"{spec.output}: the sources are not what was prepared: {'; '.join(lines[:3])}{more}"
+
+
+def _prepare(spec: PrepareSpec, work: Path, only_tokenizer: bool) -> None:
+    missing = missing_splits(spec)
+    if len(missing) < len(spec.folders) and (changed := changed_sources(spec)):
+        raise ValueError(
+            f"{changed_note(spec, changed)}, so {' and '.join(missing)} cannot be made to go with what is there;"
+            " choose another `output`, or undo that"
+        )
+    plan, goes_on = make_plan(spec, work)
+    if not goes_on:
+        begin_anew(spec, work)
+    plan.write(work / PLAN)
+    parts = plan.sources
+    duplicates: list[Counter[str]] = [Counter() for _ in parts]
+    if spec.deduplicate is not None and not only_tokenizer:
+        parts, duplicates = deduplicate(spec, plan, work)
+    below = split_bound(spec, plan, parts, work, only_tokenizer=only_tokenizer)
+    tokenizer = _make_tokenizer(spec, plan, below, work)
+    if only_tokenizer:
+        return
+    records = encode(spec, parts, tokenizer.sha256, below, tuple(missing))
+    finish(spec, plan, records, duplicates, missing, tokenizer, below)
+
+
+def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> TextTokenizer:
+    """`<output>/tokenizer.json`, made unless it is there.
+
+    Raises ValueError where a split that is finished has another one.
+    """
+    settings, output, made = spec.tokenizer, Path(spec.output), work / TOKENIZER
+    if settings.path is not None:
+        source = Path(settings.path)
+        if source.resolve() != (output / TOKENIZER).resolve():
+            save_tokenizer_json(source, made)
+            put_tokenizer(made, output)
+    elif settings.train is not None and not made.is_file():
+        finished = [read_manifest(folder) for folder in spec.folders.values() if is_finished(folder)]
+        if not finished or not (output / TOKENIZER).is_file():
+            sample = sample_texts(
+                spec.sources,
+                [[planned.part for planned in every] for every in plan.sources],
+                settings.train.sample_bytes,
+                spec.seed,
+                is_heldout=lambda document_id: spec.place(document_id) < below,
+                on_bad=lambda error: None,  # what becomes of a bad row, encoding says
+            )
+            train_tokenizer(sample, settings.train.vocab_size, made)
+            put_tokenizer(made, output)
+    else:
+        put_tokenizer(made, output)
+    tokenizer = TextTokenizer(output / TOKENIZER, settings.bos, settings.eos)
+    for folder in spec.folders.values():
+        if is_finished(folder) and read_manifest(folder)["tokenizer"]["sha256"] != tokenizer.sha256:
+            raise ValueError(
+                f"{output / TOKENIZER} is not the tokenizer that {folder} was made with; put that one there (the"
+                " manifest has its SHA-256), or choose another `output`"
+            )
+    return tokenizer

@@ -1,0 +1,125 @@
+"""The stages of a preparation that take their time: finding duplicates, and encoding. Each goes on with what is done.
+
+Sources with a limit are read only as far as it reaches: their parts are begun a little ahead of what is taken so far.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.corpus.dedup import Deduplicator, select
+from data.corpus.limit import Limit
+from data.corpus.sources import Document
+from data.prepare.part import Task, encode_part, scan_part
+from data.prepare.plan import Plan, Planned
+from data.prepare.pool import Results, Workers, workers
+from data.prepare.spec import PrepareSpec
+from data.prepare.split import heldout_below
+from data.shards.writer import read_arrays, write_array
+from s2 import files
+
+Parts = list[list[Planned]]  # of each source, in reading order
+Records = list[list[tuple[Task, dict[str, Any]]]]  # of each source, what was taken of it
+
+
+def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[Counter[str]]]:
+    """Write which documents of each part stay: `work/kept.json` says that it is done, and for which state of the files.
+
+    Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
+    """
+    assert spec.deduplicate is not None
+    file, parts = work / "kept.json", plan.sources
+    kept = files.read_json(file) if file.is_file() else {}
+    if kept.get("state") != plan.state:
+        limits = [Limit.of(source) for source in spec.sources]
+        judge = Deduplicator(spec.deduplicate)
+        with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
+            scans = [
+                pool.in_order(scan_part, (Task(spec, number, part) for part in every), _ahead(pool, limit))
+                for number, (every, limit) in enumerate(zip(parts, limits, strict=True))
+            ]
+            judged = [_judge(judge, limit, scanned) for limit, scanned in zip(limits, scans, strict=True)]
+        kept = {"state": plan.state, "sources": judged}
+        files.write_json(file, kept)
+    return (
+        [every[:taken] for every, (taken, _) in zip(parts, kept["sources"], strict=True)],
+        [Counter(reasons) for _, reasons in kept["sources"]],
+    )
+
+
+def _judge(judge: Deduplicator, limit: Limit, scanned: Results[Task]) -> tuple[int, dict[str, int]]:
+    """Decide about a source's parts in order; returns how many it takes and what was dropped."""
+    taken, reasons = 0, Counter[str]()
+    with closing(scanned):
+        for task, _ in scanned:
+            keep, dropped = judge.keep(read_arrays(task.file(".scan.npz")), limit.takes)
+            write_array(task.file(".keep.npy"), keep)
+            reasons.update(dropped)
+            taken += 1
+            if limit.reached:
+                break
+    return taken, dict(reasons)
+
+
+def split_bound(spec: PrepareSpec, plan: Plan, parts: Parts, work: Path, *, only_tokenizer: bool) -> int:
+    """The bound of `data.prepare.split`, from `work/split.json` where the files are those it was decided for.
+
+    only_tokenizer: duplicates have not been looked for.
+    """
+    file = work / "split.json"
+    state = [plan.state, only_tokenizer]
+    decided = files.read_json(file) if file.is_file() else {}
+    if decided.get("state") != state:
+        documents = (
+            document
+            for number, every in enumerate(parts)
+            for document in _documents(spec, number, every, is_judged=not only_tokenizer)
+        )
+        decided = {"state": state, "below": heldout_below(spec, documents, only_tokenizer=only_tokenizer)}
+        files.write_json(file, decided)
+    return int(decided["below"])
+
+
+def _documents(spec: PrepareSpec, number: int, parts: list[Planned], *, is_judged: bool) -> Iterator[Document]:
+    """A source's documents, up to its limit."""
+    tasks = (Task(spec, number, part) for part in parts)
+    every = (d for task in tasks for d in select(task.documents(Counter(), []), task.keep if is_judged else None))
+    return Limit.of(spec.sources[number]).within(every)
+
+
+def encode(spec: PrepareSpec, parts: Parts, tokenizer: str, below: int, splits: tuple[str, ...]) -> Records:
+    """Encode all parts; the tasks and records of each source in order, up to its limit. Arguments as of `Task`."""
+    limits = [Limit.of(source) for source in spec.sources]
+
+    def tasks(number: int, limit: Limit) -> Iterator[Task]:
+        for part in parts[number]:
+            yield Task(spec, number, part, tokenizer, replace(limit), below, splits)
+
+    with workers("tokenizing", sum(map(len, parts)), spec.workers) as pool:
+        encoded = [
+            pool.in_order(encode_part, tasks(number, limit), _ahead(pool, limit)) for number, limit in enumerate(limits)
+        ]
+        return [_up_to(limit, done) for limit, done in zip(limits, encoded, strict=True)]
+
+
+def _ahead(pool: Workers, limit: Limit) -> int | None:
+    return None if limit.is_none else 2 * pool.size
+
+
+def _up_to(limit: Limit, encoded: Results[Task]) -> list[tuple[Task, dict[str, Any]]]:
+    """What a source's limit takes. A part was begun before it was known what those before it take: where that would
+    have changed it, it is made again."""
+    taken = []
+    with closing(encoded):
+        for task, record in encoded:
+            now = replace(task, limit=replace(limit))
+            if not now.is_within_limit(record):
+                record = encode_part(now)
+            taken.append((now, record))
+            limit.add(record["bytes"], record["documents"])
+            if record["limited"] or limit.reached:
+                break
+    return taken

@@ -1,0 +1,352 @@
+// Tiles of query rows, a box of 64 for each consumer warpgroup, and the warps that feed the consumers.
+//
+// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and results out (`move_rows`), two load keys
+// and values (`load_tiles`). Key tiles of 64 keys go through two rings of stages, edges first (`plan.cuh`). Every
+// consumer walks every position of the rings in order and hands it back, also where it does not see the key tile: one
+// that left positions out could take an older load's phase for that of its own.
+//
+// Blocks smaller than 64 need several query heads to a KV head. The rows of a box are then one query block of
+// 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
+//
+// Constants: those of `plan.cuh`, D, PACKED, STAGES.
+#pragma once
+
+#include "hopper.cuh"
+#include "plan.cuh"
+
+constexpr int BOX_BYTES = ROWS * D * 2;  // of rows, keys or values
+constexpr int PLANNED = 2;               // tiles whose plans are held: the one at work and the next
+constexpr int ROW_SLOTS = 2;             // tiles whose rows are held
+
+// What the other warps need to know of a tile.
+struct Tile {
+    int index;                            // -1 after the last
+    int edges, fulls;                     // key tiles
+    int batch, kv_head, box;              // the first box, see `row_of`
+    int begin, length;                    // of the document
+    int row[CONSUMERS], head[CONSUMERS];  // the first ones of a consumer's box
+    int seen[CONSUMERS];                  // bits of the entries of `keys` that it sees
+    int keys[WARP];                       // first keys of the entries of the edges
+    Range far, near, sinks, window;       // the other key tiles
+};
+
+struct Shared {
+    unsigned char rows[CONSUMERS * ROW_SLOTS][BOX_BYTES];  // later the output of the same rows
+    unsigned char keys[STAGES][BOX_BYTES];
+    unsigned char values[STAGES][BOX_BYTES];
+    Tile tiles[PLANNED];
+    unsigned long long rows_full[CONSUMERS * ROW_SLOTS], rows_done[CONSUMERS * ROW_SLOTS];
+    unsigned long long keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
+    unsigned long long tile_full[PLANNED], tile_empty[PLANNED];
+    unsigned long long values_cut;  // values that end with their document are there, but for the zeros after it
+};
+
+DEVICE void init_barriers(Shared& shared) {
+    constexpr int warps = CONSUMERS * WARPGROUP / WARP;  // a consumer's warps arrive on their own
+    for (int i = 0; i < CONSUMERS * ROW_SLOTS; i++) {
+        barrier_init(shared_address(&shared.rows_full[i]), 1);
+        barrier_init(shared_address(&shared.rows_done[i]), WARPGROUP / WARP);
+    }
+    for (int i = 0; i < STAGES; i++) {
+        barrier_init(shared_address(&shared.keys_full[i]), 1);
+        barrier_init(shared_address(&shared.keys_empty[i]), warps);
+        barrier_init(shared_address(&shared.values_full[i]), 1);
+        barrier_init(shared_address(&shared.values_empty[i]), warps);
+    }
+    for (int i = 0; i < PLANNED; i++) {
+        barrier_init(shared_address(&shared.tile_full[i]), WARP);        // lanes that have written
+        barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values, consumers
+    }
+    barrier_init(shared_address(&shared.values_cut), 1);
+    barrier_init_fence();
+}
+
+// First query head of a box.
+DEVICE int first_head(int box, int kv_head, int group, int share) {
+    return kv_head * group + remainder(box, share) * (ROWS / TOKENS);
+}
+
+// Draws tiles until there are none, after a first one for each thread block, and says what has to be done for each.
+DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
+    const int lane = threadIdx.x % WARP;
+    const int share = problem.group / (ROWS / TOKENS);
+    const int tiles_per_head = PACKED ? problem.documents[0] : problem.tiles_per_head;
+    const int num_tiles = PACKED ? tiles_per_head * problem.kv_heads : problem.num_tiles;
+    const int alone = num_tiles - problem.together * tiles_per_head;
+    int index = blockIdx.x;
+    Position<PLANNED> slot;
+    while (index < num_tiles) {
+        // head by head, longest rows first; the heads at the end together, so that the last tiles are short
+        int head, nth;  // head: of the batch
+        if (index < alone) {
+            head = divide(index, tiles_per_head);
+            nth = index - head * tiles_per_head;
+        } else {
+            nth = divide(index - alone, problem.together);
+            head = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
+        }
+        nth = tiles_per_head - 1 - nth;
+        int box = nth * CONSUMERS, begin = 0, length = problem.length;
+        if (PACKED) {
+            const int* entry = problem.documents + 4 + 4 * nth;
+            box = entry[0];
+            begin = entry[1];
+            length = entry[2];
+        }
+        const int batch = divide(head, problem.kv_heads), kv_head = head - batch * problem.kv_heads;
+        const Rule rule = load_rule(problem.table + kv_head * TABLE);
+        const Plan plan = plan_boxes(box, share, length, rule);
+        const Entry entry = edge_entry(plan, lane);
+
+        barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
+        Tile& tile = shared.tiles[slot.index];
+        tile.keys[lane] = entry.exists ? entry.key : NOWHERE;
+#pragma unroll
+        for (int c = 0; c < CONSUMERS; c++) {
+            const int row = row_of(box + c, share);
+            const unsigned seen = __ballot_sync(ALL, sees(plan, entry, row, rule));
+            if (lane == 0) {
+                tile.row[c] = row;
+                tile.head[c] = first_head(box + c, kv_head, problem.group, share);
+                tile.seen[c] = seen;
+            }
+        }
+        if (lane == 0) {
+            tile.index = index;
+            tile.edges = plan.edges;
+            tile.fulls = plan.fulls;
+            tile.batch = batch;
+            tile.kv_head = kv_head;
+            tile.box = box;
+            tile.begin = begin;
+            tile.length = length;
+            tile.far = plan.far;
+            tile.near = plan.near;
+            tile.sinks = plan.sinks;
+            tile.window = plan.window;
+        }
+        barrier_arrive(shared_address(&shared.tile_full[slot.index]));
+        index = draw(problem.counter, num_tiles, gridDim.x);
+        slot.advance();
+    }
+    barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
+    if (lane == 0) shared.tiles[slot.index].index = -1;
+    barrier_arrive(shared_address(&shared.tile_full[slot.index]));
+}
+
+DEVICE void load_box(unsigned to, const TensorMap* map, unsigned full, int token, int head, int batch) {
+#pragma unroll
+    for (int x = 0; x < D; x += PANEL) tma_load(to + x / PANEL * PANEL_BYTES, map, full, x, token, head, batch);
+}
+
+DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, int batch) {
+#pragma unroll
+    for (int x = 0; x < D; x += PANEL) tma_store(map, from + x / PANEL * PANEL_BYTES, x, token, head, batch);
+}
+
+// Loads the rows of the tiles in turn, and stores the output that the consumers leave in their place. Boxes in which a
+// packed document ends are stored by the consumers themselves.
+DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* in, const TensorMap* out) {
+    const bool is_mover = elected();
+    const int group = problem.group, share = group / (ROWS / TOKENS);
+    Position<PLANNED> slot;
+    Position<ROW_SLOTS> place;
+    struct {
+        int box, kv_head, batch, begin, length;
+    } tiles[ROW_SLOTS + 1] = {};  // those held, oldest last, after the one that comes
+    int held = 0, ending = ROW_SLOTS;
+    while (ending > 0) {
+        bool exists = ending == ROW_SLOTS;
+        if (exists) {
+            barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
+            const Tile& tile = shared.tiles[slot.index];
+            exists = tile.index >= 0;
+            tiles[0] = {tile.box, tile.kv_head, tile.batch, tile.begin, tile.length};
+            __syncwarp();
+            if (is_mover) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
+            slot.advance();
+        }
+        if (!exists) ending--;
+#pragma unroll 1
+        for (int c = 0; c < CONSUMERS; c++) {
+            const int own = c * ROW_SLOTS + place.index;
+            const unsigned rows = shared_address(shared.rows[own]);
+            if (held == ROW_SLOTS) {
+                barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
+                const auto& done = tiles[ROW_SLOTS];
+                const int row = row_of(done.box + c, share);
+                if (is_mover && (!PACKED || row + TOKENS <= done.length)) {
+                    const int head = first_head(done.box + c, done.kv_head, group, share);
+                    store_box(out, rows, done.begin + row, head, done.batch);
+                    tma_store_commit();
+                    tma_store_wait();
+                }
+            }
+            if (exists && is_mover) {
+                const unsigned full = shared_address(&shared.rows_full[own]);
+                barrier_expect(full, BOX_BYTES);
+                const auto& next = tiles[0];
+                load_box(rows, in, full, next.begin + row_of(next.box + c, share),
+                         first_head(next.box + c, next.kv_head, group, share), next.batch);
+            }
+            __syncwarp();
+        }
+#pragma unroll
+        for (int i = ROW_SLOTS; i > 0; i--) tiles[i] = tiles[i - 1];
+        if (held < ROW_SLOTS) held++;
+        place.advance();
+    }
+}
+
+// Loads keys or values of the tiles in turn into a ring. With CUTS those after the end of a packed document become zero
+// (only edges reach it): hidden keys have the probability 0, which NaN in their values would not heed. While they are on
+// their way others are loaded: they are cut once they are there, or before the warp would have to wait for something else.
+template <bool CUTS>
+DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty) {
+    const int lane = threadIdx.x % WARP;
+    const bool is_loader = elected();
+    Position<STAGES> stage;
+    Position<PLANNED> slot;
+    const unsigned cut_full = shared_address(&shared.values_cut);
+    int cut = -1, cut_phase = 0, past = 0;  // the stage to be cut, and keys of its entries past the end, an entry a lane
+    const auto settle = [&] {
+        if (cut < 0) return;
+        barrier_wait(cut_full, cut_phase);
+        cut_phase ^= 1;
+#pragma unroll 1
+        for (int j = 0; j < ENTRIES; j++) {
+            const int until = (j + 1) * (KEYS / ENTRIES);
+            clear_rows(ring + cut * BOX_BYTES, until - __shfl_sync(ALL, past, j), until, D);
+        }
+        if (is_loader) barrier_arrive(ring_full + 8 * cut);
+        cut = -1;
+    };
+    const auto wait = [&](unsigned barrier, int parity) {
+        if (CUTS && cut >= 0 && (barrier_test(cut_full, cut_phase) || !barrier_test(barrier, parity))) settle();
+        barrier_wait(barrier, parity);
+    };
+    while (true) {
+        wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
+        const Tile& tile = shared.tiles[slot.index];
+        if (tile.index < 0) break;
+        const int begin = tile.begin, batch = tile.batch, kv_head = tile.kv_head;
+        const int edges = tile.edges, total = edges + tile.fulls;
+#pragma unroll 1
+        for (int base = 0; base < total; base += WARP / ENTRIES) {
+            const int nth = base * ENTRIES + lane - edges * ENTRIES;
+            int key = tile.keys[lane];
+            if (nth >= 0) {
+                int of_range = nth / ENTRIES;
+                const Range range = pick(of_range, tile.far, tile.near, tile.sinks, tile.window);
+                key = entry_of(range, of_range, nth).key;
+            }
+            const int own_past = CUTS && nth < 0 ? keys_past(key, tile.length) : 0;
+            const unsigned ends = CUTS ? __ballot_sync(ALL, own_past > 0) : 0;
+            const int count = minimum(total - base, WARP / ENTRIES);
+#pragma unroll 1
+            for (int n = 0; n < count; n++) {
+                unsigned full = ring_full + 8 * stage.index;
+                wait(ring_empty + 8 * stage.index, stage.phase ^ 1);
+                if (CUTS && (ends >> n * ENTRIES & ((1u << ENTRIES) - 1))) {
+                    settle();
+                    cut = stage.index;
+                    past = __shfl_sync(ALL, own_past, n * ENTRIES + lane % ENTRIES);
+                    full = cut_full;
+                }
+                if (is_loader) barrier_expect(full, BOX_BYTES);
+#pragma unroll
+                for (int j = 0; j < ENTRIES; j++) {
+                    const int first = begin + __shfl_sync(ALL, key, n * ENTRIES + j);
+                    const unsigned to = ring + stage.index * BOX_BYTES + j * (KEYS / ENTRIES) * PANEL * 2;
+                    if (is_loader) load_box(to, map, full, first, kv_head, batch);
+                }
+                stage.advance();
+            }
+        }
+        __syncwarp();
+        if (is_loader) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
+        slot.advance();
+    }
+    if (CUTS) settle();
+}
+
+// The key tiles that a consumer's rows see, one after the other, over all tiles.
+struct Visits {
+    Shared& shared;
+    const int consumer;
+    Position<PLANNED> slot;  // of the tile
+    unsigned bits;           // entries of edges that are seen
+    unsigned seen;           // edges to come, a bit each at its first entry
+    int edges, fulls;        // edges in all, other key tiles to come after this one
+    int at;                  // positions of the rings that lie behind in this tile
+    int row;                 // the first of the own rows
+    bool is_edge, is_first;
+    int nth;                 // of the edges
+    int skip = 0;            // positions to walk past before it
+
+    // The tile at `slot`; false after the last.
+    DEVICE bool open() {
+        barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
+        if (tile().index < 0) return false;
+        edges = tile().edges;
+        fulls = tile().fulls;
+        bits = tile().seen[consumer];
+        seen = bits;
+        if (BLOCK == 32) seen = (seen | seen >> 1) & 0x55555555u;
+        if (BLOCK == 16) {
+            seen |= seen >> 1;
+            seen = (seen | seen >> 2) & 0x11111111u;
+        }
+        at = 0;
+        row = tile().row[consumer];
+        edge();
+        is_first = true;
+        return true;
+    }
+
+    DEVICE const Tile& tile() const { return shared.tiles[slot.index]; }
+
+    // Whether some row does not see some key of the edge.
+    DEVICE bool hides() const { return BLOCK < KEYS || tile().keys[nth] + KEYS - 1 > row; }
+
+    // To the next edge.
+    DEVICE void edge() {
+        nth = (__ffs(seen) - 1) / ENTRIES;
+        seen &= seen - 1;
+        skip += nth - at;
+        at = nth + 1;
+        is_edge = true;
+    }
+
+    // To the next one of the tile; false after the last.
+    DEVICE bool advance() {
+        is_first = false;
+        skip = 0;
+        if (seen != 0) {
+            edge();
+            return true;
+        }
+        is_edge = false;
+        skip = edges - at;
+        at = edges;
+        return fulls-- > 0;
+    }
+};
+
+// Walks past positions of a ring.
+DEVICE void walk(int count, Position<STAGES>& ring, unsigned full, unsigned empty) {
+#pragma unroll 1
+    for (; count > 0; count--) {
+        barrier_wait(full + 8 * ring.index, ring.phase);
+        if (threadIdx.x % WARP == 0) barrier_arrive(empty + 8 * ring.index);
+        ring.advance();
+    }
+}
+
+// Position of the last key, counted from the first of an edge's entry, that a row sees in it: keys after it are hidden.
+// `nth` of the edges, `row`: the first of the consumer's rows, `lane_row`: which of them.
+DEVICE int last_seen(const Tile& tile, int nth, int j, unsigned bits, int row, int lane_row) {
+    const int entry = nth * ENTRIES + j;
+    const bool is_seen = BLOCK >= KEYS || (bits >> entry & 1);
+    return is_seen ? row + lane_row % TOKENS - tile.keys[entry] : -1;
+}

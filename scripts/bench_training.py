@@ -1,0 +1,174 @@
+"""Training rates of the recipes on this machine's GPUs: tokens/s, MFU, and memory beside its estimate.
+
+    python scripts/bench_training.py --data runs/1.3b/data --output docs/benchmarks/<date>-several-h200 \
+        --cases 1.3b-8k:1,1.3b-8k:2,7b-8k:2,7b-8k-dense:2 [--steps 5]
+
+A case is `<recipe>-<length>[-dense]:<GPUs>`: the recipe's stage of that length as it ships, through its command line,
+but for three things: it starts from random weights, all of its data are `--data` (a folder of `data.prepare` with the
+recipe's vocabulary), and nothing is saved. `-dense` makes every layer dense. A step is `MICRO_BATCHES` micro-batches a
+GPU. The first two steps, which compile, are left out; the rate is the median of the others.
+
+Every case is a run of its own, one after the other. Results are added to <output>.json, which is written after each
+case; cases that are there are not run again. <output>.md is the table of all of them. A case that fails is a row with
+the sentence it ended in. Exit code 0 if all cases ran, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from s2 import ending, files
+from s2.recipe import load_recipe
+from s2.training.metrics import read_metrics
+
+MICRO_BATCHES = {8: 4, 32: 2, 128: 1}  # of a GPU in a step, by the length in thousands of tokens
+COMPILING = 2  # steps at the start whose time says nothing
+_CASE = re.compile(r"(?P<recipe>[\w.]+)-(?P<length>\d+)k(?P<dense>-dense)?:(?P<gpus>\d+)")
+
+
+def recipe_file(recipe: str, length: int) -> Path:
+    """The stage of `recipe` that trains at `length` thousand tokens.
+
+    Raises:
+        ValueError: there is none.
+    """
+    stages = {}
+    for path in sorted(Path("recipes", recipe).glob("*.yaml")):
+        stages[load_recipe(path)["data"]["init_args"]["seq_len"] // 1024] = path
+    if length not in stages:
+        raise ValueError(f"--cases {recipe}-{length}k: recipes/{recipe} trains at {[f'{known}k' for known in stages]}")
+    return stages[length]
+
+
+def overrides(case: re.Match[str], path: Path, data: Path, steps: int, root: str) -> list[str]:
+    """Command line of a case behind the recipe's name."""
+    length, gpus = int(case["length"]), int(case["gpus"])
+    recipe = load_recipe(path)
+    init, config = recipe["data"]["init_args"], recipe["model"]["config"]
+    # an extension has the shape of the model it continues, which is that of the first stage
+    shape = {k: v for k, v in load_recipe(path.parent / "pretrain.yaml")["model"]["config"].items() if k not in config}
+    tokens = init["micro_batch_size"] * init["seq_len"] * gpus * MICRO_BATCHES.get(length, 1)
+    train = f"{{path: {data / 'train'}, weight: 1.0}}"
+    return [
+        f"trainer.devices={gpus}",
+        f"trainer.max_steps={steps}",
+        "trainer.log_every_n_steps=1",
+        "model.schedule={name: constant, warmup_steps: 1}",
+        "model.init_from=null",
+        *(f"model.config.{key}={value}" for key, value in shape.items()),
+        *(["model.config.attention_layout=dense"] if case["dense"] else []),
+        "data.prepare=null",
+        f"data.mixture=[{train}]",
+        "data.validation=[]",
+        f"run.tokens_per_step={tokens}",
+        "run.checkpoint_every=null",
+        "run.resume=never",
+        f"run.root={root}",
+    ]
+
+
+def measure(name: str, data: Path, steps: int) -> dict[str, Any]:
+    """Run one case; its row."""
+    case = _CASE.fullmatch(name)
+    if case is None:
+        raise ValueError(f"--cases: expected <recipe>-<length>k[-dense]:<GPUs>, such as 7b-8k:2, got {name!r}")
+    path = recipe_file(case["recipe"], int(case["length"]))
+    stage = load_recipe(path)["run"]["stage"]
+    with tempfile.TemporaryDirectory() as root:
+        settings = overrides(case, path, data, steps, root)
+        command = [sys.executable, "-m", "s2.training.cli", str(path), *settings]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        metrics = Path(root, case["recipe"], stage, "logs", "metrics.csv")
+        rows = [row for row in read_metrics(metrics) if "train/loss" in row] if metrics.exists() else []
+    estimate = re.search(r"memory estimate: ([\d.]+) GiB", done.stdout)
+    row = {
+        "case": name,
+        "command": " ".join(["python", *command[1:]]).replace(root, "<folder>"),
+        "exit_code": done.returncode,
+        "said": "" if done.returncode == 0 else next(iter(done.stderr.strip().split("\n")[-1:]), ""),
+        "steps": len(rows),
+        "estimate_gib": float(estimate[1]) if estimate else None,
+        "memory_gib": max((row["memory_gib"] for row in rows), default=None),
+        "loss": [row["train/loss"] for row in rows],
+    }
+    timed = rows[COMPILING:]
+    for key in ("tokens_per_second_per_device", "mfu_executed", "mfu_dense_equivalent"):
+        values = [row[key] for row in timed if key in row]
+        row[key] = statistics.median(values) if values else None
+        row[f"{key}_all"] = values
+    return row
+
+
+def table(results: dict[str, Any]) -> str:
+    """The markdown page."""
+    rows = results["rows"]
+    rates = {row["case"]: row["tokens_per_second_per_device"] for row in rows.values()}
+    lines = [
+        f"# Training rates on {results['device']}",
+        "",
+        f"{results['date']}, {results['versions']}; commit {results['commit']}. By `scripts/bench_training.py`: "
+        "random weights, real text, documents masked, nothing saved; medians of the steps after the first "
+        f"{COMPILING}. MFU counts the causal half.",
+        "",
+        "| case | GPUs | tokens/s/GPU | over dense | MFU executed / dense-equivalent | peak GiB | estimate | steps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        kind, gpus = name.split(":")
+        if (rate := row["tokens_per_second_per_device"]) is None:
+            lines.append(f"| {kind} | {gpus} | exit code {row['exit_code']}: {row['said']} | | | | | |")
+            continue
+        dense = rates.get(f"{kind}-dense:{gpus}")
+        mfu = [row[key] for key in ("mfu_executed", "mfu_dense_equivalent")]
+        lines.append(
+            f"| {kind} | {gpus} | {rate:,.0f} | {f'{rate / dense:.2f}x' if dense else ''} | "
+            f"{' / '.join(f'{value:.3f}' for value in mfu if value is not None)} | {row['memory_gib']:.1f} | "
+            f"{row['estimate_gib'] or ''} | {len(row['tokens_per_second_per_device_all'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", required=True, help="comma-separated, such as 1.3b-8k:1,7b-128k-dense:2")
+    parser.add_argument("--data", type=Path, required=True, help="a folder of data.prepare")
+    parser.add_argument("--output", type=Path, required=True, help="without a suffix")
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    if args.steps <= COMPILING:
+        raise ValueError(f"--steps {args.steps} must be above {COMPILING}, the steps that are not timed")
+    import torch
+
+    file = args.output.with_suffix(".json")
+    results: dict[str, Any] = files.read_json(file) if file.exists() else {"rows": {}}
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["the CPU"]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    results |= {
+        "device": f"{len(names)} x {names[0]}",
+        "date": str(datetime.date.today()),
+        "commit": os.environ.get("S2_COMMIT", commit) or "unknown",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "lightning", "deepspeed")),
+    }
+    for name in args.cases.split(","):
+        if results["rows"].get(name, {}).get("exit_code") == 0:
+            continue
+        row = results["rows"][name] = measure(name, args.data, args.steps)
+        files.write_json(file, results)
+        files.write_text(args.output.with_suffix(".md"), table(results))
+        print(name, row["exit_code"], row["tokens_per_second_per_device"], row["memory_gib"], row["said"], flush=True)
+    print(table(results))
+    return int(any(row["exit_code"] != 0 for row in results["rows"].values()))
+
+
+if __name__ == "__main__":
+    ending.run(main)

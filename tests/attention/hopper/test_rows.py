@@ -1,0 +1,156 @@
+"""How the Hopper kernels divide rows: the key tiles of a tile of query rows are those that its rows see (`plan.cuh`
+compiled for the host), and the edges of a tile of dQ fit (in Triton's interpreter)."""
+
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from s2.attention import Pattern
+from s2.attention.kernels.hopper import forward, support
+from s2.attention.kernels.hopper.gluon import rows
+from s2.attention.kernels.hopper.problem import TILE
+from s2.attention.kernels.hopper.two_pass import QueryGradients
+from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
+from s2.attention.schedule import MAX_LEVELS, has_closed_form, rule_schedule
+from tests.attention import sweep
+from tests.attention.hopper.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="index arithmetic, checked in Triton's interpreter: on machines without a GPU"
+)
+
+PLANS = Path(__file__).with_name("plans.cpp")
+
+
+def compile_plans(folder: Path, block: int, levels: int, sinks: bool, consumers: int) -> Path:
+    constants = {"BLOCK": block, "LEVELS": levels, "SINKS": int(sinks), "CONSUMERS": consumers}
+    return compile_for_host(PLANS, folder, constants)
+
+
+def draw_rules(random: random.Random, block: int) -> tuple[Pattern, int]:
+    """A pattern of one rule and the number of its heads, of which each has its own residues."""
+    heads = random.choice((1, 4, 16))
+    pattern = sweep.draw_rule(random, random.choice(sweep.KINDS[:5]), block)
+    if random.random() < 0.2:
+        local, stride = random.randint(1, 40), random.randint(1, 9)
+        end = local + random.randint(1, 40)
+        levels = [(stride, end), (stride * random.randint(1, 5), random.choice((None, end + random.randint(1, 40))))]
+        pattern = Pattern.from_ranges(local, levels, block_size=block, sinks=random.randint(0, 9))
+    return pattern, heads
+
+
+def check_plan(
+    line: str, seen_by: np.ndarray, first: int, share: int, block: int, consumers: int, most_skipped: int
+) -> None:
+    """Of the tile of m_blocks from `first` on. `seen_by` bool `[query unit, key unit]`: what the pattern says. Within
+    `most_skipped` key tiles a consumer must come to one that it sees, or the pipeline could deadlock."""
+    unit, entries = unit_of(block), max(TILE // block, 1)
+    edges, fulls, *numbers = map(int, line.split())
+    edge_keys, seen = np.array(numbers[: 2 * edges * entries]).reshape(-1, 2).T
+    full_keys = np.array(numbers[2 * edges * entries :], dtype=int)
+    assert len(full_keys) == fulls * entries
+    assert 0 < edges * entries <= 32, "the consumers have a bit for each entry"
+    own = (first + np.arange(consumers)) // share
+    row = own[0] * unit
+    boxes = np.minimum(own, len(seen_by) - 1)  # a consumer past the last row looks where that one does
+    listed = np.concatenate([edge_keys[edge_keys >= 0], full_keys])
+    assert (listed % unit == 0).all() and len(set(listed)) == len(listed)
+    assert sorted(listed // unit) == np.flatnonzero(seen_by[boxes].any(0)).tolist()
+    assert seen_by[boxes][:, full_keys // unit].all() and (full_keys + unit - 1 <= row).all()
+    for consumer, box in enumerate(boxes):
+        sees = seen >> consumer & 1 == 1
+        exists = edge_keys >= 0
+        assert (sees == exists & seen_by[box, edge_keys // unit]).all()
+        assert sees.any(), "every consumer has a first key tile"
+        tile = np.flatnonzero(sees)[0] // entries
+        shown = edge_keys[tile * entries : (tile + 1) * entries][sees[tile * entries : (tile + 1) * entries]]
+        assert shown.min() <= own[consumer] * unit, "all its rows see a key of it"
+        places = np.flatnonzero(sees.reshape(-1, entries).any(1))
+        assert np.diff(places, prepend=places[0]).max() - 1 <= most_skipped, "between two partial tiles"
+        assert edges - 1 - places[-1] <= consumers - 1, "after the last one"
+        assert places[0] + consumers - 1 <= most_skipped, "from the tile before to the first one"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", forward.CONSUMERS)
+def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, head_dim, tmp_path):
+    consumers, two_pipelines = forward.CONSUMERS[head_dim], 2 * forward.STAGES[head_dim]
+    rng = random.Random(seed := block + head_dim)
+    cases: dict[tuple[int, bool], list] = {(n, sinks): [] for n in range(MAX_LEVELS + 1) for sinks in (False, True)}
+    for _ in range(120):
+        pattern, heads = draw_rules(rng, block)
+        if not has_closed_form(pattern):
+            continue
+        head, layer = rng.randrange(heads), rng.randrange(30)
+        schedule = rule_schedule(pattern.key, heads, layer, 0, heads, CPU)
+        length = rng.choice((rng.randint(1, 2 * TILE), rng.randint(1, 40 * block), rng.randint(1, 12 * TILE)))
+        mask = unit_mask(pattern, length, heads, layer)[head].T.numpy()
+        # kernels may be compiled for more than a head needs: for the other heads
+        levels = rng.randint(schedule.num_levels, MAX_LEVELS)
+        sinks = schedule.has_sinks or rng.random() < 0.5
+        share = rng.choice((1, 1, 2, 3, 4, 8))
+        starts = list(range(0, len(mask) * share, consumers))
+        for box in sorted({0, starts[-1], *rng.sample(starts, min(len(starts), 12))}):
+            cases[levels, sinks].append((box, share, length, schedule.rows[head], mask, pattern))
+    for (levels, sinks), own in cases.items():
+        program = compile_plans(tmp_path, block, levels, sinks, consumers)
+        text = "\n".join(" ".join(map(str, (*case[:3], *case[3]))) for case in own)
+        result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+        for line, (box, share, length, rule, mask, pattern) in zip(result.stdout.splitlines(), own, strict=True):
+            most_skipped = two_pipelines - 2 if support.is_deadlock_free(pattern.key, head_dim) else 1 << 30
+            try:
+                check_plan(line, mask, box, share, block, consumers, most_skipped)
+            except AssertionError as error:
+                case = f"{seed=}, {pattern}, {rule=}, {box=}, {share=}, {length=}, {levels=}, {sinks=}"
+                raise AssertionError(case) from error
+
+
+def test_patterns_that_could_deadlock_the_forward_are_left_to_other_kernels():
+    def is_taken(levels: list, block: int, head_dim: int) -> bool:
+        return support.is_deadlock_free(Pattern.from_ranges(2, levels, block_size=block).key, head_dim)
+
+    assert not is_taken([(2, 5), (4, 7)], 256, 128)  # a thread block would hang on its first tile
+    assert not is_taken([(2, 5)], 256, 128) and is_taken([(2, 5)], 256, 64)
+    assert is_taken([(2, 5), (4, 7)], 64, 128) and is_taken([(2, 5), (4, None)], 128, 128)
+    for spec in ("L1V15", "L8V16", "W9", "dense", "L3V4+sink2"):
+        assert all(support.is_deadlock_free(Pattern.parse(spec, 256).key, dim) for dim in (64, 128))
+    mixed = Pattern.per_head([Pattern.parse("L1V15", 256), Pattern.from_ranges(2, [(2, 5)], block_size=256)])
+    assert not support.is_deadlock_free(mixed.key, 128)
+
+
+@triton.jit
+def edges(table, out, tile_rows, length, KEYS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+          SINKS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * tile_rows
+    last = tl.minimum(row + tile_rows, length) - 1
+    _, masked = key_plan(row, last, load_rule(table, LEVELS, SINKS), BLOCK, KEYS, LEVELS, SINKS)
+    tl.store(out + tl.program_id(0), masked_tiles(masked))
+
+
+def test_dq_is_launched_with_the_consumers_that_it_has():
+    assert rows.CONSUMERS.value == QueryGradients.consumers
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_the_edges_of_a_tile_of_dq_fit_its_words(block):
+    heads, length = 4, 30 * block - 5
+    specs = ("L1V15", "L8V16", "dense", "L2V5+sink1", "W3", "L1V2", "L3V3+sink2", "L1V3+sink5", "L5V24")
+    bounded = ([(2, 5), (4, None)], [(2, 3), (4, 7)], [(3, 7), (9, 20)], [(1, 6), (5, None)])
+    patterns = [Pattern.parse(spec, block) for spec in specs]
+    patterns += [Pattern.from_ranges(2, levels, sinks=1, block_size=block) for levels in bounded]
+    patterns.append(Pattern.from_ranges(5, [(2, 14), (6, None)], sinks=1, block_size=block))  # 28 entries of 16
+    for pattern in filter(has_closed_form, patterns):
+        schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+        tiles = -(-length // (QueryGradients.consumers * block))
+        for head in (0, 3):
+            out = torch.zeros(tiles, dtype=torch.int32)
+            edges[(tiles,)](schedule.table[head], out, QueryGradients.consumers * block, length, KEYS=TILE, BLOCK=block,
+                            LEVELS=schedule.num_levels, SINKS=schedule.has_sinks)  # fmt: skip
+            assert out.min() > 0 and out.max() * TILE // block <= rows.EDGES.value
