@@ -1,8 +1,8 @@
-"""Tensors that outlive the call which made them: tables of rules, block lists, masks, counters.
+"""What outlives the call that made it: memos, and tensors such as tables of rules, block lists, masks and counters.
 
-They are made in a thread of their own (`apart`). So none of the caller's modes gets into them: under a FakeTensor mode
-they would be fakes, under `torch.inference_mode` nothing could be trained with them. And their memory comes from no
-pool of a CUDA graph, which `torch.compile(mode="reduce-overhead")` does not allow.
+Tensors are made in a thread of their own (`apart`). So none of the caller's modes gets into them: under a FakeTensor
+mode they would be fakes, under `torch.inference_mode` nothing could be trained with them. And their memory comes from
+no pool of a CUDA graph, which `torch.compile(mode="reduce-overhead")` does not allow.
 
 A captured CUDA graph goes on reading what it was captured with. So what a call uses while a stream is captured is never
 freed, tables of rules (1 KB) never at all; other kept tensors are dropped, oldest first, once the device is done with
@@ -13,14 +13,24 @@ before, as torch's warm-up does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+K = TypeVar("K")
 T = TypeVar("T")
 MOST_BYTES = 2 << 30
+MOST_REMEMBERED = 512
+
+
+def remember(memo: dict[K, T], key: K, value: T) -> T:
+    """Adds to a memo of at most `MOST_REMEMBERED` values, of which the oldest goes first."""
+    if len(memo) >= MOST_REMEMBERED:
+        memo.pop(next(iter(memo)), None)
+    return memo.setdefault(key, value)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -38,46 +48,32 @@ def apart(make: Callable[[], T], device: torch.device) -> T:
             "s2_attention makes tables at its first call with a pattern and a shape, which a CUDA graph cannot "
             "capture: call it once with the same shapes before the capture"
         )
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(make())
-        except BaseException as error:  # raised again below
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 class Kept(Generic[T]):
-    """Remembers what a function with a device as its last argument returns, by its arguments, as long as it all takes
-    no more than `most_bytes`; the last result always. `tensors_of` names a result's tensors."""
+    """Remembers by key what takes memory on a device, as long as it all takes no more than `most_bytes`; the last
+    always. `tensors_of` names the tensors of a value."""
 
-    def __init__(
-        self, make: Callable[..., T], tensors_of: Callable[[T], Iterable[Tensor]], most_bytes: int = MOST_BYTES
-    ) -> None:
-        self.make, self.tensors_of, self.most_bytes = make, tensors_of, most_bytes
-        self.values: dict[tuple, tuple[T, int]] = {}  # and their bytes, oldest use first
-        self.captured: set[tuple] = set()  # read by graphs: never dropped
+    def __init__(self, tensors_of: Callable[[T], Iterable[Tensor]], most_bytes: int = MOST_BYTES) -> None:
+        self.tensors_of, self.most_bytes = tensors_of, most_bytes
+        self.values: dict[Hashable, tuple[T, int]] = {}  # and their bytes, oldest use first
+        self.captured: set[Hashable] = set()  # read by graphs: never dropped
         self.lock = threading.Lock()
 
-    def __call__(self, *arguments) -> T:
-        device = arguments[-1]
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+        """The value of `key` on `device`; `make` makes it if there is none (`apart`)."""
+        key = (key, device)
         with self.lock:
-            found = self.values.pop(arguments, None)
+            found = self.values.pop(key, None)
             if found is None:
-                value = apart(lambda: self.make(*arguments), device)
+                value = apart(make, device)
                 found = value, sum(x.numel() * x.element_size() for x in self.tensors_of(value))
                 self._drop(found[1], device)
             elif is_capturing(device):
-                self.captured.add(arguments)
-            self.values[arguments] = found
+                self.captured.add(key)
+            self.values[key] = found
             return found[0]
 
     def _drop(self, coming: int, device: torch.device) -> None:

@@ -1,21 +1,22 @@
-"""Which layer has which pattern: the hybrid layout of a model as one string.
+"""Which layer has which pattern: the hybrid layout of a model as one string, for example
 
 L8V16                  every layer sparse
 L4V24+dense10-22       layers 10 to 22 (0-based, inclusive) dense, the others L4V24
 L8V16+sink1+dense0,1   first two layers dense, the others L8V16 with one sink block
 L8V16-inter            every second layer dense, starting with a sparse one
+2*dense|6*L8V16        every layer with 2 dense heads of 8
 dense                  every layer dense
+
+All of the spelling is in `grammar`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .grammar import Reader
 from .pattern import Pattern
-
-_LAYOUT = re.compile(r"(?P<pattern>.+?)(?P<inter>-inter)?(?:\+dense(?P<dense>.*))?")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LayerLayout:
     Attributes:
         spec: the string it was read from.
         patterns: one `Pattern` a layer.
-        rotations: what layer i passes to `s2_attention(layer=)`: its position among the layers of the same
+        rotations: what layer i passes to `s2_attention(rotation=)`: its position among the layers of the same
             pattern, so that residues rotate through sparse layers without a gap at each dense one.
     """
 
@@ -38,21 +39,16 @@ class LayerLayout:
         """Read a layout string.
 
         Raises:
-            ValueError: names the layout and the part that is wrong.
+            ValueError: names the layout, and what is wrong at which character.
         """
         if not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers={num_layers!r} must be a positive whole number")
-        match = _LAYOUT.fullmatch(spec) if isinstance(spec, str) else None
-        if match is None:
-            raise ValueError(f"attention_layout {spec!r} is not understood; write for example 'L8V16+dense0,1'")
-        named = f"attention_layout {spec!r}"
-        try:
-            sparse = Pattern.parse(match["pattern"], block_size)
-        except ValueError as error:
-            raise ValueError(f"{named}: {error}") from None
-        dense_layers = set(range(1, num_layers, 2)) if match["inter"] else set()
-        if match["dense"] is not None:
-            dense_layers |= _parse_layers(match["dense"], num_layers, named)
+        reader = Reader(spec, "attention_layout")
+        sparse = Pattern.read(reader, block_size)
+        dense_layers = set(range(1, num_layers, 2)) if reader.take("-inter") else set()
+        if reader.take(r"\+dense"):
+            dense_layers |= _read_layers(reader, num_layers)
+        reader.finish("'+sink<blocks>', '-inter', '+dense<layers>'")
         dense = Pattern.parse("dense", block_size)
         patterns = tuple(dense if i in dense_layers else sparse for i in range(num_layers))
         seen: dict[Pattern, int] = {}
@@ -71,25 +67,44 @@ class LayerLayout:
     def __iter__(self) -> Iterator[Pattern]:
         return iter(self.patterns)
 
+    def ruled_heads(self, num_kv_heads: int) -> int:
+        """Heads that have a rule of their own: the KV heads, or as many as the layout spells out."""
+        return max((len(pattern.heads) for pattern in self.patterns), default=0) or num_kv_heads
+
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """ValueError: the layout spells out heads, but not those of a model with so many query and KV heads."""
+        heads = self.ruled_heads(num_kv_heads)
+        if heads not in (num_heads, num_kv_heads):
+            raise ValueError(
+                f"attention_layout {self.spec!r} has rules for {heads} heads, but the model has {num_kv_heads} KV "
+                f"heads and {num_heads} query heads"
+            )
+
+    def distinct_rotations(self, num_kv_heads: int) -> list[int]:
+        """`rotations`, each as the first with the same rules: residues repeat, at once where there are as many heads
+        as the stride."""
+        heads = self.ruled_heads(num_kv_heads)
+        pairs = zip(self.patterns, self.rotations, strict=True)
+        return [pattern.first_alike(rotation, heads) for pattern, rotation in pairs]
+
     def density(self, seq_len: int, num_kv_heads: int) -> float:
         """Visible over causal pairs, averaged over layers and heads."""
-        per_layer = [
-            pattern.density(seq_len, num_kv_heads, layer=rotation)
-            for pattern, rotation in zip(self.patterns, self.rotations, strict=True)
-        ]
-        return sum(per_layer) / len(per_layer)
+        heads, pairs = self.ruled_heads(num_kv_heads), zip(self.patterns, self.rotations, strict=True)
+        return sum(pattern.density(seq_len, heads, layer=rotation) for pattern, rotation in pairs) / len(self)
 
 
-def _parse_layers(text: str, num_layers: int, named: str) -> set[int]:
+def _read_layers(reader: Reader, num_layers: int) -> set[int]:
     layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    while True:
+        at = reader.at
+        match = reader.take(r"(\d+)(?:-(\d+))?")
         if match is None:
-            raise ValueError(f"{named}: '+dense{text}' has {part!r} where a layer or a range like 10-22 belongs")
+            raise reader.error("expected a layer or a range like 10-22 of dense layers")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
-            raise ValueError(f"{named}: the dense range {part!r} runs backwards; write {last}-{first}")
+            raise reader.error(f"the dense range {match[0]!r} runs backwards; write {last}-{first}", at)
         if last >= num_layers:
-            raise ValueError(f"{named}: dense layer {last} does not exist; the model has layers 0 to {num_layers - 1}")
+            raise reader.error(f"dense layer {last} does not exist; the model has layers 0 to {num_layers - 1}", at)
         layers |= set(range(first, last + 1))
-    return layers
+        if not reader.take(","):
+            return layers

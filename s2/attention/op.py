@@ -1,23 +1,28 @@
 """The attention op: `s2_attention` checks its arguments, picks a backend and calls it.
 
 The kernels stand behind a pair of registered custom ops (`s2::attention_forward`, `s2::attention_backward`) with fakes,
-so `torch.compile(fullgraph=True)`, `torch.library.opcheck` and selective activation checkpointing work on it.
-Patterns travel through the ops by key (`pattern_from_key`).
+so `torch.compile(fullgraph=True)`, `torch.library.opcheck` and selective activation checkpointing work on it. What a
+call says but its tensors is a `Call`; where nothing watches (`is_plain`) it goes to the kernels as it is, else through
+the ops as plain values.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .call import SCHEMA, Call, call_of
+from .kept import remember
 from .kernels.hopper import launch as hopper_launch
-from .kernels.triton.launch import Problem, run_backward, run_forward
-from .modes import is_plain, without_autocast
-from .pattern import Pattern, first_alike, pattern_from_key
+from .kernels.triton.launch import run_backward, run_forward
+from .modes import apply_function, is_plain, without_autocast
+from .pattern import Pattern
 from .reference import check_borders, reference_attention
 from .sdpa import dense_attention, masked_attention
 
@@ -25,18 +30,45 @@ BACKENDS = ("reference", "sdpa", "triton", "hopper")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# ---------------------------------------------------------------- kernels
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, T]`, float32), by the kernels of
+    `call.backend`, which the caller has checked to take it."""
+    run = hopper_launch.run_forward if call.backend == "hopper" else run_forward
+    return _run(run, q, k, v, cu_seqlens, call)
+
+
+def _backward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; arguments as of `run_backward`, the last a `Call`."""
+    run = hopper_launch.run_backward if rest[-1].backend == "hopper" else run_backward
+    return _run(run, q, *rest)
+
+
+def _run(kernels: Callable[..., Any], q: Tensor, *rest: Any) -> Any:
+    """On the device of q."""
+    if _is_elsewhere(q):
+        with torch.cuda.device(q.device):
+            return kernels(q, *rest)
+    return kernels(q, *rest)
+
+
+def _is_elsewhere(x: Tensor) -> bool:
+    """Whether x is on another GPU than the current one, on which kernels would be launched."""
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
+
+
 # ---------------------------------------------------------------- custom ops
-# Defined through `torch.library.Library`: with gradients a call costs half of what `torch.library.custom_op` takes.
 
 _library = torch.library.Library("s2", "DEF")
-_SETTINGS = "str pattern, int layer, int head_offset, int total_kv_heads, float softmax_scale, bool hopper"
 _library.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {SCHEMA}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
-    f"Tensor? cu_seqlens, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? cu_seqlens, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 attention_forward = torch.ops.s2.attention_forward.default
@@ -44,18 +76,13 @@ attention_backward = torch.ops.s2.attention_backward.default
 
 
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
-def _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper):
-    """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, T]`, float32). With `hopper` the Hopper kernel
-    runs; the caller has checked `hopper.supports`."""
-    if _is_elsewhere(q):
-        with torch.cuda.device(q.device):
-            return _forward(q, k, v, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper)
-    layer = first_alike(pattern, layer, total_kv_heads)  # what is kept serves all layers with these rules
-    if hopper:
-        heads = (layer, head_offset, total_kv_heads)
-        return hopper_launch.run_forward(q, k, v, cu_seqlens, pattern_from_key(pattern), heads, softmax_scale)
-    problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
-    return run_forward(q, k, v, problem)
+def _forward_op(q, k, v, cu_seqlens, *settings):
+    return _forward(q, k, v, cu_seqlens, call_of(*settings))
+
+
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _backward_op(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings):
+    return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, call_of(*settings))
 
 
 @torch.library.register_fake("s2::attention_forward", lib=_library)
@@ -65,80 +92,50 @@ def _forward_shapes(q, k, v, cu_seqlens, *settings):
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _backward(
-    q, k, v, out, lse, dout, dlse, cu_seqlens, pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper
-):
-    if _is_elsewhere(q):
-        settings = (pattern, layer, head_offset, total_kv_heads, softmax_scale, hopper)
-        with torch.cuda.device(q.device):
-            return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings)
-    layer = first_alike(pattern, layer, total_kv_heads)
-    if hopper:
-        heads = (layer, head_offset, total_kv_heads)
-        rule = pattern_from_key(pattern)
-        return hopper_launch.run_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, rule, heads, softmax_scale)
-    problem = Problem(pattern_from_key(pattern), layer, head_offset, total_kv_heads, softmax_scale, cu_seqlens)
-    return run_backward(q, k, v, out, lse, dout, dlse, problem)
-
-
 @torch.library.register_fake("s2::attention_backward", lib=_library)
 def _backward_shapes(q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _is_elsewhere(x: Tensor) -> bool:
-    """Whether x is on another GPU than the current one, on which kernels would be launched."""
-    return x.is_cuda and x.get_device() != torch.cuda.current_device()
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple:
+    """Of the arguments of `_forward` or, where `ctx` comes from the op, of `attention_forward`."""
+    dout, dlse = gradients
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    none = (None,) * (1 + len(ctx.settings))
+    if dout is None and dlse is None:
+        return None, None, None, *none
+    if dout is None:
+        dout = torch.zeros_like(out)
+    run: Callable[..., tuple] = attention_backward
+    settings = ctx.settings
+    if isinstance(settings[0], Call):
+        run, settings = (_backward, settings) if is_plain(q, k, v, dout) else (run, settings[0].settings)
+    return *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings), *none
+
+
+torch.library.register_autograd("s2::attention_forward", _gradients, setup_context=_save, lib=_library)
 
 
 class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, run, q, k, v, cu_seqlens, *settings):
-        out, lse = run(q, k, v, cu_seqlens, *settings)
-        ctx.settings = settings
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.set_materialize_grads(False)
-        return out, lse
+    """`_forward` where nothing watches: half of the op's time with gradients."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dlse):
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        none = (None,) * (1 + len(ctx.settings))
-        if dout is None and dlse is None:
-            return None, None, None, None, *none
-        if dout is None:
-            dout = torch.zeros_like(out)
-        run = _backward if is_plain(q, k, v, dout) else attention_backward
-        return None, *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.settings), *none
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)  # type: ignore[assignment]
 
 
-def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-# `torch.autograd.Function.apply` without its look for functorch's wrappers, a tenth of a call; `is_plain` has looked
-_apply_plain = super(torch.autograd.Function, _Attention).apply
-
-
-def _below_autograd(*arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_forward(*arguments)
-
-
-@torch.library.impl(_library, "attention_forward", "Autograd")
-def _differentiable(q, k, v, *rest):
-    if _needs_gradient(q, k, v):
-        return _Attention.apply(_below_autograd, q, k, v, *rest)
-    return _below_autograd(q, k, v, *rest)
-
-
-def _call(plain: bool, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    """The forward op, or what it does where nothing watches (`is_plain`)."""
-    if not plain:
-        return attention_forward(q, k, v, *rest)
-    return _apply_plain(_forward, q, k, v, *rest) if _needs_gradient(q, k, v) else _forward(q, k, v, *rest)
+_attend = apply_function(_Attention)
 
 
 # ---------------------------------------------------------------- public function
@@ -146,17 +143,17 @@ def _call(plain: bool, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, 
 
 @overload
 def s2_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, layer: int = 0, cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, rotation: int = 0, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None, return_lse: Literal[False] = False, head_offset: int = 0,
-    total_kv_heads: int | None = None, backend: str | None = None,
+    total_kv_heads: int | None = None, backend: str | None = None, layer: int | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def s2_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, layer: int = 0, cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, rotation: int = 0, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None, return_lse: Literal[True], head_offset: int = 0,
-    total_kv_heads: int | None = None, backend: str | None = None,
+    total_kv_heads: int | None = None, backend: str | None = None, layer: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -166,13 +163,14 @@ def s2_attention(
     v: Tensor,
     pattern: Pattern,
     *,
-    layer: int = 0,
+    rotation: int = 0,
     cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     head_offset: int = 0,
     total_kv_heads: int | None = None,
     backend: str | None = None,
+    layer: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention under a block pattern, differentiable in q, k, v (and through the log-sum-exp).
 
@@ -183,7 +181,8 @@ def s2_attention(
         v: as `k`.
         pattern: which blocks each KV head sees. A pattern with one rule (or mask) per *query* head is accepted too;
             K and V are then expanded to the query heads.
-        layer: rotates residues when there are fewer KV heads than the stride (`LayerLayout.rotations`).
+        rotation: turns residues where there are fewer KV heads than the stride, so that layers which follow each other
+            are complete together (`LayerLayout.rotations`).
         cu_seqlens: int32 `[n + 1]`, borders of packed documents: 0 first, then never falling (repeats are empty
             documents), T at most. Blocks and residues count from the start of each document, and no document depends
             on what stands beside it, NaN included. Tokens behind the last border (padding to a static shape) belong to
@@ -199,6 +198,7 @@ def s2_attention(
             they apply (`hopper.launch.objection`), else Triton's (dense patterns: torch's own dense kernels, of those
             that are enabled), elsewhere "sdpa". Where only the strides of q, k or v keep a call from the Hopper
             kernels, a warning says so once.
+        layer: the old name of `rotation`, deprecated.
 
     Returns:
         The output, shape and dtype of `q`; with `return_lse` the pair (output, lse). Autocast changes neither.
@@ -218,38 +218,81 @@ def s2_attention(
     Raises:
         ValueError: a shape, dtype, head count, border tensor or backend that does not fit, by name.
     """
-    asked, plain = None, is_plain(q, k, v)
-    if plain and cu_seqlens is None and type(pattern) is Pattern:
-        asked = (
+    if layer is not None:
+        if rotation:
+            raise ValueError(f"rotation={rotation} and layer={layer}: layer is the old name of rotation; leave it out")
+        _warn_of_layer()
+        rotation = layer
+    key = call = None
+    plain = is_plain(q, k, v) if cu_seqlens is None else is_plain(q, k, v, cu_seqlens)
+    if plain and type(pattern) is Pattern:
+        borders = None
+        if cu_seqlens is not None:  # their number changes from batch to batch
+            borders = (cu_seqlens.dtype, cu_seqlens.device, cu_seqlens.dim(), cu_seqlens.numel() > 0)
+        key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
-            k.device, v.device, pattern.key, layer, softmax_scale, return_lse, head_offset, total_kv_heads, backend,
+            k.device, v.device, pattern.key, rotation, softmax_scale, return_lse, head_offset, total_kv_heads, backend,
+            borders,
         )  # fmt: skip
-        settings = _ANSWERED.get(asked)
-        if settings is not None:
-            out, lse = _call(plain, q, k, v, None, *settings)
-            return (out, lse) if return_lse else out
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} does not exist; use one of {BACKENDS} or None")
-    _check(q, k, v, pattern, cu_seqlens, layer, head_offset, total_kv_heads)
-    kv_heads = k.shape[-2]
-    total = kv_heads if total_kv_heads is None else total_kv_heads
-    group = q.shape[-2] // kv_heads
-    if group > 1 and _is_per_query_head(pattern, total, group):
-        asked = None
-        k, v = (x.repeat_interleave(group, dim=-2) for x in (k, v))
-        head_offset, total = head_offset * group, total * group
-    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    if not scale > 0:
-        raise ValueError(f"softmax_scale={softmax_scale!r} must be positive")
+        call = _CHECKED.get(key)
+    if call is None:
+        _check(q, k, v, pattern, cu_seqlens, rotation, head_offset, total_kv_heads, backend)
+        kv_heads = k.shape[-2]
+        total = kv_heads if total_kv_heads is None else total_kv_heads
+        group = q.shape[-2] // kv_heads
+        if group > 1 and _is_per_query_head(pattern, total, group):
+            key = None
+            k, v = (x.repeat_interleave(group, dim=-2) for x in (k, v))
+            head_offset, total = head_offset * group, total * group
+        scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+        if not scale > 0:
+            raise ValueError(f"softmax_scale={softmax_scale!r} must be positive")
+        backend = _choose(backend, q, k, v, pattern, cu_seqlens is not None, return_lse)
+        call = Call(pattern, rotation, head_offset, total, scale, backend)
+        if plain:
+            call = call_of(*call.settings)
+            if key is not None and pattern.mask is None:
+                remember(_CHECKED, key, call)
+    elif cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        check_borders(cu_seqlens.tolist(), q.shape[0])
+    if call.backend in ("triton", "hopper"):
+        if cu_seqlens is not None:
+            cu_seqlens = _as_kernels_read(cu_seqlens, q)
+        if not plain:
+            out, lse = attention_forward(q, k, v, cu_seqlens, *call.settings)
+        elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out, lse = _attend(q, k, v, cu_seqlens, call)
+        else:
+            out, lse = _forward(q, k, v, cu_seqlens, call)
+        return (out, lse) if return_lse else out
+    with without_autocast(q):
+        if call.backend == "dense":
+            return dense_attention(q, k, v, call.softmax_scale)
+        if call.backend == "sdpa" and not return_lse:
+            return masked_attention(q, k, v, cu_seqlens, call)
+        out, lse = reference_attention(q, k, v, cu_seqlens, call)  # torch's SDPA does not return the log-sum-exp
+    return (out, lse) if return_lse else out
 
-    if backend is None and _prefers_dense_kernel(q, k, pattern, cu_seqlens, return_lse):
-        with without_autocast(q):
-            return dense_attention(q, k, v, scale)
-    hopper = False
+
+_CHECKED: dict[tuple, Call] = {}  # by everything that the checks look at, but for masks, which can be large
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_layer() -> None:
+    warnings.warn("s2_attention(layer=) is now called rotation=", DeprecationWarning, stacklevel=3)
+
+
+def _choose(
+    backend: str | None, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, return_lse: bool
+) -> str:
+    """What runs for the caller's `backend` (`Call.backend`). ValueError: it does not take the call."""
+    if backend is None and _prefers_dense_kernel(q, k, pattern, packed, return_lse):
+        return "dense"
     if backend in (None, "hopper"):
-        objection = hopper_launch.objection(q, k, v, pattern, packed=cu_seqlens is not None)
-        hopper = not objection
-        if objection and backend == "hopper":
+        objection = hopper_launch.objection(q, k, v, pattern, packed=packed)
+        if not objection:
+            return "hopper"
+        if backend == "hopper":
             shown = ", ".join(
                 f"{name} {list(x.shape)} with strides {list(x.stride())}" for name, x in (("q", q), ("k", k), ("v", v))
             )
@@ -260,54 +303,27 @@ def s2_attention(
         if objection in hopper_launch.AVOIDABLE:
             hopper_launch.warn_once(objection)
     backend = backend or _default_backend(q)
-    if backend in ("triton", "hopper"):
-        if q.dtype not in _KERNEL_DTYPES:
-            raise ValueError(
-                f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}; use backend='sdpa' or "
-                "'reference'"
-            )
-        borders = None if cu_seqlens is None else _as_kernels_read(cu_seqlens, q)
-        settings = (pattern.key, layer, head_offset, total, scale, hopper)
-        if asked is not None:
-            if len(_ANSWERED) >= _MOST_ANSWERS:
-                _ANSWERED.clear()
-            _ANSWERED[asked] = settings
-        out, lse = _call(plain, q, k, v, borders, *settings)
-        return (out, lse) if return_lse else out
-    with without_autocast(q):
-        if backend == "sdpa" and not return_lse:
-            return masked_attention(
-                q, k, v, pattern,
-                layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
-            )  # fmt: skip
-        out, lse = reference_attention(  # also for sdpa with the log-sum-exp, which torch's SDPA does not return
-            q, k, v, pattern,
-            layer=layer, cu_seqlens=cu_seqlens, softmax_scale=scale, head_offset=head_offset, total_kv_heads=total,
-        )  # fmt: skip
-    return (out, lse) if return_lse else out
-
-
-# Calls that have been checked once and go to a kernel: their settings by everything that the checks look at
-_ANSWERED: dict[tuple, tuple] = {}
-_MOST_ANSWERS = 512
+    if backend == "triton" and q.dtype not in _KERNEL_DTYPES:
+        raise ValueError(
+            f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}; use backend='sdpa' or 'reference'"
+        )
+    return backend
 
 
 def _default_backend(q: Tensor) -> str:
     return "triton" if q.is_cuda else "sdpa"
 
 
-def _prefers_dense_kernel(q: Tensor, k: Tensor, pattern: Pattern, cu_seqlens: Tensor | None, return_lse: bool) -> bool:
+def _prefers_dense_kernel(q: Tensor, k: Tensor, pattern: Pattern, packed: bool, return_lse: bool) -> bool:
     """Dense sequences of one length go to cuDNN or flash SDPA. Packed ones stay with our kernels, which were faster
     on an H200 than torch's own for documents of mixed lengths (docs/log.md)."""
     low = q.dtype in (torch.float16, torch.bfloat16)
-    plain = cu_seqlens is None and not return_lse and q.shape[1] == k.shape[1]
-    return q.is_cuda and pattern.is_dense and low and plain
+    return q.is_cuda and pattern.is_dense and low and not packed and not return_lse and q.shape[1] == k.shape[1]
 
 
 def _is_per_query_head(pattern: Pattern, total_kv_heads: int, group: int) -> bool:
-    if pattern.heads:
-        return len(pattern.heads) == total_kv_heads * group
-    return pattern.mask is not None and pattern.mask.shape[0] == total_kv_heads * group
+    heads = len(pattern.heads) if pattern.mask is None else pattern.mask.shape[0]
+    return heads == total_kv_heads * group
 
 
 def _check(
@@ -316,16 +332,19 @@ def _check(
     v: Tensor,
     pattern: Pattern,
     cu_seqlens: Tensor | None,
-    layer: int,
+    rotation: int,
     head_offset: int,
     total_kv_heads: int | None,
+    backend: str | None,
 ) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} does not exist; use one of {BACKENDS} or None")
     if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be an int32 tensor of document borders, got {type(cu_seqlens).__name__}")
     if q.dtype not in (torch.float64, *_KERNEL_DTYPES):
         raise ValueError(f"q, k and v must be float64, float32, float16 or bfloat16, got {q.dtype}")
-    if layer < 0:
-        raise ValueError(f"layer={layer} must be 0 or more")
+    if rotation < 0:
+        raise ValueError(f"rotation={rotation} must be 0 or more")
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern (see Pattern.parse), got {type(pattern).__name__}")
     dims = 4 if cu_seqlens is None else 3

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import itertools
 import math
-import re
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -28,18 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .grammar import UNBOUNDED, Reader, Rule, spell_heads
+
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-UNBOUNDED = 1 << 30  # a distance no context reaches, in blocks
 _HOST = torch.device("cpu")  # of masks, whatever the default device is
+_MASK = "mask:"
 
-_SPEC = re.compile(
-    r"(?:(?P<dense>dense)|W(?P<window>\d+)|L(?P<local>\d+)(?P<ranges>(?:V\d+(?:<\d+)?)+))(?:\+sink(?P<sinks>\d+))?"
-)
-_RANGE = re.compile(r"V(\d+)(?:<(\d+))?")
-
-# Patterns by key, so that they need not be read again. Masks can be large: they live as long as somebody has them.
-_rules: dict[str, Pattern] = {}
-_masks: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
+# Patterns by key, as long as somebody has them, since masks can be large
+_PATTERNS: weakref.WeakValueDictionary[str, Pattern] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,11 @@ class HeadRule:
             begin = level.end
         return (keep | (key_block < self.sinks)) & (distance >= 0)
 
+    def mask(self, num_blocks: int) -> Tensor:
+        """Bool `[num_blocks, num_blocks]`: which key blocks each query block keeps."""
+        block = torch.arange(num_blocks, device=_HOST)
+        return self.visible(block[:, None] - block, block)
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
@@ -110,52 +110,40 @@ class Pattern:
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size={self.block_size!r} is not supported; use one of {BLOCK_SIZES}")
         object.__setattr__(self, "key", self._make_key())
-        self._remember()
+        _PATTERNS.setdefault(self.key, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._remember()
-
-    def _remember(self) -> None:
-        known = _rules if self.mask is None else _masks
-        known.setdefault(self.key, self)
+        _PATTERNS.setdefault(self.key, self)
 
     # ---------------------------------------------------------------- constructors
 
     @classmethod
     def parse(cls, spec: str, block_size: int = 64) -> Pattern:
-        """Read `dense`, `L8V16` (8 local blocks, stride 16) or `W16` (window of 16 blocks), optionally `+sink2`; also
-        what `str` prints of strides by range, `L2V2<5V4` (stride 2 up to block distance 5, 4 beyond).
+        """Read `dense`, `L8V16` (8 local blocks, stride 16), `W16` (window of 16 blocks), `L8V4<64V16+sink2`,
+        `2*dense|6*L8V16` and whatever else `str` prints of rules: see `grammar`.
 
         Windows are of whole blocks, the query's own included, of which it sees the part up to itself: with blocks of B
         tokens `W4` is 3 B + 1 to 4 B tokens (16: 49 to 64), not always 4 B.
 
         Raises:
-            ValueError: names the spec and the part that is wrong.
+            ValueError: names the spec, and what is wrong at which character.
         """
-        match = _SPEC.fullmatch(spec) if isinstance(spec, str) else None
-        if match is None:
-            raise ValueError(
-                f"attention pattern {spec!r} is not understood; "
-                "write 'dense', 'W<blocks>' or 'L<blocks>V<stride>', optionally followed by '+sink<blocks>'"
-            )
-        sinks = int(match["sinks"] or 0)
-        if match["dense"]:
-            return cls(block_size=block_size)
-        if match["window"]:
-            return cls.from_ranges(int(match["window"]), (), block_size=block_size, sinks=sinks, spec=spec)
-        ranges = [(int(stride), int(end) if end else None) for stride, end in _RANGE.findall(match["ranges"])]
-        return cls.from_ranges(int(match["local"]), ranges, block_size=block_size, sinks=sinks, spec=spec)
+        reader = Reader(spec, "attention pattern")
+        pattern = cls.read(reader, block_size)
+        reader.finish("'+sink<blocks>', '|' and the next head's rule")
+        return pattern
+
+    @classmethod
+    def read(cls, reader: Reader, block_size: int) -> Pattern:
+        """The pattern that begins where `reader` is."""
+        rules, one_a_head = reader.rules()
+        heads = [cls(block_size, *rule) for rule in rules]
+        return cls.per_head(heads) if one_a_head else heads[0]
 
     @classmethod
     def from_ranges(
-        cls,
-        local: int,
-        ranges: Sequence[tuple[int, int | None]] = (),
-        *,
-        block_size: int = 64,
-        sinks: int = 0,
-        spec: str | None = None,
+        cls, local: int, ranges: Sequence[tuple[int, int | None]] = (), *, block_size: int = 64, sinks: int = 0
     ) -> Pattern:
         """Build a pattern from a window and strides by context range.
 
@@ -165,34 +153,11 @@ class Pattern:
                 `[(4, 64), (16, None)]` is stride 4 within 64 blocks and stride 16 beyond.
             block_size: tokens in a block.
             sinks: leading blocks that every query keeps.
-            spec: what to call the pattern in error messages.
+
+        Raises:
+            ValueError: says which number is wrong.
         """
-        named = f"attention pattern {spec!r}" if spec else f"attention pattern (local={local}, ranges={ranges!r})"
-        if not isinstance(local, int) or local < 1:
-            raise ValueError(f"{named}: the local window is {local!r} blocks, but must be at least 1")
-        if not isinstance(sinks, int) or not 0 <= sinks < UNBOUNDED:
-            raise ValueError(f"{named}: sinks={sinks!r} must be a number of blocks, 0 or more")
-        checked: list[tuple[int, int]] = []
-        begin = local
-        for stride, end in ranges:
-            end = UNBOUNDED if end is None else end
-            if not isinstance(stride, int) or not isinstance(end, int):
-                raise ValueError(f"{named}: the range ({stride!r}, {end!r}) must be two whole numbers of blocks")
-            if stride < 1:
-                raise ValueError(f"{named}: stride {stride} must be at least 1")
-            if end <= begin:
-                raise ValueError(f"{named}: the range up to distance {end} must reach beyond {begin} blocks")
-            if stride == 1:  # every block is kept: the window simply reaches further
-                if checked:
-                    raise ValueError(f"{named}: stride 1 beyond stride {checked[-1][0]} is not a sparse pattern")
-                local = begin = end
-                continue
-            checked.append((stride, end))
-            begin = end
-        local = min(local, UNBOUNDED)
-        if local >= UNBOUNDED:
-            return cls(block_size=block_size)
-        return cls(block_size=block_size, local=local, ranges=tuple(checked), sinks=sinks)
+        return cls(block_size, *Rule.checked(local, ranges, sinks))
 
     @classmethod
     def per_head(cls, heads: Sequence[Pattern]) -> Pattern:
@@ -229,6 +194,7 @@ class Pattern:
             raise ValueError("from_masks needs at least one (mask, end) pair")
         shape = masks[0][0].shape
         combined = torch.zeros(shape, dtype=torch.bool, device=_HOST)
+        block = torch.arange(shape[-1], device=_HOST)
         begin = 0
         for mask, end in masks:
             if mask.dim() != 3 or mask.dtype != torch.bool or mask.shape != shape:
@@ -236,7 +202,7 @@ class Pattern:
             end = UNBOUNDED if end is None else end
             if end <= begin:
                 raise ValueError(f"the range up to distance {end} must reach beyond {begin} blocks")
-            distance = _block_distance(shape[1])
+            distance = block[:, None] - block
             combined |= mask.cpu() & (distance >= begin) & (distance < end)
             begin = end
         return cls.from_mask(combined, block_size=block_size)
@@ -298,11 +264,7 @@ class Pattern:
             if num_blocks > size:
                 raise ValueError(f"the block mask covers {size} blocks but {num_blocks} are needed")
             return self.mask[:, :num_blocks, :num_blocks].expand(num_kv_heads, -1, -1).clone()
-        distance = _block_distance(num_blocks)
-        key_block = torch.arange(num_blocks, device=_HOST)[None, :]
-        rules = self.rules(num_kv_heads, layer=layer)
-        masks = [rule.visible(distance, key_block) for rule in rules]
-        return torch.stack(masks) if masks else torch.zeros(0, num_blocks, num_blocks, dtype=torch.bool, device=_HOST)
+        return torch.stack([rule.mask(num_blocks) for rule in self.rules(num_kv_heads, layer=layer)])
 
     def is_kv_efficient(
         self, num_blocks: int | None = None, num_kv_heads: int | None = None, *, layer: int = 0
@@ -329,15 +291,11 @@ class Pattern:
         if num_blocks < 1 or num_layers < 1:
             raise ValueError(f"num_blocks={num_blocks} and num_layers={num_layers} must be at least 1")
         _check_heads(num_kv_heads)
-        covered = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=_HOST)
         if self.mask is not None:
-            covered |= self.block_mask(num_blocks, num_kv_heads).any(dim=0)
+            covered = self.block_mask(num_blocks, num_kv_heads).any(dim=0)
         else:
-            distance = _block_distance(num_blocks)
-            key_block = torch.arange(num_blocks, device=_HOST)[None, :]
-            distinct = {r for i in range(num_layers) for r in self.rules(num_kv_heads, layer=layer + i)}
-            for rule in distinct:
-                covered |= rule.visible(distance, key_block)
+            distinct = {rule for i in range(num_layers) for rule in self.rules(num_kv_heads, layer=layer + i)}
+            covered = functools.reduce(torch.logical_or, (rule.mask(num_blocks) for rule in distinct))
         return int(covered.sum()) / (num_blocks * (num_blocks + 1) // 2)
 
     def layers_to_cover(self, num_kv_heads: int) -> int | None:
@@ -367,9 +325,8 @@ class Pattern:
         """Visible query-key token pairs of each head for one sequence of `seq_len` tokens."""
         size = self.block_size
         num_blocks = -(-seq_len // size)
-        tail = seq_len - (num_blocks - 1) * size  # tokens in the last block
         rows = torch.full((num_blocks,), size, dtype=torch.int64, device=_HOST)
-        rows[-1] = tail
+        rows[-1] = seq_len - (num_blocks - 1) * size  # tokens in the last block
         diagonal = rows * (rows + 1) // 2
         if self.mask is not None:
             mask = self.block_mask(num_blocks, num_kv_heads)
@@ -377,13 +334,10 @@ class Pattern:
             own = torch.diagonal(mask, dim1=1, dim2=2)
             return [int(((b * rows * size) + o * diagonal).sum()) for b, o in zip(below, own, strict=True)]
         query = torch.arange(num_blocks, device=_HOST)
-        counted: dict[HeadRule, int] = {}
         rules = self.rules(num_kv_heads, layer=layer)
-        for rule in rules:
-            if rule not in counted:
-                blocks_below = _kept_blocks(rule, query) - 1  # without the diagonal block
-                counted[rule] = int((blocks_below * rows * size + diagonal).sum())
-        return [counted[rule] for rule in rules]
+        blocks = {rule: _kept_blocks(rule, query) - 1 for rule in set(rules)}  # without the diagonal block
+        pairs = {rule: int((below * rows * size + diagonal).sum()) for rule, below in blocks.items()}
+        return [pairs[rule] for rule in rules]
 
     def _own_heads(self) -> int:
         """The head count of patterns that have one; else as many as show every residue."""
@@ -392,29 +346,18 @@ class Pattern:
     # ---------------------------------------------------------------- naming
 
     def _make_key(self) -> str:
-        if self.mask is not None:
-            bits = zlib.compress(np.packbits(self.mask.numpy()).tobytes(), 1)
-            heads, size, _ = self.mask.shape
-            return f"{_MASK}{self.block_size}:{heads}x{size}:{base64.b64encode(bits).decode()}"
-        if self.heads:
-            return _HEADS + "|".join(head.key for head in self.heads)
-        return f"{self}/{self.block_size}"
+        if self.mask is None:
+            return f"{self}/{self.block_size}"
+        bits = zlib.compress(np.packbits(self.mask.numpy()).tobytes(), 1)
+        heads, size, _ = self.mask.shape
+        return f"{_MASK}{self.block_size}:{heads}x{size}:{base64.b64encode(bits).decode()}"
 
     def __str__(self) -> str:
+        """What `parse` reads, but for masks, which are named by a digest."""
         if self.mask is not None:
             digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
             return f"mask{list(self.mask.shape)} of blocks of {self.block_size} ({digest})"
-        if self.heads:
-            return "|".join(str(head) for head in self.heads)
-        if self.local >= UNBOUNDED:
-            return "dense"
-        if not self.ranges:
-            text = f"W{self.local}"
-        elif len(self.ranges) == 1 and self.ranges[0][1] >= UNBOUNDED:
-            text = f"L{self.local}V{self.ranges[0][0]}"
-        else:
-            text = f"L{self.local}" + "".join(f"V{s}" + (f"<{e}" if e < UNBOUNDED else "") for s, e in self.ranges)
-        return text + (f"+sink{self.sinks}" if self.sinks else "")
+        return spell_heads(self.heads) if self.heads else str(Rule(self.local, self.ranges, self.sinks))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pattern) and self.key == other.key
@@ -423,42 +366,24 @@ class Pattern:
         return hash(self.key)
 
 
-_MASK, _HEADS = "mask:", "heads:"
-
-
 def pattern_from_key(key: str) -> Pattern:
     """The pattern whose key this is (custom ops, and programs exported with them, carry patterns by key).
 
     Raises:
         ValueError: it is no key.
     """
-    pattern = _rules.get(key) or _masks.get(key)
-    return _read_key(key) if pattern is None else pattern
-
-
-def first_alike(key: str, layer: int, num_heads: int) -> int:
-    """`Pattern.first_alike` of a pattern's key."""
-    return 0 if key.startswith(_MASK) else _first_alike(key, layer, num_heads)
-
-
-@functools.lru_cache(4096)
-def _first_alike(key: str, layer: int, num_heads: int) -> int:
-    return pattern_from_key(key).first_alike(layer, num_heads)
-
-
-def _read_key(key: str) -> Pattern:
+    pattern = _PATTERNS.get(key)
+    if pattern is not None:
+        return pattern
     try:
-        if key.startswith(_MASK):
-            block_size, shape, text = key.removeprefix(_MASK).split(":")
-            heads, size = (int(number) for number in shape.split("x"))
-            bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
-            mask = np.unpackbits(bits, count=heads * size * size).astype(bool).reshape(heads, size, size)
-            return Pattern.from_mask(torch.from_numpy(mask), block_size=int(block_size))
-        if key.startswith(_HEADS):
-            own = tuple(pattern_from_key(head) for head in key.removeprefix(_HEADS).split("|"))
-            return Pattern(block_size=own[0].block_size, heads=own)
-        spec, block_size = key.split("/")
-        return Pattern.parse(spec, int(block_size))
+        if not key.startswith(_MASK):
+            spec, block_size = key.split("/")
+            return Pattern.parse(spec, int(block_size))
+        block_size, shape, text = key.removeprefix(_MASK).split(":")
+        heads, size = (int(number) for number in shape.split("x"))
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+        mask = np.unpackbits(bits, count=heads * size * size).astype(bool).reshape(heads, size, size)
+        return Pattern.from_mask(torch.from_numpy(mask), block_size=int(block_size))
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{key[:80]!r} is not the key of a pattern: {error}") from None
 
@@ -483,11 +408,6 @@ def _kept_blocks(rule: HeadRule, query: Tensor) -> Tensor:
 def _members(bound: Tensor, level: Level) -> Tensor:
     """Number of blocks `b < bound` with `b % stride == residue`."""
     return (bound - level.residue + level.stride - 1).div(level.stride, rounding_mode="floor").clamp(min=0)
-
-
-def _block_distance(num_blocks: int) -> Tensor:
-    index = torch.arange(num_blocks, device=_HOST)
-    return index[:, None] - index[None, :]
 
 
 def _check_heads(num_heads: int) -> None:

@@ -13,20 +13,20 @@ do not nest, go through block lists like masks do.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kept import Kept, apart
-from .pattern import UNBOUNDED, HeadRule, Pattern, pattern_from_key
+from .call import Call
+from .kept import MOST_REMEMBERED, Kept, apart
+from .pattern import UNBOUNDED, HeadRule, Pattern
 
 MAX_LEVELS = 2
 TABLE_COLUMNS = 2 + 3 * MAX_LEVELS  # local, sinks, then (stride, residue, end) from near to far
 
 
-@dataclass(frozen=True)
-class RuleSchedule:
+class RuleSchedule(NamedTuple):
     """Closed-form schedule. `table`: int32 `[H, TABLE_COLUMNS]`, on the host `rows`; `num_levels` is the most any head
     uses."""
 
@@ -36,8 +36,7 @@ class RuleSchedule:
     has_sinks: bool
 
 
-@dataclass(frozen=True)
-class ListSchedule:
+class ListSchedule(NamedTuple):
     """Block lists. Query block i of head h keeps `key_blocks[key_offsets[h, i] : key_offsets[h, i + 1]]` (ascending);
     key block b is seen by `query_blocks[query_offsets[h, b] : query_offsets[h, b + 1]]` (ascending). All int32."""
 
@@ -58,23 +57,17 @@ def has_closed_form(pattern: Pattern) -> bool:
 _TABLES: dict[tuple, Tensor] = {}  # by content and device; graphs read them for ever, and they take 1 KB
 
 
-@functools.cache
-def rule_schedule(
-    key: str, num_heads: int, layer: int, head_offset: int, total_heads: int, device: torch.device
-) -> RuleSchedule:
-    """The schedule of heads `[head_offset, head_offset + num_heads)` of a closed-form pattern."""
-    rules = pattern_from_key(key).rules(total_heads, layer=layer)[head_offset : head_offset + num_heads]
+@functools.lru_cache(MOST_REMEMBERED)
+def rule_schedule(call: Call, num_heads: int, device: torch.device) -> RuleSchedule:
+    """The schedule of the KV heads of a call whose pattern has a closed form."""
+    rules = call.rules(num_heads)
     rows = [_table_row(rule) for rule in rules]
     content = (tuple(map(tuple, rows)), device)
     if content not in _TABLES:
         table = apart(lambda: torch.tensor(rows, dtype=torch.int32, device=device), device)
         _TABLES.setdefault(content, table)
-    return RuleSchedule(
-        table=_TABLES[content],
-        rows=rows,
-        num_levels=max(len(rule.levels) for rule in rules),
-        has_sinks=any(rule.sinks > 0 for rule in rules),
-    )
+    most_levels = max(len(rule.levels) for rule in rules)
+    return RuleSchedule(_TABLES[content], rows, most_levels, any(rule.sinks > 0 for rule in rules))
 
 
 def _table_row(rule: HeadRule) -> list[int]:
@@ -85,19 +78,16 @@ def _table_row(rule: HeadRule) -> list[int]:
     return row + absent * (MAX_LEVELS - len(rule.levels))
 
 
-def _list_schedule(
-    key: str,
-    num_blocks: int,
-    num_heads: int,
-    layer: int,
-    head_offset: int,
-    total_heads: int,
-    device: torch.device,
-) -> ListSchedule:
-    """Block lists of any pattern for sequences of up to `num_blocks` blocks."""
-    pattern = pattern_from_key(key)
-    mask = pattern.block_mask(num_blocks, total_heads, layer=layer)[head_offset : head_offset + num_heads]
+LISTS: Kept[ListSchedule] = Kept(lambda lists: lists)
 
+
+def list_schedule(call: Call, num_blocks: int, num_heads: int, device: torch.device) -> ListSchedule:
+    """Block lists of any pattern for sequences of up to `num_blocks` blocks."""
+    key = (call.rules_key, num_blocks, num_heads)
+    return LISTS.get(key, device, lambda: _make_lists(call, num_blocks, num_heads, device))
+
+
+def _make_lists(call: Call, num_blocks: int, num_heads: int, device: torch.device) -> ListSchedule:
     def compress(rows: Tensor) -> tuple[Tensor, Tensor]:
         counts = rows.sum(dim=2)  # [H, n]
         ends = counts.flatten().cumsum(0).view_as(counts)
@@ -105,9 +95,5 @@ def _list_schedule(
         offsets = torch.cat([first, ends], dim=1)
         return offsets.int().to(device), rows.nonzero()[:, 2].int().to(device)
 
+    mask = call.block_mask(num_blocks, num_heads)
     return ListSchedule(*compress(mask), *compress(mask.transpose(1, 2)))
-
-
-list_schedule = Kept(
-    _list_schedule, lambda lists: (lists.key_offsets, lists.key_blocks, lists.query_offsets, lists.query_blocks)
-)

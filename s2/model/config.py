@@ -67,7 +67,8 @@ class ModelConfig:
         initializer_range: standard deviation of initial weights.
         bos_token_id, eos_token_id: document delimiters (several eos ids are allowed), None where there is
             none.
-        attention_layout: which layer attends how, e.g. "L4V24+dense10-22", "L8V16-inter", "dense".
+        attention_layout: which layer attends how, e.g. "L4V24+dense10-22", "L8V16-inter", "dense", by head as in
+            "2*dense|6*L8V16", by range as in "L8V4<64V16"; all of it in `s2.attention.grammar`.
         block_size: tokens in an attention block: 16, 32, 64, 128 or 256.
 
     Raises:
@@ -107,7 +108,8 @@ class ModelConfig:
         validate_rope_scaling(self.rope_scaling, "ModelConfig")
         for key in ("bos_token_id", "eos_token_id"):
             _check_token_ids(key, getattr(self, key), self.vocab_size)
-        _ = self.layout  # a wrong layout stops here, not at the first batch
+        # a wrong layout stops here, not at the first batch
+        self.layout.check_heads(self.num_attention_heads, self.num_key_value_heads)
 
     @cached_property
     def layout(self) -> LayerLayout:

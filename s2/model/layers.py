@@ -100,7 +100,7 @@ class Attention(nn.Module):
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [T, H, D]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = s2_attention(q, k, v, self.pattern, layer=self.rotation, cu_seqlens=cu_seqlens)
+        out = s2_attention(q, k, v, self.pattern, rotation=self.rotation, cu_seqlens=cu_seqlens)
         return self.o_proj(out.reshape(B, S, -1))
 
 

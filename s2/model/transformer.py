@@ -26,7 +26,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
-        rotations = _distinct_rotations(config)
+        # reduced, since torch.compile makes one graph for each distinct value
+        rotations = config.layout.distinct_rotations(config.num_key_value_heads)
         self.layers = nn.ModuleList(
             Block(config, i, pattern, rotations[i]) for i, pattern in enumerate(config.layout.patterns)
         )
@@ -179,7 +180,8 @@ class Transformer(nn.Module):
     def attend_as(self, config: ModelConfig) -> None:
         """Attend by the layout and the rotary frequencies of `config`, which has this model's sizes; weights stay."""
         self.model.rope = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
-        rules = zip(self.model.blocks, config.layout.patterns, _distinct_rotations(config), strict=True)
+        rotations = config.layout.distinct_rotations(config.num_key_value_heads)
+        rules = zip(self.model.blocks, config.layout.patterns, rotations, strict=True)
         for block, pattern, rotation in rules:
             block.self_attn.pattern, block.self_attn.rotation = pattern, rotation
 
@@ -213,17 +215,3 @@ class Transformer(nn.Module):
         for block in self.model.blocks:
             block.compile(fullgraph=True, backend=backend)
         self.lm_head.loss_backend = backend
-
-
-def _distinct_rotations(config: ModelConfig) -> list[int]:
-    """The layout's rotations, reduced to the first layer whose heads have the same rules.
-
-    Residues repeat (at once where there are as many KV heads as the stride), and torch.compile makes one
-    graph for each distinct value.
-    """
-    first: dict[object, int] = {}
-    reduced = []
-    for pattern, rotation in zip(config.layout.patterns, config.layout.rotations, strict=True):
-        rules = pattern.rules(config.num_key_value_heads, layer=rotation) if pattern.mask is None else ()
-        reduced.append(first.setdefault((pattern.key, rules), rotation))
-    return reduced

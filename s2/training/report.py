@@ -101,7 +101,7 @@ def data_report(data: Any, total_tokens: int) -> str:
 def layout_table(config: ModelConfig, seq_len: int) -> str:
     """Layers that attend alike in one line each: pattern, density at `seq_len`, and the share of the causal context
     that a layer's heads see together (and over how many layers it is all of it)."""
-    layout, heads = config.layout, config.num_key_value_heads
+    layout, heads = config.layout, config.layout.ruled_heads(config.num_key_value_heads)
     num_blocks = -(-seq_len // config.block_size)
     alike: dict[tuple, list[int]] = {}  # layers whose heads follow the same rules
     for layer, (pattern, rotation) in enumerate(zip(layout.patterns, layout.rotations, strict=True)):

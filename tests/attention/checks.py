@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2.attention import Pattern, s2_attention
+from s2.attention import Pattern, call, s2_attention
+from s2.attention.call import Call, call_of
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -23,7 +25,7 @@ class Case:
     head_dim: int
     batch: int = 1
     cu_seqlens: tuple[int, ...] | None = None
-    layer: int = 0
+    rotation: int = 0
     head_offset: int = 0
     total_kv_heads: int | None = None
 
@@ -47,6 +49,20 @@ class Case:
         return [*(draw(n, h) for n, h in lengths), draw(self.q_len, self.heads), dlse]
 
 
+def call_with(
+    pattern: Pattern, kv_heads: int, rotation: int = 0, *, head_offset: int = 0, total: int | None = None,
+    scale: float = 0.1, backend: str = "triton",
+) -> Call:  # fmt: skip
+    """As the op passes it to the kernels."""
+    return call_of(pattern.key, rotation, head_offset, total or kv_heads, scale, backend)
+
+
+def plans_kept() -> list[Any]:
+    """By kernels, for all remembered calls, oldest first."""
+    calls = {id(remembered): remembered for remembered in call.CALLS.values()}
+    return [plan for remembered in calls.values() for plan in remembered.plans.values()]
+
+
 def run(case: Case, inputs: list[Tensor], dtype: torch.dtype, backend: str | None) -> dict[str, Tensor]:
     """Output, lse and the gradients of sum(out * dout) + sum(lse * dlse)."""
     q, k, v = (x.detach().clone().to(dtype).requires_grad_() for x in inputs[:3])
@@ -56,7 +72,7 @@ def run(case: Case, inputs: list[Tensor], dtype: torch.dtype, backend: str | Non
         borders = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=q.device)
     out, lse = s2_attention(
         q, k, v, case.pattern,
-        cu_seqlens=borders, layer=case.layer, head_offset=case.head_offset, total_kv_heads=case.total_kv_heads,
+        cu_seqlens=borders, rotation=case.rotation, head_offset=case.head_offset, total_kv_heads=case.total_kv_heads,
         return_lse=True, backend=backend,
     )  # fmt: skip
     seen = torch.isfinite(lse)
@@ -78,10 +94,11 @@ def same_dtype(case: Case, inputs: list[Tensor], dtype: torch.dtype) -> dict[str
     for begin, end in itertools.pairwise(borders):
         qd, kd, vd = (x[None, begin:end] for x in (q, k, v)) if case.cu_seqlens else (q, k, v)
         group = case.heads // case.kv_heads
-        mask = token_mask(
-            case.pattern, qd.shape[1], kd.shape[1], case.pattern_heads,
-            layer=case.layer, head_offset=case.head_offset, total_heads=case.total_kv_heads,
-        ).repeat_interleave(case.heads // case.pattern_heads, 0).to(q.device)  # fmt: skip
+        own = call_with(
+            case.pattern, case.pattern_heads, case.rotation, head_offset=case.head_offset, total=case.total_kv_heads
+        )  # fmt: skip
+        mask = token_mask(own, qd.shape[1], kd.shape[1], case.pattern_heads)
+        mask = mask.repeat_interleave(case.heads // case.pattern_heads, 0).to(q.device)
         kd, vd = (x.repeat_interleave(group, 2) for x in (kd, vd))
         scores = torch.einsum("bqhd,bkhd->bhqk", qd, kd) * case.head_dim**-0.5
         empty = ~mask.any(-1)

@@ -78,7 +78,7 @@ def draw_case(seed: int, backend: str, kind: str, block: int, head_dim: int, pac
     if kind != "mixed" and rng.random() < 0.3:  # some heads of a wider layer
         offset = rng.randint(0, 5)
         total = offset + kv_heads + rng.randint(0, 5)
-    shape = {"head_dim": head_dim, "layer": rng.randint(0, 3), "head_offset": offset, "total_kv_heads": total}
+    shape = {"head_dim": head_dim, "rotation": rng.randint(0, 3), "head_offset": offset, "total_kv_heads": total}
     if packed:
         borders = draw_borders(rng, max_tokens)
         tokens = borders[-1]

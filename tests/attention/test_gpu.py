@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper import launch
 from s2.attention.kernels.hopper import one_pass as one_pass_host
 from s2.attention.kernels.hopper.two_pass import TwoPass
-from tests.attention.checks import Case, assert_correct
+from tests.attention.checks import Case, assert_correct, plans_kept
 
 pytestmark = pytest.mark.gpu
 
@@ -224,7 +223,7 @@ def test_two_passes_divide_long_packed_documents(block, spec):
     borders = (0, *itertools.accumulate(lengths))
     case = Case(Pattern.parse(spec, block), borders[-1], borders[-1], 8, 2, 128, cu_seqlens=borders)
     assert_correct(case, torch.bfloat16, device="cuda", backend="hopper", seed=torch.seed() % (1 << 30))
-    *_, kept = launch.KEPT.values()
+    *_, kept = plans_kept()
     assert kept.kernels[TwoPass].scheduler.has_partials
 
 
@@ -238,7 +237,7 @@ def test_divided_packed_documents_repeat_bit_for_bit():
     first, *others = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(4))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    *_, kept = launch.KEPT.values()
+    *_, kept = plans_kept()
     assert kept.kernels[TwoPass].scheduler.has_partials
 
 

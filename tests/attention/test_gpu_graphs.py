@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s2.attention import Pattern, s2_attention
-from s2.attention.kernels.hopper import launch, problem
-from s2.attention.schedule import list_schedule
+from s2.attention import Pattern, call, op, s2_attention
+from s2.attention.kernels.hopper import problem, support
+from s2.attention.schedule import LISTS
 
 pytestmark = pytest.mark.gpu
 hopper = pytest.mark.skipif(
@@ -33,9 +33,10 @@ def test_reduce_overhead_gives_what_eager_gives(backend, pattern, packed, monkey
     if packed and backend == "sdpa":
         pytest.skip("sdpa reads borders on the host")
     torch._dynamo.reset()
-    monkeypatch.setattr(launch, "KEPT", {})
+    monkeypatch.setattr(call, "CALLS", {})
+    monkeypatch.setattr(op, "_CHECKED", {})
     monkeypatch.setattr(problem, "_COUNTERS", {})
-    list_schedule.values.clear()
+    LISTS.values.clear()
     borders = torch.tensor([0, 130, 400], device="cuda", dtype=torch.int32) if packed else None
 
     def step(q, k, v):
@@ -69,9 +70,10 @@ def test_a_captured_graph_outlives_what_other_calls_evict(backend, pattern, monk
         captured = s2_attention(*inputs, pattern, backend=backend)
     from s2.attention import sdpa
 
-    for kept in (list_schedule, sdpa._masks):
+    for kept in (LISTS, sdpa.MASKS):
         monkeypatch.setattr(kept, "most_bytes", 0)
-    launch.KEPT.clear()
+    call.CALLS.clear()
+    op._CHECKED.clear()
     for tokens in range(64, 768, 64):  # other tables take the place of all that may go
         s2_attention(*draw(tokens, grad=False), pattern, backend=backend)
     gc.collect()
@@ -95,7 +97,7 @@ def test_a_capture_without_a_call_before_says_what_to_do():
 
 @hopper
 def test_strides_that_tma_does_not_read_fall_back_with_a_word(monkeypatch):
-    monkeypatch.setattr(launch, "_said", set())
+    monkeypatch.setattr(support, "_said", set())
     q, k, v = draw(300, grad=False)
     expanded = k[:, :, :1].expand(-1, -1, 2, -1)
     padded = torch.randn(1, 300, 2, 132, device="cuda", dtype=torch.bfloat16)[..., :128]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2.attention import Pattern, kept, pattern, s2_attention, schedule, sdpa
+from s2.attention import Pattern, call, kept, op, pattern, s2_attention, schedule, sdpa
 from s2.attention.pattern import pattern_from_key
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,11 +32,12 @@ def new_process(monkeypatch):
     """As far as patterns and what is kept go."""
 
     def forget():
-        monkeypatch.setattr(pattern, "_rules", {})
-        monkeypatch.setattr(pattern, "_masks", weakref.WeakValueDictionary())
+        monkeypatch.setattr(pattern, "_PATTERNS", weakref.WeakValueDictionary())
+        monkeypatch.setattr(call, "CALLS", {})
+        monkeypatch.setattr(op, "_CHECKED", {})
         schedule.rule_schedule.cache_clear()
-        schedule.list_schedule.values.clear()
-        sdpa._masks.values.clear()
+        schedule.LISTS.values.clear()
+        sdpa.MASKS.values.clear()
 
     forget()
     return forget
@@ -52,7 +53,7 @@ def test_a_key_is_the_pattern_in_any_process(original, new_process):
     assert read == original and read is not original
     heads = len(original.heads) or (3 if original.mask is not None else 8)
     assert torch.equal(read.block_mask(20, heads, layer=1), original.block_mask(20, heads, layer=1))
-    if original.mask is None and not original.heads:
+    if original.mask is None:
         assert Pattern.parse(str(original), original.block_size) == original
 
 
@@ -128,16 +129,14 @@ def test_layers_with_the_same_rules_share_what_is_kept(new_process):
 
 
 def test_sixty_layers_make_lists_once(new_process, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        schedule.list_schedule, "make", lambda *key: made.append(key) or schedule._list_schedule(*key)
-    )  # fmt: skip
+    made, make = [], schedule._make_lists
+    monkeypatch.setattr(schedule, "_make_lists", lambda *key: made.append(key) or make(*key))
     odd = Pattern.from_ranges(1, [(2, 3), (3, None)], block_size=16)  # lists: 3 is no multiple of 2
     for _ in range(2):
         for own, distinct in ((odd, 3), (Pattern.from_mask(torch.ones(1, 3, 3, dtype=torch.bool), block_size=16), 1)):
             made.clear()
             for layer in range(60):
-                s2_attention(*draw(20), own, layer=layer, backend="triton")
+                s2_attention(*draw(20), own, rotation=layer, backend="triton")
             assert len(made) in (distinct, 0), "made again"
     assert not made, "the second round made lists again"
 
@@ -145,25 +144,27 @@ def test_sixty_layers_make_lists_once(new_process, monkeypatch):
 def test_kept_tensors_take_no_more_than_they_may(monkeypatch):
     made, capturing = [], []
     monkeypatch.setattr(kept, "is_capturing", lambda device: bool(capturing))
-    store = kept.Kept(lambda n, device: made.append(n) or torch.zeros(n, dtype=torch.uint8), lambda x: (x,), 100)
-    cpu = torch.device("cpu")
+    store, cpu = kept.Kept(lambda x: (x,), 100), torch.device("cpu")
+
+    def take(n):
+        return store.get(n, cpu, lambda: made.append(n) or torch.zeros(n, dtype=torch.uint8))
+
     for n in (40, 41, 40, 42):  # the oldest use goes first
-        assert len(store(n, cpu)) == n
+        assert len(take(n)) == n
     assert made == [40, 41, 42] and [key[0] for key in store.values] == [40, 42]
     capturing.append(True)
-    store(40, cpu)  # read by a graph from now on
+    take(40)  # read by a graph from now on
     with pytest.raises(RuntimeError, match="call it once with the same shapes before"):
-        store(43, cpu)
+        take(43)
     capturing.clear()
     for n in (90, 91, 200):
-        store(n, cpu)
+        take(n)
         assert [key[0] for key in store.values] == [40, n]
 
 
 def test_errors_of_making_reach_the_caller(monkeypatch):
-    store = kept.Kept(lambda device: 1 // 0, lambda x: ())
     with pytest.raises(ZeroDivisionError):
-        store(torch.device("cpu"))
+        kept.Kept(lambda x: ()).get(0, torch.device("cpu"), lambda: 1 // 0)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "triton", "reference", None])

@@ -44,16 +44,20 @@ def cases(draw, max_tokens=150, dims=(64, 80, 96, 128, 256)):
     kv_heads, group = draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 3, 4, 8]))
     pattern = draw(patterns(kv_heads, kv_heads * group, -(-max_tokens // 16)))
     head_dim = draw(st.sampled_from(dims))
-    layer = draw(st.integers(0, 2))
+    rotation = draw(st.integers(0, 2))
     if draw(st.booleans()):
         lengths = draw(st.lists(st.sampled_from([0, 1, 7, 16, 33, 64]), min_size=1, max_size=4))
         borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
         tokens = max(borders[-1], 1)
         borders = (*borders[:-1], tokens)
-        return Case(pattern, tokens, tokens, kv_heads * group, kv_heads, head_dim, cu_seqlens=borders, layer=layer)
+        return Case(
+            pattern, tokens, tokens, kv_heads * group, kv_heads, head_dim, cu_seqlens=borders, rotation=rotation
+        )
     kv_len = draw(st.integers(1, max_tokens))
     q_len = draw(st.sampled_from([1, max(1, kv_len // 3), kv_len]))
-    return Case(pattern, q_len, kv_len, kv_heads * group, kv_heads, head_dim, draw(st.integers(1, 2)), layer=layer)
+    return Case(
+        pattern, q_len, kv_len, kv_heads * group, kv_heads, head_dim, draw(st.integers(1, 2)), rotation=rotation
+    )
 
 
 @settings(max_examples=16, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
@@ -69,7 +73,7 @@ def test_sdpa_matches_the_definition(case, seed):
     exact = run(case, inputs, torch.float64, "reference")
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     borders = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE) if case.cu_seqlens else None
-    out = s2_attention(q, k, v, case.pattern, cu_seqlens=borders, layer=case.layer, backend="sdpa")
+    out = s2_attention(q, k, v, case.pattern, cu_seqlens=borders, rotation=case.rotation, backend="sdpa")
     torch.testing.assert_close(out, exact["out"])
     grads = torch.autograd.grad(out, (q, k, v), inputs[3])
     wanted = run(case, [*inputs[:4], torch.zeros_like(inputs[4])], torch.float64, "reference")

@@ -20,6 +20,7 @@ def dense_layers(layout):
         ("L8V16-inter", 6, [1, 3, 5]),
         ("L8V16+sink2+dense0", 3, [0]),
         ("W16-inter+dense0", 4, [0, 1, 3]),
+        ("2*dense|6*L8V4<64V16+sink1-inter+dense0", 4, [0, 1, 3]),
     ],
 )
 def test_dense_layers(spec, layers, dense):
@@ -51,11 +52,12 @@ def test_layout_density_averages_layers():
     ("spec", "names"),
     [
         ("L8X16", "L8X16"),
-        ("L8V16+dense", "'+dense'"),
+        ("L8V16+dense", "expected a layer or a range like 10-22 of dense layers, at its end"),
         ("L8V16+dense30-40", "layer 40"),
         ("L8V16+dense9-3", "'9-3'"),
-        ("L8V16+dense1,a", "'a'"),
-        ("L8V16-outer", "L8V16-outer"),
+        ("L8V16+dense1,a", "at character 14 ('a')"),
+        ("L8V16-outer", "at character 6 ('-outer')"),
+        ("2*dense|L8V16x", "at character 14 ('x')"),
         ("", "''"),
         ("L0V2+dense1", "L0V2"),
     ],

@@ -5,11 +5,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from s2.attention import Pattern, op, s2_attention
+from s2.attention import Pattern, modes, op, s2_attention, sdpa
+from s2.attention.call import Call, call_of
 from s2.attention.op import attention_backward, attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERN = Pattern.parse("L1V2", 16)
+SETTINGS = (PATTERN.key, 0, 0, 1, 0.2, "triton")
 
 
 def make(tokens=40, heads=2, kv_heads=1, dim=32, grad=True, packed=False):
@@ -21,10 +23,10 @@ def make(tokens=40, heads=2, kv_heads=1, dim=32, grad=True, packed=False):
 def test_opcheck(packed):
     q, k, v = make(packed=packed)
     borders = torch.tensor([0, 7, 40], dtype=torch.int32, device=DEVICE) if packed else None
-    torch.library.opcheck(attention_forward, (q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2, False))
-    out, lse = attention_forward(q, k, v, borders, PATTERN.key, 0, 0, 1, 0.2, False)
+    torch.library.opcheck(attention_forward, (q, k, v, borders, *SETTINGS))
+    out, lse = attention_forward(q, k, v, borders, *SETTINGS)
     inputs = [x.detach() for x in (q, k, v, out, lse, out)]
-    torch.library.opcheck(attention_backward, (*inputs, None, borders, PATTERN.key, 0, 0, 1, 0.2, False))
+    torch.library.opcheck(attention_backward, (*inputs, None, borders, *SETTINGS))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -179,7 +181,7 @@ BORDERS = torch.tensor([0, 4, 8], dtype=torch.int32)
         (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, backend="flash"), "'flash'"),
         (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, backend="dense"), "'dense'"),
         (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, head_offset=2), "total_kv_heads"),
-        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, layer=-1), "layer=-1"),
+        (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, rotation=-1), "rotation=-1"),
         (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=[0, 8]), "list"),
         (lambda: s2_attention(*[shaped(1, 8, 2, 16).int()] * 3, PATTERN), "int32"),
         (lambda: s2_attention(*[shaped(1, 8, 2, 16)] * 3, PATTERN, softmax_scale=-1.0), "softmax_scale=-1.0"),
@@ -249,3 +251,69 @@ def test_traces_with_symbolic_sizes():
     q, k, v = make(grad=False)
     graph = make_fx(lambda q, k, v: s2_attention(q, k, v, PATTERN, backend="triton"), tracing_mode="symbolic")(q, k, v)
     torch.testing.assert_close(graph(q, k, v), s2_attention(q, k, v, PATTERN, backend="triton"))
+
+
+def test_layer_is_the_old_name_of_rotation():
+    q, k, v = make(heads=1, grad=False)
+    pattern = Pattern.parse("L1V3", 16)
+    with pytest.warns(DeprecationWarning, match="rotation"):
+        old = s2_attention(q, k, v, pattern, layer=1)
+    assert torch.equal(old, s2_attention(q, k, v, pattern, rotation=1))
+    assert not torch.equal(old, s2_attention(q, k, v, pattern))
+    with pytest.raises(ValueError, match="rotation=2 and layer=1"):
+        s2_attention(q, k, v, pattern, rotation=2, layer=1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_calls_are_checked_once(backend, packed, monkeypatch):
+    """Packed ones, the recipes' default, too: with other borders, other numbers of documents and other tensors."""
+    checked, check = [], op._check
+    monkeypatch.setattr(op, "_check", lambda *arguments: checked.append(1) or check(*arguments))
+    monkeypatch.setattr(op, "_CHECKED", {})
+    for borders in ([0, 7, 40], [0, 40], [0, 1, 2, 39]):
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=DEVICE) if packed else None
+        q, k, v = make(packed=packed)
+        out = s2_attention(q, k, v, Pattern.parse("L1V2", 16), cu_seqlens=cu_seqlens, backend=backend)
+        wanted = s2_attention(q, k, v, PATTERN, cu_seqlens=cu_seqlens, backend="reference", rotation=2)
+        torch.testing.assert_close(out, wanted)
+    assert len(checked) == 2  # of `backend`, and of the reference with a rotation
+    if packed and DEVICE == "cpu":
+        with pytest.raises(ValueError, match="never fall"):
+            s2_attention(q, k, v, PATTERN, cu_seqlens=cu_seqlens.flip(0), backend=backend)
+    with pytest.raises(ValueError, match="softmax_scale"):
+        s2_attention(q, k, v, PATTERN, cu_seqlens=cu_seqlens, backend=backend, softmax_scale=0.0)
+
+
+def test_a_call_through_the_op_is_the_call_of_its_settings():
+    own = Call(Pattern.parse("L2V3+sink1", 32), 4, 2, 6, 0.25, "triton")
+    shared = call_of(*own.settings)
+    assert shared is call_of(*own.settings)
+    assert shared.rules(3) == own.rules(3) == own.pattern.rules(6, layer=4)[2:5]
+    assert torch.equal(shared.block_mask(9, 3), own.pattern.block_mask(9, 6, layer=4)[2:5])
+    masks = Call(Pattern.from_mask(torch.rand(2, 3, 3) < 0.5), 0, 0, 2, 0.25, "triton")
+    assert call_of(*masks.settings) == masks and call_of(*masks.settings).pattern is masks.pattern
+
+
+# ---------------------------------------------------------------- torch's private names
+
+
+def test_this_torch_has_the_private_names_that_make_calls_fast():
+    for name in ("_dispatch_modes", "_functorch_level", "sdp_order"):
+        assert getattr(modes, name).__module__ != modes.__name__, f"{name} is the fallback"
+    assert modes.apply_function(op._Attention) != op._Attention.apply
+
+
+def test_calls_are_right_without_torchs_private_names(monkeypatch):
+    q, k, v = make()
+    out = s2_attention(q, k, v, PATTERN, backend="triton")
+    wanted = torch.autograd.grad(out.sum(), (q, k, v))
+    assert modes.private("_C._no_such_name", len) is len
+    monkeypatch.setattr(modes, "_dispatch_modes", lambda: 1)
+    monkeypatch.setattr(modes, "_functorch_level", lambda: 1)
+    assert not modes.is_plain(q)
+    again = s2_attention(q, k, v, PATTERN, backend="triton")
+    assert torch.equal(again, out)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again.sum(), (q, k, v)), wanted, strict=True))
+    monkeypatch.setattr(sdpa, "_ORDER_OF_TORCH", None)
+    assert sdpa._chosen_backends() == [], "without torch's order of kernels it is not known whether the user has one"

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2.attention import Pattern
+from s2.attention import LayerLayout, Pattern
 from s2.attention.kernels.triton.documents import document_tiles
 from s2.attention.schedule import has_closed_form, list_schedule, rule_schedule
+from tests.attention.checks import call_with
 
 SPECS = ("dense", "W1", "W5", "L1V3", "L2V4", "L3V8+sink1", "W4+sink3", "L4V24", "L8V1")
 
@@ -126,6 +127,57 @@ def test_masks_by_context_range_are_combined():
             assert mask[i, b] == (near[0, i, b] if i - b < 2 else b == 2)
 
 
+@st.composite
+def rule_patterns(draw, block_size):
+    end = local = draw(st.integers(1, 9))
+    ranges = []
+    for stride in draw(st.lists(st.integers(1, 40), max_size=4)):
+        end += draw(st.integers(1, 50))
+        ranges.append((stride, end))
+    if ranges and draw(st.booleans()):
+        ranges[-1] = (ranges[-1][0], None)
+    sinks = draw(st.sampled_from([0, 0, 1, 70]))
+    try:
+        return Pattern.from_ranges(local, ranges, block_size=block_size, sinks=sinks)
+    except ValueError:
+        return Pattern.parse("dense", block_size)
+
+
+@st.composite
+def all_patterns(draw):
+    block_size = draw(st.sampled_from([16, 32, 64, 128, 256]))
+    if draw(st.booleans()):
+        return draw(rule_patterns(block_size))
+    runs = draw(st.lists(st.tuples(rule_patterns(block_size), st.integers(1, 3)), min_size=1, max_size=4))
+    return Pattern.per_head([pattern for pattern, count in runs for _ in range(count)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(all_patterns())
+def test_parse_reads_what_patterns_print(pattern):
+    again = Pattern.parse(str(pattern), pattern.block_size)
+    assert again == pattern and str(again) == str(pattern)
+    heads = len(pattern.heads) or 3
+    assert again.rules(heads, layer=1) == pattern.rules(heads, layer=1)
+    layout = LayerLayout.parse(f"{pattern}-inter+dense0", 4, pattern.block_size)
+    assert [layout[i] == pattern or layout[i].is_dense for i in range(4)] == [True] * 4 and layout[2] == pattern
+
+
+@pytest.mark.parametrize(
+    ("spec", "heads"),
+    [
+        ("dense|W16|L8V16", ["dense", "W16", "L8V16"]),
+        ("2*dense|6*L8V16+sink1", ["dense"] * 2 + ["L8V16+sink1"] * 6),
+        ("L8V4<64V16|W2", [Pattern.from_ranges(8, [(4, 64), (16, None)]), "W2"]),
+        ("1*L1V4", ["L1V4"]),
+        ("W2|W2", ["W2", "W2"]),
+    ],
+)
+def test_heads_are_spelled_one_after_the_other(spec, heads):
+    wanted = Pattern.per_head([head if isinstance(head, Pattern) else Pattern.parse(head) for head in heads])
+    assert Pattern.parse(spec) == wanted
+
+
 def test_equal_patterns_are_equal_and_keys_tell_others_apart():
     assert Pattern.parse("L8V16") == Pattern.parse("L8V16") != Pattern.parse("L8V16", 32)
     assert Pattern.per_head([Pattern.parse("W2"), Pattern.parse("dense")]) != Pattern.parse("W2")
@@ -134,11 +186,16 @@ def test_equal_patterns_are_equal_and_keys_tell_others_apart():
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (lambda: Pattern.parse("L8W16"), "L8W16"),
-        (lambda: Pattern.parse("L0V4"), "L0V4"),
+        (lambda: Pattern.parse("L8W16"), "'L8W16': expected 'V<stride>', at character 3 ('W16')"),
+        (lambda: Pattern.parse("W2|L0V4"), "window is 0 blocks, but must be at least 1, at character 4 ('L0V4')"),
         (lambda: Pattern.parse("L4V0"), "stride 0"),
-        (lambda: Pattern.parse("L4V8+sinkx"), "sinkx"),
+        (lambda: Pattern.parse("L4V2<4"), "the range up to distance 4 must reach beyond 4 blocks"),
+        (lambda: Pattern.parse("L4V8+sinkx"), "at character 5 ('+sinkx')"),
+        (lambda: Pattern.parse("2*dense|"), "expected 'dense', 'W<blocks>' or 'L<blocks>V<stride>', at its end"),
+        (lambda: Pattern.parse("W2|0*dense"), "must be at least 1, at character 4 ('0*dense')"),
+        (lambda: Pattern.parse("mask"), "masks have no spelling"),
         (lambda: Pattern.parse(""), "''"),
+        (lambda: Pattern.parse(8), "must be a string such as 'L8V16', got 8"),
         (lambda: Pattern.parse("L4V8", block_size=48), "block_size=48"),
         (lambda: Pattern.parse("L4V8").block_mask(4, 0), "num_kv_heads=0"),
         (lambda: Pattern.parse("L4V8").block_mask(-1, 1), "num_blocks=-1"),
@@ -160,7 +217,7 @@ def test_errors_name_what_is_wrong(make, names):
 
 
 def test_rule_schedules_stay_small_at_any_length():
-    table = rule_schedule(Pattern.parse("L8V16").key, 32, 0, 0, 32, torch.device("cpu")).table
+    table = rule_schedule(call_with(Pattern.parse("L8V16"), 32), 32, torch.device("cpu")).table
     assert table.numel() * table.element_size() <= 32 * 64
 
 
@@ -171,7 +228,7 @@ def test_strides_that_do_not_nest_go_through_lists():
 
 def test_block_lists_name_exactly_the_kept_blocks():
     pattern = Pattern.from_mask(torch.rand(3, 9, 9) < 0.4)
-    lists = list_schedule(pattern.key, 9, 2, 0, 1, 3, torch.device("cpu"))  # heads 1 and 2
+    lists = list_schedule(call_with(pattern, 2, head_offset=1, total=3), 9, 2, torch.device("cpu"))  # heads 1 and 2
     mask = pattern.block_mask(9, 3)
     for h in range(2):
         for i in range(9):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from s2.attention import Pattern, s2_attention
+from tests.attention.checks import call_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +111,7 @@ def test_borders_that_do_not_fit_give_nan_where_they_cannot_be_read(borders):
     """As on a GPU: the kernels find out, and touch nothing that is not theirs."""
     q, k, v, dout = draw(100)
     cu_seqlens = torch.tensor(borders, dtype=torch.int64, device=DEVICE).clamp(-1, 101).int()
-    settings = (cu_seqlens, PATTERNS[0].key, 0, 0, 1, 0.1, False)
+    settings = (cu_seqlens, PATTERNS[0].key, 0, 0, 1, 0.1, "triton")
     out, lse = torch.ops.s2.attention_forward(q, k, v, *settings)
     gradients = torch.ops.s2.attention_backward(q, k, v, out, lse, dout, None, *settings)
     assert all(x.isnan().all() for x in (out, lse, *gradients))
@@ -171,9 +172,9 @@ def test_launches_have_room_for_any_sizes(monkeypatch):
     q, k, v, dout = draw(100)
     for borders in (None, borders_of([50, 50])):
         tensors = [x if borders is not None else x[None] for x in (q, k, v, dout)]
-        problem = launch.Problem(PATTERNS[0], 0, 0, 1, 0.1, borders)
-        out, lse = launch.run_forward(*tensors[:3], problem)
-        launch.run_backward(*tensors[:3], out, lse, tensors[3], None, problem)
+        call = call_with(PATTERNS[0], 1)
+        out, lse = launch.run_forward(*tensors[:3], borders, call)
+        launch.run_backward(*tensors[:3], out, lse, tensors[3], None, borders, call)
         assert len(grids) == 4 and all(len(grid) == 1 for grid in grids.values()), grids
         grids.clear()
 

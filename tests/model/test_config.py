@@ -118,6 +118,7 @@ def test_unsupported_hf_configs_name_file_key_and_value(change, words):
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings='no'"]),
         ({"attention_layout": "L2V4+dense7"}, ["dense layer 7"]),
         ({"attention_layout": "X3"}, ["X3"]),
+        ({"attention_layout": "2*dense|L2V4"}, ["2*dense|L2V4", "3 heads", "2 KV heads and 6 query heads"]),
         ({"attention_layout": "L2V4", "block_size": 48}, ["block_size=48"]),
         ({"rope_scaling": {"factor": 2.0}}, ["rope_scaling", "rope_type"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, ["factor=0.5"]),

@@ -39,7 +39,9 @@ def borders(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("layout", ["dense", SPARSE, "L1V3-inter", "W2"])
+@pytest.mark.parametrize(
+    "layout", ["dense", SPARSE, "L1V3-inter", "W2", "L1V2<3V4+sink1+dense2", "W2|L1V4-inter", "3*dense|3*L1V2<4"]
+)  # fmt: skip
 def test_packed_documents_equal_documents_alone(layout):
     model = build(layout)
     ids = tokens(2, 150)

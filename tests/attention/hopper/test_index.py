@@ -13,8 +13,9 @@ import triton.language as tl
 from s2.attention import Pattern
 from s2.attention.kernels.hopper.n_blocks import n_block_run
 from s2.attention.kernels.hopper.problem import TILE
-from s2.attention.kernels.triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles
+from s2.attention.kernels.index import count_tiles, key_plan, load_rule, nth_tile
 from s2.attention.schedule import rule_schedule
+from tests.attention.checks import call_with
 from tests.attention.hopper.host import COMPILER, CPU, compile_for_host
 
 pytestmark = [
@@ -60,7 +61,7 @@ def test_runs_of_queries_agree(block, levels, sinks, tmp_path):
     cases, found = [], []
     for _ in range(4):
         pattern, head = draw_pattern(rng, levels, sinks, block), rng.randrange(HEADS)
-        schedule = rule_schedule(pattern.key, HEADS, 0, 0, HEADS, CPU)
+        schedule = rule_schedule(call_with(pattern, HEADS), HEADS, CPU)
         length = rng.randint(1, 30 * block)
         count, low = (
             triton.next_power_of_2(-(-length // TILE) + 1),
@@ -79,11 +80,11 @@ def test_runs_of_queries_agree(block, levels, sinks, tmp_path):
 def key_tiles(table, out, first_row, last_row, N: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
               LEVELS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
     full, masked = key_plan(first_row, last_row, load_rule(table, LEVELS, SINKS), BLOCK, TILE, LEVELS, SINKS)
-    tl.store(out, masked_tiles(masked))
-    tl.store(out + 1, full_tiles(full))
+    tl.store(out, count_tiles(masked))
+    tl.store(out + 1, count_tiles(full))
     lane = tl.arange(0, N)
-    first, stride, index, blocks = masked_tile(lane, masked, LEVELS, SINKS)
-    full_first, full_stride, full_index = full_tile(lane, full, LEVELS, SINKS)
+    first, stride, index, blocks = nth_tile(lane, masked)
+    full_first, full_stride, full_index, _ = nth_tile(lane, full)
     to = out + 2 + 7 * lane
     tl.store(to, first + lane * 0)
     tl.store(to + 1, stride + lane * 0)
@@ -111,7 +112,7 @@ def test_key_tiles_agree(block, levels, sinks, tmp_path, consumers=3):
     cases, found = [], []
     for _ in range(4):
         pattern, head = draw_pattern(rng, levels, sinks, block), rng.randrange(HEADS)
-        schedule = rule_schedule(pattern.key, HEADS, 0, 0, HEADS, CPU)
+        schedule = rule_schedule(call_with(pattern, HEADS), HEADS, CPU)
         length, tokens = rng.randint(1, 30 * block), min(block, TILE)
         m_block = rng.randrange(-(-length // tokens)) // consumers * consumers
         last_row = min((m_block + consumers) * tokens, length) - 1

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from s2.attention import Pattern, op, s2_attention
+from s2.attention import Pattern, call, kept, op, s2_attention
 from s2.attention.kernels.hopper import driver as cuda_driver
 from s2.attention.kernels.hopper import launch, problem, support, triton_launcher
 from s2.attention.kernels.hopper import one_pass as backward
@@ -22,6 +22,7 @@ from s2.attention.kernels.hopper.problem import Problem
 from s2.attention.kernels.hopper.varlen import Documents
 from s2.attention.kernels.triton.documents import unowned
 from s2.attention.schedule import rule_schedule
+from tests.attention.checks import call_with, plans_kept
 from tests.attention.hopper import standins
 
 
@@ -69,7 +70,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_driver, "current_stream", lambda index: STREAM)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(launch, "KEPT", {})
+    monkeypatch.setattr(call, "CALLS", {})
+    monkeypatch.setattr(op, "_CHECKED", {})
     monkeypatch.setattr(backward, "is_taken", lambda *call: False)
     monkeypatch.setattr(problem, "num_sms", lambda device: 132)
 
@@ -88,7 +90,7 @@ def one_pass(monkeypatch, launches):
 
 
 def last_forward() -> Forward:
-    *_, kept = launch.KEPT.values()
+    *_, kept = plans_kept()
     return kept.kernels[Forward]
 
 
@@ -112,7 +114,7 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
     k, v = (torch.randn(batch, length, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2))
     if cu_seqlens is not None:
         q, k, v = q[0], k[0], v[0]
-    settings = (cu_seqlens, pattern, (0, 0, kv_heads), 0.1)
+    settings = (cu_seqlens, call_with(pattern, kv_heads))
     out, lse = launch.run_forward(q, k, v, *settings)
     assert out.shape == q.shape
     assert lse.shape == ((batch, heads, length) if cu_seqlens is None else (heads, length))
@@ -202,7 +204,7 @@ def test_views_and_unaligned_gradients(launches):
     q, k, v = whole.unbind(2)  # strides of a fused projection
     k = torch.randn(1, 4, 500, 128, dtype=torch.bfloat16).transpose(1, 2)  # heads first
     v = torch.randn(v.numel() + 1, dtype=v.dtype)[1:].view(v.shape)  # 2 bytes off
-    settings = (None, Pattern.parse("L1V3"), (0, 0, 4), 0.1)
+    settings = (None, call_with(Pattern.parse("L1V3"), 4))
     out, lse = launch.run_forward(q, k, v, *settings)
     dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)  # 2 bytes off
     gradients = launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)
@@ -231,7 +233,7 @@ def test_the_forward_gets_its_problem(launches, dim, block, dtype):
     whole = torch.randn(batch, length, 2, kv_heads, dim, dtype=dtype)
     q, (k, v) = torch.randn(batch, length, heads, dim, dtype=dtype), whole.unbind(2)
     pattern = Pattern.parse("L2V5+sink1", block)
-    out, lse = launch.run_forward(q, k, v, None, pattern, (0, 0, kv_heads), 0.1)
+    out, lse = launch.run_forward(q, k, v, None, call_with(pattern, kv_heads))
     forward = last_forward()
     ((params, arguments),) = launches.forward
     a_box, tokens = max(64 // block, 1), min(block, 64)
@@ -240,7 +242,7 @@ def test_the_forward_gets_its_problem(launches, dim, block, dtype):
     assert (constants["PACKED"], constants["BF16"]) == (False, dtype == torch.bfloat16)
     assert arguments[4:9] == (128 * (constants["CONSUMERS"] + 1), 1, 1, SHARED_BYTES, STREAM)
     shape = params.problem
-    (kept,) = launch.KEPT.values()
+    (kept,) = plans_kept()
     assert shape.table == kept.problem.rules.table.data_ptr()
     assert shape.counter == problem.counter_of(q.device, STREAM).data_ptr()
     assert (shape.length, shape.kv_heads, shape.group) == (length, kv_heads, heads // kv_heads)
@@ -262,7 +264,7 @@ def test_packed_calls_pass_their_documents(launches):
     for borders in ([0, 300, 1000], [0, *range(1, 1001)], [0, 1000]):
         cu_seqlens = torch.tensor(borders, dtype=torch.int32)
         run(pattern, length=1000, heads=8, batch=1, cu_seqlens=cu_seqlens)
-        assert len(launch.KEPT) == 1
+        assert len(plans_kept()) == 1
         params, arguments = launches.forward[-1]
         # the table is that of the forward: it is made first
         name, kernel, own = launches.gluon[0]
@@ -301,7 +303,7 @@ def test_threads_do_not_mix_their_calls(launches, monkeypatch):
     def call():
         own = [x.clone() for x in (q, k, v)]
         for _ in range(5):
-            out, lse = launch.run_forward(*own, None, Pattern.parse("W3"), (0, 0, 4), 0.1)
+            out, lse = launch.run_forward(*own, None, call_with(Pattern.parse("W3"), 4))
             calls.append((*(x.data_ptr() for x in (*own, out)), out, lse))
 
     threads = [threading.Thread(target=call) for _ in range(4)]
@@ -363,7 +365,7 @@ def test_one_pass_gets_its_problem(one_pass, spec, block, packed, dlse, length=2
 
 
 def problem_of(spec: str, length: int = 4, heads: int = 8, dim: int = 128) -> Problem:
-    rules = rule_schedule(Pattern.parse(spec).key, 8, 0, 0, 8, torch.device("cpu"))
+    rules = rule_schedule(call_with(Pattern.parse(spec), 8), 8, torch.device("cpu"))
     return Problem(rules, 64, 0.1, 1, length, heads, 8, dim, torch.bfloat16, torch.device("cpu"), False)
 
 
@@ -440,10 +442,10 @@ def test_without_nvrtc_no_call_is_taken_and_one_warning_says_why(version, missin
 
 def test_plans_do_not_pile_up(launches, monkeypatch):
     """The oldest goes: lengths that are in use stay."""
-    monkeypatch.setattr(problem, "MAX_KEPT", 4)
+    monkeypatch.setattr(kept, "MOST_REMEMBERED", 4)
     for length in range(1, 12):
         run(Pattern.parse("W3"), length=length)
-        assert [key[0][1] for key in launch.KEPT] == list(range(max(length - 3, 1), length + 1))
+        assert [plan.problem.length for plan in plans_kept()] == list(range(max(length - 3, 1), length + 1))
 
 
 def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
@@ -452,10 +454,10 @@ def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
     monkeypatch.setattr(support, "_can_compile", lambda: True)
     q = torch.randn(1, 100, 8, 128, dtype=torch.bfloat16)
     for spec, distinct in (("L1V8", 1), ("W3", 1), ("L1V24", 3)):
-        launch.KEPT.clear()
+        call.CALLS.clear()
         for layer in range(32):
-            s2_attention(q, q, q, Pattern.parse(spec), layer=layer)
-        assert len(launch.KEPT) == distinct
+            s2_attention(q, q, q, Pattern.parse(spec), rotation=layer)
+        assert len(plans_kept()) == distinct
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
@@ -473,7 +475,7 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
     for lengths in ([1] * 30, [64, 65, 63, 0, 0, 191, 193], [3000], [257, 1, 1, 700], [200] * 9):
         borders = torch.tensor([0, *lengths]).cumsum(0).int()
         q = torch.randn(1, sum(lengths), 4, 64, dtype=torch.bfloat16)
-        own = Problem.of(q, q, pattern, (0, 0, 4), 0.1, packed=True)
+        own = Problem.of(q, q, call_with(pattern, 4), packed=True)
         documents = Documents.of(STREAM, own, consumers, borders, unowned(q[0]), share)
         num_tiles, num_pairs = documents.table[0, :2].tolist()
         box = min(block, 64)

@@ -18,8 +18,9 @@ from s2.attention.kernels.hopper.n_blocks import document_tile, level_block, loc
 from s2.attention.kernels.hopper.problem import TILE
 from s2.attention.kernels.hopper.scheduler import divide_columns, divide_packed
 from s2.attention.kernels.hopper.varlen import PackedColumns, attention_documents, document_item
-from s2.attention.kernels.triton.indexing import load_rule
+from s2.attention.kernels.index import load_rule
 from s2.attention.schedule import TABLE_COLUMNS, rule_schedule
+from tests.attention.checks import call_with
 from tests.attention.hopper.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
 
 pytestmark = pytest.mark.skipif(
@@ -119,7 +120,7 @@ PATTERNS = [
 @pytest.mark.parametrize("length", [1, 64, 700, 2100])
 def test_runs_of_all_levels_and_segments_are_the_pattern(pattern, length):
     heads, block = 4, pattern.block_size
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     wanted = unit_mask(pattern, length, heads)
     rows = -(-length // TILE) * TILE
     for segment_rows in (rows, 5 * TILE):
@@ -168,7 +169,7 @@ def call_tile(schedule, head, level, tile, length, block, segment, segment_rows,
 def test_segments_of_a_tile_are_its_rows(pattern, a_tile):
     """Each row in one of them."""
     heads, block, length = 4, pattern.block_size, 1000
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     segment_rows, rows = 4 * TILE, -(-length // TILE) * TILE
     for level in range(schedule.num_levels + 1 + schedule.has_sinks):
         whole = call_runs(schedule, 1, level, length, block, 0, rows)
@@ -195,7 +196,7 @@ def test_segments_of_a_tile_are_its_rows(pattern, a_tile):
 @pytest.mark.parametrize("a_tile", [2, 4])
 def test_division_covers_every_head_within_its_room(pattern, group, a_tile):
     heads, block, head_dim = 4, pattern.block_size, 128
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     for length in (1, 700, 4096, 32768, 131072):
         columns = divide_columns(schedule.rows, schedule.num_levels, length, block, heads, group, 132, a_tile)
         chunks = -(-length // TILE)
@@ -215,7 +216,7 @@ def test_division_covers_every_head_within_its_room(pattern, group, a_tile):
 
 def test_sinks_are_divided_like_the_other_long_columns():
     """Else one item has all queries of a group of heads: 16k steps at 128k with 32 query and 4 KV heads."""
-    schedule = rule_schedule(Pattern.parse("L1V15+sink1").key, 4, 0, 0, 4, CPU)
+    schedule = rule_schedule(call_with(Pattern.parse("L1V15+sink1"), 4), 4, CPU)
     columns = divide_columns(schedule.rows, schedule.num_levels, 131072, 64, 4, 8, 132, 2)
     assert columns.tiles[2] == 1 and columns.segments[2] == columns.segments[1] > 10
     assert columns.segments[0] == 1, "the local window stays whole"
@@ -238,7 +239,7 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
     """Parts of segments in which a chunk is not seen, between two of its blocks for example, are never written."""
     dim, block = 16, pattern.block_size
     heads, batch, length, segment_chunks = (2, 2, 500, 3) if block >= TILE else (1, 1, 400, 2)
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     whole = divide_columns(schedule.rows, schedule.num_levels, length, block, heads * batch, 1, 132, a_tile)
     rows, segment_rows = -(-length // TILE) * TILE, segment_chunks * TILE
     levels = range(schedule.num_levels + schedule.has_sinks, -1, -1)
@@ -294,7 +295,7 @@ def test_parts_of_divided_columns_are_added_up_where_their_keys_are(pattern, a_t
 @pytest.mark.parametrize(("consumers", "share"), [(3, 1), (4, 2)])
 def test_documents_and_their_tiles(spec, block, consumers, share):
     pattern, heads = Pattern.parse(spec, block), 4
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     lengths = [0, 0, 1, 130, 0, 270, 64, 517, 0, *[65] * 4]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     count = len(lengths)
@@ -390,7 +391,7 @@ def packed_columns(schedule, narrowest: int, segment_rows: int) -> PackedColumns
 )
 def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
     heads, dim, block = 2, 16, pattern.block_size
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     rng = random.Random(seed := random.SystemRandom().randrange(1 << 30))
     lengths = [rng.randint(400, 650), 0, 1, rng.randint(257, 320), rng.randint(100, 256)]
     rng.shuffle(lengths)
@@ -458,7 +459,7 @@ def test_divided_documents_are_worked_on_once_and_added_up(pattern, narrowest):
 def test_segments_of_packed_documents_have_room(pattern):
     """Whatever the lengths are."""
     group, heads, block = 4, 4, pattern.block_size
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     sinks = max(row[1] for row in schedule.rows)
     rng, divided = random.Random(), False
     for tokens in (1000, 40000):
@@ -549,7 +550,7 @@ def count_runs(lines: list[str], found: torch.Tensor, block: int, parts: dict | 
 @pytest.mark.parametrize("length", [1, 700, 2100])
 def test_items_in_cpp_are_the_pattern(pattern, length, tmp_path):
     heads, block = 4, pattern.block_size
-    schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+    schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
     constants = {"BLOCK": block, "LEVELS": schedule.num_levels, "SINKS": int(schedule.has_sinks), "CONSUMERS": 2}
     program = compile_for_host(ITEMS, tmp_path, constants)
     rules = " ".join(str(x) for row in schedule.rows for x in row)

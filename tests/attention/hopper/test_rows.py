@@ -16,9 +16,10 @@ from s2.attention.kernels.hopper import forward, support
 from s2.attention.kernels.hopper.gluon import rows
 from s2.attention.kernels.hopper.problem import TILE
 from s2.attention.kernels.hopper.two_pass import QueryGradients
-from s2.attention.kernels.triton.indexing import key_plan, load_rule, masked_tiles
+from s2.attention.kernels.index import count_tiles, key_plan, load_rule
 from s2.attention.schedule import MAX_LEVELS, has_closed_form, rule_schedule
 from tests.attention import sweep
+from tests.attention.checks import call_with
 from tests.attention.hopper.host import COMPILER, CPU, compile_for_host, unit_mask, unit_of
 
 pytestmark = pytest.mark.skipif(
@@ -89,7 +90,7 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, head_dim,
         if not has_closed_form(pattern):
             continue
         head, layer = rng.randrange(heads), rng.randrange(30)
-        schedule = rule_schedule(pattern.key, heads, layer, 0, heads, CPU)
+        schedule = rule_schedule(call_with(pattern, heads, layer), heads, CPU)
         length = rng.choice((rng.randint(1, 2 * TILE), rng.randint(1, 40 * block), rng.randint(1, 12 * TILE)))
         mask = unit_mask(pattern, length, heads, layer)[head].T.numpy()
         # kernels may be compiled for more than a head needs: for the other heads
@@ -131,7 +132,7 @@ def edges(table, out, tile_rows, length, KEYS: tl.constexpr, BLOCK: tl.constexpr
     row = tl.program_id(0) * tile_rows
     last = tl.minimum(row + tile_rows, length) - 1
     _, masked = key_plan(row, last, load_rule(table, LEVELS, SINKS), BLOCK, KEYS, LEVELS, SINKS)
-    tl.store(out + tl.program_id(0), masked_tiles(masked))
+    tl.store(out + tl.program_id(0), count_tiles(masked))
 
 
 def test_dq_is_launched_with_the_consumers_that_it_has():
@@ -147,7 +148,7 @@ def test_the_edges_of_a_tile_of_dq_fit_its_words(block):
     patterns += [Pattern.from_ranges(2, levels, sinks=1, block_size=block) for levels in bounded]
     patterns.append(Pattern.from_ranges(5, [(2, 14), (6, None)], sinks=1, block_size=block))  # 28 entries of 16
     for pattern in filter(has_closed_form, patterns):
-        schedule = rule_schedule(pattern.key, heads, 0, 0, heads, CPU)
+        schedule = rule_schedule(call_with(pattern, heads), heads, CPU)
         tiles = -(-length // (QueryGradients.consumers * block))
         for head in (0, 3):
             out = torch.zeros(tiles, dtype=torch.int32)

@@ -4,7 +4,7 @@ Triton, called from Gluon too."""
 import triton
 import triton.language as tl
 
-from ..triton.indexing import load_rule
+from ..index import load_rule
 from .n_blocks import KEYS, document_tile, level_block, n_block_run
 from .varlen import document_segments, wide_tiles
 

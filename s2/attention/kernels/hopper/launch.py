@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern
+from ...call import Call
+from ...kept import remember
 from ..triton.documents import unowned
-from . import one_pass, problem
+from . import one_pass
 from .forward import Forward
 from .one_pass import OnePass
-from .problem import BackwardTensors, Heads, Problem, align16, contiguous16, empty_like
+from .problem import BackwardTensors, Problem, align16, contiguous16, empty_like
 from .support import AVOIDABLE, objection, supports, warn_once  # noqa: F401 (of the op)
 from .two_pass import TwoPass
 
@@ -36,25 +37,16 @@ class Kept:
         return found
 
 
-KEPT: dict[tuple, Kept] = {}  # oldest first
-
-
-def kept(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, heads: Heads, softmax_scale: float, packed: bool
-) -> Kept:  # fmt: skip
-    strides = (q.stride(), k.stride(), v.stride())
-    key = (q.shape, k.shape, strides, q.dtype, q.device, pattern.key, heads, softmax_scale, packed)
-    found = KEPT.get(key)
+def kept(q: Tensor, k: Tensor, v: Tensor, call: Call, packed: bool) -> Kept:
+    """With the call itself, oldest first."""
+    key = (q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, packed)
+    found = call.plans.get(key)
     if found is None:
-        if len(KEPT) >= problem.MAX_KEPT:
-            del KEPT[next(iter(KEPT))]
-        found = KEPT[key] = Kept(Problem.of(q, k, pattern, heads, softmax_scale, packed), {})
+        found = remember(call.plans, key, Kept(Problem.of(q, k, call, packed), {}))
     return found
 
 
-def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pattern: Pattern, heads: Heads, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
     -> lse `[Hq, T]`."""
     if cu_seqlens is not None and cu_seqlens.shape[0] == 1:  # no document
@@ -67,7 +59,7 @@ def run_forward(
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     lse = lse[0] if packed else lse
     fill = unowned(out, lse=lse) if packed else None
-    forward = kept(q, k, v, pattern, heads, softmax_scale, packed).kernel(Forward, q, k, v)
+    forward = kept(q, k, v, call, packed).kernel(Forward, q, k, v)
     forward(q, k, v, out, lse, cu_seqlens, fill)
     return out, lse
 
@@ -81,9 +73,7 @@ def run_backward(
     dout: Tensor,
     dlse: Tensor | None,
     cu_seqlens: Tensor | None,
-    pattern: Pattern,
-    heads: Heads,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable, except dQ
     where `one_pass.is_taken`. ValueError: lse is not float32, as the forward's is."""
@@ -99,7 +89,7 @@ def run_backward(
         q, k, v = q[None], k[None], v[None]
     dlse = None if dlse is None else contiguous16(dlse)
     tensors = BackwardTensors(q, k, v, contiguous16(out), contiguous16(lse), contiguous16(dout), dlse, *gradients)
-    plan = kept(q, k, v, pattern, heads, softmax_scale, packed)
+    plan = kept(q, k, v, call, packed)
     if one_pass.is_taken(plan.problem, cu_seqlens):
         plan.kernel(OnePass, q, k, v)(tensors, cu_seqlens, fill)
     else:

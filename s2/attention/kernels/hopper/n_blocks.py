@@ -4,7 +4,7 @@ from Gluon too; `cu/n_blocks.cuh` says the same in C++."""
 import triton
 import triton.language as tl
 
-from ..triton.indexing import member, members_below, reach_of
+from ..index import member, members_below, reach_of
 
 KEYS = tl.constexpr(64)
 

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from ... import schedule
+from ...call import Call
 from ...kept import apart
-from ...pattern import Pattern
 from . import driver
 
 TILE = 64  # query rows of an m_block, keys of an n_block
 MAX_KEPT = 512  # of what is kept for a shape of call
-
-Heads = tuple[int, int, int]  # layer, head_offset, total KV heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +37,12 @@ class Problem:
     packed: bool
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, pattern: Pattern, heads: Heads, scale: float, packed: bool) -> Problem:
-        rules = schedule.rule_schedule(pattern.key, k.shape[2], *heads, q.device)
+    def of(cls, q: Tensor, k: Tensor, call: Call, packed: bool) -> Problem:
+        rules = schedule.rule_schedule(call, k.shape[2], q.device)
         batch, length, num_heads, head_dim = q.shape
         return cls(
-            rules, pattern.block_size, scale, batch, length, num_heads, k.shape[2], head_dim, q.dtype, q.device, packed
+            rules, call.pattern.block_size, call.softmax_scale, batch, length, num_heads, k.shape[2], head_dim, q.dtype,
+            q.device, packed,
         )  # fmt: skip
 
     @property

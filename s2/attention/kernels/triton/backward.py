@@ -11,21 +11,21 @@ With P = exp(scale * Q K^T - lse):  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ
 import triton
 import triton.language as tl
 
+from ..index import key_tile, load_rule, member, reach_of
 from .documents import locate_tile
-from .forward import LOG2E, locate_program, locate_rows
-from .indexing import (
-    full_tile,
-    full_tiles,
-    gather_positions,
-    key_plan,
-    key_tile,
-    load_rule,
-    masked_tile,
-    masked_tiles,
-    member,
-    reach_of,
-)
-from .tiles import NEVER, consecutive_rows, dot, dot_add, gathered_rows, load_tile, store_tile, visible
+from .forward import LOG2E
+from .tiles import (
+    NEVER,
+    add_product,
+    consecutive_rows,
+    gathered_rows,
+    load_parts,
+    product,
+    store_parts,
+    visible,
+    zero_parts,
+)  # fmt: skip
+from .walk import full_keys, full_rows, key_tiles, locate_program, locate_queries, locate_rows, masked_keys
 
 
 @triton.jit
@@ -37,19 +37,43 @@ def attention_delta(
     nth, head, batch = locate_program(tl.cdiv(length, BLOCK_M), num_heads)
     row = nth.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = head.to(tl.int64)
-    out += batch * stride_ob + head * stride_oh
-    dout += batch * stride_db + head * stride_dh
     valid = row < length
-    o_rows = out + row * stride_ot
-    do_rows = dout + row * stride_dt
-    o0 = load_tile(o_rows, valid, D, 0, D0, True).to(tl.float32)
-    total = tl.sum(o0 * load_tile(do_rows, valid, D, 0, D0, True).to(tl.float32), 1)
+    o = load_parts(out + batch * stride_ob + head * stride_oh + row * stride_ot, valid, D, D0, D1, True)
+    do = load_parts(dout + batch * stride_db + head * stride_dh + row * stride_dt, valid, D, D0, D1, True)
+    total = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
     if D1 > 0:
-        o1 = load_tile(o_rows, valid, D, D0, D1, True).to(tl.float32)
-        total += tl.sum(o1 * load_tile(do_rows, valid, D, D0, D1, True).to(tl.float32), 1)
+        total += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
     if HAS_DLSE:
         total -= tl.load(dlse + batch * stride_gb + head * stride_gh + row, mask=valid, other=0.0)
     tl.store(delta + batch * stride_lb + head * stride_lh + row, total, mask=valid)
+
+
+@triton.jit
+def _load_statistics(lse, delta, at, valid):
+    """Log-sum-exp in base 2, inf for rows without keys: there P is 0; and delta."""
+    row_lse = tl.load(lse + at, mask=valid, other=float("-inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    return row_lse, tl.load(delta + at, mask=valid, other=0.0)
+
+
+@triton.jit
+def _key_step(
+    dq, q, dout, row_lse, row_delta, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dQ with a tile of keys added."""
+    exists = key < kv_len if MASKED else True
+    k = load_parts(k_rows, exists, D, D0, D1, MASKED)
+    v = load_parts(v_rows, exists, D, D0, D1, MASKED)
+    scores = product(q, k)
+    dprobs = product(dout, v)
+    probs = tl.exp2(scores * scale_log2 - row_lse[:, None])
+    if MASKED:
+        seen = visible(position[:, None], key[None, :], rule, BLOCK, LEVELS, SINKS, LISTS)
+        probs = tl.where(seen, probs, 0.0)
+    dscores = (probs * (dprobs - row_delta[:, None])).to(k[0].dtype)
+    return add_product(dq, dscores, k)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "num_packs", "list_stride"])
@@ -64,158 +88,71 @@ def attention_backward_q(
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     tokens: tl.constexpr = BLOCK_M // PACK
-    nth, program_head, batch = locate_program(num_tiles, num_packs)
-    if PACKED:
-        begin, q_len, tile = locate_tile(documents, num_tiles - 1 - nth)
-        kv_len = q_len
+    begin, q_len, kv_len, tile, program_head, batch = locate_queries(
+        documents, q_len, kv_len, num_tiles, num_packs, tokens, PACKED
+    )
+    if PACKED:  # noqa: SIM102 (known when the kernel is compiled)
         if q_len <= 0:
             return
-        begin = begin.to(tl.int64)
-    else:
-        begin = 0
-        tile = (kv_len - q_len) // tokens + num_tiles - 1 - nth
     kv_head = ((program_head * PACK) // group).to(tl.int64)
 
     position, token, valid, head = locate_rows(program_head, tile, q_len, kv_len, BLOCK_M, PACK)
-    q_rows = q + batch * stride_qb + (begin + token) * stride_qt + head * stride_qh
-    do_rows = dout + batch * stride_ob + (begin + token) * stride_ot + head * stride_oh
+    q += batch * stride_qb + (begin + token) * stride_qt + head * stride_qh
+    dout += batch * stride_ob + (begin + token) * stride_ot + head * stride_oh
     k += batch * stride_kb + begin * stride_kt + kv_head * stride_kh
     v += batch * stride_vb + begin * stride_vt + kv_head * stride_vh
     rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)
     scale_log2 = scale * LOG2E
 
-    statistics = batch * stride_lb + head * stride_lh + begin + token
-    row_lse = tl.load(lse + statistics, mask=valid, other=float("-inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)  # rows without keys: P = 0
-    row_delta = tl.load(delta + statistics, mask=valid, other=0.0)
-    q0 = load_tile(q_rows, valid, D, 0, D0, True)
-    do0 = load_tile(do_rows, valid, D, 0, D0, True)
-    dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
-    if D1 > 0:
-        q1 = load_tile(q_rows, valid, D, D0, D1, True)
-        do1 = load_tile(do_rows, valid, D, D0, D1, True)
-        dq1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
-
-    if LISTS:
-        query_block = tile * tokens // BLOCK
-        list_begin = tl.load(key_offsets + kv_head * list_stride + query_block)
-        list_end = tl.load(key_offsets + kv_head * list_stride + query_block + 1)
-        per_block: tl.constexpr = BLOCK // BLOCK_N
-        has_diagonal = 0
-        if list_end > list_begin:
-            has_diagonal = (tl.load(key_blocks + list_end - 1) == query_block).to(tl.int32)
-        num_full = (list_end - list_begin - has_diagonal) * per_block
-        num_masked = has_diagonal * per_block
-    else:
-        first_row = tl.maximum(tile * tokens, kv_len - q_len)
-        last_row = tl.minimum(tile * tokens + tokens, kv_len) - 1
-        full, masked = key_plan(first_row, last_row, rule, BLOCK, BLOCK_N, LEVELS, SINKS)
-        num_full = full_tiles(full)
-        num_masked = masked_tiles(masked)
-
+    row_lse, row_delta = _load_statistics(lse, delta, batch * stride_lb + head * stride_lh + begin + token, valid)
+    queries = load_parts(q, valid, D, D0, D1, True)
+    gradients = load_parts(dout, valid, D, D0, D1, True)
+    acc = zero_parts(BLOCK_M, D0, D1)
+    num_full, num_masked, full, masked = key_tiles(
+        tile, q_len, kv_len, rule, key_offsets + kv_head * list_stride, key_blocks,
+        tokens, BLOCK, BLOCK_N, LEVELS, SINKS, LISTS,
+    )  # fmt: skip
     for n in tl.range(0, num_full, num_stages=STAGES):
-        if LISTS:
-            key_block = tl.load(key_blocks + list_begin + n // per_block)
-            start = key_block * BLOCK + (n % per_block) * BLOCK_N
-        else:
-            first, stride, index = full_tile(n, full, LEVELS, SINKS)
-            if BLOCK_N <= BLOCK:
-                sub: tl.constexpr = BLOCK // BLOCK_N
-                start = (first + (index // sub) * stride) * BLOCK + (index % sub) * BLOCK_N
-        if BLOCK_N <= BLOCK:
-            k_rows = consecutive_rows(k, start, stride_kt, BLOCK_N)
-            v_rows = consecutive_rows(v, start, stride_vt, BLOCK_N)
-        else:
-            key = gather_positions(first, stride, index, BLOCK, BLOCK_N)
-            k_rows = gathered_rows(k, key, stride_kt)
-            v_rows = gathered_rows(v, key, stride_vt)
-        k0 = load_tile(k_rows, True, D, 0, D0, False)
-        v0 = load_tile(v_rows, True, D, 0, D0, False)
-        scores = dot(q0, k0.T)
-        dprobs = dot(do0, v0.T)
-        if D1 > 0:
-            k1 = load_tile(k_rows, True, D, D0, D1, False)
-            v1 = load_tile(v_rows, True, D, D0, D1, False)
-            scores = dot_add(q1, k1.T, scores)
-            dprobs = dot_add(do1, v1.T, dprobs)
-        probs = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        dscores = (probs * (dprobs - row_delta[:, None])).to(k0.dtype)
-        dq0 = dot_add(dscores, k0, dq0)
-        if D1 > 0:
-            dq1 = dot_add(dscores, k1, dq1)
-
+        key = full_keys(n, full, BLOCK, BLOCK_N, LISTS)
+        k_rows, v_rows = full_rows(k, key, stride_kt, BLOCK, BLOCK_N), full_rows(v, key, stride_vt, BLOCK, BLOCK_N)
+        acc = _key_step(
+            acc, queries, gradients, row_lse, row_delta, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
+            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, False,
+        )  # fmt: skip
     for n in tl.range(0, num_masked, num_stages=1):
-        if LISTS:
-            key = query_block * BLOCK + n * BLOCK_N + tl.arange(0, BLOCK_N)
-        else:
-            first, stride, index, blocks = masked_tile(n, masked, LEVELS, SINKS)
-            key = gather_positions(first, stride, index, BLOCK, BLOCK_N)
-            if BLOCK_N > BLOCK:
-                key = tl.where(index * BLOCK_N + tl.arange(0, BLOCK_N) < blocks * BLOCK, key, NEVER)
-        exists = key < kv_len
-        k_rows = gathered_rows(k, key, stride_kt)
-        v_rows = gathered_rows(v, key, stride_vt)
-        k0 = load_tile(k_rows, exists, D, 0, D0, True)
-        v0 = load_tile(v_rows, exists, D, 0, D0, True)
-        scores = dot(q0, k0.T)
-        dprobs = dot(do0, v0.T)
-        if D1 > 0:
-            k1 = load_tile(k_rows, exists, D, D0, D1, True)
-            v1 = load_tile(v_rows, exists, D, D0, D1, True)
-            scores = dot_add(q1, k1.T, scores)
-            dprobs = dot_add(do1, v1.T, dprobs)
-        seen = visible(position[:, None], key[None, :], rule, BLOCK, LEVELS, SINKS, LISTS)
-        probs = tl.where(seen, tl.exp2(scores * scale_log2 - row_lse[:, None]), 0.0)
-        dscores = (probs * (dprobs - row_delta[:, None])).to(k0.dtype)
-        dq0 = dot_add(dscores, k0, dq0)
-        if D1 > 0:
-            dq1 = dot_add(dscores, k1, dq1)
+        key = masked_keys(n, masked, BLOCK, BLOCK_N, LISTS)
+        k_rows, v_rows = gathered_rows(k, key, stride_kt), gathered_rows(v, key, stride_vt)
+        acc = _key_step(
+            acc, queries, gradients, row_lse, row_delta, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
+            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, True,
+        )  # fmt: skip
 
-    dq_rows = dq + batch * stride_gb + (begin + token) * stride_gt + head * stride_gh
-    store_tile(dq_rows, valid, dq0 * scale, D, 0, D0)
-    if D1 > 0:
-        store_tile(dq_rows, valid, dq1 * scale, D, D0, D1)
+    dq += batch * stride_gb + (begin + token) * stride_gt + head * stride_gh
+    store_parts(dq, valid, acc, scale, D, D0, D1)
 
 
 @triton.jit
 def _query_step(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta,
+    dk, dv, k, v, q, dout, lse, delta,
     key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the query rows `start, start + 1, ...` (at positions + `offset`) to dK, dV; rows outside `[0, q_len)` add
-    nothing. Works on S^T = K Q^T, so that P^T and dS^T are the left operands of both products untransposed."""
+    """dK and dV with the query rows `start, start + 1, ...` (at positions + `offset`) added; rows outside `[0, q_len)`
+    add nothing. Works on S^T = K Q^T, so that P^T and dS^T are the left operands of both products untransposed."""
     lanes = tl.arange(0, BLOCK_M)
     token = start + lanes
     valid = (token >= 0) & (token < q_len)
-    q_rows = consecutive_rows(q, start, stride_qt, BLOCK_M)
-    do_rows = consecutive_rows(dout, start, stride_ot, BLOCK_M)
-    q0 = load_tile(q_rows, valid, D, 0, D0, True)
-    do0 = load_tile(do_rows, valid, D, 0, D0, True)
-    row_lse = tl.load(lse + start + lanes, mask=valid, other=float("-inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
-    row_delta = tl.load(delta + start + lanes, mask=valid, other=0.0)
-    scores = dot(k0, q0.T)
-    if D1 > 0:
-        q1 = load_tile(q_rows, valid, D, D0, D1, True)
-        scores = dot_add(k1, q1.T, scores)
-    probs = tl.exp2(scores * scale_log2 - row_lse[None, :])
+    queries = load_parts(consecutive_rows(q, start, stride_qt, BLOCK_M), valid, D, D0, D1, True)
+    gradients = load_parts(consecutive_rows(dout, start, stride_ot, BLOCK_M), valid, D, D0, D1, True)
+    row_lse, row_delta = _load_statistics(lse, delta, start + lanes, valid)
+    probs = tl.exp2(product(k, queries) * scale_log2 - row_lse[None, :])
     if MASKED:
         seen = visible((token + offset)[None, :], key[:, None], rule, BLOCK, LEVELS, SINKS, LISTS)
         probs = tl.where(seen, probs, 0.0)
-    low = probs.to(do0.dtype)
-    dv0 = dot_add(low, do0, dv0)
-    dprobs = dot(v0, do0.T)
-    if D1 > 0:
-        do1 = load_tile(do_rows, valid, D, D0, D1, True)
-        dv1 = dot_add(low, do1, dv1)
-        dprobs = dot_add(v1, do1.T, dprobs)
-    dscores = (probs * (dprobs - row_delta[None, :])).to(q0.dtype)
-    dk0 = dot_add(dscores, q0, dk0)
-    if D1 > 0:
-        dk1 = dot_add(dscores, q1, dk1)
-    return dk0, dk1, dv0, dv1
+    dv = add_product(dv, probs.to(gradients[0].dtype), gradients)
+    dscores = (probs * (product(v, gradients) - row_delta[None, :])).to(queries[0].dtype)
+    return add_product(dk, dscores, queries), dv
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "kv_heads", "list_stride"])
@@ -285,36 +222,17 @@ def attention_backward_kv(
     delta += statistics
 
     exists = key < kv_len
-    k_rows = gathered_rows(k, key, stride_kt)
-    v_rows = gathered_rows(v, key, stride_vt)
-    k0 = load_tile(k_rows, exists, D, 0, D0, True)
-    v0 = load_tile(v_rows, exists, D, 0, D0, True)
-    dk0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
-    dv0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
-    if D1 > 0:
-        k1 = load_tile(k_rows, exists, D, D0, D1, True)
-        v1 = load_tile(v_rows, exists, D, D0, D1, True)
-        dk1 = tl.zeros([BLOCK_N, D1], dtype=tl.float32)
-        dv1 = tl.zeros([BLOCK_N, D1], dtype=tl.float32)
-    else:  # placeholders that compile to nothing
-        k1, v1, dk1, dv1 = 0, 0, 0, 0
+    keys = load_parts(gathered_rows(k, key, stride_kt), exists, D, D0, D1, True)
+    values = load_parts(gathered_rows(v, key, stride_vt), exists, D, D0, D1, True)
+    dk_acc = zero_parts(BLOCK_N, D0, D1)
+    dv_acc = zero_parts(BLOCK_N, D0, D1)
     scale_log2 = scale * LOG2E
 
     if LISTS:
         per_block: tl.constexpr = BLOCK // BLOCK_M
         list_begin = tl.load(query_offsets + kv_head * list_stride + key_block)
         list_end = tl.load(query_offsets + kv_head * list_stride + key_block + 1)
-        for n in tl.range(0, (list_end - list_begin) * per_block * group, num_stages=1):
-            head = (n % group).to(tl.int64)
-            step = n // group
-            query_block = tl.load(query_blocks + list_begin + step // per_block)
-            start = query_block * BLOCK + (step % per_block) * BLOCK_M - offset
-            dk0, dk1, dv0, dv1 = _query_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1,
-                q + head * stride_qh, dout + head * stride_oh, lse + head * stride_lh, delta + head * stride_lh,
-                key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
-                D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, True,
-            )  # fmt: skip
+        num_masked = (list_end - list_begin) * per_block
     else:
         # visible to some row of the tile: [run_begin, run_end); to all: [full_begin, full_end), in query tokens
         reach = reach_of(last_block, rule, LEVELS, False)
@@ -333,32 +251,33 @@ def attention_backward_kv(
         ragged = (full_end == q_len) & (full_begin + full_steps * BLOCK_M < q_len)
         full_steps += ragged.to(tl.int32)
         tail_begin = full_begin + full_steps * BLOCK_M
-        tail_tiles = tl.cdiv(tl.maximum(run_end - tail_begin, 0), BLOCK_M)
+        num_masked = head_tiles + tl.cdiv(tl.maximum(run_end - tail_begin, 0), BLOCK_M)
 
         for n in tl.range(0, full_steps * group, num_stages=STAGES):
             head = (n % group).to(tl.int64)
             start = full_begin + (n // group) * BLOCK_M
-            dk0, dk1, dv0, dv1 = _query_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1,
+            dk_acc, dv_acc = _query_step(
+                dk_acc, dv_acc, keys, values,
                 q + head * stride_qh, dout + head * stride_oh, lse + head * stride_lh, delta + head * stride_lh,
                 key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
                 D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, False,
             )  # fmt: skip
-        for n in tl.range(0, (head_tiles + tail_tiles) * group, num_stages=1):
-            head = (n % group).to(tl.int64)
-            step = n // group
+    for n in tl.range(0, num_masked * group, num_stages=1):
+        head = (n % group).to(tl.int64)
+        step = n // group
+        if LISTS:
+            query_block = tl.load(query_blocks + list_begin + step // per_block)
+            start = query_block * BLOCK + (step % per_block) * BLOCK_M - offset
+        else:
             start = tl.where(step < head_tiles, run_begin, tail_begin - head_tiles * BLOCK_M) + step * BLOCK_M
-            dk0, dk1, dv0, dv1 = _query_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1,
-                q + head * stride_qh, dout + head * stride_oh, lse + head * stride_lh, delta + head * stride_lh,
-                key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
-                D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, True,
-            )  # fmt: skip
+        dk_acc, dv_acc = _query_step(
+            dk_acc, dv_acc, keys, values,
+            q + head * stride_qh, dout + head * stride_oh, lse + head * stride_lh, delta + head * stride_lh,
+            key, start, offset, q_len, scale_log2, stride_qt, stride_ot, rule,
+            D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, True,
+        )  # fmt: skip
 
-    dk_rows = gathered_rows(dk + batch * stride_gkb + begin * stride_gkt + kv_head * stride_gkh, key, stride_gkt)
-    dv_rows = gathered_rows(dv + batch * stride_gvb + begin * stride_gvt + kv_head * stride_gvh, key, stride_gvt)
-    store_tile(dk_rows, exists, dk0 * scale, D, 0, D0)
-    store_tile(dv_rows, exists, dv0, D, 0, D0)
-    if D1 > 0:
-        store_tile(dk_rows, exists, dk1 * scale, D, D0, D1)
-        store_tile(dv_rows, exists, dv1, D, D0, D1)
+    dk += batch * stride_gkb + begin * stride_gkt + kv_head * stride_gkh
+    dv += batch * stride_gvb + begin * stride_gvt + kv_head * stride_gvh
+    store_parts(gathered_rows(dk, key, stride_gkt), exists, dk_acc, scale, D, D0, D1)
+    store_parts(gathered_rows(dv, key, stride_gvt), exists, dv_acc, 1.0, D, D0, D1)

@@ -2,222 +2,162 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ... import schedule
-from ...pattern import Pattern
+from ...call import Call
 from . import backward, forward
-from .config import (
-    TileConfig,
-    backward_kv_config,
-    backward_q_config,
-    forward_config,
-    pack_heads,
-    split_head_dim,
-)
+from .config import TileConfig, backward_kv_config, backward_q_config, forward_config, pack_heads, split_head_dim
 from .documents import Fill, document_tiles, unowned
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One attention call as the kernels see it: `[B, S, H, D]`, packed batches as B = 1 with `cu_seqlens`."""
-
-    pattern: Pattern
-    layer: int
-    head_offset: int
-    total_kv_heads: int
-    softmax_scale: float
-    cu_seqlens: Tensor | None
-
-    def batched(self, x: Tensor) -> Tensor:
-        return x[None] if self.cu_seqlens is not None else x
-
-    def unbatched(self, x: Tensor) -> Tensor:
-        return x[0] if self.cu_seqlens is not None else x
-
-    @property
-    def has_no_documents(self) -> bool:
-        return self.cu_seqlens is not None and self.cu_seqlens.shape[0] == 1
+_DELTA_ROWS = 64  # that a program of `attention_delta` works on
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+class _Plan:
+    """What the kernels of a call share: the pattern as a table or as block lists, and constants. q `[B, Sq, Hq, D]`,
+    k `[B, Skv, Hkv, D]`."""
+
+    def __init__(self, call: Call, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.q_len, self.kv_len, self.group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+        self.cu_seqlens, self.size = cu_seqlens, call.pattern.block_size
+        self.num_blocks = -(-self.kv_len // self.size)
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+        self.chip = (q.shape[3], q.element_size(), capability)
+        self.lists = not schedule.has_closed_form(call.pattern)
+        if self.lists:
+            lists = schedule.list_schedule(call, self._listed_blocks(call), k.shape[2], k.device)
+            key_offsets, key_blocks, query_offsets, query_blocks = lists
+            stride = key_offsets.shape[1]
+            self.of_queries = (key_offsets, key_offsets, key_blocks, stride)  # table, then lists
+            self.of_keys = (key_offsets, query_offsets, query_blocks, stride)
+            self.levels, sinks = 0, False
+        else:
+            table, _, self.levels, sinks = schedule.rule_schedule(call, k.shape[2], k.device)
+            self.of_queries = self.of_keys = (table, table, table, 0)
+        d0, d1 = split_head_dim(*self.chip)
+        self.parts = {"D": q.shape[3], "D0": d0, "D1": d1}
+        self.constants = {
+            **self.parts,
+            "TABLE": 0 if self.lists else schedule.TABLE_COLUMNS,
+            "BLOCK": self.size,
+            "LEVELS": self.levels,
+            "SINKS": sinks,
+            "LISTS": self.lists,
+            "PACKED": cu_seqlens is not None,
+        }
+
+    def _listed_blocks(self, call: Call) -> int:
+        """Blocks of the lists. Packed documents may be shorter than all the tokens: where these exceed a mask,
+        `cu_seqlens` is read."""
+        mask = call.pattern.mask
+        if mask is None or self.cu_seqlens is None or self.num_blocks <= mask.shape[1]:
+            return self.num_blocks
+        longest = -(-int(self.cu_seqlens.diff().max()) // self.size)
+        if longest > mask.shape[1]:
+            raise ValueError(f"the block mask covers {mask.shape[1]} blocks but a document has {longest}")
+        return mask.shape[1]
+
+    def config(self, choose: Callable[[int, int, tuple[int, int]], TileConfig]) -> TileConfig:
+        """Tiles of a kernel. With lists those of keys stay inside a block."""
+        config = choose(*self.chip)
+        return dataclasses.replace(config, block_n=min(config.block_n, self.size)) if self.lists else config
+
+    def query_tiles(self, block_m: int, fill: Fill | None = None) -> tuple[int, int, Tensor | None, int]:
+        """`(block_m, pack, table of tiles, num_tiles)` of kernels that walk queries."""
+        pack = pack_heads(self.group, self.size, block_m)
+        if self.lists and block_m // pack > self.size:  # a tile must stay inside one query block
+            block_m = self.size * pack
+        if self.cu_seqlens is not None:
+            return block_m, pack, *document_tiles(self.cu_seqlens, self.q_len, block_m // pack, fill=fill)
+        # few queries (decoding) do not pay for a tall tile
+        rows = max(16, 1 << (self.q_len * pack - 1).bit_length())
+        block_m = min(block_m, max(rows, pack))
+        tokens = block_m // pack
+        return block_m, pack, None, -(-self.kv_len // tokens) - (self.kv_len - self.q_len) // tokens
+
+
+def _batch(cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Packed tensors as a batch of one."""
+    return tensors if cu_seqlens is None else tuple(x[None] for x in tensors)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class _Schedule:
-    """The pattern's side of a launch: table or lists, and the constants that go with them."""
-
-    def __init__(self, problem: Problem, k: Tensor) -> None:
-        pattern, size = problem.pattern, problem.pattern.block_size
-        heads = (k.shape[2], problem.layer, problem.head_offset, problem.total_kv_heads)
-        self.lists = not schedule.has_closed_form(pattern)
-        num_blocks = -(-k.shape[1] // size)
-        if self.lists:
-            if pattern.mask is not None:
-                num_blocks = _mask_blocks(problem, num_blocks)
-            lists = schedule.list_schedule(pattern.key, num_blocks, *heads, k.device)
-            self.key_lists = (lists.key_offsets, lists.key_blocks)
-            self.query_lists = (lists.query_offsets, lists.query_blocks)
-            self.list_stride = lists.key_offsets.shape[1]
-            self.table, self.levels, self.sinks = lists.key_offsets, 0, False
-            self.table_columns = 0
-        else:
-            rules = schedule.rule_schedule(pattern.key, *heads, k.device)
-            self.table, self.levels, self.sinks = rules.table, rules.num_levels, rules.has_sinks
-            self.key_lists = self.query_lists = (rules.table, rules.table)
-            self.list_stride = 0
-            self.table_columns = schedule.TABLE_COLUMNS
-        self.num_blocks = -(-k.shape[1] // size)
-
-    def constants(self, problem: Problem) -> dict[str, Any]:
-        return {
-            "TABLE": self.table_columns,
-            "BLOCK": problem.pattern.block_size,
-            "LEVELS": self.levels,
-            "SINKS": self.sinks,
-            "LISTS": self.lists,
-            "PACKED": problem.cu_seqlens is not None,
-        }
+def _strides(*tensors: Tensor) -> list[int]:
+    """All but the last of each, which is 1."""
+    return [stride for x in tensors for stride in x.stride()[:-1]]
 
 
-def _mask_blocks(problem: Problem, num_blocks: int) -> int:
-    """Blocks of the lists of a mask pattern. Packed documents may be shorter than all the tokens: where these exceed
-    the mask, `cu_seqlens` is read."""
-    assert problem.pattern.mask is not None
-    size, covered = problem.pattern.block_size, problem.pattern.mask.shape[1]
-    if problem.cu_seqlens is None or num_blocks <= covered:
-        return num_blocks
-    longest = -(-int(problem.cu_seqlens.diff().max()) // size)
-    if longest > covered:
-        raise ValueError(f"the block mask covers {covered} blocks but a document has {longest}")
-    return covered
-
-
-def _query_tiles(
-    problem: Problem, q: Tensor, k: Tensor, config: TileConfig, lists: bool, fill: Fill | None = None
-) -> tuple[int, int, Tensor, int]:
-    """`(block_m, pack, table of tiles, num_tiles)` of kernels that walk queries."""
-    size, group = problem.pattern.block_size, q.shape[2] // k.shape[2]
-    block_m = config.block_m
-    pack = pack_heads(group, size, block_m)
-    if lists and block_m // pack > size:  # a tile must stay inside one query block
-        block_m = size * pack
-    if problem.cu_seqlens is None:  # few queries (decoding) do not pay for a tall tile
-        rows = max(16, 1 << (q.shape[1] * pack - 1).bit_length())
-        block_m = min(block_m, max(rows, pack))
-    tokens = block_m // pack
-    if problem.cu_seqlens is None:
-        offset = k.shape[1] - q.shape[1]
-        return block_m, pack, q, -(-k.shape[1] // tokens) - offset // tokens
-    return block_m, pack, *document_tiles(problem.cu_seqlens, q.shape[1], tokens, fill=fill)
-
-
-def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, problem: Problem, config: TileConfig | None = None
-) -> tuple[Tensor, Tensor]:
+def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """q `[B, Sq, Hq, D]`, k/v `[B, Skv, Hkv, D]` -> out, lse `[B, Hq, Sq]`; packed `[T, H, D]` -> lse `[Hq, T]`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v = (_unit_stride(problem.batched(x)) for x in (q, k, v))
-    o = problem.batched(out)
-    batch, q_len, num_heads, head_dim = q.shape
-    lse = torch.empty(batch, num_heads, q_len, dtype=torch.float32, device=q.device)
-    if out.numel() == 0 or problem.has_no_documents:
-        return out.zero_(), problem.unbatched(lse.fill_(float("-inf")))
-    capability = _capability(q.device)
-    d0, d1 = split_head_dim(head_dim, q.element_size(), capability)
-    config = config or forward_config(head_dim, q.element_size(), capability)
-    plan = _Schedule(problem, k)
-    fill = None if problem.cu_seqlens is None else unowned(out, lse=lse[0])
-    block_m, pack, documents, num_tiles = _query_tiles(problem, q, k, config, plan.lists, fill)
-    block_n = min(config.block_n, problem.pattern.block_size) if plan.lists else config.block_n
-    num_packs = num_heads // pack
-    forward.attention_forward[(num_tiles * num_packs * batch,)](
-        q, k, v, o, lse,
-        plan.table, *plan.key_lists, plan.list_stride,
-        documents, q_len, k.shape[1], problem.softmax_scale * forward.LOG2E.value, num_tiles, num_packs,
-        num_heads // k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
-        D=head_dim, D0=d0, D1=d1, BLOCK_M=block_m, BLOCK_N=block_n, PACK=pack, STAGES=config.num_stages,
-        **plan.constants(problem), num_warps=config.num_warps,
+    lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or (cu_seqlens is not None and len(cu_seqlens) == 1):  # no document
+        return out.zero_(), lse.fill_(float("-inf"))
+    fill = None if cu_seqlens is None else unowned(out, lse=lse)
+    q, k, v, out_rows, row_lse = _batch(cu_seqlens, *map(_unit_stride, (q, k, v)), out, lse)
+    plan = _Plan(call, q, k, cu_seqlens)
+    config = plan.config(forward_config)
+    block_m, pack, documents, num_tiles = plan.query_tiles(config.block_m, fill)
+    num_packs = q.shape[2] // pack
+    forward.attention_forward[(num_tiles * num_packs * q.shape[0],)](
+        q, k, v, out_rows, row_lse, *plan.of_queries,
+        q if documents is None else documents, plan.q_len, plan.kv_len, call.softmax_scale * forward.LOG2E.value,
+        num_tiles, num_packs, plan.group, *_strides(q, k, v, out_rows, row_lse),
+        BLOCK_M=block_m, BLOCK_N=config.block_n, PACK=pack, STAGES=config.num_stages,
+        **plan.constants, num_warps=config.num_warps,
     )  # fmt: skip
-    return out, problem.unbatched(lse)
+    return out, lse
 
 
 def run_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    problem: Problem,
-    q_config: TileConfig | None = None,
-    kv_config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    cu_seqlens: Tensor | None, call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0 or problem.has_no_documents:
+    if q.numel() == 0 or k.numel() == 0 or (cu_seqlens is not None and len(cu_seqlens) == 1):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    grad_q, grad_k, grad_v = (problem.batched(x) for x in (dq, dk, dv))
-    q, k, v, out, dout = (_unit_stride(problem.batched(x)) for x in (q, k, v, out, dout))
-    lse = problem.batched(lse)
-    batch, q_len, num_heads, head_dim = q.shape
-    kv_heads, group = k.shape[2], num_heads // k.shape[2]
-    capability = _capability(q.device)
-    d0, d1 = split_head_dim(head_dim, q.element_size(), capability)
-    q_config = q_config or backward_q_config(head_dim, q.element_size(), capability)
-    kv_config = kv_config or backward_kv_config(head_dim, q.element_size(), capability)
-    plan = _Schedule(problem, k)
-    size = problem.pattern.block_size
+    given = (*map(_unit_stride, (q, k, v, out, dout)), lse, lse if dlse is None else _unit_stride(dlse))
+    q, k, v, out, dout, lse, row_dlse, grad_q, grad_k, grad_v = _batch(cu_seqlens, *given, dq, dk, dv)
+    batch, q_len, num_heads, _ = q.shape
+    kv_heads = k.shape[2]
+    plan = _Plan(call, q, k, cu_seqlens)
 
     delta = torch.empty_like(lse)
-    gradient_lse = lse if dlse is None else problem.batched(dlse)
-    gradient_lse = gradient_lse if gradient_lse.stride(-1) == 1 else gradient_lse.contiguous()
-    rows = 64
-    backward.attention_delta[(-(-q_len // rows) * num_heads * batch,)](
-        out, dout, gradient_lse, delta, q_len, num_heads,
-        *out.stride()[:3], *dout.stride()[:3], *delta.stride()[:2], *gradient_lse.stride()[:2],
-        D=head_dim, D0=d0, D1=d1, BLOCK_M=rows, HAS_DLSE=dlse is not None,
+    backward.attention_delta[(-(-q_len // _DELTA_ROWS) * num_heads * batch,)](
+        out, dout, row_dlse, delta, q_len, num_heads, *_strides(out, dout, delta, row_dlse),
+        **plan.parts, BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
     )  # fmt: skip
 
-    block_n = min(kv_config.block_n, size) if plan.lists else kv_config.block_n
-    block_m = min(kv_config.block_m, size) if plan.lists else kv_config.block_m
-    extra = plan.levels + 1 if block_n > size else 0
-    documents, num_tiles = q, -(-plan.num_blocks * size // block_n) + extra
-    if problem.cu_seqlens is not None:
+    config = plan.config(backward_kv_config)
+    block_m, block_n = min(config.block_m, plan.size) if plan.lists else config.block_m, config.block_n
+    extra = plan.levels + 1 if block_n > plan.size else 0
+    documents, num_tiles = q, -(-plan.num_blocks * plan.size // block_n) + extra
+    if cu_seqlens is not None:
         fill = unowned(dq, dk, dv)
-        documents, num_tiles = document_tiles(
-            problem.cu_seqlens, q_len, block_n, block=size, extra=extra, fill=fill
-        )  # fmt: skip
+        documents, num_tiles = document_tiles(cu_seqlens, q_len, block_n, block=plan.size, extra=extra, fill=fill)
     backward.attention_backward_kv[(kv_heads * num_tiles * batch,)](
-        q, k, v, dout, lse, delta, grad_k, grad_v,
-        plan.table, *plan.query_lists, plan.list_stride,
-        documents, q_len, k.shape[1], problem.softmax_scale, num_tiles, kv_heads, group,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *lse.stride()[:2],
-        *grad_k.stride()[:3], *grad_v.stride()[:3],
-        D=head_dim, D0=d0, D1=d1, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=kv_config.num_stages,
-        **plan.constants(problem), num_warps=kv_config.num_warps,
+        q, k, v, dout, lse, delta, grad_k, grad_v, *plan.of_keys,
+        documents, q_len, plan.kv_len, call.softmax_scale, num_tiles, kv_heads, plan.group,
+        *_strides(q, k, v, dout, lse, grad_k, grad_v),
+        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=config.num_stages, **plan.constants, num_warps=config.num_warps,
     )  # fmt: skip
 
-    block_m, pack, documents, num_tiles = _query_tiles(problem, q, k, q_config, plan.lists)
-    block_n = min(q_config.block_n, size) if plan.lists else q_config.block_n
+    config = plan.config(backward_q_config)
+    block_m, pack, tiles, num_tiles = plan.query_tiles(config.block_m)
     num_packs = num_heads // pack
     backward.attention_backward_q[(num_tiles * num_packs * batch,)](
-        q, k, v, dout, lse, delta, grad_q,
-        plan.table, *plan.key_lists, plan.list_stride,
-        documents, q_len, k.shape[1], problem.softmax_scale, num_tiles, num_packs, group,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *grad_q.stride()[:3],
-        *lse.stride()[:2],
-        D=head_dim, D0=d0, D1=d1, BLOCK_M=block_m, BLOCK_N=block_n, PACK=pack, STAGES=q_config.num_stages,
-        **plan.constants(problem), num_warps=q_config.num_warps,
+        q, k, v, dout, lse, delta, grad_q, *plan.of_queries,
+        q if tiles is None else tiles, q_len, plan.kv_len, call.softmax_scale, num_tiles, num_packs, plan.group,
+        *_strides(q, k, v, dout, grad_q, lse),
+        BLOCK_M=block_m, BLOCK_N=config.block_n, PACK=pack, STAGES=config.num_stages,
+        **plan.constants, num_warps=config.num_warps,
     )  # fmt: skip
     return dq, dk, dv

@@ -7,7 +7,7 @@ little or no matrix work is spent on padding; `D1 == 0` compiles to one part. Co
 import triton
 import triton.language as tl
 
-from .indexing import reach_of
+from ..index import reach_of
 
 NEVER = tl.constexpr(1 << 30)  # a position past every query
 
@@ -30,7 +30,32 @@ def load_tile(rows, valid, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def store_tile(rows, valid, value, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr):
+def load_parts(rows, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CHECK: tl.constexpr):
+    """All columns, in parts."""
+    if D1 > 0:
+        return load_tile(rows, valid, D, 0, D0, CHECK), load_tile(rows, valid, D, D0, D1, CHECK)
+    else:
+        return (load_tile(rows, valid, D, 0, D0, CHECK),)
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    if D1 > 0:
+        return tl.zeros([ROWS, D0], dtype=tl.float32), tl.zeros([ROWS, D1], dtype=tl.float32)
+    else:
+        return (tl.zeros([ROWS, D0], dtype=tl.float32),)
+
+
+@triton.jit
+def store_parts(rows, valid, parts, factor, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Writes `parts * factor`."""
+    _store_tile(rows, valid, parts[0] * factor, D, 0, D0)
+    if D1 > 0:
+        _store_tile(rows, valid, parts[1] * factor, D, D0, D1)
+
+
+@triton.jit
+def _store_tile(rows, valid, value, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr):
     columns = FROM + tl.arange(0, WIDTH)
     mask = valid[:, None] & (columns < D)[None, :]
     tl.store(rows[:, None] + columns[None, :], value.to(rows.dtype.element_ty), mask=mask)
@@ -49,13 +74,30 @@ def consecutive_rows(base, start, row_stride, ROWS: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+def product(a, b):
+    """`a @ b.T` of matrices in parts."""
+    total = tl.dot(a[0], b[0].T, input_precision="ieee")
+    if len(a) > 1:
+        total = tl.dot(a[1], b[1].T, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
-def dot_add(a, b, acc):
-    return tl.dot(a, b, acc, input_precision="ieee")
+def add_product(total, a, b):
+    """`total + a @ b`, of which `total` and `b` are in parts."""
+    first = tl.dot(a, b[0], total[0], input_precision="ieee")
+    if len(b) > 1:
+        return first, tl.dot(a, b[1], total[1], input_precision="ieee")
+    else:
+        return (first,)
+
+
+@triton.jit
+def rescaled(parts, factor):
+    if len(parts) > 1:
+        return parts[0] * factor, parts[1] * factor
+    else:
+        return (parts[0] * factor,)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-// Which key tiles the query rows of a tile see, in closed form: index arithmetic as in `kernels/triton/indexing.py`,
+// Which key tiles the query rows of a tile see, in closed form: index arithmetic as in `kernels/index.py`,
 // which explains it. Nothing here needs a GPU, so that tests can compile it for the host.
 //
 // Constants: BLOCK, LEVELS, SINKS, CONSUMERS; see `problem.py`.

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ...triton.indexing import load_rule
+from ...index import load_rule
 from ..combine import first_partial, segment_runs
 from ..n_blocks import document_tile, level_block, locate_item
 from ..varlen import document_item

@@ -1,7 +1,7 @@
 """Tiles of query rows for the dQ kernel: three consumer warpgroups of 64 rows each, and the producer that feeds them.
 
 The producer draws tiles from an atomic counter and turns each into the list of key tiles that any of its rows sees
-(`indexing.key_plan`, closed form): first those with a mask for some row, at the edges of the pattern, then the others.
+(`index.key_plan`, closed form): first those with a mask for some row, at the edges of the pattern, then the others.
 The list and what else the consumers need to know stand in shared memory, for two tiles, so that the next tile is
 planned while this one is worked on. Key tiles go through a ring of stages. Every consumer walks every position of the
 ring in order: it waits for a stage also where it does not see the tile, and hands it back. (A consumer that left
@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from ...triton.indexing import full_tile, full_tiles, key_plan, load_rule, masked_tile, masked_tiles, reach_of
+from ...index import count_tiles, key_plan, load_rule, nth_tile, reach_of
 from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, lowest_bit, votes
 
 CONSUMERS = gl.constexpr(3)
@@ -54,8 +54,9 @@ def _key_plan(head, row, length, table, TABLE: gl.constexpr, BLOCK: gl.constexpr
     full, masked = key_plan(row, last_row, rule, BLOCK, KEYS, LEVELS, SINKS)
     beyond = 0
     if BLOCK > KEYS:
-        beyond = ((masked[14] + masked[15]) * BLOCK - last_row - 1) // KEYS
-    return masked_tiles(masked) - beyond, full_tiles(full), (full, masked), rule, last_row
+        _, first, _, blocks = masked[len(masked) - 1]
+        beyond = ((first + blocks) * BLOCK - last_row - 1) // KEYS
+    return count_tiles(masked) - beyond, count_tiles(full), (full, masked), rule, last_row
 
 
 @gluon.jit
@@ -65,8 +66,8 @@ def _key_block(n, edges, plan, BLOCK: gl.constexpr, LEVELS: gl.constexpr, SINKS:
     full, masked = plan
     blocks_a_tile: gl.constexpr = max(KEYS // BLOCK, 1)
     tile = n // blocks_a_tile
-    first, stride, index, blocks = masked_tile(tile, masked, LEVELS, SINKS)
-    full_first, full_stride, full_index = full_tile(tile - edges, full, LEVELS, SINKS)
+    first, stride, index, blocks = nth_tile(tile, masked)
+    full_first, full_stride, full_index, _ = nth_tile(tile - edges, full)
     unmasked = tile >= edges
     first = gl.where(unmasked, full_first, first)
     stride = gl.where(unmasked, full_stride, stride)

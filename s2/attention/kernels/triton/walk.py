@@ -1,0 +1,107 @@
+"""What the kernels share that walk from a tile of queries over the keys which it sees: where the tile lies, and its key
+tiles, from closed-form ranges (`index.key_plan`) or from block lists. Tiles that every row sees in full run first and
+without a mask, then the few that need one.
+
+Merge-Q: a tile of BLOCK_M rows holds `PACK` query heads of one KV head times `BLOCK_M / PACK` tokens, so a small block
+still fills the matrix unit and K, V are read once for the packed heads.
+"""
+
+import triton
+import triton.language as tl
+
+from ..index import count_tiles, gather_positions, key_plan, nth_tile
+from .documents import locate_tile
+from .tiles import NEVER, consecutive_rows, gathered_rows
+
+
+@triton.jit
+def locate_program(inner, middle):
+    """Coordinates `(inner, middle, batch)` of a program in a grid of one dimension, which has room for any sizes: the
+    other two of a device's end at 65,535."""
+    program = tl.program_id(0)
+    rest = program // inner
+    return program % inner, rest % middle, (rest // middle).to(tl.int64)
+
+
+@triton.jit
+def locate_queries(documents, q_len, kv_len, num_tiles, num_packs, TOKENS: tl.constexpr, PACKED: tl.constexpr):
+    """Of a program: first token of its document, queries and keys there (0: nothing to do), tile, head of its packs,
+    and batch. The longest rows come first."""
+    nth, program_head, batch = locate_program(num_tiles, num_packs)
+    if PACKED:
+        begin, length, tile = locate_tile(documents, num_tiles - 1 - nth)
+        return begin.to(tl.int64), length, length, tile, program_head, batch
+    else:
+        return 0, q_len, kv_len, (kv_len - q_len) // TOKENS + num_tiles - 1 - nth, program_head, batch
+
+
+@triton.jit
+def locate_rows(program_head, tile, q_len, kv_len, BLOCK_M: tl.constexpr, PACK: tl.constexpr):
+    """Rows of a query tile: positions `[BLOCK_M]` (in keys), rows of q, their limit check, and query heads."""
+    row = tl.arange(0, BLOCK_M)
+    tokens: tl.constexpr = BLOCK_M // PACK
+    position = tile * tokens + row // PACK
+    token = (position - (kv_len - q_len)).to(tl.int64)
+    head = (program_head * PACK + row % PACK).to(tl.int64)
+    valid = (token >= 0) & (token < q_len)
+    return position, token, valid, head
+
+
+@triton.jit
+def key_tiles(
+    tile, q_len, kv_len, rule, key_offsets, key_blocks,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """Numbers of unmasked and masked key tiles, and what `full_keys` and `masked_keys` find them by. `key_offsets`: of
+    the head."""
+    if LISTS:
+        query_block = tile * TOKENS // BLOCK
+        begin = tl.load(key_offsets + query_block)
+        end = tl.load(key_offsets + query_block + 1)
+        per_block: tl.constexpr = BLOCK // BLOCK_N
+        has_diagonal = 0
+        if end > begin:
+            has_diagonal = (tl.load(key_blocks + end - 1) == query_block).to(tl.int32)
+        return (end - begin - has_diagonal) * per_block, has_diagonal * per_block, key_blocks + begin, query_block
+    else:
+        first_row = tl.maximum(tile * TOKENS, kv_len - q_len)
+        last_row = tl.minimum(tile * TOKENS + TOKENS, kv_len) - 1
+        full, masked = key_plan(first_row, last_row, rule, BLOCK, BLOCK_N, LEVELS, SINKS)
+        return count_tiles(full), count_tiles(masked), full, masked
+
+
+@triton.jit
+def full_keys(n, full, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl.constexpr):
+    """Position of the first key of the n-th unmasked tile, or those of all if it holds several blocks."""
+    per_block: tl.constexpr = BLOCK // BLOCK_N
+    if LISTS:
+        return tl.load(full + n // per_block) * BLOCK + (n % per_block) * BLOCK_N
+    else:
+        first, stride, index, _ = nth_tile(n, full)
+        if BLOCK_N <= BLOCK:
+            return (first + (index // per_block) * stride) * BLOCK + (index % per_block) * BLOCK_N
+        else:
+            return gather_positions(first, stride, index, BLOCK, BLOCK_N)
+
+
+@triton.jit
+def full_rows(base, key, row_stride, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to the rows at `full_keys`."""
+    if BLOCK_N <= BLOCK:
+        return consecutive_rows(base, key, row_stride, BLOCK_N)
+    else:
+        return gathered_rows(base, key, row_stride)
+
+
+@triton.jit
+def masked_keys(n, masked, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl.constexpr):
+    """Positions of the keys of the n-th masked tile."""
+    if LISTS:
+        return masked * BLOCK + n * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        first, stride, index, blocks = nth_tile(n, masked)
+        key = gather_positions(first, stride, index, BLOCK, BLOCK_N)
+        if BLOCK_N > BLOCK:
+            key = tl.where(index * BLOCK_N + tl.arange(0, BLOCK_N) < blocks * BLOCK, key, NEVER)
+        return key
