@@ -26,7 +26,7 @@ STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origi
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-all test-gpu lint demo data tokenizer data-report pretrain extend eval needle bench clean
+.PHONY: help setup test test-all test-gpu lint demo data tokenizer data-report pretrain extend eval needle report bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -80,6 +80,10 @@ eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of
 
 needle: setup ## needle-in-a-haystack heatmap of CKPT
 	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(if $(HELDOUT),--haystack $(HELDOUT)) $(ARGS)
+
+report: setup ## one page of RUNS="runs/a/b runs/a/c" side by side, pictures in it: OUT=runs/report.html (or .md)
+	@test -n '$(RUNS)' || { echo 'error: RUNS names no run folder; for example RUNS="runs/demo/pretrain runs/demo/extend-2k"'; exit 2; }
+	$(BIN)/python -m eval.report $(RUNS) --output $(or $(OUT),runs/report.html) $(ARGS)
 
 test: setup ## the test suite, no GPU needed (WORKERS processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu and not nightly' $(ARGS)

@@ -128,6 +128,7 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
     if stage == 3:
         # or so small a model would not be sharded, or never released
         strategy |= {"persistence_threshold": 0, "reuse_distance": 0, "prefetch_elements": 0}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     with files.temporary_folder() as folder:
         trainer = Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
@@ -140,10 +141,7 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
             use_distributed_sampler=False,
             callbacks=[recorder],
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **quiet,
         )
         trainer.fit(module, datamodule=RandomRows())
     assert module.model is not None
@@ -168,11 +166,9 @@ def differences(result: dict[str, Any], reference: dict[str, Any], start: torch.
     """Largest relative difference over the steps, and of the weights over the way they went."""
     found = {}
     for key in ("loss", "grad norm"):
-        pairs = zip(result[key], reference[key], strict=True)
-        found[key] = max(abs(a - b) / abs(b) for a, b in pairs)
+        found[key] = max(abs(a - b) / abs(b) for a, b in zip(result[key], reference[key], strict=True))
     apart, way = result["weights"] - reference["weights"], reference["weights"] - start
-    found["weights"] = float(apart.norm() / way.norm())
-    return found | {key: result[key] for key in ("graphs", "held")}
+    return found | {"weights": float(apart.norm() / way.norm()), "graphs": result["graphs"], "held": result["held"]}
 
 
 def compare(names: list[str], ways: list[str], steps: int) -> int:

@@ -70,21 +70,26 @@ def _text(row: Mapping[str, float]) -> dict[str, str]:
     return {key: f"{value:d}" if isinstance(value, int) else f"{value:.9g}" for key, value in row.items()}
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file without their empty cells; [] where there is no file. A row cut short by a kill is
-    left out."""
+def read_metrics(path: Path, *, strict: bool = False) -> list[dict[str, float]]:
+    """Rows of a metrics file without their empty cells; [] where there is no file. A last row without its line end was
+    cut short by a kill and is left out, and so are rows that cannot be read.
+
+    Raises:
+        ValueError: `strict`, and a row cannot be read; names file and line.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = []
-        for raw in csv.DictReader(file):
-            try:
-                row = {key: float(value) for key, value in raw.items() if key and value}
-            except ValueError:
-                continue
-            if "step" in row and "seconds" in row:
-                row["step"], row["tokens"] = int(row["step"]), int(row.get("tokens", 0))
-                rows.append(row)
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
+    rows: list[dict[str, float]] = []
+    for line, raw in enumerate(csv.DictReader(line for line in lines if line.endswith("\n")), start=2):
+        try:
+            row = {key: float(value) for key, value in raw.items() if key and value}
+            if "seconds" in raw and "seconds" not in row:
+                raise ValueError("it ends early")
+            rows.append(row | {"step": int(row["step"]), "tokens": int(row.get("tokens", 0))})
+        except (ValueError, TypeError, KeyError) as error:
+            if strict:
+                raise ValueError(f"{path}, line {line}: not a row of the training log ({error})") from None
     return rows
 
 
