@@ -136,10 +136,10 @@ def test_a_run_killed_anywhere_in_saving_goes_on(
     assert not list((run / "checkpoints").glob("*.partial"))
 
 
-def test_two_ranks_killed_and_damaged_go_on(folder: Path, reference: Path) -> None:
+def test_two_ranks_killed_and_damaged_go_on(folder: Path, reference: Path, seed: int) -> None:
     recipe = write_recipe(folder, tiny_recipe(folder, "two"))
     two = (CONSTANT, "trainer.devices=2", "data.micro_batch_size=1")
-    rng = random.Random(random.SystemRandom().randrange(1000))
+    rng = random.Random(seed)
     process = start(recipe, *two)
     run = folder / "runs" / "tiny" / "two"
     deadline = time.monotonic() + 200
