@@ -87,15 +87,14 @@ def calls_of(path: Path, max_length: int | None = None) -> list[Call]:
     precision = str((recipe.get("trainer") or {}).get("precision", "32-true")).split("-")[0]
     if precision not in _DTYPES:
         raise ValueError(f"{path}: trainer.precision={precision!r} is none of {', '.join(_DTYPES)}")
-    patterns: dict[object, tuple[Pattern, int]] = {}  # by their rules, which repeat from some rotation on
-    for pattern, rotation in zip(config.layout.patterns, config.layout.rotations, strict=True):
-        patterns.setdefault(pattern.rules(config.num_key_value_heads, layer=rotation), (pattern, rotation))
+    rotations = config.layout.distinct_rotations(config.num_key_value_heads)
+    patterns = {(p.key, rotation): p for p, rotation in zip(config.layout.patterns, rotations, strict=True)}
     name = f"{path.parent.name}/{path.stem}"
     return [
         Call(name, pattern, rotation, _DTYPES[precision], config.num_attention_heads, config.num_key_value_heads,
              config.head_dim, batch, min(length, max_length or length), kind)
         for length in sorted(lengths)
-        for pattern, rotation in patterns.values()
+        for (_, rotation), pattern in patterns.items()
         for kind in KINDS
     ]  # fmt: skip
 

@@ -87,14 +87,15 @@ def exact_samples(
     """Samples of out and dQ at `rows` of all heads, and of dK and dV at `columns` of `column_heads`."""
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
     group = heads // kv_heads
-    rules = pattern.rules(kv_heads, layer=rotation)
+    ruled = len(pattern.heads) or kv_heads  # a rule for each of them, or one for each query head
+    rules = pattern.rules(ruled, layer=rotation)
     at_rows = _Samples(("out", "dq"), rows, torch.arange(heads, device=q.device), dim)
     at_columns = _Samples(("dv", "dk"), columns, column_heads, dim)
     chosen = {int(head): n for n, head in enumerate(column_heads)}
     for head in range(heads):
         kv_head = head // group
         mine = [x[:, h] for x, h in ((q, head), (k, kv_head), (v, kv_head), (dout, head))]
-        seen = _Seen(rules[kv_head], pattern.block_size)
+        seen = _Seen(rules[head * ruled // heads], pattern.block_size)
         for begin, end in segments:
             inside = ((rows >= begin) & (rows < end)).nonzero()[:, 0]
             if len(inside):

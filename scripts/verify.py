@@ -120,7 +120,7 @@ class Inputs:
         shape = (-1,) if self.cu_seqlens is not None else (call.batch, call.length)
         q, k, v, dout = (x.view(*shape, *x.shape[1:]) for x in self.tensors)
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, call.pattern, layer=call.rotation, cu_seqlens=self.cu_seqlens)
+        out = attend(*inputs, call.pattern, rotation=call.rotation, cu_seqlens=self.cu_seqlens)
         found = (out.detach(), *torch.autograd.grad(out, inputs, dout))
         return {name: x.reshape(-1, *x.shape[-2:]) for name, x in zip(NAMES, found, strict=True)}
 
@@ -255,7 +255,7 @@ def who_answered(inputs: Inputs, out: Tensor, settings: Settings) -> tuple[str, 
     for backend in ("hopper", "triton") if settings.device == "cuda" else ("hopper", "sdpa"):
         try:
             own = s2_attention(
-                q, k, v, call.pattern, layer=call.rotation, cu_seqlens=inputs.cu_seqlens, backend=backend
+                q, k, v, call.pattern, rotation=call.rotation, cu_seqlens=inputs.cu_seqlens, backend=backend
             )
         except ValueError as error:
             why = re.sub(r".*does not take this call: (.*); got .*", r"\1", str(error), flags=re.DOTALL)

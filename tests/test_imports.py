@@ -37,7 +37,6 @@ STRANGERS = [
     ("data", "s2.inference"),
     ("s2.training", "data"),
     ("s2.training", "s2.inference"),
-    ("eval", "s2.training"),
 ]
 
 

@@ -96,14 +96,15 @@ def test_grouped_query_heads_share_the_pattern_of_their_kv_head(group):
     assert_correct(Case(Pattern.parse("L1V3", 16), 100, 100, 2 * group, 2, 64), torch.float32, device=DEVICE)
 
 
-def test_head_offset_selects_global_heads():
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+def test_head_offset_selects_global_heads(backend):
     whole = Case(Pattern.parse("L1V4", 16), 120, 120, 8, 4, 64)
     q, k, v = (x.float() for x in whole.inputs(torch.float32, DEVICE, 3)[:3])
-    out = s2_attention(q, k, v, whole.pattern, backend="triton")
+    out = s2_attention(q, k, v, whole.pattern, backend=backend)
     for rank in range(2):
         part = s2_attention(
             q[:, :, 4 * rank : 4 * rank + 4], k[:, :, 2 * rank : 2 * rank + 2], v[:, :, 2 * rank : 2 * rank + 2],
-            whole.pattern, backend="triton", head_offset=2 * rank, total_kv_heads=4,
+            whole.pattern, backend=backend, head_offset=2 * rank, total_kv_heads=4,
         )  # fmt: skip
         torch.testing.assert_close(part, out[:, :, 4 * rank : 4 * rank + 4])
 

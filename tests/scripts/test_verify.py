@@ -68,8 +68,8 @@ def drops_borders(q, k, v, pattern, cu_seqlens=None, **options):
     return s2_attention(q, k, v, pattern, cu_seqlens=borders, **options)
 
 
-def turns_the_residues(q, k, v, pattern, layer=0, **options):
-    return s2_attention(q, k, v, pattern, layer=layer + 1, **options)
+def turns_the_residues(q, k, v, pattern, rotation=0, **options):
+    return s2_attention(q, k, v, pattern, rotation=rotation + 1, **options)
 
 
 def sees_the_window_only(q, k, v, pattern, **options):
