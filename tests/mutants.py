@@ -93,10 +93,14 @@ def tests_of(mutant: Mutant, root: Path = ROOT) -> list[str]:
 
 
 def copy_tree(to: Path) -> None:
-    """What git tracks, and what it does not and does not ignore."""
+    """What git tracks, and what it does not and does not ignore; where there is no git, all but what runs leave."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-    for name in listed.decode().split("\0"):
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info"))
+        return
+    for name in listed:
         if name and (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, to / name)

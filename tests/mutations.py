@@ -954,6 +954,56 @@ _CUDA = (
         (f"{SHORT}documents_of_the_one_pass",), gpu=True,
     ),
     Mutant(
+        "cuda_sign_of_delta_in_dq", HOPPER,
+        "ds[i / 2] = pack(probs[i] * (dprobs[i] - own), probs[i + 1] * (dprobs[i + 1] - own));",
+        "ds[i / 2] = pack(probs[i] * (dprobs[i] + own), probs[i + 1] * (dprobs[i + 1] + own));",
+        _TWO_PASSES, gpu=True,
+    ),
+    Mutant(
+        "cuda_sign_of_dlse_in_dq", HOPPER,
+        "delta[r] = exists[r] ? delta[r] - dlse[r] : 0.0f;",
+        "delta[r] = exists[r] ? delta[r] + dlse[r] : 0.0f;",
+        _TWO_PASSES, gpu=True,
+    ),
+    Mutant(
+        "cuda_delta_of_another_row", HOPPER,
+        "own % AT_ONCE * LANES + own / AT_ONCE * 2);",
+        "own % AT_ONCE * LANES);",
+        _TWO_PASSES, gpu=True,
+    ),
+    Mutant(
+        "cuda_dq_of_two_passes_without_scale", HOPPER,
+        "const float factor[2] = {params.scale, params.scale};",
+        "const float factor[2] = {1.0f, 1.0f};",
+        _TWO_PASSES, gpu=True,
+    ),
+    Mutant(
+        "cuda_dq_forgets_the_last_keys", HOPPER,
+        "        accumulate(dq, ds, operand<ROWS_INNER>(key_base + stage * BOX_BYTES), add);\n"
+        "        wgmma_wait<0>();\n"
+        "        pin(dq);\n"
+        "        if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);\n"
+        "        const float factor",
+        "        if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);\n"
+        "        const float factor",
+        _TWO_PASSES, gpu=True,
+    ),
+    Mutant(
+        "cuda_dq_hands_back_the_wrong_keys", HOPPER,
+        "if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);\n"
+        "                barrier_wait(values_full + 8 * ring.index, ring.phase);",
+        "if (is_first_lane) barrier_arrive(keys_empty + 8 * ring.index);\n"
+        "                barrier_wait(values_full + 8 * ring.index, ring.phase);",
+        (f"{SHORT}long_two_passes",), gpu=True,
+    ),
+    Mutant(
+        "cuda_dq_does_not_wait_for_values", HOPPER,
+        "if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);\n"
+        "                barrier_wait(values_full + 8 * ring.index, ring.phase);",
+        "if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);",
+        (f"{SHORT}long_two_passes",), gpu=True,
+    ),
+    Mutant(
         "two_passes_sign_of_delta_in_dk", HOPPER,
         "ds = gl.convert_layout((probs * (dprobs - delta)).to(element), p_layout)",
         "ds = gl.convert_layout((probs * (dprobs + delta)).to(element), p_layout)",

@@ -134,3 +134,13 @@ def test_long_one_pass(one_pass):  # noqa: F811
         again = gradients(inputs, dout, pattern)
         torch.testing.assert_close(again[1], first[1], rtol=2**-7, atol=1e-3)
         assert torch.equal(again[2], first[2]) and torch.equal(again[3], first[3])
+
+
+def test_long_two_passes():
+    inputs, dout = [draw(1, 8_000, 16, 128) for _ in range(3)], draw(1, 8_000, 16, 128)
+    pattern = Pattern.parse("L1V15")
+    first = gradients(inputs, dout, pattern)
+    for ours, wanted in zip(first, gradients(inputs, dout, pattern, backend="triton"), strict=True):
+        torch.testing.assert_close(ours, wanted, **TOLERANCE)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(inputs, dout, pattern), strict=True))
