@@ -292,12 +292,6 @@ _HOPPER_HOST = (
         ("hopper/test_rows.py::test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees",),
     ),
     Mutant(
-        "hopper_keys_past_the_end", HOPPER,
-        "key < length ? maximum(key + TOKENS - length, 0) : 0",
-        "key < length ? maximum(key + TOKENS - length - 1, 0) : 0",
-        ("hopper/test_rows.py",),
-    ),
-    Mutant(
         "hopper_columns_reach_too_far", HOPPER,
         "return {block, minimum(block + reach_of(block, rule), num_blocks), true};",
         "return {block, minimum(block + reach_of(block, rule) + 1, num_blocks), true};",
@@ -861,6 +855,12 @@ _CUDA = (
         "cuda_values_of_the_next_document", HOPPER,
         "const int own_past = CUTS && nth < 0 ? keys_past(key, tile.length) : 0;",
         "const int own_past = CUTS && nth < -WARP ? keys_past(key, tile.length) : 0;",
+        _ROWS, gpu=True,
+    ),
+    Mutant(
+        "hopper_keys_past_the_end", HOPPER,
+        "key < length ? maximum(key + TOKENS - length, 0) : 0",
+        "key < length ? maximum(key + TOKENS - length - 1, 0) : 0",
         _ROWS, gpu=True,
     ),
     Mutant(

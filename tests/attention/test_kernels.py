@@ -96,9 +96,13 @@ def test_grouped_query_heads_share_the_pattern_of_their_kv_head(group):
     assert_correct(Case(Pattern.parse("L1V3", 16), 100, 100, 2 * group, 2, 64), torch.float32, device=DEVICE)
 
 
+OF_QUERY_HEADS = Pattern.per_head([Pattern.parse(f"L1V{stride}", 16) for stride in (2, 3, 4, 5, 6, 7, 4, 2)])
+
+
+@pytest.mark.parametrize("pattern", [Pattern.parse("L1V4", 16), OF_QUERY_HEADS], ids=["of KV heads", "of query heads"])
 @pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
-def test_head_offset_selects_global_heads(backend):
-    whole = Case(Pattern.parse("L1V4", 16), 120, 120, 8, 4, 64)
+def test_head_offset_selects_global_heads(backend, pattern):
+    whole = Case(pattern, 120, 120, 8, 4, 64)
     q, k, v = (x.float() for x in whole.inputs(torch.float32, DEVICE, 3)[:3])
     out = s2_attention(q, k, v, whole.pattern, backend=backend)
     for rank in range(2):
