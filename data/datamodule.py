@@ -62,8 +62,8 @@ class PackedDataModule(LightningDataModule):
     ):
         super().__init__()
         self.prepare_data_per_node = False  # shards lie on storage that all nodes share
-        given = {"mixture": mixture, "validation": validation, "prepare": prepare, "curriculum": curriculum}
-        given |= {"seq_len": seq_len, "micro_batch_size": micro_batch_size, "seed": seed}
+        given: dict[str, Any] = {"mixture": mixture, "validation": validation, "prepare": prepare}
+        given |= {"curriculum": curriculum, "seq_len": seq_len, "micro_batch_size": micro_batch_size, "seed": seed}
         given |= {"num_workers": num_workers, "document_mask": document_mask}
         self.section = read(DataSection, given, "data")
         self.seq_len, self.micro_batch_size = self.section.seq_len, self.section.micro_batch_size

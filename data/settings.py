@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from s2 import recipe
@@ -48,7 +48,8 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        cls: Any = type(self)
+        for name, hint in _hints(cls).items():
             object.__setattr__(self, name, _typed(getattr(self, name), hint, name))
 
     @classmethod
@@ -86,8 +87,8 @@ def read(cls: type[T], values: Any, where: str) -> T:
         raise SettingError(key, error.reason) from error.__cause__
 
 
-@lru_cache
-def _hints(cls: type) -> dict[str, Any]:
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 

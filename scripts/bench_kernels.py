@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from s2.attention import HeadRule, Pattern, s2_attention
-from s2.attention.kernels.hopper.launch import supports
+from s2.attention.kernels.hopper.support import supports
 from s2.attention.pattern import UNBOUNDED
 
 Forward = Callable[[], Tensor]  # -> [B, S, H, D]

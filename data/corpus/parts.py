@@ -58,8 +58,11 @@ def divide(kind: str, files: Sequence[NamedFile], part_bytes: int) -> list[Part]
     Small files share a part; parquet is split between row groups and plain JSON lines between lines; a larger
     compressed file is one part. Raises what opening the files raises.
     """
-    with ThreadPoolExecutor(_LOOKUPS) as pool:
-        by_file = list(pool.map(lambda file: _parts_of(kind, file, part_bytes), files))
+    if any("://" in path for path, _ in files):
+        with ThreadPoolExecutor(_LOOKUPS) as pool:
+            by_file = list(pool.map(lambda file: _parts_of(kind, file, part_bytes), files))
+    else:
+        by_file = [_parts_of(kind, file, part_bytes) for file in files]
     groups: list[list[Part]] = []
     size = 0  # of the last group
     for parts in by_file:

@@ -248,9 +248,10 @@ def _with_retries(url: str, attempt: Callable[[], T], offset: Callable[[], int] 
         try:
             return attempt()
         except Exception as error:
-            if not _may_pass(error):
-                _refuse(url, error)
+            if (refusal := _refusal(url, error)) is error:
                 raise
+            if refusal is not None:
+                raise refusal from error
             problem = error
         # `datasets` reports an unreachable hub as a file that it did not find: say what lies behind.
         reason = _line(list(_chain(problem))[-1] if isinstance(problem, FileNotFoundError) else problem)
@@ -265,30 +266,29 @@ def _with_retries(url: str, attempt: Callable[[], T], offset: Callable[[], int] 
         time.sleep(wait)
 
 
-def _may_pass(error: Exception) -> bool:
+def _refusal(url: str, error: Exception) -> Exception | None:
+    """What to raise for an error that will not pass by itself; None where it may. A refusal by HTTP status becomes the
+    built-in exception that a local file would raise."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    links = list(_chain(error))
+    links, status = list(_chain(error)), _status(error)
     if any(isinstance(link, OfflineModeIsEnabled) for link in links):
-        return False
-    if (status := _status(error)) is not None:
-        return status >= 500 or status in (408, 425, 429)
+        return error
+    if status is not None:
+        if status >= 500 or status in (408, 425, 429):
+            return None
+        if isinstance(error, FileNotFoundError | PermissionError):
+            return error
+        if status in (401, 403):
+            hint = "a private or gated dataset needs `hf auth login` or HF_TOKEN, and its terms accepted"
+            return PermissionError(f"{url}: access refused with HTTP {status}; {hint}")
+        if status in (404, 410):
+            return FileNotFoundError(f"{url}: no such file (HTTP {status})")
+        return SourceError(f"{url}: {_line(error)}")
     if any(type(link).__module__.partition(".")[0] in _NETWORK_LIBRARIES for link in links):
-        return True
+        return None
     permanent = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, io.UnsupportedOperation)
-    return isinstance(error, OSError | EOFError) and not isinstance(error, permanent)
-
-
-def _refuse(url: str, error: Exception) -> None:
-    """Raise a refusal by HTTP status as the built-in exception that a local file would raise."""
-    if isinstance(error, FileNotFoundError | PermissionError) or (status := _status(error)) is None:
-        return
-    if status in (401, 403):
-        hint = "a private or gated dataset needs `hf auth login` or HF_TOKEN, and its terms accepted"
-        raise PermissionError(f"{url}: access refused with HTTP {status}; {hint}") from error
-    if status in (404, 410):
-        raise FileNotFoundError(f"{url}: no such file (HTTP {status})") from error
-    raise SourceError(f"{url}: {_line(error)}") from error
+    return None if isinstance(error, OSError | EOFError) and not isinstance(error, permanent) else error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

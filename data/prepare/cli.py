@@ -78,7 +78,7 @@ def _spec(paths: list[str], given: dict[str, Any]) -> PrepareSpec:
     labels = [Source(path=path).label for path in paths]
     names = [label if labels.count(label) == 1 else path for label, path in zip(labels, paths, strict=True)]
     columns = {key: given.pop(key) for key in _OF_SOURCES if key in given}
-    tokenizer = {key: given.pop(key) for key in ("bos", "eos") if key in given}
+    tokenizer: dict[str, Any] = {key: given.pop(key) for key in ("bos", "eos") if key in given}
     training = {key: given.pop(key, default) for key, default in _OF_TRAINING.items()}
     tokenizer |= {"path": given.pop("tokenizer")} if "tokenizer" in given else {"train": training}
     sources = [{"path": path, "name": name, **columns} for path, name in zip(paths, names, strict=True)]

@@ -3,7 +3,8 @@
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -39,22 +40,19 @@ def encoded(
     other, for which the interpreter is needed, are taken over.
     """
     at_once = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else 2
-    under_way: deque[tuple[list[Document], Future[list[np.ndarray]], Counter[str]]] = deque()
 
-    def next_done() -> tuple[list[Document], list[np.ndarray]]:
-        batch, tokens, lost = under_way.popleft()
-        result = tokens.result()
-        skipped.update(lost)
-        return batch, result
+    def encode(batch: list[Document]) -> tuple[list[Document], list[np.ndarray], Counter[str]]:
+        lost: Counter[str] = Counter()
+        return batch, tokenizer.encode_documents([document.text for document in batch], lost), lost
 
     with ThreadPoolExecutor(at_once) as pool:
-        for batch in read:
-            lost: Counter[str] = Counter()
-            under_way.append((batch, pool.submit(tokenizer.encode_documents, [d.text for d in batch], lost), lost))
-            if len(under_way) > at_once:
-                yield next_done()
+        source = iter(read)
+        under_way = deque(pool.submit(encode, batch) for batch in islice(source, at_once))
         while under_way:
-            yield next_done()
+            under_way.extend(pool.submit(encode, batch) for batch in islice(source, 1))
+            batch, tokens, lost = under_way.popleft().result()
+            skipped.update(lost)
+            yield batch, tokens
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def finish(
     plan: Plan,
     records: Records,
     duplicates: Sequence[Counter[str]],
-    missing: Mapping[str, Path],
+    missing: dict[str, Path],
     tokenizer: TextTokenizer,
     below: int,
 ) -> None:

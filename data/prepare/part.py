@@ -35,7 +35,7 @@ WORK, WRITTEN = "work", "written.json"
 WORK_FILES = (
     "plan.json",
     "kept.json",
-    "split.json",
+    "split.json",  # of earlier versions
     "tokenizer.json",
     WRITTEN,
     "[0-9][0-9][0-9]-[0-9]*.json",
@@ -144,6 +144,11 @@ class Task:
         for was, now in zip(self.planned.stamps, stamps(self.planned.part.files), strict=True):
             if (was.size, was.mtime_ns) != (now.size, now.mtime_ns):
                 raise ValueError(f"{was.path} changed while it was read; run again (what is finished is kept)")
+
+
+def tasks_of(spec: PrepareSpec, source: int, parts: Iterable[Planned]) -> Iterator[Task]:
+    """The tasks of a source for which only the spec matters."""
+    return (Task(spec, source, part) for part in parts)
 
 
 _REMEDY = (

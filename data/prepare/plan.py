@@ -32,7 +32,8 @@ class Planned:
     @property
     def place(self) -> list[Any]:
         """What tells parts of a source apart, as JSON holds it: format, names of the files, span."""
-        return _place(self.part)
+        part = self.part
+        return [part.format, [name for _, name in part.files], list(part.span) if part.span else None]
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,6 @@ def _probe(spec: PrepareSpec, plan: Plan) -> None:
 
 def _stamped(number: int, part: Part) -> Planned:
     return Planned(number, part, tuple(stamps(part.files)))
-
-
-def _place(part: Part) -> list[Any]:
-    return [part.format, [name for _, name in part.files], list(part.span) if part.span else None]
 
 
 def _renumbered(new: Sequence[Part], old: Sequence[tuple[int, Part]]) -> list[tuple[int, Part]]:

@@ -10,7 +10,6 @@ does not depend on the number of workers or on interruptions.
 import errno
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from data.prepare.output import TOKENIZER, begin_anew, check_output, is_finished
 from data.prepare.part import BAD, WORK
 from data.prepare.plan import PLAN, Plan, make_plan
 from data.prepare.spec import PrepareSpec
-from data.prepare.stages import deduplicate, encode, split_bound
+from data.prepare.split import heldout_below
+from data.prepare.stages import deduplicate, encode
 from data.prepare.stamps import changes
 from data.shards.reader import TokenShards, read_manifest
 from s2 import files, locks
@@ -144,11 +144,8 @@ def _prepare(spec: PrepareSpec, work: Path, only_tokenizer: bool) -> None:
     if not goes_on:
         begin_anew(spec, work)
     plan.write(work / PLAN)
-    parts = plan.sources
-    duplicates: list[Counter[str]] = [Counter() for _ in parts]
-    if spec.deduplicate is not None and not only_tokenizer:
-        parts, duplicates = deduplicate(spec, plan, work)
-    below = split_bound(spec, plan, parts, work, only_tokenizer=only_tokenizer)
+    parts, duplicates = (plan.sources, []) if only_tokenizer else deduplicate(spec, plan, work)
+    below = heldout_below(spec, parts, only_tokenizer=only_tokenizer)
     tokenizer = _make_tokenizer(spec, plan, below, work)
     if only_tokenizer:
         return

@@ -5,17 +5,22 @@ it can happen that none does, or that all do; then the bound moves just so far t
 """
 
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
+from data.corpus.dedup import select
+from data.corpus.limit import Limit
 from data.corpus.sources import Document
+from data.prepare.part import tasks_of
+from data.prepare.plan import Planned
 from data.prepare.spec import PrepareSpec
 
 
-def heldout_below(spec: PrepareSpec, documents: Iterable[Document], *, only_tokenizer: bool = False) -> int:
+def heldout_below(spec: PrepareSpec, parts: Sequence[list[Planned]], *, only_tokenizer: bool = False) -> int:
     """The bound: documents with a smaller place are held out.
 
-    Reads until it has seen a document on either side, which on average are 1 / fraction of them. only_tokenizer: a
-    single document will do, and is not held out.
+    Reads until it has seen a document on either side, which on average are 1 / fraction of them. only_tokenizer:
+    duplicates have not been looked for; a single document will do, and is not held out.
 
     Raises ValueError for a corpus of a single document (or of a single id).
     """
@@ -23,7 +28,7 @@ def heldout_below(spec: PrepareSpec, documents: Iterable[Document], *, only_toke
     if asked == 0:
         return 0
     count, lowest, highest = 0, (2**64, ""), (-1, "")
-    for document in documents:
+    for document in _documents(spec, parts, is_judged=not only_tokenizer):
         count += 1
         place = (spec.place(document.id), document.id)
         lowest, highest = min(lowest, place), max(highest, place)
@@ -46,3 +51,11 @@ def heldout_below(spec: PrepareSpec, documents: Iterable[Document], *, only_toke
         said, below = f"every document falls below {fraction}, so one is trained on: {highest[1]}", highest[0]
     print(f"{spec.output}: of {count:,} documents {said}", file=sys.stderr, flush=True)
     return below
+
+
+def _documents(spec: PrepareSpec, parts: Sequence[list[Planned]], *, is_judged: bool) -> Iterator[Document]:
+    """The documents of all sources, up to their limits."""
+    for number, (source, every) in enumerate(zip(spec.sources, parts, strict=True)):
+        tasks = tasks_of(spec, number, every)
+        found = (d for task in tasks for d in select(task.documents(Counter(), []), task.keep if is_judged else None))
+        yield from Limit.of(source).within(found)

@@ -10,14 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus.dedup import Deduplicator, select
+from data.corpus.dedup import Deduplicator
 from data.corpus.limit import Limit
-from data.corpus.sources import Document
-from data.prepare.part import Task, encode_part, scan_part
+from data.prepare.part import Task, encode_part, scan_part, tasks_of
 from data.prepare.plan import Plan, Planned
 from data.prepare.pool import Results, Workers, workers
 from data.prepare.spec import PrepareSpec
-from data.prepare.split import heldout_below
 from data.shards.writer import read_arrays, write_array
 from s2 import files
 
@@ -30,7 +28,8 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
 
     Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
     """
-    assert spec.deduplicate is not None
+    if spec.deduplicate is None:
+        return plan.sources, [Counter() for _ in plan.sources]
     file, parts = work / "kept.json", plan.sources
     kept = files.read_json(file) if file.is_file() else {}
     if kept.get("state") != plan.state:
@@ -38,8 +37,8 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
         judge = Deduplicator(spec.deduplicate)
         with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
             scans = [
-                pool.in_order(scan_part, (Task(spec, number, part) for part in every), _ahead(pool, limit))
-                for number, (every, limit) in enumerate(zip(parts, limits, strict=True))
+                pool.in_order(scan_part, tasks_of(spec, number, every), _ahead(pool, limits[number]))
+                for number, every in enumerate(parts)
             ]
             judged = [_judge(judge, limit, scanned) for limit, scanned in zip(limits, scans, strict=True)]
         kept = {"state": plan.state, "sources": judged}
@@ -62,32 +61,6 @@ def _judge(judge: Deduplicator, limit: Limit, scanned: Results[Task]) -> tuple[i
             if limit.reached:
                 break
     return taken, dict(reasons)
-
-
-def split_bound(spec: PrepareSpec, plan: Plan, parts: Parts, work: Path, *, only_tokenizer: bool) -> int:
-    """The bound of `data.prepare.split`, from `work/split.json` where the files are those it was decided for.
-
-    only_tokenizer: duplicates have not been looked for.
-    """
-    file = work / "split.json"
-    state = [plan.state, only_tokenizer]
-    decided = files.read_json(file) if file.is_file() else {}
-    if decided.get("state") != state:
-        documents = (
-            document
-            for number, every in enumerate(parts)
-            for document in _documents(spec, number, every, is_judged=not only_tokenizer)
-        )
-        decided = {"state": state, "below": heldout_below(spec, documents, only_tokenizer=only_tokenizer)}
-        files.write_json(file, decided)
-    return int(decided["below"])
-
-
-def _documents(spec: PrepareSpec, number: int, parts: list[Planned], *, is_judged: bool) -> Iterator[Document]:
-    """A source's documents, up to its limit."""
-    tasks = (Task(spec, number, part) for part in parts)
-    every = (d for task in tasks for d in select(task.documents(Counter(), []), task.keep if is_judged else None))
-    return Limit.of(spec.sources[number]).within(every)
 
 
 def encode(spec: PrepareSpec, parts: Parts, tokenizer: str, below: int, splits: tuple[str, ...]) -> Records:

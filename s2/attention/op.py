@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from .call import SCHEMA, Call, call_of
 from .kept import remember
 from .kernels.hopper import launch as hopper_launch
+from .kernels.hopper import support as hopper_support
 from .kernels.triton.launch import run_backward, run_forward
 from .modes import apply_function, is_plain, without_autocast
 from .pattern import Pattern
@@ -195,7 +196,7 @@ def s2_attention(
         head_offset: global index of the first KV head held here, under tensor or sequence parallelism.
         total_kv_heads: KV heads of the whole layer (default: those held here). Patterns use global head indices.
         backend: "reference", "sdpa", "triton" or "hopper". None picks by device: on CUDA the Hopper kernels where
-            they apply (`hopper.launch.objection`), else Triton's (dense patterns: torch's own dense kernels, of those
+            they apply (`hopper.support.objection`), else Triton's (dense patterns: torch's own dense kernels, of those
             that are enabled), elsewhere "sdpa". Where only the strides of q, k or v keep a call from the Hopper
             kernels, a warning says so once.
         layer: the old name of `rotation`, deprecated.
@@ -204,7 +205,7 @@ def s2_attention(
         The output, shape and dtype of `q`; with `return_lse` the pair (output, lse). Autocast changes neither.
 
     Calls repeat bit for bit, forward and backward, with two exceptions: dQ on Hopper where queries see many keys
-    (`hopper.launch._takes_one_pass`; L8V16 from 32k tokens on, dense from 3k), where float32 sums are added to in any
+    (`hopper.one_pass.is_taken`; L8V16 from 32k tokens on, dense from 3k), where float32 sums are added to in any
     order, and the backward of dense patterns where torch runs cuDNN, as it does on Hopper. With
     `torch.use_deterministic_algorithms(True)` kernels run that repeat there too.
 
@@ -289,7 +290,7 @@ def _choose(
     if backend is None and _prefers_dense_kernel(q, k, pattern, packed, return_lse):
         return "dense"
     if backend in (None, "hopper"):
-        objection = hopper_launch.objection(q, k, v, pattern, packed=packed)
+        objection = hopper_support.objection(q, k, v, pattern, packed=packed)
         if not objection:
             return "hopper"
         if backend == "hopper":
@@ -300,8 +301,8 @@ def _choose(
                 f"the hopper backend does not take this call: {objection}; got {q.dtype} {shown} and pattern {pattern} "
                 f"on {q.device}; use backend=None or 'triton'"
             )
-        if objection in hopper_launch.AVOIDABLE:
-            hopper_launch.warn_once(objection)
+        if objection in hopper_support.AVOIDABLE:
+            hopper_support.warn_once(objection)
     backend = backend or _default_backend(q)
     if backend == "triton" and q.dtype not in _KERNEL_DTYPES:
         raise ValueError(
@@ -316,7 +317,7 @@ def _default_backend(q: Tensor) -> str:
 
 def _prefers_dense_kernel(q: Tensor, k: Tensor, pattern: Pattern, packed: bool, return_lse: bool) -> bool:
     """Dense sequences of one length go to cuDNN or flash SDPA. Packed ones stay with our kernels, which were faster
-    on an H200 than torch's own for documents of mixed lengths (docs/log.md)."""
+    on an H200 than torch's own for documents of mixed lengths (docs/ideas.md)."""
     low = q.dtype in (torch.float16, torch.bfloat16)
     return q.is_cuda and pattern.is_dense and low and not packed and not return_lse and q.shape[1] == k.shape[1]
 

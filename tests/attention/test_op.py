@@ -60,11 +60,11 @@ def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
         for _ in range(3):
             assert torch.equal(run(q), q * 2)
     assert len(calls) == 3
-    assert launch.supports(q, q, q, pattern, False) and launch.supports(q[0], q[0], q[0], pattern, True)
-    assert not launch.supports(q.float(), q, q, pattern, False)
-    assert not launch.supports(q, q, q, Pattern.parse("L1V3", 32), False)
-    assert not launch.supports(q[:, -4:], q, q, pattern, False)  # fewer queries than keys
-    assert not launch.supports(q.expand(3, -1, -1, -1), q, q, pattern, False)  # TMA does not read stride 0
+    assert support.supports(q, q, q, pattern, False) and support.supports(q[0], q[0], q[0], pattern, True)
+    assert not support.supports(q.float(), q, q, pattern, False)
+    assert not support.supports(q, q, q, Pattern.parse("L1V3", 32), False)
+    assert not support.supports(q[:, -4:], q, q, pattern, False)  # fewer queries than keys
+    assert not support.supports(q.expand(3, -1, -1, -1), q, q, pattern, False)  # TMA does not read stride 0
 
 
 @pytest.mark.parametrize("spec", ["L1V3+sink1", "dense"])

@@ -51,6 +51,20 @@ def test_the_command_takes_overrides_of_a_recipe_and_names_wrong_keys(prepared, 
         main(["--recipe", str(recipe)])
 
 
+def test_a_wrong_value_is_refused_before_lightning_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.datamodule.PackedDataModule", lambda **arguments: pytest.fail("too late"))
+    recipe = tmp_path / "recipe.yaml"
+    arguments = {"seq_len": 64, "micro_batch_size": 1, "mixture": [{"path": "nowhere"}]}
+    recipe.write_text(json.dumps({"data": {"class_path": "data.datamodule.PackedDataModule", "init_args": arguments}}))
+    for wrong, message in (
+        ("data.mixture.0.weight=-1", r"recipe\.yaml: data\.mixture\[0\]\.weight: expected a positive number, got -1"),
+        ("data.num_workers=two", r"data\.num_workers: expected a whole number, got 'two'"),
+        ("data.curriculum=[{seq_len: 8}]", r"data\.curriculum\[0\]: missing key 'tokens'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(["--recipe", str(recipe), wrong])
+
+
 def test_a_seed_below_zero_is_refused(prepared, capsys):
     with pytest.raises(SystemExit):
         main(["--output", str(prepared), "--seed", "-5"])

@@ -123,7 +123,7 @@ def test_wrong_tokenizer_settings_name_the_key(settings, message):
 def test_cutting_a_long_text_divides_it_as_the_pre_tokenizer_does(text, chars):
     split = data.corpus.tokenizer._pre_tokenizer().pre_tokenize_str
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(data.tokenizer, "_PIECE_CHARS", chars)
+        monkeypatch.setattr(data.corpus.tokenizer, "_PIECE_CHARS", chars)
         pieces = list(data.corpus.tokenizer._pieces(text))
     assert "".join(pieces) == text
     assert [word for piece in pieces for word, _ in split(piece)] == [word for word, _ in split(text)]
@@ -132,15 +132,15 @@ def test_cutting_a_long_text_divides_it_as_the_pre_tokenizer_does(text, chars):
 def test_long_texts_encoded_in_pieces_keep_their_tokens_and_order(trained, monkeypatch):
     texts = ["", SOURCE, "x", SOURCE[::-1], SOURCE]
     whole = [ids.tolist() for ids in trained.encode_documents(texts)]
-    monkeypatch.setattr(data.tokenizer, "_PIECE_CHARS", 50)
-    monkeypatch.setattr(data.tokenizer, "_BATCH_CHARS", 500)
+    monkeypatch.setattr(data.corpus.tokenizer, "_PIECE_CHARS", 50)
+    monkeypatch.setattr(data.corpus.tokenizer, "_BATCH_CHARS", 500)
     assert len(list(trained._batches(texts))) > 10
     assert [ids.tolist() for ids in trained.encode_documents(texts)] == whole
 
 
 def test_texts_of_tokenizers_that_may_join_lines_are_not_cut(tmp_path, monkeypatch):
     file = foreign(tmp_path, ["</s>", "x\ny"])  # without a pre-tokenizer, the whole text is one word
-    monkeypatch.setattr(data.tokenizer, "_PIECE_CHARS", 1)
+    monkeypatch.setattr(data.corpus.tokenizer, "_PIECE_CHARS", 1)
     assert TextTokenizer(file).encode_documents(["x\ny"])[0].tolist() == [1, 0]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2.attention.kernels.hopper import driver, forward, one_pass, support
+from s2.attention.kernels.hopper import driver, forward, one_pass, support, two_pass
 from s2.attention.kernels.hopper.problem import Problem
 from s2.attention.schedule import RuleSchedule
 from tests.attention.hopper import sass
@@ -37,24 +37,21 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from s2.attention import schedule
 from s2.attention.kernels.hopper import triton_launcher, two_pass
-from s2.attention.kernels.hopper.gluon import backward_kv, backward_q
+from s2.attention.kernels.hopper.gluon import backward_kv
 from s2.attention.kernels.hopper.problem import TILE, Problem
 
 knobs.nvidia.dump_ptxas_log = True
 case, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-kernel, head_dim = case["kernel"], case["head_dim"]
-function, stages, registers = {
-    "backward_q": (backward_q.attention_backward_q, two_pass.Q_STAGES, two_pass.Q_REGISTERS),
-    "backward_kv": (backward_kv.attention_backward_kv, two_pass.KV_STAGES, two_pass.KV_REGISTERS),
-}[kernel]
-constants = dict(case["constants"], TABLE=schedule.TABLE_COLUMNS, STAGES=stages[head_dim], REGISTERS=registers)
+function, head_dim, registers = backward_kv.attention_backward_kv, case["head_dim"], two_pass.KV_REGISTERS
+launched_with = {"TABLE": schedule.TABLE_COLUMNS, "STAGES": two_pass.KV_STAGES[head_dim], "REGISTERS": registers}
+constants = case["constants"] | launched_with
 
 element = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["element"]]
 block = min(case["constants"]["BLOCK"], TILE)
 tensor = torch.empty(1, TILE, TILE // block, head_dim, dtype=element)
 problem = Problem(None, block, 1.0, *tensor.shape[:3], 1, head_dim, element, tensor.device, False)
-rows, keys = (make(tensor, problem)(tensor) for make in (two_pass.Boxes.of_rows, two_pass.Boxes.of_keys))
-statistics = two_pass.Boxes.of_statistics(1)(torch.empty(1, 2 * TILE))
+rows, keys = (two_pass.describe_tiles(tensor, problem, heads)(tensor) for heads in (problem.heads_per_tile, 1))
+statistics = two_pass.describe_statistics(1)(torch.empty(1, 2 * TILE))
 
 
 def box_of(name):
@@ -76,7 +73,7 @@ def type_of(parameter):
         return "fp32"
     if name in ("table", "counter", "documents"):
         return "*i32"
-    return "*" + case["element"] if name in ("out", "dq", "dk", "dv") else "*fp32"
+    return "*" + case["element"] if name in ("dk", "dv") else "*fp32"
 
 
 types = {parameter.name: type_of(parameter) for parameter in function.params}
@@ -135,6 +132,15 @@ FORWARD = [
     Build("forward", 64, _constants(0, False, block=128), element="fp16"),
     Build("forward", 64, _constants(2, False, packed=True)),
 ]
+QUERY = [
+    Build("backward_q", 128, _constants(1, False), spills=48),
+    Build("backward_q", 128, _constants(1, True, block=16, packed=True), spills=80),
+    Build("backward_q", 128, _constants(2, True, packed=True), spills=48),
+    Build("backward_q", 128, _constants(0, False, block=256), spills=48, element="fp16"),
+    Build("backward_q", 64, _constants(0, False, block=128)),
+    Build("backward_q", 64, _constants(1, False)),
+    Build("backward_q", 64, _constants(2, True, block=32, packed=True), element="fp16"),
+]
 # The warp that plans spills, outside of all loops over rows: it has 24 registers
 ONE_PASS = [
     Build("backward", 128, _constants(1, False), spills=130),
@@ -149,10 +155,6 @@ ONE_PASS = [
 ]
 # With two levels and sinks it is mostly the producer that spills, which plans tiles with 32 registers
 GLUON = [
-    Build("backward_q", 128, _constants(1, False, HAS_DLSE=True), spills=256),
-    Build("backward_q", 128, _constants(1, True, block=16, packed=True, HAS_DLSE=False), spills=450),
-    Build("backward_q", 128, _constants(2, True, packed=True, HAS_DLSE=False), spills=720),
-    Build("backward_q", 64, _constants(0, False, block=128, HAS_DLSE=True), spills=64),
     Build("backward_kv", 128, _constants(1, False, GROUPED=False), spills=300),
     Build("backward_kv", 128, _constants(2, True, packed=True, GROUPED=True), spills=450),
     Build("backward_kv", 64, _constants(0, True, packed=True, GROUPED=False), spills=128),
@@ -184,6 +186,8 @@ def _cuda(build: Build, folder: Path) -> tuple[str, dict[str, int]]:
     )  # fmt: skip
     if build.kernel == "forward":
         kernel = forward.kernel_of(problem)
+    elif build.kernel == "backward_q":
+        kernel = two_pass.query_kernel(problem)
     elif build.kernel == "backward":
         kernel = one_pass.backward_kernel(problem)
     else:
@@ -238,8 +242,14 @@ def _faults(build: Build, log: str, facts: dict[str, int], listing: str) -> list
     return faults
 
 
+BUILDS = [*FORWARD, *QUERY, *ONE_PASS, *GLUON]
+FIRST = {build.kernel: build for build in reversed(BUILDS)}  # of each kernel; the others at night
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checked on machines without a GPU, which have the time")
-@pytest.mark.parametrize("build", [*FORWARD, *ONE_PASS, *GLUON], ids=str)
+@pytest.mark.parametrize(
+    "build", [pytest.param(b, marks=[] if b is FIRST[b.kernel] else pytest.mark.nightly, id=str(b)) for b in BUILDS]
+)
 def test_kernel_builds(build: Build, tmp_path: Path) -> None:
     nvdisasm = _nvdisasm()
     log, facts = (_gluon if build in GLUON else _cuda)(build, tmp_path)

@@ -7,7 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -19,20 +19,24 @@ from s2.attention.kernels.hopper import one_pass as backward
 from s2.attention.kernels.hopper import params as structs
 from s2.attention.kernels.hopper.forward import Forward
 from s2.attention.kernels.hopper.problem import Problem
+from s2.attention.kernels.hopper.two_pass import TwoPass
 from s2.attention.kernels.hopper.varlen import Documents
 from s2.attention.kernels.triton.documents import unowned
 from s2.attention.schedule import rule_schedule
 from tests.attention.checks import call_with, plans_kept
 from tests.attention.hopper import standins
 
+K = TypeVar("K")
+
 
 @dataclass
 class Launches:
-    """Recorded instead of run: Gluon and Triton kernels by name, and the forward and the kernels of the backward in one
-    pass (by name) with their parameters at that time."""
+    """Recorded instead of run: Gluon and Triton kernels by name; those in CUDA C++ with their parameters at that time,
+    the forward, dQ, and by name the backward in one pass."""
 
     gluon: list[tuple[str, Any, tuple]]
     forward: list[tuple[structs.Forward, tuple]]
+    query: list[tuple[structs.BackwardQ, tuple]]
     one_pass: list[tuple[str, Any, tuple]]
 
 
@@ -48,6 +52,8 @@ class Driver(standins.Driver):
             params = standins.copy_of(PARAMS.get(entry, structs.PrePost), arguments)
             if entry == "attention_forward":
                 self.seen.forward.append((params, arguments))
+            elif entry == "attention_backward_q":
+                self.seen.query.append((params, arguments))
             else:
                 self.seen.one_pass.append((entry, params, arguments))
         return result
@@ -55,12 +61,16 @@ class Driver(standins.Driver):
 
 STREAM = 77
 SHARED_BYTES = 1000
-PARAMS = {"attention_forward": structs.Forward, "attention_backward": structs.Backward}
+PARAMS = {
+    "attention_forward": structs.Forward,
+    "attention_backward_q": structs.BackwardQ,
+    "attention_backward": structs.Backward,
+}
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    seen = Launches([], [], [])
+    seen = Launches([], [], [], [])
     driver = Driver(seen)
     monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
     monkeypatch.setattr(cuda_driver, "_FUNCTIONS", {})
@@ -89,9 +99,10 @@ def one_pass(monkeypatch, launches):
     return launches
 
 
-def last_forward() -> Forward:
+def last(kind: type[K]) -> K:
+    """The kernel that the last new shape has used."""
     *_, kept = plans_kept()
-    return kept.kernels[Forward]
+    return kept.kernels[kind]
 
 
 def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
@@ -103,9 +114,9 @@ def parameters(kernel) -> tuple[list[str], list[str], set[str]]:
     return passed, constants, {p.name for p in known if not p.is_constexpr and not p.do_not_specialize}
 
 
-def described(launches: Launches, name: str = "attention_backward_q") -> dict[str, Any]:
-    """The arguments of a kernel by name, as Triton would get them."""
-    ((kernel, arguments),) = [call for launched, *call in launches.gluon if launched == name]
+def described(launches: Launches) -> dict[str, Any]:
+    """The arguments of the kernel of dK and dV by name, as Triton would get them."""
+    ((kernel, arguments),) = [call for name, *call in launches.gluon if name == "attention_backward_kv"]
     return dict(zip(parameters(kernel)[0], kernel.described(arguments), strict=True))
 
 
@@ -130,9 +141,9 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
 def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, dlse, block, packed):
     borders = torch.tensor([0, length // 3, length], dtype=torch.int32) if packed else None
     run(Pattern.parse(spec, block), length=length, heads=16, dim=dim, batch=1, dlse=dlse, cu_seqlens=borders)
-    assert len(launches.forward) == 1
+    assert len(launches.forward) == len(launches.query) == 1
     names = [name for name, _, _ in launches.gluon if name != "attention_documents"]
-    assert names[:2] == ["attention_backward_q", "attention_backward_kv"]
+    assert names[0] == "attention_backward_kv"
     assert (len(names) < len(launches.gluon)) == packed
     for name, kernel, arguments in launches.gluon:
         passed, constants, specialized = parameters(kernel)
@@ -146,9 +157,9 @@ def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, d
         if "length" in values:
             assert values["length"] == length
     constants = {name: kernel.constants for name, kernel, _ in launches.gluon}
-    assert constants["attention_backward_q"]["HAS_DLSE"] is dlse
     assert constants["attention_backward_kv"]["GROUPED"] is True
-    assert all(constants[name]["PACKED"] is packed for name in names[:2])
+    assert constants["attention_backward_kv"]["PACKED"] is last(TwoPass).q.kernel.constants["PACKED"] is packed
+    assert bool(launches.query[0][0].dlse) is dlse
 
 
 def test_descriptors_are_of_the_tensors_of_this_call(launches):
@@ -156,19 +167,24 @@ def test_descriptors_are_of_the_tensors_of_this_call(launches):
     run(pattern)
     launches.gluon.clear()
     q, k, v, out = run(pattern)  # the plan is kept, the tensors are new
-    of_q, of_kv = described(launches), described(launches, "attention_backward_kv")
+    values = described(launches)
     read = (("q_desc", q), ("k_desc", k), ("v_desc", v), ("do_desc", out))
-    assert all(values[name].base is x for values in (of_q, of_kv) for name, x in read)
-    written = (("dq_desc", of_q["dq"], q), ("dk_desc", of_kv["dk"], k), ("dv_desc", of_kv["dv"], v))
-    assert all((of_q | of_kv)[name].base.data_ptr() == x.data_ptr() for name, x, _ in written)
-    for values in (of_q, of_kv):
-        for name, x in (*read, *((name, like) for name, _, like in written)):
-            if name in values:
-                batch, length, heads, dim = x.shape
-                assert values[name].shape == [batch, heads, length, dim]
-                assert values[name].strides == [x.stride(0), x.stride(2), x.stride(1), 1]
-                assert values[name].block_shape == [1, 1, 64, dim]
-    assert of_kv["stats_desc"].base is of_q["stats"]
+    assert all(values[name].base is x for name, x in read)
+    written = (("dk_desc", values["dk"], k), ("dv_desc", values["dv"], v))
+    assert all(values[name].base.data_ptr() == x.data_ptr() for name, x, _ in written)
+    for name, x in (*read, *((name, like) for name, _, like in written)):
+        batch, length, heads, dim = x.shape
+        assert values[name].shape == [batch, heads, length, dim]
+        assert values[name].strides == [x.stride(0), x.stride(2), x.stride(1), 1]
+        assert values[name].block_shape == [1, 1, 64, dim]
+    params, _ = launches.query[-1]
+    assert values["stats_desc"].base.data_ptr() == params.stats
+    assert [params.q[0], params.k[0], params.v[0]] == [x.data_ptr() for x in (q, k, v)]
+    assert params.out == params.dout[0] == out.data_ptr()
+    maps = last(TwoPass).q.maps
+    for own, x in ((maps.q, q), (maps.k, k), (maps.v, v), (maps.other, out)):
+        assert own.shape == [x.shape[0], x.shape[2], x.shape[1], x.shape[3]] and own.box == [1, 1, 64, 64]
+        assert own.strides == [2 * x.stride(0), 2 * x.stride(2), 2 * x.stride(1)]
 
 
 def test_statistics_are_of_as_many_rows_as_documents_need(launches):
@@ -177,11 +193,11 @@ def test_statistics_are_of_as_many_rows_as_documents_need(launches):
         launches.gluon.clear()
         borders = torch.linspace(0, 3000, count + 1).int()
         run(Pattern.parse("L1V15"), length=3000, batch=1, cu_seqlens=borders)
-        stats = described(launches)["stats"]
-        descriptor = described(launches, "attention_backward_kv")["stats_desc"]
-        assert descriptor.base is stats and stats.dtype == torch.float32
+        descriptor = described(launches)["stats_desc"]
+        stats, params = descriptor.base, launches.query[-1][0]
+        assert params.stats == stats.data_ptr() and stats.dtype == torch.float32
         assert descriptor.shape == [len(stats), 128] and descriptor.block_shape == [1, 128]
-        assert len(stats) >= 8 * (3000 // 64 + count)
+        assert len(stats) == 8 * params.m_blocks and params.m_blocks >= 3000 // 64 + count
         ((kernel, _),) = [call for name, *call in launches.gluon if name == "attention_backward_kv"]
         assert made.setdefault(len(stats), kernel) is kernel, "prepared again"
     assert len(made) == 2
@@ -190,13 +206,12 @@ def test_statistics_are_of_as_many_rows_as_documents_need(launches):
 def test_small_blocks_come_in_boxes_of_several_heads(launches):
     run(Pattern.parse("L1V15", 16), length=1000, heads=16, batch=1)
     values = described(launches)
-    assert values["q_desc"].block_shape == values["dq_desc"].block_shape == [1, 4, 16, 128]
+    assert values["q_desc"].block_shape == values["do_desc"].block_shape == [1, 4, 16, 128]
     assert values["k_desc"].block_shape == [1, 1, 16, 128]
-    assert (values["tiles_per_head"], values["num_tiles"]) == (21, 21 * 4)  # 48 tokens of 4 heads a tile
-    maps = last_forward().maps
-    assert maps.q.box == maps.other.box == [1, 4, 16, 64] and maps.k.box == maps.v.box == [1, 1, 16, 64]
-    problem = launches.forward[0][0].problem
-    assert (problem.tiles_per_head, problem.num_tiles) == (21, 21 * 4)
+    for maps, ((params, _),) in ((last(Forward).maps, launches.forward), (last(TwoPass).q.maps, launches.query)):
+        assert maps.q.box == maps.other.box == [1, 4, 16, 64] and maps.k.box == maps.v.box == [1, 1, 16, 64]
+        # 48 tokens of 4 heads a tile
+        assert (params.problem.tiles_per_head, params.problem.num_tiles) == (21, 21 * 4)
 
 
 def test_views_and_unaligned_gradients(launches):
@@ -214,12 +229,14 @@ def test_views_and_unaligned_gradients(launches):
     values = described(launches)
     assert values["q_desc"].strides == [q.stride(0), q.stride(2), q.stride(1), 1]
     assert values["k_desc"].strides == [k.stride(0), k.stride(2), k.stride(1), 1]
-    written = described(launches, "attention_backward_kv")
-    rows = [descriptor.strides for descriptor in (values["dq_desc"], written["dk_desc"], written["dv_desc"])]
+    rows = [values[name].strides for name in ("do_desc", "dk_desc", "dv_desc")]
     assert rows == 3 * [[500 * 4 * 128, 128, 4 * 128, 1]], "gradients are contiguous"
     assert values["v_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["v_desc"].base, v)
     assert values["do_desc"].base.data_ptr() % 16 == 0 and torch.equal(values["do_desc"].base, dout)
-    assert values["dlse"].is_contiguous()
+    params, _ = launches.query[-1]
+    assert [params.q[0], params.k[0], params.v[0], params.dout[0]] == [
+        values[name].base.data_ptr() for name in ("q_desc", "k_desc", "v_desc", "do_desc")
+    ]
 
 
 # ---------------------------------------------------------------- the forward in CUDA C++
@@ -234,7 +251,7 @@ def test_the_forward_gets_its_problem(launches, dim, block, dtype):
     q, (k, v) = torch.randn(batch, length, heads, dim, dtype=dtype), whole.unbind(2)
     pattern = Pattern.parse("L2V5+sink1", block)
     out, lse = launch.run_forward(q, k, v, None, call_with(pattern, kv_heads))
-    forward = last_forward()
+    forward = last(Forward)
     ((params, arguments),) = launches.forward
     a_box, tokens = max(64 // block, 1), min(block, 64)
     constants = forward.kernel.constants
@@ -269,6 +286,10 @@ def test_packed_calls_pass_their_documents(launches):
         # the table is that of the forward: it is made first
         name, kernel, own = launches.gluon[0]
         own = dict(zip(parameters(kernel)[0], own, strict=True))
+        _, table, other = next(call for call in launches.gluon[1:] if call[0] == "attention_documents")
+        other = dict(zip(parameters(table)[0], other, strict=True))
+        assert launches.query[-1][0].problem.documents == other["documents"].data_ptr()
+        assert (table.constants["M_BLOCKS"], table.constants["PACK_GQA"]) == (3, 2)
         launches.gluon.clear()
         count, most_tiles = own["num_documents"], own["most_tiles"]
         assert (name, count) == ("attention_documents", len(borders) - 1)
@@ -277,7 +298,7 @@ def test_packed_calls_pass_their_documents(launches):
         assert (own["rows0"].data_ptr(), own["lse"].data_ptr()) == (params.out_rows, params.lse)
         assert params.problem.documents == own["documents"].data_ptr()
         assert 1 <= params.problem.together <= 4 and most_tiles > 0
-        assert arguments[1] == 132 and last_forward().kernel.constants["PACKED"] is True
+        assert arguments[1] == 132 and last(Forward).kernel.constants["PACKED"] is True
 
 
 def test_a_packed_call_prepares_no_launch_that_another_one_has(launches):

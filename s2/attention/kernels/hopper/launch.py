@@ -17,7 +17,6 @@ from . import one_pass
 from .forward import Forward
 from .one_pass import OnePass
 from .problem import BackwardTensors, Problem, align16, contiguous16, empty_like
-from .support import AVOIDABLE, objection, supports, warn_once  # noqa: F401 (of the op)
 from .two_pass import TwoPass
 
 K = TypeVar("K", Forward, OnePass, TwoPass)

@@ -4,7 +4,7 @@ from Gluon too; `cu/n_blocks.cuh` says the same in C++."""
 import triton
 import triton.language as tl
 
-from ..index import member, members_below, reach_of
+from ..index import member, members_of, reach_of
 
 KEYS = tl.constexpr(64)
 
@@ -15,9 +15,7 @@ def level_block(nth, level, num_blocks, rule, LEVELS: tl.constexpr, SINKS: tl.co
     block. Sinks are a level of their own, `LEVELS + 1`."""
     wider, block, count = 0, 0, 0
     for step in tl.static_range(LEVELS + 1):
-        belong = num_blocks
-        if step < LEVELS:
-            belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
+        belong = members_of(LEVELS - step, num_blocks, rule)
         count = tl.where(level == LEVELS - step, belong - wider, count)
         block = tl.where(level == LEVELS - step, member(nth, LEVELS - step, rule, LEVELS), block)
         wider = belong
@@ -78,9 +76,7 @@ def document_tile(tile, num_blocks, rule, BLOCK: tl.constexpr, LEVELS: tl.conste
         index = tl.where(tile < tiles, tile, 0)
         tile = tl.where(tile < tiles, tile, tile - tiles)
     for step in tl.static_range(LEVELS + 1):
-        belong = num_blocks
-        if step < LEVELS:
-            belong = members_below(num_blocks, rule[3 * (LEVELS - step) - 1], rule[3 * (LEVELS - step)])
+        belong = members_of(LEVELS - step, num_blocks, rule)
         tiles = count_tiles(belong - wider, BLOCK)
         here = (found < 0) & (tile < tiles)
         found = tl.where(here, LEVELS - step, found)

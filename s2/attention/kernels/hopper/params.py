@@ -49,6 +49,20 @@ Forward = _struct(
     float scale_log2;
 """,
 )
+BackwardQ = _struct(
+    "BackwardQParams",
+    """
+    TensorMap q, dout, k, v;  // over [B, H, S, D], boxes of one panel of 64 columns
+    Problem problem;
+    void* dq;                 // [B, S, H, D]
+    const void* out;          // [B, S, H, D]
+    const float* lse;         // [B, H, S]
+    const float* dlse;        // [B, H, S], or null
+    float* stats;             // lse2 and delta of the 64 rows of an m_block, over B, sets of heads, m_blocks
+    float scale, scale_log2;
+    int m_blocks;             // of a set of heads in `stats`
+""",
+)
 Columns = _struct(
     "Columns",  # see `scheduler.Columns`
     """

@@ -63,28 +63,16 @@ class Problem:
         return num_sms(self.device)
 
     @property
-    def macros(self) -> dict[str, int]:
-        """Constants that every kernel in CUDA C++ is compiled with."""
-        rules = self.rules
-        return {
-            "D": self.head_dim,
-            "BLOCK": self.block_size,
-            "LEVELS": rules.num_levels,
-            "SINKS": rules.has_sinks,
-            "PACKED": self.packed,
-            "BF16": self.dtype == torch.bfloat16,
-        }
+    def constants(self) -> dict[str, Any]:
+        """Constants that kernels in Triton and Gluon are compiled with."""
+        rules = {"BLOCK": self.block_size, "LEVELS": self.rules.num_levels, "SINKS": self.rules.has_sinks}
+        return {"TABLE": schedule.TABLE_COLUMNS, **rules}
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """The same of those in Triton and Gluon."""
-        rules = self.rules
-        return {
-            "TABLE": schedule.TABLE_COLUMNS,
-            "BLOCK": self.block_size,
-            "LEVELS": rules.num_levels,
-            "SINKS": rules.has_sinks,
-        }
+    def macros(self) -> dict[str, int]:
+        """Constants that kernels in CUDA C++ are compiled with."""
+        own = {"D": self.head_dim, "PACKED": self.packed, "BF16": self.dtype == torch.bfloat16}
+        return own | {name: self.constants[name] for name in ("BLOCK", "LEVELS", "SINKS")}
 
 
 class BackwardTensors(NamedTuple):

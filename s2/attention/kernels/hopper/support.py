@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import schedule
 from ...pattern import UNBOUNDED, Pattern, pattern_from_key
 from . import forward
-from .problem import MAX_KEPT, TILE, heads_per_tile
+from .problem import TILE, heads_per_tile
 
 _SMALLEST_BLOCK = 16
 _NVRTC = (
@@ -20,23 +20,30 @@ _NVRTC = (
 
 
 def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> str:
-    """What keeps the kernels from taking this call; empty if they take it. They want sm_90, NVRTC (warns once where it
-    is missing), 16 bits, head dimension 64 or 128, a closed-form pattern, blocks of 64 and more, or of 32 and 16 with
-    two and four query heads to a KV head (or multiples), as many queries as keys, and strides that TMA can read; no
-    blocks of 256 with levels that end (`is_deadlock_free`)."""
+    """Why the kernels do not take this call; empty if they do. Warns once where NVRTC is missing."""
+    # texts are constant, since torch.compile goes through here
     if not on_hopper(q):
         return "it runs on devices of compute capability 9.0 (sm_90)"
     if not _can_compile():
         return "it needs NVRTC 13 (packages cuda-bindings and nvidia-cuda-nvrtc)"
-    if torch.compiler.is_compiling():  # runs once a graph; a dict would be guarded entry by entry
-        return _objection(q, k, v, pattern, packed)
-    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, pattern.key)
-    known = _OBJECTIONS.get(key)
-    if known is None:
-        if len(_OBJECTIONS) >= MAX_KEPT:
-            _OBJECTIONS.clear()
-        known = _OBJECTIONS[key] = _objection(q, k, v, pattern, packed)
-    return known
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return "it takes float16 and bfloat16"
+    if q.shape[-1] not in forward.STAGES:
+        return "it takes head dimensions 64 and 128"
+    if q.numel() == 0:
+        return "there are no queries"
+    if not packed and q.shape[1] != k.shape[1]:
+        return "it takes as many queries as keys"
+    if pattern.block_size < _SMALLEST_BLOCK or q.shape[-2] // k.shape[-2] % heads_per_tile(pattern.block_size):
+        return "blocks of 32 and 16 need a multiple of 2 and 4 query heads to a KV head"
+    if not _has_closed_form(pattern.key):
+        return "the pattern has no closed form (a mask, more than two strides, or one that does not divide the next)"
+    if not is_deadlock_free(pattern.key, q.shape[-1]):
+        return "large blocks (of 256, or of 128 with two of them) cannot have levels that end"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _has_readable_strides(x):
+            return _UNREADABLE[name]
+    return ""
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
@@ -70,43 +77,17 @@ def _finds_nvrtc() -> bool:
     warnings.warn(
         f"the Hopper kernels need the package {package} of version {_NVRTC}; Triton's, which are slower, run in their "
         f"place ({reason})",
-        stacklevel=5,  # the call of s2_attention
+        stacklevel=6,  # the call of s2_attention
     )
     return False
 
 
-def _objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> str:
-    # texts are constant, since torch.compile goes through here
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return "it takes float16 and bfloat16"
-    if q.shape[-1] not in forward.STAGES:
-        return "it takes head dimensions 64 and 128"
-    if q.numel() == 0:
-        return "there are no queries"
-    if not packed and q.shape[1] != k.shape[1]:
-        return "it takes as many queries as keys"
-    if (
-        pattern.block_size < _SMALLEST_BLOCK
-        or q.shape[-2] // k.shape[-2] % heads_per_tile(pattern.block_size)
-    ):  # fmt: skip
-        return "blocks of 32 and 16 need a multiple of 2 and 4 query heads to a KV head"
-    if not _has_closed_form(pattern.key):
-        return "the pattern has no closed form (a mask, more than two strides, or one that does not divide the next)"
-    if not is_deadlock_free(pattern.key, q.shape[-1]):
-        return "blocks of 256 cannot have levels that end"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not _has_readable_strides(x):
-            return _UNREADABLE[name]
-    return ""
-
-
-_OBJECTIONS: dict[tuple, str] = {}
 _UNREADABLE = {
     name: f"the strides of {name} (expanded or padded?) are not what TMA reads, 1 for the last dimension and positive "
     f"multiples of 8 elements for the others; {name}.contiguous() has such strides"
     for name in "qkv"
 }
-AVOIDABLE = frozenset(_UNREADABLE.values())  # objections to how the caller's tensors happen to lie in memory
+AVOIDABLE = frozenset(_UNREADABLE.values())  # by copying the caller's tensors
 
 
 @torch.compiler.assume_constant_result
@@ -114,7 +95,7 @@ def warn_once(objection: str) -> None:
     if objection not in _said:
         _said.add(objection)
         warnings.warn(
-            f"Triton's kernels, which are slower, run in place of the Hopper kernels: {objection}", stacklevel=3
+            f"Triton's kernels, which are slower, run in place of the Hopper kernels: {objection}", stacklevel=4
         )
 
 

@@ -1,63 +1,29 @@
-"""Host of the backward in two passes over the visible pairs: dQ with the statistics of rows (`gluon/backward_q.py`),
-then dK and dV (`gluon/backward_kv.py`). Deterministic."""
+"""Host of the backward in two passes over the visible pairs: dQ with the statistics of rows (`cu/backward_q.cu`), then
+dK and dV (`gluon/backward_kv.py`). Deterministic."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..triton.documents import Fill
 from ..triton.forward import LOG2E
-from .problem import MAX_KEPT, TILE, BackwardTensors, Problem, counter_of, stream_of
+from . import driver, params
+from .problem import MAX_KEPT, TILE, BackwardTensors, Maps, Problem, counter_of, stream_of
+from .rows import RowTiles, row_kernel
 from .scheduler import PAIR, PackedScheduler, Scheduler
 from .triton_launcher import Launch
 from .varlen import Documents
 
-Q_STAGES = {64: 6, 128: 4}  # key and value tiles in flight, beside the rows of q and dO
-Q_REGISTERS = 160  # of a thread of the three consumers; setmaxnreg of more is dropped without a word
+Q_CONSUMERS = 3  # warpgroups of dQ, of an m_block each
+Q_STAGES = {64: 8, 128: 4}  # key and value tiles in flight, beside the rows of q and dO
+Q_ROW_SLOTS = {64: 2, 128: 1}  # tiles whose rows are in shared memory
 KV_STAGES = {64: 6, 128: 3}  # query and dO tiles in flight
 KV_REGISTERS = 240  # of a thread of the two consumers
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """Makes TMA descriptors of tensors of one shape and stride."""
-
-    shape: list[int]
-    strides: list[int]
-    box: list[int]
-    swizzle: int
-
-    @classmethod
-    def of_rows(cls, x: Tensor, problem: Problem, contiguous: bool = False) -> Boxes:
-        """`[B, S, H, D]` as `[B, H, S, D]` in m_blocks. Of x, or of contiguous tensors of its shape."""
-        return cls._of_tokens(x, problem.heads_per_tile, problem.tokens_per_tile, contiguous)
-
-    @classmethod
-    def of_keys(cls, x: Tensor, problem: Problem, contiguous: bool = False) -> Boxes:
-        """The same in key tiles of one head, or in blocks if they are smaller."""
-        return cls._of_tokens(x, 1, problem.tokens_per_tile, contiguous)
-
-    @classmethod
-    def _of_tokens(cls, x: Tensor, heads: int, tokens: int, contiguous: bool) -> Boxes:
-        batch, length, num_heads, dim = x.shape
-        strides = (length * num_heads * dim, num_heads * dim, dim) if contiguous else x.stride()
-        shape, box = [batch, num_heads, length, dim], [1, heads, tokens, dim]
-        return cls(shape, [strides[0], strides[2], strides[1], 1], box, 128)
-
-    @classmethod
-    def of_statistics(cls, rows: int) -> Boxes:
-        """`[m_blocks, 128]`, in boxes of one row."""
-        return cls([rows, 2 * TILE], [2 * TILE, 1], [1, 2 * TILE], 0)
-
-    def __call__(self, x: Tensor) -> Any:
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        layout = _layout(self.swizzle, 8 * x.element_size(), len(self.shape))
-        return TensorDescriptor(x, self.shape, self.strides, self.box, layout)
 
 
 @functools.cache
@@ -67,54 +33,52 @@ def _layout(swizzle: int, element_bits: int, rank: int) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=rank)
 
 
-def _read(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Boxes]:
-    """Descriptors of what both kernels read."""
-    return {
-        "q_desc": Boxes.of_rows(q, problem),
-        "do_desc": Boxes.of_rows(q, problem, contiguous=True),
-        "k_desc": Boxes.of_keys(k, problem),
-        "v_desc": Boxes.of_keys(v, problem),
-    }
+def _describe(shape: list[int], strides: list[int], box: list[int], swizzle: int, x: Tensor) -> Any:
+    """The TMA descriptor of a tensor as Gluon takes it."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, shape, strides, box, _layout(swizzle, 8 * x.element_size(), len(shape)))
+
+
+def describe_tiles(x: Tensor, problem: Problem, heads: int, contiguous: bool = False) -> Callable[[Tensor], Any]:
+    """Makes descriptors `[B, H, S, D]` of tensors like x `[B, S, H, D]`, or like it but contiguous, in boxes of a
+    tile's tokens of some heads."""
+    batch, length, num_heads, dim = x.shape
+    strides = (length * num_heads * dim, num_heads * dim, dim) if contiguous else x.stride()
+    shape, box = [batch, num_heads, length, dim], [1, heads, problem.tokens_per_tile, dim]
+    return functools.partial(_describe, shape, [strides[0], strides[2], strides[1], 1], box, 128)
+
+
+def describe_statistics(m_blocks: int) -> Callable[[Tensor], Any]:
+    """The same of `[m_blocks, 128]`, in boxes of one row."""
+    return functools.partial(_describe, [m_blocks, 2 * TILE], [2 * TILE, 1], [1, 2 * TILE], 0)
+
+
+def query_kernel(problem: Problem) -> driver.Kernel:
+    head_dim = problem.head_dim
+    return row_kernel("backward_q", problem, Q_CONSUMERS, Q_STAGES[head_dim], Q_ROW_SLOTS[head_dim], row_parts=2)
 
 
 class QueryGradients:
     """dQ, and the statistics of rows that the other kernel reads: lse / ln 2 and delta."""
 
-    consumers = 3  # warpgroups, of an m_block each
-
     def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
-        from .gluon import backward_q
-
-        tiles_per_head = -(-problem.length // (self.consumers * problem.tokens_per_tile))  # of a set of heads
-        num_tiles = tiles_per_head * (problem.num_heads // problem.heads_per_tile) * problem.batch
-        grid = problem.num_sms if problem.packed else min(num_tiles, problem.num_sms)
-        read = _read(problem, q, k, v)
-        constants = {
-            **problem.constants, "STAGES": Q_STAGES[problem.head_dim], "REGISTERS": Q_REGISTERS,
-            "PACKED": problem.packed,
-        }  # fmt: skip
-        self.table = problem.rules.table
-        self.kernels = {
-            has_dlse: Launch(
-                backward_q.attention_backward_q,
-                (grid, 1, 1),
-                {**constants, "HAS_DLSE": has_dlse},
-                (problem.dtype, problem.head_dim, problem.device),
-                read | {"dq_desc": read["do_desc"]},
-            )
-            for has_dlse in (False, True)
-        }
-        self.scalars = (
-            problem.scale, problem.scale * LOG2E.value, problem.length, problem.num_heads, problem.group,
-            tiles_per_head, num_tiles,
-        )  # fmt: skip
+        self.kernel = query_kernel(problem)
+        self.lock = threading.Lock()  # one call at a time changes the parameters
+        own = self.params = driver.allocate(params.BackwardQ)
+        own.scale, own.scale_log2 = problem.scale, problem.scale * LOG2E.value
+        self.tiles = RowTiles(own.problem, problem, Q_CONSUMERS)
+        self.maps = Maps(own, problem, q, k, v, "dout")
 
     def __call__(self, stream: int, x: BackwardTensors, stats: Tensor, documents: Documents, counter: Tensor) -> None:
-        dlse = x.lse if x.dlse is None else x.dlse
-        self.kernels[x.dlse is not None](
-            stream, x.q, x.dout, x.k, x.v, x.dq, x.dq, x.out, x.lse, dlse, stats, self.table, documents.table, counter,
-            *self.scalars, documents.m_blocks,
-        )  # fmt: skip
+        with self.lock:
+            own = self.params
+            self.maps.move(x.q, x.k, x.v, x.dout)
+            self.tiles.move(documents, counter)
+            own.dq, own.out, own.lse = x.dq.data_ptr(), x.out.data_ptr(), x.lse.data_ptr()
+            own.dlse = None if x.dlse is None else x.dlse.data_ptr()
+            own.stats, own.m_blocks = stats.data_ptr(), documents.m_blocks
+            self.kernel.launch(self.tiles.grid, own, stream)
 
 
 class KeyGradients:
@@ -138,8 +102,15 @@ class KeyGradients:
             constants,
             (problem.dtype, problem.head_dim, problem.device),
         )
-        keys = Boxes.of_keys(k, problem, contiguous=True)
-        self.descriptors = _read(problem, q, k, v) | {"dk_desc": keys, "dv_desc": keys}
+        heads, written = problem.heads_per_tile, describe_tiles(k, problem, 1, contiguous=True)
+        self.descriptors = {
+            "q_desc": describe_tiles(q, problem, heads),
+            "do_desc": describe_tiles(q, problem, heads, contiguous=True),
+            "k_desc": describe_tiles(k, problem, 1),
+            "v_desc": describe_tiles(v, problem, 1),
+            "dk_desc": written,
+            "dv_desc": written,
+        }
         self.scalars = (
             problem.scale, problem.scale * LOG2E.value, problem.length, problem.kv_heads, problem.group,
             problem.batch * problem.kv_heads, scheduler.columns.wave, items,
@@ -153,7 +124,7 @@ class KeyGradients:
         if kernel is None:
             if len(self.kernels) >= MAX_KEPT:
                 self.kernels.clear()
-            kernel = self.kernels[rows] = self.make(self.descriptors | {"stats_desc": Boxes.of_statistics(rows)})
+            kernel = self.kernels[rows] = self.make(self.descriptors | {"stats_desc": describe_statistics(rows)})
         return kernel
 
     def __call__(
@@ -184,7 +155,7 @@ class TwoPass:
         stream = stream_of(problem.device)
         counter = counter_of(problem.device, stream)
         documents = Documents.of(
-            stream, problem, self.q.consumers, cu_seqlens, fill, columns=scheduler.documents
+            stream, problem, Q_CONSUMERS, cu_seqlens, fill, self.q.tiles.pack_gqa, columns=scheduler.documents
         )  # fmt: skip
         m_blocks = problem.batch * problem.num_heads // problem.heads_per_tile * documents.m_blocks
         stats = x.lse.new_empty((m_blocks, 2 * TILE))

@@ -15,9 +15,9 @@
 // four n_blocks at once need a quarter of the additions of one. They come in any order, so dQ is not deterministic; dK
 // and dV are.
 //
-// Of the first warpgroup one warp draws and plans items, one loads queries and dO, one the n_blocks, and one moves dS to
-// the other thread block and dQ to `dq_accum`. Levels with few long columns are divided into segments, whose partial
-// sums leave in float32 (see `scheduler.py`).
+// Of the first warpgroup one warp draws and plans items, one loads queries and dO, one keys and values, and one moves
+// dS to the other thread block and dQ to `dq_accum`. Levels with few long columns are divided into segments, whose
+// partial sums leave in float32 (see `scheduler.py`).
 //
 // For head dimension 128: with 64 two passes were as fast.
 //
@@ -245,8 +245,8 @@ DEVICE void for_steps(const Item& item, const Params& params, const Work& work) 
     }
 }
 
-// Loads queries with their lse2 and dO with its delta of all steps. Rows after the end of a packed document become zero:
-// they add nothing to dK and dV then, whatever the next one holds.
+// Loads queries with their lse2 and dO with its delta of all steps. Rows after the end of a packed document become
+// zero: they add nothing to dK and dV then, whatever the next one holds.
 DEVICE void load_rows(Shared& shared, const Params& params) {
     const bool is_loader = elected();
     Position<ITEMS> slot;

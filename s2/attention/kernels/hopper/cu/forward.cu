@@ -10,7 +10,7 @@
 // float32 sums and 16-bit factors hold. Most steps keep all maxima, need no shuffle and no rescaling.
 //
 // A consumer keeps the values of a key tile until the scores of the next one that it sees are on their way, so it must
-// not have to walk far through the ring of keys in between: `support.is_deadlock_free`.
+// not have to walk far through the pipeline of keys in between: `support.is_deadlock_free`.
 //
 // Constants: those of `rows.cuh`, BF16 (else fp16), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
 
@@ -86,22 +86,6 @@ DEVICE void products(float (&acc)[D / 2], const unsigned (&probs)[16], unsigned 
     wgmma_commit();
 }
 
-// Hides keys of an edge from rows that do not see them. `lane_row`: the first of the thread's two rows, 8 apart.
-DEVICE void mask(float (&scores)[32], const Visits& visit, int lane_row, int column) {
-    if (!visit.hides()) return;
-    const Tile& tile = visit.tile();
-#pragma unroll
-    for (int j = 0; j < ENTRIES; j++) {
-        int last[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            last[r] = last_seen(tile, visit.nth, j, visit.bits, visit.row, lane_row + 8 * r) - column;
-#pragma unroll
-        for (int i = 0; i < 32 / ENTRIES; i++)
-            if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) scores[j * (32 / ENTRIES) + i] = MINUS_INFINITY;
-    }
-}
-
 // Rows that are worked on: where they are in shared memory, where their statistics begin, tokens to the document's end.
 struct Held {
     int place;
@@ -134,17 +118,8 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
     } else {  // a packed document ends among these rows
         const int head = held.statistics / tokens, token = held.statistics % tokens;
         const int heads = params.problem.kv_heads * params.problem.group;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int own = lane_row + 8 * r;
-            if (own % TOKENS < held.rows_left) {
-                const long long at = static_cast<long long>(token + own % TOKENS) * heads + head + own / TOKENS;
-                unsigned* to = static_cast<unsigned*>(params.out_rows) + at * (D / 2) + lane % 4;
-#pragma unroll
-                for (int j = 0; j < D / 8; j++)
-                    to[4 * j] = pack(acc[4 * j + 2 * r] * factor[r], acc[4 * j + 2 * r + 1] * factor[r]);
-            }
-        }
+        store_rows(acc, factor, params.out_rows, static_cast<long long>(token) * heads + head, held.rows_left,
+                   params.problem);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(done);
@@ -185,7 +160,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         // at the beginning there are no probabilities yet (but zeros, and any values), at the end no keys to score (but
         // any)
         if (more) {
-            walk(next.skip, keys, keys_full, keys_empty);
+            skip_stages(next.skip, keys, keys_full, keys_empty);
             if (next.is_first)
                 barrier_wait(shared_address(&shared.rows_full[consumer * ROW_SLOTS + place.index]), place.phase);
             barrier_wait(keys_full + 8 * keys.index, keys.phase);
@@ -209,9 +184,9 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             top[0] = top[1] = MINUS_INFINITY;
             sum[0] = sum[1] = 0.0f;
         }
-        walk(next.skip, values, values_full, values_empty);
+        skip_stages(next.skip, values, values_full, values_empty);
         any = true;
-        if (next.is_edge) mask(scores, next, lane_row, column);
+        if (next.is_partial) mask(scores, next, lane_row, column, MINUS_INFINITY);
         starts = next.is_first;
         softmax(scores, probs, top, sum, acc, scale, starts);
         if (starts) {
@@ -224,16 +199,16 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         keys.advance();
 
         // what comes after it
-        const bool was_edge = next.is_edge;
+        const bool was_partial = next.is_partial;
         is_last = !next.advance();
-        if (was_edge && !next.is_edge) {  // the list of edges is not read any more
+        if (was_partial && !next.is_partial) {  // the list of partial n_blocks is not read any more
             __syncwarp();
             if (lane == 0) barrier_arrive(shared_address(&shared.tile_empty[next.slot.index]));
         }
-        if (!is_last && !next.is_edge) {
+        if (!is_last && !next.is_partial) {
             // counts and positions as uniform values, which the compiler keeps in uniform registers, descriptors too
-            const int skip = next.skip, count = __shfl_sync(ALL, next.fulls, 0);
-            walk(skip, keys, keys_full, keys_empty);
+            const int skip = next.skip, count = __shfl_sync(ALL, next.num_full, 0);
+            skip_stages(skip, keys, keys_full, keys_empty);
             keys = uniform(keys);
             values = uniform(values);
             bool add = !starts;
@@ -253,12 +228,12 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 keys.advance();
                 values.advance();
                 if (n == 0 && skip > 0) {
-                    walk(skip, values, values_full, values_empty);
+                    skip_stages(skip, values, values_full, values_empty);
                     values = uniform(values);
                 }
             }
             starts = false;
-            next.fulls = 0;
+            next.num_full = 0;
             is_last = !next.advance();
         }
         if (is_last) {
@@ -286,12 +261,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
         const int warp = __shfl_sync(ALL, threadIdx.x / WARP, 0);
         if (warp == 0)
             load_tiles<false>(shared, &params.k, shared_address(shared.keys), shared_address(shared.keys_full),
-                              shared_address(shared.keys_empty));
+                              shared_address(shared.keys_empty), 0);
         if (warp == 1)
             load_tiles<PACKED>(shared, &params.v, shared_address(shared.values), shared_address(shared.values_full),
-                               shared_address(shared.values_empty));
+                               shared_address(shared.values_empty), shared_address(&shared.values_cut));
         if (warp == 2) plan_tiles(shared, params.problem);
-        if (warp == 3) move_rows(shared, params.problem, &params.q, &params.out);
+        if (warp == 3) move_rows<true>(shared, params.problem, &params.q, nullptr, &params.out);
     } else {
         raise_registers<CONSUMER_REGISTERS>();
         consume(shared, params, warpgroup - 1);

@@ -279,23 +279,15 @@ DEVICE float dot(unsigned a, unsigned b) {
 #endif
 }
 
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float inverse(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+#define APPROXIMATE(name, instruction)                                                                                 \
+    DEVICE float name(float x) {                                                                                       \
+        float y;                                                                                                       \
+        asm(instruction ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));                                                 \
+        return y;                                                                                                      \
+    }
+APPROXIMATE(exp2_fast, "ex2")
+APPROXIMATE(log2_fast, "lg2")
+APPROXIMATE(inverse, "rcp")
 
 DEVICE float2 load_shared_pair(unsigned from) {
     float2 x;

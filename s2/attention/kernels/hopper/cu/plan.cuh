@@ -10,9 +10,9 @@
 #define DEVICE inline
 #endif
 
-constexpr int ROWS = 64;                                  // of a box, which is a consumer's part of a tile
+constexpr int ROWS = 64;                                  // of an m_block, which is a consumer's part of a tile
 constexpr int KEYS = 64;                                  // of a key tile
-constexpr int TOKENS = BLOCK < ROWS ? BLOCK : ROWS;       // of a box: its rows are those of ROWS / TOKENS heads
+constexpr int TOKENS = BLOCK < ROWS ? BLOCK : ROWS;       // of an m_block: its rows are those of ROWS / TOKENS heads
 constexpr int ENTRIES = BLOCK < KEYS ? KEYS / BLOCK : 1;  // blocks of a key tile
 constexpr int PARTS = BLOCK > KEYS ? BLOCK / KEYS : 1;    // key tiles of a block
 constexpr int TABLE = 8;                                  // columns of the rule table
@@ -30,17 +30,17 @@ struct Range {
     int first, stride, blocks, tiles;
 };
 
-// Key tiles of a tile of rows: "edges", which only some rows see or not as a whole, then those that all rows see.
+// Key tiles of a tile of rows: partial ones, which only some rows see or not as a whole, then those that all rows see.
 struct Plan {
-    Range far_edge, near_edge, sink_edge, window_edge, diagonal;
+    Range far_partial, near_partial, sink_partial, window_partial, diagonal;
     Range far, near, sinks, window;
-    int edges, fulls;  // key tiles in all
+    int num_partial, num_full;  // key tiles in all
     int last_row;
 };
 
 struct Entry {
     int block, key;  // and its first key, or that of the part of a larger block
-    bool exists;     // key tiles at an edge may be short of blocks
+    bool exists;     // key tiles at a partial n_block may be short of blocks
 };
 
 DEVICE int maximum(int a, int b) { return a > b ? a : b; }
@@ -85,49 +85,49 @@ DEVICE Range range_of(int first, int stride, int blocks) { return {first, stride
 // Members of a level, which covers block distances [begin, end), that all rows of query blocks `i0..i1` see, and those
 // that only some see or that do not fill a key tile.
 DEVICE void level_ranges(int i0, int i1, int begin, int end, int stride, int residue, int sinks, Range& full,
-                         Range& edge) {
+                         Range& partial) {
     const int high = maximum(i0 - begin + 1, 0);
     const int low = maximum(i0 - end + 1, sinks);
     const int low_full = minimum(maximum(i1 - end + 1, low), maximum(high, low));
     const int before = members_below(low, stride, residue);
     const int before_full = members_below(low_full, stride, residue);
-    const int edge_blocks = before_full - before;
+    const int partial_blocks = before_full - before;
     const int blocks = maximum(members_below(high, stride, residue) - before_full, 0);
     const int first = residue + before_full * stride;
     const int rest = blocks % ENTRIES;
-    edge = range_of(residue + before * stride, stride, edge_blocks + rest);
+    partial = range_of(residue + before * stride, stride, partial_blocks + rest);
     full = range_of(first + rest * stride, stride, blocks - rest);
 }
 
-// First row of a box, counted from the beginning of its document. A KV head's boxes stand in the order of their rows,
-// those of the same rows (`share` of them, of all its query heads) side by side, so that they share key tiles.
-DEVICE int row_of(int box, int share) { return divide(box, share) * TOKENS; }
+// First row of an m_block, counted from the beginning of its document. A KV head's m_blocks stand in the order of their
+// rows, those of the same rows (`pack_gqa` of them, of all its query heads) side by side, so that they share key tiles.
+DEVICE int row_of(int m_block, int pack_gqa) { return divide(m_block, pack_gqa) * TOKENS; }
 
-// Of the tile whose first box is `box`, in a document of `length` rows.
-DEVICE Plan plan_boxes(int box, int share, int length, const Rule& rule) {
+// Of the tile whose first m_block is `m_block`, in a document of `length` rows.
+DEVICE Plan plan_tile(int m_block, int pack_gqa, int length, const Rule& rule) {
     Plan plan = {};
-    const int boxes = (length + TOKENS - 1) / TOKENS * share;
-    plan.last_row = minimum(row_of(minimum(box + CONSUMERS, boxes) - 1, share) + TOKENS, length) - 1;
-    const int i0 = row_of(box, share) / BLOCK, i1 = plan.last_row / BLOCK;
+    const int m_blocks = (length + TOKENS - 1) / TOKENS * pack_gqa;
+    plan.last_row = minimum(row_of(minimum(m_block + CONSUMERS, m_blocks) - 1, pack_gqa) + TOKENS, length) - 1;
+    const int i0 = row_of(m_block, pack_gqa) / BLOCK, i1 = plan.last_row / BLOCK;
     const int begin = maximum(i0 - rule.local + 1, 0);  // of the local window
     const int begin_full = minimum(maximum(i1 - rule.local + 1, 0), i0);
     const int rest = (i0 - begin_full) % ENTRIES;
     const int sinks = minimum(rule.sinks, begin);
     if (LEVELS >= 1)
         level_ranges(i0, i1, rule.local, rule.near_end, rule.near_stride, rule.near_residue, rule.sinks, plan.near,
-                     plan.near_edge);
+                     plan.near_partial);
     if (LEVELS >= 2)
         level_ranges(i0, i1, rule.near_end, rule.far_end, rule.far_stride, rule.far_residue, rule.sinks, plan.far,
-                     plan.far_edge);
-    plan.sink_edge = range_of(0, 1, sinks % ENTRIES);
+                     plan.far_partial);
+    plan.sink_partial = range_of(0, 1, sinks % ENTRIES);
     plan.sinks = range_of(sinks % ENTRIES, 1, sinks - sinks % ENTRIES);
-    plan.window_edge = range_of(begin, 1, begin_full - begin);
+    plan.window_partial = range_of(begin, 1, begin_full - begin);
     plan.window = range_of(begin_full, 1, i0 - begin_full - rest);
     plan.diagonal = range_of(i0 - rest, 1, i1 - i0 + rest + 1);
     if (BLOCK > KEYS) plan.diagonal.tiles -= ((i1 + 1) * BLOCK - plan.last_row - 1) / KEYS;  // past the last row
-    plan.edges = plan.far_edge.tiles + plan.near_edge.tiles + plan.sink_edge.tiles + plan.window_edge.tiles +
-                 plan.diagonal.tiles;
-    plan.fulls = plan.far.tiles + plan.near.tiles + plan.sinks.tiles + plan.window.tiles;
+    plan.num_partial = plan.far_partial.tiles + plan.near_partial.tiles + plan.sink_partial.tiles +
+                       plan.window_partial.tiles + plan.diagonal.tiles;
+    plan.num_full = plan.far.tiles + plan.near.tiles + plan.sinks.tiles + plan.window.tiles;
     return plan;
 }
 
@@ -148,19 +148,19 @@ DEVICE Entry entry_of(const Range& range, int tile, int nth) {
     return {block, block * BLOCK + index % PARTS * KEYS, BLOCK >= KEYS || index < range.blocks};
 }
 
-// Entry `nth` of the edges; ENTRIES of them make a key tile.
-DEVICE Entry edge_entry(const Plan& plan, int nth) {
+// Entry `nth` of the partial n_blocks; ENTRIES of them make a key tile.
+DEVICE Entry partial_entry(const Plan& plan, int nth) {
     int tile = nth / ENTRIES;
-    if (tile >= plan.edges) return {0, 0, false};
-    const Range range = pick(tile, plan.far_edge, plan.near_edge, plan.sink_edge, plan.window_edge);
+    if (tile >= plan.num_partial) return {0, 0, false};
+    const Range range = pick(tile, plan.far_partial, plan.near_partial, plan.sink_partial, plan.window_partial);
     if (tile < range.tiles) return entry_of(range, tile, nth);
-    return entry_of(plan.diagonal, tile - plan.window_edge.tiles, nth);
+    return entry_of(plan.diagonal, tile - plan.window_partial.tiles, nth);
 }
 
-// Of the TOKENS keys of an entry, those after the end of a document of `length` tokens. None of an entry that is nowhere.
+// How many of an entry's TOKENS keys come after a document of `length` tokens; none of an entry that is NOWHERE.
 DEVICE int keys_past(int key, int length) { return key < length ? maximum(key + TOKENS - length, 0) : 0; }
 
-// Whether a box whose first row is `row` sees a block (or a part of one) at an edge. A box past the last row looks
+// Whether an m_block whose first row is `row` sees an entry of a partial n_block. An m_block past the last row looks
 // where that one does, so that every consumer sees a key tile.
 DEVICE bool sees(const Plan& plan, const Entry& entry, int row, const Rule& rule) {
     const int own = minimum(row, plan.last_row / TOKENS * TOKENS);

@@ -3,9 +3,8 @@
 // `attention_preprocess`:   lse2 = lse / ln 2    delta = rowsum(dO * O) - dlse    dq_accum = 0
 // `attention_postprocess`:  dQ = scale * dq_accum
 //
-// The 64 rows of an m_block are those of one head, or those of a block of several heads; packed documents begin m_blocks
-// of their own. Thread blocks: an m_block each, or of packed documents a tile of M_BLOCKS, one set of heads after the
-// other.
+// The 64 rows of an m_block are those of one head, or those of a block of several heads; a packed document begins an
+// m_block. Thread blocks: an m_block each, or of packed documents a tile of M_BLOCKS, one set of heads after the other.
 //
 // Constants: those of `plan.cuh`, D, PACKED, M_BLOCKS (1 if not packed), BF16 (else fp16).
 
@@ -24,7 +23,7 @@ using Params = PrePostParams;
 struct MBlock {
     int rows_left;            // tokens to the document's end
     int batch, head, token;   // its first ones
-    long long index;          // over B, sets of heads, boxes
+    long long index;          // over B, sets of heads, m_blocks
 };
 
 template <class Work>
@@ -68,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_preprocess(const
 #pragma unroll
             for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL, sum, distance);
             if (lane == 0) {  // rows past the end add nothing
-                const long long head = static_cast<long long>(m_block.batch) * params.heads + m_block.head + row / TOKENS;
-                const long long at = head * params.length + m_block.token + row % TOKENS;
+                const long long first_head = static_cast<long long>(m_block.batch) * params.heads + m_block.head;
+                const long long at = (first_head + row / TOKENS) * params.length + m_block.token + row % TOKENS;
                 float* stats = params.stats + m_block.index * (2 * ROWS) + row;
                 stats[0] = exists ? params.lse[at] * LOG2E : PLUS_INFINITY;
                 stats[ROWS] = exists ? sum - (params.dlse ? params.dlse[at] : 0.0f) : 0.0f;

@@ -1,14 +1,15 @@
-// Tiles of query rows, a box of 64 for each consumer warpgroup, and the warps that feed the consumers.
+// Tiles of query rows, an m_block of 64 for each consumer warpgroup, and the warps that feed the consumers.
 //
-// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and results out (`move_rows`), two load keys
-// and values (`load_tiles`). Key tiles of 64 keys go through two rings of stages, edges first (`plan.cuh`). Every
-// consumer walks every position of the rings in order and hands it back, also where it does not see the key tile: one
-// that left positions out could take an older load's phase for that of its own.
+// One warp draws tiles and plans them (`plan_tiles`), one moves rows in and outputs out (`move_rows`), two load keys
+// and values (`load_tiles`). Key tiles of 64 keys go through two pipelines of stages, partial ones first (`plan.cuh`).
+// Every consumer visits every stage in order and hands it back, also where it does not see the key tile: one that left
+// stages out could take an older load's phase for that of its own.
 //
-// Blocks smaller than 64 need several query heads to a KV head. The rows of a box are then one query block of
+// Blocks smaller than 64 need several query heads to a KV head. The rows of an m_block are then one query block of
 // 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
 //
-// Constants: those of `plan.cuh`, D, PACKED, STAGES.
+// Constants: those of `plan.cuh`, D, PACKED, STAGES, ROW_SLOTS (tiles whose rows are held), ROW_PARTS (2: q comes with
+// dO).
 #pragma once
 
 #include "hopper.cuh"
@@ -16,29 +17,28 @@
 
 constexpr int BOX_BYTES = ROWS * D * 2;  // of rows, keys or values
 constexpr int PLANNED = 2;               // tiles whose plans are held: the one at work and the next
-constexpr int ROW_SLOTS = 2;             // tiles whose rows are held
 
 // What the other warps need to know of a tile.
 struct Tile {
     int index;                            // -1 after the last
-    int edges, fulls;                     // key tiles
-    int batch, kv_head, box;              // the first box, see `row_of`
-    int begin, length;                    // of the document
-    int row[CONSUMERS], head[CONSUMERS];  // the first ones of a consumer's box
+    int num_partial, num_full;                     // key tiles
+    int batch, kv_head, m_block;              // the first m_block, see `row_of`
+    int begin, length, first_m_block;     // of the document; m_blocks before it
+    int row[CONSUMERS], head[CONSUMERS];  // the first ones of a consumer's m_block
     int seen[CONSUMERS];                  // bits of the entries of `keys` that it sees
-    int keys[WARP];                       // first keys of the entries of the edges
+    int keys[WARP];                       // first keys of the entries of the partial ones
     Range far, near, sinks, window;       // the other key tiles
 };
 
 struct Shared {
-    unsigned char rows[CONSUMERS * ROW_SLOTS][BOX_BYTES];  // later the output of the same rows
+    unsigned char rows[CONSUMERS * ROW_SLOTS][ROW_PARTS][BOX_BYTES];  // in the forward later its output
     unsigned char keys[STAGES][BOX_BYTES];
     unsigned char values[STAGES][BOX_BYTES];
     Tile tiles[PLANNED];
     unsigned long long rows_full[CONSUMERS * ROW_SLOTS], rows_done[CONSUMERS * ROW_SLOTS];
     unsigned long long keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
     unsigned long long tile_full[PLANNED], tile_empty[PLANNED];
-    unsigned long long values_cut;  // values that end with their document are there, but for the zeros after it
+    unsigned long long keys_cut, values_cut;  // what ends with its document is there, but for the zeros after it
 };
 
 DEVICE void init_barriers(Shared& shared) {
@@ -57,19 +57,20 @@ DEVICE void init_barriers(Shared& shared) {
         barrier_init(shared_address(&shared.tile_full[i]), WARP);        // lanes that have written
         barrier_init(shared_address(&shared.tile_empty[i]), 3 + warps);  // rows, keys, values, consumers
     }
+    barrier_init(shared_address(&shared.keys_cut), 1);
     barrier_init(shared_address(&shared.values_cut), 1);
     barrier_init_fence();
 }
 
-// First query head of a box.
-DEVICE int first_head(int box, int kv_head, int group, int share) {
-    return kv_head * group + remainder(box, share) * (ROWS / TOKENS);
+// First query head of an m_block.
+DEVICE int first_head(int m_block, int kv_head, int group, int pack_gqa) {
+    return kv_head * group + remainder(m_block, pack_gqa) * (ROWS / TOKENS);
 }
 
 // Draws tiles until there are none, after a first one for each thread block, and says what has to be done for each.
 DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
     const int lane = threadIdx.x % WARP;
-    const int share = problem.group / (ROWS / TOKENS);
+    const int pack_gqa = problem.group / (ROWS / TOKENS);
     const int tiles_per_head = PACKED ? problem.documents[0] : problem.tiles_per_head;
     const int num_tiles = PACKED ? tiles_per_head * problem.kv_heads : problem.num_tiles;
     const int alone = num_tiles - problem.together * tiles_per_head;
@@ -86,40 +87,42 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             head = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
         }
         nth = tiles_per_head - 1 - nth;
-        int box = nth * CONSUMERS, begin = 0, length = problem.length;
+        int m_block = nth * CONSUMERS, begin = 0, length = problem.length, first_m_block = 0;
         if (PACKED) {
             const int* entry = problem.documents + 4 + 4 * nth;
-            box = entry[0];
+            m_block = entry[0];
             begin = entry[1];
             length = entry[2];
+            first_m_block = entry[3];
         }
         const int batch = divide(head, problem.kv_heads), kv_head = head - batch * problem.kv_heads;
         const Rule rule = load_rule(problem.table + kv_head * TABLE);
-        const Plan plan = plan_boxes(box, share, length, rule);
-        const Entry entry = edge_entry(plan, lane);
+        const Plan plan = plan_tile(m_block, pack_gqa, length, rule);
+        const Entry entry = partial_entry(plan, lane);
 
         barrier_wait(shared_address(&shared.tile_empty[slot.index]), slot.phase ^ 1);
         Tile& tile = shared.tiles[slot.index];
         tile.keys[lane] = entry.exists ? entry.key : NOWHERE;
 #pragma unroll
         for (int c = 0; c < CONSUMERS; c++) {
-            const int row = row_of(box + c, share);
+            const int row = row_of(m_block + c, pack_gqa);
             const unsigned seen = __ballot_sync(ALL, sees(plan, entry, row, rule));
             if (lane == 0) {
                 tile.row[c] = row;
-                tile.head[c] = first_head(box + c, kv_head, problem.group, share);
+                tile.head[c] = first_head(m_block + c, kv_head, problem.group, pack_gqa);
                 tile.seen[c] = seen;
             }
         }
         if (lane == 0) {
             tile.index = index;
-            tile.edges = plan.edges;
-            tile.fulls = plan.fulls;
+            tile.num_partial = plan.num_partial;
+            tile.num_full = plan.num_full;
             tile.batch = batch;
             tile.kv_head = kv_head;
-            tile.box = box;
+            tile.m_block = m_block;
             tile.begin = begin;
             tile.length = length;
+            tile.first_m_block = first_m_block;
             tile.far = plan.far;
             tile.near = plan.near;
             tile.sinks = plan.sinks;
@@ -144,15 +147,17 @@ DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, 
     for (int x = 0; x < D; x += PANEL) tma_store(map, from + x / PANEL * PANEL_BYTES, x, token, head, batch);
 }
 
-// Loads the rows of the tiles in turn, and stores the output that the consumers leave in their place. Boxes in which a
-// packed document ends are stored by the consumers themselves.
-DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* in, const TensorMap* out) {
+// Loads the rows of the tiles in turn, and dO with two parts. With STORES also stores what the consumers leave in their
+// place, but for m_blocks in which a packed document ends: those they store themselves.
+template <bool STORES>
+DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q, const TensorMap* dout,
+                      const TensorMap* out) {
     const bool is_mover = elected();
-    const int group = problem.group, share = group / (ROWS / TOKENS);
+    const int group = problem.group, pack_gqa = group / (ROWS / TOKENS);
     Position<PLANNED> slot;
     Position<ROW_SLOTS> place;
     struct {
-        int box, kv_head, batch, begin, length;
+        int m_block, kv_head, batch, begin, length;
     } tiles[ROW_SLOTS + 1] = {};  // those held, oldest last, after the one that comes
     int held = 0, ending = ROW_SLOTS;
     while (ending > 0) {
@@ -161,7 +166,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
             barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
             const Tile& tile = shared.tiles[slot.index];
             exists = tile.index >= 0;
-            tiles[0] = {tile.box, tile.kv_head, tile.batch, tile.begin, tile.length};
+            tiles[0] = {tile.m_block, tile.kv_head, tile.batch, tile.begin, tile.length};
             __syncwarp();
             if (is_mover) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
             slot.advance();
@@ -174,9 +179,9 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
             if (held == ROW_SLOTS) {
                 barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
                 const auto& done = tiles[ROW_SLOTS];
-                const int row = row_of(done.box + c, share);
-                if (is_mover && (!PACKED || row + TOKENS <= done.length)) {
-                    const int head = first_head(done.box + c, done.kv_head, group, share);
+                const int row = row_of(done.m_block + c, pack_gqa);
+                if (STORES && is_mover && (!PACKED || row + TOKENS <= done.length)) {
+                    const int head = first_head(done.m_block + c, done.kv_head, group, pack_gqa);
                     store_box(out, rows, done.begin + row, head, done.batch);
                     tma_store_commit();
                     tma_store_wait();
@@ -184,10 +189,12 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
             }
             if (exists && is_mover) {
                 const unsigned full = shared_address(&shared.rows_full[own]);
-                barrier_expect(full, BOX_BYTES);
+                barrier_expect(full, ROW_PARTS * BOX_BYTES);
                 const auto& next = tiles[0];
-                load_box(rows, in, full, next.begin + row_of(next.box + c, share),
-                         first_head(next.box + c, next.kv_head, group, share), next.batch);
+                const int token = next.begin + row_of(next.m_block + c, pack_gqa);
+                const int head = first_head(next.m_block + c, next.kv_head, group, pack_gqa);
+                load_box(rows, q, full, token, head, next.batch);
+                if (ROW_PARTS > 1) load_box(rows + BOX_BYTES, dout, full, token, head, next.batch);
             }
             __syncwarp();
         }
@@ -198,17 +205,18 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* i
     }
 }
 
-// Loads keys or values of the tiles in turn into a ring. With CUTS those after the end of a packed document become zero
-// (only edges reach it): hidden keys have the probability 0, which NaN in their values would not heed. While they are on
-// their way others are loaded: they are cut once they are there, or before the warp would have to wait for something else.
+// Loads keys or values of the tiles in turn into a pipeline. With CUTS those after the end of a packed document become
+// zero (only partial n_blocks reach it): hidden keys have the probability 0, which NaN in their values would not heed.
+// While they are on their way (`cut_full`) others are loaded: they are cut once they are there, or before the warp would
+// have to wait for something else.
 template <bool CUTS>
-DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty) {
+DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsigned ring_full, unsigned ring_empty,
+                       unsigned cut_full) {
     const int lane = threadIdx.x % WARP;
     const bool is_loader = elected();
     Position<STAGES> stage;
     Position<PLANNED> slot;
-    const unsigned cut_full = shared_address(&shared.values_cut);
-    int cut = -1, cut_phase = 0, past = 0;  // the stage to be cut, and keys of its entries past the end, an entry a lane
+    int cut = -1, cut_phase = 0, past = 0;  // the stage to be cut, and keys of its entries past the end, one per lane
     const auto settle = [&] {
         if (cut < 0) return;
         barrier_wait(cut_full, cut_phase);
@@ -230,10 +238,10 @@ DEVICE void load_tiles(Shared& shared, const TensorMap* map, unsigned ring, unsi
         const Tile& tile = shared.tiles[slot.index];
         if (tile.index < 0) break;
         const int begin = tile.begin, batch = tile.batch, kv_head = tile.kv_head;
-        const int edges = tile.edges, total = edges + tile.fulls;
+        const int num_partial = tile.num_partial, total = num_partial + tile.num_full;
 #pragma unroll 1
         for (int base = 0; base < total; base += WARP / ENTRIES) {
-            const int nth = base * ENTRIES + lane - edges * ENTRIES;
+            const int nth = base * ENTRIES + lane - num_partial * ENTRIES;
             int key = tile.keys[lane];
             if (nth >= 0) {
                 int of_range = nth / ENTRIES;
@@ -275,21 +283,21 @@ struct Visits {
     Shared& shared;
     const int consumer;
     Position<PLANNED> slot;  // of the tile
-    unsigned bits;           // entries of edges that are seen
-    unsigned seen;           // edges to come, a bit each at its first entry
-    int edges, fulls;        // edges in all, other key tiles to come after this one
-    int at;                  // positions of the rings that lie behind in this tile
+    unsigned bits;           // entries of partial n_blocks that are seen
+    unsigned seen;           // partial n_blocks to come, a bit each at its first entry
+    int num_partial, num_full;        // partial n_blocks in all, other key tiles to come after this one
+    int at;                  // positions of the pipelines that lie behind in this tile
     int row;                 // the first of the own rows
-    bool is_edge, is_first;
-    int nth;                 // of the edges
-    int skip = 0;            // positions to walk past before it
+    bool is_partial, is_first;
+    int nth;                 // of the partial n_blocks
+    int skip = 0;            // stages to skip before it
 
     // The tile at `slot`; false after the last.
     DEVICE bool open() {
         barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
         if (tile().index < 0) return false;
-        edges = tile().edges;
-        fulls = tile().fulls;
+        num_partial = tile().num_partial;
+        num_full = tile().num_full;
         bits = tile().seen[consumer];
         seen = bits;
         if (BLOCK == 32) seen = (seen | seen >> 1) & 0x55555555u;
@@ -299,23 +307,23 @@ struct Visits {
         }
         at = 0;
         row = tile().row[consumer];
-        edge();
+        next_partial();
         is_first = true;
         return true;
     }
 
     DEVICE const Tile& tile() const { return shared.tiles[slot.index]; }
 
-    // Whether some row does not see some key of the edge.
+    // Whether some row does not see some key of the partial n_block.
     DEVICE bool hides() const { return BLOCK < KEYS || tile().keys[nth] + KEYS - 1 > row; }
 
-    // To the next edge.
-    DEVICE void edge() {
+    // To the next partial n_block.
+    DEVICE void next_partial() {
         nth = (__ffs(seen) - 1) / ENTRIES;
         seen &= seen - 1;
         skip += nth - at;
         at = nth + 1;
-        is_edge = true;
+        is_partial = true;
     }
 
     // To the next one of the tile; false after the last.
@@ -323,18 +331,18 @@ struct Visits {
         is_first = false;
         skip = 0;
         if (seen != 0) {
-            edge();
+            next_partial();
             return true;
         }
-        is_edge = false;
-        skip = edges - at;
-        at = edges;
-        return fulls-- > 0;
+        is_partial = false;
+        skip = num_partial - at;
+        at = num_partial;
+        return num_full-- > 0;
     }
 };
 
-// Walks past positions of a ring.
-DEVICE void walk(int count, Position<STAGES>& ring, unsigned full, unsigned empty) {
+// Skips stages of a pipeline.
+DEVICE void skip_stages(int count, Position<STAGES>& ring, unsigned full, unsigned empty) {
 #pragma unroll 1
     for (; count > 0; count--) {
         barrier_wait(full + 8 * ring.index, ring.phase);
@@ -343,10 +351,62 @@ DEVICE void walk(int count, Position<STAGES>& ring, unsigned full, unsigned empt
     }
 }
 
-// Position of the last key, counted from the first of an edge's entry, that a row sees in it: keys after it are hidden.
-// `nth` of the edges, `row`: the first of the consumer's rows, `lane_row`: which of them.
+// Position of the last key, counted from the first of a partial n_block's entry, that a row sees in it: keys after it
+// are hidden. `nth` of the partial n_blocks, `row`: the first of the consumer's rows, `lane_row`: which of them.
 DEVICE int last_seen(const Tile& tile, int nth, int j, unsigned bits, int row, int lane_row) {
     const int entry = nth * ENTRIES + j;
     const bool is_seen = BLOCK >= KEYS || (bits >> entry & 1);
     return is_seen ? row + lane_row % TOKENS - tile.keys[entry] : -1;
+}
+
+// Replaces what keys of a partial n_block are to rows that do not see them. `lane_row`: the first of the thread's two
+// rows, 8 apart; `column`: the first of its two columns of every eight.
+DEVICE void mask(float (&x)[32], const Visits& visit, int lane_row, int column, float hidden) {
+    if (!visit.hides()) return;
+    const Tile& tile = visit.tile();
+#pragma unroll
+    for (int j = 0; j < ENTRIES; j++) {
+        int last[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            last[r] = last_seen(tile, visit.nth, j, visit.bits, visit.row, lane_row + 8 * r) - column;
+#pragma unroll
+        for (int i = 0; i < 32 / ENTRIES; i++)
+            if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) x[j * (32 / ENTRIES) + i] = hidden;
+    }
+}
+
+// Stores a warp's 16 rows of a result, each times a factor, to [B, S, H, D], as far as there are tokens: `rows_left`.
+// `first`: the place of the m_block's first row in [B, S, H].
+DEVICE void store_rows(const float (&x)[D / 2], const float (&factor)[2], void* to, long long first, int rows_left,
+                       const Problem& problem) {
+    const int heads = problem.kv_heads * problem.group, lane = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int own = threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4 + 8 * r;
+        uint4* row = static_cast<uint4*>(to) + (first + own % TOKENS * heads + own / TOKENS) * (D / 8);
+#pragma unroll
+        for (int j = 0; j < D / 8; j += 4) {
+            // four lanes have the words of eight columns, four times: each gets those of one
+            unsigned a[4], b[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = x + 4 * (j + i) + 2 * r;
+                a[i] = pack(pair[0] * factor[r], pair[1] * factor[r]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                const unsigned other = __shfl_xor_sync(ALL, lane % 2 ? a[i] : a[i + 1], 1);
+                b[i] = lane % 2 ? other : a[i];
+                b[i + 1] = lane % 2 ? a[i + 1] : other;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const unsigned other = __shfl_xor_sync(ALL, lane / 2 ? b[i] : b[i + 2], 2);
+                a[i] = lane / 2 ? other : b[i];
+                a[i + 2] = lane / 2 ? b[i + 2] : other;
+            }
+            if (own % TOKENS < rows_left) row[j + lane] = make_uint4(a[0], a[1], a[2], a[3]);
+        }
+    }
 }

@@ -25,7 +25,7 @@ from ...index import load_rule
 from ..combine import first_partial, segment_runs
 from ..n_blocks import document_tile, level_block, locate_item
 from ..varlen import document_item
-from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, opaque, store_rows
+from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, opaque, store_blocks, store_rows
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
@@ -250,38 +250,6 @@ def _step(
 
 
 @gluon.jit
-def _store_blocks(
-    k_buf, v_buf, dk_desc, dv_desc, dk, dv, info, word, batch, head, begin, length, tokens, kv_heads,
-    BLOCK: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Writes the gradients of several blocks, which stand in shared memory `[1, 1, 64, D]`, to where their keys are:
-    by TMA, or where packed documents may end among them row by row."""
-    if PACKED:
-        D: gl.constexpr = k_buf.shape[3]
-        columns: gl.constexpr = D // 8
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
-        lanes = gl.arange(0, KEYS, gl.SliceLayout(1, layout))
-        token = lanes
-        for j in gl.static_range(KEYS // BLOCK):
-            first = gl.where(get(info, word + 2 * j + 1) > 0, get(info, word + 2 * j), length)  # no block: past the end
-            token = gl.where(lanes // BLOCK == j, first + lanes % BLOCK, token)
-        offset = ((batch * tokens + begin + token).to(gl.int64) * kv_heads + head) * D
-        column = gl.arange(0, D, gl.SliceLayout(0, layout))
-        stored = (token < length)[:, None]
-        gl.store(dk + offset[:, None] + column[None, :], flat_rows(k_buf).load(layout), mask=stored)
-        gl.store(dv + offset[:, None] + column[None, :], flat_rows(v_buf).load(layout), mask=stored)
-        fence_async_shared()  # the buffers are filled by TMA next
-    else:
-        fence_async_shared()
-        for j in gl.static_range(KEYS // BLOCK):
-            first = get(info, word + 2 * j)
-            if get(info, word + 2 * j + 1) > 0:
-                at = [batch, head, first, 0]
-                tma.async_copy_shared_to_global(dk_desc, at, k_buf.slice(j * BLOCK, BLOCK, 2))
-                tma.async_copy_shared_to_global(dv_desc, at, v_buf.slice(j * BLOCK, BLOCK, 2))
-
-
-@gluon.jit
 def _skip(steps, step_full, step_empty, stage, phase, STAGES: gl.constexpr):
     for _ in range(steps):
         mbarrier.wait(step_full.index(stage), phase)  # a stage is handed back only once it is filled
@@ -385,7 +353,7 @@ def _consume(
                 if BLOCK < KEYS:
                     k.store(dk.to(element))
                     v.store(dv.to(element))
-                    _store_blocks(k4, v4, dk_desc, dv_desc, dk_pointer, dv_pointer, info, word + 16 + 8 * C, batch,
+                    store_blocks(k4, v4, dk_desc, dv_desc, dk_pointer, dv_pointer, info, word + 16 + 8 * C, batch,
                                   head, begin, length, tokens, kv_heads, BLOCK, PACKED)  # fmt: skip
                 else:
                     store_rows(dk.to(element), k4, dk_desc, dk_pointer, batch, head, begin, key, length, tokens,

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: words and rings in shared memory, bits, packed documents."""
+"""What the Gluon kernel is built of: words and rings in shared memory, packed documents."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,36 +23,15 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def opaque(value):
-    """`value`, of which the compiler no longer knows where it comes from. ptxas 12.8 moves matrix descriptors that a
-    loop shares with the code after it into the loop's preheader, which a loop of no steps skips: the code after it then
-    reads registers that nothing wrote. Descriptors made from an opaque index are not shared."""
+    """Identity that hides where `value` comes from. ptxas 12.8 moves matrix descriptors that a loop shares with the
+    code after it into the loop's preheader, which a loop of no steps skips: the code after it then reads registers that
+    nothing wrote. Descriptors made from an opaque index are not shared."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def votes(flags):
-    """Of flags over the lanes of a warp (`LANES`): their bits, in every lane."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
-        "=r,r", [flags.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def count_bits(bits):
-    return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def lowest_bit(bits):
-    """Index of the lowest bit set."""
-    return count_bits((bits & -bits) - 1)
-
-
-@gluon.jit
 def load_entry(entries, index):
-    """An entry of the table of packed work: `(first box of rows or pair of chunks, token where the document begins, its
-    length, its first chunk)`. See `varlen.attention_documents`."""
+    """The four words of an entry of the table of packed work (`varlen.attention_documents`)."""
     entry = entries + 4 * index
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 
@@ -112,3 +91,36 @@ def store_rows(x, buffer, desc, pointer, batch, head, begin, row, length, tokens
     else:
         fence_async_shared()
         tma.async_copy_shared_to_global(desc, [batch, head, begin + row, 0], buffer)
+
+
+@gluon.jit
+def store_blocks(
+    k_buf, v_buf, dk_desc, dv_desc, dk, dv, info, word, batch, head, begin, length, tokens, kv_heads,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of an n_block of small blocks, in shared memory `[1, 1, 64, D]`, to where their keys are: by
+    TMA, or row by row where packed documents may end among them."""
+    ROWS: gl.constexpr = k_buf.shape[2]
+    if PACKED:
+        D: gl.constexpr = k_buf.shape[3]
+        columns: gl.constexpr = D // 8
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
+        lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        token = lanes
+        for j in gl.static_range(ROWS // BLOCK):
+            first = gl.where(get(info, word + 2 * j + 1) > 0, get(info, word + 2 * j), length)  # no block: past the end
+            token = gl.where(lanes // BLOCK == j, first + lanes % BLOCK, token)
+        offset = ((batch * tokens + begin + token).to(gl.int64) * kv_heads + head) * D
+        column = gl.arange(0, D, gl.SliceLayout(0, layout))
+        stored = (token < length)[:, None]
+        gl.store(dk + offset[:, None] + column[None, :], flat_rows(k_buf).load(layout), mask=stored)
+        gl.store(dv + offset[:, None] + column[None, :], flat_rows(v_buf).load(layout), mask=stored)
+        fence_async_shared()  # the buffers are filled by TMA next
+    else:
+        fence_async_shared()
+        for j in gl.static_range(ROWS // BLOCK):
+            first = get(info, word + 2 * j)
+            if get(info, word + 2 * j + 1) > 0:
+                at = [batch, head, first, 0]
+                tma.async_copy_shared_to_global(dk_desc, at, k_buf.slice(j * BLOCK, BLOCK, 2))
+                tma.async_copy_shared_to_global(dv_desc, at, v_buf.slice(j * BLOCK, BLOCK, 2))
