@@ -785,8 +785,8 @@ _ROWS = (f"{SHORT}documents",)
 _CUDA = (
     Mutant(
         "cuda_causal_mask_off_by_one", HOPPER,
-        "if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) scores",
-        "if (i / 4 * 8 + i % 2 >= last[i / 2 % 2]) scores",
+        "if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) x",
+        "if (i / 4 * 8 + i % 2 >= last[i / 2 % 2]) x",
         _FORWARD, gpu=True,
     ),
     Mutant(
@@ -840,15 +840,15 @@ _CUDA = (
         (f"{SHORT}long_forward",), gpu=True,
     ),
     Mutant(
-        "cuda_query_head_of_another_group", HOPPER,
-        "return kv_head * group + remainder(box, share) * (ROWS / TOKENS);",
-        "return kv_head * group + (share - 1 - remainder(box, share)) * (ROWS / TOKENS) * (box > 4);",
+        "cuda_query_heads_of_a_group_are_one", HOPPER,
+        "return kv_head * group + remainder(m_block, pack_gqa) * (ROWS / TOKENS);",
+        "return kv_head * group + remainder(m_block, 1) * (ROWS / TOKENS);",
         (f"{SHORT}grouped_heads",), gpu=True,
     ),
     Mutant(
         "cuda_documents_are_stored_over_their_neighbours", HOPPER,
-        "if (is_mover && (!PACKED || row + TOKENS <= done.length)) {",
-        "if (is_mover) {",
+        "if (STORES && is_mover && (!PACKED || row + TOKENS <= done.length)) {",
+        "if (STORES && is_mover) {",
         _ROWS, gpu=True,
     ),
     Mutant(
