@@ -207,10 +207,16 @@ def test_rows_without_keys_give_zero_and_no_gradient():
 
 def test_strided_views_are_read_in_place():
     packed = torch.randn(1, 60, 3, 2, 32, device=DEVICE)
-    q, k, v = packed.unbind(2)
-    pattern = Pattern.parse("L1V2", 16)
-    out = s2_attention(q, k, v, pattern, backend="triton")
-    torch.testing.assert_close(out, s2_attention(*(x.contiguous() for x in (q, k, v)), pattern, backend="triton"))
+    v, dout = (torch.randn(1, 2, 60, 32, device=DEVICE).transpose(1, 2) for _ in range(2))  # heads first
+    views = [packed[:, :, 0], packed[:, :, 1], v, dout]
+
+    def results(*tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out = s2_attention(*leaves, Pattern.parse("L1V2", 16), backend="triton")
+        return out, *torch.autograd.grad(out, leaves, tensors[3])
+
+    for of_views, of_copies in zip(results(*views), results(*(x.contiguous() for x in views)), strict=True):
+        torch.testing.assert_close(of_views, of_copies)
 
 
 def test_gradients_are_the_same_bits_every_time():
