@@ -26,7 +26,8 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from s2 import ending, files
-from s2.training.launch import quieten
+from s2.training.config import ModelSection
+from s2.training.gaps.lightning import quieten
 from s2.training.module import PretrainModule
 from s2.training.optim import OptimizerConfig, ScheduleConfig
 from s2.training.strategy import ZeROStrategy
@@ -118,13 +119,14 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     recorder = Recorder()
-    module = PretrainModule(
+    section = ModelSection(
         MODEL,
         optimizer=OptimizerConfig(lr=1e-3),
         schedule=ScheduleConfig(name="constant"),
         activation_checkpointing=checkpointing,
         compile=compiled,
     )
+    module = PretrainModule(section)
     if stage == 3:
         # or so small a model would not be sharded, or never released
         strategy |= {"persistence_threshold": 0, "reuse_distance": 0, "prefetch_elements": 0}
@@ -176,7 +178,7 @@ def compare(names: list[str], ways: list[str], steps: int) -> int:
     quieten()
     reference = run(1, steps=steps, compiled=False)
     torch.manual_seed(0)
-    module = PretrainModule(MODEL)
+    module = PretrainModule(ModelSection(MODEL))
     module.configure_model()
     start = _flat(module)
     first = dist.get_rank() == 0

@@ -23,8 +23,8 @@ from typing import Any
 from s2 import ending
 from s2.recipe import apply_overrides, load_recipe
 from s2.training import slurm
-from s2.training.run import RunConfig
-from s2.training.saved import complete_checkpoints
+from s2.training.config import RunConfig
+from s2.training.run_folder import complete_checkpoints
 from scripts.slurm.record import Record
 
 IDLE_STARTS = 3  # starts of a job in a row that get nothing done, after which it does not start again
