@@ -554,8 +554,8 @@ _TRAINING = (
     ),
     Mutant(
         "resume_counts_steps_as_micro_batches", "s2/training",
-        'micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches',
-        'micro_batches = checkpoint["global_step"]',
+        'checkpoint["global_step"] * self.trainer.accumulate_grad_batches)',
+        'checkpoint["global_step"])',
         ("training/test_resume.py::test_gradient_accumulation_resumes_at_whole_steps",),
     ),
     Mutant(
@@ -578,8 +578,8 @@ _TRAINING = (
     ),
     Mutant(
         "a_checkpoint_of_other_sizes_is_whole", "s2/training",
-        "if wrong := files.damage(checkpoint, recorded, checksums=False):",
-        "if wrong := files.damage(checkpoint, {}, checksums=False):",
+        "if (wrong := files.damage(checkpoint, recorded, checksums=False)) or not checksums:",
+        "if (wrong := files.damage(checkpoint, {}, checksums=False)) or not checksums:",
         ("test_damage.py",),
     ),
     Mutant(
@@ -672,14 +672,14 @@ _BASE = (
     ),
     Mutant(
         "bad_input_ends_as_a_crash", "s2/ending.py",
-        "if isinstance(error, ValueError | OSError) or",
-        "if isinstance(error, OSError) or",
+        "return BAD_INPUT if isinstance(error, ValueError | OSError) else CRASH",
+        "return BAD_INPUT if isinstance(error, OSError) else CRASH",
         ("test_ending.py",),
     ),
     Mutant(
         "an_override_of_a_list_takes_the_next_entry", "s2/recipe.py",
-        "                node[int(part)] = value\n",
-        "                node[int(part) - 1] = value\n",
+        "            index = int(part)\n",
+        "            index = int(part) - 1\n",
         ("test_recipe.py",),
     ),
     Mutant(
