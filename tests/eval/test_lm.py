@@ -94,6 +94,8 @@ def test_greedy_flag_tells_the_models_own_continuation(lm):
     assert scored[0][1] and lm.checkpoint.tokenizer.decode(tokens) == said
     other = [(tokens[0] + 1) % 512]
     assert not lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), other)], disable_tqdm=True)[0][1]
+    half = [*tokens, (lm.checkpoint.generate(lm.tok_encode(prompt), 2)[1] + 1) % 512]
+    assert not lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), half)], disable_tqdm=True)[0][1]
 
 
 def test_bos_is_as_set_and_never_doubled(dense):

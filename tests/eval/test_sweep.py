@@ -246,3 +246,9 @@ def test_lengths_are_labelled_the_way_people_say_them(length, text):
 def test_labels_that_would_be_the_same_are_written_in_full():
     assert format_lengths([1000, 1024]) == ["1,000", "1,024"]
     assert format_lengths([1000, 2000]) == ["1k", "2k"]
+
+
+def test_a_cell_with_more_samples_does_not_count_more():
+    sweep = Sweep({(512, 0.0): [1.0] * 9, (512, 100.0): [0.0]}, "c", "exact")
+    assert sweep.mean() == 0.5
+    assert sweep.interval() == wilson(0.5, 4 / (1 / 9 + 1))
