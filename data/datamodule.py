@@ -20,11 +20,12 @@ from data.corpus.sources import LOST
 from data.corpus.tokenizer import DROPPED, UNKNOWN
 from data.prepare import prepare
 from data.section import DataSection
-from data.settings import differences, read
 from data.shards.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
 from data.shards.mixture import Curriculum, Mixture, PackedStream, Passes
 from data.shards.reader import TokenShards
 from data.shards.unigram import target_counts, unigram_loss
+from s2.recipe import difference_lines
+from s2.settings import read
 
 LOST_TEXT = (LOST, UNKNOWN, DROPPED)  # counted in manifests: characters of documents that did not become tokens
 WASTEFUL = 0.05  # share of empty places that is worth a warning; length filters cost some
@@ -284,7 +285,7 @@ class PackedDataModule(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        if lines := differences(state_dict["order"], self.rows.fingerprint()):
+        if lines := difference_lines(state_dict["order"], self.rows.fingerprint()):
             raise ValueError(
                 "data: the checkpoint was trained on another sample sequence"
                 f" ({'; '.join(lines[:3])}; checkpoint != recipe). Resume with the same data,"

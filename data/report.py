@@ -15,11 +15,11 @@ from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from tokenizers import Tokenizer
 
 from data.section import DataSection, data_section, parse_arguments
-from data.settings import read
 from data.shards.mixture import Curriculum
 from data.shards.packing import pack
 from data.shards.reader import TokenShards
 from s2 import ending, files
+from s2.settings import read
 
 KIND = "data report"
 SAMPLES = 20

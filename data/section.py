@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data.prepare.spec import PrepareSpec, parse_sections
-from data.settings import Check, Count, Positive, SettingError, Settings, Share, Weight
 from data.shards.mixture import PackedStream
 from data.shards.reader import TokenShards
 from s2.recipe import apply_overrides, load_recipe, unknown_key_message
+from s2.settings import Check, Count, Positive, SettingError, Settings, Share, Weight
 
 DATAMODULE = "data.datamodule.PackedDataModule"  # whose arguments these are; to import it takes seconds
 

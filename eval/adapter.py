@@ -16,10 +16,10 @@ Differences from lm-eval's own Hugging Face model, all of them on purpose:
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +30,17 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from tqdm import tqdm
 
-from eval.answers import Answers
+from eval.arguments import DTYPES
 from eval.checkpoint import Checkpoint, memory_for
 from eval.encoding import PromptEncoder
-from eval.sampling import Sampling
+from eval.results import Answers
+from eval.sampling import MAX_NEW_TOKENS, Sampling
 from s2.inference.generate import generate
 from s2.model.loss import chunk_rows
 
 log = logging.getLogger(__name__)
 
 Scored = tuple[Any, list[int], list[int]]
-_MAX_NEW_TOKENS = 256  # lm-eval's, where a task does not say
 
 
 @register_model("s2")
@@ -55,7 +55,6 @@ class S2LM(TemplateLM):
         batch_tokens: tokens of a batch, padding included; a longer sequence is a batch of its own.
         add_bos_token: put BOS before every text (None: as the checkpoint's tokenizer does).
         on_overflow: "warn" cuts what is longer than max_length on the left and reports it, "error" stops.
-        max_batch_size: most rows of a batch with batch_size "auto".
     Raises:
         FileNotFoundError, ValueError: a folder that is no checkpoint, a max_length beyond the model's, BOS
             asked of a tokenizer without one, a setting out of range.
@@ -71,16 +70,14 @@ class S2LM(TemplateLM):
         batch_tokens: int = 16384,
         add_bos_token: bool | None = None,
         on_overflow: str = "warn",
-        max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if on_overflow not in ("warn", "error"):
             raise ValueError(f"on_overflow={on_overflow!r}: expected 'warn' or 'error'")
-        if dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
-        for name, value in (("batch_tokens", batch_tokens), ("max_batch_size", max_batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens}: expected at least 1")
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise ValueError(f"batch_size={batch_size!r}: expected a number of rows, or 'auto'")
         if isinstance(pretrained, Checkpoint):
@@ -99,7 +96,6 @@ class S2LM(TemplateLM):
         self._device = self.checkpoint.device
         self.encoder = PromptEncoder(self.checkpoint, add_bos_token)
         self.batch_size = batch_size
-        self.max_batch_size = max_batch_size
         self.batch_tokens = batch_tokens
         self.on_overflow = on_overflow
         self.overflow: Counter[str] = Counter()
@@ -114,12 +110,8 @@ class S2LM(TemplateLM):
         return self.encoder.prefix_id
 
     @property
-    def add_bos_token(self) -> bool:
-        return self.encoder.add_bos_token
-
-    @property
     def max_gen_toks(self) -> int:
-        return _MAX_NEW_TOKENS
+        return MAX_NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
@@ -186,7 +178,7 @@ class S2LM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        results: list[tuple[float, bool] | None] = [None] * len(requests)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
 
         def take(index: int, result: tuple[float, bool]) -> None:
             results[index] = result
@@ -196,7 +188,7 @@ class S2LM(TemplateLM):
                 self._keep("loglikelihood", asked, result, cut)
 
         self._score(requests, take, disable_tqdm)
-        return cast("list[tuple[float, bool]]", results)
+        return results
 
     def _score(
         self, requests: Sequence[Scored], take: Callable[[int, tuple[float, bool]], None], disable_tqdm: bool
@@ -210,14 +202,16 @@ class S2LM(TemplateLM):
                     f" max_length={self.max_length} and cannot be scored"
                 )
             rows.append(self._fit([*context, *continuation], self.max_length + 1, "request")[:-1])
-        bar = tqdm(total=len(rows), disable=disable_tqdm, desc="loglikelihood", unit="request")
-        for batch in self._batches([len(row) for row in rows]):
-            with self._memory_for(len(batch), len(rows[batch[0]])):
-                scored = self._score_batch([rows[i] for i in batch], [requests[i][2] for i in batch])
-            for i, result in zip(batch, scored, strict=True):
-                take(i, result)
-            bar.update(len(batch))
-        bar.close()
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # memory runs out at once or not at all
+        with tqdm(total=len(rows), disable=disable_tqdm, desc="loglikelihood", unit="request") as bar:
+            while order:
+                size = self._rows_of(len(rows[order[0]]))
+                batch, order = order[:size], order[size:]
+                with self._memory_for(len(batch), len(rows[batch[0]])):
+                    scored = self._score_batch([rows[i] for i in batch], [requests[i][2] for i in batch])
+                for i, result in zip(batch, scored, strict=True):
+                    take(i, result)
+                bar.update(len(batch))
 
     @torch.inference_mode()
     def _score_batch(self, rows: list[list[int]], targets: list[list[int]]) -> list[tuple[float, bool]]:
@@ -258,13 +252,12 @@ class S2LM(TemplateLM):
         return self._answer("generate_until", requests, lambda fresh: self._continue(fresh, disable_tqdm))
 
     def _continue(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[str]:
-        results: list[str | None] = [None] * len(requests)
+        results, cut = [""] * len(requests), [""] * len(requests)
         groups: defaultdict[tuple[Sampling, int], list[int]] = defaultdict(list)
         prompts: list[list[int]] = []
-        cut: list[str | None] = []
         for i, request in enumerate(requests):
             text, given = request.args
-            options = Sampling.read(given, self.max_gen_toks)
+            options = Sampling.read(given)
             room = self.max_length - options.max_new_tokens
             if room < 1:
                 raise ValueError(
@@ -272,24 +265,23 @@ class S2LM(TemplateLM):
                     f" a prompt in max_length={self.max_length}; lower max_gen_toks"
                 )
             tokens = self.tok_encode(text) or [self.prefix_token_id]
-            cut.append("prompt" if len(tokens) > room else None)
+            cut[i] = "prompt" if len(tokens) > room else ""
             prompts.append(self._fit(tokens, room, "prompt"))
             groups[options, len(prompts[-1])].append(i)
         generators = {options: options.generator(self._device) for options, _ in groups}
-        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="request")
-        for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
-            rows = self._rows_of(length + options.max_new_tokens)
-            for first in range(0, len(members), rows):
-                batch = members[first : first + rows]
-                with self._memory_for(len(batch), length + options.max_new_tokens):
-                    texts = self._generate_batch([prompts[i] for i in batch], options, generators[options])
-                for i, text in zip(batch, texts, strict=True):
-                    results[i] = text
-                    if options.temperature == 0:  # what is drawn differs each time
-                        self._keep("generate_until", requests[i].args, text, cut[i])
-                bar.update(len(batch))
-        bar.close()
-        return cast("list[str]", results)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="request") as bar:
+            for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
+                rows = self._rows_of(length + options.max_new_tokens)
+                for first in range(0, len(members), rows):
+                    batch = members[first : first + rows]
+                    with self._memory_for(len(batch), length + options.max_new_tokens):
+                        texts = self._generate_batch([prompts[i] for i in batch], options, generators[options])
+                    for i, text in zip(batch, texts, strict=True):
+                        results[i] = text
+                        if options.temperature == 0:  # what is drawn differs each time
+                            self._keep("generate_until", requests[i].args, text, cut[i] or None)
+                    bar.update(len(batch))
+        return results
 
     @torch.inference_mode()
     def _generate_batch(
@@ -349,21 +341,12 @@ class S2LM(TemplateLM):
     def _rows_of(self, width: int) -> int:
         if self.batch_size != "auto":
             return int(self.batch_size)
-        rows = max(1, self.batch_tokens // width)
-        return rows if self.max_batch_size is None else min(rows, self.max_batch_size)
-
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Indices of the batches, longest rows first: running out of memory happens at once or not at all."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        while order:
-            rows = self._rows_of(lengths[order[0]])
-            yield order[:rows]
-            order = order[rows:]
+        return max(1, self.batch_tokens // width)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results' `config`."""
         return self.checkpoint.describe() | {
             "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
+            "add_bos_token": self.encoder.add_bos_token,
             "model_num_parameters": self.checkpoint.config.num_parameters(),
         }

@@ -45,15 +45,11 @@ def fingerprint(folder: str | Path) -> str:
     Less would not do: training may leave most of a file as it was, and results of other weights must not be taken for
     this one's.
     """
-    digest = hashlib.sha256()
-    for file in (*(Path(folder) / name for name in ("config.json", "tokenizer.json")), *_weights(folder)):
+    folder, digest = Path(folder), hashlib.sha256()
+    for file in (folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))):
         if file.is_file():
             digest.update(f"{file.name}:{checksum(file)}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _weights(folder: str | Path) -> list[Path]:
-    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def check_checkpoint(folder: str | Path) -> Path:
@@ -69,7 +65,7 @@ def check_checkpoint(folder: str | Path) -> Path:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"checkpoint {folder}: {name} is missing; a Hugging Face folder has one")
-    if not _weights(folder):
+    if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"checkpoint {folder}: no *.safetensors weights in it")
     return folder
 
@@ -89,11 +85,7 @@ class Checkpoint:
 
     @classmethod
     def load(
-        cls,
-        folder: str | Path,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
-        max_length: int = 0,
+        cls, folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None, max_length: int = 0
     ) -> "Checkpoint":
         """Load onto `device` (default: the GPU if any) in `dtype` (default: bfloat16 there, else float32).
 
@@ -111,10 +103,6 @@ class Checkpoint:
         if max_length > model.config.max_position_embeddings:
             model.config = model.config.replace(max_position_embeddings=max_length)
         return cls(folder, model.config, model, tokenizer, where)
-
-    @property
-    def name(self) -> str:
-        return checkpoint_name(self.folder)
 
     @property
     def max_length(self) -> int:
@@ -155,7 +143,7 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What result files record about the checkpoint."""
         return {
-            "checkpoint": self.name,
+            "checkpoint": checkpoint_name(self.folder),
             "fingerprint": self.fingerprint,
             "attention_layout": self.config.attention_layout,
             "block_size": self.config.block_size,

@@ -1,4 +1,4 @@
-"""Which samples a needle sweep has, how that is written on the command line, and how its results are named."""
+"""Which samples a needle sweep has, how lengths and depths are written, and how its results are named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.haystack import NAMES
-from eval.sweep import format_length, parse_length
 
 DEPTHS, SAMPLES = 11, 5  # by default
 
@@ -63,17 +62,17 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 
 
 def parse_depths(text: str) -> tuple[float, ...]:
-    """`11` means 11 depths evenly from 0 to 100 percent; `0,50,100` those depths. Raises ValueError."""
+    """`11` means 11 depths evenly from 0 to 100 percent; `0,50,100` and `50%` those depths. Raises ValueError."""
     try:
-        numbers = [float(part) for part in text.split(",")]
+        numbers = [float(part.strip().removesuffix("%")) for part in text.split(",")]
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError
     except ValueError:
-        raise ValueError(f"--depths {text}: expected a number of depths, or percents like 0,50,100") from None
-    if len(numbers) > 1:
+        raise ValueError(f"--depths {text}: expected a number of depths, or percents like 0,50,100 or 50%") from None
+    if len(numbers) > 1 or "%" in text:
         return tuple(sorted({round(number, 3) for number in numbers}))
     if not (2 <= numbers[0] <= 1001 and numbers[0].is_integer()):
-        raise ValueError(f"--depths {text}: at least 2 (the start and the end), or a list like 0,50,100")
+        raise ValueError(f"--depths {text}: at least 2 (the start and the end), or percents like 0,50,100 or 50%")
     count = int(numbers[0])
     return tuple(round(100 * i / (count - 1), 3) for i in range(count))
 
@@ -85,7 +84,7 @@ def result_stem(grid: Grid, max_length: int, haystack: Path | None, haystack_tok
         max_length: the model's, which the default lengths follow.
         haystack, haystack_tokens: None where they are the defaults.
     """
-    parts = []
+    parts = ["needle"]
     if grid.lengths != default_lengths(max_length):
         parts.append(_listed("", [format_length(length) for length in grid.lengths]))
     if grid.depths != parse_depths(str(DEPTHS)):
@@ -100,7 +99,7 @@ def result_stem(grid: Grid, max_length: int, haystack: Path | None, haystack_tok
         parts.append(f"of-{format_length(haystack_tokens)}")
     if not generate:
         parts.append("no-generate")
-    return "-".join(["needle", *parts])
+    return "-".join(parts)
 
 
 def _listed(what: str, items: Sequence[str]) -> str:
@@ -108,3 +107,32 @@ def _listed(what: str, items: Sequence[str]) -> str:
     if len(items) <= 6:
         return what + text
     return f"{len(items)}-{what or 'length'}s-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+# --- lengths in writing -----------------------------------------------------------------------------------------------
+
+
+def parse_length(text: str) -> int:
+    """`2048`, `2k` (2 x 1024) or `1m` (1024 x 1024). Raises ValueError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,12})([km]?)", text.strip().lower())
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"{text!r} is no length; write a number of tokens like 2048 or 2k")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024 * 1024}[match[2]]
+
+
+def format_length(length: int) -> str:
+    """2048 is 2k, 2560 is 2.5k, 1048576 is 1M; what 512 does not divide counts in thousands: 118059 is 118k."""
+    if length >= 1024 and length % 512 == 0:
+        return f"{length / 1024:g}k" if length < 1 << 20 or length % (1 << 19) else f"{length / (1 << 20):g}M"
+    for size, letter in ((1_000_000, "M"), (1000, "k")):
+        if length >= size * 0.9995:  # 999,999 is 1M
+            digits = max(0, 2 - int(math.log10(length / size * 1.0005)))
+            short = f"{length / size:.{digits}f}"
+            return f"{short.rstrip('0').rstrip('.') if '.' in short else short}{letter}"
+    return str(length)
+
+
+def format_lengths(lengths: Sequence[int]) -> list[str]:
+    """Labels of several lengths, in full where the short ones would not tell them apart (1000 and 1024)."""
+    short = [format_length(length) for length in lengths]
+    return short if len(set(short)) == len(set(lengths)) else [f"{length:,}" for length in lengths]

@@ -68,7 +68,7 @@ class Haystack:
         Raises ValueError when there is no text at all.
         """
         separator = tokenizer.encode("\n\n", add_special_tokens=False).ids
-        pieces: list[np.ndarray] = []
+        tokens: list[np.ndarray] = []
         starts: list[np.ndarray] = []
         between: list[np.ndarray] = []
         total = 0
@@ -79,19 +79,20 @@ class Haystack:
             if not encoding.ids:  # nothing, or nothing that the tokenizer's normalizer leaves
                 continue
             if total:
-                pieces.append(np.array(separator, dtype=np.int32))
+                tokens.append(np.array(separator, dtype=np.int32))
                 between.append(np.ones(len(separator), dtype=bool))
                 total += len(separator)
             offsets = np.array(encoding.offsets, dtype=np.int64)
             whole = np.concatenate([[True], offsets[1:, 0] >= offsets[:-1, 1]])
             starts.append(total + _sentence_starts(text.strip(), offsets[:, 0], whole))
             between.append(whole)
-            pieces.append(np.array(encoding.ids, dtype=np.int32))
+            tokens.append(np.array(encoding.ids, dtype=np.int32))
             total += len(encoding.ids)
         if not total:
             raise ValueError(f"haystack {source}: no text in it")
-        tokens, positions = np.concatenate(pieces), np.concatenate(starts)
-        return cls(tokens[:max_tokens], positions[positions < max_tokens], np.concatenate(between)[:max_tokens], source)
+        first = np.concatenate(starts)
+        first = first[first < max_tokens]
+        return cls(np.concatenate(tokens)[:max_tokens], first, np.concatenate(between)[:max_tokens], source)
 
     @cached_property
     def digest(self) -> str:
@@ -142,11 +143,8 @@ def _sentence_starts(text: str, token_begins: np.ndarray, whole: np.ndarray) -> 
 
 @dataclass(frozen=True)
 class Needle:
-    """One hidden fact.
-
-    depth: percent of the haystack's tokens before it, as measured. position: of its first token in the prompt.
-    answer: the slice of the prompt that repeats the number and is predicted.
-    """
+    """One hidden fact. depth: percent of the haystack's tokens before it, as measured. position: of its first token in
+    the prompt. answer: the slice of the prompt that repeats the number and is predicted."""
 
     key: str
     number: str
@@ -157,9 +155,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class Prompt:
-    """tokens: haystack with needles, questions and answers, exactly as long as asked for.
-    on_boundary: whether no needle breaks a sentence.
-    """
+    """tokens: haystack with needles, questions and answers. on_boundary: no needle breaks a sentence."""
 
     tokens: list[int]
     needles: tuple[Needle, ...]
@@ -189,11 +185,11 @@ def build_prompt(
     or when the tokenizer cannot write a number.
     """
     rng = random.Random(seed)
-    names = rng.sample(range(NAMES), needles + distractors)
-    keys = [f"{_COLOURS[i % len(_COLOURS)]} {_THINGS[i // len(_COLOURS)]}" for i in names]
-    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), needles + distractors)]
-    asked = [_question(tokenizer, keys[i], numbers[i], first=i == 0) for i in range(needles + distractors)]
-    facts = [_fact(tokenizer, keys[i], numbers[i], asked[i][1]) for i in range(needles + distractors)]
+    count = needles + distractors
+    keys = [f"{_COLOURS[i % len(_COLOURS)]} {_THINGS[i // len(_COLOURS)]}" for i in rng.sample(range(NAMES), count)]
+    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), count)]
+    asked = [_question(tokenizer, keys[i], numbers[i], first=i == 0) for i in range(count)]
+    facts = [_fact(tokenizer, keys[i], numbers[i], asked[i][1]) for i in range(count)]
     asked = asked[:needles]
 
     head = [] if bos_id is None else [bos_id]
@@ -243,7 +239,7 @@ def _fact(tokenizer: Tokenizer, key: str, number: str, answer: list[int]) -> lis
     """Tokens of a needle, with the number in the answer's tokens also where a full stop would change them."""
     lead = f" The magic number of the {key} is"
     before, _ = _split(tokenizer, f"{lead} {number}", len(lead))
-    return before + answer + _inside(tokenizer, ".")
+    return before + answer + _encode_inside(tokenizer, ".")[0]
 
 
 def _question(tokenizer: Tokenizer, key: str, number: str, first: bool) -> tuple[list[int], list[int]]:
@@ -260,10 +256,6 @@ def _split(tokenizer: Tokenizer, text: str, at: int) -> tuple[list[int], list[in
     ids, ends = _encode_inside(tokenizer, text)
     count = sum(end <= at for end in ends)
     return ids[:count], ids[count:]
-
-
-def _inside(tokenizer: Tokenizer, text: str) -> list[int]:
-    return _encode_inside(tokenizer, text)[0]
 
 
 def _encode_inside(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:

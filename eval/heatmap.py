@@ -3,16 +3,15 @@
     python -m eval.heatmap results/needle.json --output needle.png --score exact
     python -m eval.heatmap before.json after.json --output before-after.png --titles before after
     python -m eval.heatmap published_sweep.jsonl --output sweep.png --score-range 1,10
-    python -m eval.heatmap cells/*.json --join --output sweep.png
 
-Each file, or folder of files, is a panel of its own; `--join` takes several files as parts of one sweep. What can be
-read, `eval.sweep` says. The numbers of the picture, with their intervals, go beside it as `<name>.cells.json`.
+Each file, or folder of files that are parts of one sweep, is a panel of its own. What can be read, `eval.sweep` says.
+The numbers of the picture, with their intervals, go beside it as `<name>.cells.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.sweep import SCORE_NAMES, Sweep, describe, format_lengths, parse_length, read_sweep
+from eval.arguments import new_parser, path
+from eval.grid import format_lengths, parse_length
+from eval.sweep import SCORE_NAMES, Sweep, describe, read_sweep
 from s2 import ending, files
 
 _COLOURS = ("#d73a49", "#f6c945", "#2fa866")
@@ -30,20 +31,15 @@ _PALE = "#52606d"
 _PICTURES = (".png", ".pdf", ".svg")
 _MOST_PANELS = 6
 _KINDS = ("needle-heatmap", "needle-heatmaps")  # of files of a picture's numbers
-_NARROW = 0.6  # inches; below, the labels of columns are slanted
+_TOP, _NARROW = 0.14, 0.6  # inches: above the titles; columns whose labels are slanted
+_FEW = 3  # cells of fewer samples say how many they have
+_HARD_SPACE = "\u00a0"
 
 Measure = Callable[[str], float]
 
 
-def draw(sweep: Sweep, picture: Path, title: str | None = None) -> None:
-    """Write the heatmap of one sweep."""
-    draw_side_by_side([sweep], picture, [title or f"Needle in a haystack: {sweep.checkpoint}"])
-
-
-def draw_side_by_side(
-    sweeps: Sequence[Sweep], picture: Path, titles: Sequence[str] | None = None, heading: str | None = None
-) -> None:
-    """Write several sweeps as panels of one figure, with one colour scale of 0 to 1.
+def draw(sweeps: Sequence[Sweep], picture: Path, titles: Sequence[str] | None = None) -> None:
+    """Write sweeps as panels of one figure, with one colour scale of 0 to 1.
 
     Sweeps of the same depths get the same columns, so that a cell is found again at its place: the lengths of all of
     them, grey where a sweep has no samples. Others keep their own. Each panel has a line at its own `train_length`.
@@ -51,14 +47,14 @@ def draw_side_by_side(
     Args:
         picture: .png, .pdf or .svg; an old one is replaced in one step.
         titles: one a panel; default: the checkpoints' names.
-        heading: a line above all panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     check_picture(picture)
-    titles = list(titles or [sweep.checkpoint for sweep in sweeps])
+    single = "Needle in a haystack: " if len(sweeps) == 1 else ""
+    titles = list(titles or [single + sweep.checkpoint for sweep in sweeps])
     if len(titles) != len(sweeps):
         raise ValueError(f"{len(titles)} titles for {len(sweeps)} panels")
     lengths = sorted({length for sweep in sweeps for length in sweep.lengths})
@@ -79,19 +75,14 @@ def draw_side_by_side(
     canvas = FigureCanvasAgg(figure)
     room = panel_width + (0.9 if panels == 1 else 0.0)
     panel_titles = [_wrapped(title, room, _measure(canvas, 12, bold=True), 3) for title in titles]
-    captions = [_wrapped(describe(sweep), room, _measure(canvas, 8.5), 12, " · ") for sweep in sweeps]
-    top = _wrapped(heading, width - left - 0.2, _measure(canvas, 14, bold=True), 2) if heading else ""
-    top_height = 0.14 + (0.25 * _lines(top) + 0.1 if top else 0)
+    captions = [_wrapped(_whole_notes(describe(sweep)), room, _measure(canvas, 8.5), 12) for sweep in sweeps]
     title_height = 0.21 * max(map(_lines, panel_titles)) + 0.06
-    caption_height = 0.165 * max(map(_lines, captions))
-    above = top_height + title_height + caption_height + 0.32
-    height = panel_height + above + below
+    height = _TOP + title_height + 0.165 * max(map(_lines, captions)) + 0.32 + panel_height + below
     figure.set_size_inches(width, height)
 
     def write(x: float, y: float, text: str, **style: Any) -> None:  # inches from the top left corner
         figure.text(x / width, 1 - y / height, text, va="top", parse_math=False, **style)
 
-    write(left, 0.14, top, fontsize=14, fontweight="bold", color=_INK, linespacing=1.25)
     for i, sweep in enumerate(sweeps):
         x = left + i * (panel_width + gap)
         axes = figure.add_axes((x / width, below / height, panel_width / width, panel_height / height))
@@ -116,10 +107,12 @@ def draw_side_by_side(
             axes.set_yticks([])
             axes.set_ylabel("")
         if cell_width >= 0.42 and cell_height >= 0.2:
-            _write_cells(axes, grid, 8 if cell_width >= 0.6 else 7)
+            counts = np.array([[len(sweep.cells.get((length, depth), ())) for length in lengths] for depth in depths])
+            size = 8 if cell_width >= 0.6 else 7
+            _write_cells(axes, grid, counts, min(size, 26 * cell_height) if (counts[counts > 0] < _FEW).any() else size)
         _mark_training_length(axes, lengths, sweep)
-        write(x, top_height, panel_titles[i], fontsize=12, fontweight="bold", color=_INK, linespacing=1.25)
-        write(x, top_height + title_height, captions[i], fontsize=8.5, color=_PALE, linespacing=1.3)
+        write(x, _TOP, panel_titles[i], fontsize=12, fontweight="bold", color=_INK, linespacing=1.25)
+        write(x, _TOP + title_height, captions[i], fontsize=8.5, color=_PALE, linespacing=1.3)
     bar = figure.add_axes((1 - (right - 0.25) / width, below / height, 0.16 / width, panel_height / height))
     colourbar = figure.colorbar(mesh, cax=bar, ticks=[0, 0.25, 0.5, 0.75, 1])
     colourbar.outline.set_visible(False)
@@ -142,19 +135,13 @@ def _label_axes(axes: Any, lengths: list[int], depths: list[float], cell_width: 
     # At least 0.3 inch between length labels, 0.2 between depth labels.
     columns = range(0, len(lengths), max(1, round(0.3 / cell_width)))
     labels = format_lengths(lengths)
-    axes.set_xticks([c + 0.5 for c in columns])
-    axes.set_xticklabels(
-        [labels[c] for c in columns],
-        rotation=45 if slanted else 0,
-        ha="right" if slanted else "center",
-        rotation_mode="anchor",
-    )
+    style = {"rotation": 45, "ha": "right"} if slanted else {"ha": "center"}
+    axes.set_xticks([c + 0.5 for c in columns], [labels[c] for c in columns], rotation_mode="anchor", **style)
     step = max(1, int(np.ceil(0.2 / cell_height)))
     labelled = sorted({*range(0, len(depths), step), len(depths) - 1})
     if len(labelled) > 1 and labelled[-1] - labelled[-2] < step:
         labelled.pop(-2)
-    axes.set_yticks([r + 0.5 for r in labelled])
-    axes.set_yticklabels([f"{depths[r]:.3g}%" for r in labelled])
+    axes.set_yticks([r + 0.5 for r in labelled], [f"{depths[r]:.3g}%" for r in labelled])
     axes.tick_params(length=0, labelsize=8, colors=_INK, pad=5)
     axes.set_xlabel("context length (tokens)", fontsize=9, color=_INK, labelpad=6)
     axes.set_ylabel("depth of the needle", fontsize=9, color=_INK, labelpad=6)
@@ -162,19 +149,14 @@ def _label_axes(axes: Any, lengths: list[int], depths: list[float], cell_width: 
         spine.set_visible(False)
 
 
-def _write_cells(axes: Any, grid: np.ndarray, size: float) -> None:
+def _write_cells(axes: Any, grid: np.ndarray, counts: np.ndarray, size: float) -> None:
     for (row, column), value in np.ndenumerate(grid):
-        text = "-" if np.isnan(value) else f"{value:.2f}".removesuffix(".00") if value in (0, 1) else f"{value:.2f}"
-        dark = not np.isnan(value) and (value < 0.22 or value > 0.85)
-        axes.text(
-            column + 0.5,
-            row + 0.5,
-            text,
-            ha="center",
-            va="center",
-            fontsize=size,
-            color="white" if dark else _INK,
-        )
+        count = counts[row, column]
+        text = f"{value:.2f}".removesuffix(".00") if value in (0, 1) else f"{value:.2f}"
+        if count < _FEW:
+            text = f"{text}\nn={count}" if count else "-"
+        colour = "white" if count and not 0.22 <= value <= 0.85 else _INK
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def _mark_training_length(axes: Any, lengths: list[int], sweep: Sweep) -> None:
@@ -216,54 +198,34 @@ def _lines(text: str) -> int:
     return text.count("\n") + 1 if text else 0
 
 
-def _wrapped(text: str, width: float, measure: Measure, most: int, between: str = " ") -> str:
-    """Broken where `between` stands, at last anywhere, into at most `most` lines of `width` inches.
+def _whole_notes(caption: str) -> str:
+    """The same, with line breaks allowed between its notes only."""
+    return caption.replace(" ", _HARD_SPACE).replace(f"·{_HARD_SPACE}", "· ")
 
-    What has no room is left out of the middle, where paths and names say least.
-    """
-    text = " ".join(text.split())
-    lines: list[str] = []
-    for part in text.split(between):
-        if lines and measure(joined := f"{lines[-1]}{between}{part}") <= width:
-            lines[-1] = joined
-        else:
-            lines += _broken(part, width, measure)
+
+def _wrapped(text: str, width: float, measure: Measure, most: int) -> str:
+    """In at most `most` lines of about `width` inches; what has no room is left out of the middle, where paths and
+    names say least."""
+    text = text.replace("\n", " ")
+    lines = textwrap.wrap(text, max(4, int(0.92 * width * len(text) / measure(text)))) if text.strip() else []
     if len(lines) > most:
         keep = most - most // 2
-        lines = [*lines[:keep], *lines[len(lines) - most // 2 :]]
-        lines[keep - 1] = lines[keep - 1][:-3] + " ..."
+        lines = [*lines[: keep - 1], f"{lines[keep - 1][:-4]} ...", *lines[len(lines) - most // 2 :]]
     return "\n".join(lines)
-
-
-def _broken(part: str, width: float, measure: Measure) -> list[str]:
-    """`part` in pieces of at most `width` inches, broken after a sign or a space where one is near."""
-    pieces = []
-    while measure(part) > width:
-        count = max(1, int(len(part) * width / measure(part)))
-        while count > 1 and measure(part[:count]) > width:
-            count -= 1
-        signs = [match.end() for match in re.finditer(r"[/_,:\s-]", part[:count])]
-        if signs and signs[-1] > count // 2:
-            count = signs[-1]
-        pieces.append(part[:count].rstrip())
-        part = part[count:]
-    return [*pieces, part]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.heatmap", description=(__doc__ or "").split("\n\n")[0])
+    parser = new_parser("heatmap", __doc__)
     add = parser.add_argument
-    add("results", nargs="+", type=Path, help="results of eval.needle, rows of a published sweep, or folders of such")
-    add("--output", type=Path, help="picture to write (.png, .pdf, .svg); without, the last name given is the picture")
-    add("--join", action="store_true", help="all files are parts of one sweep, not panels side by side")
+    add("results", nargs="+", type=path, help="results of eval.needle, rows of a published sweep, or folders of such")
+    add("--output", type=path, help="picture to write (.png, .pdf, .svg); without, the last name given is the picture")
     add("--score", default="exact", help=f"for results of eval.needle: {', '.join(SCORE_NAMES)}")
     add("--score-range", help="lowest and highest possible score of the rows, e.g. 1,10")
     add("--train-length", help="draw the training length here: 2k, or one a panel like 512,2k")
     add("--titles", nargs="+", help="one a panel (default: the checkpoints' names)")
-    add("--title", help="heading of the figure")
     return parser.parse_intermixed_args(argv)  # a picture named last, also after options
 
 
@@ -275,18 +237,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("no picture to write is named; add --output needle.png")
         *results, picture = results
     check_picture(picture)
-    groups = [results] if args.join else [[file] for file in results]
-    if len(groups) > _MOST_PANELS:
+    if len(results) > _MOST_PANELS:
         raise ValueError(
-            f"{len(groups)} files would be {len(groups)} panels, and {_MOST_PANELS} have room; --join takes them as"
-            " parts of one sweep"
+            f"{len(results)} files would be {len(results)} panels, and {_MOST_PANELS} have room; a folder is one panel:"
+            " its files are parts of one sweep"
         )
-    score_range = _score_range(args.score_range) if args.score_range else None
-    sweeps = [read_sweep(group, args.score, score_range) for group in groups]
-    try:
-        trained = [parse_length(length) for length in args.train_length.split(",")] if args.train_length else []
-    except ValueError as error:
-        raise ValueError(f"--train-length: {error}") from None
+    scale = _numbers("--score-range", args.score_range, float)
+    if len(scale) not in (0, 2):
+        raise ValueError(f"--score-range {args.score_range}: expected two numbers like 1,10")
+    sweeps = [read_sweep([file], args.score, (scale[0], scale[1]) if scale else None) for file in results]
+    trained = _numbers("--train-length", args.train_length, parse_length)
     trained *= len(sweeps) if len(trained) == 1 else 1
     for name, values in (("--titles", args.titles), ("--train-length", trained)):
         if values and len(values) != len(sweeps):
@@ -295,13 +255,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sweeps = [replace(sweep, train_length=length) for sweep, length in zip(sweeps, trained, strict=True)]
     numbers = picture.with_name(f"{picture.stem}.cells.json")
     _require_ours(numbers)
-    if len(sweeps) == 1:
-        draw(sweeps[0], picture, args.titles[0] if args.titles else args.title)
-        files.write_json(numbers, sweeps[0].as_json())
-    else:
-        titles = args.titles or _distinct_names(sweeps, results)
-        draw_side_by_side(sweeps, picture, titles, args.title)
-        files.write_json(numbers, {"kind": "needle-heatmaps", "panels": [sweep.as_json() for sweep in sweeps]})
+    titles = args.titles
+    if titles is None and len({sweep.checkpoint for sweep in sweeps}) < len(sweeps):
+        titles = [str(file) for file in results]
+    draw(sweeps, picture, titles)
+    panels = [sweep.as_json() for sweep in sweeps]
+    files.write_json(numbers, panels[0] if len(panels) == 1 else {"kind": "needle-heatmaps", "panels": panels})
     for sweep in sweeps:
         print(describe(sweep) if len(sweeps) == 1 else f"{sweep.checkpoint}: {describe(sweep)}")
     print(f"{picture}\n{numbers}")
@@ -318,17 +277,11 @@ def _require_ours(numbers: Path) -> None:
             raise ValueError(f"{numbers} is where the picture's numbers go, and another file; choose another --output")
 
 
-def _score_range(text: str) -> tuple[float, float]:
+def _numbers(option: str, text: str | None, parse: Callable[[str], Any]) -> list[Any]:
     try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise ValueError(f"--score-range {text}: expected two numbers like 1,10") from None
-    return low, high
-
-
-def _distinct_names(sweeps: Sequence[Sweep], results: Sequence[Path]) -> list[str]:
-    names = [sweep.checkpoint for sweep in sweeps]
-    return names if len(set(names)) == len(names) else [str(file) for file in results]
+        return [parse(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from None
 
 
 if __name__ == "__main__":

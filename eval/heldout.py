@@ -1,7 +1,10 @@
-"""Held-out documents of a recipe as text: read by held-out perplexity and, as a haystack, by the needle."""
+"""Held-out documents of a recipe as text: the `s2_heldout` task of lm-eval, and the needle's haystack."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data.corpus.sources import Source
 from data.shards import TokenShards
@@ -25,27 +28,38 @@ def find_heldout(checkpoint: str | Path) -> Path:
 
 
 def read_texts(path: str | Path, text_column: str = "text") -> Iterator[str]:
-    """Documents of a shard folder, decoded with its own tokenizer, or of any corpus `data.corpus.sources` reads.
-
-    Those are .txt, .md, .jsonl (.gz and .zst too), .parquet, a folder of text files or a glob pattern.
+    """Documents of a shard folder, decoded with its own tokenizer, or of any corpus `data.corpus.sources` reads (.txt,
+    .md, .jsonl, .parquet, a folder of text files, a glob pattern).
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a file without that column.
     """
-    if (Path(path) / "manifest.json").is_file():
-        yield from _shard_texts(Path(path))
-    else:
-        for document in Source(path=str(path), text_column=text_column).documents():
-            yield document.text
-
-
-def _shard_texts(folder: Path) -> Iterator[str]:
-    shards = TokenShards(folder)
+    if not (Path(path) / "manifest.json").is_file():
+        yield from (document.text for document in Source(path=str(path), text_column=text_column).documents())
+        return
+    shards = TokenShards(Path(path))
     tokenizer = read_tokenizer(shards.tokenizer_file)
     frame = {shards.manifest["tokenizer"][key] for key in ("bos_id", "eos_id")}
     for start, stop in zip(shards.offsets[:-1], shards.offsets[1:], strict=True):
         tokens = shards.read(int(start), int(stop)).tolist()
-        if tokens and tokens[0] in frame:
-            tokens = tokens[1:]
-        if tokens and tokens[-1] in frame:
-            tokens = tokens[:-1]
+        tokens = tokens[1:] if tokens and tokens[0] in frame else tokens
+        tokens = tokens[:-1] if tokens and tokens[-1] in frame else tokens
         yield tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def load(pretrained: str, heldout: str | None = None, **_: Any) -> dict[str, Any]:
+    """Rows {text} for `s2_heldout`, of `heldout` (default: the held-out shards of the run that `pretrained` is of).
+
+    Raises FileNotFoundError where there are none, ValueError for documents without any text.
+    """
+    import datasets
+
+    source = heldout or find_heldout(pretrained)
+    rows = [{"text": text} for text in read_texts(source) if text.strip()]
+    if not rows:
+        raise ValueError(f"s2_heldout: {source} has no document with text in it")
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def text(document: dict[str, str]) -> str:
+    # A function, because a template would read a document that looks like a list or a number as one.
+    return document["text"]

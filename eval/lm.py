@@ -15,23 +15,22 @@ import argparse
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry
 from lm_eval.utils import make_table
 
 from eval.adapter import S2LM
-from eval.answers import Answers
+from eval.arguments import DTYPES, new_parser, path
 from eval.checkpoint import check_checkpoint, results_folder
 from eval.heldout import find_heldout
 from eval.local_tasks import LocalTasks, write_local_tasks
-from eval.results import Conditions, write_results
+from eval.results import Answers, Conditions, write_results
 from eval.task_manager import CorrectedTasks
 from s2 import ending
 from s2.files import require_writable, temporary_folder
@@ -39,6 +38,7 @@ from s2.files import require_writable, temporary_folder
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 OWN_TASKS = ("s2_heldout", "s2_passkey")
 _OWN_METADATA = ("heldout", "samples", "seed", "num_lengths")
+_BOS = {"auto": None, "yes": True, "no": False}
 _LIMITS = "expected a number of documents, at least 1, or a fraction of them below 1"
 
 __all__ = ["OWN_TASKS", "S2LM", "evaluate", "main"]
@@ -59,7 +59,7 @@ def evaluate(
 
     Stock tasks read the hub, or local files under `data_dir` (see `eval.local_tasks`). `metadata` reaches
     the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER. Where
-    `unfinished` names a folder, answers are kept there (`eval.answers`), and the same call after an interruption goes
+    `unfinished` names a folder, answers are kept there (`eval.results`), and the same call after an interruption goes
     on from them; `lm.answers.discard()` ends that.
 
     Raises ValueError for an unknown task, settings out of range or lengths in `metadata` beyond the model's;
@@ -83,7 +83,7 @@ def evaluate(
     with temporary_folder() as temporary:
         include = [str(TASKS_FOLDER)]
         if stock and data_dir is not None:
-            local = write_local_tasks(stock_index(), stock, data_dir, temporary)
+            local = write_local_tasks(stock_tasks(), stock, data_dir, temporary)
             include.append(str(temporary))
         for_tasks = {"pretrained": str(lm.checkpoint.folder), "max_length": lm.max_length, **given}
         for_tasks |= {"heldout": str(heldout)} if heldout else {}
@@ -108,7 +108,9 @@ def evaluate(
             metadata=given,
         )
         lm.overflow.clear()
-        with _kept_answers(lm, unfinished, conditions):
+        identity = {"fingerprint": lm.checkpoint.fingerprint}
+        lm.answers = None if unfinished is None else Answers(unfinished, conditions.name, identity)
+        with nullcontext() if lm.answers is None else closing(lm.answers):
             results = lm_eval.simple_evaluate(
                 lm,
                 tasks=list(tasks),
@@ -129,27 +131,13 @@ def evaluate(
     return results
 
 
-@contextmanager
-def _kept_answers(lm: S2LM, folder: Path | None, conditions: Conditions) -> Iterator[None]:
-    lm.answers = None
-    if folder is not None:
-        lm.answers = Answers(folder, conditions.name, {"fingerprint": lm.checkpoint.describe()["fingerprint"]})
-        if len(lm.answers):
-            print(f"{len(lm.answers):,} answers of an interrupted evaluation are there; going on from them", flush=True)
-    try:
-        yield
-    finally:
-        if lm.answers is not None:
-            lm.answers.close()
-
-
 def check_tasks(tasks: Sequence[str], data_dir: Path | None) -> list[str]:
     """The stock tasks among `tasks`. Raises ValueError for an unknown name, or local data that no task reads."""
     if not tasks:
         raise ValueError("--tasks: no task is named")
     stock = [name for name in tasks if name not in OWN_TASKS]
-    if unknown := [name for name in stock if name not in stock_index()]:
-        close = difflib.get_close_matches(unknown[0], [*OWN_TASKS, *stock_index()], n=3)
+    if stock and (unknown := [name for name in stock if name not in stock_tasks().task_index]):
+        close = difflib.get_close_matches(unknown[0], [*OWN_TASKS, *stock_tasks().all_tasks], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "lm-eval's are listed by `lm-eval ls tasks`"
         raise ValueError(
             f"--tasks {unknown[0]}: no task, group or tag of this name; ours are {', '.join(OWN_TASKS)}, {hint}"
@@ -171,9 +159,9 @@ def check_amounts(limit: float | None, num_fewshot: int | None, stock: Sequence[
 
 
 @cache
-def stock_index() -> Mapping[str, Entry]:
+def stock_tasks() -> TaskManager:
     """Tasks, groups and tags that lm-eval brings along; reading its thousands of files takes seconds."""
-    return TaskManager().task_index
+    return TaskManager()
 
 
 def table(results: dict[str, Any]) -> str:
@@ -214,54 +202,30 @@ def _metadata(text: str) -> dict[str, Any]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.lm", description=(__doc__ or "").split("\n\n")[0])
+    parser = new_parser("lm", __doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
+    # fmt: off
+    add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
     add("--tasks", default=",".join(OWN_TASKS), help="comma-separated lm-eval names (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        help="folder for table and JSON (default: the run's results folder; runs/eval/<name>/results for others')",
-    )
-    add(
-        "--limit",
-        type=_limit,
-        help="only the first documents of each task, or a fraction below 1: for a quick look, not for a result",
-    )
+    add("--output", type=path,
+        help="folder for table and JSON (default: the run's results folder; runs/eval/<name>/results for others")
+    add("--limit", type=_limit,
+        help="only the first documents of each task, or a fraction below 1: for a quick look, not for a result")
     add("--num-fewshot", type=int, help="default: as each task says")
-    add("--data-dir", type=Path, help="local files for stock tasks: FOLDER/<task>/<split>.jsonl(.gz)")
-    add(
-        "--heldout",
-        type=Path,
-        help="documents for s2_heldout (jsonl, text, shard folder); default: the run's own",
-    )
-    add(
-        "--metadata",
-        type=_metadata,
-        default={},
-        help="""JSON for tasks that build their data: '{"max_seq_lengths": [4096]}'""",
-    )
+    add("--data-dir", type=path, help="local files for stock tasks: FOLDER/<task>/<split>.jsonl(.gz)")
+    add("--heldout", type=path,
+        help="documents for s2_heldout (jsonl, text, shard folder); default: the run's own")
+    add("--metadata", type=_metadata, default={},
+        help="""JSON for tasks that build their data: '{"max_seq_lengths": [4096]}'""")
     add("--max-length", type=int, help="shorter than the model's own, to compare checkpoints alike")
-    add(
-        "--overflow",
-        choices=("warn", "error"),
-        default="warn",
-        help="inputs beyond max_length: cut and count, or stop",
-    )
-    add(
-        "--bos",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="BOS before every text; auto: as the tokenizer does",
-    )
+    add("--overflow", choices=("warn", "error"), default="warn",
+        help="inputs beyond max_length: cut and count, or stop")
+    add("--bos", choices=tuple(_BOS), default="auto", help="BOS before every text; auto: as the tokenizer does")
     add("--batch-tokens", type=int, default=16384, help="tokens of a batch; lower it where memory is full")
     add("--device", help="default: the GPU if there is one")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: bfloat16 on a GPU, float32 on a CPU",
-    )
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--log-samples", action="store_true", help="write every document's answer into the JSON too")
+    # fmt: on
     return parser.parse_args(argv)
 
 
@@ -284,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=args.dtype,
         max_length=args.max_length,
         batch_tokens=args.batch_tokens,
-        add_bos_token={"auto": None, "yes": True, "no": False}[args.bos],
+        add_bos_token=_BOS[args.bos],
         on_overflow=args.overflow,
     )
     results = evaluate(

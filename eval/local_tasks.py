@@ -9,14 +9,13 @@ dataset_name says.
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lm_eval.tasks._index import Entry, Kind
-from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.tasks import TaskManager
 
 from s2.files import write_text
 
@@ -31,11 +30,11 @@ class LocalTasks:
     files: set[Path] = field(default_factory=set)
 
 
-def write_local_tasks(index: Mapping[str, Entry], names: Iterable[str], data: Path, folder: Path) -> LocalTasks:
+def write_local_tasks(stock: TaskManager, names: Iterable[str], data: Path, folder: Path) -> LocalTasks:
     """Write, into `folder`, a YAML per stock task behind `names` that includes its file and reads `data`.
 
-    `names` are tasks, groups or tags of lm-eval's `index`; groups come along, so `folder` alone is enough
-    for a TaskManager.
+    `names` are tasks, groups or tags of lm-eval's `stock`; groups come along, so `folder` alone is enough for a
+    TaskManager.
 
     Raises FileNotFoundError for a data folder, a task's folder or the split it is evaluated on that is
     missing; ValueError for a joined file without the task's rows, or a group that cannot read local files.
@@ -46,111 +45,91 @@ def write_local_tasks(index: Mapping[str, Entry], names: Iterable[str], data: Pa
     found = LocalTasks()
     waiting, seen = list(names), set()
     while waiting:
-        name = waiting.pop()
-        if name in seen:
+        if (name := waiting.pop()) in seen:
             continue
         seen.add(name)
-        entry = index[name]
-        if entry.kind == Kind.TAG:
+        entry = stock.task_index[name]
+        config = entry.cfg or {}
+        if name in stock.all_tags:
             waiting += sorted(entry.tags)
-        elif entry.kind == Kind.GROUP:
-            waiting += _write_group(entry, folder)
+            continue
+        if entry.yaml_path is None:
+            raise ValueError(f"--tasks {name}: it has no YAML file and cannot read --data-dir")
+        override: dict[str, Any] = {"include": str(entry.yaml_path)}
+        if name in stock.all_groups:
+            waiting += _members(name, config)
+            override["group"] = name
         else:
-            _write_task(entry, data, folder, found)
+            override |= {"task": name} | _local_data(name, config, data, folder, found)
+        write_text(folder / f"{name}.yaml", yaml.safe_dump(override, sort_keys=False))
     found.remarks.sort()
     return found
 
 
-def _write_group(entry: Entry, folder: Path) -> list[str]:
-    """Write a group's YAML; return the names of its members."""
-    members = [
-        member if isinstance(member, str) else member.get("task", member.get("group"))
-        for member in load_yaml(_path(entry), resolve_func=False)["task"]
-    ]
+def _members(name: str, group: Mapping[str, Any]) -> list[str]:
+    members = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in group["task"]]
     if inline := [member for member in members if not isinstance(member, str)]:
-        raise ValueError(f"--tasks {entry.name}: its inline group {inline[0]!r} cannot read --data-dir; name the tasks")
-    _write_yaml(folder / f"{entry.name}.group.yaml", {"include": str(_path(entry)), "group": entry.name})
+        raise ValueError(f"--tasks {name}: its inline group {inline[0]!r} cannot read --data-dir; name the tasks")
     return members
 
 
-def _write_task(entry: Entry, data: Path, folder: Path, found: LocalTasks) -> None:
-    stock = load_yaml(_path(entry), resolve_func=False)
-    words = entry.name.split("_")
+def _local_data(name: str, stock: Mapping[str, Any], data: Path, folder: Path, found: LocalTasks) -> dict[str, Any]:
+    """The keys of a task's YAML that say where its rows are."""
+    words = name.split("_")
     candidates = ["_".join(words[:n]) for n in range(len(words), 0, -1)]  # mmlu_astronomy, then mmlu
-    source = next((data / name for name in candidates if (data / name).is_dir()), None)
+    source = next((data / candidate for candidate in candidates if (data / candidate).is_dir()), None)
     if source is None:
         raise FileNotFoundError(
-            f"--data-dir {data} has no folder for task {entry.name!r} (looked for: {', '.join(candidates)});"
+            f"--data-dir {data} has no folder for task {name!r} (looked for: {', '.join(candidates)});"
             f" it has: {', '.join(sorted(path.name for path in data.iterdir() if path.is_dir()))}"
         )
-    override: dict[str, Any] = {"include": str(_path(entry)), "task": entry.name}
-    override |= {"dataset_path": "json", "dataset_name": None}
+    override: dict[str, Any] = {"dataset_path": "json", "dataset_name": None}
     files: dict[str, str] = {}
     evaluated = stock.get("test_split") or stock.get("validation_split")
     fewshot = stock.get("fewshot_split")
     for split in dict.fromkeys(filter(None, [*(stock.get(key) for key in _SPLITS), fewshot])):
-        file = _split_file(source, split)
+        choices = (source / f"{split}{suffix}" for suffix in (".jsonl.gz", ".jsonl"))
+        file = next((choice for choice in choices if choice.is_file()), None)
         if file is not None:
-            if file not in found.files:
-                _check_rows(file)
+            if file not in found.files and not sum(1 for _ in _rows(file)):
+                raise ValueError(f"{file} is empty; expected one JSON object a line")
             found.files.add(file)
-            if source.name != entry.name:
-                file = _rows_of_task(file, stock, folder / entry.name / f"{split}.jsonl", entry.name)
+            if source.name != name:
+                file = _rows_of_task(file, stock.get("dataset_name"), folder / name / f"{split}.jsonl", name)
             files[split] = str(file.resolve())
         elif split == evaluated:
             raise FileNotFoundError(
-                f"task {entry.name!r} is evaluated on its {split} split; expected {source / split}.jsonl or .jsonl.gz"
+                f"task {name!r} is evaluated on its {split} split; expected {source / split}.jsonl or .jsonl.gz"
             )
         else:
             override |= {key: None for key in _SPLITS if stock.get(key) == split}
             if split == (fewshot or stock.get("training_split")):
                 override["fewshot_split"] = None
                 found.remarks.append(
-                    f"{entry.name}: no local {split} split, so few-shot examples come from another one, and never are"
+                    f"{name}: no local {split} split, so few-shot examples come from another one, and never are"
                     " the document that is asked about"
                 )
-    _write_yaml(folder / f"{entry.name}.yaml", override | {"dataset_kwargs": {"data_files": files}})
+    return override | {"dataset_kwargs": {"data_files": files}}
 
 
-def _split_file(source: Path, split: str) -> Path | None:
-    candidates = (source / f"{split}{suffix}" for suffix in (".jsonl.gz", ".jsonl"))
-    return next((file for file in candidates if file.is_file()), None)
-
-
-def _check_rows(file: Path) -> None:
-    """Raises ValueError for a file without rows, or the first line that is none."""
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line and its object. Raises ValueError for the first line that is none."""
     opener = gzip.open if file.suffix == ".gz" else open
-    rows = 0
+    number = 1
     try:
         with opener(file, "rt", encoding="utf-8") as stream:
             for line in stream:
-                if not isinstance(json.loads(line), dict):
+                if not isinstance(row := json.loads(line), dict):
                     raise ValueError("not a JSON object")
-                rows += 1
+                yield line, row
+                number += 1
     except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}, line {rows + 1}: {error}") from None
-    if rows == 0:
-        raise ValueError(f"{file} is empty; expected one JSON object a line")
+        raise ValueError(f"{file}, line {number}: {error}") from None
 
 
-def _rows_of_task(file: Path, stock: Mapping[str, Any], target: Path, task: str) -> Path:
+def _rows_of_task(file: Path, subject: str | None, target: Path, task: str) -> Path:
     """Copy the rows whose `subject` is the task's dataset_name."""
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as stream:
-        rows = [line for line in stream if json.loads(line).get("subject") == stock.get("dataset_name")]
-    if not rows:
-        raise ValueError(
-            f"{file} has no row whose 'subject' is {stock.get('dataset_name')!r}, which task {task!r} needs"
-        )
-    write_text(target, "".join(rows))
+    if not (lines := [line for line, row in _rows(file) if row.get("subject") == subject]):
+        raise ValueError(f"{file} has no row whose 'subject' is {subject!r}, which task {task!r} needs")
+    write_text(target, "".join(lines))
     return target
-
-
-def _path(entry: Entry) -> Path:
-    if entry.yaml_path is None:
-        raise ValueError(f"--tasks {entry.name}: it has no YAML file and cannot read --data-dir")
-    return entry.yaml_path
-
-
-def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
-    write_text(file, yaml.safe_dump(dict(content), sort_keys=False))

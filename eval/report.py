@@ -1,31 +1,44 @@
-"""One page of a run's results: `python -m eval.report runs/demo/extend-2k`, or several runs side by side.
+"""One page of a run's results, or of several runs side by side.
 
-Reads what the other programs left in a run folder (lm-eval results, needle sweeps, held-out losses of the
-training log) and writes Markdown: `results/README.md` of the run, or for several runs the file that
-`--output` names. Results of weights that the run no longer has are left out, and named.
+    python -m eval.report runs/demo/extend-2k                                          # its results/README.md
+    python -m eval.report runs/demo/pretrain runs/demo/extend-2k --output report.html
+
+Reads what the other programs left in a run folder (lm-eval results, needle sweeps, held-out losses of the training log)
+and writes Markdown with links to the pictures, or HTML (.html) with the pictures in it, so that the page can be sent.
+Results of weights that the run no longer has are left out, and named.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
+import base64
+import html
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 from lm_eval.utils import make_table
 
+from eval.arguments import new_parser, path
 from eval.checkpoint import fingerprint, results_folder
-from eval.sweep import Sweep, describe, format_lengths, read_sweep
+from eval.grid import format_lengths
+from eval.sweep import Sweep, describe, read_sweep
 from s2 import ending
 from s2.files import read_json, write_text
+from s2.tables import markdown
+from s2.training.metrics import read_metrics
 
 _SIGNATURE = "<!-- written by python -m eval.report, which replaces it -->"
 _EARLIER = ("# Results of ", "# Side by side: ")  # how pages begin that have no signature yet
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+    "td,th{border:1px solid #ccd2d8;padding:.25em .6em;text-align:left}"
+    "p:has(img){display:inline-block;width:49%;min-width:24em}img{max-width:100%}"
+)
 _TABLE = ("results", "versions", "n-shot", "higher_is_better")  # what lm-eval makes a table of
 # What lm-eval results record beside the conditions under which they hold.
 _ABOUT = {
@@ -71,7 +84,7 @@ class RunResults:
                 lm.append(_table_of(file, content))
             elif content.get("samples"):
                 needle[file] = read_sweep([file])
-        losses = _validation_losses(folder / "logs" / "metrics.csv")
+        losses = _held_out_losses(folder / "logs" / "metrics.csv")
         if not (lm or needle or losses or left_out):
             raise FileNotFoundError(
                 f"run {folder} has no results yet: neither results/*.json (`make eval`, `make needle`) nor"
@@ -92,34 +105,22 @@ def labels(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve().parts for folder in folders]
 
     def last(parts: tuple[str, ...], count: int) -> str:
-        return "/".join(parts[-count:]).replace("//", "/").removeprefix("/")
+        return "/".join(parts[-count:]).replace("//", "/").removeprefix("/" if count < len(parts) else "")
 
     def label(parts: tuple[str, ...]) -> str:
-        for count in range(2, len(parts)):
-            if sum(last(other, count) == last(parts, count) for other in paths) == 1:
-                return last(parts, count)
-        return "/".join(parts).replace("//", "/")
+        shortest = (n for n in range(2, len(parts)) if [last(p, n) for p in paths].count(last(parts, n)) == 1)
+        return last(parts, next(shortest, len(parts)))
 
     return [label(parts) for parts in paths]
 
 
-def _validation_losses(file: Path) -> list[dict[str, float]]:
+def _held_out_losses(file: Path) -> list[dict[str, float]]:
     """Rows of the training log that hold `val/<name>/loss` columns, as {step, tokens, <name>: loss}."""
-    if not file.is_file():
-        return []
     rows = []
-    with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
-        for number, row in enumerate(csv.DictReader(stream), start=2):
-            try:
-                losses = {
-                    key.removeprefix("val/").removesuffix("/loss"): float(value)
-                    for key, value in row.items()
-                    if key and value and key.startswith("val/") and key.endswith("/loss")
-                }
-                if losses:
-                    rows.append({"step": float(row["step"]), "tokens": float(row.get("tokens") or 0), **losses})
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{file}, line {number}: not a row of the training log ({error})") from None
+    for row in read_metrics(file, strict=True):
+        keys = [key for key in row if key.startswith("val/") and key.endswith("/loss")]
+        losses = {key.removeprefix("val/").removesuffix("/loss"): row[key] for key in keys}
+        rows += [{"step": row["step"], "tokens": row["tokens"], **losses}] if losses else []
     return rows
 
 
@@ -128,15 +129,9 @@ def run_page(run: RunResults, page: Path) -> str:
     (name,) = labels([run.folder])
     parts = [f"# Results of {name}"]
     if run.losses:
-        parts += ["## Held-out loss", _losses_table(run.losses)]
-        if (run.folder / "loss.png").is_file():
-            parts.append(_picture("loss over tokens", run.folder / "loss.png", page))
-    for file, sweep in run.needle.items():
-        parts += [f"## {_needle_heading(file.stem)}", describe(sweep), _needle_table([(name, sweep)])]
-        if file.with_suffix(".png").is_file():
-            parts.append(_picture(f"needle heatmap of {name}", file.with_suffix(".png"), page))
-    if run.lm:
-        parts.append("## Downstream tasks")
+        parts += ["## Held-out loss", _losses_table(run.losses), *_picture("loss", run.folder / "loss.png", page)]
+    parts += _needle_parts([run], [name], page)
+    parts += ["## Downstream tasks"] if run.lm else []
     for results in run.lm:
         parts += [_lm_conditions(results), make_table(results).strip()]
     return _page([*parts, *_left_out([run], [name])])
@@ -148,31 +143,48 @@ def comparison_page(runs: Sequence[RunResults], page: Path) -> str:
     parts = ["# Side by side: " + ", ".join(names)]
     last = [run.losses[-1] if run.losses else {} for run in runs]
     if any(last):
-        sets = list(dict.fromkeys(key for row in last for key in row if key not in ("step", "tokens")))
         rows = [["tokens", *(f"{row['tokens']:,.0f}" if row else "-" for row in last)]]
-        rows += [[name, *(_number(row.get(name)) for row in last)] for name in sets]
-        parts += ["## Held-out loss at the end", _markdown(["set", *names], rows)]
-    for stem in dict.fromkeys(file.stem for run in runs for file in run.needle):
-        found = [
-            (name, file, sweep)
-            for name, run in zip(names, runs, strict=True)
-            for file, sweep in run.needle.items()
-            if file.stem == stem
-        ]
-        parts += [f"## {_needle_heading(stem)}", _needle_table([(name, sweep) for name, _, sweep in found])]
-        parts.append("\n".join(f"- {name}: {describe(sweep)}" for name, _, sweep in found))
-        for name, file, _ in found:
-            if file.with_suffix(".png").is_file():
-                parts.append(_picture(f"needle heatmap of {name}", file.with_suffix(".png"), page))
+        rows += [[name, *(_number(row.get(name)) for row in last)] for name in _sets(last)]
+        parts += ["## Held-out loss at the end", markdown(["set", *names], rows)]
+    parts += _needle_parts(runs, names, page)
     if rows := _metric_rows(runs):
         header = ["task", "n-shot", "metric", "conditions", *names]
         if not any(row[3] for row in rows):
             header, rows = header[:3] + header[4:], [row[:3] + row[4:] for row in rows]
-        conditions = [
-            f"{name}\n\n{_lm_conditions(results)}" for name, run in zip(names, runs, strict=True) for results in run.lm
-        ]
-        parts += ["## Downstream tasks", _markdown(header, rows), *conditions]
+        parts += ["## Downstream tasks", markdown(header, rows)]
+        for name, run in zip(names, runs, strict=True):
+            parts += [f"{name}\n\n{_lm_conditions(results)}" for results in run.lm]
     return _page([*parts, *_left_out(runs, names)])
+
+
+def _needle_parts(runs: Sequence[RunResults], names: Sequence[str], page: Path) -> list[str]:
+    """A section for each name of results, with a row for each run that has them."""
+    found: dict[str, list[tuple[str, Path, Sweep]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        for file, sweep in run.needle.items():
+            found.setdefault(file.stem, []).append((name, file, sweep))
+    parts = []
+    for stem, sweeps in found.items():
+        which = stem.removeprefix("needle").strip("-")
+        parts.append("## Needle in a haystack" + (f": {which}" if which else ""))
+        parts.append(_needle_table([(name, sweep) for name, _, sweep in sweeps]))
+        parts.append("\n".join(f"- {name}: {describe(sweep)}" for name, _, sweep in sweeps))
+        for name, file, _ in sweeps:
+            parts += _picture(f"needle heatmap of {name}", file.with_suffix(".png"), page)
+    return parts
+
+
+def to_html(text: str, page: Path) -> str:
+    """A Markdown page as HTML that needs no other file: the pictures are in it."""
+    from markdown import markdown as convert
+
+    def embed(match: re.Match[str]) -> str:
+        picture = page.parent / unquote(match[1])
+        return f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"'
+
+    body = re.sub(r'src="([^"]+\.png)"', embed, convert(text, extensions=["tables"]))
+    title = html.escape(text.splitlines()[0].lstrip("# "))
+    return f'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>\n{body}\n'
 
 
 def _page(parts: Sequence[str]) -> str:
@@ -187,17 +199,17 @@ def _left_out(runs: Sequence[RunResults], names: Sequence[str]) -> list[str]:
     ]
 
 
-def _needle_heading(stem: str) -> str:
-    return "Needle in a haystack" + (f": {stem.removeprefix('needle').strip('-')}" if stem != "needle" else "")
+def _sets(rows: Iterable[dict[str, float]]) -> list[str]:
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("step", "tokens")]
 
 
 def _losses_table(losses: Sequence[dict[str, float]]) -> str:
-    names = list(dict.fromkeys(key for row in losses for key in row if key not in ("step", "tokens")))
+    names = _sets(losses)
     picked = losses if len(losses) <= 8 else [losses[round(i)] for i in np.linspace(0, len(losses) - 1, 8)]
     rows = [
         [f"{row['step']:,.0f}", f"{row['tokens']:,.0f}", *(_number(row.get(name)) for name in names)] for row in picked
     ]
-    return _markdown(["step", "tokens", *names], rows)
+    return markdown(["step", "tokens", *names], rows)
 
 
 def _needle_table(sweeps: Sequence[tuple[str, Sweep]]) -> str:
@@ -217,7 +229,7 @@ def _needle_table(sweeps: Sequence[tuple[str, Sweep]]) -> str:
                 f"{by_depth[low]:.3f} at {sweep.depths[low]:g}%",
             ]
         )
-    return _markdown(["checkpoint", "mean (95%)", *format_lengths(lengths), "worst depth"], rows)
+    return markdown(["checkpoint", "mean (95%)", *format_lengths(lengths), "worst depth"], rows)
 
 
 def _metric_rows(runs: Sequence[RunResults]) -> list[list[str]]:
@@ -230,14 +242,14 @@ def _metric_rows(runs: Sequence[RunResults]) -> list[list[str]]:
     for column, run in enumerate(runs):
         for results in run.lm:
             conditions = {key: str(value) for key, value in results["s2"].items() if key not in _ABOUT}
-            for key, text in _metrics(results).items():
+            for key, text in _metrics(results):
                 found.setdefault(key, []).append((column, conditions, text))
     rows = []
     for key, values in found.items():
         differing = {"limit"} if any(c.get("limit", "None") != "None" for _, c, _ in values) else set()
-        for column in range(len(runs)):
-            own = [conditions for c, conditions, _ in values if c == column]
-            differing |= {name for c in own for name in c if len({other.get(name) for other in own}) > 1}
+        for column, conditions, _ in values:
+            others = [other for c, other, _ in values if c == column]
+            differing |= {name for name in conditions if len({other.get(name) for other in others}) > 1}
         cells: dict[str, list[str]] = {}
         for column, conditions, text in values:
             said = ", ".join(f"{name} {conditions.get(name, '?')}" for name in sorted(differing))
@@ -246,20 +258,17 @@ def _metric_rows(runs: Sequence[RunResults]) -> list[list[str]]:
     return rows
 
 
-def _metrics(results: dict[str, Any]) -> dict[tuple[str, str, str], str]:
-    """{(task, shots, metric): value ± standard error}"""
-    found = {}
+def _metrics(results: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], str]]:
+    """((task, shots, metric), value ± standard error)"""
     for task, values in results["results"].items():
         shots = str(results.get("n-shot", {}).get(task, ""))
         for key, value in values.items():
             name, _, filtered = key.partition(",")
-            if not isinstance(value, float) or name.endswith("_stderr"):
-                continue
-            error = values.get(f"{name}_stderr,{filtered}")
-            label = name if filtered in ("", "none") else f"{name} ({filtered})"
-            margin = f" ± {error:.4f}" if isinstance(error, float) else ""
-            found[task, shots, label] = f"{value:.4f}{margin}"
-    return found
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = values.get(f"{name}_stderr,{filtered}")
+                margin = f" ± {error:.4f}" if isinstance(error, float) else ""
+                label = name if filtered in ("", "none") else f"{name} ({filtered})"
+                yield (task, shots, label), f"{value:.4f}{margin}"
 
 
 def _lm_conditions(results: dict[str, Any]) -> str:
@@ -269,14 +278,10 @@ def _lm_conditions(results: dict[str, Any]) -> str:
     return f"{', '.join(about['tasks'])}: {', '.join(known)}, cut inputs: {about.get('cut_inputs', 'unknown')}"
 
 
-def _picture(text: str, file: Path, page: Path) -> str:
+def _picture(text: str, file: Path, page: Path) -> list[str]:
+    """A link to a picture, where there is one."""
     link = Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix()
-    return f"![{text}]({quote(link, safe='/+,')})"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return [f"![{text}]({quote(link, safe='/+,')})"] if file.is_file() else []
 
 
 def _number(value: float | None) -> str:
@@ -292,9 +297,9 @@ def _require_ours(page: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, e.g. runs/demo/pretrain runs/demo/extend-2k")
-    parser.add_argument("--output", type=Path, help="file to write (default, for one run: its results/README.md)")
+    parser = new_parser("report", __doc__)
+    parser.add_argument("runs", nargs="+", type=path, help="run folders: runs/demo/pretrain runs/demo/extend-2k")
+    parser.add_argument("--output", type=path, help=".md or .html to write (for one run: its results/README.md)")
     args = parser.parse_args(argv)
     if len(args.runs) > 1 and args.output is None:
         raise ValueError("several runs need --output FILE, e.g. --output runs/demo/README.md")
@@ -302,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _require_ours(page)
     read = [RunResults.read(folder) for folder in args.runs]
     runs = list({run.folder.resolve(): run for run in read}.values())  # a run that is named twice is one column
-    write_text(page, run_page(runs[0], page) if len(runs) == 1 else comparison_page(runs, page))
+    text = run_page(runs[0], page) if len(runs) == 1 else comparison_page(runs, page)
+    write_text(page, to_html(text, page) if page.suffix in (".html", ".htm") else text)
     print(page)
 
 

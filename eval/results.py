@@ -1,8 +1,11 @@
-"""Result files of lm-eval tables: one for each set of conditions, so that none replaces another's."""
+"""Result files of lm-eval tables, one for each set of conditions, so that none replaces another's, and the answers of
+evaluations that are not finished."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from s2.files import checksum, move_aside, read_json, write_json, write_text
+from s2.files import checksum, make_folder, move_aside, read_json, remove_files, write_json, write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,3 +96,59 @@ def _checksum(source: Path) -> str | None:
 def _name(value: Any) -> str:
     """What JSON cannot say (dtypes, functions, paths) becomes its name."""
     return value.__qualname__ if callable(value) and hasattr(value, "__qualname__") else str(value)
+
+
+class Answers:
+    """Answers of an evaluation that is not finished, a line for each request in `folder/.unfinished/<name>.jsonl`: what
+    is interrupted goes on from them.
+
+    Args:
+        folder: of the results.
+        name: of the table.
+        identity: what the answers depend on beyond the requests; a file of another identity is begun anew.
+    """
+
+    def __init__(self, folder: Path, name: str, identity: dict[str, Any]) -> None:
+        self._folder = make_folder(folder / ".unfinished", "answers of unfinished evaluations")
+        self._file = self._folder / f"{name}.jsonl"
+        header = json.dumps(identity, sort_keys=True)
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        self._known: dict[str, tuple[Any, str | None]] = {}
+        for line in lines[1:] if lines[:1] == [header] else []:
+            with contextlib.suppress(ValueError):  # cut by a kill
+                key, result, cut = json.loads(line)
+                self._known[key] = (tuple(result) if isinstance(result, list) else result, cut)
+        rows = [json.dumps([key, *value]) for key, value in self._known.items()]
+        write_text(self._file, "".join(f"{line}\n" for line in (header, *rows)))
+        self._stream = self._file.open("a", encoding="utf-8", buffering=1)
+        if rows:
+            print(f"{len(rows):,} answers of an interrupted evaluation are there; going on from them", flush=True)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, kind: str, args: Any) -> tuple[Any, str | None] | None:
+        """The result of a request and what of it was cut; None where it is not known."""
+        return self._known.get(_key(kind, args))
+
+    def add(self, kind: str, args: Any, result: Any, cut: str | None) -> None:
+        """Keep a result. Where the disk is full, only a warning says so."""
+        try:
+            if not self._stream.closed:
+                self._stream.write(json.dumps([_key(kind, args), result, cut]) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written (%s): an interruption would lose what is scored now", self._file, error)
+            self.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # `add` has said so
+            self._stream.close()
+
+    def discard(self) -> None:
+        """Forget them: the table is written."""
+        self.close()
+        remove_files(self._folder, self._file.name)
+
+
+def _key(kind: str, args: Any) -> str:
+    return hashlib.sha256(json.dumps([kind, args], sort_keys=True).encode()).hexdigest()[:32]

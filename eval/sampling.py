@@ -8,22 +8,14 @@ import torch
 
 from s2.inference.generate import check_sampling
 
+MAX_NEW_TOKENS = 256  # lm-eval's, where a task does not say
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 # Values of options that are not implemented with which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "repetition_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "length_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "min_p": (0,),
-    "typical_p": (1,),
-    "min_new_tokens": (0,),
-    "use_cache": (True, False),
-    "early_stopping": (True, False),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "repetition_penalty", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_p", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("use_cache", "early_stopping"), (True, False)),
 }
 
 
@@ -35,14 +27,14 @@ class Sampling:
     """
 
     until: tuple[str, ...] = ()
-    max_new_tokens: int = 256
+    max_new_tokens: int = MAX_NEW_TOKENS
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
 
     @classmethod
-    def read(cls, options: Mapping[str, Any], max_new_tokens: int) -> "Sampling":
+    def read(cls, options: Mapping[str, Any]) -> "Sampling":
         """The `generation_kwargs` of a task.
 
         As in lm-eval and transformers, `do_sample: false` is greedy whatever else is there, and a temperature above 0
@@ -65,7 +57,7 @@ class Sampling:
         greedy = temperature == 0.0
         read = cls(
             tuple(until),
-            _whole("max_gen_toks", next((given[key] for key in _LENGTHS if key in given), max_new_tokens), 1),
+            _whole("max_gen_toks", next((given[key] for key in _LENGTHS if key in given), MAX_NEW_TOKENS), 1),
             temperature,
             1.0 if greedy else _number("top_p", given.get("top_p", 1)),
             0 if greedy else _whole("top_k", given.get("top_k", 0), 0),

@@ -13,11 +13,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,9 @@ SCORE_NAMES = {
     "partial": "teacher-forced token accuracy",
     "generated": "greedy generation, exact match",
 }
-_PUBLISHED = ("context_length", "depth_percent", "score")
+_COLUMNS = ("context_length", "depth_percent", "score")  # of published rows
+_OWN = ("length", "depth", "score")
+_KINDS = {list: "a list", dict: "an object", float: "a number"}
 _Z = 1.959964  # two-sided 95 %
 
 
@@ -51,7 +52,7 @@ class Sweep:
     checkpoint: str
     scorer: str
     train_length: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -135,16 +136,16 @@ def read_sweep(files: Sequence[Path], score: str = "exact", score_range: tuple[f
         raise ValueError(f"{', '.join(map(str, files))}: no samples")
     if len(names) > 1 or len({part.fingerprint for part in parts if part.fingerprint}) > 1:
         raise ValueError(
-            f"{', '.join(map(str, files))}: of several checkpoints ({', '.join(names)}); files of one sweep"
+            f"{', '.join(map(str, files))}: of several checkpoints ({', '.join(names[:4])}); files of one sweep"
             " are of one checkpoint, others are drawn side by side"
         )
     cells: defaultdict[tuple[int, float], list[float]] = defaultdict(list)
     seen = set()
     for part in parts:
-        low, high = scale if part.published else (0.0, 1.0)
+        low, high = scale if part.is_published else (0.0, 1.0)
         for row in part.rows:
             if not low <= row.score <= high:
-                hint = "" if score_range or not part.published else "; name the scale with --score-range, like 1,10"
+                hint = "" if score_range or not part.is_published else "; name the scale with --score-range, like 1,10"
                 raise ValueError(f"{row.place}: score {row.score:g} is outside {low:g}..{high:g}{hint}")
             if row.identity is None or row.identity not in seen:
                 cells[row.length, row.depth] += [(row.score - low) / (high - low)] * row.n
@@ -175,7 +176,7 @@ class _Part:
     train_length: int | None = None
     notes: tuple[str, ...] = ()
     fingerprint: str | None = None
-    published: bool = False
+    is_published: bool = False
 
 
 def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
@@ -192,208 +193,116 @@ def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _read(file: Path, score: str) -> _Part:
     content = _parse(file)
-    if isinstance(content, dict):
-        if content.get("kind") == "needle":
-            return _samples(file, content, score)
-        if content.get("kind") == "needle-heatmap" and "cells" in content:
-            return _cells(file, content)
-        if not set(_PUBLISHED) & set(content):
-            raise ValueError(
-                f"{file}: expected a result file of eval.needle or rows of context_length, depth_percent, score"
-            )
-        content = [("", content)]
-    return _published(file, content)
+    if isinstance(content, dict) and content.get("kind") == "needle":
+        return _samples(file, content, score)
+    if isinstance(content, dict) and content.get("kind") == "needle-heatmap":
+        cells = [(f"{file}, cell {i}", cell) for i, cell in enumerate(_get(file, content, "cells", list), start=1)]
+        rows = [replace(_row(place, c, _OWN), n=max(1, int(_get(place, c, "n", float)))) for place, c in cells]
+        notes = tuple(map(_text, _get(file, content, "notes", list, [])))
+        scorer = _text(content.get("scorer", ""))
+        return _Part(rows, _name(file, content), scorer, _train_length(file, content), notes)
+    if isinstance(content, dict) and not set(_COLUMNS) & set(content):
+        raise ValueError(f"{file}: expected a result file of eval.needle or rows of {', '.join(_COLUMNS)}")
+    found = [(str(file), content)] if isinstance(content, dict) else content
+    rows = [_row(place, row, _COLUMNS) for place, row in found]
+    names = list(dict.fromkeys(_name(file, {"checkpoint": row.get("model")}) for _, row in found))
+    if len(names) > 1:
+        raise ValueError(f"{file}: rows of several models ({', '.join(names[:4])}); one file for each, please")
+    return _Part(rows, "".join(names), "as published", is_published=True)
 
 
 def _parse(file: Path) -> Any:
-    """The object of a JSON file, or [(" row 3" or " line 3", value)] of a list or of JSON lines."""
+    """The object of a JSON file, or [(place, value)] of a list or of JSON lines."""
+    data = file.read_bytes()
     try:
-        data = file.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error})") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: damaged gzip data ({error})") from None
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{file}: not UTF-8 text, or damaged gzip data ({error})") from None
     if not text.strip():
         raise ValueError(f"{file}: the file is empty")
-    if file.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-        return _parse_lines(file, text)
     try:
-        content = json.loads(text)
+        content = _loads(file, text)
+    except ValueError as error:
+        if "Extra data" not in str(error):
+            raise
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        return [(f"{file}, line {n}", _loads(file, line, n)) for n, line in lines]
+    return (
+        [(f"{file}, row {i}", row) for i, row in enumerate(content, start=1)] if isinstance(content, list) else content
+    )
+
+
+def _loads(file: Path, text: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under another name
-            return _parse_lines(file, text)
-        raise ValueError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        raise ValueError(f"{file}, line {line or error.lineno}: not valid JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if isinstance(content, list):
-        return [(f", row {number}", row) for number, row in enumerate(content, start=1)]
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected an object or a list of rows, not {json.dumps(content)[:40]}")
-    return content
-
-
-def _parse_lines(file: Path, text: str) -> list[tuple[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append((f", line {number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{file}, line {number}: not valid JSON ({reason})") from None
-    return rows
-
-
-def _published(file: Path, content: list[tuple[str, Any]]) -> _Part:
-    rows, names = [], []
-    for where, row in content:
-        place = f"{file}{where}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected an object with {', '.join(_PUBLISHED)}, not {json.dumps(row)[:40]}")
-        length, depth, score = (_number(place, row, key) for key in _PUBLISHED)
-        rows.append(_Row(place, _length(place, length), _depth(place, depth), score))
-        names.append(_text(row.get("model", _stem(file))))
-    names = list(dict.fromkeys(names))
-    if len(names) > 1:
-        raise ValueError(f"{file}: rows of several models ({', '.join(names[:4])}); one file for each, please")
-    return _Part(rows, names[0] if names else _stem(file), "as published", published=True)
-
-
-def _cells(file: Path, content: dict[str, Any]) -> _Part:
-    rows = []
-    for number, cell in enumerate(_objects(file, content, "cells"), start=1):
-        place = f"{file}, cell {number}"
-        length, depth, score, n = (_number(place, cell, key) for key in ("length", "depth", "score", "n"))
-        rows.append(_Row(place, _length(place, length), _depth(place, depth), score, max(1, int(n))))
-    return _Part(
-        rows,
-        _text(content.get("checkpoint") or _stem(file)),
-        _text(content.get("scorer", "")),
-        _train_length(file, content),
-        tuple(map(_text, _list(file, content, "notes"))),
-    )
 
 
 def _samples(file: Path, results: dict[str, Any], score: str) -> _Part:
-    samples = _objects(file, results, "samples")
+    samples = _get(file, results, "samples", list)
     rows, moved = [], 0
-    depths = sorted({sample["depth"] for sample in samples if isinstance(sample.get("depth"), int | float)})
+    depths = sorted({row.depth for row in (_row(f"{file}, sample {i}", s, _OWN[:2]) for i, s in enumerate(samples, 1))})
     conditions = json.dumps([results.get(key) for key in ("fingerprint", "dtype", "settings")], sort_keys=True)
     for number, sample in enumerate(samples, start=1):
-        name = sample.get("id", str(number))
-        place = f"{file}, sample {name}"
-        scores = _object(place, sample, "scores")
+        place = f"{file}, sample {sample.get('id', number)}"
+        scores = _get(place, sample, "scores", dict)
         if score not in scores:
             raise ValueError(f"{place}: no score {score!r}; it has {', '.join(scores) or 'none'}")
-        meant = _depth(place, _number(place, sample, "depth"))
-        needles = [needle for needle in _objects(place, sample, "needles")[:1] if "depth" in needle]
-        measured = next((_depth(place, _number(place, needle, "depth")) for needle in needles), meant)
-        depth = min(depths, key=lambda row: (abs(row - measured), row != meant))
-        moved += depth != meant
-        length = _length(place, _number(place, sample, "length"))
-        identity = (conditions, name) if "id" in sample and results.get("fingerprint") else None
-        rows.append(_Row(place, length, depth, _number(place, scores, score), 1, identity))
-    settings = _object(file, results, "settings")
-    notes = [f"haystack {settings['haystack']}"] if settings.get("haystack") else []
-    if results.get("attention_layout"):
-        notes.insert(0, f"attention {results['attention_layout']}")
+        identity = (conditions, sample["id"]) if "id" in sample and results.get("fingerprint") else None
+        row = replace(_row(place, sample | scores, (*_OWN[:2], score)), identity=identity)
+        for needle in _get(place, sample, "needles", list, [])[:1]:
+            measured = _get(place, needle, "depth", float, row.depth)
+            near = min(depths, key=lambda depth: (abs(depth - measured), depth != row.depth))
+            moved += near != row.depth
+            row = replace(row, depth=near)
+        rows.append(row)
+    settings = _get(file, results, "settings", dict, {})
+    notes = [f"attention {results['attention_layout']}"] if results.get("attention_layout") else []
+    notes += [f"haystack {settings['haystack']}"] if settings.get("haystack") else []
     for key, usual in (("needles", 1), ("distractors", 0)):
-        if key in settings and (count := _number(str(file), settings, key)) > usual:
+        if (count := _get(file, settings, key, float, usual)) > usual:
             notes.append(f"{count:g} {key}")
     if moved:
         notes.append(f"{moved} of {len(rows)} needles lay nearer to another row than meant and are shown there")
-    return _Part(
-        rows,
-        _text(results.get("checkpoint") or _stem(file)),
-        SCORE_NAMES.get(score, score),
-        _train_length(file, results),
-        tuple(notes),
-        results.get("fingerprint"),
-    )
+    scorer, fingerprint = SCORE_NAMES.get(score, score), results.get("fingerprint")
+    return _Part(rows, _name(file, results), scorer, _train_length(file, results), tuple(notes), fingerprint)
 
 
-def _list(place: object, content: dict[str, Any], key: str) -> list[Any]:
-    """The list under `key`; none where that is missing. Raises ValueError for anything else."""
-    if not isinstance(value := content.get(key, []), list):
-        raise ValueError(f"{place}: {key} is {json.dumps(value)[:40]}, expected a list")
-    return value
+def _row(place: str, content: Any, columns: Sequence[str]) -> _Row:
+    """Checked; `columns` are the names of length, depth and, where there is one, score."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}: expected an object with {', '.join(columns)}, not {json.dumps(content)[:40]}")
+    length, depth, score = (*(_get(place, content, key, float) for key in columns), 0.0)[:3]
+    if length < 1 or length != int(length):
+        raise ValueError(f"{place}: a context of {length:g} tokens; expected a whole number from 1 on")
+    if not 0 <= depth <= 100:
+        raise ValueError(f"{place}: depth {depth:g}; a depth is a percentage, 0 to 100")
+    return _Row(place, int(length), depth, score)
 
 
-def _objects(place: object, content: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    for value in (values := _list(place, content, key)):
-        if not isinstance(value, dict):
-            raise ValueError(f"{place}: {key} holds {json.dumps(value)[:40]}, expected objects")
-    return values
-
-
-def _object(place: object, content: dict[str, Any], key: str) -> dict[str, Any]:
-    if not isinstance(value := content.get(key, {}), dict):
-        raise ValueError(f"{place}: {key} is {json.dumps(value)[:40]}, expected an object")
+def _get(place: object, content: Any, key: str, kind: type, default: Any = None) -> Any:
+    """The value of a key, which must be of this kind; without a default it must be there."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}: expected an object, not {json.dumps(content)[:40]}")
+    if key not in content and default is None:
+        raise ValueError(f"{place}: no {key!r}")
+    value = content.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number if kind is float else isinstance(value, kind)):
+        raise ValueError(f"{place}: {key} is {json.dumps(value)[:40]}, not {_KINDS[kind]}")
     return value
 
 
 def _train_length(file: Path, content: dict[str, Any]) -> int | None:
-    if content.get("train_length") is None:
-        return None
-    return _length(str(file), _number(str(file), content, "train_length"))
+    return None if content.get("train_length") is None else int(_get(file, content, "train_length", float))
 
 
-def _number(place: str, row: dict[str, Any], key: str) -> float:
-    if key not in row:
-        raise ValueError(f"{place}: no {key!r}; expected {', '.join(_PUBLISHED)}")
-    value = row[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{place}: {key} is {json.dumps(value)}, not a number")
-    return float(value)
-
-
-def _length(place: str, value: float) -> int:
-    if value < 1 or value != int(value):
-        raise ValueError(f"{place}: a context of {value:g} tokens; expected a whole number from 1 on")
-    return int(value)
-
-
-def _depth(place: str, value: float) -> float:
-    if not 0 <= value <= 100:
-        raise ValueError(f"{place}: depth {value:g}; a depth is a percentage, 0 to 100")
-    return value
-
-
-def _stem(file: Path) -> str:
-    return file.name.split(".")[0] or file.name
+def _name(file: Path, content: dict[str, Any]) -> str:
+    return _text(content.get("checkpoint") or file.name.split(".")[0] or file.name)
 
 
 def _text(value: Any) -> str:
     return " ".join(str(value).split())
-
-
-# --- lengths in writing -----------------------------------------------------------------------------------------------
-
-
-def parse_length(text: str) -> int:
-    """`2048`, `2k` (2 x 1024) or `1m` (1024 x 1024). Raises ValueError for anything else."""
-    match = re.fullmatch(r"([0-9]{1,12})([km]?)", text.strip().lower())
-    if match is None or int(match[1]) == 0:
-        raise ValueError(f"{text!r} is no length; write a number of tokens like 2048 or 2k")
-    return int(match[1]) * {"": 1, "k": 1024, "m": 1024 * 1024}[match[2]]
-
-
-def format_length(length: int) -> str:
-    """2048 is 2k, 2560 is 2.5k, 1048576 is 1M; what 512 does not divide counts in thousands: 118059 is 118k."""
-    if length >= 1024 and length % 512 == 0:
-        return f"{length / 1024:g}k" if length < 1 << 20 or length % (1 << 19) else f"{length / (1 << 20):g}M"
-    for size, letter in ((1_000_000, "M"), (1000, "k")):
-        if length >= size * 0.9995:  # 999,999 is 1M
-            digits = max(0, 2 - int(math.log10(length / size * 1.0005)))
-            short = f"{length / size:.{digits}f}"
-            return f"{short.rstrip('0').rstrip('.') if '.' in short else short}{letter}"
-    return str(length)
-
-
-def format_lengths(lengths: Sequence[int]) -> list[str]:
-    """Labels of several lengths, in full where the short ones would not tell them apart (1000 and 1024)."""
-    short = [format_length(length) for length in lengths]
-    return short if len(set(short)) == len(set(lengths)) else [f"{length:,}" for length in lengths]

@@ -47,9 +47,10 @@ class CorrectedTasks(TaskManager):
             if not isinstance(task, ConfigurableTask):
                 continue
             _leave_own_document_out(task)
-            for metric, aggregate in task._aggregation_list.items():
+            aggregations = task.aggregation()
+            for metric, aggregate in aggregations.items():
                 if aggregate is weighted_perplexity:
-                    task._aggregation_list[metric] = perplexity_per_unit
+                    aggregations[metric] = perplexity_per_unit
             if (shots := self._shots(task)) and hasattr(task, "sampler"):
                 available = len(task.sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
                 if shots > available:

@@ -87,10 +87,7 @@ def exit_code(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY
-    # Lightning's exception for wrong Trainer arguments; importing it takes seconds
-    if isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException":
-        return BAD_INPUT
-    return CRASH
+    return BAD_INPUT if isinstance(error, ValueError | OSError) else CRASH
 
 
 def sentence(error: BaseException, code: int) -> str:

@@ -22,6 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -332,7 +333,10 @@ def inventory(folder: Path, names: Iterable[str] | None = None) -> dict[str, dic
     if names is None:
         found = (path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
         names = sorted(str(path.relative_to(folder)) for path in found if not _TEMPORARY.fullmatch(path.name))
-    return {name: {"size": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)} for name in names}
+    paths = {name: folder / name for name in names}
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip(paths, pool.map(checksum, paths.values()), strict=True))
+    return {name: {"size": path.stat().st_size, "xxh3_128": sums[name]} for name, path in paths.items()}
 
 
 def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums: bool = True) -> str | None:
@@ -341,15 +345,19 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
     Args:
         checksums: read every byte where a checksum is recorded; without, only sizes are compared.
     """
-    for name, was in recorded.items():
-        path = folder / name
+
+    def wrong(name: str) -> str | None:
+        path, was = folder / name, recorded[name]
         if not path.is_file():
             return f"{path} is missing"
         if (size := path.stat().st_size) != was["size"]:
             return f"{path} has {size:,} bytes, not the {was['size']:,} that were written"
         if checksums and "xxh3_128" in was and checksum(path) != was["xxh3_128"]:
             return f"{path} has other content than was written"
-    return None
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return next((words for words in pool.map(wrong, recorded) if words), None)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -375,10 +383,10 @@ def _escaped(name: str) -> str:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
     except PermissionError:
         return True
+    except ProcessLookupError:
+        return False
     return True
 
 

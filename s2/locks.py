@@ -16,8 +16,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,13 +36,19 @@ class LockLostError(FailureError):
 
 
 class Lock:
-    """A lock that is held; made by `lock`."""
+    """A lock that is held; made by `lock`, and released at the end of a `with`."""
 
     def __init__(self, folder: Path, stream: IO[str], record: dict[str, Any]) -> None:
         self.folder, self._stream, self._record = folder, stream, record
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def check(self) -> None:
         """Raise LockLostError where another process has taken the lock over; a lock file that somebody has removed is
@@ -77,9 +81,8 @@ class Lock:
                 os.utime(self._stream.fileno())
 
 
-@contextmanager
-def lock(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
-    """Hold `folder` (which must be there) for this process and its threads.
+def lock(folder: Path, *, wait: bool = False) -> Lock:
+    """Hold `folder` (which must be there) for this process and its threads, until `release` or the end of a `with`.
 
     Args:
         wait: wait for the holder, with a line on stderr, instead of refusing.
@@ -88,15 +91,6 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
         LockedError: another process holds it; names host, process and since when.
         OSError: the lock file cannot be written.
     """
-    held = acquire(folder, wait=wait)
-    try:
-        yield held
-    finally:
-        held.release()
-
-
-def acquire(folder: Path, *, wait: bool = False) -> Lock:
-    """`lock` for holders that live longer than a block; call `Lock.release`."""
     said = False
     deadline = time.monotonic() + _ORPHANS
     while True:
@@ -105,7 +99,7 @@ def acquire(folder: Path, *, wait: bool = False) -> Lock:
             break
         holder = _read(folder / LOCK)
         stream.close()
-        if _died_here(holder) and time.monotonic() < deadline:
+        if _is_here(holder) and not _is_alive(holder) and time.monotonic() < deadline:
             time.sleep(0.1)  # a child that it has just forked is about to let go
             continue
         if not wait:
@@ -116,8 +110,7 @@ def acquire(folder: Path, *, wait: bool = False) -> Lock:
             print(f"{folder}: {describe(holder)} is at work there; waiting", file=sys.stderr, flush=True)
             said = True
         time.sleep(0.5)
-    before = _read(folder / LOCK)
-    if before:
+    if before := _read(folder / LOCK):
         print(f"{folder}: taking over from {describe(before)}, which is gone", file=sys.stderr, flush=True)
     record = _identity()
     _write(stream, record)
@@ -157,7 +150,12 @@ def _write(stream: IO[str], record: dict[str, Any]) -> None:
     stream.truncate()
     stream.write(_line(record))
     stream.flush()
-    _forget_in_children(stream)
+
+    def close() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.close(stream.fileno())
+
+    os.register_at_fork(after_in_child=close)  # a child must not keep the lock of a parent that died
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -190,28 +188,24 @@ def _take(stream: IO[str]) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
-        return _read(Path(stream.name)) is None or not _is_here(_read(Path(stream.name)))
+        record = _read(Path(stream.name))  # it alone tells, where there is no `flock`
+        return record is None or record.get("pid") == os.getpid() or not (_is_here(record) and _is_alive(record))
     return True
 
 
 def _is_here(record: dict[str, Any] | None) -> bool:
-    """Whether a record is that of a living process of this host; asked only where `flock` does not tell."""
-    if not record or (record.get("host"), record.get("boot")) != (socket.gethostname(), _boot()):
-        return False
-    return os.path.exists(f"/proc/{record.get('pid')}") and record.get("pid") != os.getpid()
+    """Whether a record is that of a process of this host, since its last start."""
+    return record is not None and (record.get("host"), record.get("boot")) == (socket.gethostname(), _boot())
 
 
-def _died_here(record: dict[str, Any] | None) -> bool:
-    """Whether a record is that of a process of this host that is no more."""
-    if not record or (record.get("host"), record.get("boot")) != (socket.gethostname(), _boot()):
-        return False
-    return not os.path.exists(f"/proc/{record.get('pid')}")
+def _is_alive(record: dict[str, Any] | None) -> bool:
+    return record is not None and os.path.exists(f"/proc/{record.get('pid')}")
 
 
 def _at_work_elsewhere(folder: Path, *, wait_for_beat: bool) -> bool:
     """Whether the record is that of a process on another host that still renews its lock."""
     record = _read(folder / LOCK)
-    if record is None or (record.get("host"), record.get("boot")) == (socket.gethostname(), _boot()):
+    if record is None or _is_here(record):
         return False
     mine = _identity()
     if mine["job"] and record.get("job") == mine["job"] and mine["restarts"] > record.get("restarts", 0):
@@ -225,14 +219,3 @@ def _at_work_elsewhere(folder: Path, *, wait_for_beat: bool) -> bool:
         if file.stat().st_mtime_ns != seen or _read(file) != record:
             return _read(file) is not None
     return False
-
-
-def _forget_in_children(stream: IO[str]) -> None:
-    """A forked child must not keep the lock of a parent that died."""
-    reference = stream
-
-    def close() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            os.close(reference.fileno())
-
-    os.register_at_fork(after_in_child=close)

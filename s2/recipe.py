@@ -14,7 +14,7 @@ import difflib
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -161,40 +161,30 @@ def _assign(recipe: dict[str, Any], key: str, value: Any) -> None:
     node: Any = recipe
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        where = ".".join(parts[:depth])
+        where, index = ".".join(parts[:depth]), cast(Any, part)
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
                 raise ValueError(f"override {key}: {where} is a list of {len(node)}; {part!r} is no index into it")
-            if last:
-                node[int(part)] = value
-                continue
-            if node[int(part)] is None:
-                node[int(part)] = {}
-            node = _with_keys(node[int(part)], key, parts[: depth + 1])
-            continue
-        if "class_path" in node and part not in ("class_path", "init_args", "dict_kwargs"):
+            index = int(part)
+        elif not isinstance(node, dict):
+            raise ValueError(f"override {key}: {where} is {node!r} and has no keys below it")
+        elif "class_path" in node and part not in ("class_path", "init_args", "dict_kwargs"):
             if node.get("init_args") is None:
                 node["init_args"] = {}
             node = node["init_args"]
             if not isinstance(node, dict):
                 raise ValueError(f"override {key}: {where}.init_args is {node!r}, not a mapping of arguments")
-        if last:
-            node[part] = value
-            continue
-        if node.get(part) is None:
-            node[part] = {}
-        node = _with_keys(node[part], key, parts[: depth + 1])
+        if depth == len(parts) - 1:
+            node[index] = value
+            return
+        below = node.get(part) if isinstance(node, dict) else node[index]
+        if below is None:
+            below = node[index] = {}
+        node = below
 
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 100 else f"{text[:80]}...")
-
-
-def _with_keys(node: Any, key: str, parts: Sequence[str]) -> Any:
-    if not isinstance(node, dict | list):
-        raise ValueError(f"override {key}: {'.'.join(parts)} is {node!r} and has no keys below it")
-    return node
 
 
 def unknown_key_message(key: str, known: Iterable[str], recipe: Path, overridden: Iterable[str]) -> str:
@@ -225,3 +215,15 @@ def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]
     else:
         return [] if old == new else [(key, old, new)]
     return [line for name, a, b in pairs for line in differences(a, b, name)]
+
+
+def difference_lines(old: Any, new: Any) -> list[str]:
+    """`differences` for people, one line each: `sources[0].path: 'a' != 'b'`."""
+    lines = []
+    for key, a, b in differences(old, new):
+        place = re.sub(r"(?:^|\.)(\d+)(?=\.|$)", r"[\1]", key)
+        if isinstance(a, list) and isinstance(b, list):
+            lines.append(f"{place}: {len(a)} entries != {len(b)} entries")
+        else:
+            lines.append(f"{place}: {a!r} != {b!r}")
+    return lines

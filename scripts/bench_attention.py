@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
-import datetime
 import itertools
 import random
 import re
-import shlex
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,17 +45,17 @@ from bench_measure import (
     measure,
     measure_host,
 )
-from bench_report import Row, blank_row, line, write
+from bench_report import ROOT, Row, blank_row, line, origin, write
 from torch import Tensor
 
 from s2 import ending
 from s2.attention import Pattern
 from s2.ending import FailureError
 
-ROOT = Path(__file__).resolve().parent.parent
 HOST_LENGTH, HOST_HEADS = 256, 4
 BACKENDS = ("triton", "hopper")
 LONGEST_DENSE = 1 << 18
+SIZES = ("batch", "heads", "kv_heads", "head_dim", "block_size")
 
 
 @dataclass(frozen=True)
@@ -135,13 +132,17 @@ def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entr
             yield peer_entry(name, target, label, Pattern.parse(theirs, block or case.block_size))
 
 
-def nearest(spec: str, block_size: int, other: int) -> str:
-    """The local-stride pattern in blocks of `other` tokens that is nearest to `spec` in tokens."""
+def scaled(spec: str, local: float, stride: float, what: str) -> str:
+    """A local-stride pattern with its window and its stride multiplied, each at least one block (a stride two)."""
     match = re.fullmatch(r"L(\d+)V(\d+)", spec)
     if match is None:
-        raise ValueError(f"--patterns: {spec} cannot be written in a peer's blocks of {other}; use L<local>V<stride>")
-    local, stride = (max(1, round(int(number) * block_size / other)) for number in match.groups())
-    return f"L{local}V{max(stride, 2)}"
+        raise ValueError(f"--patterns: {spec} cannot be written in {what}; use L<local>V<stride>")
+    return f"L{max(1, round(int(match[1]) * local))}V{max(2, round(int(match[2]) * stride))}"
+
+
+def nearest(spec: str, block_size: int, other: int) -> str:
+    """The local-stride pattern in blocks of `other` tokens that is nearest to `spec` in tokens."""
+    return scaled(spec, block_size / other, block_size / other, f"a peer's blocks of {other}")
 
 
 def in_blocks_of(case: Case, spec: str) -> str:
@@ -150,10 +151,7 @@ def in_blocks_of(case: Case, spec: str) -> str:
     block_size = CASES[case.over].block_size if case.over in CASES else case.block_size
     if block_size <= case.block_size:
         return spec
-    match = re.fullmatch(r"L(\d+)V(\d+)", spec)
-    if match is None or block_size % case.block_size:
-        raise ValueError(f"--patterns: {spec} cannot be written in blocks of {case.block_size}; use L<local>V<stride>")
-    return f"L{int(match[1]) * block_size // case.block_size}V{match[2]}"
+    return scaled(spec, block_size / case.block_size, 1, f"blocks of {case.block_size}")
 
 
 def document_borders(tokens: int) -> list[int]:
@@ -241,38 +239,48 @@ def peer(text: str) -> tuple[str, str, int | None]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "4096,8192,16384,32768,65536,131072", "attention")
     add = parser.add_argument
-    add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)}, each a table (default: default)")
-    add("--lengths", default="4096,8192,16384,32768,65536,131072", type=whole_numbers)
-    add(
-        "--long-lengths",
-        default="",
-        type=whole_numbers,
-        help="also these, with fewer heads: our kernels; cuDNN up to 256k",
-    )
+    add("--long-lengths", default="", type=whole_numbers,
+        help="also these, with fewer heads: our kernels; cuDNN up to 256k")  # fmt: skip
     add("--long-heads", type=int, default=8, help="query heads of --long-lengths (default 8)")
     add("--flex-lengths", default="8192,32768,131072", type=whole_numbers, help="which lengths FlexAttention runs at")
-    add("--patterns", default="L1V15,L8V16", type=names)
     add("--backends", default="triton,hopper", type=names)
     add("--peer", dest="peers", action="append", default=[], type=peer, metavar="NAME=module:function[@BLOCK]",
         help="another kernel: function(q, k, v, pattern) returns a forward call; may be repeated; with @BLOCK it gets "
         "the pattern nearest in tokens that has such blocks, and so do our kernels in another row")  # fmt: skip
     add("--peer-lengths", default="", type=whole_numbers, help="which lengths peers run at (default: all)")
-    for field, kind in (("batch", int), ("heads", int), ("kv-heads", int), ("head-dim", int), ("block-size", int)):
-        add(f"--{field}", type=kind, help="instead of the cases' own")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    for field in SIZES:
+        add(f"--{field.replace('_', '-')}", type=int, help="instead of the cases' own")
     add("--no-backward", dest="backward", action="store_false", help="time the forward only, without gradients")
     add("--warmup", type=int, default=50, help="ms of calls before each figure (default 50)")
     add("--rep", type=int, default=200, help="ms of calls for each figure (default 200)")
     add("--targets", action="store_true", help="end with our rates over cuDNN's at 8k, 32k and 128k")
+    return parsed(parser, argv, chosen_cases, device="cuda")
+
+
+def new_parser(description: str | None, lengths: str, name: str) -> argparse.ArgumentParser:
+    """With the options that every benchmark of attention has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)}, each a table (default: default)")
+    add("--lengths", default=lengths, type=whole_numbers, help="of cases without lengths of their own")
+    add("--patterns", default="L1V15,L8V16", type=names)
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     add("--commit", default=None, help="commit to name in the report (default: git)")
-    add("--name", default="attention", help="last part of the report's file name (default attention)")
+    add("--name", default=name, help="last part of the report's file name (default: %(default)s)")
     add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
+    return parser
+
+
+def parsed(
+    parser: argparse.ArgumentParser, argv: list[str] | None, choose: Callable[..., list[Case]], **fixed: Any
+) -> argparse.Namespace:
+    """The arguments with `fixed` ones and the chosen cases, checked."""
     args = parser.parse_args(argv)
-    args.device = "cuda"
+    vars(args).update(fixed)
     try:
-        args.cases = chosen_cases(args)
+        args.cases = choose(args)
         check(args)
     except ValueError as error:
         parser.error(str(error))
@@ -288,8 +296,7 @@ def named_cases(wanted: list[str]) -> list[Case]:
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The cases with the sizes asked for, and after each its long lengths."""
-    fields = ("batch", "heads", "kv_heads", "head_dim", "block_size")
-    sizes = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    sizes = {field: getattr(args, field) for field in SIZES if getattr(args, field) is not None}
     cases = []
     for found in named_cases(args.cases):
         case = replace(found, **sizes)
@@ -356,47 +363,13 @@ METHOD = [
 ]
 
 
-def git_commit() -> str:
-    result = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
-
-
-def command(script: str, argv: list[str]) -> str:
-    """What was run, without where it was written to."""
-    kept, skip = [], False
-    for word in argv:
-        if not skip and not word.startswith("--output"):
-            kept.append(word)
-        skip = word == "--output"
-    return shlex.join(["python", f"scripts/{script}.py", *kept])
-
-
-def origin(script: str, argv: list[str], machine: str, commit: str | None) -> dict[str, Any]:
-    """What a record says of where its figures come from."""
-    return {
-        "machine": machine,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit or git_commit(),
-        "command": command(script, argv),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-    }
-
-
 def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda or "none"}
+    versions["cudnn"] = str(torch.backends.cudnn.version())
     setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device", "name")}
-    record = origin("bench_attention", argv, machine, args.commit)
-    record["versions"] |= {"cuda": torch.version.cuda or "none", "cudnn": str(torch.backends.cudnn.version())}
-    return record | {
-        "name": args.name,
-        "method": METHOD,
-        "targets": args.targets,
-        "setup": setup,
-        "sections": [],
-        "host": [],
-        "limits": {},
-    }
+    record = origin("bench_attention", argv, machine, versions, args.commit)
+    record |= {"name": args.name, "method": METHOD, "targets": args.targets, "setup": setup}
+    return record | {"sections": [], "host": [], "limits": {}}
 
 
 def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:

@@ -22,23 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_attention import (
-    CASES,
-    ROOT,
-    Case,
-    check,
-    entries,
-    named_cases,
-    names,
-    origin,
-    random_inputs,
-    whole_numbers,
-)
+import triton
+from bench_attention import Case, entries, named_cases, new_parser, parsed, random_inputs
 from bench_kernels import Entry
-from bench_report import Row, heading, markdown, save
+from bench_report import Row, heading, origin, save
 
 from s2 import ending
 from s2.ending import FailureError
+from s2.tables import markdown
 
 UNITS = {  # what may be full, and its counter: percent of what it could do in the kernel's time
     "tensor cores": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
@@ -146,17 +137,14 @@ def table(rows: list[Row]) -> str:
               "fullest", "cycles waited an issue")  # fmt: skip
     body = []
     for row in rows:
-        waits = ", ".join(
-            f"{name.replace('_', ' ')} {value:.1f}" for name, value in list(row["stalls"].items())[:WAITS]
-        )
-        fullest = max(UNITS, key=lambda unit: row[unit])
+        waits = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in list(row["stalls"].items())[:WAITS]]
         body.append(
             [row["call"], row["kernel"].removeprefix("attention_"), f"{row['us']:,.0f}", f"{row['ghz']:.2f}"]
             + [f"{row[unit]:.0f}" for unit in UNITS]
             + [f"{row[name]:.2f}" for name in BYTES]
-            + [fullest, waits]
+            + [max(UNITS, key=lambda unit: row[unit]), ", ".join(waits)]
         )
-    return markdown(header, body, text_columns=(0, 1, len(header) - 2, len(header) - 1))
+    return markdown(header, body, numbers=range(2, len(header) - 2))
 
 
 METHOD = [
@@ -177,25 +165,10 @@ def write(record: dict[str, Any], folder: Path) -> Path:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)} (default: default)")
-    add("--lengths", default="8192,32768,131072", type=whole_numbers, help="of cases without lengths of their own")
-    add("--patterns", default="L1V15,L8V16", type=names)
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    add("--commit", default=None, help="commit to name in the report (default: git)")
-    add("--name", default="counters", help="last part of the report's file name (default counters)")
-    add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
-    add("--profiled", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.device, args.backward = "cuda", True
-    args.backends, args.peers, args.peer_lengths, args.flex_lengths = ["hopper"], [], [], []  # of `entries`: ours alone
-    try:
-        args.cases = named_cases(args.cases)
-        check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    parser = new_parser(__doc__, "8192,32768,131072", "counters")
+    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
+    alone = {"backends": ["hopper"], "peers": [], "peer_lengths": [], "flex_lengths": []}  # of `entries`: ours
+    return parsed(parser, argv, lambda args: named_cases(args.cases), device="cuda", backward=True, **alone)
 
 
 def main() -> None:
@@ -212,9 +185,10 @@ def main() -> None:
     if result.returncode:
         raise FailureError(f"ncu ended with {result.returncode}: {(result.stdout + result.stderr)[-2000:].strip()}")
     rows = parse(result.stdout, [label for label, *_ in labelled(args)])
-    version = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout.split()
-    record = origin("bench_counters", sys.argv[1:], torch.cuda.get_device_name(), args.commit)
-    record["versions"]["Nsight Compute"] = next((word for word in version if re.fullmatch(r"20\d\d\.\S+", word)), "?")
+    said = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout.split()
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    versions["Nsight Compute"] = next((word for word in said if re.fullmatch(r"20\d\d\.\S+", word)), "?")
+    record = origin("bench_counters", sys.argv[1:], torch.cuda.get_device_name(), versions, args.commit)
     titles = [case.title(args.dtype) for case in args.cases]
     record |= {"name": args.name, "method": METHOD, "cases": titles, "rows": rows}
     print(f"wrote {write(record, args.output)} with its .json")

@@ -15,16 +15,16 @@ import argparse
 import multiprocessing
 import os
 import platform
-import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from datetime import date
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_report import ROOT, heading, origin, save, stem
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
@@ -34,6 +34,7 @@ from data.prepare.spec import PrepareSpec
 from data.shards import ShardWriter, TokenShards, write_manifest
 from data.shards.packing import pack
 from s2 import ending, files
+from s2.tables import markdown
 
 SEQ_LEN, ROWS = 8192, 8
 VOCAB_SIZE = 32768
@@ -88,19 +89,18 @@ def preparation(work: Path, sources: list[str], repeats: int) -> dict[str, Any]:
 def write_synthetic(folder: Path, gigabytes: float) -> TokenShards:
     """A shard folder of random tokens with log-normal document lengths, once."""
     if not (folder / "manifest.json").is_file():
-        rng = np.random.default_rng(0)
-        writer = ShardWriter(folder, "shard-0", "synthetic", np.dtype(np.uint16), VOCAB_SIZE, 1 << 27)
+        rng, dtype = np.random.default_rng(0), np.dtype(np.uint16)
         tokens = rng.integers(3, VOCAB_SIZE, size=1 << 24, dtype=np.uint16)
         left = int(gigabytes * 1e9 / 2)
-        while left > 0:
-            lengths = np.minimum(rng.lognormal(6.3, 1.1, size=12_000).astype(np.int64) + 2, 200_000)
-            begins = rng.integers(0, len(tokens) - 200_000, size=len(lengths))
-            documents = [tokens[b : b + n] for b, n in zip(begins.tolist(), lengths.tolist(), strict=True)]
-            writer.add(documents, (4 * lengths).tolist(), [""] * len(documents), [""] * len(documents))
-            left -= int(lengths.sum())
+        with ShardWriter(folder, "shard-0", "synthetic", dtype, VOCAB_SIZE, 1 << 27) as writer:
+            while left > 0:
+                lengths = np.minimum(rng.lognormal(6.3, 1.1, size=12_000).astype(np.int64) + 2, 200_000)
+                begins = rng.integers(0, len(tokens) - 200_000, size=len(lengths))
+                documents = [tokens[b : b + n] for b, n in zip(begins.tolist(), lengths.tolist(), strict=True)]
+                writer.add(documents, (4 * lengths).tolist(), [""] * len(documents), [""] * len(documents))
+                left -= int(lengths.sum())
         described = {"sha256": "synthetic", "vocab_size": VOCAB_SIZE, "bos_id": 0, "eos_id": 1, "file": "none"}
-        counts = {"synthetic": writer.counts}
-        write_manifest(folder, np.dtype(np.uint16), writer.close(), counts, tokenizer=described, sources=[])
+        write_manifest(folder, dtype, writer.shards, {"synthetic": writer.counts}, tokenizer=described, sources=[])
     return TokenShards(folder)
 
 
@@ -147,33 +147,33 @@ def memory() -> dict[str, float]:
     return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "RssAnon")}
 
 
-def table(result: dict[str, Any]) -> Iterator[str]:
-    made, read = result["preparation"], result["reading"]
+def sections(record: dict[str, Any]) -> Iterator[str]:
+    made, read = record["preparation"], record["reading"]
     size = made["bytes"] / 1e6
-    yield f"## Preparation: {size:,.0f} MB of text, {made['documents']:,} documents, {made['tokens']:,} tokens\n"
-    yield "| | seconds (each try) | MB/s | M tokens/s |\n|---|---|---|---|"
+    yield f"## Preparation: {size:,.0f} MB of text, {made['documents']:,} documents, {made['tokens']:,} tokens"
+    rows = []
     for label, key in (
         ("`tokenizers` from memory, all cores", "raw_seconds"),
         ("corpus files to shards", "prepare_seconds"),
     ):
-        best = min(made[key])
-        tries = ", ".join(f"{seconds:.1f}" for seconds in made[key])
-        yield f"| {label} | {tries} | {size / best:.2f} | {made['tokens'] / best / 1e6:.2f} |"
+        best, tries = min(made[key]), ", ".join(f"{seconds:.1f}" for seconds in made[key])
+        rows.append([label, tries, f"{size / best:.2f}", f"{made['tokens'] / best / 1e6:.2f}"])
+    yield markdown(("", "seconds (each try)", "MB/s", "M tokens/s"), rows)
     ratios = ", ".join(f"{ratio:.3f}" for ratio in made["ratios"])
-    yield f"\nRatio of each pair of tries: {ratios}; median **{np.median(made['ratios']):.3f}**.\n"
-    yield "| window | packing, seconds | of the preparation | empty |\n|---|---|---|---|"
-    for seq_len, row in made["packing"].items():
-        share = row["seconds"] / min(made["prepare_seconds"])
-        yield f"| {int(seq_len):,} | {row['seconds']:.3f} | {share:.2%} | {row['empty']:.3%} |"
+    yield f"Ratio of each pair of tries: {ratios}; median **{np.median(made['ratios']):.3f}**."
+    best = min(made["prepare_seconds"])
+    rows = [
+        [f"{int(seq_len):,}", f"{row['seconds']:.3f}", f"{row['seconds'] / best:.2%}", f"{row['empty']:.3%}"]
+        for seq_len, row in made["packing"].items()
+    ]
+    yield markdown(("window", "packing, seconds", "of the preparation", "empty"), rows)
     memory_of = [sample["VmRSS"] for sample in read["samples"]]
-    yield f"\n## Reading {ROWS} x {SEQ_LEN:,} batches of {read['bytes'] / 1e9:.1f} GB in one process\n"
-    yield "| tokens/s | empty | opening and packing | memory at first | at the end | most |\n|---|---|---|---|---|---|"
-    yield (
-        f"| **{read['tokens_per_second'] / 1e6:.1f} M** | {read['empty']:.3%} | {read['open_seconds']:.1f} s for"
-        f" {read['documents']:,} documents | "
-        + " | ".join(f"{mib:,.0f} MiB" for mib in (memory_of[0], memory_of[-1], max(memory_of)))
-        + " |"
-    )
+    yield f"## Reading {ROWS} x {SEQ_LEN:,} batches of {read['bytes'] / 1e9:.1f} GB in one process"
+    opened = f"{read['open_seconds']:.1f} s for {read['documents']:,} documents"
+    row = [f"**{read['tokens_per_second'] / 1e6:.1f} M**", f"{read['empty']:.3%}", opened]
+    row += [f"{mib:,.0f} MiB" for mib in (memory_of[0], memory_of[-1], max(memory_of))]
+    yield markdown(("tokens/s", "empty", "opening and packing", "memory at first", "at the end", "most"), [row])
+    yield f"![memory over the pass]({stem(record)}.png)"
 
 
 def plot(samples: list[dict[str, float]], file: Path) -> None:
@@ -198,28 +198,18 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=["python-env"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--read-gb", type=float, default=10)
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks")
     args = parser.parse_args()
-    result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("tokenizers", "numpy", "torch", "pyarrow")},
-        "command": f"python scripts/bench_data.py --name {args.name} --work <folder> --sources {' '.join(args.sources)}"
-        f" --repeats {args.repeats} --read-gb {args.read_gb:g}",
+    versions = {name: version(name) for name in ("tokenizers", "numpy", "torch", "pyarrow")}
+    record = origin("bench_data", sys.argv[1:], args.name, versions, None) | {
+        "name": "data",
+        "method": [f"machine: {len(os.sched_getaffinity(0))} cores, {platform.machine()}"],
         "preparation": preparation(args.work / "corpus", args.sources, args.repeats),
         "reading": in_fresh_process(reading, args.work / "synthetic", args.read_gb),
     }
-    stem = f"{date.today()}-{args.name}-data"
-    files.write_json(args.out / f"{stem}.json", result)
-    plot(result["reading"]["samples"], args.out / f"{stem}.png")
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    head = f"# Data pipeline, {date.today()}, {result['machine']}\n\n"
-    head += f"`{result['command']}` at {result['commit']}; {versions}.\n"
-    lines = [head, *table(result), f"\n![memory over the pass]({stem}.png)"]
-    files.write_text(args.out / f"{stem}.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    page = "\n\n".join([heading("Data pipeline", record), *sections(record)]) + "\n"
+    plot(record["reading"]["samples"], save(record, args.output, page).with_suffix(".png"))
+    print(page)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -169,84 +171,54 @@ def flex_mask(
     tile: tuple[int, int],
     *,
     with_backward: bool,
-    device: torch.device | str,
+    device: Any,
 ) -> BlockMask:
     """The pattern as a FlexAttention mask with tiles of `tile` (queries, keys), for `heads` query heads."""
     lists = partial(block_lists, pattern, seq_len, kv_heads, tile, group=heads // kv_heads, device=device)
     kv_partial, kv_full = lists()
     q_partial, q_full = lists(by_key=True) if with_backward else ((None, None), (None, None))
-    return BlockMask(
-        seq_lengths=(seq_len, seq_len),
-        kv_num_blocks=kv_partial[0],
-        kv_indices=kv_partial[1],
-        full_kv_num_blocks=kv_full[0],
-        full_kv_indices=kv_full[1],
-        q_num_blocks=q_partial[0],
-        q_indices=q_partial[1],
-        full_q_num_blocks=q_full[0],
-        full_q_indices=q_full[1],
-        BLOCK_SIZE=tile,
-        mask_mod=mask_mod(pattern, heads, kv_heads, device),
+    names = (
+        f"{full}{way}_{part}" for way in ("kv", "q") for full in ("", "full_") for part in ("num_blocks", "indices")
     )
+    tensors = dict(zip(names, (*kv_partial, *kv_full, *q_partial, *q_full), strict=True))
+    visible = mask_mod(pattern, heads, kv_heads, device)
+    return BlockMask(seq_lengths=(seq_len, seq_len), **tensors, BLOCK_SIZE=tile, mask_mod=visible)
 
 
 Lists = tuple[Tensor, Tensor]  # counts [1, H, n] and indices [1, H, n, columns], int32
 
 
 def block_lists(
-    pattern: Pattern,
-    seq_len: int,
-    kv_heads: int,
-    tile: tuple[int, int],
-    *,
-    group: int = 1,
-    by_key: bool = False,
+    pattern: Pattern, seq_len: int, kv_heads: int, tile: tuple[int, int], *, group: int = 1, by_key: bool = False,
     device: torch.device | str = "cpu",
-) -> tuple[Lists, Lists]:
+) -> tuple[Lists, Lists]:  # fmt: skip
     """The tiles that need the mask, and those that are visible as a whole: for each tile of queries its tiles of keys
     (ascending), or with `by_key` the other way round. Each KV head is repeated for its `group` of query heads.
 
     Like FlexAttention's own builder it counts a tile that reaches past the end of the sequence as partial.
     """
     queries, keys = (-(-seq_len // size) for size in tile)
-    rows, columns = (keys, queries) if by_key else (queries, keys)
     # As wide as the mask although a sparse row is short: FlexAttention takes the strides of the partial lists for the
     # full ones too (torch 2.11), and on CPUs checks the width.
-    size = 2 * 4 * kv_heads * group * rows * columns
+    size = 2 * 4 * kv_heads * group * queries * keys
     if size > MAX_FLEX_LISTS:
         raise Skipped(f"the block lists would take {size / 2**30:.1f} GiB, more than {MAX_FLEX_LISTS / 2**30:.0f}")
-    every = torch.arange(columns, device=device)
-    blocks = [max(1, size // pattern.block_size) for size in tile]  # pattern blocks in a tile
-    step = max(1, _CHUNK // (columns * blocks[0] * blocks[1]))
-    found: dict[HeadRule, tuple[Found, Found]] = {}
+    step = max(1, _CHUNK // (keys * math.prod(max(1, size // pattern.block_size) for size in tile)))
+    every, parts = torch.arange(keys, device=device), torch.arange(queries, device=device).split(step)
     rules = pattern.rules(kv_heads)
+    masks = {}  # of each rule: [2, queries, keys], visible in part and as a whole
     for rule in set(rules):
-        chunks = []
-        for some in torch.arange(rows, device=device).split(step):
-            pair = (every, some) if by_key else (some, every)
-            visible = _tiles(rule, pattern.block_size, seq_len, tile, *pair)
-            chunks.append([_found(kind.T if by_key else kind) for kind in visible])
-        found[rule] = tuple(
-            tuple(torch.cat(parts) for parts in zip(*kind, strict=True)) for kind in zip(*chunks, strict=True)
-        )
-    partly, wholly = ([found[rule][kind] for rule in rules] for kind in (0, 1))
-    return _padded(partly, columns, group), _padded(wholly, columns, group)
+        chunks = [torch.stack(_tiles(rule, pattern.block_size, seq_len, tile, part, every)) for part in parts]
+        masks[rule] = torch.cat(chunks, dim=1)
 
+    def listed(kind: int) -> Lists:
+        mask = torch.stack([masks[rule][kind] for rule in rules])  # [H, n, columns]
+        mask = mask.transpose(1, 2) if by_key else mask
+        counts, indices = mask.sum(dim=2), mask.byte().argsort(dim=2, descending=True, stable=True)
+        counts, indices = (x.int().repeat_interleave(group, dim=0)[None] for x in (counts, indices))
+        return counts, indices
 
-Found = tuple[Tensor, Tensor]  # counts of each row, and the columns of all rows one after the other
-
-
-def _found(visible: Tensor) -> Found:
-    return visible.sum(dim=1), visible.nonzero()[:, 1]
-
-
-def _padded(heads: list[Found], columns: int, group: int) -> Lists:
-    counts = torch.stack([count for count, _ in heads])  # [H, n]
-    indices = torch.zeros(*counts.shape, columns, dtype=torch.int32, device=counts.device)
-    taken = torch.arange(columns, device=counts.device) < counts[..., None]
-    indices[taken] = torch.cat([columns for _, columns in heads]).int()
-    counts, indices = (x.int().repeat_interleave(group, dim=0)[None] for x in (counts, indices))
-    return counts, indices
+    return listed(0), listed(1)
 
 
 def _tiles(
@@ -270,27 +242,21 @@ def _tiles(
     return some & ~full, full
 
 
-def mask_mod(
-    pattern: Pattern, heads: int, kv_heads: int, device: torch.device | str
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_mod(pattern: Pattern, heads: int, kv_heads: int, device: Any) -> Callable[..., Tensor]:
     """The pattern's rule for single tokens: whether query `i` of query head `h` sees key `j`."""
     rules = [rule for rule in pattern.rules(kv_heads) for _ in range(heads // kv_heads)]
-    depth = max(len(rule.levels) for rule in rules)
+    block, depth = pattern.block_size, max(len(rule.levels) for rule in rules)
 
     def per_head(values: list[int]) -> int | Tensor:
         """One number where all heads agree, so that the kernel has it as a constant."""
         return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.int32, device=device)
 
-    def levels(field: str, absent: int) -> list[int | Tensor]:
-        return [
-            per_head([getattr(rule.levels[n], field) if n < len(rule.levels) else absent for rule in rules])
-            for n in range(depth)
-        ]
+    def level(n: int, field: str, absent: int) -> int | Tensor:
+        return per_head([getattr(rule.levels[n], field) if n < len(rule.levels) else absent for rule in rules])
 
-    block = pattern.block_size
     local, sinks = per_head([rule.local for rule in rules]), per_head([rule.sinks for rule in rules])
     # an absent level ends at once
-    strided = list(zip(levels("stride", 1), levels("residue", 0), levels("end", 0), strict=True))
+    strided = [(level(n, "stride", 1), level(n, "residue", 0), level(n, "end", 0)) for n in range(depth)]
 
     def of_head(value: int | Tensor, h: Tensor) -> int | Tensor:
         return value[h] if isinstance(value, Tensor) else value

@@ -6,14 +6,14 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import triton
 from bench_kernels import Entry, Skipped
-from bench_report import LAYERS, Row, blank_host_row, blank_row
+from bench_report import HOST_FIGURES, LAYERS, Row, blank_row
 from torch import Tensor
 
 GRAPH_LENGTHS = 16384  # up to here host time counts, and the forward is timed in a CUDA graph too
@@ -100,42 +100,75 @@ def machine_limits(device: str, timing: Timing) -> dict[str, float]:
 def measure(entry: Entry, inputs: Inputs, dout: Tensor, flops: float, timing: Timing, known: Known) -> Row:
     """The row of one kernel; `flops` are its useful operations forward. It never raises: a kernel that cannot run
     gets the reason, one whose backward cannot keeps its forward figures."""
-    seq_len = inputs[0].shape[1]
-    row, stage = blank_row(entry.name, seq_len) | {"spec": entry.spec}, "forward"
-    row["flops"], row["bytes"] = flops, sum(x.numel() * x.element_size() for x in (*inputs, dout))
-    try:
-        with entry.context():
-            forward = entry.build(*inputs)
-            out = forward()
-            row["forward_ms"] = median_ms(forward, timing)
-            row["forward_tflops"] = flops / row["forward_ms"] / 1e9
-            stage = "check"
-            compare(entry, out.detach(), row, known)
-            if entry.graph and seq_len <= GRAPH_LENGTHS:
-                try:
-                    row["graph_ms"] = graph_ms(forward, timing)
-                except Exception as error:
-                    add_note(row, f"no graph: {first_line(error)}")
-            stage = "backward"
-            differentiable = out.requires_grad
-            if differentiable:
-                backward = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
-                row["backward_ms"] = median_ms(backward, timing)
-                row["backward_tflops"] = 2.5 * flops / row["backward_ms"] / 1e9
-                del backward
-            elif inputs[0].requires_grad:
-                add_note(row, entry.note or "no backward: the result has no gradient")
-            stage = "peak memory"
-            del out
-            both = (lambda: torch.autograd.grad(forward(), inputs, dout)) if differentiable else forward
-            row["peak_gib"] = peak_gib(both)
-    except Skipped as reason:
-        fail(row, stage, "skipped", str(reason))
-    except torch.cuda.OutOfMemoryError:
-        fail(row, stage, "out of memory")
-    except Exception as error:
-        fail(row, stage, "failed", first_line(error))
+    seq_len, stage = inputs[0].shape[1], ["forward"]
+    row = blank_row(entry.name, seq_len) | {"spec": entry.spec, "flops": flops}
+    row["bytes"] = sum(x.numel() * x.element_size() for x in (*inputs, dout))
+    with noted(row, "forward_ms", stage), entry.context():
+        forward = entry.build(*inputs)
+        out = forward()
+        row["forward_ms"] = median_ms(forward, timing)
+        row["forward_tflops"] = flops / row["forward_ms"] / 1e9
+        stage[0] = "check"
+        compare(entry, out.detach(), row, known)
+        if entry.graph and seq_len <= GRAPH_LENGTHS:
+            try:
+                row["graph_ms"] = graph_ms(forward, timing)
+            except Exception as error:
+                add_note(row, f"no graph: {first_line(error)}")
+        stage[0] = "backward"
+        differentiable = out.requires_grad
+        if differentiable:
+            backward = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
+            row["backward_ms"] = median_ms(backward, timing)
+            row["backward_tflops"] = 2.5 * flops / row["backward_ms"] / 1e9
+            del backward
+        elif inputs[0].requires_grad:
+            add_note(row, entry.note or "no backward: the result has no gradient")
+        stage[0] = "peak memory"
+        del out
+        row["peak_gib"] = peak_gib(
+            (lambda: torch.autograd.grad(forward(), inputs, dout)) if differentiable else forward
+        )
     return row
+
+
+def measure_host(entry: Entry, inputs: Inputs, dout: Tensor) -> Row:
+    """What issuing one call costs the host; the sizes must keep the device ahead of it. A backward alone wakes
+    autograd's thread and is awaited; for a network's layers, here each the queries of the next, that happens once."""
+    row = blank_row(entry.name, inputs[0].shape[1], HOST_FIGURES)
+    with noted(row, "forward_us", ["host time"]), entry.context():
+        forward = entry.build(*inputs)
+        with torch.no_grad():
+            row["forward_us"] = issue_us(forward)
+        if inputs[0].requires_grad:
+            row["forward_grad_us"] = issue_us(forward)
+            row["backward_us"] = issue_us(partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True))
+            x, *keys_and_values = inputs
+            for _ in range(LAYERS):
+                x = entry.build(x, *keys_and_values)()
+            layers = partial(torch.autograd.grad, x, inputs[0], dout, retain_graph=True)
+            row["backward_layer_us"] = issue_us(layers) / LAYERS
+    return row
+
+
+@contextlib.contextmanager
+def noted(row: Row, first: str, stage: list[str]) -> Iterator[None]:
+    """Take what is raised into the row: one without its `first` figure has failed as a whole, later failures are notes
+    to it that name the stage."""
+    try:
+        yield
+        return
+    except Skipped as reason:
+        status, said = "skipped", str(reason)
+    except torch.cuda.OutOfMemoryError:
+        status, said = "out of memory", ""
+    except Exception as error:
+        status, said = "failed", first_line(error)
+    if row[first] is None:
+        row["status"] = status
+        add_note(row, said)
+    else:
+        add_note(row, ": ".join(filter(None, (stage[0], status, said))))
 
 
 def compare(entry: Entry, out: Tensor, row: Row, known: Known) -> None:
@@ -158,39 +191,6 @@ def relative_rmse(x: Tensor, reference: Tensor) -> float:
         error += float((a.float() - b.float()).square().sum())
         size += float(b.float().square().sum())
     return (error / size) ** 0.5
-
-
-def measure_host(entry: Entry, inputs: Inputs, dout: Tensor) -> Row:
-    """What issuing one call costs the host; the sizes must keep the device ahead of it. A backward alone wakes
-    autograd's thread and is awaited; for a network's layers, here each the queries of the next, that happens once."""
-    row = blank_host_row(entry.name, inputs[0].shape[1])
-    try:
-        with entry.context():
-            forward = entry.build(*inputs)
-            with torch.no_grad():
-                row["forward_us"] = issue_us(forward)
-            if inputs[0].requires_grad:
-                row["forward_grad_us"] = issue_us(forward)
-                row["backward_us"] = issue_us(partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True))
-                x, *keys_and_values = inputs
-                for _ in range(LAYERS):
-                    x = entry.build(x, *keys_and_values)()
-                layers = partial(torch.autograd.grad, x, inputs[0], dout, retain_graph=True)
-                row["backward_layer_us"] = issue_us(layers) / LAYERS
-    except Skipped as reason:
-        fail(row, "host time", "skipped", str(reason), first="forward_us")
-    except Exception as error:
-        fail(row, "host time", "failed", first_line(error), first="forward_us")
-    return row
-
-
-def fail(row: Row, stage: str, status: str, reason: str = "", first: str = "forward_ms") -> None:
-    """A row without its first figure has failed as a whole; later failures are notes to it."""
-    if row[first] is None:
-        row["status"] = status
-        add_note(row, reason)
-    else:
-        add_note(row, ": ".join(filter(None, (stage, status, reason))))
 
 
 def add_note(row: Row, text: str) -> None:

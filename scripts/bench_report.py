@@ -8,13 +8,18 @@ none.
 
 from __future__ import annotations
 
+import datetime
 import re
-from collections.abc import Callable
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from s2 import files
+from s2.tables import markdown
 
+ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 FIGURES = (
@@ -27,12 +32,8 @@ TARGET_LENGTHS = (8192, 32768, 131072)
 TARGET_SPECS = ("L1V15", "L8V16")
 
 
-def blank_row(name: str, seq_len: int) -> Row:
-    return {"name": name, "seq_len": seq_len, "status": "ok", "note": "", **dict.fromkeys(FIGURES)}
-
-
-def blank_host_row(name: str, seq_len: int) -> Row:
-    return {"name": name, "seq_len": seq_len, "status": "ok", "note": "", **dict.fromkeys(HOST_FIGURES)}
+def blank_row(name: str, seq_len: int, figures: Sequence[str] = FIGURES) -> Row:
+    return {"name": name, "seq_len": seq_len, "status": "ok", "note": "", **dict.fromkeys(figures)}
 
 
 # ---------------------------------------------------------------- ratios
@@ -46,13 +47,13 @@ def ratio(rows: list[Row], row: Row, baseline: str, *keys: str) -> float | None:
     return sum(base[key] for key in keys) / sum(row[key] for key in keys)
 
 
-def speedup(rows: list[Row], row: Row, *keys: str) -> float | None:
-    """Time of FlashAttention-2 over the row's."""
-    return ratio(rows, row, "FlashAttention-2", *keys)
+def speedup(rows: list[Row], row: Row, *ways: str) -> float | None:
+    """Time of FlashAttention-2 over the row's; `ways` are "forward" and "backward"."""
+    return ratio(rows, row, "FlashAttention-2", *(f"{way}_ms" for way in ways))
 
 
 def rate(rows: list[Row], row: Row, way: str) -> float | None:
-    """The row's useful TFLOP/s over cuDNN's; `way` is "forward" or "backward"."""
+    """The row's useful TFLOP/s over cuDNN's."""
     inverse = ratio(rows, row, "cuDNN", f"{way}_tflops")
     return None if inverse is None else 1 / inverse
 
@@ -65,24 +66,17 @@ def table(rows: list[Row]) -> str:
         "length", "kernel", "forward ms", "fwd graph ms", "TFLOP/s", "backward ms", "TFLOP/s", "peak GiB",
         "time vs FA2, fwd", "fwd+bwd", "rate / cuDNN, fwd", "bwd",
     )  # fmt: skip
-    return markdown(header, [_cells(rows, row) for row in rows], text_columns=(1,))
-
-
-def _cells(rows: list[Row], row: Row) -> list[str]:
-    return [
-        f"{row['seq_len']:,}",
-        row["name"],
-        _cell(row["forward_ms"], ".3f") if row["status"] == "ok" else row["status"],
-        _cell(row["graph_ms"], ".3f"),
-        _cell(row["forward_tflops"], ".0f"),
-        _cell(row["backward_ms"], ".3f"),
-        _cell(row["backward_tflops"], ".0f"),
-        _cell(row["peak_gib"], ".2f"),
-        _cell(speedup(rows, row, "forward_ms"), ".2f", "x"),
-        _cell(speedup(rows, row, "forward_ms", "backward_ms"), ".2f", "x"),
-        _cell(rate(rows, row, "forward"), ".2f"),
-        _cell(rate(rows, row, "backward"), ".2f"),
-    ]
+    forms = {"forward_ms": ".3f", "graph_ms": ".3f", "forward_tflops": ".0f", "backward_ms": ".3f",
+             "backward_tflops": ".0f", "peak_gib": ".2f"}  # fmt: skip
+    body = []
+    for row in rows:
+        figures = [_cell(row[key], form) for key, form in forms.items()]
+        if row["status"] != "ok":
+            figures[0] = row["status"]
+        over = [_cell(speedup(rows, row, *ways), ".2f", "x") for ways in (("forward",), ("forward", "backward"))]
+        rates = [_cell(rate(rows, row, way), ".2f") for way in ("forward", "backward")]
+        body.append([f"{row['seq_len']:,}", row["name"], *figures, *over, *rates])
+    return markdown(header, body, numbers=(0, *range(2, len(header))))
 
 
 def notes(rows: list[Row]) -> str:
@@ -111,7 +105,7 @@ def line(row: Row) -> str:
 def host_table(rows: list[Row]) -> str:
     header = ("kernel", "forward", "forward, with gradients", "backward alone", f"backward of a layer among {LAYERS}")
     body = [[row["name"], *(_cell(row[key], ".1f") for key in HOST_FIGURES)] for row in rows]
-    return markdown(header, body, text_columns=(0,))
+    return markdown(header, body, numbers=range(1, len(header)))
 
 
 def targets(sections: list[dict[str, Any]]) -> str:
@@ -126,7 +120,7 @@ def targets(sections: list[dict[str, Any]]) -> str:
                 for way in ("forward", "backward"):
                     ratios = [rate(section["rows"], row, way) if row else None for row in mine]
                     body.append([section["name"], spec, way, *(_cell(value, ".2f") for value in ratios)])
-    return markdown(header, body, text_columns=(0, 1, 2))
+    return markdown(header, body, numbers=range(3, len(header)))
 
 
 def comparisons(sections: list[dict[str, Any]]) -> str:
@@ -150,9 +144,10 @@ def comparisons(sections: list[dict[str, Any]]) -> str:
             else:
                 base = next((r for r in theirs if r["seq_len"] == row["seq_len"]), None)
             if base is not None:
-                rates = [_over(row[key], base[key]) for key in ("forward_tflops", "backward_tflops")]
+                pairs = [(row[key], base[key]) for key in ("forward_tflops", "backward_tflops")]
+                rates = ["-" if None in pair else f"{pair[0] / pair[1]:.2f}" for pair in pairs]
                 body.append([section["name"], case["over"], row["spec"], backend, f"{row['seq_len']:,}", *rates])
-    return markdown(header, body, text_columns=(0, 1, 2, 3)) if body else ""
+    return markdown(header, body, numbers=(4, 5, 6)) if body else ""
 
 
 def shares(sections: list[dict[str, Any]], limits: dict[str, float]) -> str:
@@ -174,20 +169,7 @@ def shares(sections: list[dict[str, Any]], limits: dict[str, float]) -> str:
                 ms = row[f"{way}_ms"]
                 cells += ["-", "-"] if ms is None else [f"{least[bound] / ms:.2f}", bound]
             body.append([section["name"], row["name"], f"{row['seq_len']:,}", *cells])
-    return markdown(header, body, text_columns=(0, 1, 4, 6)) if body else ""
-
-
-def _over(value: float | None, other: float | None) -> str:
-    return "-" if value is None or other is None else f"{value / other:.2f}"
-
-
-def markdown(header: tuple[str, ...], body: list[list[str]], text_columns: tuple[int, ...]) -> str:
-    rule = "|".join("---" if i in text_columns else "---:" for i in range(len(header)))
-    return "\n".join([_line(header), f"|{rule}|", *map(_line, body)])
-
-
-def _line(cells: tuple[str, ...] | list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return markdown(header, body, numbers=(2, 3, 5)) if body else ""
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:
@@ -199,24 +181,23 @@ def _cell(value: float | None, form: str, unit: str = "") -> str:
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
     """Time, useful rate and speed-up over the sequence length: the forward above, the backward below."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, str, Callable[[Row], float | None]]] = [
         ("forward, ms", "log", lambda row: row["forward_ms"]),
         ("forward, useful TFLOP/s", "linear", lambda row: row["forward_tflops"]),
-        ("forward, speed-up over FlashAttention-2", "times", lambda row: speedup(rows, row, "forward_ms")),
+        ("forward, speed-up over FlashAttention-2", "times", lambda row: speedup(rows, row, "forward")),
         ("backward, ms", "log", lambda row: row["backward_ms"]),
         ("backward, useful TFLOP/s", "linear", lambda row: row["backward_tflops"]),
-        (
-            "forward + backward, speed-up over FlashAttention-2",
-            "times",
-            lambda row: speedup(rows, row, "forward_ms", "backward_ms"),
-        ),
-    ]
+        ("forward + backward, speed-up over FlashAttention-2", "times",
+         lambda row: speedup(rows, row, "forward", "backward")),
+    ]  # fmt: skip
     figure = Figure(figsize=(17, 8), layout="constrained")
     grid = figure.subplots(2, 3)
     names = list(dict.fromkeys(row["name"] for row in rows if row["forward_ms"] is not None))
     lengths = sorted({row["seq_len"] for row in rows})
+    colours = [*colormaps["tab10"].colors, *colormaps["tab20"].colors[1::2]]
     for axis, (label, scale, value) in zip(grid.flat, panels, strict=True):
         if all(value(row) is None for row in rows):  # no backward, or no baseline
             axis.set_axis_off()
@@ -225,7 +206,8 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
             points = [(row["seq_len"], value(row)) for row in rows if row["name"] == name]
             points = [(x, y) for x, y in points if y is not None]
             line = "--" if name.startswith("dense") else "-" if name.startswith("S2") else ":"
-            axis.plot(*zip(*points, strict=True) if points else ([], []), line, marker="o", color=_colour(index), ms=4)
+            colour = colours[index % len(colours)]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), line, marker="o", color=colour, ms=4)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
         axis.set_xticks([], minor=True)
@@ -236,8 +218,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
             axis.set_yscale(scale)
         if scale == "linear":
             axis.set_ylim(bottom=0)
-        axis.set_xlabel("sequence length")
-        axis.set_title(label)
+        axis.set(xlabel="sequence length", title=label)
         axis.grid(alpha=0.3)
     figure.legend(grid.flat[0].lines, names, loc="outside right upper", fontsize=9)
     figure.suptitle(title)
@@ -245,17 +226,26 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         figure.savefig(stream, format="png", dpi=130)
 
 
-def _colour(index: int) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["tab10"](index) if index < 10 else colormaps["tab20"]((2 * index + 1) % 20)
-
-
 # ---------------------------------------------------------------- files
 
 
-def stem(record: dict[str, Any]) -> str:
-    return f"{record['date']}-{re.sub('[^a-z0-9]+', '-', record['machine'].lower())}-{record['name']}"
+def origin(script: str, argv: list[str], machine: str, versions: dict[str, str], commit: str | None) -> dict[str, Any]:
+    """What a record says of where its figures come from: the command without the place that it wrote to."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    here = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    words: list[str] = []
+    skip = False
+    for word in argv:
+        is_place = word.split("=")[0] in ("--output", "--work")
+        words += [] if skip or is_place else [word]
+        skip = is_place and "=" not in word
+    return {
+        "machine": machine,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or here or "unknown",
+        "command": shlex.join(["python", f"scripts/{script}.py", *words]),
+        "versions": versions,
+    }
 
 
 def heading(title: str, record: dict[str, Any]) -> str:
@@ -267,35 +257,36 @@ def heading(title: str, record: dict[str, Any]) -> str:
 
 def report(record: dict[str, Any], plots: dict[str, str]) -> str:
     """The Markdown page; `plots` maps a section's name to its picture."""
+    sections, limits = record["sections"], record.get("limits")
     parts = [heading("S2-Attention", record)]
-    for section in record["sections"]:
+    for section in sections:
         parts += [f"## {section['title']}", table(section["rows"]), notes(section["rows"])]
         if section["name"] in plots:
             parts.append(f"![time, rates and speed-up, {section['name']}]({plots[section['name']]})")
     if record["host"]:
         parts += ["## Host time of one call, microseconds", host_table(record["host"]), notes(record["host"])]
-    compared = comparisons(record["sections"])
-    if compared:
+    if compared := comparisons(sections):
         parts += ["## Our rates over another case's", compared]
-    limits = record.get("limits") or {}
-    measured = shares(record["sections"], limits) if limits else ""
-    if measured:
+    if limits and (measured := shares(sections, limits)):
         reached = f"{limits['copy_tb_s']:.2f} TB/s of a copy, {limits['product_tflop_s']:.0f} TFLOP/s of a product"
         parts += ["## Share of the machine's limits", f"Limits in this process: {reached}.", measured]
     if record.get("targets"):
-        parts += ["## Targets: rate over cuDNN's", targets(record["sections"])]
+        parts += ["## Targets: rate over cuDNN's", targets(sections)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def write(record: dict[str, Any], folder: Path, *, with_plots: bool) -> Path:
-    """Write `<date>-<machine>-<name>.md` and `.json`, and a `.png` for each section of several lengths."""
-    name, plots = stem(record), {}
+    """Write page and record, and a `.png` for each section of several lengths."""
+    plots = {}
     for section in record["sections"] if with_plots else []:
-        measured = [row for row in section["rows"] if row["forward_ms"] is not None]
-        if len({row["seq_len"] for row in measured}) > 1:
-            plots[section["name"]] = f"{name}-{section['name']}.png"
+        if len({row["seq_len"] for row in section["rows"] if row["forward_ms"] is not None}) > 1:
+            plots[section["name"]] = f"{stem(record)}-{section['name']}.png"
             plot(section["rows"], f"{record['machine']}, {section['title']}", folder / plots[section["name"]])
     return save(record, folder, report(record, plots))
+
+
+def stem(record: dict[str, Any]) -> str:
+    return f"{record['date']}-{re.sub('[^a-z0-9]+', '-', record['machine'].lower())}-{record['name']}"
 
 
 def save(record: dict[str, Any], folder: Path, page: str) -> Path:

@@ -29,6 +29,7 @@ from typing import Any
 
 from s2 import ending, files
 from s2.recipe import load_recipe
+from s2.tables import markdown
 from s2.training.metrics import read_metrics
 
 MICRO_BATCHES = {8: 4, 32: 2, 128: 1}  # of a GPU in a step, by the length in thousands of tokens
@@ -111,31 +112,34 @@ def measure(name: str, data: Path, steps: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The markdown page."""
-    rows = results["rows"]
-    rates = {row["case"]: row["tokens_per_second_per_device"] for row in rows.values()}
-    lines = [
-        f"# Training rates on {results['device']}",
-        "",
-        f"{results['date']}, {results['versions']}; commit {results['commit']}. By `scripts/bench_training.py`: "
-        "random weights, real text, documents masked, nothing saved; medians of the steps after the first "
-        f"{COMPILING}. MFU counts the causal half.",
-        "",
-        "| case | GPUs | tokens/s/GPU | over dense | MFU executed / dense-equivalent | peak GiB | estimate | steps |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
+    header = (
+        "case",
+        "GPUs",
+        "tokens/s/GPU",
+        "over dense",
+        "MFU executed / dense-equivalent",
+        "peak GiB",
+        "estimate",
+        "steps",
+    )
+    rates = {row["case"]: row["tokens_per_second_per_device"] for row in results["rows"].values()}
+    body = []
+    for name, row in results["rows"].items():
         kind, gpus = name.split(":")
         if (rate := row["tokens_per_second_per_device"]) is None:
-            lines.append(f"| {kind} | {gpus} | exit code {row['exit_code']}: {row['said']} | | | | | |")
+            body.append([kind, gpus, f"exit code {row['exit_code']}: {row['said']}", *[""] * 5])
             continue
         dense = rates.get(f"{kind}-dense:{gpus}")
-        mfu = [row[key] for key in ("mfu_executed", "mfu_dense_equivalent")]
-        lines.append(
-            f"| {kind} | {gpus} | {rate:,.0f} | {f'{rate / dense:.2f}x' if dense else ''} | "
-            f"{' / '.join(f'{value:.3f}' for value in mfu if value is not None)} | {row['memory_gib']:.1f} | "
-            f"{row['estimate_gib'] or ''} | {len(row['tokens_per_second_per_device_all'])} |"
-        )
-    return "\n".join(lines) + "\n"
+        mfu = [f"{row[key]:.3f}" for key in ("mfu_executed", "mfu_dense_equivalent") if row[key] is not None]
+        over, steps = f"{rate / dense:.2f}x" if dense else "", len(row["tokens_per_second_per_device_all"])
+        memory = [f"{row['memory_gib']:.1f}", f"{row['estimate_gib'] or ''}"]
+        body.append([kind, gpus, f"{rate:,.0f}", over, " / ".join(mfu), *memory, str(steps)])
+    about = (
+        f"{results['date']}, {results['versions']}; commit {results['commit']}. By `scripts/bench_training.py`: "
+        "random weights, real text, documents masked, nothing saved; medians of the steps after the first "
+        f"{COMPILING}. MFU counts the causal half."
+    )
+    return "\n\n".join([f"# Training rates on {results['device']}", about, markdown(header, body)]) + "\n"
 
 
 def main() -> int:

@@ -26,7 +26,8 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from s2 import ending, files
-from s2.training.launch import quieten
+from s2.training.config import ModelSection
+from s2.training.gaps.lightning import quieten
 from s2.training.module import PretrainModule
 from s2.training.optim import OptimizerConfig, ScheduleConfig
 from s2.training.strategy import ZeROStrategy
@@ -118,16 +119,18 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     recorder = Recorder()
-    module = PretrainModule(
+    section = ModelSection(
         MODEL,
         optimizer=OptimizerConfig(lr=1e-3),
         schedule=ScheduleConfig(name="constant"),
         activation_checkpointing=checkpointing,
         compile=compiled,
     )
+    module = PretrainModule(section)
     if stage == 3:
         # or so small a model would not be sharded, or never released
         strategy |= {"persistence_threshold": 0, "reuse_distance": 0, "prefetch_elements": 0}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     with files.temporary_folder() as folder:
         trainer = Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
@@ -140,10 +143,7 @@ def run(stage: int, *, steps: int, compiled: bool, checkpointing: Any = "none", 
             use_distributed_sampler=False,
             callbacks=[recorder],
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **quiet,
         )
         trainer.fit(module, datamodule=RandomRows())
     assert module.model is not None
@@ -168,11 +168,9 @@ def differences(result: dict[str, Any], reference: dict[str, Any], start: torch.
     """Largest relative difference over the steps, and of the weights over the way they went."""
     found = {}
     for key in ("loss", "grad norm"):
-        pairs = zip(result[key], reference[key], strict=True)
-        found[key] = max(abs(a - b) / abs(b) for a, b in pairs)
+        found[key] = max(abs(a - b) / abs(b) for a, b in zip(result[key], reference[key], strict=True))
     apart, way = result["weights"] - reference["weights"], reference["weights"] - start
-    found["weights"] = float(apart.norm() / way.norm())
-    return found | {key: result[key] for key in ("graphs", "held")}
+    return found | {"weights": float(apart.norm() / way.norm()), "graphs": result["graphs"], "held": result["held"]}
 
 
 def compare(names: list[str], ways: list[str], steps: int) -> int:
@@ -180,7 +178,7 @@ def compare(names: list[str], ways: list[str], steps: int) -> int:
     quieten()
     reference = run(1, steps=steps, compiled=False)
     torch.manual_seed(0)
-    module = PretrainModule(MODEL)
+    module = PretrainModule(ModelSection(MODEL))
     module.configure_model()
     start = _flat(module)
     first = dist.get_rank() == 0

@@ -111,3 +111,9 @@ def test_an_override_fills_empty_init_args() -> None:
     recipe: dict[str, Any] = {"data": {"class_path": "x.X", "init_args": None}}
     apply_overrides(recipe, ["data.seq_len=64"])
     assert recipe["data"]["init_args"] == {"seq_len": 64}
+
+
+def test_an_override_takes_the_place_of_the_entry_of_a_list() -> None:
+    recipe: dict[str, Any] = {"betas": [0.9, 0.95, 0.99]}
+    apply_overrides(recipe, ["betas.1=0.5"])
+    assert recipe == {"betas": [0.9, 0.5, 0.99]}

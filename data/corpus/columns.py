@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from typing import Any
 
-from data.settings import SettingError
+from s2.settings import SettingError
 
 
 class RowError(Exception):

@@ -16,7 +16,7 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from data.corpus.sources import Document
-from data.settings import Check, Positive, SettingError, Settings, Share
+from s2.settings import Check, Positive, SettingError, Settings, Share
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import numpy as np
 
 from data.corpus.readers import Row
 from data.corpus.tokenizer import TextTokenizer
-from data.settings import Check, Count, Positive, SettingError, Settings
 from data.shards.reader import TokenShards
+from s2.settings import Check, Count, Positive, SettingError, Settings
 
 _ADJECTIVES = (  # noqa: SIM905
     "tall narrow broken frozen hidden painted wooden quiet crooked dusty hollow rusty polished wild heavy gentle "

@@ -35,7 +35,7 @@ from data.corpus.readers import (
 )
 from data.corpus.remote import hub_files
 from data.corpus.retrieval import Retrieval, read_retrieval
-from data.settings import Count, Positive, SettingError, Settings
+from s2.settings import Count, Positive, SettingError, Settings
 
 PART_BYTES = 128 << 20
 PROBED_ROWS = 1000

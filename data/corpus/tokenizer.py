@@ -17,8 +17,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data.corpus.reserved import drops_characters, not_kept, settings_of, text_encoder, unknown_id
-from data.settings import Check, Positive, SettingError, Settings
 from s2.files import whole, write_text
+from s2.settings import Check, Positive, SettingError, Settings
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")

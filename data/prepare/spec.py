@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from data.corpus.dedup import Deduplicate
 from data.corpus.sources import PART_BYTES, Source
 from data.corpus.tokenizer import TokenizerSpec, tokenizer_settings
-from data.settings import Check, Positive, SettingError, Settings, differences, read
+from s2.recipe import difference_lines
+from s2.settings import Check, Positive, SettingError, Settings, read
 
 # What does not decide the content of shards: where they lie, how the work is divided, what happens to bad rows (parts
 # and manifests say how many there were).
@@ -92,12 +93,12 @@ class PrepareSpec(Settings):
         try:
             spec = PrepareSpec.parse(recorded | {"output": self.output}, "recorded")
         except ValueError:  # of a later version
-            return differences(recorded, now)
+            return difference_lines(recorded, now)
         before = spec._content(asdict(spec.tokenizer), then)
         for old, new, was, source in zip(before["sources"], now["sources"], spec.sources, self.sources, strict=False):
             if was.path == source.path:
                 old["path"] = new["path"]
-        return differences(before, now)
+        return difference_lines(before, now)
 
     def _content(self, tokenizer: dict[str, Any], cwd: str | None = None) -> dict[str, Any]:
         """The settings that decide the shards' content; sources by their labels and whole paths, relative ones from

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from s2.attention import Pattern, s2_attention
 
-from .checkpointing import CheckpointMode, run_checkpointed
 from .config import ModelConfig
+from .recompute import CheckpointMode, run_checkpointed
 from .rope import apply_rotary
 
 

@@ -133,8 +133,7 @@ _SCALE: dict[str, Callable[[Tensor, int, float, Mapping[str, Any]], tuple[Tensor
 class RotaryEmbedding:
     """Turns positions into fp32 cos and sin.
 
-    Deliberately not a module with a buffer: `.to(bfloat16)` and DeepSpeed's parameter initialisation would
-        round the
+    Deliberately not a module with a buffer: `.to(bfloat16)` and DeepSpeed's parameter initialisation would round the
     frequencies, and at 128k tokens a bf16 frequency is off by hundreds of radians.
     """
 
@@ -160,8 +159,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Position of each packed token within its document, int32 `[num_tokens]`, without a host
-    synchronisation.
+    """Position of each packed token within its document, int32 `[num_tokens]`, without a host synchronisation.
 
     Args:
         cu_seqlens: int32 `[n + 1]`, document borders; zero-length documents (repeated borders) are allowed.

@@ -13,10 +13,10 @@ from typing import cast, overload
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import CHECKPOINT_MODES, CheckpointMode
 from .config import ModelConfig
 from .layers import Block, Cache, Embedding, Linear, RMSNorm
 from .loss import chunked_cross_entropy, wide_logits
+from .recompute import CHECKPOINT_MODES, CheckpointMode
 from .rope import RotaryEmbedding, document_positions
 
 
@@ -186,7 +186,7 @@ class Transformer(nn.Module):
             block.self_attn.pattern, block.self_attn.rotation = pattern, rotation
 
     def set_activation_checkpointing(self, mode: CheckpointMode) -> None:
-        """Choose what blocks recompute in the backward: "none", "selective" or "full" (see `checkpointing`).
+        """Choose what blocks recompute in the backward: "none", "selective" or "full" (see `recompute`).
 
         Raises:
             ValueError: another mode.

@@ -12,14 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from s2.model.flops import model_flops_utilization
-from s2.training.checkpoint import RunCheckpoint, tokens_per_step
-from s2.training.metrics import MetricsFile, read_metrics
-from s2.training.report import data_report
-from s2.training.run import RunConfig
-from s2.training.throughput import clock, device_peak, peak_memory_gib
+from s2.training.config import RunConfig
+from s2.training.gaps import lightning as gaps
+from s2.training.metrics import MetricsFile, clock, device_peak, peak_memory_gib, read_metrics
+from s2.training.saving import RunCheckpoint, tokens_per_step
+from s2.training.summary import data_report
 
 
-class TrainingLog(Callback):
+class TrainingLog(gaps.EachStep, Callback):
     """One line per `trainer.log_every_n_steps` optimizer steps and per validation, on the console and in the files.
 
     Throughput and MFU cover the steps since the last line, without validations and checkpoints.
@@ -35,7 +35,7 @@ class TrainingLog(Callback):
         self._file: MetricsFile | None = None
         self._bar: tqdm | None = None
         self._opened_at = 0.0
-        self._seen_step = self._logged_step = 0
+        self._logged_step = 0
         self._logged_at = 0.0
         self._validating = self._validation_began = 0.0
 
@@ -53,25 +53,21 @@ class TrainingLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open(trainer)
         if self._owes_validation(trainer):
-            _validate(trainer)
-        self._seen_step = self._logged_step = trainer.global_step
+            gaps.validate_now(trainer)
+        super().on_train_start(trainer, pl_module)
+        self._logged_step = trainer.global_step
         self._logged_at = self._training_clock()
         if trainer.is_global_zero and sys.stderr.isatty():
             self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step")
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step(self, trainer: Any, module: Any) -> None:
         step = trainer.global_step
-        if step == self._seen_step:
-            return  # inside a gradient accumulation
-        self._seen_step = step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
-            self._log_step(trainer, pl_module)
+            self._log_step(trainer, module)
         if step == trainer.max_steps:
-            trainer.val_check_batch = 1  # the last step is always validated
+            gaps.validate_after_this_batch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_began = time.perf_counter()
@@ -150,15 +146,6 @@ class TrainingLog(Callback):
             logger.log_metrics(dict(row), step=step)
         tqdm.write(line)
         sys.stdout.flush()
-
-
-def _validate(trainer: Trainer) -> None:
-    """Run the validation loop inside `fit`, as Lightning does between two batches."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.restarting = False
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
 
 
 def step_line(step: int, max_steps: int, row: Mapping[str, float], seconds_left: float, device_type: str) -> str:

@@ -23,9 +23,8 @@ from pathlib import Path
 
 from s2 import ending
 from s2.recipe import apply_overrides, load_recipe
-from s2.training.keys import check_keys
-
-MAIN_PROCESS = "S2_MAIN_PROCESS"  # environment: the process that started the others of a node, if Lightning did
+from s2.training.config import read_stage
+from s2.training.gaps.lightning import is_helper, main_process, quieten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,40 +34,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return ending.DONE if argv else ending.BAD_INPUT
     code = ending.call(lambda: train(Path(argv[0]), argv[1:]))
-    # Lightning kills what is left of a run some seconds after one of the processes it started ended with another code
-    # than 0, and so the main process while it is still closing down; of a stopped run that one's code counts
-    return ending.DONE if code == ending.STOPPED and _is_helper() else code
-
-
-def _is_helper() -> bool:
-    return os.environ.get(MAIN_PROCESS) == str(os.getppid())
+    return ending.DONE if code == ending.STOPPED and is_helper() else code
 
 
 def train(path: Path, overrides: Sequence[str]) -> int:
     """Resolve the recipe, then train, or say that there is nothing left to do.
 
     Raises:
-        ValueError, FileNotFoundError: the recipe, its data or its checkpoints are wrong; raised before training.
-        Preempted, DivergedError, DamagedError: see `s2.training.checkpoint`, `guard` and `saved`.
+        ValueError, OSError: the recipe, its data or its checkpoints are wrong; raised before training.
+        Preempted, DivergedError, DamagedError: see `s2.training.saving`, `guard` and `run_folder`.
     """
     recipe = load_recipe(path)
     overridden = apply_overrides(recipe, overrides)
-    check_keys(recipe, path, overridden)
+    config = read_stage(recipe, path, overridden)
     if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         # document borders differ from batch to batch, and so do sizes of tensors: without it fragments take gigabytes
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # From here on imports take seconds; whatever can be said without them has been said.
-    from s2.training.launch import launch
+    from s2.training.stage import Stage
 
-    if _is_helper():
-        launch(recipe, path, overridden)
-        return 0
-    os.environ[MAIN_PROCESS] = str(os.getpid())
-    try:
-        launch(recipe, path, overridden)
-    finally:
-        del os.environ[MAIN_PROCESS]
-    return 0
+    quieten()
+    with main_process():
+        Stage(config).train()
+    return ending.DONE
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from s2 import ending
-from s2.training.run import RunConfig
+from s2.training.config import RunConfig
+from s2.training.gaps.lightning import EachStep
 
 MEMORY = 0.99  # decay of the running mean of losses
 SETTLING = 50  # steps of a run before a loss can be called a jump
@@ -39,7 +40,7 @@ class _Counters:
     steps: int = 0  # that the mean is of
 
 
-class StepGuard(Callback):
+class StepGuard(EachStep, Callback):
     """Decides about each step once its loss is known, and counts what was skipped.
 
     The module tells it the losses of its micro-batches (`add`) and asks at the last of a step (`refuses`); what came of
@@ -56,7 +57,6 @@ class StepGuard(Callback):
         self._loss = self._valid = 0.0  # of the step so far, over all ranks
         self._position: int | None = None  # of the step's first batch
         self._bad: list[str] = []  # what was wrong in the step so far
-        self._seen_step = -1
 
     @property
     def skipped(self) -> int:
@@ -86,19 +86,15 @@ class StepGuard(Callback):
         return bool(self._bad)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._begin_step()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if step == self._seen_step:
-            return  # inside a gradient accumulation
-        self._seen_step = step
-        norm = pl_module.skipped_gradient_norm()
+    def on_step(self, trainer: Trainer, module: Any) -> None:
+        norm = module.skipped_gradient_norm()
         if norm is None:
             self._take(self._loss / max(self._valid, 1.0))
         else:
-            self._skip(trainer, step, norm)
+            self._skip(trainer, trainer.global_step, norm)
         self._begin_step()
 
     def _take(self, loss: float) -> None:

@@ -1,11 +1,18 @@
-"""Out of memory, by whatever name a library reports it, said in one sentence that helps."""
+"""Memory: what a run will take, and running out of it, by whatever name a library reports that."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from s2 import ending
+from s2.model.config import ModelConfig
+
+GIB = 2**30
 
 # What the allocator, cuDNN, cuBLAS, NCCL, the driver and the CPU's allocator say when there is no memory left. cuDNN
 # and cuBLAS report a failed allocation of their workspaces as an internal or an execution error; these count only with
@@ -22,6 +29,91 @@ _PERHAPS = re.compile(
     re.IGNORECASE,
 )
 _ALMOST_NONE = 0.03  # share of the device's memory that is free when a library finds none for its workspace
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per device. Activations are those of one micro-batch; communication buckets, the allocator's slack and
+    the CUDA context (a few GiB together) come on top."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {getattr(self, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer", "activations")
+        ]
+        return f"{self.total / GIB:.2f} GiB per device ({', '.join(parts)})"
+
+
+def estimate_memory(
+    config: ModelConfig,
+    tokens: int,
+    *,
+    stage: int,
+    world_size: int,
+    precision: str,
+    checkpointing: str,
+    offload_optimizer: bool = False,
+) -> MemoryEstimate:
+    """Memory of one rank.
+
+    Model states follow Rajbhandari et al., arXiv 1910.02054, with fp32 gradient accumulation: in bf16 a parameter
+    costs 2 bytes of weight, 4 of gradient and 12 of fp32 master weight and Adam moments; in fp32 4, 4 and 8.
+    ZeRO-1 shards the optimizer, ZeRO-2 the gradients too, ZeRO-3 the weights too.
+
+    Args:
+        tokens: of a micro-batch on one rank.
+        stage: ZeRO stage (0: nothing is sharded).
+        precision: Lightning's name, for example 32-true or bf16-mixed.
+        checkpointing: none, selective or full.
+    """
+    low = "16" in precision
+    parameters = config.num_parameters()
+    shard = [1.0 if stage < level else 1.0 / world_size for level in (1, 2, 3)]
+    return MemoryEstimate(
+        weights=parameters * (2 if low else 4) * shard[2],
+        gradients=parameters * 4 * shard[1],
+        optimizer=0.0 if offload_optimizer else parameters * (12 if low else 8) * shard[0],
+        activations=tokens * _activation_bytes(config, checkpointing, 2 if low else 4),
+    )
+
+
+def _activation_bytes(config: ModelConfig, checkpointing: str, width: int) -> float:
+    """Bytes kept per token between forward and backward.
+
+    A block keeps, in elements: two residual inputs and two norm outputs (4 E), rotated q, k, v (Q + 2 K), the attention
+    output (Q), and gate, up, their activation and product (4 F). `selective` keeps the block's input, q, k, v, the
+    attention output and its projection, `full` only the input; both hold one whole block at a time in the backward.
+    The head keeps the last hidden states, their norm and their gradient (3 E); its logits exist a chunk at a time.
+    """
+    E, F = config.hidden_size, config.intermediate_size
+    Q = config.num_attention_heads * config.head_dim
+    K = config.num_key_value_heads * config.head_dim
+    whole = (4 * E + 2 * Q + 2 * K + 4 * F) * width
+    kept = {"none": whole, "selective": (2 * E + 2 * Q + 2 * K) * width, "full": E * width}[checkpointing]
+    working = 0 if checkpointing == "none" else whole
+    return config.num_hidden_layers * kept + working + 3 * E * width
+
+
+def memory_of(module: Any, data: Any, trainer: Any, precision: str | None = None) -> MemoryEstimate:
+    """`estimate_memory` of a run, in another precision where one is given."""
+    strategy = trainer.strategy
+    return estimate_memory(
+        module.config,
+        data.micro_batch_size * data.seq_len,
+        stage=getattr(strategy, "stage", 0),
+        world_size=trainer.world_size,
+        precision=precision or trainer.precision,
+        checkpointing=module.activation_checkpointing,
+        offload_optimizer=getattr(strategy, "offloads_optimizer", False),
+    )
 
 
 class OutOfMemoryError(MemoryError):
@@ -46,8 +138,6 @@ def is_out_of_memory(error: BaseException, *, device_is_full: bool) -> bool:
 
 def device_is_full() -> bool:
     """Whether next to no memory of this process's GPU is free outside of torch's cache; False without one."""
-    import torch
-
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return False
     free, total = torch.cuda.mem_get_info()
@@ -56,37 +146,32 @@ def device_is_full() -> bool:
 
 def usage() -> str:
     """What this process's GPU held at most, to stand beside the estimate; empty without one."""
-    import torch
-
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return ""
     free, total = torch.cuda.mem_get_info()
     ours, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     others = max(total - free - torch.cuda.memory_reserved(), 0)
     return (
-        f"; of {total / 2**30:.1f} GiB torch held at most {ours / 2**30:.1f} in tensors, {reserved / 2**30:.1f} with "
-        f"its cache, libraries and other processes {others / 2**30:.1f}"
+        f"; of {total / GIB:.1f} GiB torch held at most {ours / GIB:.1f} in tensors, {reserved / GIB:.1f} with "
+        f"its cache, libraries and other processes {others / GIB:.1f}"
     )
 
 
-def advice(phase: str, estimate: str, checkpointing: str, stage: int, micro_batch_size: int, ranks: int) -> str:
-    """The sentence that a run ends with.
-
-    Args:
-        phase: what was being done (`step 3`).
-        estimate: what the launch said that it would take.
-        checkpointing, stage, micro_batch_size, ranks: as the run has them; what can still be turned is named.
-    """
+def advice(module: Any, data: Any, trainer: Any) -> str:
+    """The sentence that a run out of memory ends with: where it was, the estimate, and what can still be turned."""
+    phase = "setting up" if module.phase is None else module.phase.format(step=trainer.global_step + 1)
+    stage, checkpointing = getattr(trainer.strategy, "stage", 0), module.activation_checkpointing
     turns = []
-    if micro_batch_size > 1:
-        turns.append(f"data.micro_batch_size below {micro_batch_size}")
+    if data.micro_batch_size > 1:
+        turns.append(f"data.micro_batch_size below {data.micro_batch_size}")
     if checkpointing != "full":
         turns.append(f"model.activation_checkpointing={'selective or full' if checkpointing == 'none' else 'full'}")
-    if stage < 3 and ranks > 1:
+    if stage < 3 and trainer.world_size > 1:
         turns.append(f"trainer.strategy=zero_{stage + 1}")
-    if ranks == 1 or stage == 3:
+    if stage == 3 or trainer.world_size == 1:
         turns.append("more GPUs with trainer.strategy=zero_3")
     turns.append(f"trainer.strategy={'zero_3_offload' if stage == 3 else 'zero_2_offload'}")
+    estimate = f"{memory_of(module, data, trainer)}{usage()}"
     return f"out of memory in {phase}; the estimate was {estimate}. In this order: {'; '.join(turns)}"
 
 

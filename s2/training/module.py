@@ -6,9 +6,10 @@ Shape letters: B sequences of a micro-batch, S tokens of a sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,15 @@ from torch import Tensor
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
 from s2.model.transformer import Transformer
+from s2.training.config import ModelSection
+from s2.training.gaps import lightning as gaps
 from s2.training.guard import StepGuard
-from s2.training.optim import OptimizerConfig, ScheduleConfig, build_adamw
+from s2.training.optim import build_adamw
 from s2.training.strategy import ZeROStrategy
 from s2.training.weights import check_same_tokens, load_into
 
-_ADAMW = OptimizerConfig()
-_COSINE = ScheduleConfig()
 
-
-def resolve_config(keys: dict[str, Any], init_from: str | None) -> ModelConfig:
+def resolve_config(keys: Mapping[str, Any], init_from: str | None) -> ModelConfig:
     """The model's config: the recipe's keys, on top of those of the checkpoint it starts from.
 
     Raises:
@@ -55,16 +55,7 @@ def _missing_checkpoint(init_from: str) -> str:
 
 
 class PretrainModule(LightningModule):
-    """Next-token training of a Transformer.
-
-    Args:
-        config: `ModelConfig` keys. With `init_from`, only the ones to change.
-        init_from: Hugging Face folder to start from (an earlier stage's `hf/`); None starts from random weights. The
-            export keeps its token ids and tokenizer; without it the ids are the data's. `config` has the last word.
-        optimizer: AdamW.
-        schedule: learning rate over the run.
-        activation_checkpointing: `none`, `selective` (attention outputs and the costly matmuls are kept) or `full`.
-        compile: torch.compile each block.
+    """Next-token training of a Transformer, as the recipe's section `model` says.
 
     A step's gradient is that of the mean loss over the step's valid tokens, on all ranks and in all its micro-batches,
     so that a token counts the same wherever it lies. How many are valid is known only after the last micro-batch:
@@ -72,24 +63,14 @@ class PretrainModule(LightningModule):
     the accumulated gradient is divided by the step's share of valid places before its norm is taken and clipped.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        init_from: str | None = None,
-        optimizer: OptimizerConfig = _ADAMW,
-        schedule: ScheduleConfig = _COSINE,
-        activation_checkpointing: Literal["none", "selective", "full"] = "none",
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        self.config = resolve_config(config, init_from)
-        self.init_from = init_from
-        self._ids_of_data = [key for key in ("bos_token_id", "eos_token_id") if init_from is None and key not in config]
+        self.section, self.init_from = section, section.init_from
+        self.config = resolve_config(section.config, section.init_from)
+        own = () if self.init_from is not None else ("bos_token_id", "eos_token_id")
+        self._ids_of_data = [key for key in own if key not in section.config]
         self._source: ModelConfig | None = None  # of `init_from`, while it is validated as it is
-        self.optimizer_config = optimizer
-        self.schedule_config = schedule
-        self.activation_checkpointing = activation_checkpointing
-        self.compile_blocks = compile
+        self.activation_checkpointing = section.activation_checkpointing
         self.model: Transformer | None = None
         self.train_totals = [0.0, 0.0]  # loss sum and valid tokens since `pop_train_loss`, over all ranks
         self._settings: list[dict[str, Any]] = []  # of the optimizer's groups, as the recipe has them
@@ -115,7 +96,7 @@ class PretrainModule(LightningModule):
 
     def on_fit_start(self) -> None:
         # not in `configure_model`: while ZeRO-3 shards parameters, torch's own functions are not what compilation knows
-        if self.compile_blocks and self.model is not None:
+        if self.section.compile and self.model is not None:
             self.model.compile_blocks()
 
     def setup(self, stage: str) -> None:
@@ -132,23 +113,14 @@ class PretrainModule(LightningModule):
         self.validation_names = list(data.validation_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the trainer's count of micro-batches as that of whole steps with today's accumulation.
-
-        Accumulation windows, validations and the data position follow from this count, and it has to agree with
-        DeepSpeed's, which begins at 0 in every process. Checkpoints are written at step boundaries, so the number of
-        steps says it all; micro-batches of another size or on another number of ranks do not count.
-        """
-        micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):
-            unfinished = counts["ready"] - counts["completed"]  # 1 where the checkpoint is from on_train_batch_end
-            counts.update(dict.fromkeys(("ready", "started", "processed"), micro_batches))
-            counts["completed"] = micro_batches - unfinished
+        """Count whole steps with today's accumulation. Checkpoints are written at step boundaries, so the number of
+        steps says it all; micro-batches of another size or on another number of ranks do not count."""
+        gaps.set_progress(checkpoint, checkpoint["global_step"] * self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offloaded = getattr(self.trainer.strategy, "offloads_optimizer", False)
         fused = self.trainer.strategy.root_device.type == "cuda" and not offloaded
-        optimizer = build_adamw(self, self.optimizer_config, fused=fused)
+        optimizer = build_adamw(self, self.section.optimizer, fused=fused)
         self._settings = [
             {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
         ]
@@ -162,8 +134,9 @@ class PretrainModule(LightningModule):
     @property
     def learning_rate(self) -> float:
         """Rate of the next optimizer step."""
-        factor = self.schedule_config.factor(self.trainer.global_step, self.trainer.max_steps)
-        return self.optimizer_config.lr * factor
+        return self.section.optimizer.lr * self.section.schedule.factor(
+            self.trainer.global_step, self.trainer.max_steps
+        )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         rate = self.learning_rate
@@ -188,7 +161,7 @@ class PretrainModule(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        if self.trainer.fit_loop._should_accumulate():
+        if gaps.is_accumulating(self.trainer):
             return  # DeepSpeed is asked to step after every micro-batch, and does so at the last one
         # a step without any valid token has no gradient to divide
         share = self._step_valid / self._step_places if self._step_valid else 1.0

@@ -14,14 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from torch import nn
+from s2.settings import Check, Count, Settings, Weight
+
+if TYPE_CHECKING:  # recipes are checked without it
+    import torch
+    from torch import nn
+
+_Decay = Annotated[float, Check("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+_NotNegative = Annotated[float, Check("a number that is not negative", lambda x: 0 <= x < math.inf)]
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
     Attributes:
@@ -31,23 +37,14 @@ class OptimizerConfig:
         weight_decay: decoupled decay of the matrices; norms and biases (one-dimensional) are never decayed.
     """
 
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"model.optimizer.lr={self.lr} must be a number above 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"model.optimizer.betas={list(self.betas)} must both lie in [0, 1)")
-        for name in ("eps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"model.optimizer.{name}={getattr(self, name)} must be a number, and not negative")
+    lr: Weight = 3e-4
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
+    eps: _NotNegative = 1e-8
+    weight_decay: _NotNegative = 0.1
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Learning rate over the run, as a share of the peak.
 
     Attributes:
@@ -59,18 +56,10 @@ class ScheduleConfig:
     """
 
     name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    min_ratio: float = 0.1
-    decay_ratio: float = 0.1
+    warmup_steps: Count = 0
+    min_ratio: Annotated[float, Check("a number from 0 to 1", lambda x: 0 <= x <= 1)] = 0.1
+    decay_ratio: Annotated[float, Check("a number above 0 and up to 1", lambda x: 0 < x <= 1)] = 0.1
     decay_shape: Literal["sqrt", "linear"] = "sqrt"
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"model.schedule.warmup_steps={self.warmup_steps} must not be negative")
-        if not 0 <= self.min_ratio <= 1:
-            raise ValueError(f"model.schedule.min_ratio={self.min_ratio} must lie between 0 and 1")
-        if not 0 < self.decay_ratio <= 1:
-            raise ValueError(f"model.schedule.decay_ratio={self.decay_ratio} must lie above 0 and up to 1")
 
     def factor(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step `step` (0-based) over the peak.
@@ -118,5 +107,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 
 def build_adamw(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW over `model`, matrices decayed only; `fused` runs one kernel per group on CUDA."""
+    import torch
+
     groups = parameter_groups(model.named_parameters(), config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

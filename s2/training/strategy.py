@@ -14,8 +14,6 @@ On the CPU the same ZeRO code runs over gloo, which is how tests and the demo co
 from __future__ import annotations
 
 import logging
-import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 
-from s2.training import resize, saved
-from s2.training.reduction import OrderedReduction
-from s2.training.workers import shield_workers
+from s2.training import resize, run_folder
+from s2.training.gaps import deepspeed as gaps
+from s2.training.gaps.workers import shield_workers
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "zero_1": {"stage": 1},
@@ -110,27 +108,20 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         if isinstance(self.accelerator, CPUAccelerator):
-            os.environ["DS_ACCELERATOR"] = "cpu"
-            # Lightning's class refuses anything but CUDA in this method; its parents' version is what we need.
-            super(DeepSpeedStrategy, self).setup_environment()
+            gaps.set_up_cpu_environment(self)
         else:
             super().setup_environment()
 
     def setup_distributed(self) -> None:
         if isinstance(self.accelerator, CPUAccelerator):
-            import deepspeed
-
-            # gloo does; the shared-memory op would be compiled with the machine's C++ compiler at every first run.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
+            gaps.set_up_cpu_processes(self)
         else:
             super().setup_distributed()
 
     def _setup_model_and_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         engine, optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
-        if hasattr(optimizer, "reduce_ipg_grads"):  # ZeRO-1/2 with hooks; see `s2.training.reduction`
-            OrderedReduction(optimizer, engine.module.parameters())
+        if hasattr(optimizer, "reduce_ipg_grads"):  # ZeRO-1/2 with hooks
+            gaps.OrderedReduction(optimizer, engine.module.parameters())
         return engine, optimizer
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -143,9 +134,9 @@ class ZeROStrategy(DeepSpeedStrategy):
             DamagedError: there is none.
         """
         wanted = Path(checkpoint_path)
-        older = saved.complete_checkpoints(wanted.parent.parent)
+        older = run_folder.complete_checkpoints(wanted.parent.parent)
         candidates = [path for path in older if path <= wanted.parent] or [wanted.parent]
-        whole = saved.newest_whole(candidates, self._damage, self._say)
+        whole = run_folder.newest_whole(candidates, self._damage, self._say)
         assert whole is not None
         if whole != wanted.parent:
             self._say(f"continuing from {whole} instead")
@@ -153,16 +144,15 @@ class ZeROStrategy(DeepSpeedStrategy):
         if resize.saved_ranks(state) in (0, self.world_size):
             return super().load_checkpoint(state, weights_only)
         if self.is_global_zero:
-            resize.add_missing_ranks(resize.to_universal(state), self.world_size)
+            resize.to_universal(state, self.world_size)
         self.barrier()
-        engine = self.deepspeed_engine
-        with resize.universal_load(engine):
-            return super().load_checkpoint(resize.to_universal(state), weights_only)
+        with gaps.universal_load(self.deepspeed_engine):
+            return super().load_checkpoint(resize.universal_folder(state), weights_only)
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint, the same on every rank."""
         found: list[str | None] = [None] * self.world_size
-        mine = saved.damage(checkpoint, checksums=True, share=(self.global_rank, self.world_size))
+        mine = run_folder.damage(checkpoint, checksums=True, share=(self.global_rank, self.world_size))
         dist.all_gather_object(found, mine)
         return next((wrong for wrong in found if wrong), None)
 
@@ -175,38 +165,20 @@ class ZeROStrategy(DeepSpeedStrategy):
         return shield_workers(super().process_dataloader(dataloader))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse to train where Lightning and DeepSpeed disagree about where a step begins.
-
-        Raises:
-            RuntimeError: gradients would be zeroed in the middle of a step.
-        """
-        engine = self.deepspeed_engine
-        accumulate = engine.gradient_accumulation_steps()
-        if engine.micro_steps % accumulate != batch_idx % accumulate:
-            raise RuntimeError(
-                f"micro-batch {batch_idx} is number {batch_idx % accumulate} of {accumulate} in its step for the "
-                f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
-            )
+        gaps.check_step_boundaries(self.deepspeed_engine, batch_idx)
 
     def divide_gradients(self, divisor: float) -> None:
         """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped."""
-        optimizer = self.deepspeed_engine.optimizer
-        if hasattr(optimizer, "loss_scaler"):
-            optimizer.loss_scale = divisor  # which it divides norm and gradient by; it is 1 but for this step
-        else:  # ZeRO-1 in bf16 knows no loss scale and holds all gradients of a step in fp32
-            for gradients in optimizer.fp32_groups_gradients_flat:
-                gradients /= divisor
+        gaps.divide_gradients(self.deepspeed_engine.optimizer, divisor)
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, *args, **kwargs)
-        if hasattr(optimizer, "loss_scaler"):
-            optimizer.loss_scale = 1.0
+        gaps.undo_division(optimizer)
         return output
 
     def skipped_gradient_norm(self) -> float | None:
         """Norm of the last step's gradient if DeepSpeed skipped the step for it, None if the step was taken."""
-        engine = self.deepspeed_engine
-        return float(engine.get_global_grad_norm() or math.inf) if engine.optimizer.overflow else None
+        return gaps.skipped_norm(self.deepspeed_engine)
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""

@@ -23,8 +23,8 @@ from typing import Any
 from s2 import ending
 from s2.recipe import apply_overrides, load_recipe
 from s2.training import slurm
-from s2.training.run import RunConfig
-from s2.training.saved import complete_checkpoints
+from s2.training.config import RunConfig
+from s2.training.run_folder import complete_checkpoints
 from scripts.slurm.record import Record
 
 IDLE_STARTS = 3  # starts of a job in a row that get nothing done, after which it does not start again
@@ -37,11 +37,7 @@ class WarnedError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job and return its exit code.
-
-    Raises:
-        ValueError, OSError: settings, environment or recipe are wrong; no task was started.
-    """
+    """Run the job; its exit code. Raises ValueError or OSError for wrong settings, before any task is started."""
     (kind,) = sys.argv[1:] if argv is None else argv
     step = Step(raises=kind == "eval")
     step.take_signals()
@@ -60,10 +56,9 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
     check_environment(environment)
     tasks, cpus = tasks_per_node(environment), cpus_per_task(environment)
     nodes = int(environment["SLURM_NNODES"])
+    remarks = []
     if tasks < (gpus := gpus_on_node(environment)):
-        print(
-            f"note: {gpus} GPUs a node, but {tasks} tasks: the others stay idle (--gpus-per-node={tasks})", flush=True
-        )
+        remarks.append(f"{gpus} GPUs a node, but {tasks} tasks: the others stay idle (--gpus-per-node={tasks})")
     record = Record(environment, source)
     overrides = [f"trainer.devices={tasks}", f"trainer.num_nodes={nodes}", "run.slurm_requeue=true", *arguments]
     run = run_folder(record.recipe, overrides)
@@ -72,8 +67,9 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
     command = ["-m", "s2.training.cli", str(record.recipe), *overrides]
     record.note(["python", *command], progress_of(run))
     say_start(environment, f"{shlex.join(['python', *command])} on {nodes} x {tasks} tasks of {cpus} CPUs")
-    for sentence in [*(record.differences(source) if record.is_restart else ()), *short_time(environment)]:
-        print(f"note: {sentence}", flush=True)
+    remarks += record.differences(source) if record.is_restart else []
+    for remark in [*remarks, *short_time(environment)]:
+        print(f"note: {remark}", flush=True)
     environment["S2_JOB_RECORD"] = str(record.folder)
     code = step.run(nodes, tasks, cpus, command, environment)
     if code in (ending.DONE, ending.STOPPED) or not made_way(code, environment):
@@ -131,41 +127,30 @@ def evaluate(environment: dict[str, str], step: Step) -> int:
 
 
 def kept_answers(checkpoint: str) -> int:
-    """Bytes of the answers that cut-off evaluations have kept beside their results (see `eval.answers`)."""
+    """Bytes of the answers that cut-off evaluations have kept beside their results (see `eval.results.Answers`)."""
     places = (Path(checkpoint).parent / "results", *Path("runs/eval").glob("*/results"))
     return sum(file.stat().st_size for place in places for file in (place / ".unfinished").glob("*.jsonl"))
 
 
 def recipe_path(kind: str, environment: Mapping[str, str]) -> Path:
-    """recipes/<RECIPE>/pretrain.yaml or extend-<TO>.yaml.
-
-    Raises:
-        ValueError: a setting is missing.
-    """
+    """recipes/<RECIPE>/pretrain.yaml or extend-<TO>.yaml. Raises ValueError where a setting is missing."""
     known = ", ".join(sorted(folder.name for folder in Path("recipes").iterdir()))
     recipe, to = environment.get("RECIPE"), environment.get("TO")
     if not recipe:
         raise ValueError(f"RECIPE is not set; it names a folder under recipes/ ({known}), for example RECIPE=1.3b")
     if not (Path("recipes") / recipe).is_dir():
         raise ValueError(f"RECIPE={recipe}: no such folder under recipes/; there are {known}")
-    if kind == "pretrain":
-        return Path("recipes") / recipe / "pretrain.yaml"
-    if not to:
+    if kind == "extend" and not to:
         raise ValueError(f"TO is not set; it names a stage recipes/{recipe}/extend-<TO>.yaml, for example TO=32k")
-    return Path("recipes") / recipe / f"extend-{to}.yaml"
+    return Path("recipes") / recipe / ("pretrain.yaml" if kind == "pretrain" else f"extend-{to}.yaml")
 
 
 def pick_checkpoint(environment: Mapping[str, str]) -> str:
-    """The array task's part of CKPT.
-
-    Raises:
-        ValueError: CKPT is missing, or does not fit the array.
-    """
+    """The array task's part of CKPT. Raises ValueError where that is missing, or does not fit the array."""
     checkpoints = environment.get("CKPT", "").split()
     if not checkpoints:
         raise ValueError("CKPT is not set; it names a Hugging Face folder, for example CKPT=runs/7b/extend-32k/hf")
-    last = len(checkpoints) - 1
-    task = environment.get("SLURM_ARRAY_TASK_ID")
+    last, task = len(checkpoints) - 1, environment.get("SLURM_ARRAY_TASK_ID")
     if task is None and last > 0:
         raise ValueError(f"CKPT names {last + 1} checkpoints: submit with --array=0-{last}")
     if int(task or 0) > last:
@@ -174,11 +159,7 @@ def pick_checkpoint(environment: Mapping[str, str]) -> str:
 
 
 def words(name: str, environment: Mapping[str, str]) -> list[str]:
-    """A variable's words, quotes as in a shell.
-
-    Raises:
-        ValueError: a quote is not closed.
-    """
+    """A variable's words, quotes as in a shell. Raises ValueError for one that is not closed."""
     try:
         return shlex.split(environment.get(name, ""))
     except ValueError as error:
@@ -188,25 +169,21 @@ def words(name: str, environment: Mapping[str, str]) -> list[str]:
 def check_environment(environment: Mapping[str, str], project: Path = Path("pyproject.toml")) -> None:
     """Refuse an environment that lacks what pyproject.toml asks for: jobs install nothing.
 
-    Raises:
-        ValueError: names the package and the command that mends it.
+    Raises ValueError that names the package and the command that mends it.
     """
     venv = environment.get("VENV", ".venv")
     mend = f"run `make setup{'' if venv == '.venv' else f' VENV={venv}'}` on the login node"
+    name = "packaging"
     try:
         from packaging.requirements import Requirement
-    except ImportError:
-        raise ValueError(f"the environment in {venv} is not whole (no packaging); {mend}") from None
-    for text in tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]:
-        requirement = Requirement(text)
-        try:
-            found = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            raise ValueError(
-                f"the environment in {venv} is not whole ({requirement.name} is missing); {mend}"
-            ) from None
-        if not requirement.specifier.contains(found, prereleases=True):
-            raise ValueError(f"the environment in {venv} has {requirement.name} {found}, not {requirement}; {mend}")
+
+        for text in tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]:
+            requirement = Requirement(text)
+            name = requirement.name
+            if not requirement.specifier.contains(found := metadata.version(name), prereleases=True):
+                raise ValueError(f"the environment in {venv} has {name} {found}, not {requirement}; {mend}")
+    except ImportError:  # PackageNotFoundError is one
+        raise ValueError(f"the environment in {venv} is not whole ({name} is missing); {mend}") from None
 
 
 def gpus_on_node(environment: Mapping[str, str]) -> int:
@@ -218,11 +195,10 @@ def gpus_on_node(environment: Mapping[str, str]) -> int:
 
 def tasks_per_node(environment: Mapping[str, str]) -> int:
     """One task per GPU, or as many as were asked for where there are fewer of those or no GPUs."""
-    asked = environment.get("SLURM_NTASKS_PER_NODE")
+    asked = int(environment.get("SLURM_NTASKS_PER_NODE") or 0)
     if not asked:
-        asked = str(max(1, int(environment.get("SLURM_NTASKS", "1")) // int(environment["SLURM_NNODES"])))
-    gpus = gpus_on_node(environment)
-    return min(int(asked), gpus) if gpus else int(asked)
+        asked = max(1, int(environment.get("SLURM_NTASKS", "1")) // int(environment["SLURM_NNODES"]))
+    return min(asked, gpus_on_node(environment) or asked)
 
 
 def cpus_per_task(environment: Mapping[str, str]) -> int:
@@ -251,10 +227,7 @@ class Step:
         signal.signal(signal.SIGUSR1, self._warned)
 
     def run(self, nodes: int, tasks: int, cpus: int, command: list[str], environment: Mapping[str, str]) -> int:
-        """Run `python <command>` as `nodes` x `tasks` tasks of `cpus` CPUs each.
-
-        Returns: the exit code, 128 + n for signal n.
-        """
+        """Run `python <command>` as `nodes` x `tasks` tasks of `cpus` CPUs; the exit code, 128 + n for signal n."""
         own = {"OMP_NUM_THREADS": str(cpus), **environment}
         # What the sbatch file asks for may have been replaced by --gres; a step has all that the job got.
         own.pop("SLURM_GPUS_PER_NODE", None)
@@ -317,11 +290,7 @@ def short_time(environment: Mapping[str, str]) -> list[str]:
 
 
 def run_folder(recipe: Path, overrides: list[str]) -> Path:
-    """The run folder of a recipe.
-
-    Raises:
-        ValueError: the recipe, an override or a name in it is wrong.
-    """
+    """The run folder of a recipe. Raises ValueError for a recipe, an override or a name in it that is wrong."""
     keys = load_recipe(recipe)
     apply_overrides(keys, overrides)
     run = keys.get("run")

@@ -13,35 +13,31 @@ import hashlib
 import subprocess
 import time
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from s2 import files
-from s2.recipe import load_recipe
+from s2.recipe import differences, load_recipe
 from s2.training import slurm
 
 FOLDER = Path("runs/slurm")
 KIND = "record of a SLURM job"
+SETTINGS = ("RECIPE", "TO", "ARGS", "CKPT", "TASKS", "EVAL_DATA", "EVAL_ARGS", "NEEDLE_ARGS")
 _PATCH = ("diff", "HEAD", "--no-color", "--no-ext-diff")
 
 
 class Record:
     """The record of this job, begun at its first start and read at the next ones.
 
-    Attributes:
-        folder: runs/slurm/<job>.
-        is_restart: an earlier start of the job has left it.
-        facts: content of job.json.
+    Attributes: `folder` is runs/slurm/<job>, `facts` the content of job.json; `is_restart`: an earlier start left it.
+
+    Args:
+        environment: of the job.
+        recipe: file that a first start copies. Raises FileNotFoundError where it is not there; known ones are named.
     """
 
     def __init__(self, environment: Mapping[str, str], recipe: Path | None = None) -> None:
-        """Args:
-            environment: of the job.
-            recipe: file that a first start copies.
-
-        Raises:
-            FileNotFoundError: the recipe is not there; known ones are named.
-        """
         self.job = slurm.job_id(environment)
         self.folder = FOLDER / self.job
         restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
@@ -49,18 +45,12 @@ class Record:
             files.move_aside(self.folder)  # of a job that had this number before the cluster was set up anew
         self.is_restart = (self.folder / "job.json").is_file()
         self.code = _code()
-        if self.is_restart:
-            self.facts: dict[str, Any] = files.read_json(self.folder / "job.json")
-        else:
-            self.facts = self._begin(recipe, environment)
-        self.facts["starts"].append(
-            {
-                "restart": restarts,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "nodes": environment.get("SLURM_JOB_NODELIST"),
-                "commit": self.code["commit"],
-            }
+        self.facts: dict[str, Any] = (
+            files.read_json(self.folder / "job.json") if self.is_restart else self._begin(recipe, environment)
         )
+        start = {"restart": restarts, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        start |= {"nodes": environment.get("SLURM_JOB_NODELIST"), "commit": self.code["commit"]}
+        self.facts["starts"].append(start)
 
     @property
     def recipe(self) -> Path:
@@ -79,12 +69,8 @@ class Record:
 
     def idle_starts(self, progress: str) -> int:
         """How many starts in a row, this one included, have not brought the job beyond `progress`."""
-        count = 0
-        for start in reversed(self.facts["starts"]):
-            if start.get("progress") != progress:
-                break
-            count += 1
-        return count
+        starts = reversed(self.facts["starts"])
+        return sum(1 for _ in takewhile(lambda start: start.get("progress") == progress, starts))
 
     def differences(self, recipe: Path) -> list[str]:
         """Sentences about what has changed in the working tree since the job first started."""
@@ -96,30 +82,23 @@ class Record:
             )
         then, now = self.facts["code"], self.code
         if then != now:
-            said.append(
-                f"the code has changed since job {self.job} first started: {_describe(then)} then, {_describe(now)} now"
-            )
+            since = f"the code has changed since job {self.job} first started"
+            said.append(f"{since}: {_describe(then)} then, {_describe(now)} now")
         return said
 
     def _begin(self, recipe: Path | None, environment: Mapping[str, str]) -> dict[str, Any]:
-        text = None
         if recipe is not None:
             load_recipe(recipe)
-            text = recipe.read_text(encoding="utf-8")
         files.make_folder(self.folder, KIND)
-        if text is not None:
-            files.write_text(self.recipe, text)
+        if recipe is not None:
+            files.write_text(self.recipe, recipe.read_text(encoding="utf-8"))
         if self.code["changed"]:
             files.write_text(self.folder / "changes.patch", _git(*_PATCH) or "")
         return {
             "job": self.job,
             "recipe": str(recipe) if recipe else None,
             "submitted_from": environment.get("SLURM_SUBMIT_DIR"),
-            "settings": {
-                name: environment[name]
-                for name in ("RECIPE", "TO", "ARGS", "CKPT", "TASKS", "EVAL_DATA", "EVAL_ARGS", "NEEDLE_ARGS")
-                if name in environment
-            },
+            "settings": {name: environment[name] for name in SETTINGS if name in environment},
             "code": self.code,
             "done": [],
             "starts": [],
@@ -155,20 +134,10 @@ def _describe(code: Mapping[str, Any]) -> str:
 
 def _changed_keys(before: Path, after: Path) -> str:
     try:
-        old, new = _leaves(load_recipe(before)), _leaves(load_recipe(after))
+        changed = differences(load_recipe(before), load_recipe(after))
     except FileNotFoundError:
         return "is gone"
     except ValueError:
         return "has changed (and cannot be read)"
-    keys = [key for key in {**old, **new} if old.get(key, "absent") != new.get(key, "absent")]
-    if not keys:
-        return "has changed (comments only)"
-    shown = [f"{key}={new.get(key, 'absent')} instead of {old.get(key, 'absent')}" for key in keys[:3]]
-    return f"has changed ({', '.join(shown)}{', ...' if len(keys) > 3 else ''})"
-
-
-def _leaves(value: Any, key: str = "") -> dict[str, str]:
-    if isinstance(value, dict | list) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for name, item in items for k, v in _leaves(item, f"{key}.{name}" if key else str(name)).items()}
-    return {key: repr(value)}
+    shown = [f"{key}={new!r} instead of {old!r}" for key, old, new in changed[:3]] or ["comments only"]
+    return f"has changed ({', '.join(shown)}{', ...' if len(changed) > 3 else ''})"

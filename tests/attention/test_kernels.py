@@ -96,14 +96,19 @@ def test_grouped_query_heads_share_the_pattern_of_their_kv_head(group):
     assert_correct(Case(Pattern.parse("L1V3", 16), 100, 100, 2 * group, 2, 64), torch.float32, device=DEVICE)
 
 
-def test_head_offset_selects_global_heads():
-    whole = Case(Pattern.parse("L1V4", 16), 120, 120, 8, 4, 64)
+OF_QUERY_HEADS = Pattern.per_head([Pattern.parse(f"L1V{stride}", 16) for stride in (2, 3, 4, 5, 6, 7, 4, 2)])
+
+
+@pytest.mark.parametrize("pattern", [Pattern.parse("L1V4", 16), OF_QUERY_HEADS], ids=["of KV heads", "of query heads"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+def test_head_offset_selects_global_heads(backend, pattern):
+    whole = Case(pattern, 120, 120, 8, 4, 64)
     q, k, v = (x.float() for x in whole.inputs(torch.float32, DEVICE, 3)[:3])
-    out = s2_attention(q, k, v, whole.pattern, backend="triton")
+    out = s2_attention(q, k, v, whole.pattern, backend=backend)
     for rank in range(2):
         part = s2_attention(
             q[:, :, 4 * rank : 4 * rank + 4], k[:, :, 2 * rank : 2 * rank + 2], v[:, :, 2 * rank : 2 * rank + 2],
-            whole.pattern, backend="triton", head_offset=2 * rank, total_kv_heads=4,
+            whole.pattern, backend=backend, head_offset=2 * rank, total_kv_heads=4,
         )  # fmt: skip
         torch.testing.assert_close(part, out[:, :, 4 * rank : 4 * rank + 4])
 
@@ -202,10 +207,16 @@ def test_rows_without_keys_give_zero_and_no_gradient():
 
 def test_strided_views_are_read_in_place():
     packed = torch.randn(1, 60, 3, 2, 32, device=DEVICE)
-    q, k, v = packed.unbind(2)
-    pattern = Pattern.parse("L1V2", 16)
-    out = s2_attention(q, k, v, pattern, backend="triton")
-    torch.testing.assert_close(out, s2_attention(*(x.contiguous() for x in (q, k, v)), pattern, backend="triton"))
+    v, dout = (torch.randn(1, 2, 60, 32, device=DEVICE).transpose(1, 2) for _ in range(2))  # heads first
+    views = [packed[:, :, 0], packed[:, :, 1], v, dout]
+
+    def results(*tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out = s2_attention(*leaves, Pattern.parse("L1V2", 16), backend="triton")
+        return out, *torch.autograd.grad(out, leaves, tensors[3])
+
+    for of_views, of_copies in zip(results(*views), results(*(x.contiguous() for x in views)), strict=True):
+        torch.testing.assert_close(of_views, of_copies)
 
 
 def test_gradients_are_the_same_bits_every_time():

@@ -193,6 +193,7 @@ BORDERS = torch.tensor([0, 4, 8], dtype=torch.int32)
         (lambda: s2_attention(*[shaped(9, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS + 1), "begin with 0"),
         (lambda: s2_attention(*[shaped(9, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS[:0]), "[n + 1]"),
         (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS.flip(0)), "[8, 4, 0]"),
+        (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=torch.tensor([0, 5, 3, 8])), "[0, 5, 3, 8]"),
         (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS.float()), "float32"),
         (lambda: s2_attention(*[shaped(1, 8, 2, 12)] * 3, PATTERN, backend="triton"), "head_dim=12"),
         (

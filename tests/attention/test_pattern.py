@@ -120,10 +120,11 @@ def test_a_window_never_covers_the_context():
 def test_masks_by_context_range_are_combined():
     near, far = torch.ones(1, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
     far[0, :, 2] = True
+    near[0, 3, 2] = False  # where the far one has True, but is not asked
     mask = Pattern.from_masks([(near, 2), (far, None)]).block_mask(8, 1)[0]
     for i in range(8):
         for b in range(i + 1):
-            assert mask[i, b] == (i - b < 2 or b == 2)
+            assert mask[i, b] == (near[0, i, b] if i - b < 2 else b == 2)
 
 
 @st.composite

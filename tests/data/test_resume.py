@@ -235,3 +235,23 @@ def test_prepare_section_makes_the_shards_and_names_the_sets(tmp_path):
     assert data.validation_names == ["heldout"]
     assert data.tokenizer_file == (tmp_path / "out" / "tokenizer.json").resolve()
     assert 0 < data.unigram_loss("heldout") < 6
+
+
+def test_the_position_counts_the_rows_of_all_ranks(make_data):
+    """Those that another rank has trained on are not to be trained on again, however many ranks go on."""
+
+    class Stub:
+        pass
+
+    trainer, progress, count = Stub(), Stub(), Stub()
+    trainer.distributed_sampler_kwargs, trainer.accumulate_grad_batches = {"rank": 1, "num_replicas": 2}, 1
+    trainer.fit_loop, trainer.fit_loop.epoch_loop = Stub(), Stub()
+    trainer.fit_loop.epoch_loop.batch_progress = progress
+    progress.total = progress.current = count
+    count.processed = 0
+    data = make_data(micro_batch_size=3)
+    data.trainer = trainer
+    data.setup("fit")
+    next(iter(data.train_dataloader()))
+    count.processed = 4
+    assert data.consumed_samples == data.state_dict()["consumed_samples"] == 4 * 2 * 3

@@ -10,54 +10,11 @@ from s2.model.config import ModelConfig
 from s2.model.hf import save_pretrained
 from s2.model.transformer import Transformer
 
-_WORDS = [
-    "the",
-    "a",
-    "river",
-    "boat",
-    "evening",
-    "bell",
-    "wind",
-    "leaf",
-    "road",
-    "stone",
-    "house",
-    "garden",
-    "light",
-    "water",
-    "bird",
-    "night",
-    "morning",
-    "window",
-    "letter",
-    "friend",
-    "runs",
-    "falls",
-    "turns",
-    "comes",
-    "goes",
-    "sings",
-    "waits",
-    "opens",
-    "closes",
-    "under",
-    "over",
-    "near",
-    "behind",
-    "old",
-    "young",
-    "small",
-    "quiet",
-    "12",
-    "345",
-    "6789",
-    "magic",
-    "number",
-    "of",
-    "is",
-    "key",
-    "pass",
-]
+_WORDS = (  # noqa: SIM905
+    "the a river boat evening bell wind leaf road stone house garden light water bird night morning "
+    "window letter friend runs falls turns comes goes sings waits opens closes under over near behind old "
+    "young small quiet 12 345 6789 magic number of is key pass "
+).split()
 
 
 def prose(sentences: int, seed: int = 0) -> str:

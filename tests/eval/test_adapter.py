@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from eval.adapter import S2LM
-from eval.answers import Answers
+from eval.results import Answers
 from eval.sampling import Sampling
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
@@ -128,7 +128,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_spare_special_to
 
 def test_options_of_generation_are_read_as_lm_eval_and_transformers_read_them():
     def read(**options):
-        return Sampling.read(options, 256)
+        return Sampling.read(options)
 
     assert read() == read(temperature=0.0, do_sample=False, until=None) == read(do_sample=False, temperature=0.7)
     assert read(temperature=0.7).temperature == 0.7 and read(do_sample=True).temperature == 1.0

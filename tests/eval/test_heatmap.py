@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from eval.heatmap import draw, draw_side_by_side, main
+from eval.heatmap import draw, main
 from eval.sweep import read_sweep
 from tests.eval.sweeps import published_rows, write_results
 
@@ -36,7 +36,7 @@ def test_all_right_is_green_and_all_wrong_is_red_at_any_size(tmp_path, columns, 
     for name, score, shown, other in (("good", 1.0, GREEN, RED), ("bad", 0.0, RED, GREEN)):
         cells = {(512 * (c + 1), 100 * r / max(1, rows - 1)): score for c in range(columns) for r in range(rows)}
         sweep = read_sweep([write_results(tmp_path / f"{name}.json", cells)])
-        draw(sweep, tmp_path / f"{name}.png")
+        draw([sweep], tmp_path / f"{name}.png")
         assert share_of(tmp_path / f"{name}.png", shown) > 0.3
         assert share_of(tmp_path / f"{name}.png", other) < 0.02  # the colour bar's end
 
@@ -58,7 +58,7 @@ def test_panels_share_one_scale_and_stand_side_by_side(tmp_path):
 def test_a_cell_has_the_same_place_in_every_panel_and_is_grey_where_it_was_not_run(tmp_path):
     short = read_sweep([write_results(tmp_path / "short.json", {(512, 0): 1.0})])
     long = read_sweep([write_results(tmp_path / "long.json", dict.fromkeys([(512, 0), (1024, 0), (2048, 0)], 1.0))])
-    draw_side_by_side([short, long], tmp_path / "both.png")
+    draw([short, long], tmp_path / "both.png")
     green = like(tmp_path / "both.png", GREEN)
     middle = green.shape[1] // 2
     assert 2.5 < green[:, middle:].sum() / green[:, :middle].sum() < 3.5
@@ -68,15 +68,22 @@ def test_sweeps_of_other_depths_keep_their_own_rows_and_columns(tmp_path):
     coarse = dict.fromkeys([(length, depth) for length in (512, 1024) for depth in (0, 100)], 1.0)
     fine = dict.fromkeys([(length, depth) for length in (1000, 9000, 80000) for depth in range(1, 99, 7)], 1.0)
     sweeps = [read_sweep([write_results(tmp_path / f"{len(cells)}.json", cells)]) for cells in (coarse, fine)]
-    draw_side_by_side(sweeps, tmp_path / "both.png")
+    draw(sweeps, tmp_path / "both.png")
     assert share_of(tmp_path / "both.png", (0.925, 0.933, 0.945)) < 0.001  # nothing grey
     assert share_of(tmp_path / "both.png", GREEN) > 0.35
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_cell_of_few_samples_says_how_many(tmp_path, n):
+    sweep = read_sweep([write_results(tmp_path / "n.json", {(512, 0): 1.0, (1024, 50): 0.5}, n=n)])
+    draw([sweep], tmp_path / "n.svg")
+    assert (f"n={n}" in (tmp_path / "n.svg").read_text()) is (n < 3)
 
 
 @pytest.mark.parametrize("trained,lines", [(256, 1), (512, 1), (2048, 1), (2049, 0), (8192, 0)])
 def test_the_line_of_the_training_length_is_only_drawn_where_a_sweep_reaches_it(tmp_path, trained, lines):
     cells = dict.fromkeys([(length, depth) for length in (512, 1024, 2048) for depth in (0, 100)], 0.5)
-    draw(read_sweep([write_results(tmp_path / "n.json", cells, train_length=trained)]), tmp_path / "n.png")
+    draw([read_sweep([write_results(tmp_path / "n.json", cells, train_length=trained)])], tmp_path / "n.png")
     assert training_lines(tmp_path / "n.png") == lines
 
 
@@ -86,7 +93,7 @@ def test_each_panel_has_the_line_of_its_own_training_length(tmp_path):
         read_sweep([write_results(tmp_path / f"{trained}.json", cells, train_length=trained)])
         for trained in (512, 1024, 8192)
     ]
-    draw_side_by_side(sweeps, tmp_path / "three.png")
+    draw(sweeps, tmp_path / "three.png")
     assert training_lines(tmp_path / "three.png") == 2
 
 
@@ -97,8 +104,8 @@ def test_each_panel_has_the_line_of_its_own_training_length(tmp_path):
 def test_no_name_crashes_or_leaves_the_picture(tmp_path, name):
     file = write_results(tmp_path / "n.json", {(512, 0): 1.0}, checkpoint=name, settings={"haystack": name})
     sweep = read_sweep([file])
-    draw(sweep, tmp_path / "n.png")
-    draw_side_by_side([sweep, sweep], tmp_path / "two.png", heading=name)
+    draw([sweep], tmp_path / "n.png")
+    draw([sweep, sweep], tmp_path / "two.png")
     for png in ("n.png", "two.png"):
         pixels = imread(tmp_path / png)[..., :3]
         assert pixels.shape[0] < 1200  # inches of height do not follow the name
@@ -149,7 +156,10 @@ def test_wrong_use_is_told_before_anything_is_written(tmp_path):
         ([one, two], "no picture to write is named; add --output"),
         ([one, "--output", str(tmp_path / "two.json")], r"two\.json: a picture ends in \.png"),
         ([one, two, "--output", str(tmp_path / "x.png"), "--titles", "a"], "--titles: 1 for 2 panels"),
-        ([one] * 7 + ["--output", str(tmp_path / "x.png")], "7 files would be 7 panels, and 6 have room; --join"),
+        (
+            [one] * 7 + ["--output", str(tmp_path / "x.png")],
+            "7 files would be 7 panels, and 6 have room; a folder is one",
+        ),
         ([one, "--score-range", "1", str(tmp_path / "x.png")], "--score-range 1: expected two numbers"),
     ):
         with pytest.raises(ValueError, match=message):

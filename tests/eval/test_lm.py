@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from data.corpus.tokenizer import TextTokenizer
 from data.shards import ShardWriter, write_manifest
-from eval.lm import S2LM, evaluate, main, stock_index, table
+from eval.lm import S2LM, evaluate, main, stock_tasks, table
 from eval.local_tasks import write_local_tasks
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
@@ -94,11 +94,13 @@ def test_greedy_flag_tells_the_models_own_continuation(lm):
     assert scored[0][1] and lm.checkpoint.tokenizer.decode(tokens) == said
     other = [(tokens[0] + 1) % 512]
     assert not lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), other)], disable_tqdm=True)[0][1]
+    half = [*tokens, (lm.checkpoint.generate(lm.tok_encode(prompt), 2)[1] + 1) % 512]
+    assert not lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), half)], disable_tqdm=True)[0][1]
 
 
 def test_bos_is_as_set_and_never_doubled(dense):
     as_tokenizer = S2LM(dense, device="cpu")
-    adds = as_tokenizer.add_bos_token
+    adds = as_tokenizer.encoder.add_bos_token
     assert adds == (
         "bos" in as_tokenizer.encoder.bos_setting() and as_tokenizer.encoder.bos_setting().startswith("yes")
     )
@@ -154,7 +156,7 @@ def test_impossible_settings_are_refused(sparse, lm):
     for limit in (0, -1, 2.5):
         with pytest.raises(ValueError, match=rf"--limit {limit}: expected a number of documents, at least 1, or a"):
             evaluate(lm, ["s2_passkey"], limit=limit)
-    for name, value in (("batch_tokens", 0), ("batch_size", "all"), ("max_batch_size", 0), ("dtype", "fp32")):
+    for name, value in (("batch_tokens", 0), ("batch_size", "all"), ("dtype", "fp32")):
         with pytest.raises(ValueError, match=f"{name}='?{value}'?: expected"):
             S2LM(lm.checkpoint, **{name: value})
     with pytest.raises(ValueError, match="--device tpu9: no such device here"):
@@ -188,7 +190,7 @@ def local_data(tmp_path_factory):
 
 
 def scores(model, names, data, tmp_path, limit=None):
-    write_local_tasks(stock_index(), names, data, tmp_path)
+    write_local_tasks(stock_tasks(), names, data, tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     return lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)["results"]
 

@@ -1,11 +1,13 @@
 """The needle sweep: scores mean what they say, an interrupted sweep goes on, wrong input stops at once."""
 
+import importlib
 import json
 import random
 import re
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from eval import needle
 from eval.checkpoint import Checkpoint, bos_of, load_tokenizer, results_folder
 from eval.grid import Grid, default_lengths, parse_depths, parse_lengths, result_stem
 from eval.haystack import Haystack, build_prompt
-from eval.needle import main, place_results, run_sweep, score
+from eval.needle import Prompts, main, place_results, run_sweep, score
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 
@@ -87,7 +89,7 @@ class OneDigitOff(Oracle):
 def sweep(reader, tokenizer, haystack, file, grid=None, **options):
     grid = grid or Grid((200, 300), (0.0, 50.0, 100.0), 2)
     about = {"checkpoint": "test", "fingerprint": options.pop("fingerprint", "f"), "train_length": 256}
-    return run_sweep(reader, tokenizer, bos_of(tokenizer), haystack, grid, file, about, **options)
+    return run_sweep(reader, Prompts(haystack, tokenizer, bos_of(tokenizer), grid), file, about, **options)
 
 
 def mean(results, name):
@@ -178,11 +180,11 @@ def test_results_of_earlier_weights_are_set_aside_not_mixed(tokenizer, haystack,
     sweep(Guesser(tokenizer), tokenizer, haystack, tmp_path / "needle.json")
     (tmp_path / "needle.png").write_bytes(b"old")
     about = {"checkpoint": "test", "fingerprint": "other", "train_length": 256}
-    grid = Grid((200, 300), (0.0, 50.0, 100.0), 2)
+    prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), Grid((200, 300), (0.0, 50.0, 100.0), 2))
     with pytest.raises(ValueError, match=r"needle\.json is of another checkpoint, haystack or kind of prompt"):
         sweep(Oracle(tokenizer), tokenizer, haystack, tmp_path / "needle.json", fingerprint="other")
-    file = place_results(tmp_path, "needle", about, grid, haystack, bos_of(tokenizer))
-    results = run_sweep(Oracle(tokenizer), tokenizer, bos_of(tokenizer), haystack, grid, file, about)
+    file = place_results(tmp_path, "needle", about, prompts)
+    results = run_sweep(Oracle(tokenizer), prompts, file, about)
     assert file == tmp_path / "needle.json" and mean(results, "exact") == 1 and len(results["samples"]) == 12
     assert mean(json.loads((tmp_path / "needle.json.1").read_text()), "exact") == 0
     assert (tmp_path / "needle.png.1").read_bytes() == b"old"
@@ -192,23 +194,23 @@ def test_results_of_earlier_weights_are_set_aside_not_mixed(tokenizer, haystack,
 @pytest.mark.parametrize("change", ["haystack", "dtype", "checkpoint", "seed"])
 def test_another_sweep_of_the_same_name_goes_to_a_file_of_its_own(tokenizer, haystack, tmp_path, change):
     about = {"checkpoint": "test", "fingerprint": "f", "dtype": "bfloat16"}
-    grid, bos = Grid((200,), (0.0, 50.0, 100.0), 1), bos_of(tokenizer)
-    first = place_results(tmp_path, "needle", about, grid, haystack, bos)
-    run_sweep(Oracle(tokenizer), tokenizer, bos, haystack, grid, first, about)
+    prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), Grid((200,), (0.0, 50.0, 100.0), 1))
+    first = place_results(tmp_path, "needle", about, prompts)
+    run_sweep(Oracle(tokenizer), prompts, first, about)
     before = first.read_bytes()
     if change == "haystack":
-        haystack = Haystack.from_texts([prose(300, 2)], tokenizer, "prose")
+        prompts = replace(prompts, haystack=Haystack.from_texts([prose(300, 2)], tokenizer, "prose"))
     elif change == "seed":
-        grid = Grid((200,), (0.0, 50.0, 100.0), 1, seed=1)
+        prompts = replace(prompts, grid=Grid((200,), (0.0, 50.0, 100.0), 1, seed=1))
     else:
         about[change] = {"dtype": "float32", "checkpoint": "another"}[change]
-    second = place_results(tmp_path, "needle", about, grid, haystack, bos)
+    second = place_results(tmp_path, "needle", about, prompts)
     assert second != first and re.fullmatch(r"needle-[0-9a-f]{6}\.json", second.name)
     reader = Oracle(tokenizer)
-    results = run_sweep(reader, tokenizer, bos, haystack, grid, second, about)
+    results = run_sweep(reader, prompts, second, about)
     assert reader.calls == len(results["samples"]) == 3  # nothing of the other sweep was taken over
     assert first.read_bytes() == before
-    assert place_results(tmp_path, "needle", about, grid, haystack, bos) == second
+    assert place_results(tmp_path, "needle", about, prompts) == second
 
 
 def test_a_file_that_is_no_needle_result_is_left_alone(tokenizer, haystack, tmp_path):
@@ -313,7 +315,11 @@ def test_teacher_forcing_and_generation_agree_on_a_real_model(folder, haystack, 
         (["--lengths", "128", "--depths", "0,150"], ValueError, "--depths 150: a depth is a percentage"),
         (["--lengths", "128", "--depths", "0,x"], ValueError, "--depths 0,x: expected a number of depths, or percents"),
         (["--lengths", "128", "--depths", "1"], ValueError, "--depths 1: at least 2"),
-        (["--lengths", "128", "--depths", "101"], ValueError, "nearer to another depth; take fewer depths, or longer"),
+        (
+            ["--lengths", "128", "--depths", "101"],
+            ValueError,
+            "depths: 101 depths cannot be told apart at 128 tokens",
+        ),
         (["--lengths", "50"], ValueError, "length 50 leaves no room for a haystack"),
         (["--lengths", "128", "--needles", "2000"], ValueError, "--needles 2000 --distractors 0: there are names for"),
         (["--lengths", "128", "--train-length", "long"], ValueError, "--train-length: 'long' is no length"),
@@ -341,6 +347,14 @@ def test_wrong_arguments_stop_before_any_work(folder, tmp_path, arguments, error
     with pytest.raises(error, match=message):
         main([*base, *arguments])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["needle", "lm", "heatmap", "report"])
+def test_an_empty_output_is_not_the_current_folder(name, folder, capsys):
+    module = importlib.import_module(f"eval.{name}")
+    with pytest.raises(SystemExit):
+        module.main(["--ckpt", str(folder), "--output", ""] if name in ("needle", "lm") else ["x", "--output", ""])
+    assert "argument --output: the name is empty" in capsys.readouterr().err
 
 
 def test_short_haystack_and_missing_heldout_say_what_to_do(folder, tmp_path):
@@ -389,7 +403,7 @@ def test_lengths_and_depths_are_read_as_written():
     assert parse_lengths("1m") == (1 << 20,)
     assert parse_depths("5") == (0, 25, 50, 75, 100)
     assert parse_depths("0,33.3,100") == (0, 33.3, 100)
-    assert parse_depths("100,50,50,0") == (0, 50, 100) and parse_depths("50,50") == (50,)
+    assert parse_depths("100,50,50,0") == (0, 50, 100) and parse_depths("50,50") == parse_depths("50%") == (50,)
     assert Grid((512, 512), (50, 50), 1).lengths == (512,) and len(list(Grid((512, 512), (50, 50), 1).samples())) == 1
     for wrong in ("", "x", "nan", "0,inf", "1", "2.5", "-3"):
         with pytest.raises(ValueError, match="--depths"):
@@ -426,6 +440,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_named(folder, tmp
         ("needle --ckpt FOLDER --lengths 4k", "--lengths 4096: the checkpoint reads at most 256 tokens"),
         ("heatmap nothing.json needle.png", "No such file or directory: 'nothing.json'"),
         ("report nowhere", "run nowhere: no such folder"),
+        ("lm --ckpt FOLDER --tasks s2_passkey --batch-tokens 0", "batch_tokens=0: expected at least 1"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

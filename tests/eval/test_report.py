@@ -211,3 +211,20 @@ def test_a_broken_row_of_the_training_log_is_named(tmp_path):
         stream.write("30,3000,,3.0x,2\n")
     with pytest.raises(ValueError, match=r"metrics\.csv, line 5: not a row of the training log"):
         main([str(run)])
+
+
+def test_a_row_that_a_kill_cut_short_is_left_out(tmp_path):
+    run = make_run(tmp_path / "demo" / "a")
+    with (run / "logs" / "metrics.csv").open("a") as stream:
+        stream.write("30,3000,,3.")
+    main([str(run)])
+    assert "| 20 | 2,000 | 3.000 |" in (run / "results" / "README.md").read_text()
+
+
+def test_a_page_in_html_has_the_pictures_in_it(tmp_path):
+    one, two = make_run(tmp_path / "demo" / "a"), make_run(tmp_path / "demo" / "b")
+    (one / "results" / "needle.png").write_bytes(b"picture")
+    main([str(one), str(two), "--output", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>web</td>" in page and "<title>Side by side: demo/a, demo/b</title>" in page
+    assert "data:image/png;base64,cGljdHVyZQ==" in page and 'png"' not in page

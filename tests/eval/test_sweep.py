@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from eval.sweep import Sweep, describe, format_length, format_lengths, read_sweep, wilson
+from eval.grid import format_length, format_lengths
+from eval.sweep import Sweep, describe, read_sweep, wilson
 from tests.eval.sweeps import published_rows, write_results
 
 CELLS = {(2000, 0.0): 1.0, (1000, 100.0): 0.25, (1000, 0.0): 0.5}
@@ -125,27 +126,27 @@ def test_a_broken_row_is_named_with_file_and_line(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"kind": "needle", "samples": null}', "samples is null, expected a list"),
-        ('{"kind": "needle", "samples": [1]}', "samples holds 1, expected objects"),
+        ('{"kind": "needle", "samples": null}', "samples is null, not a list"),
+        ('{"kind": "needle", "samples": [1]}', "sample 1: expected an object with length, depth, not 1"),
         (
             '{"kind": "needle", "samples": [{"depth": 0, "length": 9, "scores": null}]}',
-            "scores is null, expected an obj",
+            "scores is null, not an object",
         ),
         (
             '{"kind": "needle", "samples": [{"depth": 0, "length": 9, "scores": {"exact": 1}, "needles": 5}]}',
-            "sample 1: needles is 5, expected a list",
+            "sample 1: needles is 5, not a list",
         ),
         (
             '{"kind": "needle", "samples": [{"depth": 0, "length": 9, "scores": {"exact": 1}, "needles":'
             ' [{"depth": "x"}]}]}',
             'sample 1: depth is "x", not a number',
         ),
-        ('{"kind": "needle", "settings": 5, "samples": []}', "settings is 5, expected an object"),
+        ('{"kind": "needle", "settings": 5, "samples": []}', "settings is 5, not an object"),
         ('{"kind": "needle", "settings": {"needles": "2"}, "samples": []}', 'needles is "2", not a number'),
         ('{"kind": "needle", "train_length": "2k", "samples": []}', 'train_length is "2k", not a number'),
-        ('{"kind": "needle-heatmap", "cells": 5}', "cells is 5, expected a list"),
-        ('{"kind": "needle-heatmap", "cells": [5]}', "cells holds 5, expected objects"),
-        ('{"kind": "needle-heatmap", "cells": [], "notes": 5}', "notes is 5, expected a list"),
+        ('{"kind": "needle-heatmap", "cells": 5}', "cells is 5, not a list"),
+        ('{"kind": "needle-heatmap", "cells": [5]}', "cell 1: expected an object with length, depth, score, not 5"),
+        ('{"kind": "needle-heatmap", "cells": [], "notes": 5}', "notes is 5, not a list"),
         ("[" * 100_000, "not valid JSON"),
     ],
     ids=str.split("null int scores needles depth settings count trained cells cell notes nested"),
@@ -171,8 +172,8 @@ def test_unknown_broken_and_empty_files_are_named(tmp_path):
         ("list.json", b'[{"context_length": 5}]', "list.json, row 1: no 'depth_percent'"),
         ("empty.json", b"\n", "empty.json: the file is empty"),
         ("none.json", b"[]", "none.json: no samples"),
-        ("latin.json", b"\xe9\x00", "latin.json: not UTF-8 text"),
-        ("cut.jsonl.gz", gzip.compress(b"x" * 1000)[:-12], "cut.jsonl.gz: damaged gzip data"),
+        ("latin.json", b"\xe9\x00", "latin.json: not UTF-8 text, or damaged"),
+        ("cut.jsonl.gz", gzip.compress(b"x" * 1000)[:-12], "cut.jsonl.gz: not UTF-8 text, or damaged gzip data"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=message):
@@ -245,3 +246,9 @@ def test_lengths_are_labelled_the_way_people_say_them(length, text):
 def test_labels_that_would_be_the_same_are_written_in_full():
     assert format_lengths([1000, 1024]) == ["1,000", "1,024"]
     assert format_lengths([1000, 2000]) == ["1k", "2k"]
+
+
+def test_a_cell_with_more_samples_does_not_count_more():
+    sweep = Sweep({(512, 0.0): [1.0] * 9, (512, 100.0): [0.0]}, "c", "exact")
+    assert sweep.mean() == 0.5
+    assert sweep.interval() == wilson(0.5, 4 / (1 / 9 + 1))

@@ -111,11 +111,11 @@ def test_unsupported_hf_configs_name_file_key_and_value(change, words):
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, ["hidden_size=48", "5"]),
         ({"head_dim": 7}, ["head_dim=7", "even"]),
         ({"vocab_size": 0}, ["vocab_size=0"]),
-        ({"num_hidden_layers": True}, ["num_hidden_layers=True"]),
-        ({"rope_theta": "1e6"}, ["rope_theta='1e6'", "1.0e-5"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers=True", "a whole number"]),
+        ({"rope_theta": "1e6"}, ["rope_theta=1e6", "a number"]),
         ({"rms_norm_eps": 0.0}, ["rms_norm_eps=0.0"]),
         ({"eos_token_id": 96}, ["eos_token_id=96", "vocab_size=96"]),
-        ({"tie_word_embeddings": "no"}, ["tie_word_embeddings='no'"]),
+        ({"tie_word_embeddings": "no"}, ["tie_word_embeddings=no", "true or false"]),
         ({"attention_layout": "L2V4+dense7"}, ["dense layer 7"]),
         ({"attention_layout": "X3"}, ["X3"]),
         ({"attention_layout": "2*dense|L2V4"}, ["2*dense|L2V4", "3 heads", "2 KV heads and 6 query heads"]),
@@ -124,14 +124,14 @@ def test_unsupported_hf_configs_name_file_key_and_value(change, words):
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, ["factor=0.5"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1}}, ["beta_fast"]),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, ["low_freq_factor=4.0"]),
-        ({"num_layers": 3}, ["'num_layers'", "num_hidden_layers"]),
+        ({"num_layers": 3}, ["num_layers", "num_hidden_layers"]),
     ],
 )
 def test_wrong_values_are_named(change, words):
     with pytest.raises(ValueError) as error:
         ModelConfig.from_dict({**SIZES, **change}, source="recipe.yaml")
-    for word in ["recipe.yaml", *words]:
-        assert word in str(error.value)
+    for word in ["recipe.yaml", *(word for part in words for word in part.split("=", 1))]:
+        assert word.strip("'") in str(error.value)
 
 
 def test_replace_checks_keys_and_values():
@@ -139,5 +139,5 @@ def test_replace_checks_keys_and_values():
     assert config.replace(rope_theta=8e6, max_position_embeddings=65536).rope_theta == 8e6
     with pytest.raises(ValueError, match="did you mean 'rope_theta'"):
         config.replace(rope_teta=8e6)
-    with pytest.raises(ValueError, match="max_position_embeddings=0"):
+    with pytest.raises(ValueError, match=r"max_position_embeddings: .* got 0"):
         config.replace(max_position_embeddings=0)

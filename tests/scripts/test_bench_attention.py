@@ -17,7 +17,6 @@ import bench_report
 from torch.nn.attention.flex_attention import create_block_mask
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.pattern import UNBOUNDED
 
 SPECS = ("L1V15", "L8V16", "L2V5+sink1", "dense", "W3")
 
@@ -47,12 +46,10 @@ def tiles(visible, tile):
 def dense_of(lists, columns):
     """Lists back to a mask; the columns of each row must ascend."""
     (counts,), (indices,) = lists
+    listed = torch.arange(indices.shape[-1]) < counts[..., None]
+    assert bool((indices.diff() > 0)[listed[..., 1:]].all())
     mask = torch.zeros(*counts.shape, columns, dtype=torch.bool)
-    for head, row in torch.cartesian_prod(torch.arange(counts.shape[0]), torch.arange(counts.shape[1])).tolist():
-        kept = indices[head, row, : counts[head, row]].long()
-        assert bool((kept.diff() > 0).all())
-        mask[head, row, kept] = True
-    return mask
+    return mask.scatter(2, indices.long(), listed)
 
 
 # ---------------------------------------------------------------- FlexAttention's block mask
@@ -60,27 +57,19 @@ def dense_of(lists, columns):
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(
-    ("block_size", "seq_len", "heads"), [(64, 1024, 4), (64, 1000, 16), (16, 333, 5), (256, 900, 4)]
+    ("block_size", "seq_len", "heads", "tile"),
+    [(64, 1000, 4, (128, 64)), (64, 1024, 4, (128, 128)), (16, 333, 5, (128, 64)), (256, 900, 4, (128, 128))],
 )
-@pytest.mark.parametrize("tile", [(128, 64), (128, 128)])
-def test_flex_lists_are_the_pattern_both_ways_round(spec, block_size, seq_len, heads, tile):
+def test_flex_lists_are_the_pattern_both_ways_round(monkeypatch, spec, block_size, seq_len, heads, tile):
     pattern = Pattern.parse(spec, block_size)
     nq, nk = (-(-seq_len // size) for size in tile)
+    monkeypatch.setattr(bench_kernels, "_CHUNK", 2 * nk * max(1, tile[0] // block_size))  # in several pieces
     expected = tiles(tokens(pattern, seq_len, heads), tile)
     for lists, wanted in zip(bench_kernels.block_lists(pattern, seq_len, heads, tile), expected, strict=True):
         assert torch.equal(dense_of(lists, nk), wanted)
     by_key = bench_kernels.block_lists(pattern, seq_len, heads, tile, by_key=True)
     for lists, wanted in zip(by_key, expected, strict=True):
         assert torch.equal(dense_of(lists, nq), wanted.transpose(1, 2))
-
-
-def test_flex_lists_do_not_depend_on_the_chunks_they_are_built_in(monkeypatch):
-    pattern = Pattern.parse("L2V5", 64)
-    whole = bench_kernels.block_lists(pattern, 2000, 5, (128, 64), by_key=True)
-    monkeypatch.setattr(bench_kernels, "_CHUNK", 64)
-    parts = bench_kernels.block_lists(pattern, 2000, 5, (128, 64), by_key=True)
-    for a, b in zip(whole, parts, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_flex_mask_is_the_one_that_flex_attention_would_build():
@@ -110,29 +99,13 @@ def test_flex_mask_rule_is_exact_for_every_token_and_query_head(pattern):
     assert torch.equal(seen.expand(heads, -1, -1), expected)
 
 
-def test_flex_mask_keeps_what_all_heads_share_as_constants():
-    pattern = Pattern.parse("L8V16", 64)
-    cells = bench_kernels.mask_mod(pattern, 32, 32, "cpu").__closure__
-    (((stride, residue, end),),) = [c.cell_contents for c in cells if isinstance(c.cell_contents, list)]
-    assert (stride, end) == (16, UNBOUNDED)
-    assert residue.tolist() == [h // 2 for h in range(32)]
-
-
 def test_flex_lists_that_take_too_much_memory_are_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(bench_kernels, "MAX_FLEX_LISTS", 1000)
     with pytest.raises(bench_kernels.Skipped, match=r"block lists would take .* GiB"):
         bench_kernels.block_lists(Pattern.parse("L1V15"), 8192, 4, (128, 64))
 
 
-def test_flex_entries_say_their_tiles_and_which_one_has_a_backward():
-    small, large = bench_kernels.flex_entries("L1V15", Pattern.parse("L1V15", 64))
-    assert small.name == "Flex L1V15 128x64"
-    assert "forward only" in small.note
-    assert large.name == "Flex L1V15 128x128"
-    assert [e.name for e in bench_kernels.flex_entries("W2", Pattern.parse("W2", 128))] == ["Flex W2 128x128"]
-
-
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_flex_attention_with_our_mask_is_the_reference():
     pattern = Pattern.parse("L2V3", 64)
     q, k, v = torch.randn(1, 640, 4, 32), torch.randn(1, 640, 2, 32), torch.randn(1, 640, 2, 32)
@@ -227,16 +200,6 @@ def test_kernel_that_computes_something_else_is_marked(no_clock):
 
 
 # ---------------------------------------------------------------- arguments
-
-
-def test_default_run_is_one_case_at_six_lengths():
-    args = parse()
-    (case,) = args.cases
-    assert (case.name, case.batch, case.heads, case.kv_heads, case.head_dim, case.block_size) == (
-        "default", 1, 32, 32, 128, 64,
-    )  # fmt: skip
-    assert case.lengths == (4096, 8192, 16384, 32768, 65536, 131072)
-    assert args.flex_lengths == [8192, 32768, 131072]
 
 
 def test_cases_and_sizes_combine():
@@ -340,15 +303,13 @@ def test_packed_documents_come_with_one_sequence_of_as_many_pairs():
 
 
 def test_packed_documents_give_what_they_give_apart():
-    args = parse("--cases", "packed", "--patterns", "L1V3", "--backends", "triton")
-    (entry,) = bench_attention.entries(args.cases[0], 700, args)
+    borders, pattern = [0, 300, 310, 700], Pattern.parse("L1V3")
     q, k, v = (torch.randn(1, 700, 2, 16) for _ in range(3))
-    out = entry.build(q, k, v)
-    borders = bench_attention.document_borders(700)
-    assert out().shape == q.shape
+    out = bench_kernels.packed_entry("L1V3", pattern, "reference", borders, 2).build(q, k, v)()
+    assert out.shape == q.shape
     for begin, end in itertools.pairwise(borders):
-        own = s2_attention(*(x[:, begin:end] for x in (q, k, v)), Pattern.parse("L1V3"), backend="triton")
-        torch.testing.assert_close(out()[:, begin:end], own)
+        own = s2_attention(*(x[:, begin:end] for x in (q, k, v)), pattern, backend="reference")
+        torch.testing.assert_close(out[:, begin:end], own)
 
 
 def test_the_peers_that_come_along_are_skipped_where_their_libraries_are_missing():
@@ -362,7 +323,7 @@ def test_the_peers_that_come_along_are_skipped_where_their_libraries_are_missing
 def test_the_command_is_told_without_the_place_it_wrote_to():
     argv = ["--cases", "gqa", "--output", "/some/where", "--rep", "5", "--output=x", "--flex-lengths", ""]
     wanted = "python scripts/bench_attention.py --cases gqa --rep 5 --flex-lengths ''"
-    assert bench_attention.command("bench_attention", argv) == wanted
+    assert bench_report.origin("bench_attention", argv, "cpu", {}, None)["command"] == wanted
 
 
 def test_peer_that_cannot_be_imported_is_skipped_and_one_that_can_gets_the_pattern(tmp_path, monkeypatch):
@@ -495,7 +456,7 @@ def test_report_holds_the_tables_and_plots_and_json_every_row(tmp_path):
         {"name": "small", "title": "small: batch 4", "rows": ROWS[:3]},
         {"name": "gqa", "title": "gqa: batch 1", "rows": [row("S2 L1V15 hopper", n, status="failed") for n in (1, 2)]},
     ]
-    record["host"] = [bench_report.blank_host_row("S2 L1V15 hopper", 256) | {"forward_us": 31.26}]
+    record["host"] = [bench_report.blank_row("S2 L1V15 hopper", 256, bench_report.HOST_FIGURES) | {"forward_us": 31.26}]
     page = bench_report.write(record, tmp_path, with_plots=True)
     text = page.read_text()
     assert page.name == f"{record['date']}-nvidia-h200-attention.md"
@@ -519,19 +480,22 @@ def test_plot_leaves_out_what_nothing_was_measured_for(tmp_path):
     assert (tmp_path / "long.png").stat().st_size > 10_000
 
 
-def test_whole_run_without_a_gpu_reports_what_runs_and_what_does_not(tmp_path, no_clock):
-    sizes = "--lengths 128,256 --heads 2 --kv-heads 2 --head-dim 16 --dtype float16 --patterns L1V2"
+def test_whole_run_without_a_gpu_reports_what_runs_and_what_does_not(tmp_path, monkeypatch, no_clock):
+    for module, name, small in ((bench_attention, "HOST_LENGTH", 64), (bench_attention, "HOST_HEADS", 1),
+                                (bench_measure, "LAYERS", 1)):  # fmt: skip
+        monkeypatch.setattr(module, name, small)
+    sizes = "--lengths 64,128 --heads 2 --kv-heads 2 --head-dim 16 --dtype float16 --patterns L1V2"
     args = parse(*sizes.split(), "--output", str(tmp_path), "--targets", "--peer", "other=no_such_module:f")
     args.device = "cpu"
     record = bench_attention.new_record(args, "cpu", [])
     page = bench_attention.run(args, record)
     (section,) = record["sections"]
     status = {(r["name"], r["seq_len"]): r["status"] for r in section["rows"]}
-    assert status["dense FlashAttention-2", 128] == status["S2 L1V2 triton", 256] == "ok"
-    assert status["dense cuDNN", 128] == "failed"
-    assert status["S2 L1V2 hopper", 128] == status["other L1V2", 256] == "skipped"
-    pairs = 2 * sum(Pattern.parse("L1V2").visible_pairs(256, 2)) / 2
-    ours = next(r for r in section["rows"] if (r["name"], r["seq_len"]) == ("S2 L1V2 triton", 256))
+    assert status["dense FlashAttention-2", 64] == status["S2 L1V2 triton", 128] == "ok"
+    assert status["dense cuDNN", 64] == "failed"
+    assert status["S2 L1V2 hopper", 64] == status["other L1V2", 128] == "skipped"
+    pairs = 2 * sum(Pattern.parse("L1V2").visible_pairs(128, 2)) / 2
+    ours = next(r for r in section["rows"] if (r["name"], r["seq_len"]) == ("S2 L1V2 triton", 128))
     assert ours["forward_tflops"] == pytest.approx(4 * 16 * pairs / 2.0 / 1e9)
     assert record["limits"] == pytest.approx({"copy_tb_s": 1e-6, "product_tflop_s": 2 * 16**3 / 2e9})
     assert "## Share of the machine's limits" in page.read_text()
@@ -539,7 +503,7 @@ def test_whole_run_without_a_gpu_reports_what_runs_and_what_does_not(tmp_path, n
         "dense FlashAttention-2", "dense cuDNN", "S2 L1V2 triton", "S2 L1V2 hopper",
     ]  # fmt: skip
     assert all(record["host"][2][key] is not None for key in bench_report.HOST_FIGURES)
-    assert "other L1V2 at 128, 256: skipped: cannot import no_such_module:f" in page.read_text()
+    assert "other L1V2 at 64, 128: skipped: cannot import no_such_module:f" in page.read_text()
 
 
 def test_inputs_that_do_not_fit_give_rows_for_every_kernel(monkeypatch):

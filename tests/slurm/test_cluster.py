@@ -46,12 +46,15 @@ class Clone:
         for name in (
             "__init__",
             "ending",
+            "typed",
+            "locks",
             "files",
             "recipe",
             "training/__init__",
             "training/slurm",
-            "training/run",
-            "training/saved",
+            "training/config",
+            "training/optim",
+            "training/run_folder",
         ):
             shutil.copy(ROOT / f"s2/{name}.py", folder / f"s2/{name}.py")
         shutil.copy(ROOT / "tests/slurm/trainer.py", folder / "s2/training/cli.py")

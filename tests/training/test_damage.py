@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from s2 import ending, files
-from s2.training import saved
-from s2.training.saved import complete_checkpoints
+from s2.training import run_folder
+from s2.training.run_folder import complete_checkpoints
 from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, train, write_recipe
 
@@ -127,7 +128,7 @@ def test_a_run_killed_anywhere_in_saving_goes_on(
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
             patch.setattr(os, name, counted(getattr(os, name)))
-        patch.setattr(saved, "inventory", counted(saved.inventory))
+        patch.setattr(run_folder, "inventory", counted(run_folder.inventory))
         with contextlib.suppress(PowerCut):
             train(folder, CONSTANT, stage=stage)
     code, run = train(folder, CONSTANT, stage=stage)
@@ -170,10 +171,22 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them(
     assert len(complete_checkpoints(run.with_name("hopeless.1") / "checkpoints")) == 2
 
 
+def test_a_damaged_summary_of_a_finished_run_is_named_with_the_way_out(
+    folder: Path, stopped: Path, capsys: Any
+) -> None:
+    run = stopped.with_name("summary")
+    shutil.copytree(stopped, run, symlinks=True)
+    for text in ("", "{}", "[]", '{"recipe": 3'):
+        (run / "summary.json").write_text(text)
+        assert train(folder, "trainer.max_steps=5", CONSTANT, stage="summary")[0] == ending.DAMAGED
+        error = capsys.readouterr().err
+        assert f"{run / 'summary.json'} is not as it was written" in error and "remove the newest folder" in error
+
+
 def test_what_a_killed_process_left_while_saving_another_step_is_removed(folder: Path, stopped: Path) -> None:
     run = stopped.with_name("leftover")
     shutil.copytree(stopped, run, symlinks=True)
-    ours = files.make_folder(run / "checkpoints" / "step-00000099.partial", saved.KIND)
+    ours = files.make_folder(run / "checkpoints" / "step-00000099.partial", run_folder.KIND)
     (ours / "state").write_text("94 GB")
     theirs = run / "checkpoints" / "step-00000098.partial"
     theirs.mkdir()
@@ -192,7 +205,10 @@ def test_a_note_beside_a_checkpoint_outlives_it(folder: Path, stopped: Path) -> 
     assert sorted(path.name for path in note.parent.iterdir()) == [files.MARK, "good.txt"]
 
 
-def test_checkpoints_of_earlier_versions_are_resumed_and_rotated(folder: Path, reference: Path, stopped: Path) -> None:
+def test_runs_of_earlier_versions_are_resumed_and_their_checkpoints_rotated(
+    folder: Path, reference: Path, stopped: Path, capsys: Any
+) -> None:
+    """As the first version that could resume left them: no marks, no checksums, no recipe, no count of tokens."""
     run = stopped.with_name("earlier")
     shutil.copytree(stopped, run, symlinks=True)
     for checkpoint in complete_checkpoints(run / "checkpoints"):
@@ -201,10 +217,26 @@ def test_checkpoints_of_earlier_versions_are_resumed_and_rotated(folder: Path, r
             del meta[key]
         (checkpoint / "meta.json").write_text(json.dumps(meta))
         (checkpoint / files.MARK).unlink()
+        model = checkpoint / "state" / "checkpoint" / "mp_rank_00_model_states.pt"
+        state = torch.load(model, weights_only=False)
+        del state["tokens"]
+        state["callbacks"].clear()
+        state["PackedDataModule"]["micro_steps"] = state["global_step"]
+        torch.save(state, model)
+    (run / "hf" / files.MARK).unlink()
+    summary = files.read_json(run / "summary.json")
+    del summary["data"], summary["skipped_steps"], summary["validation"]["heldout"]["source_loss"]
+    files.write_json(run / "summary.json", summary)
+
+    five = ("trainer.max_steps=5", CONSTANT)
+    assert train(folder, *five, stage="earlier")[0] == 0
+    assert "nothing to do" in capsys.readouterr().out
     code, _ = train(folder, CONSTANT, "run.keep_checkpoints=1", stage="earlier")
     assert code == 0
     assert_same_losses(run, reference)
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000006"]
+    assert (run / "hf.1" / "config.json").is_file() and (run / "hf" / files.MARK).is_file()
+    assert files.read_json(run / "summary.json")["tokens"] == 6 * 128
 
 
 def _copy(stopped: Path, stage: str) -> tuple[Path, Path, Path]:
@@ -218,10 +250,10 @@ def _copy(stopped: Path, stage: str) -> tuple[Path, Path, Path]:
 def _published(run: Path, step: int, keep: int) -> list[str]:
     """Publish a checkpoint of `step`, made from the newest; returns the names of those that are there then."""
     checkpoints = run / "checkpoints"
-    meta = saved.read_meta(complete_checkpoints(checkpoints)[-1])
-    partial = saved.new_checkpoint(checkpoints, step)
+    meta = run_folder.read_meta(complete_checkpoints(checkpoints)[-1])
+    partial = run_folder.new_checkpoint(checkpoints, step)
     shutil.copytree(complete_checkpoints(checkpoints)[-1] / "state", partial / "state")
-    saved.publish(partial, saved.checkpoint_folder(checkpoints, step), {**meta, "step": step}, keep)
+    run_folder.publish(partial, run_folder.checkpoint_folder(checkpoints, step), {**meta, "step": step}, keep)
     return [path.name for path in complete_checkpoints(checkpoints)]
 
 
@@ -229,7 +261,7 @@ def test_a_new_checkpoint_is_kept_beside_a_damaged_one_of_a_later_step(stopped: 
     run, fourth, fifth = _copy(stopped, "later")
     _overwrite(fifth / "state" / "checkpoint" / "mp_rank_00_model_states.pt", random.Random(0))  # the size stays
     fifth.rename(later := fifth.with_name("step-00000008"))
-    files.write_json(later / "meta.json", {**saved.read_meta(later), "step": 8})
+    files.write_json(later / "meta.json", {**run_folder.read_meta(later), "step": 8})
     assert _published(run, 5, keep=1) == ["step-00000005", "step-00000008"] and not fourth.exists()
 
 
@@ -253,9 +285,9 @@ def test_a_renamed_checkpoint_is_passed_over(folder: Path, reference: Path, stop
 def test_a_meta_file_of_another_form_is_damage(stopped: Path, change: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = tmp_path / "step-00000005"
     shutil.copytree(complete_checkpoints(stopped / "checkpoints")[-1], checkpoint)
-    assert saved.damage(checkpoint, checksums=True) is None
-    files.write_json(checkpoint / "meta.json", {**saved.read_meta(checkpoint), **change})
-    assert "meta.json is not a checkpoint's" in (saved.damage(checkpoint, checksums=True) or "")
+    assert run_folder.damage(checkpoint, checksums=True) is None
+    files.write_json(checkpoint / "meta.json", {**run_folder.read_meta(checkpoint), **change})
+    assert "meta.json is not a checkpoint's" in (run_folder.damage(checkpoint, checksums=True) or "")
 
 
 def test_what_stands_in_the_way_of_a_checkpoint_moves_aside(stopped: Path, capsys: Any) -> None:

@@ -8,7 +8,7 @@ from data.corpus.sources import LOST
 from data.corpus.tokenizer import DROPPED, UNKNOWN
 from data.datamodule import PackedDataModule
 from data.prepare import prepare
-from s2.training.report import data_report
+from s2.training.summary import data_report
 from tests.data.preparing import spec
 from tests.data.shard_factory import random_documents, write_shards
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from s2 import ending
+from s2.training.config import RunConfig
 from s2.training.guard import SETTLING, StepGuard, skipped_steps
 from s2.training.module import PretrainModule
-from s2.training.run import RunConfig
-from s2.training.saved import complete_checkpoints, read_meta
+from s2.training.run_folder import complete_checkpoints, read_meta
 from tests.training.tiny import curve, train
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from s2 import ending
+from s2.model.config import ModelConfig
 from s2.training import memory
 from s2.training.module import PretrainModule
 from tests.training.tiny import train
 
+SMALL = ModelConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 CUDNN = "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"
 
 
@@ -67,7 +70,10 @@ def test_a_run_out_of_memory_names_step_estimate_and_what_to_turn(
 def test_advice_names_only_what_can_still_be_turned(
     checkpointing: str, stage: int, ranks: int, first: str, absent: str
 ) -> None:
-    text = memory.advice("step 1", "1 GiB", checkpointing, stage, 1, ranks)
+    module = SimpleNamespace(config=SMALL, phase="step {step}", activation_checkpointing=checkpointing)
+    strategy = SimpleNamespace(stage=stage)
+    trainer = SimpleNamespace(strategy=strategy, world_size=ranks, global_step=0, precision="bf16-mixed")
+    text = memory.advice(module, SimpleNamespace(micro_batch_size=1, seq_len=64), trainer)
     turns = text.split("In this order: ")[1].split("; ")
     assert first in turns[0] and absent not in text
 

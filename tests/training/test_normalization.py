@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import s2.training.launch as launch
+import s2.training.stage as stage_module
 from s2.training.cli import main
 from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, write_recipe
@@ -63,8 +63,7 @@ def test_in_bf16_too(
     recipe: Path, whole: Path, norms: dict[int, float], monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     """ZeRO-1 in bf16 is another optimizer of DeepSpeed's; a run on the CPU is in fp32 unless told otherwise here."""
-    original = launch.trainer_extras
-    monkeypatch.setattr(launch, "trainer_extras", lambda config: original(config) | {"precision": "bf16-mixed"})
+    monkeypatch.setattr(stage_module, "CPU_PRECISION", "bf16-mixed")
     stage = f"bf16-{strategy}"
     split = (*STEP, "data.micro_batch_size=1", f"trainer.strategy={strategy}", f"run.stage={stage}")
     assert main([str(recipe), *split]) == 0

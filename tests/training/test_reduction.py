@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from s2.training.reduction import OrderedReduction
+from s2.training.gaps.deepspeed import OrderedReduction
 
 
 class Optimizer:

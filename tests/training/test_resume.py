@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
 from s2 import ending
-from s2.training import saved
+from s2.training import run_folder
 from s2.training.callbacks import TrainingLog
 from s2.training.metrics import read_metrics
 from s2.training.module import PretrainModule
-from s2.training.saved import complete_checkpoints, read_meta
+from s2.training.run_folder import complete_checkpoints, read_meta
 from tests.training.tiny import curve, train
 
 
@@ -187,6 +188,7 @@ def test_resume_never_moves_the_old_run_aside(folder: Path) -> None:
     assert code == 0
     for kept in (run, run.with_name("twice.1")):
         assert [path.name for path in complete_checkpoints(kept / "checkpoints")] == ["step-00000002", "step-00000003"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"]["resume"] == "auto"  # to train it again goes on
 
 
 def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
@@ -264,9 +266,9 @@ def test_a_full_disk_ends_in_a_sentence_and_room_is_all_it_takes(
 
 def test_torchs_own_words_for_a_full_disk_count_only_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-    assert not saved.disk_is_full(error, tmp_path)
-    monkeypatch.setattr(saved, "_ALMOST_FULL", 1 << 62)
-    assert saved.disk_is_full(error, tmp_path)
+    assert not run_folder.disk_is_full(error, tmp_path)
+    monkeypatch.setattr(run_folder, "_ALMOST_FULL", 1 << 62)
+    assert run_folder.disk_is_full(error, tmp_path)
 
 
 def test_a_run_that_saves_nothing_needs_no_room_and_keeps_its_figures(

@@ -14,11 +14,10 @@ import yaml
 from s2.model.config import ModelConfig
 from s2.model.hf import load_pretrained
 from s2.model.layers import Block
-from s2.training.finish import closing_words
-from s2.training.metrics import read_metrics
+from s2.training.memory import estimate_memory
+from s2.training.metrics import peak_flops, read_metrics
 from s2.training.module import PretrainModule
-from s2.training.report import estimate_memory
-from s2.training.throughput import peak_flops
+from s2.training.summary import closing_words
 from tests.training.tiny import curve, train
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from s2 import ending
 from s2.training.cli import main
-from s2.training.saved import complete_checkpoints, read_meta
+from s2.training.run_folder import complete_checkpoints, read_meta
 from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, write_recipe
 

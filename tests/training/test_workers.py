@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from s2.training.workers import SIGNALS, shield_workers
+from s2.training.gaps.lightning import STOP_SIGNALS
+from s2.training.gaps.workers import shield_workers
 
 
 def slow_start(worker: int) -> None:
@@ -34,7 +35,7 @@ def loader(method: str) -> DataLoader:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_that_comes_while_a_worker_starts_does_not_end_it(method: str, number: int) -> None:
     batches = iter(loader(method))
     (worker,) = multiprocessing.active_children()
@@ -53,7 +54,7 @@ def test_a_worker_obeys_its_parent() -> None:
 
 def test_a_process_that_fails_leaves_at_once_though_its_workers_are_alive() -> None:
     program = (
-        "import torch; from torch.utils.data import DataLoader; from s2.training.workers import shield_workers\n"
+        "import torch; from torch.utils.data import DataLoader; from s2.training.gaps.workers import shield_workers\n"
         "batches = iter(shield_workers(DataLoader(torch.arange(8), num_workers=1)))\n"
         "next(batches); raise RuntimeError('as a rank would')"
     )

@@ -1,4 +1,4 @@
-"""Loader workers that live through the signals that ask a run to stop.
+"""torch 2.11 to 2.13: loader workers that live through the signals that ask a run to stop.
 
 A scheduler signals every process of a job. The run writes a checkpoint at its next step boundary and needs its
 loader workers until then, so they take these signals from their parent alone. They are started with the signals
@@ -16,14 +16,14 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from s2.training.gaps.lightning import STOP_SIGNALS
 
 
 class _Shielded:
-    """Mixed into a process class: what it starts obeys `SIGNALS` only when they come from its parent."""
+    """Mixed into a process class: what it starts obeys `STOP_SIGNALS` only when they come from its parent."""
 
     def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child inherits the mask
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a child inherits the mask
         try:
             super().start()  # type: ignore[misc]
         finally:
@@ -62,6 +62,6 @@ def shield_workers(loader: Any) -> Any:
 
 
 def _obey_parent(parent: int) -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
         pass
     os._exit(0)

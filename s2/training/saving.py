@@ -21,10 +21,10 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from s2 import ending
 from s2.locks import Lock
-from s2.training import saved, slurm
+from s2.training import run_folder, slurm
+from s2.training.config import RunConfig
+from s2.training.gaps.lightning import EachStep, StopSignals
 from s2.training.guard import StepGuard
-from s2.training.run import RunConfig
-from s2.training.workers import SIGNALS
 
 
 class Preempted(Exception):  # noqa: N818 -- not an error: the run is saved and can go on
@@ -39,7 +39,7 @@ class Stopped(Preempted):
     exit_code = ending.INTERRUPTED
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(EachStep, Checkpoint):
     """Save every `run.checkpoint_every` steps, at the end, and when told to stop.
 
     Lightning runs `Checkpoint` callbacks last, so what the others write for a step is on disk before it counts as
@@ -60,18 +60,17 @@ class RunCheckpoint(Checkpoint):
         self.began = (0, 0)  # step and tokens that this process began at
         self.checkpoints = run.folder / "checkpoints"
         self.seconds = 0.0
-        self._signals: set[int] = set()
-        self._seen_step = -1
         self._saved_step = -1
         self._overdue = False
-        self._handlers: dict[int, Any] = {}
+        self._signals = StopSignals()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install_handlers()
+        self._signals.take()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install_handlers()
-        self._seen_step = self._saved_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._signals.take()
+        self._saved_step = trainer.global_step
 
     def tokens(self, trainer: Trainer) -> int:
         """Tokens trained on so far, over all ranks, whatever the batches of earlier processes were."""
@@ -85,62 +84,46 @@ class RunCheckpoint(Checkpoint):
         if "tokens" in checkpoint:  # versions that did not say have put it into meta.json, which the launch has read
             self.began = (checkpoint["tokens"]["step"], checkpoint["tokens"]["tokens"])
 
-    def _install_handlers(self) -> None:
-        # Lightning has put its own handlers in place just before; they broadcast from inside the handler.
-        for number in SIGNALS:
-            previous = signal.signal(number, self._note_signal)
-            self._handlers.setdefault(number, previous)
-
-    def _note_signal(self, number: int, frame: Any) -> None:
-        self._signals.add(number)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step(self, trainer: Trainer, module: Any) -> None:
         step = trainer.global_step
-        if step == self._seen_step:
-            return  # inside a gradient accumulation
-        self._seen_step = step
         # After the last step the run goes on to its end: a checkpoint of that step says that the export is there.
         if step < trainer.max_steps and self._any_rank_signalled(trainer):
             if self.run.checkpoint_every is None:
                 raise Stopped(f"stopped at step {step}; with run.checkpoint_every=null nothing is saved")
-            self._save(trainer, pl_module)
-            folder = saved.checkpoint_folder(self.checkpoints, step)
+            self._save(trainer, module)
+            folder = run_folder.checkpoint_folder(self.checkpoints, step)
             raise Preempted(f"stopped at step {step}; the checkpoint is {folder}{self._requeue(trainer)}")
         every = self.run.checkpoint_every
         due = every is not None and (step % every == 0 or self._overdue)
         # weights that no step can be taken with must not take the place of those that one could be
         self._overdue = due and self.guard.in_a_row > 0
         if due and not self._overdue and step < trainer.max_steps:
-            self._save(trainer, pl_module)
+            self._save(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._saved_step and self.run.checkpoint_every is not None:
             self._save(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+        self._signals.give_back()
 
     def _any_rank_signalled(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
-            return bool(self._signals)
-        flag = torch.tensor(float(bool(self._signals)), device=trainer.strategy.root_device)
+            return bool(self._signals.seen)
+        flag = torch.tensor(float(bool(self._signals.seen)), device=trainer.strategy.root_device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
     def _save(self, trainer: Trainer, module: Any) -> None:
         started = time.perf_counter()
         step = trainer.global_step
-        final = saved.checkpoint_folder(self.checkpoints, step)
-        partial = saved.partial_folder(self.checkpoints, step)
+        final = run_folder.checkpoint_folder(self.checkpoints, step)
+        partial = run_folder.partial_folder(self.checkpoints, step)
         on_rank_zero(trainer, lambda: self._begin(step))
         try:
             trainer.save_checkpoint(partial / "state")
         except (OSError, RuntimeError) as error:
-            if saved.disk_is_full(error, self.checkpoints):
+            if run_folder.disk_is_full(error, self.checkpoints):
                 raise OSError(
                     errno.ENOSPC,
                     f"{self.checkpoints}: the disk was full before the checkpoint of step {step} was written; make "
@@ -148,7 +131,7 @@ class RunCheckpoint(Checkpoint):
                 ) from error
             raise
         trainer.strategy.barrier()
-        files = saved.inventory(partial, (trainer.global_rank, trainer.world_size))
+        files = run_folder.inventory(partial, (trainer.global_rank, trainer.world_size))
         meta = {
             "step": step,
             "tokens": self.tokens(trainer),
@@ -159,14 +142,14 @@ class RunCheckpoint(Checkpoint):
             "recipe": self.recipe,
             "files": {name: entry for part in over_ranks(trainer, files) for name, entry in part.items()},
         }
-        on_rank_zero(trainer, lambda: saved.publish(partial, final, meta, self.run.keep_checkpoints))
+        on_rank_zero(trainer, lambda: run_folder.publish(partial, final, meta, self.run.keep_checkpoints))
         self._saved_step = step
         self.seconds += time.perf_counter() - started
 
     def _begin(self, step: int) -> None:
         if self.lock is not None:
             self.lock.check()
-        saved.new_checkpoint(self.checkpoints, step)
+        run_folder.new_checkpoint(self.checkpoints, step)
 
     def _requeue(self, trainer: Trainer) -> str:
         """Let the first rank see to the SLURM job and return what it has to say.
@@ -175,7 +158,7 @@ class RunCheckpoint(Checkpoint):
         """
         if not self.run.slurm_requeue or "SLURM_JOB_ID" not in os.environ:
             return ""
-        warned = self._signals != {signal.SIGTERM}  # none: the signal has reached another rank first
+        warned = self._signals.seen != {signal.SIGTERM}  # none: the signal has reached another rank first
         words = f"; {slurm.requeue(os.environ, warned=warned)}" if trainer.is_global_zero else ""
         trainer.strategy.barrier()
         return words

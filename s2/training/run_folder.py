@@ -1,9 +1,14 @@
-"""Checkpoints on disk: written whole, checked before they are used.
+"""The run folder: where a recipe's stage puts its files, and checkpoints that are written whole.
 
-checkpoints/step-00000500/meta.json     step, tokens, how it was trained, and size and checksum of every other file
-                          state/        what Lightning and DeepSpeed saved
-                          state-universal/   the same for another number of ranks, made when it is first needed
-            last                        link to the newest
+runs/<recipe>/<stage>/config.yaml             every key as it was resolved
+                      logs/metrics.csv        one row per logged step, appended on resume
+                      logs/tensorboard/
+                      checkpoints/step-00000500/meta.json   step, tokens, how it was trained, size and checksum of files
+                                                state/      what Lightning and DeepSpeed saved
+                                                state-universal/   the same for another number of ranks, when needed
+                      checkpoints/last        link to the newest complete one
+                      hf/                     Hugging Face export of the final weights
+                      loss.png, summary.json
 
 A checkpoint is written as `step-00000500.partial` and gets its name when everything is on disk. On resume the newest
 one that is as it was written is used, and what is wrong with a newer one is said.
@@ -16,18 +21,79 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from s2 import files
 from s2.ending import DamagedError
+from s2.locks import lock
+from s2.training.config import RunConfig
 
 KIND = "training checkpoint"
 META = "meta.json"
 _ALMOST_FULL = 1 << 30  # bytes free of a disk that has just refused to take a file
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _NOT_THE_MODEL = ("initializer_range", "bos_token_id", "eos_token_id")  # the ids come from the data
+
+
+def make_run_folder(run: RunConfig) -> None:
+    """Make the run folder and see that it can be written to. With run.resume=never what lies there moves aside to
+    <stage>.1, .2, ...: nothing is deleted.
+
+    Raises:
+        LockedError: another process is training there.
+        OSError: a file stands where a folder has to be, or nothing can be written there.
+    """
+    if run.resume == "never" and run.folder.exists():
+        with lock(run.folder):
+            aside = files.move_aside(run.folder)
+        print(f"run.resume=never: the earlier run is now {aside}")
+    for folder in ("logs", "checkpoints"):
+        files.require_writable(run.folder / folder)
+
+
+def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
+    """Refuse a run whose checkpoints would fill the disk.
+
+    A checkpoint holds fp32 weights and two moments, and bf16 weights beside them in low precision; one more than
+    `run.keep_checkpoints` exists while it is written. The export takes 2 bytes a parameter.
+
+    Raises:
+        ValueError: the space needed and the space there is.
+    """
+    if run.checkpoint_every is None:
+        return
+    each = parameters * (14 if low_precision else 12)
+    checkpoints = (run.folder / "checkpoints").absolute()  # or a link to another disk
+    kept = sum(f.stat().st_size for f in checkpoints.rglob("*") if f.is_file() and not f.is_symlink())
+    needed = (run.keep_checkpoints + 1) * each + 2 * parameters - kept
+    free = shutil.disk_usage(next(folder for folder in (checkpoints, *checkpoints.parents) if folder.exists())).free
+    if needed > free:
+        raise ValueError(
+            f"run.keep_checkpoints={run.keep_checkpoints}: that many checkpoints of {each / 1e9:.1f} GB and one being "
+            f"written need {needed / 1e9:.1f} GB more below {run.folder}, which has {free / 1e9:.1f} GB free; keep "
+            f"fewer, or point run.root at a larger disk"
+        )
+
+
+def is_finished(run: RunConfig, max_steps: int) -> bool:
+    """Whether the stage's newest complete checkpoint is its last step.
+
+    Raises:
+        ValueError: it is, but the export is gone.
+    """
+    checkpoints = complete_checkpoints(run.folder / "checkpoints")
+    if not checkpoints or damage(checkpoints[-1], checksums=False):
+        return False
+    if (step := read_meta(checkpoints[-1])["step"]) < max_steps:
+        return False
+    for name in ("hf/config.json", "summary.json"):
+        if not (run.folder / name).is_file():
+            raise ValueError(
+                f"{run.folder} is trained to step {step} but has no {name}; remove {checkpoints[-1]} to train "
+                f"from the checkpoint before it and export again"
+            )
+    return True
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -88,14 +154,9 @@ def damage(checkpoint: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)
     recorded = meta.get("files")
     if recorded is None:  # written by a version that recorded nothing
         return None if (checkpoint / "state").exists() else f"{checkpoint / 'state'} is missing"
-    if wrong := files.damage(checkpoint, recorded, checksums=False):
+    if (wrong := files.damage(checkpoint, recorded, checksums=False)) or not checksums:
         return wrong
-    if not checksums:
-        return None
-    mine = sorted(recorded)[share[0] :: share[1]]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: files.damage(checkpoint, {name: recorded[name]}), mine)
-        return next((wrong for wrong in found if wrong), None)
+    return files.damage(checkpoint, {name: recorded[name] for name in sorted(recorded)[share[0] :: share[1]]})
 
 
 def newest_whole(
@@ -128,7 +189,9 @@ def newest_whole(
 def new_checkpoint(checkpoints: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into; what a killed process left of others is removed, and
     what somebody else put in the way moves aside."""
-    clear_leftovers(checkpoints)
+    for path in checkpoints.glob("step-*.partial"):
+        if files.kind_of(path) == KIND:
+            files.remove_folder(path)
     partial = partial_folder(checkpoints, step)
     try:
         return files.make_folder(partial, KIND)
@@ -142,20 +205,10 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
     return checkpoint_folder(checkpoints, step).with_name(f"step-{step:08d}.partial")
 
 
-def clear_leftovers(checkpoints: Path) -> None:
-    """Remove what processes that were killed while saving have left."""
-    for path in checkpoints.glob("step-*.partial"):
-        if files.kind_of(path) == KIND:
-            files.remove_folder(path)
-
-
 def inventory(partial: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
     """Sizes and checksums of one rank's share of the files of a checkpoint that is being written."""
     names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    mine = [name for name in names if name != files.MARK][share[0] :: share[1]]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: files.inventory(partial, [name]), mine)
-        return {name: entry for part in found for name, entry in part.items()}
+    return files.inventory(partial, [name for name in names if name != files.MARK][share[0] :: share[1]])
 
 
 def disk_is_full(error: BaseException, checkpoints: Path) -> bool:

@@ -1,0 +1,239 @@
+"""A recipe as typed settings, checked without importing torch or Lightning: a mistake should not wait for seconds.
+
+What only torch and Lightning know (layouts of attention, names of strategies) is checked in `s2.training.stage`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from s2 import settings
+from s2.recipe import unknown_key_message
+from s2.settings import Check, Positive, Settings
+from s2.training.optim import OptimizerConfig, ScheduleConfig
+
+_Name = Annotated[
+    str,
+    Check(
+        "a folder name: letters, digits, '-', '_', and '.' among them",
+        lambda name: re.fullmatch(r"[\w.\-]+", name) and name.strip("."),
+    ),
+]
+_Seed = bool | Annotated[int, Check(f"0 to {2**32 - 1}", lambda seed: 0 <= seed < 2**32)]
+
+# What the run folder, the schedule and the resume logic rely on.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,  # the training sequence is endless: max_steps ends a stage
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": -1,  # the whole validation before step 1: the number to beat
+    "use_distributed_sampler": False,  # the datamodule deals out rows by rank itself
+    "enable_progress_bar": False,  # `TrainingLog` has one that counts optimizer steps
+    "enable_model_summary": False,
+    "log_every_n_steps": 10,
+}
+
+
+@dataclass
+class RunConfig(Settings):
+    """How a stage is run; what it trains is said by the other keys.
+
+    Attributes:
+        recipe: first folder level below `root`, for example 1.3b.
+        stage: second level, for example pretrain or extend-32k.
+        root: where runs live; `~` is the home folder.
+        resume: `auto` continues from the newest complete checkpoint, `never` starts over (the old run moves aside).
+        tokens_per_step: global batch in tokens. Gradient accumulation follows from it, so the same recipe takes
+            the same optimizer steps on any number of GPUs. None: trainer.accumulate_grad_batches as it is.
+        validate_every: optimizer steps between validations; the first and the last step are always validated.
+        checkpoint_every: optimizer steps between checkpoints; the last step always writes one. None: nothing is saved,
+            neither checkpoints nor the export, as when only rates and memory are measured.
+        keep_checkpoints: newest checkpoints kept.
+        max_skipped_steps: so many steps in a row whose gradient is not finite, or whose loss jumps, end the run.
+        loss_spike_factor: a step whose loss is over so many times the running mean is skipped. None: none is.
+        slurm_requeue: stopped by SLURM's warning signal or time limit, put the job back into the queue after the
+            checkpoint (see `s2.training.slurm`).
+    """
+
+    recipe: _Name
+    stage: _Name
+    root: str = "runs"
+    resume: Literal["auto", "never"] = "auto"
+    tokens_per_step: Positive | None = None
+    validate_every: Positive = 500
+    checkpoint_every: Positive | None = 1000
+    keep_checkpoints: Positive = 2
+    max_skipped_steps: Positive = 10
+    loss_spike_factor: Annotated[float, Check("a number above 1, or null", lambda x: x > 1)] | None = None
+    slurm_requeue: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.root = os.path.expanduser(self.root)
+
+    @property
+    def folder(self) -> Path:
+        """runs/<recipe>/<stage>"""
+        return Path(self.root) / self.recipe / self.stage
+
+    def accumulation(self, sequences_per_micro_batch: int, seq_len: int, world_size: int) -> int | None:
+        """Micro-batches per optimizer step that make up `tokens_per_step`, or None where that is not set.
+
+        Raises:
+            ValueError: the global batch is not a whole number of micro-batches over all ranks.
+        """
+        if self.tokens_per_step is None:
+            return None
+        wanted = self.tokens_per_step
+        tokens = sequences_per_micro_batch * seq_len * world_size
+        if wanted < tokens or wanted % tokens:
+            raise ValueError(
+                f"run.tokens_per_step={wanted} must be a multiple of {tokens} = data.micro_batch_size "
+                f"{sequences_per_micro_batch} x data.seq_len {seq_len} x {world_size} ranks"
+            )
+        return wanted // tokens
+
+
+@dataclass(frozen=True)
+class ModelSection(Settings):
+    """What is trained, and how.
+
+    Attributes:
+        config: keys of `s2.model.config.ModelConfig`; with `init_from`, those to change.
+        init_from: Hugging Face folder to start from (an earlier stage's `hf/`); None starts from random weights. The
+            export keeps its token ids and tokenizer; without it the ids are the data's. `config` has the last word.
+        optimizer: AdamW.
+        schedule: learning rate over the run.
+        activation_checkpointing: see `s2.model.recompute`.
+        compile: torch.compile each block.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", os.path.expanduser(self.init_from))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the keys of a recipe come from, for messages.
+
+    Attributes:
+        file: of the recipe.
+        overridden: keys that were set on the command line.
+        known: keys that there are, for hints.
+    """
+
+    file: Path
+    overridden: Sequence[str] = ()
+    known: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Have errors about keys say where the key stands."""
+        try:
+            yield
+        except settings.UnknownKeyError as error:
+            before = f"{error.key}." if error.key else ""
+            known = {f"{before}{name}" for name in error.known}
+            if not before or any(key.startswith(before) for key in self.known):
+                known |= self.known  # it may belong into another section
+            raise ValueError(unknown_key_message(f"{before}{error.name}", known, self.file, self.overridden)) from None
+        except settings.SettingError as error:
+            raise ValueError(f"{self.file}: {error}") from error
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """All of a recipe.
+
+    Attributes:
+        run, model: as their classes say.
+        data: class_path and init_args of the datamodule.
+        trainer: arguments of Lightning's Trainer that the recipe sets.
+        seed_everything: of all random numbers.
+        origin: where it comes from.
+    """
+
+    run: RunConfig
+    model: ModelSection
+    data: dict[str, Any]
+    trainer: dict[str, Any]
+    seed_everything: bool | int
+    origin: Origin
+
+
+def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str] = ()) -> StageConfig:
+    """The settings of a recipe.
+
+    Args:
+        recipe: keys after overrides.
+        source: the file they came from.
+        overridden: keys that were set on the command line.
+
+    Raises:
+        ValueError: in one sentence, which key is wrong, where it stands and what would be right.
+    """
+    origin = Origin(source, overridden)
+    with origin.named():
+        sections = {key: _mapping(recipe.get(key, {}), key) for key in ("run", "model", "trainer", "data")}
+        init_args = _mapping(sections["data"].get("init_args", {}), "data.init_args")
+        known = {
+            "run": settings.parameters(RunConfig),
+            "model": settings.parameters(ModelSection),
+            "model.optimizer": settings.parameters(OptimizerConfig),
+            "model.schedule": settings.parameters(ScheduleConfig),
+            "model.config": settings.read_parameters("s2.model.config", "ModelConfig"),
+            "trainer": settings.read_parameters("lightning.pytorch.trainer.trainer", "Trainer"),
+            "data": settings.read_parameters(*settings.class_path(sections["data"], "data")),
+        }
+        origin.known.update(f"{key}.{name}" for key, found in known.items() for name in found)
+        origin.known.update({*sections, "seed_everything"})
+        for key, value in recipe.items():
+            if key not in origin.known:
+                below = f".{next(iter(value))}" if isinstance(value, Mapping) and value else ""
+                raise settings.UnknownKeyError("", f"{key}{below}", [])
+        run = settings.read(RunConfig, sections["run"], "run")
+        model = settings.read(ModelSection, sections["model"], "model")
+        if model.init_from is not None:  # the other keys are those of the folder
+            keys = known["model.config"]
+            known["model.config"] = {name: keys[name] for name in model.config if name in keys}
+        settings.arguments(model.config, known["model.config"], "model.config")
+        settings.arguments(init_args, known["data"], "data")
+        trainer = {**TRAINER_DEFAULTS, **settings.arguments(sections["trainer"], known["trainer"], "trainer")}
+        seed = settings.convert(recipe.get("seed_everything", 1234), _Seed, "seed_everything")
+    _check_trainer(trainer)
+    model.schedule.factor(0, trainer["max_steps"])  # refuses a warmup beyond the end
+    return StageConfig(run, model, sections["data"], trainer, seed, origin)
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise settings.SettingError(key, f"expected a mapping of keys, got {'null' if value is None else repr(value)}")
+    return dict(value)
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Refuse what Lightning would take and ignore, or stumble over later."""
+    if (steps := trainer.get("max_steps", -1)) < 1:
+        raise ValueError(f"trainer.max_steps={steps}: a stage needs a number of optimizer steps")
+    if (clip := trainer.get("gradient_clip_val")) is not None and not clip >= 0:
+        raise ValueError(f"trainer.gradient_clip_val={clip} must be above 0; null or 0 clips nothing")
+    for key in ("accumulate_grad_batches", "log_every_n_steps"):
+        if (value := trainer.get(key, 1)) is not None and value < 1:
+            raise ValueError(f"trainer.{key}={value} must be at least 1")
+    for key, instead in (("val_check_interval", "run.validate_every"), ("default_root_dir", "run.root")):
+        if (value := trainer.get(key)) is not None:
+            raise ValueError(f"trainer.{key}={value} would not be looked at; {instead} says it")

@@ -1,0 +1,139 @@
+"""DeepSpeed 0.19, and Lightning's strategy for it (2.6)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+
+
+def set_up_cpu_environment(strategy: DeepSpeedStrategy) -> None:
+    """`setup_environment` on the CPU: Lightning's class refuses all but CUDA, and its parents' version will do."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    super(DeepSpeedStrategy, strategy).setup_environment()
+
+
+def set_up_cpu_processes(strategy: DeepSpeedStrategy) -> None:
+    """`setup_distributed` on the CPU, over gloo; DeepSpeed would compile an operator for shared memory with the
+    machine's C++ compiler in every first run."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    strategy.set_world_ranks()
+    strategy._init_deepspeed_distributed()
+
+
+def check_step_boundaries(engine: Any, batch_idx: int) -> None:
+    """Refuse to train where Lightning and DeepSpeed, who both count micro-batches, disagree about where a step begins.
+
+    Raises:
+        RuntimeError: gradients would be zeroed in the middle of a step.
+    """
+    accumulate = engine.gradient_accumulation_steps()
+    if engine.micro_steps % accumulate != batch_idx % accumulate:
+        raise RuntimeError(
+            f"micro-batch {batch_idx} is number {batch_idx % accumulate} of {accumulate} in its step for the "
+            f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
+        )
+
+
+def divide_gradients(optimizer: Any, divisor: float) -> None:
+    """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped;
+    `undo_division` must follow the step. DeepSpeed has nothing for that but the loss scale, which is 1 otherwise."""
+    if hasattr(optimizer, "loss_scaler"):
+        optimizer.loss_scale = divisor
+    else:  # ZeRO-1 in bf16 knows no loss scale and holds all gradients of a step in fp32
+        for gradients in optimizer.fp32_groups_gradients_flat:
+            gradients /= divisor
+
+
+def undo_division(optimizer: Any) -> None:
+    """After the step of `divide_gradients`."""
+    if hasattr(optimizer, "loss_scaler"):
+        optimizer.loss_scale = 1.0
+
+
+def skipped_norm(engine: Any) -> float | None:
+    """Norm of the last step's gradient if DeepSpeed skipped the step for it, None if the step was taken."""
+    return float(engine.get_global_grad_norm() or math.inf) if engine.optimizer.overflow else None
+
+
+class OrderedReduction:
+    """Gradients of ZeRO-1 and ZeRO-2 enter DeepSpeed's reduction buckets in one order on all ranks.
+
+    DeepSpeed flattens gradients into buckets in the order in which autograd finishes them, and reduces a bucket as soon
+    as it is full. That order belongs to the graph that a rank ran: where one rank's micro-batch has document borders
+    and another's has none they may run graphs compiled differently, and gradients of different weights would be
+    averaged, or the ranks would wait for each other in collectives of different sizes. Here a gradient waits until
+    those before it have been handed over, in the reverse order of the model's parameters, which is nearly the order of
+    any backward: overlap of reduction and backward stays, and out of turn are the gradients of one block at most.
+
+    ZeRO-3 needs none of this: gradients of a block are handed over at its end, in the order of its parameters. Nor does
+    ZeRO-1 in bf16, which reduces all gradients of a step at its end.
+
+    Args:
+        optimizer: `DeepSpeedZeroOptimizer`; its two methods are wrapped.
+        parameters: the model's, in the order of the model.
+    """
+
+    def __init__(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+        self._place = {id(parameter): place for place, parameter in enumerate(reversed(list(parameters)))}
+        self._waiting: dict[int, tuple[Any, ...]] = {}
+        self._next = 0
+        self._reduce = optimizer.reduce_ready_partitions_and_remove_grads
+        self._end_backward = optimizer.independent_gradient_partition_epilogue
+        optimizer.reduce_ready_partitions_and_remove_grads = self._take
+        optimizer.independent_gradient_partition_epilogue = self._finish
+
+    def _take(self, parameter: nn.Parameter, group: int) -> None:
+        self._waiting[self._place[id(parameter)]] = (parameter, group)
+        while self._next in self._waiting:
+            self._reduce(*self._waiting.pop(self._next))
+            self._next += 1
+
+    def _finish(self) -> None:
+        for place in sorted(self._waiting):  # behind parameters that took no part in this backward, on no rank
+            self._reduce(*self._waiting.pop(place))
+        self._next = 0
+        self._end_backward()
+
+
+@contextmanager
+def universal_load(engine: Any) -> Iterator[None]:
+    """Let `engine.load_checkpoint` read the universal format, and mend what it gets wrong.
+
+    On ZeRO-3 it hands every parameter group the settings of the first one (its weight decay too), and all parameters
+    one step tensor, which AdamW would then advance once for each of them.
+    """
+    optimizer = engine.optimizer
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        group.update(before)
+    fused = any(before.get("fused") for before in settings)
+    for parameter, state in optimizer.optimizer.state.items():
+        if "step" in state:
+            step = torch.as_tensor(state["step"], dtype=torch.float32)
+            state["step"] = step.clone().to(parameter.device if fused else "cpu")
+
+
+def add_missing_ranks(folder: Path, world_size: int) -> None:
+    """ZeRO-3 asks a universal checkpoint for one model-state file per rank; they all hold the same metadata, so rank
+    0's serves."""
+    first = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    if first.is_file():
+        for rank in range(world_size):
+            file = first.with_name(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+            if not file.exists():
+                os.link(first, file)

@@ -1,0 +1,185 @@
+"""What a stage will do, said before its first step, and what came out of it: loss plot, export, summary.json."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from s2 import files
+from s2.ending import DamagedError
+from s2.model.config import ModelConfig
+from s2.training.config import RunConfig
+from s2.training.guard import DivergedError
+from s2.training.memory import memory_of
+from s2.training.metrics import clock, plot_losses, read_metrics, validation_curve
+from s2.training.saving import RunCheckpoint, on_rank_zero
+from s2.training.weights import export
+
+
+def launch_report(run: RunConfig, module: Any, data: Any, trainer: Any, precision: Any) -> str:
+    """The text printed before the first step.
+
+    Args:
+        precision: trainer.precision of the recipe, which the CPU does not train in.
+    """
+    config: ModelConfig = module.config
+    strategy = trainer.strategy
+    accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
+    on_cpu = strategy.root_device.type == "cpu"
+    wanted = str(precision or trainer.precision) if on_cpu else str(trainer.precision)
+    step = data.micro_batch_size * data.seq_len * accumulate * world
+    return "\n".join(
+        [
+            f"{run.recipe} {run.stage} -> {run.folder}",
+            f"model: {config.num_parameters():,} parameters, {config.num_hidden_layers} layers, hidden "
+            f"{config.hidden_size}, {config.num_attention_heads} query / {config.num_key_value_heads} KV heads of "
+            f"{config.head_dim}, vocabulary {config.vocab_size:,}, rope_theta {config.rope_theta:g}"
+            + (f", weights from {module.init_from}" if module.init_from else ""),
+            layout_table(config, data.seq_len),
+            f"batch: {data.seq_len:,} tokens x {data.micro_batch_size} x {accumulate} accumulated x {world} ranks = "
+            f"{step:,} tokens a step, {trainer.max_steps:,} steps, {step * trainer.max_steps:,} tokens",
+            f"memory estimate: {memory_of(module, data, trainer, wanted)}; {wanted}, ZeRO stage "
+            f"{getattr(strategy, 'stage', 0)}, checkpointing {module.activation_checkpointing}"
+            + (f" (of a GPU; here on the CPU, in {trainer.precision}, it is not estimated)" if on_cpu else ""),
+        ]
+    )
+
+
+def layout_table(config: ModelConfig, seq_len: int) -> str:
+    """Layers that attend alike in one line each: pattern, density at `seq_len`, and the share of the causal context
+    that a layer's heads see together (and over how many layers it is all of it)."""
+    layout, heads = config.layout, config.layout.ruled_heads(config.num_key_value_heads)
+    num_blocks = -(-seq_len // config.block_size)
+    alike: dict[tuple, list[int]] = {}  # layers whose heads follow the same rules
+    for layer, (pattern, rotation) in enumerate(zip(layout.patterns, layout.rotations, strict=True)):
+        alike.setdefault((pattern, pattern.rules(heads, layer=rotation)), []).append(layer)
+    rows = [("layers", "pattern", "density", "its heads see together")]
+    for (pattern, _), layers in alike.items():
+        rotation = layout.rotations[layers[0]]
+        covered = pattern.union_coverage(num_blocks, heads, layer=rotation)
+        together = f"{covered:.1%}"
+        if covered < 1:
+            needed = pattern.layers_to_cover(heads)
+            together += f", all of it over {needed} layers" if needed else ", never all of it"
+        density = pattern.density(seq_len, heads, layer=rotation)
+        rows.append((_ranges(layers), str(pattern), f"{density:.2%}", together))
+    whole = layout.density(seq_len, heads)
+    rows.append(("all", config.attention_layout, f"{whole:.2%}", f"at {seq_len:,} tokens"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(f"  {a:>{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] -> 0-2,5"""
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def data_report(data: Any, total_tokens: int) -> str:
+    """How often a run goes through its data, and what of its text the tokens lack; printed once the data is there."""
+    passes = data.passes(total_tokens)
+    lines = [
+        f"data: {each.component}: {each.asked:,} tokens of {each.available:,}, {each.passes:.2f} passes"
+        for each in passes
+    ]
+    if repeated := [each for each in passes if each.passes > 1]:
+        most = max(repeated, key=lambda each: each.passes)
+        lines.append(
+            f"warning: data is repeated, {most.component} {most.passes:.2f} times; prepare more of it, give it less "
+            f"weight, or train on fewer tokens"
+        )
+    lines += [f"warning: not in the tokens: {line}" for line in data.lost_text()]
+    return "\n".join(lines)
+
+
+class Finish(Callback):
+    """Runs before the last checkpoint is written: a stage counts as finished once that one is there."""
+
+    def __init__(self, run: RunConfig, checkpoint: RunCheckpoint) -> None:
+        self.run = run
+        self.checkpoint = checkpoint
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        data = trainer.datamodule
+        if not pl_module.validation_is_finite:
+            raise DivergedError(
+                f"held-out losses at the last step are {pl_module.validation_losses}, so nothing is exported; the "
+                f"checkpoints in {self.run.folder / 'checkpoints'} are from before, logs/metrics.csv shows since when"
+            )
+        on_rank_zero(trainer, lambda: self._write_summary(trainer, pl_module, data))
+        if self.run.checkpoint_every is not None:
+            hf = self.run.folder / "hf"
+            export(pl_module.model, pl_module.config, hf, data.tokenizer_file, pl_module.init_from)
+        trainer.strategy.barrier()
+
+    def _write_summary(self, trainer: Trainer, module: Any, data: Any) -> None:
+        folder = self.run.folder
+        rows = read_metrics(folder / "logs" / "metrics.csv")
+        validation = {}
+        for name in data.validation_names:
+            curve = validation_curve(rows, name)
+            source = [row[f"val/{name}/source_loss"] for row in rows if f"val/{name}/source_loss" in row]
+            validation[name] = {
+                "initial_loss": curve[0][1] if curve and curve[0][0] == 0 else None,
+                "source_loss": source[0] if source else None,
+                "loss": curve[-1][1] if curve else None,
+                "unigram_loss": data.unigram_loss(name),
+                "bits_per_byte": data.bits_per_byte(name, curve[-1][1]) if curve else None,
+            }
+        step = trainer.global_step
+        summary = {
+            "recipe": self.run.recipe,
+            "stage": self.run.stage,
+            "step": step,
+            "tokens": self.checkpoint.tokens(trainer),
+            "seconds": max((row["seconds"] for row in rows), default=0.0),
+            "memory_gib": max((row.get("memory_gib", 0.0) for row in rows), default=0.0),
+            "skipped_steps": self.checkpoint.guard.skipped,
+            "world_size": trainer.world_size,
+            "init_from": module.init_from,
+            "data": [vars(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
+            "validation": validation,
+        }
+        files.write_json(folder / "summary.json", summary)
+        baselines = {name: values["unigram_loss"] for name, values in validation.items()}
+        plot_losses(
+            folder / "logs" / "metrics.csv", folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}"
+        )
+
+
+def closing_words(folder: Path) -> str:
+    """What came out of a finished stage and where it lies.
+
+    Raises:
+        DamagedError: summary.json is not what was written.
+    """
+    try:
+        return _closing_words(folder, files.read_json(folder / "summary.json"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"{folder / 'summary.json'} is not as it was written ({type(error).__name__}: {error}); remove the newest "
+            f"folder in {folder / 'checkpoints'} to train its last steps and write it again"
+        ) from error
+
+
+def _closing_words(folder: Path, summary: dict[str, Any]) -> str:
+    lines = [
+        f"{summary['recipe']} {summary['stage']}: {summary['step']} steps, {summary['tokens']:,} tokens, "
+        f"{clock(summary['seconds'])} on {summary['world_size']} process(es), {summary['memory_gib']:.2f} GiB"
+    ]
+    for name, values in summary["validation"].items():
+        if values["loss"] is None:
+            continue
+        line = f"  held-out {name}: loss {values['loss']:.4f} nats/token ({values['bits_per_byte']:.3f} bits per byte)"
+        if values["initial_loss"] is not None:
+            line += f", before training {values['initial_loss']:.4f}"
+        if values.get("source_loss") not in (None, values["initial_loss"]):
+            line += f" ({summary['init_from']} as it is {values['source_loss']:.4f})"
+        lines.append(f"{line}, unigram {values['unigram_loss']:.4f}")
+    places = {"weights": "hf", "checkpoints": "checkpoints", "metrics": "logs/metrics.csv", "plot": "loss.png"}
+    there = {what: path for what, place in places.items() if (path := folder / place).is_file() or any(path.glob("*"))}
+    lines += [f"  {what}: {path}" for what, path in there.items()]
+    return "\n".join(lines)
