@@ -118,7 +118,6 @@ def test_a_hub_that_dies_is_named_and_the_work_goes_on_later_at_the_same_revisio
         assert TokenShards(tmp_path / "local" / split).identity == TokenShards(tmp_path / "out" / split).identity
 
 
-@pytest.mark.slow
 def test_the_command_line_reads_a_hub_with_several_workers(fineweb, tmp_path):
     with HubStandIn({"owner/fineweb": fineweb}) as hub:
         command = [sys.executable, "-m", "data.prepare", "--output", str(tmp_path / "out"), "--vocab-size", "300"]

@@ -58,7 +58,6 @@ print(step)
 """
 
 
-@pytest.mark.slow
 def test_killed_at_any_step_it_goes_on_and_ends_the_same(corpora):
     values = {
         "output": str(corpora / "killed"),
@@ -99,7 +98,6 @@ def command(output, corpora, *more):
     ]
 
 
-@pytest.mark.slow
 def test_killed_parent_takes_its_workers_along_and_another_run_finishes(corpora):
     for name in "ab":
         for file in (corpora / name).iterdir():
@@ -129,7 +127,6 @@ def test_killed_parent_takes_its_workers_along_and_another_run_finishes(corpora)
     assert identities(corpora / "out") == identities(corpora / "whole")
 
 
-@pytest.mark.slow
 def test_two_processes_preparing_the_same_data_take_turns(corpora):
     root = Path(__file__).parents[2]
     values = command(corpora / "out", corpora, "--workers", "1")

@@ -249,7 +249,6 @@ def test_hooks_on_a_block_run_outside_of_what_is_compiled_or_recomputed():
         assert calls == [False]
 
 
-@pytest.mark.slow
 def test_compiled_blocks_change_no_gradient():
     assert_compiled_is_the_same(build("dense", num_hidden_layers=2), "selective", "inductor")
 

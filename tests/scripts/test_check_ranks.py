@@ -14,7 +14,6 @@ from tests.training.processes import LEFT_BY_LIGHTNING
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "ways"),
     [

@@ -267,7 +267,6 @@ def real_clone(cluster, clone):
     return clone
 
 
-@pytest.mark.slow
 def test_the_trainer_itself_saves_comes_back_and_finishes(cluster, real_clone):
     job = real_clone.submit(*SMALL)
     cluster.until(lambda: "\nstep 5/" in real_clone.log(job), "step 5")
@@ -281,7 +280,6 @@ def test_the_trainer_itself_saves_comes_back_and_finishes(cluster, real_clone):
     assert (run / f"slurm/{job}/recipe.yaml").read_bytes() == real_clone.recipe.read_bytes()
 
 
-@pytest.mark.slow
 def test_a_trainer_outside_of_srun_does_not_wait_for_the_jobs_other_tasks(cluster, real_clone):
     command = ".venv/bin/python -m s2.training.cli recipes/demo/pretrain.yaml trainer.devices=2 trainer.max_steps=3"
     wrap = ("--gpus-per-node=2", "-n2", "--job-name=s2-wrap", "--output=%x-%j.log", "--wrap", command)

@@ -157,7 +157,6 @@ def test_deepspeed_divides_losses_by_the_accumulation_and_hands_gradients_over_a
     assert "_place" not in inspect.getsource(DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads)
 
 
-@pytest.mark.slow
 def test_deepspeed_loads_one_groups_settings_and_one_step_into_all_from_a_universal_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,6 @@ def test_in_bf16_too(
     assert curve(whole.with_name(stage), "grad_norm") == pytest.approx(norms, rel=3e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", ["zero_3", *(pytest.param(f"zero_{n}", marks=pytest.mark.nightly) for n in (1, 2))]
 )

@@ -21,7 +21,6 @@ from tests.training.tiny import curve, tiny_recipe, write_recipe
 TWO = ("trainer.devices=2", "data.micro_batch_size=1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [pytest.param("zero_1", marks=pytest.mark.nightly), "zero_3"])
 def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on_there(
     tmp_path: Path, strategy: str
@@ -46,7 +45,6 @@ def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on
         assert (value - expected[name]).abs().max() < 1e-5, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [pytest.param("zero_1", marks=pytest.mark.nightly), "zero_3"])
 def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str) -> None:
     """Three steps of one micro-batch each are no whole number of windows of two or six; held-out sets stay the same."""
@@ -70,7 +68,6 @@ def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str
             assert values == pytest.approx(curve(expected, column), rel=1e-4), (column, micro_batch_size)
 
 
-@pytest.mark.slow
 def test_weights_gathered_ahead_do_not_disturb_selective_checkpointing(tmp_path: Path) -> None:
     """After a validation DeepSpeed knows which weights come next, and gathers them ahead in the first forward of
     training, but not when that forward is recomputed."""
@@ -89,7 +86,6 @@ def test_weights_gathered_ahead_do_not_disturb_selective_checkpointing(tmp_path:
         assert sharded == pytest.approx(whole, rel=1e-5), column
 
 
-@pytest.mark.slow
 def test_a_signal_to_every_process_of_a_job_ends_in_one_checkpoint(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "job")
     recipe["data"]["init_args"]["num_workers"] = 1  # its worker gets the signal too
