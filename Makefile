@@ -18,6 +18,7 @@ STAGES := $(shell ls recipes/$(RECIPE)/extend-*.yaml 2>/dev/null | sed 's/.*exte
 TO ?= $(firstword $(STAGES))
 # the newest stage that has been exported, unless CKPT says otherwise
 CKPT ?= $(firstword $(wildcard $(foreach s,$(shell printf '%s\n' $(STAGES) | sort -rn),runs/$(RECIPE)/extend-$(s)/hf)) runs/$(RECIPE)/pretrain/hf)
+AT_HAND = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DEVICES := $(if $(GPUS),trainer.devices=$(GPUS))
 export TOKENIZERS_PARALLELISM ?= true
 
@@ -26,7 +27,7 @@ STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origi
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-all test-gpu lint demo data tokenizer data-report pretrain extend eval needle report bench clean
+.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend eval needle report bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -92,8 +93,14 @@ test-all: setup ## the same with its nightly tests, and ten random cases of dama
 	S2_RANDOM_CASES=10 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu' $(ARGS)
 
 test-gpu: ## the attention tests on a CUDA device, with the environment at hand (PYTHON=...) or .venv
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -n $(WORKERS) --dist worksteal \
+	$(AT_HAND) -m pytest -q -n $(WORKERS) --dist worksteal \
 		tests/attention tests/model/test_triton_op.py $(ARGS)
+
+verify: ## check the attention of every recipe, or of RECIPE, on this machine's GPU, with the environment at hand or .venv
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(AT_HAND) scripts/verify.py $(if $(filter command environment,$(firstword $(origin RECIPE))),$(RECIPE)) $(ARGS)
+
+mutants: ## whether the tests notice faults put into copies of the tree (ARGS=--gpu: those of the CUDA kernels)
+	$(AT_HAND) tests/mutants.py $(ARGS)
 
 lint: setup ## ruff (check and format) and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -110,10 +110,6 @@ class S2LM(TemplateLM):
         return self.encoder.prefix_id
 
     @property
-    def add_bos_token(self) -> bool:
-        return self.encoder.add_bos_token
-
-    @property
     def max_gen_toks(self) -> int:
         return MAX_NEW_TOKENS
 
@@ -351,6 +347,6 @@ class S2LM(TemplateLM):
         """What lm-eval writes into its results' `config`."""
         return self.checkpoint.describe() | {
             "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
+            "add_bos_token": self.encoder.add_bos_token,
             "model_num_parameters": self.checkpoint.config.num_parameters(),
         }

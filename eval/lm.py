@@ -15,8 +15,8 @@ import argparse
 import difflib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def evaluate(
 
     Stock tasks read the hub, or local files under `data_dir` (see `eval.local_tasks`). `metadata` reaches
     the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER. Where
-    `unfinished` names a folder, answers are kept there (`eval.answers`), and the same call after an interruption goes
+    `unfinished` names a folder, answers are kept there (`eval.results`), and the same call after an interruption goes
     on from them; `lm.answers.discard()` ends that.
 
     Raises ValueError for an unknown task, settings out of range or lengths in `metadata` beyond the model's;
@@ -108,7 +108,9 @@ def evaluate(
             metadata=given,
         )
         lm.overflow.clear()
-        with _kept_answers(lm, unfinished, conditions):
+        identity = {"fingerprint": lm.checkpoint.fingerprint}
+        lm.answers = None if unfinished is None else Answers(unfinished, conditions.name, identity)
+        with nullcontext() if lm.answers is None else closing(lm.answers):
             results = lm_eval.simple_evaluate(
                 lm,
                 tasks=list(tasks),
@@ -127,20 +129,6 @@ def evaluate(
     }
     results["s2_files"] = {"name": conditions.name, "content": conditions.content(local.files)}
     return results
-
-
-@contextmanager
-def _kept_answers(lm: S2LM, folder: Path | None, conditions: Conditions) -> Iterator[None]:
-    lm.answers = None
-    if folder is not None:
-        lm.answers = Answers(folder, conditions.name, {"fingerprint": lm.checkpoint.describe()["fingerprint"]})
-        if len(lm.answers):
-            print(f"{len(lm.answers):,} answers of an interrupted evaluation are there; going on from them", flush=True)
-    try:
-        yield
-    finally:
-        if lm.answers is not None:
-            lm.answers.close()
 
 
 def check_tasks(tasks: Sequence[str], data_dir: Path | None) -> list[str]:
@@ -217,7 +205,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("lm", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("--ckpt", required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
+    add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
     add("--tasks", default=",".join(OWN_TASKS), help="comma-separated lm-eval names (default: %(default)s)")
     add("--output", type=path,
         help="folder for table and JSON (default: the run's results folder; runs/eval/<name>/results for others")

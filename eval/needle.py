@@ -261,7 +261,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("needle", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("--ckpt", required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
+    add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
     add("--lengths", help="tokens: 512,1k,2k (default: the model's, 1/2, 1/4, 1/8 of it)")
     add("--depths", default=str(DEPTHS), help=f"number of depths ({DEPTHS}), or percents: 0,50,100 or 50%%")
     add("--n", default=SAMPLES, type=int, help=f"samples per cell ({SAMPLES})")

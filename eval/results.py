@@ -121,6 +121,8 @@ class Answers:
         rows = [json.dumps([key, *value]) for key, value in self._known.items()]
         write_text(self._file, "".join(f"{line}\n" for line in (header, *rows)))
         self._stream = self._file.open("a", encoding="utf-8", buffering=1)
+        if rows:
+            print(f"{len(rows):,} answers of an interrupted evaluation are there; going on from them", flush=True)
 
     def __len__(self) -> int:
         return len(self._known)

@@ -127,7 +127,7 @@ def evaluate(environment: dict[str, str], step: Step) -> int:
 
 
 def kept_answers(checkpoint: str) -> int:
-    """Bytes of the answers that cut-off evaluations have kept beside their results (see `eval.answers`)."""
+    """Bytes of the answers that cut-off evaluations have kept beside their results (see `eval.results.Answers`)."""
     places = (Path(checkpoint).parent / "results", *Path("runs/eval").glob("*/results"))
     return sum(file.stat().st_size for place in places for file in (place / ".unfinished").glob("*.jsonl"))
 

@@ -73,6 +73,13 @@ def test_sweeps_of_other_depths_keep_their_own_rows_and_columns(tmp_path):
     assert share_of(tmp_path / "both.png", GREEN) > 0.35
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_cell_of_few_samples_says_how_many(tmp_path, n):
+    sweep = read_sweep([write_results(tmp_path / "n.json", {(512, 0): 1.0, (1024, 50): 0.5}, n=n)])
+    draw([sweep], tmp_path / "n.svg")
+    assert (f"n={n}" in (tmp_path / "n.svg").read_text()) is (n < 3)
+
+
 @pytest.mark.parametrize("trained,lines", [(256, 1), (512, 1), (2048, 1), (2049, 0), (8192, 0)])
 def test_the_line_of_the_training_length_is_only_drawn_where_a_sweep_reaches_it(tmp_path, trained, lines):
     cells = dict.fromkeys([(length, depth) for length in (512, 1024, 2048) for depth in (0, 100)], 0.5)

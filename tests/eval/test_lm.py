@@ -100,7 +100,7 @@ def test_greedy_flag_tells_the_models_own_continuation(lm):
 
 def test_bos_is_as_set_and_never_doubled(dense):
     as_tokenizer = S2LM(dense, device="cpu")
-    adds = as_tokenizer.add_bos_token
+    adds = as_tokenizer.encoder.add_bos_token
     assert adds == (
         "bos" in as_tokenizer.encoder.bos_setting() and as_tokenizer.encoder.bos_setting().startswith("yes")
     )

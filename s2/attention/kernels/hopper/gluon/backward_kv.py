@@ -25,7 +25,20 @@ from ...index import load_rule
 from ..combine import first_partial, segment_runs
 from ..n_blocks import document_tile, level_block, locate_item
 from ..varlen import document_item
-from .common import LANES, WORDS, advance, clear_rows, flat_rows, get, load_entry, opaque, store_blocks, store_rows
+from .common import (
+    LANES,
+    WORDS,
+    advance,
+    async_load,
+    clear_rows,
+    flat_rows,
+    get,
+    load_entry,
+    opaque,
+    reinterpret,
+    store_blocks,
+    store_rows,
+)
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
@@ -147,15 +160,15 @@ def _produce(
                     v = kv_buf.index(2 * (slot * CONSUMERS + c) + 1)
                     if BLOCK >= KEYS:
                         first = begin_token + _pick(key, lane, c)
-                        tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, k)
-                        tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, v)
+                        async_load(k_desc, [batch, kv_head, first, 0], loaded, k)
+                        async_load(v_desc, [batch, kv_head, first, 0], loaded, v)
                     else:
                         for j in gl.static_range(HEADS):  # as many blocks
                             first = begin_token + _pick(block, lane, 16 + 8 * c + 2 * j) * BLOCK
                             to = k.slice(j * BLOCK, BLOCK, 2)
-                            tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first, 0], loaded, to)
+                            async_load(k_desc, [batch, kv_head, first, 0], loaded, to)
                             to = v.slice(j * BLOCK, BLOCK, 2)
-                            tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first, 0], loaded, to)
+                            async_load(v_desc, [batch, kv_head, first, 0], loaded, to)
                 for n in range(rows):
                     row = top - (n + 1) * TOKENS
                     for g in range(sets):
@@ -166,9 +179,9 @@ def _produce(
                         ready = step_full.index(gl.where(is_cut, STAGES + stage, stage))
                         mbarrier.wait(step_empty.index(stage), phase ^ 1)
                         mbarrier.expect(ready, 2 * ROWS * D * 2 + 2 * ROWS * 4)
-                        tma.async_copy_global_to_shared(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
-                        tma.async_copy_global_to_shared(stats_desc, [m_block, 0], ready, stats_buf.index(stage))
-                        tma.async_copy_global_to_shared(do_desc, [batch, head, token, 0], ready, do_buf.index(stage))
+                        async_load(q_desc, [batch, head, token, 0], ready, q_buf.index(stage))
+                        async_load(stats_desc, [m_block, 0], ready, stats_buf.index(stage))
+                        async_load(do_desc, [batch, head, token, 0], ready, do_buf.index(stage))
                         if PACKED:
                             cut_phases = _cut_rows(
                                 length - top + TOKENS, cut, cut_phases, q_buf, do_buf, step_full, STAGES
@@ -218,7 +231,7 @@ def _step(
     element: gl.constexpr = q_buf.dtype
     q = flat_rows(q_buf.index(opaque(stage)))
     do = flat_rows(do_buf.index(opaque(stage)))
-    stats = stats_buf.index(stage)._reinterpret(gl.float32, [2, ROWS], WIDE)
+    stats = reinterpret(stats_buf.index(stage), gl.float32, [2, ROWS], WIDE)
     blank = gl.zeros([KEYS, ROWS], gl.float32, s_layout)
     pending_dp = warpgroup_mma(v, do.permute([1, 0]), blank, use_acc=False, is_async=True)
     lse = stats.slice(0, 1).load(s_layout)
@@ -272,7 +285,7 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     element: gl.constexpr = q_buf.dtype
-    info = item_buf._reinterpret(gl.int32, [SLOTS * ITEM_WORDS, 1], WORDS)
+    info = reinterpret(item_buf, gl.int32, [SLOTS * ITEM_WORDS, 1], WORDS)
     stage, phase, slot, round = 0, 0, 0, 0
     mbarrier.wait(item_full.index(0), 0)
     batch_head = get(info, 0)

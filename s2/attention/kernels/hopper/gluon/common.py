@@ -7,6 +7,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # an element a lane: of 32, every warp has them all
 WORDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
+# under the names of Triton 3.9, or of those before it
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
 
 @gluon.jit
 def get(words, index):
@@ -48,7 +53,7 @@ def flat_rows(buffer):
             element_bitwidth=buffer.layout.element_bitwidth,
             rank=2,
         )
-        return buffer._reinterpret(buffer.dtype, [rows, buffer.shape[3]], layout)
+        return reinterpret(buffer, buffer.dtype, [rows, buffer.shape[3]], layout)
 
 
 @gluon.jit
@@ -78,7 +83,7 @@ def store_rows(x, buffer, desc, pointer, batch, head, begin, row, length, tokens
     if PACKED:
         if row + TOKENS <= length:
             fence_async_shared()
-            tma.async_copy_shared_to_global(desc, [batch, head, begin + row, 0], buffer)
+            async_store(desc, [batch, head, begin + row, 0], buffer)
         else:
             columns: gl.constexpr = D // 8
             layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // columns, columns], [4, 1], [1, 0])
@@ -90,7 +95,7 @@ def store_rows(x, buffer, desc, pointer, batch, head, begin, row, length, tokens
             fence_async_shared()  # the buffer is filled by TMA next
     else:
         fence_async_shared()
-        tma.async_copy_shared_to_global(desc, [batch, head, begin + row, 0], buffer)
+        async_store(desc, [batch, head, begin + row, 0], buffer)
 
 
 @gluon.jit
@@ -122,5 +127,5 @@ def store_blocks(
             first = get(info, word + 2 * j)
             if get(info, word + 2 * j + 1) > 0:
                 at = [batch, head, first, 0]
-                tma.async_copy_shared_to_global(dk_desc, at, k_buf.slice(j * BLOCK, BLOCK, 2))
-                tma.async_copy_shared_to_global(dv_desc, at, v_buf.slice(j * BLOCK, BLOCK, 2))
+                async_store(dk_desc, at, k_buf.slice(j * BLOCK, BLOCK, 2))
+                async_store(dv_desc, at, v_buf.slice(j * BLOCK, BLOCK, 2))
