@@ -26,7 +26,17 @@ from ..combine import first_partial, segment_runs
 from ..n_blocks import document_tile, level_block, locate_item
 from ..varlen import document_item
 from .common import (
-    LANES, WORDS, advance, async_load, clear_rows, flat_rows, get, load_entry, opaque, reinterpret, store_blocks,
+    LANES,
+    WORDS,
+    advance,
+    async_load,
+    clear_rows,
+    flat_rows,
+    get,
+    load_entry,
+    opaque,
+    reinterpret,
+    store_blocks,
     store_rows,
 )  # fmt: skip
 
