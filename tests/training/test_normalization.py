@@ -93,8 +93,8 @@ def test_on_two_ranks_of_which_one_has_no_valid_token(
 
 def test_every_step_is_divided_by_its_own_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two valid tokens in eight places; a step knows nothing of those before it."""
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    module = PretrainModule(ModelSection(config=dict.fromkeys(sizes, 4)))
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    module = PretrainModule(ModelSection(config={**dict.fromkeys(sizes, 8), "num_attention_heads": 1}))
     module.weight = torch.nn.Parameter(torch.ones(1))
     loop = SimpleNamespace(_should_accumulate=lambda: False)
     trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, fit_loop=loop, strategy=None)
