@@ -22,7 +22,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,8 +84,8 @@ def measure(name: str, data: Path, steps: int) -> dict[str, Any]:
         raise ValueError(f"--cases: expected <recipe>-<length>k[-dense]:<GPUs>, such as 7b-8k:2, got {name!r}")
     path = recipe_file(case["recipe"], int(case["length"]))
     stage = load_recipe(path)["run"]["stage"]
-    with tempfile.TemporaryDirectory() as root:
-        settings = overrides(case, path, data, steps, root)
+    with files.temporary_folder() as root:
+        settings = overrides(case, path, data, steps, str(root))
         command = [sys.executable, "-m", "s2.training.cli", str(path), *settings]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         metrics = Path(root, case["recipe"], stage, "logs", "metrics.csv")
@@ -94,7 +93,7 @@ def measure(name: str, data: Path, steps: int) -> dict[str, Any]:
     estimate = re.search(r"memory estimate: ([\d.]+) GiB", done.stdout)
     row = {
         "case": name,
-        "command": " ".join(["python", *command[1:]]).replace(root, "<folder>"),
+        "command": " ".join(["python", *command[1:]]).replace(str(root), "<folder>"),
         "exit_code": done.returncode,
         "said": "" if done.returncode == 0 else next(iter(done.stderr.strip().split("\n")[-1:]), ""),
         "steps": len(rows),
