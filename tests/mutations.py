@@ -115,7 +115,7 @@ _OP = (
         "head_offset_of_expanded_heads", ATTENTION,
         "head_offset, total = head_offset * group, total * group",
         "head_offset, total = head_offset, total * group",
-        ("test_op.py", "test_kernels.py::test_head_offset_selects_global_heads"),
+        ("test_kernels.py::test_head_offset_selects_global_heads",),
     ),
     Mutant(
         "packed_mask_crosses_borders", ATTENTION,
@@ -544,13 +544,13 @@ _TRAINING = (
         "accumulated_gradients_are_not_scaled", "s2/training",
         "share = self._step_valid / self._step_places if self._step_valid else 1.0",
         "share = 1.0",
-        ("test_normalization.py::test_masked_micro_batches_do_not_weaken_a_step",),
+        ("test_normalization.py::test_every_step_is_divided_by_its_own_share",),
     ),
     Mutant(
         "masked_tokens_of_the_step_before_count", "s2/training",
         "self._step_places = self._step_valid = 0.0\n        strategy",
         "self._step_places = 0.0\n        strategy",
-        ("test_normalization.py::test_masked_micro_batches_do_not_weaken_a_step",),
+        ("test_normalization.py::test_every_step_is_divided_by_its_own_share",),
     ),
     Mutant(
         "resume_counts_steps_as_micro_batches", "s2/training",
@@ -580,7 +580,7 @@ _TRAINING = (
         "a_checkpoint_of_other_sizes_is_whole", "s2/training",
         "if (wrong := files.damage(checkpoint, recorded, checksums=False)) or not checksums:",
         "if (wrong := files.damage(checkpoint, {}, checksums=False)) or not checksums:",
-        ("test_damage.py",),
+        ("test_damage.py::test_a_file_of_another_size_is_damage_without_a_look_into_it",),
     ),
     Mutant(
         "a_checkpoint_of_another_stage_is_resumed", "s2/training",

@@ -302,3 +302,14 @@ def test_what_stands_in_the_way_of_a_checkpoint_moves_aside(stopped: Path, capsy
     for name in ("step-00000007.1", "step-00000007.partial.1"):
         assert (run / "checkpoints" / name / "notes.txt").read_text() == "mine"
     assert capsys.readouterr().out.count("it is now") == 3
+
+
+def test_a_file_of_another_size_is_damage_without_a_look_into_it(tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000001"
+    (folder / "state").mkdir(parents=True)
+    (folder / "state" / "weights").write_bytes(b"abc")
+    meta = {"step": 1, "tokens": 64, "model": {}, "files": files.inventory(folder)}
+    files.write_json(folder / "meta.json", meta)
+    assert run_folder.damage(folder, checksums=False) is None
+    (folder / "state" / "weights").write_bytes(b"ab")
+    assert "has 2 bytes" in str(run_folder.damage(folder, checksums=False))

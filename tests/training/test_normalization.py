@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import s2.training.stage as stage_module
 from s2.training.cli import main
+from s2.training.config import ModelSection
+from s2.training.module import PretrainModule
 from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, write_recipe
 
@@ -84,3 +88,20 @@ def test_on_two_ranks_of_which_one_has_no_valid_token(
     assert process.returncode == 0, errors
     assert_same_steps(whole.with_name(stage), whole)
     assert curve(whole.with_name(stage), "grad_norm") == pytest.approx(norms, rel=1e-4)
+
+
+def test_every_step_is_divided_by_its_own_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two valid tokens in eight places; a step knows nothing of those before it."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    module = PretrainModule(ModelSection(config={**dict.fromkeys(sizes, 8), "num_attention_heads": 1}))
+    module.weight = torch.nn.Parameter(torch.ones(1))
+    loop = SimpleNamespace(_should_accumulate=lambda: False)
+    trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, fit_loop=loop, strategy=None)
+    monkeypatch.setattr(PretrainModule, "trainer", trainer)
+    monkeypatch.setattr(PretrainModule, "_loss", lambda self, batch: (2 * self.weight.sum(), torch.tensor(2)))
+    batch = {"labels": torch.zeros(1, 8, dtype=torch.int64), "position": torch.tensor(0)}
+    for step in range(3):
+        module.zero_grad()
+        module.training_step(batch, step).backward()
+        module.on_before_optimizer_step(None)
+        assert module.weight.grad is not None and module.weight.grad.item() == pytest.approx(1.0)

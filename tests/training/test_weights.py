@@ -56,6 +56,10 @@ def test_data_of_another_tokenizer_is_refused_by_a_token_that_differs(tmp_path: 
     data.write_text(text)
     with pytest.raises(ValueError, match=r"is token 30[01], but in .* it is 30[01]; prepare the data"):
         check_same_tokens(data, str(checkpoint))
+    tokenizer.add_tokens(["another"])  # which the model has no embedding for
+    tokenizer.save(str(data))
+    with pytest.raises(ValueError, match=r"'another' is token \d+, but in .* it is none"):
+        check_same_tokens(data, str(checkpoint))
 
 
 def test_an_export_appears_whole_and_leaves_a_folder_of_others_beside_it(tmp_path: Path, checkpoint: Path) -> None:

@@ -21,24 +21,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# isort: off
 from ...index import load_rule
 from ..combine import first_partial, segment_runs
 from ..n_blocks import document_tile, level_block, locate_item
 from ..varlen import document_item
 from .common import (
-    LANES,
-    WORDS,
-    advance,
-    async_load,
-    clear_rows,
-    flat_rows,
-    get,
-    load_entry,
-    opaque,
-    reinterpret,
-    store_blocks,
+    LANES, WORDS, advance, async_load, clear_rows, flat_rows, get, load_entry, opaque, reinterpret, store_blocks,
     store_rows,
-)
+)  # fmt: skip
+# isort: on
 
 ROWS = gl.constexpr(64)  # queries of a step
 KEYS = gl.constexpr(64)  # keys of a consumer
