@@ -46,7 +46,7 @@ class Clone:
         for name in (
             "__init__",
             "ending",
-            "typed",
+            "settings",
             "locks",
             "files",
             "recipe",
