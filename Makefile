@@ -87,10 +87,10 @@ report: setup ## one page of RUNS="runs/a/b runs/a/c" side by side, pictures in 
 	$(BIN)/python -m eval.report $(RUNS) --output $(or $(OUT),runs/report.html) $(ARGS)
 
 test: setup ## the test suite, no GPU needed (WORKERS processes)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu and not nightly' $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not gpu and not nightly' $(ARGS)
 
 test-all: setup ## the same with its nightly tests, and ten random cases of damage and kills
-	S2_RANDOM_CASES=10 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not gpu' $(ARGS)
+	S2_RANDOM_CASES=10 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not gpu' $(ARGS)
 
 test-gpu: ## the attention tests on a CUDA device, with the environment at hand (PYTHON=...) or .venv
 	$(AT_HAND) -m pytest -q -n $(WORKERS) --dist worksteal \

@@ -33,11 +33,11 @@ def test_cases_of_the_hopper_kernels_are_such_as_they_take(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="small cases in Triton's interpreter")
 def test_it_checks_a_backend_and_counts_failures(monkeypatch, capsys):
-    run = ["--backend", "triton", "--device", "cpu", "--seed", "5", "--cases", "3", "--max-tokens", "40"]
+    run = ["--backend", "triton", "--device", "cpu", "--seed", "5", "--cases", "1", "--max-tokens", "40"]
     monkeypatch.setattr(sweep, "DTYPES", {"triton": (torch.float32,), "hopper": ()})
     monkeypatch.setattr(sweep, "BLOCKS", (16, 32))
     assert sweep.main(run) == 0
-    assert "3 cases from seed 5, 0 failed" in capsys.readouterr().out
+    assert "1 cases from seed 5, 0 failed" in capsys.readouterr().out
 
     def refuse(*args, **kwargs):
         raise AssertionError("too far off")
@@ -45,4 +45,4 @@ def test_it_checks_a_backend_and_counts_failures(monkeypatch, capsys):
     monkeypatch.setattr(sweep, "assert_correct", refuse)
     assert sweep.main(run) == 1
     out = capsys.readouterr().out
-    assert "FAILED --seed 5:" in out and "too far off" in out and "3 cases from seed 5, 3 failed" in out
+    assert "FAILED --seed 5:" in out and "too far off" in out and "1 cases from seed 5, 1 failed" in out
