@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from s2.attention import LayerLayout
 from s2.files import read_json
-from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, parameters, read
+from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
 
 from .rope import validate_rope_scaling
 
@@ -203,7 +203,7 @@ class ModelConfig(Settings):
                 raise ValueError(f"{source}: {key}={values[key]!r} is not supported, must be {supported!r}: {reason}")
         if missing := [key for key in _HF_REQUIRED if values.get(key) is None]:
             raise ValueError(f"{source}: lacks {missing}")
-        known = _HF_DEFAULTS | {key: values[key] for key in parameters(cls) if key in values}
+        known = _HF_DEFAULTS | {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         theta, scaling = _read_rope(values, known.get("max_position_embeddings", cls.max_position_embeddings), source)
         config = cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
         if values["model_type"] == _DENSE_TYPE and not config.is_dense:

@@ -5,11 +5,13 @@ What only torch and Lightning know (layouts of attention, names of strategies) i
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,6 +129,18 @@ class ModelSection(Settings):
 
 
 @dataclass(frozen=True)
+class _TrainerLimits(Settings):
+    """Of the arguments of Lightning's Trainer those that it would take and ignore, or stumble over later."""
+
+    max_steps: Positive  # a stage ends there
+    gradient_clip_val: Annotated[float, Check("a number >= 0 (0 clips nothing)", lambda x: x >= 0)] | None = None
+    accumulate_grad_batches: Positive | None = None
+    log_every_n_steps: Positive | None = None
+    val_check_interval: Annotated[Any, Check("null, run.validate_every says it", lambda x: x is None)] = None
+    default_root_dir: Annotated[Any, Check("null, run.root says it", lambda x: x is None)] = None
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where the keys of a recipe come from, for messages.
 
@@ -190,16 +204,18 @@ def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str
     with origin.named():
         sections = {key: _mapping(recipe.get(key, {}), key) for key in ("run", "model", "trainer", "data")}
         init_args = _mapping(sections["data"].get("init_args", {}), "data.init_args")
+        with settings.below("data"):
+            data_class = settings.class_path(sections["data"])
         known = {
-            "run": settings.parameters(RunConfig),
-            "model": settings.parameters(ModelSection),
-            "model.optimizer": settings.parameters(OptimizerConfig),
-            "model.schedule": settings.parameters(ScheduleConfig),
-            "model.config": settings.read_parameters("s2.model.config", "ModelConfig"),
-            "trainer": settings.read_parameters("lightning.pytorch.trainer.trainer", "Trainer"),
-            "data": settings.read_parameters(*settings.class_path(sections["data"], "data")),
+            "run": list(settings.parameters(RunConfig)),
+            "model": list(settings.parameters(ModelSection)),
+            "model.optimizer": list(settings.parameters(OptimizerConfig)),
+            "model.schedule": list(settings.parameters(ScheduleConfig)),
+            "model.config": names_in_source("s2.model.config", "ModelConfig"),
+            "trainer": names_in_source("lightning.pytorch.trainer.trainer", "Trainer"),
+            "data": names_in_source(*data_class),
         }
-        origin.known.update(f"{key}.{name}" for key, found in known.items() for name in found)
+        origin.known.update(f"{key}.{name}" for key, names in known.items() for name in names)
         origin.known.update({*sections, "seed_everything"})
         for key, value in recipe.items():
             if key not in origin.known:
@@ -207,33 +223,38 @@ def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str
                 raise settings.UnknownKeyError("", f"{key}{below}", [])
         run = settings.read(RunConfig, sections["run"], "run")
         model = settings.read(ModelSection, sections["model"], "model")
-        if model.init_from is not None:  # the other keys are those of the folder
-            keys = known["model.config"]
-            known["model.config"] = {name: keys[name] for name in model.config if name in keys}
-        settings.arguments(model.config, known["model.config"], "model.config")
-        settings.arguments(init_args, known["data"], "data")
-        trainer = {**TRAINER_DEFAULTS, **settings.arguments(sections["trainer"], known["trainer"], "trainer")}
+        for key, values in (("model.config", model.config), ("data", init_args), ("trainer", sections["trainer"])):
+            settings.check_names(values, known[key] or list(values), key)
+        trainer = TRAINER_DEFAULTS | sections["trainer"]
+        ours = {name: trainer[name] for name in settings.parameters(_TrainerLimits) if name in trainer}
+        trainer |= settings.arguments(ours, _TrainerLimits, "trainer")
         seed = settings.convert(recipe.get("seed_everything", 1234), _Seed, "seed_everything")
-    _check_trainer(trainer)
     model.schedule.factor(0, trainer["max_steps"])  # refuses a warmup beyond the end
     return StageConfig(run, model, sections["data"], trainer, seed, origin)
+
+
+def names_in_source(module: str, name: str) -> list[str]:
+    """What a class takes, from the source of a module that is not imported: the parameters of its `__init__`, or the
+    fields of a dataclass of settings. Empty where that does not tell."""
+    first, *rest = module.split(".")
+    spec = PathFinder.find_spec(first)
+    places = (spec.submodule_search_locations if spec else None) or []
+    files = [file for place in places if (file := Path(place, *rest).with_suffix(".py")).is_file()]
+    try:
+        body = ast.parse(files[0].read_text(encoding="utf-8")).body if files else []
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return []
+    for cls in (node for node in body if isinstance(node, ast.ClassDef) and node.name == name):
+        for item in cls.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                names = [each.arg for each in (*item.args.posonlyargs, *item.args.args, *item.args.kwonlyargs)]
+                return [] if item.args.kwarg else names[1:]
+        if [ast.unparse(base) for base in cls.bases] == ["Settings"]:
+            return [ast.unparse(item.target) for item in cls.body if isinstance(item, ast.AnnAssign)]
+    return []
 
 
 def _mapping(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise settings.SettingError(key, f"expected a mapping of keys, got {'null' if value is None else repr(value)}")
     return dict(value)
-
-
-def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Refuse what Lightning would take and ignore, or stumble over later."""
-    if (steps := trainer.get("max_steps", -1)) < 1:
-        raise ValueError(f"trainer.max_steps={steps}: a stage needs a number of optimizer steps")
-    if (clip := trainer.get("gradient_clip_val")) is not None and not clip >= 0:
-        raise ValueError(f"trainer.gradient_clip_val={clip} must be above 0; null or 0 clips nothing")
-    for key in ("accumulate_grad_batches", "log_every_n_steps"):
-        if (value := trainer.get(key, 1)) is not None and value < 1:
-            raise ValueError(f"trainer.{key}={value} must be at least 1")
-    for key, instead in (("val_check_interval", "run.validate_every"), ("default_root_dir", "run.root")):
-        if (value := trainer.get(key)) is not None:
-            raise ValueError(f"trainer.{key}={value} would not be looked at; {instead} says it")

@@ -19,6 +19,7 @@ from torch import Tensor
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
 from s2.model.transformer import Transformer
+from s2.settings import SettingError, read
 from s2.training.config import ModelSection
 from s2.training.gaps import lightning as gaps
 from s2.training.guard import StepGuard
@@ -34,12 +35,17 @@ def resolve_config(keys: Mapping[str, Any], init_from: str | None) -> ModelConfi
         ValueError: an unknown key (the closest known one is named) or a bad value.
         FileNotFoundError: `init_from` is not a Hugging Face folder.
     """
-    if init_from is None:
-        return ModelConfig.from_dict(keys, source="model.config")
-    if not (Path(init_from) / "config.json").is_file():
-        raise FileNotFoundError(_missing_checkpoint(init_from))
-    base = asdict(load_config(init_from))
-    return ModelConfig.from_dict({**base, **keys}, source=f"model.config (on top of {init_from}/config.json)")
+    source, base = "model.config", dict[str, Any]()
+    if init_from is not None:
+        if not (Path(init_from) / "config.json").is_file():
+            raise FileNotFoundError(_missing_checkpoint(init_from))
+        source, base = f"model.config (on top of {init_from}/config.json)", asdict(load_config(init_from))
+    try:
+        return read(ModelConfig, {**base, **keys}, "model.config")
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _missing_checkpoint(init_from: str) -> str:

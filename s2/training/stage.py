@@ -60,11 +60,12 @@ class Stage:
         register_strategies()
         _check_strategy(config)
         with config.origin.named():
+            arguments = settings.arguments(self.trainer_keys, Trainer, "trainer")
             self.data: Any = settings.instantiate(config.data, LightningDataModule, "data")
-        self.module = PretrainModule(config.model)
+            self.module = PretrainModule(config.model)
         self.guard = self.module.guard = StepGuard(self.run, tqdm.write)
         self.checkpoint = RunCheckpoint(self.run, self.guard)
-        self.trainer = self._trainer()
+        self.trainer = self._trainer(arguments)
         self.checkpoint.recipe = self.resolved
         _check_lengths(self.module, self.data)
         accumulation = self.run.accumulation(self.data.micro_batch_size, self.data.seq_len, self.trainer.world_size)
@@ -90,11 +91,9 @@ class Stage:
         """The text printed before the first step."""
         return launch_report(self.run, self.module, self.data, self.trainer, self.config.trainer.get("precision"))
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, arguments: dict[str, Any]) -> Trainer:
         run = self.run
         callbacks = [self.guard, TrainingLog(run, self.checkpoint), Finish(run, self.checkpoint), self.checkpoint]
-        with self.config.origin.named():
-            arguments = settings.arguments(self.trainer_keys, settings.parameters(Trainer), "trainer")
         asked = arguments.get("callbacks") or []
         arguments |= {
             "callbacks": [*(asked if isinstance(asked, list) else [asked]), *callbacks],
