@@ -12,14 +12,13 @@ do not nest, go through block lists like masks do.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .call import Call
-from .kept import MOST_REMEMBERED, Kept, apart
+from .kept import Kept, apart, remember
 from .pattern import UNBOUNDED, HeadRule, Pattern
 
 MAX_LEVELS = 2
@@ -57,9 +56,16 @@ def has_closed_form(pattern: Pattern) -> bool:
 _TABLES: dict[tuple, Tensor] = {}  # by content and device; graphs read them for ever, and they take 1 KB
 
 
-@functools.lru_cache(MOST_REMEMBERED)
+_SCHEDULES: dict[tuple, RuleSchedule] = {}  # not by call: that would keep what hangs on it
+
+
 def rule_schedule(call: Call, num_heads: int, device: torch.device) -> RuleSchedule:
     """The schedule of the KV heads of a call whose pattern has a closed form."""
+    key = (call.rules_key, num_heads, device)
+    return _SCHEDULES.get(key) or remember(_SCHEDULES, key, _make_schedule(call, num_heads, device))
+
+
+def _make_schedule(call: Call, num_heads: int, device: torch.device) -> RuleSchedule:
     rules = call.rules(num_heads)
     rows = [_table_row(rule) for rule in rules]
     content = (tuple(map(tuple, rows)), device)

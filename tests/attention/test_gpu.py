@@ -214,6 +214,11 @@ def test_hopper_takes_other_numbers_of_documents_of_as_many_tokens():
         assert_correct(case, torch.bfloat16, device="cuda", backend="hopper")
 
 
+def plan_of(length):
+    """The newest of the two passes for so many tokens, which no other test has."""
+    return next(p for p in reversed(plans_kept()) if p.problem.length == length and TwoPass in p.kernels)
+
+
 @hopper
 @pytest.mark.parametrize(
     ("block", "spec"), [(64, "L1V15"), (64, "L2V5+sink1"), (16, "L4V15"), (128, "L1V3"), (32, "L1V3")]
@@ -223,8 +228,7 @@ def test_two_passes_divide_long_packed_documents(block, spec):
     borders = (0, *itertools.accumulate(lengths))
     case = Case(Pattern.parse(spec, block), borders[-1], borders[-1], 8, 2, 128, cu_seqlens=borders)
     assert_correct(case, torch.bfloat16, device="cuda", backend="hopper", seed=torch.seed() % (1 << 30))
-    *_, kept = plans_kept()
-    assert kept.kernels[TwoPass].scheduler.has_partials
+    assert plan_of(borders[-1]).kernels[TwoPass].scheduler.has_partials
 
 
 @hopper
@@ -237,8 +241,7 @@ def test_divided_packed_documents_repeat_bit_for_bit():
     first, *others = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(4))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    *_, kept = plans_kept()
-    assert kept.kernels[TwoPass].scheduler.has_partials
+    assert plan_of(9000).kernels[TwoPass].scheduler.has_partials
 
 
 @hopper

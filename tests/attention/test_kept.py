@@ -35,7 +35,7 @@ def new_process(monkeypatch):
         monkeypatch.setattr(pattern, "_PATTERNS", weakref.WeakValueDictionary())
         monkeypatch.setattr(call, "CALLS", {})
         monkeypatch.setattr(op, "_CHECKED", {})
-        schedule.rule_schedule.cache_clear()
+        schedule._SCHEDULES.clear()
         schedule.LISTS.values.clear()
         sdpa.MASKS.values.clear()
 

@@ -162,6 +162,18 @@ def test_every_kernel_gets_the_arguments_it_names(launches, spec, length, dim, d
     assert bool(launches.query[0][0].dlse) is dlse
 
 
+def test_a_kept_kernel_always_gets_tensors_of_the_types_that_it_was_compiled_for(launches):
+    borders = torch.tensor([0, 300, 1000], dtype=torch.int32)
+    for dim in (64, 128):
+        run(Pattern.parse("L1V3"), dim=dim, batch=1, cu_seqlens=borders)
+    types = {}
+    for name, kernel, arguments in launches.gluon:
+        for it in ((name, *kernel.key[1:]), id(kernel)):
+            these = tuple(x.dtype for x in arguments if isinstance(x, torch.Tensor))
+            assert types.setdefault(it, these) == these, name
+    assert sum(name == "attention_documents" for name, *_ in launches.gluon) == 4
+
+
 def test_descriptors_are_of_the_tensors_of_this_call(launches):
     pattern = Pattern.parse("L1V15")
     run(pattern)

@@ -189,15 +189,16 @@ _DOCUMENTS = 64  # numbers of documents are rounded up to this for what is made 
 
 @functools.lru_cache(MAX_KEPT)
 def _table_launch(
-    count: int, consumers: int, pack_gqa: int, per_item: int, block: int, levels: int, dtype: torch.dtype,
+    count: int, consumers: int, pack_gqa: int, per_item: int, block: int, levels: int, types: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> Launch:  # fmt: skip
-    """Kept, since what a launch prepares takes longer than a call. `dtype`: of the results."""
+    """Kept, since what a launch prepares takes longer than a call. `types`: of the results to be filled, of which the
+    forward's last is the log-sum-exp in float32."""
     constants = {
         "M_BLOCKS": consumers, "PACK_GQA": pack_gqa, "N_BLOCKS": per_item, "BLOCK": block, "LEVELS": levels,
         "WIDTH": 256,
     }  # fmt: skip
-    return Launch(attention_documents, (count + fillers(device), 1, 1), constants, (dtype, device))
+    return Launch(attention_documents, (count + fillers(device), 1, 1), constants, (types, device))
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,9 @@ class Documents:
         most_items = (most_keys + min(most_keys, count * sinks * block)) // (2 * TILE) + count * (rules.num_levels + 2)
         most_items += columns.most_segments
         table = torch.empty((1 + most_tiles + most_items, 4), dtype=torch.int32, device=problem.device)
+        types = tuple(x.dtype for x in fill[:4])
         launch = _table_launch(
-            count, consumers, pack_gqa, per_item, block, rules.num_levels, problem.dtype, problem.device
+            count, consumers, pack_gqa, per_item, block, rules.num_levels, types, problem.device
         )  # fmt: skip
         numbers = (count, length, most_tiles, columns.segment_rows, sinks, *columns.strides)
         launch(stream, contiguous16(cu_seqlens), table, *fill, *numbers)
