@@ -262,7 +262,7 @@ def real_clone(cluster, clone):
     (clone.folder / "tiny").mkdir()
     recipe = tiny_recipe(clone.folder / "tiny")
     recipe["run"] |= {"root": "runs", "checkpoint_every": 1000, "validate_every": 1000}
-    recipe["trainer"] |= {"log_every_n_steps": 1, "max_steps": 60}
+    recipe["trainer"] |= {"log_every_n_steps": 1, "max_steps": 400}  # longer than a look at the log takes
     clone.recipe.write_text(yaml.safe_dump(recipe))
     return clone
 
