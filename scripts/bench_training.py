@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import re
 import statistics
@@ -65,7 +66,7 @@ def overrides(case: re.Match[str], path: Path, data: Path, steps: int, root: str
         "trainer.log_every_n_steps=1",
         "model.schedule={name: constant, warmup_steps: 1}",
         "model.init_from=null",
-        *(f"model.config.{key}={value}" for key, value in shape.items()),
+        *(f"model.config.{key}={json.dumps(value)}" for key, value in shape.items()),
         *(["model.config.attention_layout=dense"] if case["dense"] else []),
         "data.prepare=null",
         f"data.mixture=[{train}]",
@@ -133,8 +134,12 @@ def table(results: dict[str, Any]) -> str:
         over, steps = f"{rate / dense:.2f}x" if dense else "", len(row["tokens_per_second_per_device_all"])
         memory = [f"{row['memory_gib']:.1f}", f"{row['estimate_gib'] or ''}"]
         body.append([kind, gpus, f"{rate:,.0f}", over, " / ".join(mfu), *memory, str(steps)])
+    tried: dict[str, list[str]] = {}  # cases may come from several days
+    for name, row in results["rows"].items():
+        tried.setdefault(row["commit"], []).append(name)
+    commits = "; ".join(f"commit {commit}: {', '.join(names)}" for commit, names in tried.items())
     about = (
-        f"{results['date']}, {results['versions']}; commit {results['commit']}. By `scripts/bench_training.py`: "
+        f"{results['date']}, {results['versions']}; {commits}. By `scripts/bench_training.py`: "
         "random weights, real text, documents masked, nothing saved; medians of the steps after the first "
         f"{COMPILING}. MFU counts the causal half."
     )
@@ -159,13 +164,13 @@ def main() -> int:
     results |= {
         "device": f"{len(names)} x {names[0]}",
         "date": str(datetime.date.today()),
-        "commit": os.environ.get("S2_COMMIT", commit) or "unknown",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "lightning", "deepspeed")),
     }
     for name in args.cases.split(","):
         if results["rows"].get(name, {}).get("exit_code") == 0:
             continue
-        row = results["rows"][name] = measure(name, args.data, args.steps)
+        row = measure(name, args.data, args.steps)
+        results["rows"][name] = row | {"commit": os.environ.get("S2_COMMIT", commit) or "unknown"}
         files.write_json(file, results)
         files.write_text(args.output.with_suffix(".md"), table(results))
         print(name, row["exit_code"], row["tokens_per_second_per_device"], row["memory_gib"], row["said"], flush=True)
