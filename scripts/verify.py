@@ -189,8 +189,8 @@ def _check(call: Call, settings: Settings, result: Result) -> None:
             result.ratios[name] = max(verdict.ratio, result.ratios.get(name, 0.0))
             if not verdict.is_right:
                 result.wrong.append(
-                    f"{name}{how} is off by {verdict.error:.2e} at {_place(inputs, verdict.token)} of head "
-                    f"{verdict.head}, where {verdict.bound:.2e} is allowed; relative RMSE {verdict.rms:.1e}"
+                    f"{name}{how} is off by {verdict.error:.2e} {verdict.kind} at {_place(inputs, verdict.token)} "
+                    f"of head {verdict.head}, where {verdict.bound:.2e} is allowed; relative RMSE {verdict.rms:.1e}"
                 )
 
     compare(first)

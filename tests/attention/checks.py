@@ -113,6 +113,14 @@ def same_dtype(case: Case, inputs: list[Tensor], dtype: torch.dtype) -> dict[str
     return dict(zip(NAMES, (out.detach(), lse.detach(), q.grad, k.grad, v.grad), strict=True))
 
 
+def assert_rows_close(ours: Tensor, wanted: Tensor, *, rtol: float = 2**-6, atol: float = 4e-3) -> None:
+    """Two kernels' results `[..., D]` in bfloat16, by the norm of each row. Where a row sees a handful of keys the
+    rounding of one score is in all its elements: of millions, a few elements differ by more than any tight bound."""
+    error, size = (ours.double() - wanted.double()).norm(dim=-1), wanted.double().norm(dim=-1)
+    over = error / (rtol * size + atol * ours.shape[-1] ** 0.5)
+    assert (over <= 1).all(), f"a row is {over.nan_to_num(torch.inf).max():.2f} times as far off as it may be"
+
+
 def assert_correct(
     case: Case, dtype: torch.dtype, *, backend: str | None = "triton", device: str = "cpu", seed: int = 0
 ):
