@@ -30,10 +30,12 @@ from s2.tables import markdown
 
 FIGURES = ("forward_ms", "graph_ms", "backward_ms", "peak_gib")
 TREES = ("base", "this")
+RECORDED = ("machine", "versions", "limits", "host", "sections")  # of a tree's benchmark
 Key = tuple[str, str, int]  # section, kernel, length
 
 METHOD = (
-    "base over this tree, medians over the rounds and, in brackets, the smallest and largest ratio of any two rounds",
+    "base over this tree: medians over the rounds (host time, to which others on the machine only add: least of them) "
+    "and, in brackets, the smallest and largest ratio of any two rounds",
     "torch's own kernels (dense ...) are the same in both trees: their ratios are the noise",
     "a cell without brackets is the same in all rounds; fwd graph: the forward in a CUDA graph, without host time",
 )
@@ -48,7 +50,8 @@ def bench(tree: Path, options: Sequence[str], name: str, folder: Path) -> dict[s
     records = list(folder.glob("*.json"))
     if done.returncode or len(records) != 1:
         raise FailureError(f"the benchmark of {tree} ended with {done.returncode}: {done.stdout[-2000:]}")
-    return dict(json.loads(records[0].read_text()))
+    record = json.loads(records[0].read_text())
+    return {key: record[key] for key in RECORDED}
 
 
 def figures(record: dict[str, Any]) -> dict[Key, dict[str, float]]:
@@ -65,7 +68,7 @@ def figures(record: dict[str, Any]) -> dict[Key, dict[str, float]]:
 def ratios(base: Sequence[dict[Key, dict[str, float]]], this: Sequence[dict[Key, dict[str, float]]]) -> Iterator[
     tuple[Key, dict[str, tuple[float, float, float]]]
 ]:  # fmt: skip
-    """Of each row that every record has: by figure, the ratio of medians, and the least and the largest ratio."""
+    """Of each row that every record has: by figure, the ratio (`METHOD`), and the least and the largest ratio."""
     for key in base[0]:
         if not all(key in record for record in (*base, *this)):
             continue
@@ -73,7 +76,8 @@ def ratios(base: Sequence[dict[Key, dict[str, float]]], this: Sequence[dict[Key,
         for figure in base[0][key]:
             theirs, ours = ([r[key][figure] for r in side if figure in r[key]] for side in (base, this))
             if ours and min(ours) > 0:
-                middle = statistics.median(theirs) / statistics.median(ours)
+                typical = min if figure in HOST_FIGURES else statistics.median
+                middle = typical(theirs) / typical(ours)
                 found[figure] = (middle, min(theirs) / max(ours), max(theirs) / min(ours))
         yield key, found
 

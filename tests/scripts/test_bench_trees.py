@@ -26,7 +26,7 @@ row = {"name": "S2 L1V15 hopper", "seq_len": int(args.lengths), "forward_ms": ms
        "backward_ms": 2 * ms, "peak_gib": 1.5}
 host = {"name": "dense cuDNN", "seq_len": 256, "forward_us": 10.0, "forward_grad_us": 20.0, "backward_us": None,
         "backward_layer_us": 5.0}
-record = {"machine": "a GPU", "versions": {"torch": "9"}, "host": [host],
+record = {"machine": "a GPU", "versions": {"torch": "9"}, "limits": {}, "host": [host],
           "sections": [{"name": "default", "rows": [row]}]}
 pathlib.Path(args.output, "x.json").write_text(json.dumps(record))
 """
