@@ -705,8 +705,8 @@ _EVAL = (
     ),
     Mutant(
         "needle_reads_the_answer_from_the_prompt", "eval",
-        "predicted = reader.predict_last(tokens[:-1], len(tokens) - first)",
-        "predicted = tokens[first:]",
+        "[*prompt.tokens[:-count], *said]",
+        "prompt.tokens",
         ("test_needle.py",),
     ),
     Mutant(
