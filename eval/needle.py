@@ -278,7 +278,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def evaluate(argv: Sequence[str]) -> Path:
+def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
     args = _arguments(argv)
     output = samples.check_arguments(args)
@@ -320,7 +320,7 @@ def evaluate(argv: Sequence[str]) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    evaluate(sys.argv[1:] if argv is None else argv)
+    command(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -253,8 +253,12 @@ def check_arguments(args: argparse.Namespace) -> Path:
 
 def open_checkpoint(args: argparse.Namespace, max_length: int = 0) -> tuple[Checkpoint, int]:
     """The checkpoint, and the tokens of a batch."""
-    checkpoint = Checkpoint.open(args.ckpt, args.device, getattr(torch, args.dtype) if args.dtype else None, max_length)
+    checkpoint = Checkpoint.open(args.ckpt, args.device, dtype_of(args.dtype), max_length)
     return checkpoint, args.batch_tokens or (131072 if checkpoint.device.type == "cuda" else 16384)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
 
 
 def split(name: str, argv: Sequence[str], args: argparse.Namespace) -> None:
