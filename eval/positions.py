@@ -89,10 +89,10 @@ def _mean(values: list[float], tokens: int) -> dict[str, Any]:
 
 
 def student(freedom: int) -> float:
-    """Two-sided 95 % point of Student's t: exact for 1 and 2 degrees of freedom, above by Hill's expansion in 1/freedom
-    (Abramowitz and Stegun 26.7.5), within 0.1 % from 4 on and 1 % at 3."""
-    if freedom < 3:
-        return (12.7062, 4.3027)[freedom - 1]
+    """Two-sided 95 % point of Student's t: tabulated up to 4 degrees of freedom, above by an expansion in 1/freedom
+    (Abramowitz and Stegun, 26.7.5), which is within 0.2 %."""
+    if freedom < 5:
+        return (12.7062, 4.3027, 3.1824, 2.7764)[freedom - 1]
     z, n = statistics.NormalDist().inv_cdf(0.975), float(freedom)
     return (
         z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)

@@ -31,9 +31,9 @@ from s2 import ending, files
 from s2.model.hf import load_config
 
 PARTS: dict[str, Callable[[Sequence[str]], Path]] = {
-    "needle": needle.command,
-    "ruler": ruler.command,
     "positions": positions.command,
+    "ruler": ruler.command,
+    "needle": needle.command,
     "lm": lm.command,
 }
 _Z = 1.959964
@@ -173,15 +173,15 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
         "processes": None if args.processes == 1 else args.processes,
     }  # fmt: skip
     found = []
+    if "positions" in args.parts:
+        found.append(("positions", "loss by position", common + options(**split, documents=args.documents)))
+    if "ruler" in args.parts:
+        more = options(**split, n=args.ruler_n, tasks=args.ruler_tasks, haystack=args.haystack, qa=args.qa)
+        found.append(("ruler", "RULER", common + more))
     for kind in args.kinds.split(",") if "needle" in args.parts else ():
         own = None if kind == "passkey" else args.haystack
         more = options(**split, kind=kind, depths=args.depths, n=args.needle_n, haystack=own, no_generate=True)
         found.append(("needle", f"needle {kind}", common + more))
-    if "ruler" in args.parts:
-        more = options(**split, n=args.ruler_n, tasks=args.ruler_tasks, haystack=args.haystack, qa=args.qa)
-        found.append(("ruler", "RULER", common + more))
-    if "positions" in args.parts:
-        found.append(("positions", "loss by position", common + options(**split, documents=args.documents)))
     if "lm" in args.parts and args.tasks:
         more = options(tasks=args.tasks, data_dir=args.data_dir, limit=args.limit)
         found.append(("lm", "lm-eval", common + more))
