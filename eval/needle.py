@@ -292,7 +292,7 @@ def command(argv: Sequence[str]) -> Path:
     grid = Grid(lengths, depths, args.n, args.needles, args.distractors, args.seed, args.kind, args.shared_haystack)
     readable = max(trained, *grid.lengths) if args.beyond else trained
     check_lengths(grid.lengths, readable)
-    checkpoint, batch_tokens = samples.open_checkpoint(args, readable)
+    checkpoint = samples.open_checkpoint(args, readable)
     tokenizer = checkpoint.tokenizer
     if args.kind == "passkey":
         haystack = filler(tokenizer, max(grid.lengths))
@@ -310,7 +310,8 @@ def command(argv: Sequence[str]) -> Path:
     file = samples.place_in(output, stem, {"kind": "needle", **about, "settings": prompts.settings()})
     if args.processes > 1:
         samples.split("needle", argv, args)
-    run_sweep(checkpoint, prompts, file, about, not args.no_generate, batch_tokens, args.part)
+    tokens_of_batch = samples.batch_tokens(args, checkpoint)
+    run_sweep(checkpoint, prompts, file, about, not args.no_generate, tokens_of_batch, args.part)
     if args.part is None:
         sweep = read_sweep([file], score=args.score)
         picture = file.with_suffix(".png" if args.score == "exact" else f".{args.score}.png")

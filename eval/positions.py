@@ -29,8 +29,8 @@ from eval.grid import format_length, listed, name_of, parse_lengths
 from eval.heldout import find_heldout, read_texts
 from eval.needle import check_lengths
 from eval.results import checksum_of
-from eval.samples import Sample
-from s2 import ending, files
+from eval.samples import Evaluation, Sample
+from s2 import ending
 from s2.model.hf import load_config
 
 DOCUMENTS = 50
@@ -169,36 +169,16 @@ def read_documents(
 def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
     args = _arguments(argv)
-    output = samples.check_arguments(args)
+    samples.check_arguments(args)
     trained = load_config(args.ckpt).max_position_embeddings
     lengths = (trained,) if args.lengths is None else parse_lengths(args.lengths)
     if lengths[0] < 2:
         raise ValueError(f"--lengths {lengths[0]}: expected at least 2, since the first token is not predicted")
     readable = max(trained, *lengths) if args.beyond else trained
     check_lengths(lengths, readable)
-    checkpoint, batch_tokens = samples.open_checkpoint(args, readable)
+    checkpoint = samples.open_checkpoint(args, readable)
     source = args.documents or find_heldout(args.ckpt)
     documents = read_documents(checkpoint, source, args.text_column, lengths, args.n)
-    files.require_writable(output.parent if output.suffix == ".json" else output)
-    bos_id = bos_of(checkpoint.tokenizer)
-    header = {
-        "kind": "positions",
-        **checkpoint.describe(),
-        "train_length": trained,
-        "settings": {
-            "documents": source.name or str(source),
-            "documents_digest": checksum_of(source) or str(source.resolve()),
-            "bos_id": bos_id,
-        },
-        "conditions": samples.conditions(checkpoint, bos_id, _SCORING),
-    }
-    parts = ["positions"]
-    parts += [listed("", [format_length(n) for n in lengths])] if lengths != (trained,) else []
-    parts += [f"n{args.n}"] if args.n != DOCUMENTS else []
-    parts += [name_of(args.documents)] if args.documents else []
-    file = samples.place_in(output, "-".join(parts), header)
-    if args.processes > 1:
-        samples.split("positions", argv, args)
     tokens = {(length, number): row for length, kept in documents.items() for number, row in kept}
 
     def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
@@ -210,18 +190,20 @@ def command(argv: Sequence[str]) -> Path:
             prompt = samples.digest(row[:length])
             yield sample | {"tokens": length - 1, "prompt": prompt, "cut": len(row) > length, "losses": parts}
 
-    plan = [
-        {"id": f"{length}/{number}", "length": length, "document": number}
-        for length, kept in documents.items()
-        for number, _ in kept
-    ]
-    batches = samples.batches_of(plan, lambda sample: sample["length"], lambda sample: batch_tokens // sample["length"])
-    results = samples.collect(file, header, list(batches), compute, part=args.part)
-    if args.part is None:
-        results["summary"] = summarise(results["samples"])
-        files.write_json(file, results)
-        print(f"{describe(results['summary'])}\n{file}")
-    return file
+    settings = {
+        "documents": source.name or str(source),
+        "documents_digest": checksum_of(source) or str(source.resolve()),
+        "bos_id": bos_of(checkpoint.tokenizer),
+    }
+    plan = [{"id": f"{length}/{number}", "length": length, "document": number} for length, number in tokens]
+    parts = ["positions"]
+    parts += [listed("", [format_length(n) for n in lengths])] if lengths != (trained,) else []
+    parts += [f"n{args.n}"] if args.n != DOCUMENTS else []
+    parts += [name_of(args.documents)] if args.documents else []
+    evaluation = Evaluation(
+        "positions", _SCORING, settings, plan, lambda sample: sample["length"], compute, summarise, describe
+    )
+    return evaluation.run(argv, args, checkpoint, "-".join(parts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

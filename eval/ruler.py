@@ -30,9 +30,9 @@ from eval.haystack import Haystack
 from eval.heldout import find_heldout, read_texts
 from eval.needle import HAYSTACK_TOKENS, check_haystack, check_lengths
 from eval.ruler_tasks import TASKS, Maker, Reading, match
-from eval.samples import Sample
+from eval.samples import Evaluation, Sample
 from eval.sweep import wilson
-from s2 import ending, files
+from s2 import ending
 from s2.model.hf import load_config
 
 SAMPLES = 20
@@ -151,12 +151,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
     args = _arguments(argv)
-    output = samples.check_arguments(args)
+    samples.check_arguments(args)
     trained = load_config(args.ckpt).max_position_embeddings
     lengths = default_lengths(trained) if args.lengths is None else parse_lengths(args.lengths)
     readable = max(trained, *lengths) if args.beyond else trained
     check_lengths(lengths, readable)
-    checkpoint, batch_tokens = samples.open_checkpoint(args, readable)
+    checkpoint = samples.open_checkpoint(args, readable)
     source = args.haystack or find_heldout(args.ckpt)
     texts = read_texts(source, args.text_column)
     haystack = Haystack.from_texts(texts, checkpoint.tokenizer, source.name or str(source), HAYSTACK_TOKENS)
@@ -165,31 +165,6 @@ def command(argv: Sequence[str]) -> Path:
     maker = Maker(haystack, checkpoint.tokenizer, bos_of(checkpoint.tokenizer), reading)
     for sample in plan(args.tasks, lengths[:1], 1, args.seed):  # whatever has no room says so now
         maker.make(sample["task"], sample["length"], sample["seed"])
-    files.require_writable(output.parent if output.suffix == ".json" else output)
-    parts = ["ruler"]
-    parts += [listed("", [format_length(n) for n in lengths])] if lengths != default_lengths(trained) else []
-    parts += [] if args.is_whole else [listed("task", args.tasks)]
-    parts += [
-        f"{name}{getattr(args, name)}" for name, usual in (("n", SAMPLES), ("seed", 0)) if getattr(args, name) != usual
-    ]
-    parts += [name_of(given) for given in (args.haystack, args.qa) if given]
-    header = {
-        "kind": "ruler",
-        **checkpoint.describe(),
-        "train_length": trained,
-        "settings": {
-            "haystack": haystack.source,
-            "haystack_digest": haystack.digest,
-            "qa": reading and samples.digest([reading.paragraphs, reading.questions]),
-            "seed": args.seed,
-            "bos_id": maker.bos_id,
-            "version": _VERSION,
-        },
-        "conditions": samples.conditions(checkpoint, maker.bos_id, _SCORING),
-    }
-    file = samples.place_in(output, "-".join(parts), header)
-    if args.processes > 1:
-        samples.split("ruler", argv, args)
 
     def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
         task, length = batch[0]["task"], batch[0]["length"]
@@ -213,17 +188,27 @@ def command(argv: Sequence[str]) -> Path:
                 "scores": {"match": match(task, text, question.expected)},
             }
 
+    settings = {
+        "haystack": haystack.source,
+        "haystack_digest": haystack.digest,
+        "qa": reading and samples.digest([reading.paragraphs, reading.questions]),
+        "seed": args.seed,
+        "bos_id": maker.bos_id,
+        "version": _VERSION,
+    }
+    parts = ["ruler"]
+    parts += [listed("", [format_length(n) for n in lengths])] if lengths != default_lengths(trained) else []
+    parts += [] if args.is_whole else [listed("task", args.tasks)]
+    usual = {"n": SAMPLES, "seed": 0}
+    parts += [f"{name}{getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
+    parts += [name_of(given) for given in (args.haystack, args.qa) if given]
     wanted = list(plan(args.tasks, lengths, args.n, args.seed))
-    batches = samples.batches_of(
-        wanted, lambda sample: (sample["task"], sample["length"]), lambda sample: batch_tokens // sample["length"]
-    )
-    results = samples.collect(file, header, list(batches), compute, part=args.part)
-    if args.part is None:
-        names = {sample["id"] for sample in wanted}
-        results["summary"] = summarise([row for row in results["samples"] if row["id"] in names])
-        files.write_json(file, results)
-        print(f"{describe(results['summary'])}\n{file}")
-    return file
+
+    def key(sample: Sample) -> tuple[str, int]:
+        return sample["task"], sample["length"]
+
+    evaluation = Evaluation("ruler", _SCORING, settings, wanted, key, compute, summarise, describe)
+    return evaluation.run(argv, args, checkpoint, "-".join(parts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,9 +25,12 @@ from eval.arguments import DTYPES, path
 from eval.checkpoint import Checkpoint, check_checkpoint, results_folder
 from s2 import files
 from s2.ending import FailureError
+from s2.model.hf import load_config
 
 _WRITE_EVERY_SECONDS = 5.0
 _FORMER = {"kind": "single", "shared_haystack": False}  # settings that files of earlier versions do not name
+_CPU_TOKENS = 16384  # of a batch
+_GPU_BYTES = 1 << 35  # that keys, values and activations of a batch may take, roughly
 _UNFINISHED = "answers of unfinished evaluations"
 
 Sample = dict[str, Any]
@@ -138,6 +141,49 @@ def collect(
     return results
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a command evaluates.
+
+    kind: first part of the file's name. settings: what tells two of one checkpoint apart. plan: the samples. key: what
+    samples of a batch have in common; they have a `length`. compute: see `collect`. summarise: figures of the records.
+    describe: figures for people.
+    """
+
+    kind: str
+    scoring: str
+    settings: dict[str, Any]
+    plan: Sequence[Sample]
+    key: Callable[[Sample], Any]
+    compute: Callable[[Sequence[Sample]], Iterable[Sample]]
+    summarise: Callable[[Sequence[Sample]], dict[str, Any]]
+    describe: Callable[[dict[str, Any]], str]
+
+    def run(self, argv: Sequence[str], args: argparse.Namespace, checkpoint: Checkpoint, stem: str) -> Path:
+        """Compute what is missing, in as many processes as `args` say; write and return the file of the results."""
+        output = args.output or results_folder(args.ckpt)
+        files.require_writable(output.parent if output.suffix == ".json" else output)
+        header = {
+            "kind": self.kind,
+            **checkpoint.describe(),
+            "train_length": load_config(args.ckpt).max_position_embeddings,
+            "settings": self.settings,
+            "conditions": conditions(checkpoint, self.settings["bos_id"], self.scoring),
+        }
+        file = place_in(output, stem, header)
+        if args.processes > 1:
+            split(self.kind, argv, args)
+        tokens = batch_tokens(args, checkpoint)
+        batches = batches_of(self.plan, self.key, lambda sample: tokens // sample["length"])
+        results = collect(file, header, list(batches), self.compute, part=args.part)
+        if args.part is None:
+            wanted = {sample["id"] for sample in self.plan}
+            results["summary"] = self.summarise([row for row in results["samples"] if row["id"] in wanted])
+            files.write_json(file, results)
+            print(f"{self.describe(results['summary'])}\n{file}")
+        return file
+
+
 def batches_of(
     samples: Iterable[Sample], key: Callable[[Sample], Any], rows: Callable[[Sample], int]
 ) -> Iterator[list]:
@@ -232,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=path, help="folder, or .json file, for the results (default: the run's results folder)")
     add("--device", help="default: the GPU if there is one")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--batch-tokens", type=int, help="tokens of a batch (default: 131072 on a GPU, 16384 on a CPU)")
+    add("--batch-tokens", type=int, help="tokens of a batch (default: what some 32 GiB hold on a GPU, 16384 on a CPU)")
     add("--processes", type=int, default=1, help="split over so many processes, each on a GPU of its own")
     add("--part", type=Part.parse, help="only part 1/2, ...: the same command without --part merges them")
     # fmt: on
@@ -251,10 +297,17 @@ def check_arguments(args: argparse.Namespace) -> Path:
     return args.output or results_folder(args.ckpt)
 
 
-def open_checkpoint(args: argparse.Namespace, max_length: int = 0) -> tuple[Checkpoint, int]:
-    """The checkpoint, and the tokens of a batch."""
-    checkpoint = Checkpoint.open(args.ckpt, args.device, dtype_of(args.dtype), max_length)
-    return checkpoint, args.batch_tokens or (131072 if checkpoint.device.type == "cuda" else 16384)
+def open_checkpoint(args: argparse.Namespace, max_length: int = 0) -> Checkpoint:
+    return Checkpoint.open(args.ckpt, args.device, dtype_of(args.dtype), max_length)
+
+
+def batch_tokens(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    if args.batch_tokens or checkpoint.device.type == "cpu":
+        return args.batch_tokens or _CPU_TOKENS
+    config = checkpoint.config
+    keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    activations = 8 * (config.hidden_size + config.intermediate_size)
+    return max(1, _GPU_BYTES // (checkpoint.dtype.itemsize * (keys + activations)))
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
