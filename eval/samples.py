@@ -92,13 +92,14 @@ def collect(
         wanted: scores that a known sample must have.
     """
     _checked(file, header)
-    own_file = part_file(file, part) if part else file
+    unfinished, own_file = part_file(file, part).parent, part_file(file, part) if part else file
     if part:
-        files.make_folder(own_file.parent, _UNFINISHED)
+        files.make_folder(unfinished, _UNFINISHED)
         batches = batches[part.index :: part.count]
     plan = [sample["id"] for batch in batches for sample in batch]
     own, seconds = _read(own_file, header)
-    pieces = [] if part else sorted(part_file(file, None).parent.glob(f"{file.stem}.part*of*.json"))
+    pieces = [] if part else sorted(unfinished.glob(f"{file.stem}.part*of*.json"))
+    pieces = [piece for piece in pieces if _read(piece, header)[0]]
     complete: dict[str, Sample] = {}
     for other in (*sorted(file.parent.glob(f"{header['kind']}*.json")), *pieces, own_file):
         samples, took = _read(other, header)
@@ -137,7 +138,7 @@ def collect(
         "prompts": digest([[sample["id"], sample.get("prompt")] for sample in rows]),
     }
     if not part:
-        files.remove_files(part_file(file, None).parent, *(piece.name for piece in pieces))
+        files.remove_files(unfinished, *(piece.name for piece in pieces))
     return results
 
 
