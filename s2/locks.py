@@ -2,7 +2,7 @@
 
 A lock is a file in the folder that says who holds it. Two things tell whether the holder is still there: `flock`, which
 a dead process of this host cannot keep, and the file's modification time, which the holder renews, for file systems
-whose `flock` ends at the host. Whoever finds the lock of a dead process takes it over and says so.
+whose `flock` ends at the host or is missing. Whoever finds the lock of a dead process takes it over and says so.
 """
 
 from __future__ import annotations
