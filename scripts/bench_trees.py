@@ -17,14 +17,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench_report import HOST_FIGURES, ROOT, heading, origin, save
 
-from s2 import ending
+from s2 import ending, files
 from s2.ending import FailureError
 from s2.tables import markdown
 
@@ -131,8 +130,8 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {tree: [] for tree in TREES}
     for n in range(args.rounds):
         for tree in TREES if n % 2 == 0 else TREES[::-1]:
-            with tempfile.TemporaryDirectory() as folder:
-                found[tree].append(bench(trees[tree], args.options, tree, Path(folder)))
+            with files.temporary_folder() as folder:
+                found[tree].append(bench(trees[tree], args.options, tree, folder))
             print(f"round {n + 1} of {args.rounds}: {tree} is measured", flush=True)
             first = found["base"][0]
             record = origin("bench_trees", sys.argv[1:], first["machine"], first["versions"], args.commit)

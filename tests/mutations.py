@@ -671,6 +671,18 @@ _BASE = (
         ("test_locks.py",),
     ),
     Mutant(
+        "without_flock_a_holder_counts_as_dead", "s2/locks.py",
+        "        return None\n    return True",
+        "        return True\n    return True",
+        ("test_locks.py",),
+    ),
+    Mutant(
+        "what_stands_in_the_way_of_a_folder_is_refused", "s2/files.py",
+        "if os.path.lexists(final) and kind_of(final) != kind:",
+        "if os.path.lexists(final) and kind_of(final) == MARK:",
+        ("test_files.py",),
+    ),
+    Mutant(
         "bad_input_ends_as_a_crash", "s2/ending.py",
         "return BAD_INPUT if isinstance(error, ValueError | OSError) else CRASH",
         "return BAD_INPUT if isinstance(error, OSError) else CRASH",

@@ -14,23 +14,18 @@ from s2.model.config import ModelConfig
 from s2.training.config import RunConfig
 from s2.training.guard import DivergedError
 from s2.training.memory import memory_of
-from s2.training.metrics import clock, plot_losses, read_metrics, validation_curve
-from s2.training.saving import RunCheckpoint, on_rank_zero
+from s2.training.metrics import clock, plot_losses, read_metrics
+from s2.training.saving import RunCheckpoint, on_rank_zero, tokens_per_step
 from s2.training.weights import export
 
 
 def launch_report(run: RunConfig, module: Any, data: Any, trainer: Any, precision: Any) -> str:
-    """The text printed before the first step.
-
-    Args:
-        precision: trainer.precision of the recipe, which the CPU does not train in.
-    """
+    """The text printed before the first step. `precision` is the recipe's, which the CPU does not train in."""
     config: ModelConfig = module.config
     strategy = trainer.strategy
-    accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
     on_cpu = strategy.root_device.type == "cpu"
     wanted = str(precision or trainer.precision) if on_cpu else str(trainer.precision)
-    step = data.micro_batch_size * data.seq_len * accumulate * world
+    step = tokens_per_step(trainer, data)
     return "\n".join(
         [
             f"{run.recipe} {run.stage} -> {run.folder}",
@@ -39,8 +34,9 @@ def launch_report(run: RunConfig, module: Any, data: Any, trainer: Any, precisio
             f"{config.head_dim}, vocabulary {config.vocab_size:,}, rope_theta {config.rope_theta:g}"
             + (f", weights from {module.init_from}" if module.init_from else ""),
             layout_table(config, data.seq_len),
-            f"batch: {data.seq_len:,} tokens x {data.micro_batch_size} x {accumulate} accumulated x {world} ranks = "
-            f"{step:,} tokens a step, {trainer.max_steps:,} steps, {step * trainer.max_steps:,} tokens",
+            f"batch: {data.seq_len:,} tokens x {data.micro_batch_size} x {trainer.accumulate_grad_batches} accumulated "
+            f"x {trainer.world_size} ranks = {step:,} tokens a step, {trainer.max_steps:,} steps, "
+            f"{step * trainer.max_steps:,} tokens",
             f"memory estimate: {memory_of(module, data, trainer, wanted)}; {wanted}, ZeRO stage "
             f"{getattr(strategy, 'stage', 0)}, checkpointing {module.activation_checkpointing}"
             + (f" (of a GPU; here on the CPU, in {trainer.precision}, it is not estimated)" if on_cpu else ""),
@@ -120,14 +116,15 @@ class Finish(Callback):
         rows = read_metrics(folder / "logs" / "metrics.csv")
         validation = {}
         for name in data.validation_names:
-            curve = validation_curve(rows, name)
-            source = [row[f"val/{name}/source_loss"] for row in rows if f"val/{name}/source_loss" in row]
+            loss, source = f"val/{name}/loss", f"val/{name}/source_loss"
+            losses = {row["step"]: row[loss] for row in rows if loss in row}
+            last = losses[max(losses)] if losses else None
             validation[name] = {
-                "initial_loss": curve[0][1] if curve and curve[0][0] == 0 else None,
-                "source_loss": source[0] if source else None,
-                "loss": curve[-1][1] if curve else None,
+                "initial_loss": losses.get(0),
+                "source_loss": next((row[source] for row in rows if source in row), None),
+                "loss": last,
                 "unigram_loss": data.unigram_loss(name),
-                "bits_per_byte": data.bits_per_byte(name, curve[-1][1]) if curve else None,
+                "bits_per_byte": None if last is None else data.bits_per_byte(name, last),
             }
         step = trainer.global_step
         summary = {
@@ -137,7 +134,7 @@ class Finish(Callback):
             "tokens": self.checkpoint.tokens(trainer),
             "seconds": max((row["seconds"] for row in rows), default=0.0),
             "memory_gib": max((row.get("memory_gib", 0.0) for row in rows), default=0.0),
-            "skipped_steps": self.checkpoint.guard.skipped,
+            "skipped_steps": self.checkpoint.guard.counters.skipped,
             "world_size": trainer.world_size,
             "init_from": module.init_from,
             "data": [vars(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
@@ -145,41 +142,32 @@ class Finish(Callback):
         }
         files.write_json(folder / "summary.json", summary)
         baselines = {name: values["unigram_loss"] for name, values in validation.items()}
-        plot_losses(
-            folder / "logs" / "metrics.csv", folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}"
-        )
+        plot_losses(rows, folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}")
 
 
 def closing_words(folder: Path) -> str:
-    """What came out of a finished stage and where it lies.
-
-    Raises:
-        DamagedError: summary.json is not what was written.
-    """
+    """What came out of a finished stage and where it lies. Raises DamagedError where summary.json is not what was
+    written."""
     try:
-        return _closing_words(folder, files.read_json(folder / "summary.json"))
+        summary = files.read_json(folder / "summary.json")
+        lines = [
+            f"{summary['recipe']} {summary['stage']}: {summary['step']} steps, {summary['tokens']:,} tokens, "
+            f"{clock(summary['seconds'])} on {summary['world_size']} process(es), {summary['memory_gib']:.2f} GiB"
+        ]
+        for name, each in summary["validation"].items():
+            if each["loss"] is None:
+                continue
+            line = f"  held-out {name}: loss {each['loss']:.4f} nats/token ({each['bits_per_byte']:.3f} bits per byte)"
+            if each["initial_loss"] is not None:
+                line += f", before training {each['initial_loss']:.4f}"
+            if each.get("source_loss") not in (None, each["initial_loss"]):
+                line += f" ({summary['init_from']} as it is {each['source_loss']:.4f})"
+            lines.append(f"{line}, unigram {each['unigram_loss']:.4f}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
             f"{folder / 'summary.json'} is not as it was written ({type(error).__name__}: {error}); remove the newest "
             f"folder in {folder / 'checkpoints'} to train its last steps and write it again"
         ) from error
-
-
-def _closing_words(folder: Path, summary: dict[str, Any]) -> str:
-    lines = [
-        f"{summary['recipe']} {summary['stage']}: {summary['step']} steps, {summary['tokens']:,} tokens, "
-        f"{clock(summary['seconds'])} on {summary['world_size']} process(es), {summary['memory_gib']:.2f} GiB"
-    ]
-    for name, values in summary["validation"].items():
-        if values["loss"] is None:
-            continue
-        line = f"  held-out {name}: loss {values['loss']:.4f} nats/token ({values['bits_per_byte']:.3f} bits per byte)"
-        if values["initial_loss"] is not None:
-            line += f", before training {values['initial_loss']:.4f}"
-        if values.get("source_loss") not in (None, values["initial_loss"]):
-            line += f" ({summary['init_from']} as it is {values['source_loss']:.4f})"
-        lines.append(f"{line}, unigram {values['unigram_loss']:.4f}")
     places = {"weights": "hf", "checkpoints": "checkpoints", "metrics": "logs/metrics.csv", "plot": "loss.png"}
     there = {what: path for what, place in places.items() if (path := folder / place).is_file() or any(path.glob("*"))}
-    lines += [f"  {what}: {path}" for what, path in there.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {what}: {path}" for what, path in there.items())])
