@@ -443,26 +443,6 @@ DEVICE void load_items(Shared& shared, const Params& params) {
 
 // ---------------------------------------------------------------- consumers
 
-// A product `[64, 64]` of an n_block with the rows of a step.
-DEVICE void score(float (&x)[32], unsigned n_block, unsigned rows) {
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
-        if (i == 0)
-            product_shared<0>(x, descriptor(n_block + offset), descriptor(rows + offset));
-        else
-            product_shared<1>(x, descriptor(n_block + offset), descriptor(rows + offset));
-    }
-    wgmma_commit();
-}
-
-DEVICE void accumulate(float (&x)[D / 2], const unsigned (&left)[16], unsigned rows, bool add) {
-#pragma unroll
-    for (int i = 0; i < ROWS / 16; i++)
-        product_registers(x, left + 4 * i, descriptor(rows + i * (16 * 2 * PANEL / 16)), i > 0 || add);
-    wgmma_commit();
-}
-
 // Which of an n_block's keys a thread holds in products: this one and the one 8 later, and two queries of every eight.
 DEVICE int lane_key() { return threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4; }
 DEVICE int lane_column() { return threadIdx.x % 4 * 2; }

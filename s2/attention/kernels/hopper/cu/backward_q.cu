@@ -107,27 +107,6 @@ DEVICE void statistics(const MBlock& m_block, const Params& params, float* stats
     }
 }
 
-// A product `[64, 64]` of rows with keys or of gradients with values.
-DEVICE void score(float (&x)[32], unsigned rows, unsigned keys) {
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
-        if (i == 0)
-            product_shared<0>(x, descriptor(rows + offset), descriptor(keys + offset));
-        else
-            product_shared<1>(x, descriptor(rows + offset), descriptor(keys + offset));
-    }
-    wgmma_commit();
-}
-
-// dQ += dS K.
-DEVICE void accumulate(float (&dq)[D / 2], const unsigned (&ds)[16], unsigned keys, bool add) {
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; i++)
-        product_registers(dq, ds + 4 * i, descriptor(keys + i * (16 * 2 * PANEL / 16)), i > 0 || add);
-    wgmma_commit();
-}
-
 // P of a thread's two rows, from S.
 DEVICE void exponentiate(float (&scores)[32], const float (&lse2)[2], float scale) {
 #pragma unroll

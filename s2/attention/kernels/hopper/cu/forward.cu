@@ -72,18 +72,8 @@ DEVICE void softmax(float (&scores)[32], unsigned (&probs)[16], float (&top)[2],
 DEVICE void products(float (&acc)[D / 2], const unsigned (&probs)[16], unsigned values, bool add, float (&scores)[32],
                      unsigned rows, unsigned keys) {
     wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
-        if (i == 0)
-            product_shared<0>(scores, descriptor(rows + offset), descriptor(keys + offset));
-        else
-            product_shared<1>(scores, descriptor(rows + offset), descriptor(keys + offset));
-    }
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; i++)
-        product_registers(acc, probs + 4 * i, descriptor(values + i * (16 * 2 * PANEL / 16)), i > 0 || add);
-    wgmma_commit();
+    score<false>(scores, rows, keys);
+    accumulate(acc, probs, values, add);
 }
 
 // Rows that are worked on: where they are in shared memory, where their statistics begin, tokens to the document's end.

@@ -248,6 +248,28 @@ DEVICE void product_registers(float (&x)[64], const unsigned* a, unsigned long l
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
+// x = A B^T, both `[64, D]` in panels of shared memory. A group of its own, or the beginning of the next one.
+template <bool COMMITS = true>
+DEVICE void score(float (&x)[32], unsigned a, unsigned b) {
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
+        if (i == 0)
+            product_shared<0>(x, descriptor(a + offset), descriptor(b + offset));
+        else
+            product_shared<1>(x, descriptor(a + offset), descriptor(b + offset));
+    }
+    if (COMMITS) wgmma_commit();
+}
+
+// x (+)= A B, A `[64, 64]` in registers, B `[64, D]` in panels of shared memory.
+DEVICE void accumulate(float (&x)[D / 2], const unsigned (&a)[16], unsigned b, bool add) {
+#pragma unroll
+    for (int i = 0; i < 64 / 16; i++)
+        product_registers(x, a + 4 * i, descriptor(b + i * (16 * 2 * PANEL / 16)), i > 0 || add);
+    wgmma_commit();
+}
+
 // ---------------------------------------------------------------- arithmetic
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
