@@ -784,10 +784,7 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREA
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         init_barriers(shared);
-        prefetch_map(&params.q);
-        prefetch_map(&params.dout);
-        prefetch_map(&params.k);
-        prefetch_map(&params.v);
+        prefetch_maps(params.q, params.dout, params.k, params.v);
     }
     cluster_sync();
     const int warpgroup = __shfl_sync(ALL, threadIdx.x / WARPGROUP, 0);

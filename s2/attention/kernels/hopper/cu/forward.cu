@@ -239,10 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         init_barriers(shared);
-        prefetch_map(&params.q);
-        prefetch_map(&params.k);
-        prefetch_map(&params.v);
-        prefetch_map(&params.out);
+        prefetch_maps(params.q, params.k, params.v, params.out);
     }
     __syncthreads();
     const int warpgroup = __shfl_sync(ALL, threadIdx.x / WARPGROUP, 0);

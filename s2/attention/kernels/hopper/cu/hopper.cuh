@@ -111,6 +111,11 @@ DEVICE void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+template <class... Maps>
+DEVICE void prefetch_maps(const Maps&... maps) {
+    (prefetch_map(&maps), ...);
+}
+
 DEVICE void tma_load(unsigned to, const TensorMap* map, unsigned barrier, int x, int token, int head, int batch) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
