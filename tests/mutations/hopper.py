@@ -117,8 +117,8 @@ MUTANTS = (
     ),
     Mutant(
         "cuda_causal_mask_of_dk_off_by_one", HOPPER,
-        "if (i / 4 * 8 + i % 2 < lane_key() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;",
-        "if (i / 4 * 8 + i % 2 <= lane_key() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;",
+        "if (i / 4 * 8 + i % 2 < lane_row() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;",
+        "if (i / 4 * 8 + i % 2 <= lane_row() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;",
         _ONE_PASS, gpu=True,
     ),
     Mutant(

@@ -443,10 +443,6 @@ DEVICE void load_items(Shared& shared, const Params& params) {
 
 // ---------------------------------------------------------------- consumers
 
-// Which of an n_block's keys a thread holds in products: this one and the one 8 later, and two queries of every eight.
-DEVICE int lane_key() { return threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4; }
-DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
-
 // Columns of dQ (+)= dS^T of the rows of an n_block, left operand, times its keys.
 DEVICE void accumulate_rows(float (&x)[COLUMNS_EACH / 2], unsigned dscores, unsigned keys, bool add) {
 #pragma unroll
@@ -461,7 +457,7 @@ DEVICE void accumulate_rows(float (&x)[COLUMNS_EACH / 2], unsigned dscores, unsi
 
 // Leaves dS^T `[64 keys, 64 queries]` of a consumer in its part of a slot.
 DEVICE void stage_scores(const unsigned (&x)[16], unsigned to) {
-    const int lane = threadIdx.x % WARP, matrix_row = lane_key() / 16 * 16 + lane % 16, half = lane / 16;
+    const int lane = threadIdx.x % WARP, matrix_row = lane_row() / 16 * 16 + lane % 16, half = lane / 16;
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         store_matrices(to + matrix_row * (2 * PANEL) + ((j + half) ^ (lane % 8)) * 16, x[2 * j], x[2 * j + 1],
@@ -489,7 +485,7 @@ DEVICE void store_gradient(const float (&x)[D / 2], float scale, void* rows, con
     const int batch = divide(item.group, params.kv_heads), head = item.group - batch * params.kv_heads;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const int own = lane_key() + 8 * r;
+        const int own = lane_row() + 8 * r;
         int token = item.key[c] + own;
         bool exists = true;
         if (BLOCK < KEYS) {
@@ -514,7 +510,7 @@ DEVICE void store_gradient(const float (&x)[D / 2], float scale, void* rows, con
 DEVICE void store_partial(const float (&x)[D / 2], float scale, float* to) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float2* row = reinterpret_cast<float2*>(to + (lane_key() + 8 * r) * D + lane_column());
+        float2* row = reinterpret_cast<float2*>(to + (lane_row() + 8 * r) * D + lane_column());
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             row[4 * j] = make_float2(x[4 * j + 2 * r] * scale, x[4 * j + 2 * r + 1] * scale);
@@ -642,7 +638,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 row = item.end[consumer] - TOKENS;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    const int key = lane_key() + 8 * r;
+                    const int key = lane_row() + 8 * r;
                     first[r] = item.first[consumer][key / TOKENS] + key % TOKENS;
                     until[r] = item.until[consumer][key / TOKENS];
                 }
@@ -657,7 +653,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 } else if (masked) {
 #pragma unroll
                     for (int i = 0; i < 32; i++)
-                        if (i / 4 * 8 + i % 2 < lane_key() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;
+                        if (i / 4 * 8 + i % 2 < lane_row() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;
                 }
             };
             unsigned left[16] = {}, probs[16];

@@ -11,14 +11,9 @@
 #include "rows.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int WARP_ROWS = ROWS / 4;
 
 using Params = BackwardQParams;
-
-// Which of an m_block's rows a thread holds in products: this one and the one 8 later, and two columns of every eight.
-DEVICE int lane_row() { return threadIdx.x / WARP % 4 * WARP_ROWS + threadIdx.x % WARP / 4; }
-DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
 // The rows of an m_block: places of the first one in [B, S, H] and in [B, H, S], and tokens to the document's end.
 struct MBlock {
@@ -277,6 +272,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_q(co
         consume(shared, params, warpgroup - 1);
     }
 }
-
-// Read by the host (`driver.shared_bytes_of`).
-extern "C" __device__ int shared_bytes = sizeof(Shared);

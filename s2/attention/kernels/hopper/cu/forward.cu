@@ -18,7 +18,6 @@
 
 constexpr float LAZY = 8.0f, MOST = 256.0f;  // MOST = 2^LAZY
 constexpr float LN2 = 0.6931471805599453f;
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 
 using Params = ForwardParams;
 
@@ -259,6 +258,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
         consume(shared, params, warpgroup - 1);
     }
 }
-
-// Read by the host (`driver.shared_bytes_of`).
-extern "C" __device__ int shared_bytes = sizeof(Shared);

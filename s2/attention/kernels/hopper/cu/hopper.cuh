@@ -253,6 +253,10 @@ DEVICE void product_registers(float (&x)[64], const unsigned* a, unsigned long l
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
+// Which of a product's 64 rows a thread holds: this one and the one 8 later, and two columns of every eight.
+DEVICE int lane_row() { return threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4; }
+DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
+
 // x = A B^T, both `[64, D]` in panels of shared memory. A group of its own, or the beginning of the next one.
 template <bool COMMITS = true>
 DEVICE void score(float (&x)[32], unsigned a, unsigned b) {
