@@ -4,7 +4,6 @@ dK and dV (`gluon/backward_kv.py`). Deterministic."""
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from ..triton.documents import Fill
 from ..triton.forward import LOG2E
 from . import driver, params
-from .problem import MAX_KEPT, TILE, BackwardTensors, Maps, Problem, counter_of, stream_of
-from .rows import RowTiles, row_kernel
+from .problem import MAX_KEPT, TILE, BackwardTensors, Problem, counter_of, stream_of
+from .rows import RowKernel, row_kernel
 from .scheduler import PAIR, PackedScheduler, Scheduler
 from .triton_launcher import Launch
 from .varlen import Documents
@@ -59,26 +58,21 @@ def query_kernel(problem: Problem) -> driver.Kernel:
     return row_kernel("backward_q", problem, Q_CONSUMERS, Q_STAGES[head_dim], Q_ROW_SLOTS[head_dim], row_parts=2)
 
 
-class QueryGradients:
+class QueryGradients(RowKernel):
     """dQ, and the statistics of rows that the other kernel reads: lse / ln 2 and delta."""
 
     def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.kernel = query_kernel(problem)
-        self.lock = threading.Lock()  # one call at a time changes the parameters
-        own = self.params = driver.allocate(params.BackwardQ)
-        own.scale, own.scale_log2 = problem.scale, problem.scale * LOG2E.value
-        self.tiles = RowTiles(own.problem, problem, Q_CONSUMERS)
-        self.maps = Maps(own, problem, q, k, v, "dout")
+        super().__init__(query_kernel(problem), params.BackwardQ, "dout", problem, q, k, v)
+        self.params.scale = problem.scale
 
     def __call__(self, stream: int, x: BackwardTensors, stats: Tensor, documents: Documents, counter: Tensor) -> None:
         with self.lock:
+            self.move(x.q, x.k, x.v, x.dout, documents, counter)
             own = self.params
-            self.maps.move(x.q, x.k, x.v, x.dout)
-            self.tiles.move(documents, counter)
             own.dq, own.out, own.lse = x.dq.data_ptr(), x.out.data_ptr(), x.lse.data_ptr()
             own.dlse = None if x.dlse is None else x.dlse.data_ptr()
             own.stats, own.m_blocks = stats.data_ptr(), documents.m_blocks
-            self.kernel.launch(self.tiles.grid, own, stream)
+            self.kernel.launch(self.grid, own, stream)
 
 
 class KeyGradients:
@@ -155,8 +149,8 @@ class TwoPass:
         stream = stream_of(problem.device)
         counter = counter_of(problem.device, stream)
         documents = Documents.of(
-            stream, problem, Q_CONSUMERS, cu_seqlens, fill, self.q.tiles.pack_gqa, columns=scheduler.documents
-        )  # fmt: skip
+            stream, problem, Q_CONSUMERS, cu_seqlens, fill, self.q.pack_gqa, columns=scheduler.documents
+        )
         m_blocks = problem.batch * problem.num_heads // problem.heads_per_tile * documents.m_blocks
         stats = x.lse.new_empty((m_blocks, 2 * TILE))
         self.q(stream, x, stats, documents, counter)
