@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..triton.documents import Fill
 from . import driver, params
-from .problem import Problem, counter_of, stream_of
+from .problem import Problem, counter_of
 from .rows import RowKernel, row_kernel
 from .varlen import Documents
 
@@ -28,7 +28,7 @@ class Forward(RowKernel):
     ) -> None:
         """Packed documents come with the results to `fill` where no document is."""
         device = self.problem.device
-        stream = stream_of(device)
+        stream = driver.current_stream(device.index)
         counter = counter_of(device, stream)
         documents = None
         if cu_seqlens is not None:

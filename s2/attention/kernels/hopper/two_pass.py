@@ -12,7 +12,7 @@ from torch import Tensor
 from ..triton.documents import Fill
 from ..triton.forward import LOG2E
 from . import driver, params
-from .problem import MAX_KEPT, TILE, BackwardTensors, Problem, counter_of, stream_of
+from .problem import MAX_KEPT, TILE, BackwardTensors, Problem, counter_of
 from .rows import RowKernel, row_kernel
 from .scheduler import PAIR, PackedScheduler, Scheduler
 from .triton_launcher import Launch
@@ -89,15 +89,10 @@ class KeyGradients:
             "PACKED": problem.packed, "GROUPED": problem.group > 1,
         }  # fmt: skip
         self.table = problem.rules.table
-        self.make = functools.partial(
-            Launch,
-            backward_kv.attention_backward_kv,
-            (num_sms if problem.packed else min(items, num_sms), 1, 1),
-            constants,
-            (problem.dtype, problem.head_dim, problem.device),
-        )
+        grid = (num_sms if problem.packed else min(items, num_sms), 1, 1)
+        kind = (problem.dtype, problem.head_dim, problem.device)
         heads, written = problem.heads_per_tile, describe_tiles(k, problem, 1, contiguous=True)
-        self.descriptors = {
+        descriptors = {
             "q_desc": describe_tiles(q, problem, heads),
             "do_desc": describe_tiles(q, problem, heads, contiguous=True),
             "k_desc": describe_tiles(k, problem, 1),
@@ -110,16 +105,13 @@ class KeyGradients:
             problem.batch * problem.kv_heads, scheduler.columns.wave, items,
         )  # fmt: skip
         self.scheduled = scheduler.kernel_scalars
-        self.kernels: dict[int, Launch] = {}  # by rows of statistics
 
-    def kernel(self, rows: int) -> Launch:
-        """For so many rows of statistics, which depend on the number of packed documents."""
-        kernel = self.kernels.get(rows)
-        if kernel is None:
-            if len(self.kernels) >= MAX_KEPT:
-                self.kernels.clear()
-            kernel = self.kernels[rows] = self.make(self.descriptors | {"stats_desc": describe_statistics(rows)})
-        return kernel
+        @functools.lru_cache(MAX_KEPT)
+        def kernel(rows: int) -> Launch:
+            statistics = {"stats_desc": describe_statistics(rows)}
+            return Launch(backward_kv.attention_backward_kv, grid, constants, kind, descriptors | statistics)
+
+        self.kernel = kernel  # for so many rows of statistics, which depend on the number of packed documents
 
     def __call__(
         self, stream: int, x: BackwardTensors, stats: Tensor, documents: Documents, counter: Tensor, partials: Tensor
@@ -146,7 +138,7 @@ class TwoPass:
     def __call__(self, x: BackwardTensors, cu_seqlens: Tensor | None, fill: Fill | None) -> None:
         """Packed documents come with the gradients to `fill` where no document is."""
         problem, scheduler = self.problem, self.scheduler
-        stream = stream_of(problem.device)
+        stream = driver.current_stream(problem.device.index)
         counter = counter_of(problem.device, stream)
         documents = Documents.of(
             stream, problem, Q_CONSUMERS, cu_seqlens, fill, self.q.pack_gqa, columns=scheduler.documents
