@@ -37,26 +37,15 @@ class Part:
         files = tuple((path, name) for path, name in values["files"])
         return cls(values["format"], files, span, values["size"])
 
-    def pieces(self) -> list["Part"]:
-        """The same as one part a file."""
-        if self.span is not None or len(self.files) == 1:
-            return [self]
-        return [Part(self.format, (file,), None, file_size(file[0])) for file in self.files]
 
-
-def joined(pieces: Sequence[Part]) -> Part:
-    """Parts of whole files as one; a single part is left as it is."""
-    if len(pieces) == 1:
-        return pieces[0]
-    files = tuple(file for piece in pieces for file in piece.files)
-    return Part(pieces[0].format, files, None, sum(piece.size for piece in pieces))
-
-
-def divide(kind: str, files: Sequence[NamedFile], part_bytes: int) -> list[Part]:
+def divide(kind: str, files: Sequence[NamedFile], part_bytes: int, before: Mapping[str, int] = {}) -> list[Part]:
     """Files in parts of about `part_bytes` on disk, in reading order.
 
     Small files share a part; parquet is split between row groups and plain JSON lines between lines; a larger
     compressed file is one part. Raises what opening the files raises.
+
+    before: numbers of the parts in which files were, by name; only files of one number share a part again, so that it
+        stays what it was when others grow, come or go.
     """
     if any("://" in path for path, _ in files):
         with ThreadPoolExecutor(_LOOKUPS) as pool:
@@ -64,15 +53,21 @@ def divide(kind: str, files: Sequence[NamedFile], part_bytes: int) -> list[Part]
     else:
         by_file = [_parts_of(kind, file, part_bytes) for file in files]
     groups: list[list[Part]] = []
-    size = 0  # of the last group
-    for parts in by_file:
-        if len(parts) == 1 and groups and groups[-1][-1].span is None and size + parts[0].size <= part_bytes:
+    size, number = 0, None  # of the last group
+    for (_, name), parts in zip(files, by_file, strict=True):
+        is_alike = bool(groups) and groups[-1][-1].span is None and before.get(name) == number
+        if len(parts) == 1 and is_alike and size + parts[0].size <= part_bytes:
             groups[-1] += parts
             size += parts[0].size
         else:
             groups += [[part] for part in parts]
-            size = parts[-1].size
-    return [joined(group) for group in groups]
+            size, number = parts[-1].size, before.get(name)
+    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+
+
+def _joined(group: Sequence[Part]) -> Part:
+    files = tuple(file for part in group for file in part.files)
+    return Part(group[0].format, files, None, sum(part.size for part in group))
 
 
 def divide_made(documents: int, size: int, part_bytes: int) -> list[Part]:

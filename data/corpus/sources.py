@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -171,9 +171,8 @@ class Source(Settings):
             )
         return Found(formats.pop(), files, [])
 
-    def parts(self, part_bytes: int = PART_BYTES) -> tuple[list[Part], str | None]:
-        """The source in parts of about `part_bytes` on disk (`data.corpus.parts.divide`), and the revision of a hub
-        dataset.
+    def parts(self, part_bytes: int = PART_BYTES, before: Mapping[str, int] = {}) -> tuple[list[Part], str | None]:
+        """The source in parts (`data.corpus.parts.divide`, whose arguments these are), and the revision of a hub dataset.
 
         Raises FileNotFoundError and ValueError as `resolve`, ValueError for a hub dataset in another format than
         parquet and JSON lines, `data.corpus.remote.SourceError` where the hub does not answer.
@@ -188,7 +187,7 @@ class Source(Settings):
             read = f"reading {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
             print(f"source {self.label}: {read}, leaving out {listed(left_out)}", file=sys.stderr)
         try:
-            return divide(kind, files, part_bytes), revision
+            return divide(kind, files, part_bytes, before), revision
         except RowError as error:
             raise ValueError(f"source path {self.path!r}: {error}") from error
 

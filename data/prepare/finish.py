@@ -10,11 +10,11 @@ import numpy as np
 
 from data.corpus.tokenizer import TextTokenizer
 from data.prepare.output import TOKENIZER, remove_work
-from data.prepare.part import EXAMPLES, part_counts
+from data.prepare.part import EXAMPLES
 from data.prepare.plan import Plan
 from data.prepare.spec import PrepareSpec
 from data.prepare.stages import Records
-from data.shards.writer import write_manifest
+from data.shards.writer import read_arrays, write_manifest
 
 _REASONS = {"short": "shorter than min_chars", "null": "without text"}
 
@@ -41,7 +41,7 @@ def finish(
         counts = {source.label: np.zeros((2, tokenizer.vocab_size), dtype=np.int64) for source in spec.sources}
         for source, done in zip(spec.sources, records, strict=True):
             for task, _ in done:
-                counts[source.label] += part_counts(task)[split]
+                counts[source.label] += read_arrays(task.file(".counts.npz"))[split]
         write_manifest(
             folder,
             tokenizer.dtype,

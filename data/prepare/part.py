@@ -24,10 +24,9 @@ from data.corpus.sources import Document
 from data.corpus.tokenizer import TextTokenizer
 from data.prepare.encoding import ahead, batches, encoded
 from data.prepare.plan import Planned
-from data.prepare.pool import Report
 from data.prepare.spec import PrepareSpec
 from data.prepare.stamps import begins_in, stamps
-from data.shards.writer import ShardWriter, read_arrays, write_arrays
+from data.shards.writer import ShardWriter, write_arrays
 from s2 import files
 
 WORK, WRITTEN = "work", "written.json"
@@ -47,10 +46,6 @@ WORK_FILES = (
 BAD = "bad row"  # the reason that skipped rows are counted under
 EXAMPLES = 5
 _FREE = ("name", "max_bytes", "max_documents", "on_bad_row")  # of a source: what its scans do not depend on
-
-
-def _no_report(size: int) -> None:
-    """For work that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ _REMEDY = (
 )
 
 
-def scan_part(task: Task, report: Report = _no_report) -> None:
+def scan_part(task: Task) -> None:
     """Write what deduplication needs to know about a part, unless it is there."""
     assert task.spec.deduplicate is not None
     file = task.file(".scan.npz")
@@ -168,18 +163,12 @@ def scan_part(task: Task, report: Report = _no_report) -> None:
         with np.load(file) as found:
             if str(found["made_for"]) == made_for and task.has_read(json.loads(str(found["files"]))):
                 return
-    arrays = scan(_reported(task.documents(Counter(), []), report), task.spec.deduplicate)
+    arrays = scan(task.documents(Counter(), []), task.spec.deduplicate)
     arrays |= {"made_for": np.array(made_for), "files": np.array(json.dumps(task.files_read()))}
     write_arrays(file, arrays)
 
 
-def _reported(documents: Iterable[Document], report: Report) -> Iterator[Document]:
-    for batch in batches(documents):
-        yield from batch
-        report(sum(len(document.text) for document in batch))
-
-
-def encode_part(task: Task, report: Report = _no_report) -> dict[str, Any]:
+def encode_part(task: Task) -> dict[str, Any]:
     """Write a part's shards and return its record; does nothing where it is done.
 
     Raises what reading the source raises, and OSError where writing fails; nothing of the part is left then.
@@ -187,15 +176,15 @@ def encode_part(task: Task, report: Report = _no_report) -> dict[str, Any]:
     record = task.record()
     if record is None:
         files.remove_files(task.file("").parent, f"{task.name}.json")
-        record = _encode(task, report)
+        record = _encode(task)
         files.write_json(task.file(".json"), record)
     return record
 
 
-def _encode(task: Task, report: Report) -> dict[str, Any]:
+def _encode(task: Task) -> dict[str, Any]:
     spec, source = task.spec, task.spec.sources[task.source]
     tokenizer = _tokenizer(Path(spec.output), spec.tokenizer.bos, spec.tokenizer.eos, task.tokenizer)
-    arguments = (_prefix(task), source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
+    arguments = (f"shard-{task.name}", source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
     skipped: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     bad: list[str] = []
@@ -216,7 +205,6 @@ def _encode(task: Task, report: Report) -> dict[str, Any]:
                     [batch[i].url for i in chosen],
                 )
             totals.update(documents=len(batch), tokens=sum(map(len, tokens)), bytes=sum(sizes))
-            report(sum(sizes))
         read = task.files_read()
         write_arrays(task.file(".counts.npz"), {split: writer.counts for split, writer in writers.items()})
     return {
@@ -229,15 +217,6 @@ def _encode(task: Task, report: Report) -> dict[str, Any]:
         "before": [task.limit.bytes, task.limit.documents],
         "shards": {split: writer.shards for split, writer in writers.items()},
     }
-
-
-def part_counts(task: Task) -> dict[str, np.ndarray]:
-    """Token counts of a part that is done, by split; see `TokenShards.counts`."""
-    return read_arrays(task.file(".counts.npz"))
-
-
-def _prefix(task: Task) -> str:
-    return f"shard-{task.name}"
 
 
 @lru_cache(maxsize=1)

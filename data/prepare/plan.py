@@ -8,14 +8,14 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus.parts import Part, joined
+from data.corpus.parts import Part
 from data.prepare.spec import PrepareSpec
-from data.prepare.stamps import Stamp, stamps, with_known_content
+from data.prepare.stamps import Stamp, stamps
 from s2 import files
 
 PLAN = "plan.json"
@@ -97,7 +97,8 @@ def make_plan(spec: PrepareSpec, work: Path) -> tuple[Plan, bool]:
         _say(spec, "begins anew: files of the sources have changed since the interrupted preparation here")
         return _new(spec, settings), False
     _probe(spec, plan)
-    return _compared(spec, plan, work), True
+    _say_changed(spec, plan, work)
+    return plan, True
 
 
 def _new(spec: PrepareSpec, settings: Mapping[str, Any]) -> Plan:
@@ -112,36 +113,39 @@ def _new(spec: PrepareSpec, settings: Mapping[str, Any]) -> Plan:
 
 
 def _again(spec: PrepareSpec, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> Plan:
+    """The plan for the files as they are now; what reads the same places of the same files keeps its number."""
     sources = []
     for source, planned in zip(spec.sources, begun["sources"], strict=True):
-        old = [(values["number"], Part.from_json(values)) for values in planned["parts"]]
-        is_remote = any("://" in path for _, part in old for path, _ in part.files)
-        if is_remote or planned["revision"] is not None:  # pinned, so the hub need not be asked again
-            sources.append([Planned(number, part) for number, part in old])
-        else:
-            new = source.parts(begun["part_bytes"])[0]
-            sources.append([_stamped(number, part) for number, part in _renumbered(new, old)])
+        parts = [Planned(values["number"], Part.from_json(values)) for values in planned["parts"]]
+        if not any("://" in path for each in parts for path, _ in each.part.files):  # else pinned, and not asked again
+            numbers = {json.dumps(each.place): each.number for each in parts}
+            before = {name: each.number for each in parts for _, name in each.part.files}
+            fresh = itertools.count(1 + max(numbers.values(), default=-1))
+            new = [_stamped(-1, part) for part in source.parts(begun["part_bytes"], before)[0]]
+            known = [numbers.get(json.dumps(each.place)) for each in new]
+            parts = [
+                replace(each, number=next(fresh) if number is None else number)
+                for each, number in zip(new, known, strict=True)
+            ]
+        sources.append(parts)
     return Plan(settings, begun["part_bytes"], sources, [planned["revision"] for planned in begun["sources"]])
 
 
-def _compared(spec: PrepareSpec, plan: Plan, work: Path) -> Plan:
-    """The plan with what records of finished parts tell about files whose time alone has changed; says which files have
-    changed otherwise."""
-    sources, changed, parts = [], [], 0
+def _say_changed(spec: PrepareSpec, plan: Plan, work: Path) -> None:
+    """Which files of finished parts have changed, and how many parts that are."""
+    changed: dict[str, None] = {}
+    parts = 0
     for number, every in enumerate(plan.sources):
-        done = [files.read_json(file)["files"] for file in sorted(work.glob(f"{number:03d}-*.json"))]
-        read = [record for records in done for record in records]
-        stamps_now = [stamp for planned in every for stamp in planned.stamps]
-        known = {stamp.name: stamp for stamp in with_known_content(stamps_now, read)}
-        differ = {r["name"] for r in read if r["name"] in known and not known[r["name"]].matches(r)}
-        changed += [known[name].path for name in sorted(differ)]
-        parts += sum(any(record["name"] in differ for record in records) for records in done)
-        sources.append([replace(p, stamps=tuple(known[stamp.name] for stamp in p.stamps)) for p in every])
+        now = {stamp.name: stamp for planned in every for stamp in planned.stamps}
+        for file in sorted(work.glob(f"{number:03d}-*.json")):
+            read = files.read_json(file)["files"]
+            paths = [now[r["name"]].path for r in read if r["name"] in now and not now[r["name"]].matches(r)]
+            changed.update(dict.fromkeys(paths))
+            parts += bool(paths)
     if changed:
         more = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
         again = f"{parts} finished part{'s' * (parts != 1)} will be made again"
-        _say(spec, f"{changed[0]}{more} changed since the interruption; {again}")
-    return replace(plan, sources=sources)
+        _say(spec, f"{next(iter(changed))}{more} changed since the interruption; {again}")
 
 
 def _probe(spec: PrepareSpec, plan: Plan) -> None:
@@ -152,30 +156,6 @@ def _probe(spec: PrepareSpec, plan: Plan) -> None:
 
 def _stamped(number: int, part: Part) -> Planned:
     return Planned(number, part, tuple(stamps(part.files)))
-
-
-def _renumbered(new: Sequence[Part], old: Sequence[tuple[int, Part]]) -> list[tuple[int, Part]]:
-    """The parts of `old` whose files stand together still, and between them those of `new`, less these files."""
-    pieces = [(index, piece) for index, part in enumerate(new) for piece in part.pieces()]
-    keys = [_keys(piece)[0] for _, piece in pieces]
-    known = {_keys(part)[0]: (number, _keys(part)) for number, part in old}
-    fresh = itertools.count(1 + max((number for number, _ in old), default=-1))
-    result, at = [], 0
-    while at < len(pieces):
-        number, own = known.get(keys[at], (-1, []))
-        end = at + len(own)
-        if not own or keys[at:end] != own:
-            number, end = next(fresh), at + 1
-            while end < len(pieces) and pieces[end][0] == pieces[at][0] and keys[end] not in known:
-                end += 1
-        result.append((number, joined([piece for _, piece in pieces[at:end]])))
-        at = end
-    return result
-
-
-def _keys(part: Part) -> list[str]:
-    """What tells the files of a part, or the span of its one file, from others."""
-    return [json.dumps([part.format, name, part.span]) for _, name in part.files]
 
 
 def _say(spec: PrepareSpec, what: str) -> None:

@@ -35,7 +35,7 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
     if kept.get("state") != plan.state:
         limits = [Limit.of(source) for source in spec.sources]
         judge = Deduplicator(spec.deduplicate)
-        with workers("scanning for duplicates", sum(map(len, parts)), spec.workers) as pool:
+        with workers("scanning for duplicates", spec, parts) as pool:
             scans = [
                 pool.in_order(scan_part, tasks_of(spec, number, every), _ahead(pool, limits[number]))
                 for number, every in enumerate(parts)
@@ -49,7 +49,7 @@ def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[
     )
 
 
-def _judge(judge: Deduplicator, limit: Limit, scanned: Results[Task]) -> tuple[int, dict[str, int]]:
+def _judge(judge: Deduplicator, limit: Limit, scanned: Results) -> tuple[int, dict[str, int]]:
     """Decide about a source's parts in order; returns how many it takes and what was dropped."""
     taken, reasons = 0, Counter[str]()
     with closing(scanned):
@@ -71,7 +71,7 @@ def encode(spec: PrepareSpec, parts: Parts, tokenizer: str, below: int, splits: 
         for part in parts[number]:
             yield Task(spec, number, part, tokenizer, replace(limit), below, splits)
 
-    with workers("tokenizing", sum(map(len, parts)), spec.workers) as pool:
+    with workers("tokenizing", spec, parts) as pool:
         encoded = [
             pool.in_order(encode_part, tasks(number, limit), _ahead(pool, limit)) for number, limit in enumerate(limits)
         ]
@@ -82,7 +82,7 @@ def _ahead(pool: Workers, limit: Limit) -> int | None:
     return None if limit.is_none else 2 * pool.size
 
 
-def _up_to(limit: Limit, encoded: Results[Task]) -> list[tuple[Task, dict[str, Any]]]:
+def _up_to(limit: Limit, encoded: Results) -> list[tuple[Task, dict[str, Any]]]:
     """What a source's limit takes. A part was begun before it was known what those before it take: where that would
     have changed it, it is made again."""
     taken = []

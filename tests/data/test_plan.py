@@ -1,7 +1,8 @@
 """Plans of interrupted preparations: parts stay what they were, as far as their files do."""
 
 from data.corpus.sources import Source
-from data.prepare.plan import _renumbered
+from data.prepare.plan import _again
+from tests.data.preparing import spec
 
 
 def parts_of(folder, part_bytes):
@@ -10,6 +11,14 @@ def parts_of(folder, part_bytes):
 
 def files(parts):
     return [(number, [name[0] for _, name in part.files], part.span) for number, part in parts]
+
+
+def planned_again(folder, old):
+    """Numbers and parts of a plan for the files as they are now."""
+    asked = spec(folder / "*.jsonl", folder / "out")
+    begun = {"revision": None, "parts": [{"number": number, **part.to_json()} for number, part in old]}
+    plan = _again(asked, {}, {"part_bytes": 1000, "sources": [begun]})
+    return [(planned.number, planned.part) for planned in plan.sources[0]]
 
 
 def write(folder, **sizes):
@@ -21,7 +30,7 @@ def test_without_a_change_every_part_stays_as_it_is(tmp_path):
     write(tmp_path, a=300, b=400, c=500, d=2500, e=10, f=0, g=990)
     old = list(enumerate(parts_of(tmp_path, 1000)))
     assert files(old)[:3] == [(0, ["a", "b"], None), (1, ["c"], None), (2, ["d"], (0, 833))]
-    assert _renumbered(parts_of(tmp_path, 1000), old) == old
+    assert planned_again(tmp_path, old) == old
 
 
 def test_parts_whose_files_stand_together_keep_their_numbers(tmp_path):
@@ -35,7 +44,7 @@ def test_parts_whose_files_stand_together_keep_their_numbers(tmp_path):
     ]
     write(tmp_path, a=10, h=2100, z=5)  # a shrinks; h and z are new
     (tmp_path / "e.jsonl").unlink()
-    new = _renumbered(parts_of(tmp_path, 1000), old)
+    new = planned_again(tmp_path, old)
     assert files(new) == [
         (3, ["a", "c"], None),
         (7, ["d"], None),
