@@ -20,7 +20,7 @@ from data.corpus.sources import LOST
 from data.corpus.tokenizer import DROPPED, UNKNOWN
 from data.prepare import prepare
 from data.section import DataSection
-from data.shards.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
+from data.shards.loader import Collate, HeldOutDataset, RankSampler, Sample, TrainDataset
 from data.shards.mixture import Curriculum, Mixture, PackedStream, Passes
 from data.shards.reader import TokenShards
 from data.shards.unigram import target_counts, unigram_loss
@@ -218,7 +218,7 @@ class PackedDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        sampler = TrainSampler(*self._rank(), self.micro_batch_size, self._start)
+        sampler = RankSampler(*self._rank(), self.micro_batch_size, self._start)
         return self._loader(TrainDataset(self.rows), sampler, self.micro_batch_size, self.seq_len)
 
     @property
@@ -232,7 +232,7 @@ class PackedDataModule(LightningDataModule):
             tokens = self.micro_batch_size * self.seq_len
             rows = settings.micro_batch_size or max(1, tokens // stream.seq_len)
             dataset = HeldOutDataset(stream, settings.max_windows)
-            sampler = HeldOutSampler(*self._rank(), rows, len(dataset))
+            sampler = RankSampler(*self._rank(), rows, lambda: 0, len(dataset))
             loaders.append(self._loader(dataset, sampler, rows, stream.seq_len))
         return loaders
 

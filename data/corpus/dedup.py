@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
-from data.corpus.sources import Document
+from data.corpus.readers import Document
 from s2.settings import Check, Positive, SettingError, Settings, Share
 
 

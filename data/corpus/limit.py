@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from data.corpus.sources import Document, Source
+from data.corpus.readers import Document
+from data.corpus.sources import Source
 
 
 @dataclass

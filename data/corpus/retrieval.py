@@ -22,7 +22,7 @@ from typing import Annotated
 
 import numpy as np
 
-from data.corpus.readers import Row
+from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
 from data.shards.reader import TokenShards
 from s2.settings import Check, Count, Positive, SettingError, Settings
@@ -103,10 +103,10 @@ class Retrieval(Settings):
             _filler(self.filler)
 
 
-def read_retrieval(settings: Retrieval, first: int, stop: int) -> Iterator[Row]:
+def read_retrieval(settings: Retrieval, first: int, stop: int) -> Iterator[Document]:
     """Documents [first, stop); the id of each is its seed and number."""
     for number in range(first, stop):
-        yield Row(document(settings, number), f"{settings.seed}:{number}", "")
+        yield Document(document(settings, number), f"{settings.seed}:{number}")
 
 
 def document(settings: Retrieval, number: int) -> str:

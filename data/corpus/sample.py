@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from data.corpus.limit import Limit
 from data.corpus.parts import Part, file_size, row_groups
-from data.corpus.readers import PACKS, OnBad, stop
-from data.corpus.sources import Document, Source
+from data.corpus.readers import PACKS, Document, OnBad, stop
+from data.corpus.sources import Source
 
 READ = 2  # bytes that are looked at for each byte of the sample; a source that has no more on disk is read whole
 _STRETCH, _PLACES = 4 << 20, 64  # of a larger one, up to that many bytes at each of at least as many places

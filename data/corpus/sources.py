@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpus.columns import Columns, RowError, find, plain_conditions
+from data.corpus.columns import Columns, RowError, find
 from data.corpus.folders import NamedFile, folder_files, matching_files, python_env_files
 from data.corpus.formats import TEXT_SUFFIXES, Format, Found, format_of, known_format, listed, of_one_format
 from data.corpus.parts import Part, divide, divide_made
 from data.corpus.readers import (
+    Document,
     OnBad,
-    Row,
     json_rows,
     no_column,
     open_parquet,
@@ -41,17 +41,6 @@ PART_BYTES = 128 << 20
 PROBED_ROWS = 1000
 LOST = "lone surrogates"  # replaced by "?"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: its text, an id that is stable across machines and runs, the name of its source, and its url
-    ("" where none is known)."""
-
-    text: str
-    id: str
-    source: str
-    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,6 @@ class Source(Settings):
             raise SettingError("data_dir", f"{self.data_dir!r} is for hub datasets; of others `path` names the folder")
         if (self.path == "retrieval") != (self.retrieval is not None):
             raise SettingError("retrieval", "settings of a source with `path: retrieval`, and of no other")
-        object.__setattr__(self, "keep", plain_conditions(self.keep))
         self.columns  # noqa: B018  # checks the conditions
 
     @classmethod
@@ -172,7 +160,7 @@ class Source(Settings):
         return Found(formats.pop(), files, [])
 
     def parts(self, part_bytes: int = PART_BYTES, before: Mapping[str, int] = {}) -> tuple[list[Part], str | None]:
-        """The source in parts (`data.corpus.parts.divide`, whose arguments these are), and the revision of a hub dataset.
+        """The source in parts (arguments as of `data.corpus.parts.divide`), and the revision of a hub dataset.
 
         Raises FileNotFoundError and ValueError as `resolve`, ValueError for a hub dataset in another format than
         parquet and JSON lines, `data.corpus.remote.SourceError` where the hub does not answer.
@@ -250,7 +238,7 @@ class Source(Settings):
                     text = _valid(row.text)
                     if text is not row.text:
                         skipped[LOST] += len(_SURROGATE.findall(row.text))
-                    yield Document(text, _valid(f"{label}/{row.id}"), label, _valid(row.url))
+                    yield Document(text, _valid(f"{label}/{row.id}"), _valid(row.url))
         except RowError as error:
             raise ValueError(f"source path {self.path!r}: {error}") from error
 
@@ -261,7 +249,7 @@ class Source(Settings):
         for part in parts:
             yield from self.read(part)
 
-    def _rows(self, part: Part, path: str, name: str, skipped: Counter[str], on_bad: OnBad) -> Iterator[Row]:
+    def _rows(self, part: Part, path: str, name: str, skipped: Counter[str], on_bad: OnBad) -> Iterator[Document]:
         if part.format == "text":
             return read_text(path, name, skipped)
         if self.retrieval is not None and part.span is not None:

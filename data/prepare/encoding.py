@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data.corpus.sources import Document
+from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
 
 T = TypeVar("T")

@@ -8,15 +8,14 @@ lie inside the output or would read from it.
 
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from data.corpus.folders import matches
 from data.prepare.part import WORK, WORK_FILES, WRITTEN
-from data.prepare.plan import PLAN
 from data.prepare.spec import PrepareSpec
 from data.shards.reader import KIND, MANIFEST, read_manifest, sha256
 from data.shards.writer import remove_unlisted
@@ -45,13 +44,7 @@ def check_output(spec: PrepareSpec) -> None:
     if os.path.lexists(output) and not output.is_dir():
         raise files.NotOursError(f"output {output} is not a folder; choose another, or move it")
     _refuse_sources_inside(spec)
-    work = output / WORK
-    if files.kind_of(work) is None and (work / PLAN).is_file() and "settings" in _json(work / PLAN):
-        raise files.NotOursError(
-            f"{output}: an earlier version of this program began to prepare here. Finish it with that version, choose"
-            f" another `output`, or delete {work} and the folders beside it that have no {MANIFEST}"
-        )
-    for folder, kind in ((work, WORK_KIND), *((folder, KIND) for folder in spec.folders.values())):
+    for folder, kind in ((output / WORK, WORK_KIND), *((folder, KIND) for folder in spec.folders.values())):
         if not is_finished(folder):
             files.check_folder(folder, kind)
     file = output / TOKENIZER
@@ -148,7 +141,7 @@ def _refuse_sources_inside(spec: PrepareSpec) -> None:
                 f"source path {source.path!r}: the output {spec.output} lies inside of this folder, so shards would"
                 " become documents; choose an `output` elsewhere"
             )
-        for file in _paths(source.resolve().files):
+        for file in _real_paths(source.resolve().files):
             if _is_inside(file, output):
                 raise ValueError(
                     f"source path {source.path!r}: {file} lies inside of the output {spec.output}; choose an `output`"
@@ -165,24 +158,12 @@ def _refuse_sources_inside(spec: PrepareSpec) -> None:
                 )
 
 
-def _paths(found: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Real paths; of the folders on the way each is looked up once."""
-    folders: dict[str, str] = {}
-    for path, _ in found:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        real = os.path.join(folders[folder], name)
-        yield os.path.realpath(real) if os.path.islink(real) else real
+def _real_paths(found: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for folder, paths in itertools.groupby((path for path, _ in found), os.path.dirname):
+        real = os.path.realpath(folder)
+        for path in paths:
+            yield os.path.realpath(path) if os.path.islink(path) else os.path.join(real, os.path.basename(path))
 
 
 def _is_inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = files.read_json(file)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

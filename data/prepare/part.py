@@ -20,7 +20,7 @@ import numpy as np
 from data.corpus.columns import BadRowError
 from data.corpus.dedup import scan, select
 from data.corpus.limit import Limit
-from data.corpus.sources import Document
+from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
 from data.prepare.encoding import ahead, batches, encoded
 from data.prepare.plan import Planned

@@ -124,9 +124,6 @@ class PrepareSpec(Settings):
         """Documents with a smaller `place` are held out."""
         return math.ceil(self.heldout_fraction * 2**64)
 
-    def is_heldout(self, document_id: str) -> bool:
-        return self.place(document_id) < self.heldout_below
-
 
 def parse_sections(section: Any, where: str = "prepare") -> list[PrepareSpec]:
     """One `prepare` mapping or a list of them, as specs."""

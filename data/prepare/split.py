@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from data.corpus.dedup import select
 from data.corpus.limit import Limit
-from data.corpus.sources import Document
+from data.corpus.readers import Document
 from data.prepare.part import tasks_of
 from data.prepare.plan import Planned
 from data.prepare.spec import PrepareSpec

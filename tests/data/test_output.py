@@ -178,7 +178,8 @@ def test_interrupted_outputs_of_earlier_versions_are_refused_with_a_way_on(earli
     before = snapshot(Path("interrupted"))
     asked = spec(None, "interrupted", **earlier)
     with pytest.raises(
-        files.NotOursError, match=r"an earlier version of this program began to prepare here\. Finish it"
+        files.NotOursError,
+        match=r"interrupted/work holds files that this program did not write .*; choose another folder, or move them",
     ):
         prepare(asked)
     assert snapshot(Path("interrupted")) == before
