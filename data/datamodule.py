@@ -61,11 +61,9 @@ class PackedDataModule(LightningDataModule):
         document_mask: bool = True,
         curriculum: list[dict[str, Any]] | None = None,
     ):
+        given = {name: value for name, value in locals().items() if name in DataSection.__dataclass_fields__}
         super().__init__()
         self.prepare_data_per_node = False  # shards lie on storage that all nodes share
-        given: dict[str, Any] = {"mixture": mixture, "validation": validation, "prepare": prepare}
-        given |= {"curriculum": curriculum, "seq_len": seq_len, "micro_batch_size": micro_batch_size, "seed": seed}
-        given |= {"num_workers": num_workers, "document_mask": document_mask}
         self.section = read(DataSection, given, "data")
         self.seq_len, self.micro_batch_size = self.section.seq_len, self.section.micro_batch_size
         self.components, self.heldout_sets = self.section.components, self.section.heldout_sets

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tqdm import tqdm
 
 from data.corpus.limit import Limit
-from data.corpus.parts import Part, file_size, row_groups
+from data.corpus.parts import Part, row_groups
 from data.corpus.readers import PACKS, Document, OnBad, stop
 from data.corpus.sources import Source
 
@@ -125,7 +125,7 @@ def _pieces(part: Part, places: list[int], stretch: int, step: int) -> Counter[P
     if not places:
         return found
     whole = part.span is not None or len(part.files) == 1
-    sizes = [part.size] if whole else [file_size(path) for path, _ in part.files]
+    sizes = [part.size] if whole else [file.size for file in part.files]
     ends = list(itertools.accumulate(sizes))
     taken = 0  # files before this one have been
     for place in places:
@@ -144,14 +144,14 @@ def _pieces(part: Part, places: list[int], stretch: int, step: int) -> Counter[P
 
 def _piece(part: Part, i: int, offset: int, size: int, step: int) -> Part:
     """File `i` of a part from `offset` on, or as much of it as can be read on its own."""
-    path, name = part.files[i]
+    file = part.files[i]
     span = part.span
-    if part.format == "jsonl" and not path.endswith(PACKS):
+    if part.format == "jsonl" and not file.path.endswith(PACKS):
         begin, end = span or (0, size)
         at = min(begin + offset, end)
         span = (at, min(at + step, end))
     elif part.format == "parquet":
-        first, last = span or (0, row_groups(path))
+        first, last = span or (0, row_groups(file.path))
         at = first + min(offset * (last - first) // max(1, size), last - first - 1)
         span = (at, at + 1) if last > first else span
-    return Part(part.format, ((path, name),), span, min(step, size))
+    return Part(part.format, (file,), span, min(step, size))

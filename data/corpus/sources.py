@@ -188,7 +188,7 @@ class Source(Settings):
         missing = dict.fromkeys(self.columns.names)
         there: dict[str, None] = {}
         if parts and parts[0].format not in ("text", "retrieval"):
-            file = parts[0].files[0][0]
+            file = parts[0].files[0].path
             try:
                 for names, found in itertools.islice(self._first_rows(parts), PROBED_ROWS):
                     there |= dict.fromkeys(names)
@@ -207,7 +207,7 @@ class Source(Settings):
         """Names of the columns, and which of those asked for are there, row by row (of parquet: file by file)."""
         names = self.columns.names
         for part in parts:
-            for path, _ in part.files:
+            for path, *_ in part.files:
                 if part.format == "jsonl":
                     for _, _, row in json_rows(path, part.span, on_bad=lambda error: None):
                         yield row, [name for name in names if find(row, name)[0]]
@@ -230,7 +230,7 @@ class Source(Settings):
         label = self.label
         min_chars = self.min_chars if self.min_chars is not None else (200 if self.path == "python-env" else 1)
         try:
-            for path, name in part.files:
+            for path, name, *_ in part.files:
                 for row in self._rows(part, path, name, skipped, on_bad):
                     if len(row.text) < min_chars:
                         skipped["short"] += 1

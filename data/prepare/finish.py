@@ -74,7 +74,7 @@ def _summaries(
                 "name": source.label,
                 "path": source.path,
                 "revision": plan.revisions[number],
-                "files": len({path for task, _ in done for path, _ in task.planned.part.files}),
+                "files": len({file.path for task, _ in done for file in task.part.files}),
                 "all_read": not is_cut,
                 **totals,
                 "skipped": dict(skipped),

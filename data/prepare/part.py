@@ -8,7 +8,7 @@ shards depend on; a part whose record does not fit any more is made again.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,20 +20,21 @@ import numpy as np
 from data.corpus.columns import BadRowError
 from data.corpus.dedup import scan, select
 from data.corpus.limit import Limit
+from data.corpus.parts import File, Part
 from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
 from data.prepare.encoding import ahead, batches, encoded
-from data.prepare.plan import Planned
+from data.prepare.plan import KEPT, PLAN
 from data.prepare.spec import PrepareSpec
-from data.prepare.stamps import begins_in, stamps
+from data.prepare.stamps import matches, record
 from data.shards.writer import ShardWriter, write_arrays
 from s2 import files
 
 WORK, WRITTEN = "work", "written.json"
 # Everything that a preparation writes into `<output>/work/`.
 WORK_FILES = (
-    "plan.json",
-    "kept.json",
+    PLAN,
+    KEPT,
     "split.json",  # of earlier versions
     "tokenizer.json",
     WRITTEN,
@@ -58,7 +59,7 @@ class Task:
 
     spec: PrepareSpec
     source: int
-    planned: Planned
+    part: Part
     tokenizer: str = ""
     limit: Limit = field(default_factory=Limit)
     below: int = 0
@@ -66,7 +67,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return f"{self.source:03d}-{self.planned.number:05d}"
+        return f"{self.source:03d}-{self.part.number:05d}"
 
     def file(self, suffix: str) -> Path:
         return Path(self.spec.output) / WORK / (self.name + suffix)
@@ -80,7 +81,7 @@ class Task:
     def depends_on(self) -> dict[str, Any]:
         """What a record was made for, besides the files' content and the limits of the source."""
         return {
-            "place": self.planned.place,
+            "place": self.part.place,
             "tokenizer": self.tokenizer,
             "below": self.below,
             "keep": None if self.keep is None else hashlib.blake2b(self.keep.tobytes(), digest_size=16).hexdigest(),
@@ -109,8 +110,8 @@ class Task:
 
     def has_read(self, recorded: list[dict[str, Any]]) -> bool:
         """Whether the recorded state of the files is the present one."""
-        now = self.planned.stamps
-        return len(now) == len(recorded) and all(stamp.matches(r) for stamp, r in zip(now, recorded, strict=True))
+        now = self.part.local_files
+        return len(now) == len(recorded) and all(map(matches, now, recorded))
 
     @property
     def skips_bad_rows(self) -> bool:
@@ -126,24 +127,16 @@ class Task:
             if len(bad) < EXAMPLES:
                 bad.append(str(error))
 
-        yield from self.spec.sources[self.source].read(self.planned.part, skipped, skip)
+        yield from self.spec.sources[self.source].read(self.part, skipped, skip)
 
     def files_read(self) -> list[dict[str, Any]]:
         """Records of the files, for a part that has been read; ValueError where they have changed meanwhile."""
-        self.check_files()
-        records = [stamp.record(content=begins_in(self.planned.part)) for stamp in self.planned.stamps]
-        self.check_files()
+        is_beginning = self.part.span is None or self.part.span[0] == 0  # of a file in several parts one has it
+        records = [record(file, content=is_beginning) for file in self.part.local_files]
+        for file in self.part.local_files:
+            if File.found(file.path, file.name) != file:
+                raise ValueError(f"{file.path} changed while it was read; run again (what is finished is kept)")
         return records
-
-    def check_files(self) -> None:
-        for was, now in zip(self.planned.stamps, stamps(self.planned.part.files), strict=True):
-            if (was.size, was.mtime_ns) != (now.size, now.mtime_ns):
-                raise ValueError(f"{was.path} changed while it was read; run again (what is finished is kept)")
-
-
-def tasks_of(spec: PrepareSpec, source: int, parts: Iterable[Planned]) -> Iterator[Task]:
-    """The tasks of a source for which only the spec matters."""
-    return (Task(spec, source, part) for part in parts)
 
 
 _REMEDY = (
@@ -157,7 +150,7 @@ def scan_part(task: Task) -> None:
     assert task.spec.deduplicate is not None
     file = task.file(".scan.npz")
     source = asdict(task.spec.sources[task.source])
-    wanted = [task.planned.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _FREE}]
+    wanted = [task.part.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _FREE}]
     made_for = json.dumps(wanted, sort_keys=True)
     if file.exists():
         with np.load(file) as found:

@@ -4,7 +4,6 @@ A part keeps its number, and with it what is done of it, as long as it reads the
 state of them a finished part has read, its own record says (`data.prepare.part`).
 """
 
-import hashlib
 import itertools
 import json
 import sys
@@ -15,54 +14,30 @@ from typing import Any
 
 from data.corpus.parts import Part
 from data.prepare.spec import PrepareSpec
-from data.prepare.stamps import Stamp, stamps
+from data.prepare.stamps import matches, plain
 from s2 import files
 
-PLAN = "plan.json"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A part with its number, which names its files, and the stamps of the local files that it reads."""
-
-    number: int
-    part: Part
-    stamps: tuple[Stamp, ...] = ()
-
-    @property
-    def place(self) -> list[Any]:
-        """What tells parts of a source apart, as JSON holds it: format, names of the files, span."""
-        part = self.part
-        return [part.format, [name for _, name in part.files], list(part.span) if part.span else None]
+PLAN, KEPT = "plan.json", "kept.json"
 
 
 @dataclass(frozen=True)
 class Plan:
     """sources: the parts of each, in reading order. revisions: of hub datasets, None for other sources.
 
-    part_bytes: that the parts were made with. state: tells apart plans whose parts or local files differ in anything.
+    part_bytes: that the parts were made with.
     """
 
     settings: Mapping[str, Any]
     part_bytes: int
-    sources: list[list[Planned]]
+    sources: list[list[Part]]
     revisions: list[str | None]
 
-    @property
-    def state(self) -> str:
-        every = [
-            [[*part.place, [(s.name, s.size, s.mtime_ns) for s in part.stamps]] for part in parts]
-            for parts in self.sources
-        ]
-        return hashlib.blake2b(json.dumps([every, self.revisions]).encode(), digest_size=16).hexdigest()
-
-    def write(self, file: Path) -> None:
+    def to_json(self) -> dict[str, Any]:
         sources = [
-            {"revision": revision, "parts": [{"number": p.number, **p.part.to_json()} for p in parts]}
+            {"revision": revision, "parts": [part.to_json() for part in parts]}
             for parts, revision in zip(self.sources, self.revisions, strict=True)
         ]
-        values = {"settings": self.settings, "part_bytes": self.part_bytes, "state": self.state, "sources": sources}
-        files.write_json(file, values)
+        return {"settings": self.settings, "part_bytes": self.part_bytes, "sources": sources}
 
 
 def make_plan(spec: PrepareSpec, work: Path) -> tuple[Plan, bool]:
@@ -77,7 +52,7 @@ def make_plan(spec: PrepareSpec, work: Path) -> tuple[Plan, bool]:
     settings = spec.settings()
     begun = files.read_json(work / PLAN) if (work / PLAN).is_file() else None
     if begun is None:
-        return _new(spec, settings), False
+        return _plan(spec, settings), False
     is_any_done = any(work.glob("[0-9]*.json"))
     if changed := spec.changes(begun["settings"]):
         if is_any_done:
@@ -87,48 +62,42 @@ def make_plan(spec: PrepareSpec, work: Path) -> tuple[Plan, bool]:
                 " again"
             )
         _say(spec, f"begins anew, with other settings than the interrupted preparation here: {'; '.join(changed[:3])}")
-        return _new(spec, settings), False
+        return _plan(spec, settings), False
     if begun["part_bytes"] != spec.part_bytes:
         _say(spec, f"goes on with part_bytes {begun['part_bytes']}, with which it was begun")
-    plan = _again(spec, settings, begun)
-    if plan.state == begun["state"]:
+    plan = _plan(spec, settings, begun)
+    if json.loads(json.dumps(plan.to_json()["sources"])) == begun["sources"]:
         return plan, True
     if not is_any_done:
         _say(spec, "begins anew: files of the sources have changed since the interrupted preparation here")
-        return _new(spec, settings), False
-    _probe(spec, plan)
+        return _plan(spec, settings), False
     _say_changed(spec, plan, work)
+    files.remove_files(work, KEPT)
     return plan, True
 
 
-def _new(spec: PrepareSpec, settings: Mapping[str, Any]) -> Plan:
-    sources, revisions = [], []
-    for source in spec.sources:
-        parts, revision = source.parts(spec.part_bytes)
-        sources.append([_stamped(number, part) for number, part in enumerate(parts)])
-        revisions.append(revision)
-    plan = Plan(settings, spec.part_bytes, sources, revisions)
-    _probe(spec, plan)
-    return plan
-
-
-def _again(spec: PrepareSpec, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> Plan:
-    """The plan for the files as they are now; what reads the same places of the same files keeps its number."""
-    sources = []
-    for source, planned in zip(spec.sources, begun["sources"], strict=True):
-        parts = [Planned(values["number"], Part.from_json(values)) for values in planned["parts"]]
-        if not any("://" in path for each in parts for path, _ in each.part.files):  # else pinned, and not asked again
-            numbers = {json.dumps(each.place): each.number for each in parts}
-            before = {name: each.number for each in parts for _, name in each.part.files}
+def _plan(spec: PrepareSpec, settings: Mapping[str, Any], begun: Mapping[str, Any] | None = None) -> Plan:
+    """The plan for the files as they are now; what reads the same places of the same files as in the plan `begun` keeps
+    its number. A wrong column or format shows here, before any work is done."""
+    plan = Plan(settings, begun["part_bytes"] if begun else spec.part_bytes, [], [])
+    for i, source in enumerate(spec.sources):
+        parts, revision = [], None
+        if begun:
+            parts, revision = list(map(Part.from_json, begun["sources"][i]["parts"])), begun["sources"][i]["revision"]
+        if not any("://" in file.path for part in parts for file in part.files):  # else pinned, and not asked again
+            numbers = {json.dumps(part.place): part.number for part in parts}
+            before = {file.name: part.number for part in parts for file in part.files}
             fresh = itertools.count(1 + max(numbers.values(), default=-1))
-            new = [_stamped(-1, part) for part in source.parts(begun["part_bytes"], before)[0]]
-            known = [numbers.get(json.dumps(each.place)) for each in new]
+            parts, revision = source.parts(plan.part_bytes, before)
+            known = [numbers.get(json.dumps(part.place)) for part in parts]
             parts = [
-                replace(each, number=next(fresh) if number is None else number)
-                for each, number in zip(new, known, strict=True)
+                replace(part, number=next(fresh) if number is None else number)
+                for part, number in zip(parts, known, strict=True)
             ]
-        sources.append(parts)
-    return Plan(settings, begun["part_bytes"], sources, [planned["revision"] for planned in begun["sources"]])
+        source.probe(parts)
+        plan.sources.append(parts)
+        plan.revisions.append(revision)
+    return plan
 
 
 def _say_changed(spec: PrepareSpec, plan: Plan, work: Path) -> None:
@@ -136,26 +105,16 @@ def _say_changed(spec: PrepareSpec, plan: Plan, work: Path) -> None:
     changed: dict[str, None] = {}
     parts = 0
     for number, every in enumerate(plan.sources):
-        now = {stamp.name: stamp for planned in every for stamp in planned.stamps}
+        now = {plain(file.name): file for part in every for file in part.local_files}
         for file in sorted(work.glob(f"{number:03d}-*.json")):
             read = files.read_json(file)["files"]
-            paths = [now[r["name"]].path for r in read if r["name"] in now and not now[r["name"]].matches(r)]
+            paths = [now[r["name"]].path for r in read if r["name"] in now and not matches(now[r["name"]], r)]
             changed.update(dict.fromkeys(paths))
             parts += bool(paths)
     if changed:
         more = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
         again = f"{parts} finished part{'s' * (parts != 1)} will be made again"
         _say(spec, f"{next(iter(changed))}{more} changed since the interruption; {again}")
-
-
-def _probe(spec: PrepareSpec, plan: Plan) -> None:
-    """A wrong column or format shows before any work is done."""
-    for source, parts in zip(spec.sources, plan.sources, strict=True):
-        source.probe([planned.part for planned in parts])
-
-
-def _stamped(number: int, part: Part) -> Planned:
-    return Planned(number, part, tuple(stamps(part.files)))
 
 
 def _say(spec: PrepareSpec, what: str) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from data.corpus.limit import Limit
+from data.corpus.parts import Part
 from data.prepare.part import Task
-from data.prepare.plan import Planned
 from data.prepare.spec import PrepareSpec
 from s2 import ending
 
@@ -58,7 +58,7 @@ class Workers:
                         ended, self._running = wait(self._running, return_when=FIRST_COMPLETED)
                         for other in ended:
                             other.result()
-                    self._bar.update(task.planned.part.size)
+                    self._bar.update(task.part.size)
                     yield task, future.result()
             finally:
                 for _, future in begun:
@@ -78,13 +78,13 @@ class Workers:
 
 
 @contextmanager
-def workers(what: str, spec: PrepareSpec, parts: Sequence[list[Planned]]) -> Iterator[Workers]:
+def workers(what: str, spec: PrepareSpec, parts: Sequence[list[Part]]) -> Iterator[Workers]:
     """Workers for the parts of the sources; the bar counts what they have on disk.
 
     With at least four parts a core every core works on its own; with fewer, several cores share the parts by the
     tokenizer's threads. Raises `s2.ending.FailureError` where a worker dies.
     """
-    sizes = [planned.part.size for every in parts for planned in every]
+    sizes = [part.size for every in parts for part in every]
     total = sum(sizes) if all(Limit.of(source).is_none for source in spec.sources) else None
     cores = spec.workers or len(os.sched_getaffinity(0))
     processes = max(1, min(cores, len(sizes) // 4))

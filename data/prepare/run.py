@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from data.corpus.sample import sample_texts
@@ -95,7 +96,9 @@ def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
     next attempt.
     """
     if is_prepared(spec):
-        _look_after(spec)
+        if files.kind_of(Path(spec.output) / WORK) is not None:  # a run was killed at its very end
+            with suppress(locks.LockedError, OSError), locks.lock(Path(spec.output)):
+                remove_work(spec)
         if changed := changed_sources(spec, content=False):
             print(f"{changed_note(spec, changed)}; going on with the shards as they are", file=sys.stderr, flush=True)
         return
@@ -117,17 +120,6 @@ def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
         ) from error
 
 
-def _look_after(spec: PrepareSpec) -> None:
-    """Remove what a run that was killed at its very end has left."""
-    if files.kind_of(Path(spec.output) / WORK) is None:
-        return
-    try:
-        with locks.lock(Path(spec.output)):
-            remove_work(spec)
-    except (locks.LockedError, OSError):  # it is about to do so itself; or nothing can be written here
-        return
-
-
 def changed_note(spec: PrepareSpec, lines: Sequence[str]) -> str:
     more = f" (and {len(lines) - 3:,} more)" if len(lines) > 3 else ""
     return f"{spec.output}: the sources are not what was prepared: {'; '.join(lines[:3])}{more}"
@@ -143,7 +135,7 @@ def _prepare(spec: PrepareSpec, work: Path, only_tokenizer: bool) -> None:
     plan, goes_on = make_plan(spec, work)
     if not goes_on:
         begin_anew(spec, work)
-    plan.write(work / PLAN)
+    files.write_json(work / PLAN, plan.to_json())
     parts, duplicates = (plan.sources, []) if only_tokenizer else deduplicate(spec, plan, work)
     below = heldout_below(spec, parts, only_tokenizer=only_tokenizer)
     tokenizer = _make_tokenizer(spec, plan, below, work)
@@ -159,31 +151,26 @@ def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> Te
     Raises ValueError where a split that is finished has another one.
     """
     settings, output, made = spec.tokenizer, Path(spec.output), work / TOKENIZER
+    finished = [read_manifest(folder) for folder in spec.folders.values() if is_finished(folder)]
     if settings.path is not None:
-        source = Path(settings.path)
-        if source.resolve() != (output / TOKENIZER).resolve():
-            save_tokenizer_json(source, made)
-            put_tokenizer(made, output)
-    elif settings.train is not None and not made.is_file():
-        finished = [read_manifest(folder) for folder in spec.folders.values() if is_finished(folder)]
-        if not finished or not (output / TOKENIZER).is_file():
-            sample = sample_texts(
-                spec.sources,
-                [[planned.part for planned in every] for every in plan.sources],
-                settings.train.sample_bytes,
-                spec.seed,
-                is_heldout=lambda document_id: spec.place(document_id) < below,
-                on_bad=lambda error: None,  # what becomes of a bad row, encoding says
-            )
-            train_tokenizer(sample, settings.train.vocab_size, made)
-            put_tokenizer(made, output)
-    else:
+        if Path(settings.path).resolve() != (output / TOKENIZER).resolve():
+            save_tokenizer_json(Path(settings.path), made)
+    elif settings.train and not made.is_file() and not (finished and (output / TOKENIZER).is_file()):
+        sample = sample_texts(
+            spec.sources,
+            plan.sources,
+            settings.train.sample_bytes,
+            spec.seed,
+            is_heldout=lambda document_id: spec.place(document_id) < below,
+            on_bad=lambda error: None,  # what becomes of a bad row, encoding says
+        )
+        train_tokenizer(sample, settings.train.vocab_size, made)
+    if made.is_file():
         put_tokenizer(made, output)
     tokenizer = TextTokenizer(output / TOKENIZER, settings.bos, settings.eos)
-    for folder in spec.folders.values():
-        if is_finished(folder) and read_manifest(folder)["tokenizer"]["sha256"] != tokenizer.sha256:
-            raise ValueError(
-                f"{output / TOKENIZER} is not the tokenizer that {folder} was made with; put that one there (the"
-                " manifest has its SHA-256), or choose another `output`"
-            )
+    if any(manifest["tokenizer"]["sha256"] != tokenizer.sha256 for manifest in finished):
+        raise ValueError(
+            f"{output / TOKENIZER} is not the tokenizer that the finished split in {output} was made with; put that one"
+            " there (the manifest has its SHA-256), or choose another `output`"
+        )
     return tokenizer

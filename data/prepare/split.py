@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 
 from data.corpus.dedup import select
 from data.corpus.limit import Limit
+from data.corpus.parts import Part
 from data.corpus.readers import Document
-from data.prepare.part import tasks_of
-from data.prepare.plan import Planned
+from data.prepare.part import Task
 from data.prepare.spec import PrepareSpec
 
 
-def heldout_below(spec: PrepareSpec, parts: Sequence[list[Planned]], *, only_tokenizer: bool = False) -> int:
+def heldout_below(spec: PrepareSpec, parts: Sequence[list[Part]], *, only_tokenizer: bool = False) -> int:
     """The bound: documents with a smaller place are held out.
 
     Reads until it has seen a document on either side, which on average are 1 / fraction of them. only_tokenizer:
@@ -53,9 +53,9 @@ def heldout_below(spec: PrepareSpec, parts: Sequence[list[Planned]], *, only_tok
     return below
 
 
-def _documents(spec: PrepareSpec, parts: Sequence[list[Planned]], *, is_judged: bool) -> Iterator[Document]:
+def _documents(spec: PrepareSpec, parts: Sequence[list[Part]], *, is_judged: bool) -> Iterator[Document]:
     """The documents of all sources, up to their limits."""
     for number, (source, every) in enumerate(zip(spec.sources, parts, strict=True)):
-        tasks = tasks_of(spec, number, every)
+        tasks = (Task(spec, number, part) for part in every)
         found = (d for task in tasks for d in select(task.documents(Counter(), []), task.keep if is_judged else None))
         yield from Limit.of(source).within(found)

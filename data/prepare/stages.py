@@ -12,40 +12,39 @@ from typing import Any
 
 from data.corpus.dedup import Deduplicator
 from data.corpus.limit import Limit
-from data.prepare.part import Task, encode_part, scan_part, tasks_of
-from data.prepare.plan import Plan, Planned
+from data.corpus.parts import Part
+from data.prepare.part import Task, encode_part, scan_part
+from data.prepare.plan import KEPT, Plan
 from data.prepare.pool import Results, Workers, workers
 from data.prepare.spec import PrepareSpec
 from data.shards.writer import read_arrays, write_array
 from s2 import files
 
-Parts = list[list[Planned]]  # of each source, in reading order
+Parts = list[list[Part]]  # of each source, in reading order
 Records = list[list[tuple[Task, dict[str, Any]]]]  # of each source, what was taken of it
 
 
 def deduplicate(spec: PrepareSpec, plan: Plan, work: Path) -> tuple[Parts, list[Counter[str]]]:
-    """Write which documents of each part stay: `work/kept.json` says that it is done, and for which state of the files.
+    """Write which documents of each part stay; `work/kept.json` says that it is done.
 
     Returns the parts (of a source with a limit only as many as it takes) and what was dropped, by source and reason.
     """
     if spec.deduplicate is None:
         return plan.sources, [Counter() for _ in plan.sources]
-    file, parts = work / "kept.json", plan.sources
-    kept = files.read_json(file) if file.is_file() else {}
-    if kept.get("state") != plan.state:
+    file, parts = work / KEPT, plan.sources
+    if not file.is_file():
         limits = [Limit.of(source) for source in spec.sources]
         judge = Deduplicator(spec.deduplicate)
         with workers("scanning for duplicates", spec, parts) as pool:
             scans = [
-                pool.in_order(scan_part, tasks_of(spec, number, every), _ahead(pool, limits[number]))
+                pool.in_order(scan_part, (Task(spec, number, part) for part in every), _ahead(pool, limits[number]))
                 for number, every in enumerate(parts)
             ]
-            judged = [_judge(judge, limit, scanned) for limit, scanned in zip(limits, scans, strict=True)]
-        kept = {"state": plan.state, "sources": judged}
-        files.write_json(file, kept)
+            files.write_json(file, [_judge(judge, limit, scan) for limit, scan in zip(limits, scans, strict=True)])
+    judged = files.read_json(file)
     return (
-        [every[:taken] for every, (taken, _) in zip(parts, kept["sources"], strict=True)],
-        [Counter(reasons) for _, reasons in kept["sources"]],
+        [every[:taken] for every, (taken, _) in zip(parts, judged, strict=True)],
+        [Counter(reasons) for _, reasons in judged],
     )
 
 

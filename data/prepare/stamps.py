@@ -4,60 +4,29 @@ A file whose size and time are those of a record is taken to be the same. Remote
 pinned to a revision.
 """
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.corpus.parts import Part
+from data.corpus.parts import File
 from s2.files import checksum
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """A local file: its name in its source, its size in bytes and its modification time."""
+def record(file: File, *, content: bool) -> dict[str, Any]:
+    """A local file as records and manifests hold it; with the checksum of the content if asked for."""
+    digest = checksum(Path(file.path)) if content else None
+    known = {"name": plain(file.name), "path": plain(file.path), "size": file.size, "mtime_ns": file.mtime_ns}
+    return known | {"xxh3_128": digest}
 
-    path: str
-    name: str
-    size: int
-    mtime_ns: int
 
-    @classmethod
-    def of(cls, path: str, name: str) -> "Stamp":
-        """Raises FileNotFoundError for a file that is gone."""
-        stat = os.stat(path)
-        return cls(path, plain(name), stat.st_size, stat.st_mtime_ns)
-
-    def record(self, *, content: bool) -> dict[str, Any]:
-        """As records and manifests hold it; with the checksum of the content if asked for."""
-        digest = checksum(Path(self.path)) if content else None
-        return {
-            "name": self.name,
-            "path": plain(self.path),
-            "size": self.size,
-            "mtime_ns": self.mtime_ns,
-            "xxh3_128": digest,
-        }
-
-    def matches(self, record: Mapping[str, Any]) -> bool:
-        """Whether the file is in the recorded state, as far as is known without reading it."""
-        return (self.name, self.size, self.mtime_ns) == (record["name"], record["size"], record["mtime_ns"])
+def matches(file: File, recorded: Mapping[str, Any]) -> bool:
+    """Whether the file is in the recorded state, as far as is known without reading it."""
+    return [plain(file.name), file.size, file.mtime_ns] == [recorded[key] for key in ("name", "size", "mtime_ns")]
 
 
 def plain(name: str) -> str:
     """A file name as any text file can hold it: bytes that are not UTF-8 become "?"."""
     return name.encode(errors="replace").decode()
-
-
-def stamps(files: Iterable[tuple[str, str]]) -> list[Stamp]:
-    """Of (path, name) pairs, the local ones."""
-    return [Stamp.of(path, name) for path, name in files if "://" not in path]
-
-
-def begins_in(part: Part) -> bool:
-    """Whether a part reads its files from their beginning: of a file in several parts one does."""
-    return part.span is None or part.span[0] == 0
 
 
 def changes(
@@ -71,18 +40,14 @@ def changes(
         same.
     """
     there = {plain(name): path for path, name in files}
-    known = {record["name"] for record in recorded}
+    known = {was["name"] for was in recorded}
     lines = [f"{name} is gone" for name in known - there.keys()]
-    for record in recorded:
-        if (path := there.get(record["name"])) is None:
+    for was in recorded:
+        if (path := there.get(was["name"])) is None:
             continue
-        now = Stamp.of(path, record["name"])
-        is_same = now.size == record["size"] and (not content or now.matches(record) or _has_content(path, record))
-        lines += [] if is_same else [f"{path} has changed"]
+        now = File.found(path, was["name"])
+        if now.size != was["size"] or (content and not matches(now, was) and checksum(Path(path)) != was["xxh3_128"]):
+            lines.append(f"{path} has changed")
     last = max((i for i, name in enumerate(there) if name in known), default=-1)
     end = len(there) if all_read else last
     return lines + [f"{path} is new" for name, path in list(there.items())[:end] if name not in known]
-
-
-def _has_content(path: str, record: Mapping[str, Any]) -> bool:
-    return record["xxh3_128"] is not None and checksum(Path(path)) == record["xxh3_128"]

@@ -53,7 +53,7 @@ def test_a_path_may_go_on_into_the_dataset(hub):
 
     def files(path, **settings):
         source = Source(path, **settings)
-        return source.label, [file for part in source.parts()[0] for file, _ in part.files]
+        return source.label, [file for part in source.parts()[0] for file, *_ in part.files]
 
     sample = [url(hub, "sample/10BT/000_00000.parquet")]
     assert files("hf://owner/fineweb/sample/*/*.parquet") == ("owner/fineweb/sample", sample)
