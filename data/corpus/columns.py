@@ -14,7 +14,7 @@ from typing import Any
 from s2.settings import SettingError
 
 
-class RowError(Exception):
+class RowError(ValueError):
     """A file that cannot be read as what it claims to be; the message names the file and the place in it."""
 
 
@@ -25,8 +25,11 @@ class BadRowError(RowError):
     """
 
     def __init__(self, file: object, place: str, reason: str):
-        super().__init__(f"{file}, {place}: {reason}")
+        super().__init__(str(file), place, reason)  # so that it can be handed from one process to another
         self.file, self.place, self.reason = str(file), place, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.place}: {self.reason}"
 
 
 class WrongValueError(Exception):

@@ -5,11 +5,13 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.corpus.folders import NamedFile
 from data.corpus.readers import PACKS, open_parquet
 from data.corpus.remote import remote_size
+from s2.files import checksum
 
 _LOOKUPS = 16  # a hub answers many questions at once
 
@@ -30,6 +32,21 @@ class File(NamedTuple):
             return cls(path, name, remote_size(path))
         stat = os.stat(path)
         return cls(path, name, stat.st_size, stat.st_mtime_ns)
+
+    def record(self, *, content: bool) -> dict[str, Any]:
+        """A local file as records and manifests hold it; with the checksum of the content if asked for."""
+        digest = checksum(Path(self.path)) if content else None
+        known = {"name": plain(self.name), "path": plain(self.path), "size": self.size, "mtime_ns": self.mtime_ns}
+        return known | {"xxh3_128": digest}
+
+    def matches(self, recorded: Mapping[str, Any]) -> bool:
+        """Whether the file is in the recorded state: of that size and time."""
+        return [plain(self.name), self.size, self.mtime_ns] == [recorded[key] for key in ("name", "size", "mtime_ns")]
+
+
+def plain(name: str) -> str:
+    """A file name as any text file can hold it: bytes that are not UTF-8 become "?"."""
+    return name.encode(errors="replace").decode()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """One reader for each corpus format, in a fixed order; `pick` makes documents of their rows.
 
-JSON lines are read line by line rather than through the `datasets` builder: that one fixes the column types
-on its first chunk and then rejects files whose rows do not all have the same fields, and it cannot say which
-line is broken. Parquet goes through pyarrow so that only the columns in use are read. Files may be remote
-(`data.corpus.remote`): a hub dataset is read like local files, in ranges, without being downloaded.
+JSON lines are not read through the `datasets` builder, which fixes the column types on its first chunk, rejects files
+whose rows do not all have the same fields, and cannot say which line is broken. Files may be remote.
 """
 
 import bz2

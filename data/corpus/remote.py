@@ -1,9 +1,8 @@
 """Corpora that lie elsewhere: the files of a Hugging Face dataset, and any remote file read by ranges.
 
-`hub_files` asks the hub once which files a subset and split consist of, at which commit. `open_remote` then reads one
-of them like a local file: a parquet reader fetches only the columns it wants, a line reader streams. Networks fail in
-a preparation that runs for days, so whatever may pass by itself (a dropped connection, silence, HTTP 429 and 5xx) is
-tried again as `RETRIES` says; what will not (no such file, no access) is reported at once.
+`open_remote` reads a file like a local one: a parquet reader fetches only the columns it wants, a line reader streams.
+What may pass by itself (a dropped connection, silence, HTTP 429 and 5xx) is tried again as `RETRIES` says; what will
+not (no such file, no access) is reported at once.
 
 Bytes of `hf://` files come over the hub library's own http session, below its file system: that one hides five retries
 in each of ours, does not check that it got the range it asked for, and starts a block again from its first byte. Other

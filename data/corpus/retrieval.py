@@ -7,11 +7,10 @@
 
 Each document states facts that exist nowhere else (a made-up number under a made-up key), in one of several wordings,
 and at its end asks for each of them, in the same or another wording; with `filler`, the facts lie scattered in ordinary
-text. Nothing of it is a corpus: a model learns no knowledge from it, only to look things up in its context, which plain
-text teaches a small model very slowly, and over lengths that few texts have. Say so where such a model is reported.
+text. A model learns no knowledge from it, only to look things up in its context. Say so where such a model is reported.
 
-The evaluations ask in sentences and for keys of their own (`eval.needle`, `eval.tasks.passkey`); none of those occur
-here, and a test keeps it so. What a document says depends on the settings, the seed and its number alone.
+The sentences and keys of the evaluations (`eval.needle`, `eval.tasks.passkey`) do not occur here, and a test keeps it
+so. What a document says depends on the settings, the seed and its number alone.
 """
 
 import random

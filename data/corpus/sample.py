@@ -1,7 +1,7 @@
 """The sample of a corpus that its tokenizer is trained on.
 
-It is spread evenly over all of a source, not taken from its beginning: files come in the order of their names, and
-these often go by language, domain or date. Which documents it is depends on the corpus and the seed alone.
+It is spread over all of a source, whose files often come by language, domain or date. Which documents it is depends on
+the corpus and the seed alone.
 """
 
 import bisect

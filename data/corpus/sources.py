@@ -17,22 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpus.columns import Columns, RowError, find
-from data.corpus.folders import NamedFile, folder_files, matching_files, python_env_files
-from data.corpus.formats import TEXT_SUFFIXES, Format, Found, format_of, known_format, listed, of_one_format
+from data.corpus import folders, readers
+from data.corpus.columns import Columns, find
+from data.corpus.folders import TEXT_SUFFIXES, Format, Found, NamedFile
 from data.corpus.parts import Part, divide, divide_made
-from data.corpus.readers import (
-    Document,
-    OnBad,
-    json_rows,
-    no_column,
-    open_parquet,
-    parquet_rows,
-    parquet_type,
-    pick,
-    read_text,
-    stop,
-)
+from data.corpus.readers import Document, OnBad, stop
 from data.corpus.remote import hub_files
 from data.corpus.retrieval import Retrieval, read_retrieval
 from s2.settings import Count, Positive, SettingError, Settings
@@ -133,7 +122,7 @@ class Source(Settings):
         if self.path == "python-env":
             if self.format not in ("auto", "python-env"):
                 raise ValueError(f"source path 'python-env': format {self.format!r} does not go with it")
-            return Found("text", python_env_files(self.suffixes), [])
+            return Found("text", folders.python_env_files(self.suffixes), [])
         if self.retrieval is not None:
             if self.format != "auto":
                 raise ValueError(f"source path 'retrieval': format {self.format!r} does not go with it")
@@ -144,14 +133,16 @@ class Source(Settings):
             what = "'python-env'" if self.format == "python-env" else "a folder"
             raise ValueError(f"source path {self.path!r}: with format {self.format!r} the path is {what}")
         if root.is_dir():
-            return of_one_format(self.path, folder_files(root), self.format.replace("folder", "text"), self.suffixes)
-        files = matching_files(self.path)
+            return folders.of_one_format(
+                self.path, folders.folder_files(root), self.format.replace("folder", "text"), self.suffixes
+            )
+        files = folders.matching_files(self.path)
         if not files:
             raise FileNotFoundError(
                 f"source path {self.path!r}: no such file, folder or match"
                 " (a Hugging Face dataset is written hf://owner/name)"
             )
-        formats = {format_of(path) if self.format == "auto" else self.format for path, _ in files}
+        formats = {folders.format_of(path) if self.format == "auto" else self.format for path, _ in files}
         if len(formats) > 1:
             raise ValueError(
                 f"source path {self.path!r} matches files of several formats: {', '.join(sorted(formats))}; make them"
@@ -173,11 +164,8 @@ class Source(Settings):
             kind, files, revision = self._on_hub()
         if left_out:
             read = f"reading {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
-            print(f"source {self.label}: {read}, leaving out {listed(left_out)}", file=sys.stderr)
-        try:
-            return divide(kind, files, part_bytes, before), revision
-        except RowError as error:
-            raise ValueError(f"source path {self.path!r}: {error}") from error
+            print(f"source {self.label}: {read}, leaving out {folders.listed(left_out)}", file=sys.stderr)
+        return divide(kind, files, part_bytes, before), revision
 
     def probe(self, parts: list[Part]) -> None:
         """Find out early what would stop the reading: a format or a text column that is wrong, or a column that none
@@ -189,17 +177,16 @@ class Source(Settings):
         there: dict[str, None] = {}
         if parts and parts[0].format not in ("text", "retrieval"):
             file = parts[0].files[0].path
-            try:
-                for names, found in itertools.islice(self._first_rows(parts), PROBED_ROWS):
-                    there |= dict.fromkeys(names)
-                    missing = {column: None for column in missing if column not in found}
-                    if not missing:
-                        break
-            except RowError as error:
-                raise ValueError(f"source path {self.path!r}: {error}") from error
+            for names, found in itertools.islice(self._first_rows(parts), PROBED_ROWS):
+                there |= dict.fromkeys(names)
+                missing = {column: None for column in missing if column not in found}
+                if not missing:
+                    break
             if missing and there:
                 rows = f" in its first {PROBED_ROWS:,} rows" if parts[0].format == "jsonl" else ""
-                raise ValueError(f"source path {self.path!r}: {file} has {no_column(next(iter(missing)), there)}{rows}")
+                raise ValueError(
+                    f"source path {self.path!r}: {file} has {readers.no_column(next(iter(missing)), there)}{rows}"
+                )
         for part in parts[:1]:
             next(self.read(part, on_bad=lambda error: None), None)
 
@@ -209,12 +196,12 @@ class Source(Settings):
         for part in parts:
             for path, *_ in part.files:
                 if part.format == "jsonl":
-                    for _, _, row in json_rows(path, part.span, on_bad=lambda error: None):
+                    for _, _, row in readers.json_rows(path, part.span, on_bad=lambda error: None):
                         yield row, [name for name in names if find(row, name)[0]]
                 else:
-                    with open_parquet(path) as table:
+                    with readers.open_parquet(path) as table:
                         schema = table.schema_arrow
-                    yield schema.names, [name for name in names if parquet_type(schema, name) is not None]
+                    yield schema.names, [name for name in names if readers.parquet_type(schema, name) is not None]
 
     def read(self, part: Part, skipped: Counter[str] | None = None, on_bad: OnBad = stop) -> Iterator[Document]:
         """Yield the documents of one part.
@@ -229,18 +216,15 @@ class Source(Settings):
         skipped = Counter() if skipped is None else skipped
         label = self.label
         min_chars = self.min_chars if self.min_chars is not None else (200 if self.path == "python-env" else 1)
-        try:
-            for path, name, *_ in part.files:
-                for row in self._rows(part, path, name, skipped, on_bad):
-                    if len(row.text) < min_chars:
-                        skipped["short"] += 1
-                        continue
-                    text = _valid(row.text)
-                    if text is not row.text:
-                        skipped[LOST] += len(_SURROGATE.findall(row.text))
-                    yield Document(text, _valid(f"{label}/{row.id}"), _valid(row.url))
-        except RowError as error:
-            raise ValueError(f"source path {self.path!r}: {error}") from error
+        for path, name, *_ in part.files:
+            for row in self._rows(part, path, name, skipped, on_bad):
+                if len(row.text) < min_chars:
+                    skipped["short"] += 1
+                    continue
+                text = _valid(row.text)
+                if text is not row.text:
+                    skipped[LOST] += len(_SURROGATE.findall(row.text))
+                yield Document(text, _valid(f"{label}/{row.id}"), _valid(row.url))
 
     def documents(self) -> Iterator[Document]:
         """All documents in order, whatever `max_bytes` and `max_documents` say. Raises as `parts`, `probe`, `read`."""
@@ -251,24 +235,26 @@ class Source(Settings):
 
     def _rows(self, part: Part, path: str, name: str, skipped: Counter[str], on_bad: OnBad) -> Iterator[Document]:
         if part.format == "text":
-            return read_text(path, name, skipped)
+            return readers.read_text(path, name, skipped)
         if self.retrieval is not None and part.span is not None:
             return read_retrieval(self.retrieval, *part.span)
         columns = self.columns
         is_parquet = part.format == "parquet"
-        rows = parquet_rows(path, columns, part.span) if is_parquet else json_rows(path, part.span, on_bad)
-        return pick(rows, columns, path, name, skipped, on_bad)
+        rows = (
+            readers.parquet_rows(path, columns, part.span) if is_parquet else readers.json_rows(path, part.span, on_bad)
+        )
+        return readers.pick(rows, columns, path, name, skipped, on_bad)
 
     def _on_hub(self) -> tuple[str, list[NamedFile], str | None]:
         """Format, files and revision of a hub dataset."""
         name, data_dir, pattern = self._place_on_hub()
         found = hub_files(name, self.subset, self.split, self.revision, data_dir=data_dir, pattern=pattern)
         files = [(url, self._name_on_hub(url)) for url in found.files]
-        kinds = {known_format(url) for url in found.files}
+        kinds = {folders.known_format(url) for url in found.files}
         if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
             raise ValueError(
                 f"source path {self.path!r}: expected parquet or JSON lines files of one kind in the hub dataset, got"
-                f" {listed([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
+                f" {folders.listed([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
                 " hf://owner/name/data/*.parquet"
             )
         return str(kinds.pop()), files, found.revision
@@ -282,7 +268,7 @@ class Source(Settings):
         name, below = "/".join(parts[:2]), "/".join(parts[2:])
         if below and self.data_dir:
             raise ValueError(f"source path {self.path!r} names a place in the dataset, and so does data_dir; say one")
-        if glob.has_magic(below) or known_format(below):
+        if glob.has_magic(below) or folders.known_format(below):
             return name, None, below
         return name, below or self.data_dir, None
 

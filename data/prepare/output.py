@@ -1,9 +1,8 @@
 """The folder that a preparation writes: what in it is the preparation's, and what is somebody else's.
 
-`<output>/tokenizer.json`, `<output>/train/`, `<output>/heldout/` and `<output>/work/` are written, and nothing else.
-The folders are marked (`s2.files`); the tokenizer is known by its checksum, which manifests and `work/written.json`
-hold. Anything of these names that came from elsewhere is refused before anything is touched, and so are sources that
-lie inside the output or would read from it.
+`tokenizer.json`, `train/`, `heldout/` and `work/` are written, and nothing else. The folders are marked (`s2.files`);
+the tokenizer is known by its checksum, which manifests and `work/written.json` hold. What has these names and came from
+elsewhere is refused before anything is touched, and so are sources inside the output or that would read from it.
 """
 
 import glob

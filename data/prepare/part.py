@@ -26,7 +26,6 @@ from data.corpus.tokenizer import TextTokenizer
 from data.prepare.encoding import ahead, batches, encoded
 from data.prepare.plan import KEPT, PLAN
 from data.prepare.spec import PrepareSpec
-from data.prepare.stamps import matches, record
 from data.shards.writer import ShardWriter, write_arrays
 from s2 import files
 
@@ -111,7 +110,7 @@ class Task:
     def has_read(self, recorded: list[dict[str, Any]]) -> bool:
         """Whether the recorded state of the files is the present one."""
         now = self.part.local_files
-        return len(now) == len(recorded) and all(map(matches, now, recorded))
+        return len(now) == len(recorded) and all(map(File.matches, now, recorded))
 
     @property
     def skips_bad_rows(self) -> bool:
@@ -132,7 +131,7 @@ class Task:
     def files_read(self) -> list[dict[str, Any]]:
         """Records of the files, for a part that has been read; ValueError where they have changed meanwhile."""
         is_beginning = self.part.span is None or self.part.span[0] == 0  # of a file in several parts one has it
-        records = [record(file, content=is_beginning) for file in self.part.local_files]
+        records = [file.record(content=is_beginning) for file in self.part.local_files]
         for file in self.part.local_files:
             if File.found(file.path, file.name) != file:
                 raise ValueError(f"{file.path} changed while it was read; run again (what is finished is kept)")

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus.parts import Part
+from data.corpus.parts import Part, plain
 from data.prepare.spec import PrepareSpec
-from data.prepare.stamps import matches, plain
 from s2 import files
 
 PLAN, KEPT = "plan.json", "kept.json"
@@ -108,7 +107,7 @@ def _say_changed(spec: PrepareSpec, plan: Plan, work: Path) -> None:
         now = {plain(file.name): file for part in every for file in part.local_files}
         for file in sorted(work.glob(f"{number:03d}-*.json")):
             read = files.read_json(file)["files"]
-            paths = [now[r["name"]].path for r in read if r["name"] in now and not matches(now[r["name"]], r)]
+            paths = [now[r["name"]].path for r in read if r["name"] in now and not now[r["name"]].matches(r)]
             changed.update(dict.fromkeys(paths))
             parts += bool(paths)
     if changed:

@@ -1,19 +1,21 @@
 """From corpora to token shards: `python -m data.prepare --recipe recipes/demo/pretrain.yaml [key=value ...]`.
 
-`<output>/tokenizer.json`, `<output>/train/` and `<output>/heldout/` are written part by part, in parallel. A finished
-output is left alone when the settings are the same, and is an error naming the differing key when they are not, or
-naming the files that were added or have changed since; an interrupted one goes on with the parts that are missing, and
-makes those again whose files have changed. `<output>/work/` holds what that takes and is removed at the end. The result
-does not depend on the number of workers or on interruptions.
+A finished output is left alone when the settings are the same, and is an error naming the differing key when they are
+not; an interrupted one goes on with the parts that are missing, and makes those again whose files have changed.
+`<output>/work/` holds what that takes and is removed at the end. The result does not depend on the number of workers or
+on interruptions.
 """
 
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from data.corpus.folders import NamedFile
+from data.corpus.parts import File, plain
 from data.corpus.sample import sample_texts
 from data.corpus.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
 from data.prepare.finish import finish
@@ -21,11 +23,10 @@ from data.prepare.output import TOKENIZER, begin_anew, check_output, is_finished
 from data.prepare.part import BAD, WORK
 from data.prepare.plan import PLAN, Plan, make_plan
 from data.prepare.spec import PrepareSpec
-from data.prepare.split import heldout_below
-from data.prepare.stages import deduplicate, encode
-from data.prepare.stamps import changes
+from data.prepare.stages import deduplicate, encode, heldout_below
 from data.shards.reader import TokenShards, read_manifest
 from s2 import files, locks
+from s2.files import checksum
 
 
 def is_prepared(spec: PrepareSpec) -> bool:
@@ -58,10 +59,12 @@ def missing_splits(spec: PrepareSpec) -> dict[str, Path]:
 def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
     """What has become of the local files of a finished output's sources since it was prepared, one line a file.
 
-    Files of which only the time is another are read, and have changed if their content has; without `content` they are
-    not read and count as the same. Nothing is said of sources that are not there any more (as
-    on a machine that has the shards alone), of `python-env`, which is taken as it was, or of outputs of versions of
-    this program that did not record files. Hub datasets are pinned to the revision in the manifest.
+    content: of files of which only the time is another (they were copied, checked out again, touched) the content
+        decides; otherwise they count as the same.
+
+    Nothing is said of sources that are not there any more (as on a machine that has the shards alone), of `python-env`,
+    which is taken as it was, of hub datasets, which are pinned to a revision, or of outputs of versions of this program
+    that did not record files.
     """
     finished = [folder for folder in spec.folders.values() if is_finished(folder)]
     shards = TokenShards(finished[0]) if finished else None
@@ -78,8 +81,31 @@ def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
             if any(os.path.exists(file["path"]) for file in mine):
                 lines.append(str(error))
             continue
-        lines += changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
+        lines += _changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
     return lines
+
+
+def _changes(
+    recorded: Sequence[Mapping[str, Any]], found: Sequence[NamedFile], *, all_read: bool, content: bool
+) -> list[str]:
+    """What has become of a source's files since they were recorded, one line a file.
+
+    found: those that are there now, in reading order. all_read: whether the source was read to its end; with a limit,
+        what lies behind the last file that was read does not matter.
+    """
+    there = {plain(name): path for path, name in found}
+    known = {was["name"] for was in recorded}
+    lines = []
+    for was in recorded:
+        if (path := there.get(was["name"])) is None:
+            lines.append(f"{was['name']} is gone")
+            continue
+        now = File.found(path, was["name"])
+        if now.size != was["size"] or (content and not now.matches(was) and checksum(Path(path)) != was["xxh3_128"]):
+            lines.append(f"{path} has changed")
+    last = max((i for i, name in enumerate(there) if name in known), default=-1)
+    end = len(there) if all_read else last
+    return lines + [f"{path} is new" for name, path in list(there.items())[:end] if name not in known]
 
 
 def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
@@ -87,13 +113,11 @@ def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
 
     only_tokenizer: stop after `<output>/tokenizer.json`; the next preparation goes on from there.
 
-    Where a finished output's sources have changed since, says so on stderr and leaves it as it is: training goes on
-    with the shards it began with.
+    Where a finished output's sources have changed since, says so on stderr: training goes on with the same shards.
 
-    Raises FileNotFoundError / ValueError for anything wrong with the sources (all are looked up before work
-    begins) or with what lies in the output already, OSError for a full disk or a remote file that cannot be
-    read any more, `s2.ending.FailureError` for a worker that was killed. Whatever was finished by then is used by the
-    next attempt.
+    Raises FileNotFoundError / ValueError for anything wrong with the sources (all are looked up before work begins) or
+    with what lies in the output already, OSError for a full disk or a remote file that cannot be read any more,
+    `s2.ending.FailureError` for a worker that was killed. The next attempt goes on with what was finished by then.
     """
     if is_prepared(spec):
         if files.kind_of(Path(spec.output) / WORK) is not None:  # a run was killed at its very end

@@ -185,22 +185,13 @@ class Curriculum:
     Phase p takes `rows[p]` rows from mixture p, whose windows are seq_len / k long; a row then is k windows side by
     side, and neither attention nor positions cross from one to the next. So every batch of a run has the same shape
     and the same number of tokens. The last phase has no end. Each phase begins its own pass over the documents.
-
-    Raises ValueError where a phase's windows do not divide the row.
     """
 
     def __init__(self, mixtures: Sequence[Mixture], rows: Sequence[int]):
-        if len(rows) != len(mixtures) - 1:
-            raise ValueError(f"curriculum: {len(mixtures)} mixtures need {len(mixtures) - 1} numbers of rows")
         self.mixtures = list(mixtures)
         self.seq_len = mixtures[-1].streams[0].seq_len
         self.begins = [0, *np.cumsum(rows, dtype=np.int64).tolist()]
-        self.windows_per_row = []
-        for mixture in mixtures:
-            window = mixture.streams[0].seq_len
-            if self.seq_len % window:
-                raise ValueError(f"curriculum: windows of {window} tokens do not fill a row of {self.seq_len}")
-            self.windows_per_row.append(self.seq_len // window)
+        self.windows_per_row = [self.seq_len // mixture.streams[0].seq_len for mixture in mixtures]
 
     def __getitem__(self, index: int) -> list[Window]:
         """The windows of row `index` >= 0."""

@@ -1,11 +1,9 @@
 """How many of every thousand samples each component of a mixture gets, so that any weights are met exactly.
 
-A component's share of a period of `PERIOD` samples is a whole number and a fraction. The whole number it has in every
-period. The fractions of all components add up to a few places, which go round: in period k the places are
-{k * phi} + j, j = 0, 1, ..., on a line along which the fractions lie one behind the other, phi the golden ratio, whose
-multiples are spread as evenly as can be. How often a component has had such a place before period k is a sum of
-floors, which takes O(log k) steps (Knuth, The Art of Computer Programming, 1.2.4, ex. 45), so any period is found at
-once.
+A component's share of a period is a whole number, which it has in every period, and a fraction. The fractions add up
+to a few places, which go round: in period k they are {k * phi} + j, j = 0, 1, ..., on a line along which the fractions
+lie one behind the other, phi the golden ratio, whose multiples are spread as evenly as can be. How often a component
+has had such a place before period k is a sum of floors, in O(log k) steps (Knuth, TAOCP 1.2.4, ex. 45).
 """
 
 import itertools
@@ -24,14 +22,10 @@ class Quotas:
     """Places of each component in each period of `PERIOD` samples, for shares in proportion to `weights`.
 
     exact: what a component gets in a period on average, float64 [components].
-
-    Raises ValueError for weights that are not positive numbers.
     """
 
     def __init__(self, weights: Sequence[float]):
         weight = np.array(weights, dtype=np.float64)
-        if not (len(weight) and np.isfinite(weight).all() and (weight > 0).all()):
-            raise ValueError(f"weights: expected positive numbers, got {list(weights)}")
         exact = weight / weight.sum() * PERIOD
         near = np.round(exact)
         self.exact = near if (near > 0).all() and (np.abs(exact - near) < _EXACT).all() else exact

@@ -112,7 +112,7 @@ def test_bad_rows_can_be_passed_over(tmp_path):
         found, ["not valid JSON", "a JSON object", "4,300 digits", "holds int", "'text'", "UTF-8"], strict=True
     ):
         assert reason in error.reason
-    with pytest.raises(ValueError, match=r"source path .*c\.jsonl, line 2: not valid JSON"):
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 2: not valid JSON"):
         list(source.read(part))
     file.write_text(f'{{"text": "a"}}\n{{"text": "b", "n": {digits}}}\n')
     with pytest.raises(ValueError, match=r"c\.jsonl, line 2: a number of more than 4,300 digits"):
