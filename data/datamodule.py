@@ -226,17 +226,14 @@ class PackedDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Sample]]:
         loaders = []
-        for settings, stream in zip(self.heldout_sets, self._streams(), strict=True):
+        for settings in self.heldout_sets:
+            stream = self._heldout_stream(settings.name)
             tokens = self.micro_batch_size * self.seq_len
             rows = settings.micro_batch_size or max(1, tokens // stream.seq_len)
             dataset = HeldOutDataset(stream, settings.max_windows)
             sampler = RankSampler(*self._rank(), rows, lambda: 0, len(dataset))
             loaders.append(self._loader(dataset, sampler, rows, stream.seq_len))
         return loaders
-
-    def _streams(self) -> list[PackedStream]:
-        self.rows  # noqa: B018  # opens the shards on first use
-        return list(self._heldout.values())
 
     # --- Position in the training sequence
 

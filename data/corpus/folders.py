@@ -38,18 +38,10 @@ def folder_files(root: Path) -> list[NamedFile]:
     """(path, path below `root`) of every file below `root`, in sorted order. Raises OSError for a folder that cannot
     be read."""
     real = os.path.realpath(root)
-    plain: list[NamedFile] = []
-    linked: list[NamedFile] = []
-    for path, name, is_linked in _walk(str(root), "", (real,), False):
-        (linked if is_linked else plain).append((path, name))
-    if linked:
-        seen = {os.path.join(real, name) for _, name in plain}
-        for path, name in linked:
-            target = os.path.realpath(path)
-            if target not in seen:
-                seen.add(target)
-                plain.append((path, name))
-    return sorted(plain, key=lambda file: file[1].split(os.sep))
+    found: dict[str, NamedFile] = {}
+    for path, name, is_linked in sorted(_walk(str(root), "", (real,), False), key=lambda each: each[2]):
+        found.setdefault(os.path.realpath(path) if is_linked else os.path.join(real, name), (path, name))
+    return sorted(found.values(), key=lambda file: file[1].split(os.sep))
 
 
 def _walk(folder: str, below: str, inside: tuple[str, ...], is_linked: bool) -> Iterator[tuple[str, str, bool]]:

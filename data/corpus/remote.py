@@ -52,14 +52,6 @@ class SourceError(OSError):
     """A remote file or dataset that could not be read in all attempts; the message names url, offset and cause."""
 
 
-@dataclass(frozen=True)
-class HubFiles:
-    """The files of one split, urls or local absolute paths in dataset order, and their commit (None: local)."""
-
-    files: tuple[str, ...]
-    revision: str | None
-
-
 def hub_files(
     name: str,
     subset: str | None,
@@ -68,8 +60,9 @@ def hub_files(
     *,
     data_dir: str | None = None,
     pattern: str | None = None,
-) -> HubFiles:
-    """The files of `split` of a hub dataset's `subset`, as its card lays them out; `name` may be a local folder.
+) -> tuple[list[str], str | None]:
+    """The files of `split` of a hub dataset's `subset`, as its card lays them out, and their commit. `name` may be a
+    local folder: then they are absolute paths and no urls, and there is no commit.
 
     data_dir: only files below this folder. pattern: the files that match it, whatever the card says.
 
@@ -108,7 +101,7 @@ def hub_files(
         raise ValueError(f"hub dataset {name!r} has no split {split!r}{which}; it has: {', '.join(map(str, splits))}")
     if not splits[split]:
         raise FileNotFoundError(f"hub dataset {name!r}: its card names no existing file for split {split!r}")
-    return HubFiles(tuple(dict.fromkeys(splits[split])), commit)  # a card's patterns may match a file twice
+    return list(dict.fromkeys(splits[split])), commit  # a card's patterns may match a file twice
 
 
 def _commit(name: str, revision: str | None) -> tuple[str, str]:

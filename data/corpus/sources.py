@@ -248,16 +248,16 @@ class Source(Settings):
     def _on_hub(self) -> tuple[str, list[NamedFile], str | None]:
         """Format, files and revision of a hub dataset."""
         name, data_dir, pattern = self._place_on_hub()
-        found = hub_files(name, self.subset, self.split, self.revision, data_dir=data_dir, pattern=pattern)
-        files = [(url, self._name_on_hub(url)) for url in found.files]
-        kinds = {folders.known_format(url) for url in found.files}
+        urls, revision = hub_files(name, self.subset, self.split, self.revision, data_dir=data_dir, pattern=pattern)
+        files = [(url, self._name_on_hub(url)) for url in urls]
+        kinds = {folders.known_format(url) for url in urls}
         if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
             raise ValueError(
                 f"source path {self.path!r}: expected parquet or JSON lines files of one kind in the hub dataset, got"
                 f" {folders.listed([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
                 " hf://owner/name/data/*.parquet"
             )
-        return str(kinds.pop()), files, found.revision
+        return str(kinds.pop()), files, revision
 
     def _place_on_hub(self) -> tuple[str, str | None, str | None]:
         """Dataset (or local folder), folder in it and pattern of files in it that `path` and `data_dir` say."""

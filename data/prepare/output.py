@@ -90,22 +90,18 @@ def put_tokenizer(made: Path, output: Path) -> None:
 def writing(spec: PrepareSpec) -> Iterator[Path]:
     """Hold the output, which is made if need be, for this process; yields `<output>/work`, marked.
 
-    Where another process is at it, waits. What killed processes and workers have left half-written goes, before and
-    after.
+    Where another process is at it, waits. What killed processes and workers have left half-written goes.
     """
     output = Path(spec.output)
     files.require_writable(output)
     with locks.lock(output, wait=True):
         check_output(spec)
-        for folder in spec.folders.values():
-            if is_finished(folder):
-                files.adopt(folder, KIND)
         work = files.make_folder(output / WORK, WORK_KIND)
-        _sweep(spec)
-        try:
-            yield work
-        finally:
-            _sweep(spec)
+        files.sweep(output / TOKENIZER, is_alone=True)
+        for folder in (work, *spec.folders.values()):
+            if files.kind_of(folder) is not None:
+                files.remove_files(folder, ".*.s2-tmp")
+        yield work
 
 
 def remove_work(spec: PrepareSpec) -> None:
@@ -120,13 +116,6 @@ def begin_anew(spec: PrepareSpec, work: Path) -> None:
     for folder in spec.folders.values():
         if not is_finished(folder) and files.kind_of(folder) is not None:  # else it is missing or empty
             remove_unlisted(folder)
-
-
-def _sweep(spec: PrepareSpec) -> None:
-    files.sweep(Path(spec.output) / TOKENIZER, is_alone=True)
-    for folder in (Path(spec.output) / WORK, *spec.folders.values()):
-        if files.kind_of(folder) is not None:
-            files.remove_files(folder, ".*.s2-tmp")
 
 
 def _refuse_sources_inside(spec: PrepareSpec) -> None:

@@ -32,16 +32,8 @@ from s2 import files
 WORK, WRITTEN = "work", "written.json"
 # Everything that a preparation writes into `<output>/work/`.
 WORK_FILES = (
-    PLAN,
-    KEPT,
-    "split.json",  # of earlier versions
-    "tokenizer.json",
-    WRITTEN,
-    "[0-9][0-9][0-9]-[0-9]*.json",
-    "[0-9][0-9][0-9]-[0-9]*.scan.npz",
-    "[0-9][0-9][0-9]-[0-9]*.keep.npy",
-    "[0-9][0-9][0-9]-[0-9]*.counts.npz",
-    ".*.s2-tmp",
+    *(PLAN, KEPT, WRITTEN, "tokenizer.json", ".*.s2-tmp"),
+    *(f"[0-9][0-9][0-9]-[0-9]*{end}" for end in (".json", ".scan.npz", ".keep.npy", ".counts.npz")),
 )
 BAD = "bad row"  # the reason that skipped rows are counted under
 EXAMPLES = 5
