@@ -119,13 +119,11 @@ class Source(Settings):
         """
         if self._is_hub:
             return Found("hub", [], [])
-        if self.path == "python-env":
-            if self.format not in ("auto", "python-env"):
-                raise ValueError(f"source path 'python-env': format {self.format!r} does not go with it")
-            return Found("text", folders.python_env_files(self.suffixes), [])
-        if self.retrieval is not None:
-            if self.format != "auto":
-                raise ValueError(f"source path 'retrieval': format {self.format!r} does not go with it")
+        if self.path == "python-env" or self.retrieval is not None:
+            if self.format not in ("auto", self.path):
+                raise ValueError(f"source path {self.path!r}: format {self.format!r} does not go with it")
+            if self.retrieval is None:
+                return Found("text", folders.python_env_files(self.suffixes), [])
             self.retrieval.check()
             return Found("retrieval", [], [])
         root = Path(self.path).expanduser()

@@ -124,26 +124,18 @@ def _refuse_sources_inside(spec: PrepareSpec) -> None:
         if source.path == "python-env" or "://" in source.path:
             continue
         path = os.path.expanduser(source.path)
-        if os.path.isdir(path) and _is_inside(output, os.path.realpath(path)):
-            raise ValueError(
-                f"source path {source.path!r}: the output {spec.output} lies inside of this folder, so shards would"
-                " become documents; choose an `output` elsewhere"
-            )
-        for file in _real_paths(source.resolve().files):
-            if _is_inside(file, output):
-                raise ValueError(
-                    f"source path {source.path!r}: {file} lies inside of the output {spec.output}; choose an `output`"
-                    " elsewhere"
-                )
-        if glob.has_magic(path):
-            pattern = Path(os.path.abspath(path)).parts
-            outputs = (output, os.path.abspath(spec.output))
-            own = [name for name in _OWN if any(matches(Path(folder, name).parts, pattern) for folder in outputs)]
-            if own:
-                raise ValueError(
-                    f"source path {source.path!r} would also read {spec.output}/{own[0]}, which is written here; choose"
-                    " an `output` elsewhere"
-                )
+        pattern = Path(os.path.abspath(path)).parts if glob.has_magic(path) else ()
+        outputs = (output, os.path.abspath(spec.output))
+        own = (name for name in _OWN if any(matches(Path(folder, name).parts, pattern) for folder in outputs))
+        if os.path.isdir(path) and Path(output).is_relative_to(os.path.realpath(path)):
+            why = f"the output {spec.output} lies inside of this folder, so shards would become documents"
+        elif file := next((f for f in _real_paths(source.resolve().files) if Path(f).is_relative_to(output)), None):
+            why = f"{file} lies inside of the output {spec.output}"
+        elif name := next(own, None):
+            why = f"it would also read {spec.output}/{name}, which is written here"
+        else:
+            continue
+        raise ValueError(f"source path {source.path!r}: {why}; choose an `output` elsewhere")
 
 
 def _real_paths(found: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -151,7 +143,3 @@ def _real_paths(found: Iterable[tuple[str, str]]) -> Iterator[str]:
         real = os.path.realpath(folder)
         for path in paths:
             yield os.path.realpath(path) if os.path.islink(path) else os.path.join(real, os.path.basename(path))
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

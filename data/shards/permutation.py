@@ -19,15 +19,10 @@ class Permutation:
     """
 
     def __init__(self, size: int, key: object):
-        if size < 1:
-            raise ValueError(f"permutation of {size} elements; expected at least 1")
         self.size = size
         self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
-
-    def __len__(self) -> int:
-        return self.size
 
     def __getitem__(self, index: int) -> int:
         """The element at `index`; raises IndexError outside range(size)."""

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ _FILE_KEYS = {
 }
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Writes documents of one source into shards `<prefix>-000`, `<prefix>-001`, ... of a folder.
 
         with ShardWriter(...) as writer:
@@ -47,9 +48,6 @@ class ShardWriter:
         self._file: Any = None  # of the shard that is open, as `files.whole` makes it
         self._stream: Any = None
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -60,7 +58,7 @@ class ShardWriter:
         if self._stream is not None:
             self._stream = None
             self._file.__exit__(kind, error, trace)
-        remove_shards(self.folder, self.prefix)
+        files.remove_files(self.folder, *(f"{self.prefix}-*{end}" for end in _ENDS), f".{self.prefix}-*.s2-tmp")
 
     def add(
         self, documents: Sequence[np.ndarray], sizes: Sequence[int], ids: Sequence[str], urls: Sequence[str]
@@ -128,11 +126,6 @@ class ShardWriter:
                 "origins_sha256": sha256(self.folder / f"{self._name}.parquet"),
             }
         )
-
-
-def remove_shards(folder: Path, prefix: str) -> None:
-    """Remove the shards of a writer, finished or not."""
-    files.remove_files(folder, *(f"{prefix}-*{end}" for end in _ENDS), f".{prefix}-*.s2-tmp")
 
 
 def remove_unlisted(folder: Path, shards: Iterable[str] = ()) -> None:
