@@ -1,8 +1,7 @@
 """`PackedDataModule`: the data of a recipe, for Lightning.
 
-There is one global order of samples, a pure function of the seed. A checkpoint stores how many of them have
-been trained on, so a run resumes at the very next sample on any number of GPUs, whatever the workers had read
-ahead.
+There is one global order of samples, a pure function of the seed. A checkpoint stores how many of them have been
+trained on, so a run resumes at the very next sample on any number of GPUs, whatever the workers had read ahead.
 """
 
 import math
@@ -200,8 +199,7 @@ class PackedDataModule(LightningDataModule):
     # --- Loaders
 
     def _rank(self) -> tuple[int, int]:
-        """(data-parallel rank, data-parallel size), as the strategy says: ranks that share a sequence see the
-        same rows if its `distributed_sampler_kwargs` say so."""
+        """(data-parallel rank, data-parallel size), as the strategy says in `distributed_sampler_kwargs`."""
         kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
 
@@ -239,9 +237,8 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def consumed_samples(self) -> int:
-        """Global samples trained on so far, over all ranks. It counts micro-steps whose training step is
-        done, so it is right in every hook from `on_train_batch_end` on, and ignores what loaders have read
-        ahead."""
+        """Global samples trained on so far, over all ranks. It counts micro-steps whose training step is done, so it
+        is right in every hook from `on_train_batch_end` on."""
         if self.trainer is None or self._started_at is None:
             return self._samples
         micro_steps = self._progress().total.processed - self._counted_from
@@ -258,8 +255,7 @@ class PackedDataModule(LightningDataModule):
         return self._samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, for Lightning's checkpoint. Warns inside an accumulation window, whose gradients are
-        lost."""
+        """The position, for Lightning's checkpoint. Warns inside an accumulation window, whose gradients are lost."""
         if self.trainer is not None:
             pending = self._progress().current.processed % self.trainer.accumulate_grad_batches
             if pending:
@@ -267,10 +263,7 @@ class PackedDataModule(LightningDataModule):
                     f"checkpoint between optimizer steps: the gradients of {pending} accumulated"
                     " micro-batches are not in it; save after whole steps to resume exactly"
                 )
-        return {
-            "consumed_samples": self.consumed_samples,
-            "order": self.rows.fingerprint(),
-        }
+        return {"consumed_samples": self.consumed_samples, "order": self.rows.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a checkpoint's position; does nothing unless the trainer is fitting.
@@ -309,7 +302,6 @@ class PackedDataModule(LightningDataModule):
         return unigram_loss(train, self._heldout_stream(name))
 
     def bits_per_byte(self, name: str, loss: float) -> float:
-        """A held-out loss in nats per token as bits per UTF-8 byte of text, which compares across
-        tokenizers."""
+        """A held-out loss in nats per token as bits per UTF-8 byte of text, which compares across tokenizers."""
         stream = self._heldout_stream(name)
         return loss * int(target_counts(stream).sum()) / stream.num_bytes / math.log(2)

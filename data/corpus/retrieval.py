@@ -1,9 +1,6 @@
 """Synthetic retrieval documents: training data that asks for what stands earlier in the same text.
 
-    sources:
-      - {path: retrieval, name: facts, retrieval: {documents: 5000, facts: [2, 16]}}
-      - {path: retrieval, name: hidden, retrieval: {documents: 900, facts: [1, 8], chars: [1000, 6000],
-         filler: runs/demo/data/train}}
+    sources: [{path: retrieval, name: facts, retrieval: {documents: 5000, facts: [2, 16]}}]
 
 Each document states facts that exist nowhere else (a made-up number under a made-up key), in one of several wordings,
 and at its end asks for each of them, in the same or another wording; with `filler`, the facts lie scattered in ordinary

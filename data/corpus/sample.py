@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from data.corpus.limit import Limit
 from data.corpus.parts import Part, row_groups
 from data.corpus.readers import PACKS, Document, OnBad, stop
-from data.corpus.sources import Source
+from data.corpus.sources import Limit, Source
 
 READ = 2  # bytes that are looked at for each byte of the sample; a source that has no more on disk is read whole
 _STRETCH, _PLACES = 4 << 20, 64  # of a larger one, up to that many bytes at each of at least as many places
@@ -32,15 +31,10 @@ def sample_texts(
     on_bad: OnBad = stop,
 ) -> Iterator[str]:
     """Texts of about `sample_bytes` UTF-8 bytes: an equal share from each source, and where one has less, more from the
-    others.
+    others. Documents that `is_heldout` (by id) are not taken.
 
     Within a source every document has the same chance, in proportion to the size of its files; long documents count
     with their beginning. Of a compressed file larger than the share of it, the beginning is read.
-
-    Args:
-        parts: of each source (`Source.parts`).
-        is_heldout: by id, documents that are not taken.
-        on_bad: see `Source.read`.
     """
     found: dict[int, _Reservoir] = {}
     left = max(sample_bytes, len(sources))

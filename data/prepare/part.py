@@ -19,9 +19,9 @@ import numpy as np
 
 from data.corpus.columns import BadRowError
 from data.corpus.dedup import scan, select
-from data.corpus.limit import Limit
 from data.corpus.parts import File, Part
 from data.corpus.readers import Document
+from data.corpus.sources import Limit
 from data.corpus.tokenizer import TextTokenizer
 from data.prepare.encoding import ahead, batches, encoded
 from data.prepare.plan import KEPT, PLAN
@@ -89,15 +89,12 @@ class Task:
             and self.has_read(record["files"])
             and set(self.splits) <= set(record["shards"])
             and (self.skips_bad_rows or not record["skipped"].get(BAD))
-            and self.is_within_limit(record)
+        )
+        # Of a part that was begun with less known about the limit, whether it is what it would be now.
+        fits &= record.get("before") == [self.limit.bytes, self.limit.documents] or (
+            not record["limited"] and self.limit.allows(record["bytes"], record["documents"])
         )
         return record if fits else None
-
-    def is_within_limit(self, record: dict[str, Any]) -> bool:
-        """Whether a part that was begun with less known about the limit is what it would be now."""
-        if record.get("before") == [self.limit.bytes, self.limit.documents]:
-            return True
-        return not record["limited"] and self.limit.allows(record["bytes"], record["documents"])
 
     def has_read(self, recorded: list[dict[str, Any]]) -> bool:
         """Whether the recorded state of the files is the present one."""

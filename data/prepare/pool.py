@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.corpus.limit import Limit
 from data.corpus.parts import Part
+from data.corpus.sources import Limit
 from data.prepare.part import Task
 from data.prepare.spec import PrepareSpec
 from s2 import ending

@@ -1,9 +1,8 @@
 """From corpora to token shards: `python -m data.prepare --recipe recipes/demo/pretrain.yaml [key=value ...]`.
 
 A finished output is left alone when the settings are the same, and is an error naming the differing key when they are
-not; an interrupted one goes on with the parts that are missing, and makes those again whose files have changed.
-`<output>/work/` holds what that takes and is removed at the end. The result does not depend on the number of workers or
-on interruptions.
+not; an interrupted one goes on with the parts that are missing, and makes those again whose files have changed. The
+result does not depend on the number of workers or on interruptions.
 """
 
 import errno
@@ -18,12 +17,11 @@ from data.corpus.folders import NamedFile
 from data.corpus.parts import File, plain
 from data.corpus.sample import sample_texts
 from data.corpus.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
-from data.prepare.finish import finish
 from data.prepare.output import TOKENIZER, begin_anew, check_output, is_finished, put_tokenizer, remove_work, writing
 from data.prepare.part import BAD, WORK
 from data.prepare.plan import PLAN, Plan, make_plan
 from data.prepare.spec import PrepareSpec
-from data.prepare.stages import deduplicate, encode, heldout_below
+from data.prepare.stages import deduplicate, encode, finish, heldout_below
 from data.shards.reader import TokenShards, read_manifest
 from s2 import files, locks
 from s2.files import checksum
@@ -62,9 +60,8 @@ def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
     content: of files of which only the time is another (they were copied, checked out again, touched) the content
         decides; otherwise they count as the same.
 
-    Nothing is said of sources that are not there any more (as on a machine that has the shards alone), of `python-env`,
-    which is taken as it was, of hub datasets, which are pinned to a revision, or of outputs of versions of this program
-    that did not record files.
+    Nothing is said of sources that are not there any more (as on a machine that has the shards alone), of `python-env`
+    and hub datasets, which are taken as they were, or of outputs of versions that did not record files.
     """
     finished = [folder for folder in spec.folders.values() if is_finished(folder)]
     shards = TokenShards(finished[0]) if finished else None

@@ -1,8 +1,7 @@
 """Which tokens make up sample number i: packed streams of documents, weighted mixtures of them, and a curriculum of
 window lengths.
 
-Everything here is a pure function of (settings, seed, index) and costs the same for any index, so resuming a
-run on other hardware, or looking at sample 10^9, needs no replay.
+Everything here is a pure function of (settings, seed, index) and costs the same for any index: nothing is replayed.
 """
 
 import bisect
@@ -102,9 +101,8 @@ def _label(shards: TokenShards, source: str | None, min_tokens: int, max_tokens:
 class Mixture:
     """An endless, weighted, shuffled sequence of windows.
 
-    Of every `PERIOD` consecutive samples (aligned) each component gets its quota, at shuffled places; what is left of
-    its share is made up in other periods (`data.shards.quotas`). Within a component, windows come in a pseudo-random
-    order, another one each epoch.
+    Of every `PERIOD` consecutive samples (aligned) each component gets its quota (`data.shards.quotas`), at shuffled
+    places. Within a component, windows come in a pseudo-random order, another one each epoch.
 
     quotas: places of each component in a period on average, float64 [components].
     """

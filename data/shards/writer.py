@@ -26,16 +26,12 @@ _FILE_KEYS = {
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Writes documents of one source into shards `<prefix>-000`, `<prefix>-001`, ... of a folder.
+    """Writes documents of one source into shards `<prefix>-000`, `<prefix>-001`, ... of a folder, in a `with` block.
 
-        with ShardWriter(...) as writer:
-            writer.add(...)
-        writer.shards  # what the manifest says about them
+    A file takes its final name only when it is whole and on disk. Another writer of the same prefix replaces them;
+    where the block ends with an error they are removed.
 
-    A file takes its final name only when it is whole and on disk. Without their records the shards count for nothing,
-    and another writer of the same prefix replaces them; where the block ends with an error they are removed.
-
-    counts: int64 [2, vocab_size], see `TokenShards.counts`.
+    shards: what the manifest says about them. counts: int64 [2, vocab_size], see `TokenShards.counts`.
 
     Raises `s2.files.NotOursError` for a folder that holds something else.
     """
