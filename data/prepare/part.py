@@ -7,13 +7,16 @@ shards depend on; a part whose record does not fit any more is made again.
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,7 +26,6 @@ from data.corpus.parts import File, Part
 from data.corpus.readers import Document
 from data.corpus.sources import Limit
 from data.corpus.tokenizer import TextTokenizer
-from data.prepare.encoding import ahead, batches, encoded
 from data.prepare.plan import KEPT, PLAN
 from data.prepare.spec import PrepareSpec
 from data.shards.writer import ShardWriter, write_arrays
@@ -37,6 +39,8 @@ WORK_FILES = (
 )
 BAD = "bad row"  # the reason that skipped rows are counted under
 EXAMPLES = 5
+_BATCH_BYTES, _BATCH_DOCUMENTS = 4 << 20, 4096
+T = TypeVar("T")
 _FREE = ("name", "max_bytes", "max_documents", "on_bad_row")  # of a source: what its scans do not depend on
 
 
@@ -206,3 +210,53 @@ def _tokenizer(output: Path, bos: str, eos: str, sha256: str) -> TextTokenizer:
     if tokenizer.sha256 != sha256:
         raise ValueError(f"{tokenizer.file} was replaced while {output} was being prepared; run again")
     return tokenizer
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(
+    read: Iterable[list[Document]], tokenizer: TextTokenizer, skipped: Counter[str]
+) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+    """Batches with their tokens; `skipped` also counts what the vocabulary cannot express.
+
+    Two batches are under way where the tokenizer uses several cores: the library encodes one while the ids of the
+    other, for which the interpreter is needed, are taken over.
+    """
+    at_once = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else 2
+
+    def encode(batch: list[Document]) -> tuple[list[Document], list[np.ndarray], Counter[str]]:
+        lost: Counter[str] = Counter()
+        return batch, tokenizer.encode_documents([document.text for document in batch], lost), lost
+
+    with ThreadPoolExecutor(at_once) as pool:
+        source = iter(read)
+        under_way = deque(pool.submit(encode, batch) for batch in islice(source, at_once))
+        while under_way:
+            under_way.extend(pool.submit(encode, batch) for batch in islice(source, 1))
+            batch, tokens, lost = under_way.popleft().result()
+            skipped.update(lost)
+            yield batch, tokens
+
+
+def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """The same items, made by another thread up to `depth` in advance."""
+    source = iter(items)
+    pool = ThreadPoolExecutor(1)
+    made = deque(pool.submit(next, source, None) for _ in range(depth))
+    try:
+        while (item := made.popleft().result()) is not None:
+            made.append(pool.submit(next, source, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from data.shards.mixture import Curriculum, PackedStream, Window
-from data.shards.permutation import Permutation
+from data.shards.order import Permutation
 
 IGNORED = -100
 CU_SEQLENS_MULTIPLE = 64

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from data.shards.order import PERIOD, Permutation, Quotas
 from data.shards.packing import pack
-from data.shards.permutation import Permutation
-from data.shards.quotas import PERIOD, Quotas
 from data.shards.reader import TokenShards
 
 PACKING = "best-fit/1"  # of `data.shards.packing`; another algorithm is another sequence
@@ -101,7 +100,7 @@ def _label(shards: TokenShards, source: str | None, min_tokens: int, max_tokens:
 class Mixture:
     """An endless, weighted, shuffled sequence of windows.
 
-    Of every `PERIOD` consecutive samples (aligned) each component gets its quota (`data.shards.quotas`), at shuffled
+    Of every `PERIOD` consecutive samples (aligned) each component gets its quota (`data.shards.order`), at shuffled
     places. Within a component, windows come in a pseudo-random order, another one each epoch.
 
     quotas: places of each component in a period on average, float64 [components].

@@ -10,8 +10,7 @@ import pytest
 from data.section import Component
 from data.shards import TokenShards
 from data.shards.mixture import Curriculum, Mixture, PackedStream
-from data.shards.permutation import Permutation
-from data.shards.quotas import PERIOD, Quotas
+from data.shards.order import PERIOD, Permutation, Quotas
 from tests.data.shard_factory import random_documents, write_shards
 
 LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]
