@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from data.prepare import prepare
-from data.prepare.encoding import batches
+from data.prepare.part import batches
 from data.prepare.spec import PrepareSpec
 from data.shards import ShardWriter, TokenShards, write_manifest
 from data.shards.packing import pack
