@@ -37,8 +37,8 @@ MUTANTS = (
     ),
     Mutant(
         "ranks_see_the_same_rows", "data",
-        "first = start + (micro_step * self.num_replicas + self.rank) * self.micro_batch_size",
-        "first = start + micro_step * self.num_replicas * self.micro_batch_size",
+        "first = self._start() + self.rank * self.rows",
+        "first = self._start()",
         ("test_loader.py",),
     ),
     Mutant(
