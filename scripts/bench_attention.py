@@ -17,10 +17,9 @@ import itertools
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import bench_kernels as kernels
 import bench_record
@@ -28,7 +27,7 @@ import torch
 from bench_kernels import Entry
 from bench_measure import GRAPH_LENGTHS, Inputs, Timing, free_memory, machine_limits, measure, measure_host, noted
 from bench_record import Record
-from bench_report import Row, blank_row, line, write
+from bench_report import Row, blank_row, table, write
 from torch import Tensor
 
 from s2 import ending
@@ -206,10 +205,6 @@ def whole_numbers(text: str) -> list[int]:
     return numbers
 
 
-def names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def peer(text: str) -> tuple[str, str, int | None]:
     match = re.fullmatch(r"([^=]+)=([\w.]+:\w+)(?:@(\d+))?", text)
     if match is None:
@@ -224,7 +219,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--long-lengths", default="", type=whole_numbers,
         help=f"also these, with {LONG_HEADS} heads: our kernels; cuDNN up to 256k")  # fmt: skip
     add("--flex-lengths", default="8192,32768,131072", type=whole_numbers, help="which lengths FlexAttention runs at")
-    add("--backends", default="triton,hopper", type=names)
+    add("--backends", default=",".join(BACKENDS), type=bench_record.names(BACKENDS))
     add("--peer", dest="peers", action="append", default=[], type=peer, metavar="NAME=module:function[@BLOCK]",
         help="another kernel: function(q, k, v, pattern) returns a forward call; may be repeated; with @BLOCK it gets "
         "the pattern nearest in tokens that has such blocks, and so do our kernels in another row")  # fmt: skip
@@ -234,47 +229,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=50, help="ms of calls before each figure (default 50)")
     add("--rep", type=int, default=200, help="ms of calls for each figure (default 200)")
     add("--targets", action="store_true", help="end with our rates over cuDNN's at 8k, 32k and 128k")
-    return parsed(parser, argv, chosen_cases, device="cuda")
+    args = parser.parse_args(argv, argparse.Namespace(device="cuda"))
+    args.cases = chosen_cases(args)
+    check(args)
+    return args
 
 
 def attention_parser(description: str | None, lengths: str, name: str) -> argparse.ArgumentParser:
     """With the options that every benchmark of attention has."""
     parser = bench_record.new_parser(description, name=name)
     add = parser.add_argument
-    add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)}, each a table (default: default)")
+    add("--cases", default="default", type=bench_record.names(CASES),
+        help=f"any of {', '.join(CASES)}, each a table (default: default)")  # fmt: skip
     add("--lengths", default=lengths, type=whole_numbers, help="of cases without lengths of their own")
-    add("--patterns", default="L1V15,L8V16", type=names)
+    add("--patterns", default="L1V15,L8V16", type=bench_record.names())
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     return parser
-
-
-def parsed(
-    parser: argparse.ArgumentParser, argv: list[str] | None, choose: Callable[..., list[Case]], **fixed: Any
-) -> argparse.Namespace:
-    """The arguments with `fixed` ones and the chosen cases, checked."""
-    args = parser.parse_args(argv)
-    vars(args).update(fixed)
-    try:
-        args.cases = choose(args)
-        check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def named_cases(wanted: list[str]) -> list[Case]:
-    unknown = [name for name in wanted if name not in CASES]
-    if unknown or not wanted:
-        raise ValueError(f"--cases: {unknown or wanted} is not among {', '.join(CASES)}")
-    return [CASES[name] for name in dict.fromkeys(wanted)]
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The cases with the sizes asked for, and after each its long lengths."""
     sizes = {field: getattr(args, field) for field in SIZES if getattr(args, field) is not None}
     cases = []
-    for found in named_cases(args.cases):
-        case = replace(found, **sizes)
+    for name in args.cases:
+        case = replace(CASES[name], **sizes)
         case = replace(case, lengths=case.lengths or tuple(args.lengths))
         if case.packed:
             one = replace(case, name=f"{case.name}-one", packed=False, only_ours=True)
@@ -292,12 +270,9 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def check(args: argparse.Namespace) -> None:
-    for option, values in (("--lengths", args.lengths), ("--patterns", args.patterns), ("--backends", args.backends)):
-        if not values:
-            raise ValueError(f"{option} is empty")
-    for backend in args.backends:
-        if backend not in BACKENDS:
-            raise ValueError(f"--backends: {backend!r} is not one of {', '.join(BACKENDS)}")
+    """Raises ValueError for what does not fit together."""
+    if not args.lengths:
+        raise ValueError("--lengths is empty")
     if len({name for name, _, _ in args.peers}) < len(args.peers):
         raise ValueError("--peer: two peers have one name")
     if over := [length for length in args.flex_lengths if length > kernels.MAX_FLEX_LENGTH]:
@@ -356,11 +331,11 @@ def run(args: argparse.Namespace, record: Record) -> Path:
     for case in args.cases:
         section = {"name": case.name, "title": case.title(args.dtype), "case": asdict(case), "rows": []}
         record["sections"].append(section)
-        print(section["title"], flush=True)
+        print(section["title"], table([]), sep="\n", flush=True)
         for seq_len in case.lengths:
             for row in measure_length(case, seq_len, args):
                 section["rows"].append(row)
-                print(line(row), flush=True)
+                print(table(section["rows"]).splitlines()[-1], row["note"], flush=True)
             write(record, args.output, with_plots=False)
     return write(record, args.output, with_plots=True)
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_attention import Case, attention_parser, entries, named_cases, parsed, random_inputs
+from bench_attention import CASES, Case, attention_parser, check, entries, random_inputs
 from bench_kernels import Entry
 from bench_record import Record, new_record, save, stem
 from bench_report import Row
@@ -163,7 +163,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = attention_parser(__doc__, "8192,32768,131072", "counters")
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     alone = {"backends": ["hopper"], "peers": [], "peer_lengths": [], "flex_lengths": []}  # of `entries`: ours
-    return parsed(parser, argv, lambda args: named_cases(args.cases), device="cuda", **alone)
+    args = parser.parse_args(argv, argparse.Namespace(device="cuda", **alone))
+    args.cases = [CASES[name] for name in args.cases]
+    check(args)
+    return args
 
 
 def main() -> None:

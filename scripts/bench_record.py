@@ -11,7 +11,7 @@ import datetime
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,20 @@ def new_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPar
     parser.add_argument("--output", type=Path, help="folder of the report (default: docs/benchmarks)")
     parser.set_defaults(output=ROOT / "docs" / "benchmarks", **defaults)
     return parser
+
+
+def names(known: Collection[str] = ()) -> Callable[[str], list[str]]:
+    """Of an option: names with commas between them, of those that are `known`."""
+
+    def parse(text: str) -> list[str]:
+        found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        unknown = [repr(name) for name in found if known and name not in known]
+        if unknown or not found:
+            choice = f"; choose from {', '.join(known)}" if known else ""
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown) or 'name'} in {text!r}{choice}")
+        return found
+
+    return parse
 
 
 def new_record(

@@ -86,19 +86,6 @@ def notes(rows: list[Row]) -> str:
     return "\n".join(f"- {name} at {', '.join(where)}: {said}" for (name, said), where in lengths.items())
 
 
-def line(row: Row) -> str:
-    """A row as it is printed while the benchmark runs."""
-    start = f"{row['seq_len']:>8} {row['name']:<24}"
-    if row["status"] != "ok":
-        return f"{start} {row['status']} {row['note']}".rstrip()
-    text = f"{start} fwd {row['forward_ms']:9.3f} ms {row['forward_tflops']:5.0f} TF"
-    if row["backward_ms"] is not None:
-        text += f"   bwd {row['backward_ms']:9.3f} ms {row['backward_tflops']:5.0f} TF"
-    if row["peak_gib"] is not None:
-        text += f"   {row['peak_gib']:.2f} GiB"
-    return f"{text}   {row['note']}".rstrip()
-
-
 def host_table(rows: list[Row]) -> str:
     header = ("kernel", "forward", "forward, with gradients", "backward alone", f"backward of a layer among {LAYERS}")
     body = [[row["name"], *(_cell(row[key], ".1f") for key in HOST_FIGURES)] for row in rows]
