@@ -300,16 +300,13 @@ def _check_group(group: Sequence[Call], settings: Settings) -> list[Result]:
 
 def table(results: Sequence[Result]) -> str:
     header = ("recipe", "attention", "heads", "D", "tokens", "documents", "backend", *NAMES, "repeats", "s", "")
-    rows = [
-        (
-            result.call.recipe, result.call.attention, f"{result.call.heads}/{result.call.kv_heads}",
-            str(result.call.head_dim), f"{result.call.batch} x {result.call.length}", result.call.kind, result.backend,
-            *(f"{result.ratios[name]:.2f}" if name in result.ratios else "" for name in NAMES), result.repeats,
-            f"{result.seconds:.1f}",
-            "out of memory" if result.out_of_memory else "WRONG" if result.wrong else "right",
-        )
-        for result in results
-    ]  # fmt: skip
+    rows = []
+    for result in results:
+        call, verdict = result.call, "out of memory" if result.out_of_memory else "WRONG" if result.wrong else "right"
+        sizes = (f"{call.heads}/{call.kv_heads}", str(call.head_dim), f"{call.batch} x {call.length}")
+        ratios = (f"{result.ratios[name]:.2f}" if name in result.ratios else "" for name in NAMES)
+        seen = (result.repeats, f"{result.seconds:.1f}", verdict)
+        rows.append((call.recipe, call.attention, *sizes, call.kind, result.backend, *ratios, *seen))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     return "\n".join(line.rstrip() for line in lines)
