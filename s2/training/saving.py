@@ -146,6 +146,7 @@ class RunCheckpoint(EachStep, Checkpoint):
         if not self.run.slurm_requeue or "SLURM_JOB_ID" not in os.environ:
             return ""
         warned = self._signals.seen != {signal.SIGTERM}  # none: the signal has reached another rank first
+        self._signals.ignore(trainer)  # SLURM ends what it requeues, and srun the others when the first task has gone
         words = f"; {slurm.requeue(os.environ, warned=warned)}" if trainer.is_global_zero else ""
         trainer.strategy.barrier()
         return words

@@ -34,6 +34,11 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
+    def ignore(self, trainer: Any) -> None:
+        """Until the process ends, which has to say why. Lightning puts back what was there before it ran as soon as it
+        has cleaned up, and SIGTERM would end the process before its last sentence."""
+        trainer._signal_connector._original_handlers |= dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+
     def _note(self, number: int, frame: Any) -> None:
         self.seen.add(number)
 
