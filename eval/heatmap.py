@@ -28,6 +28,7 @@ from eval.sweep import SCORE_NAMES, Sweep, describe, read_sweep
 from s2 import ending, files
 
 _MOST_PANELS = 6
+_AXES = ("context length (tokens)", "depth of the needle")
 _KINDS = ("needle-heatmap", "needle-heatmaps")  # of files of a picture's numbers
 
 
@@ -36,6 +37,7 @@ def draw(
     picture: Path,
     titles: Sequence[str] | None = None,
     difference: Difference | None = None,
+    table: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write sweeps as panels of one figure, with one colour scale of 0 to 1.
 
@@ -46,6 +48,7 @@ def draw(
         picture: .png, .pdf or .svg; an old one is replaced in one step.
         titles: one a panel; default: the checkpoints' names.
         difference: of the second of two sweeps less the first; adds a panel for it.
+        table: lines of a label and a text under each panel.
     """
     single = "Needle in a haystack: " if len(sweeps) == 1 else ""
     titles = list(titles or [single + sweep.checkpoint for sweep in sweeps])
@@ -61,9 +64,12 @@ def draw(
     if difference is not None:
         panels.append(_difference_panel(sweeps, titles, difference))
     scorers = " / ".join(dict.fromkeys(sweep.scorer for sweep in sweeps))
-    draw_panels(
-        panels, picture, f"score: {scorers}", "context length (tokens)", "depth of the needle", share_rows=alike
-    )
+    draw_panels(panels, picture, f"score: {scorers}", *_AXES, share_rows=alike, table=table)
+
+
+def draw_difference(pair: Sequence[Sweep], picture: Path, titles: Sequence[str], difference: Difference) -> None:
+    """Write the second of two sweeps less the first, over the cells that both have, as a picture of its own."""
+    draw_panels([_difference_panel(pair, titles, difference)], picture, "", *_AXES, share_rows=True)
 
 
 def _panel(

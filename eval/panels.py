@@ -20,6 +20,7 @@ _PALE = "#52606d"
 PICTURES = (".png", ".pdf", ".svg")
 _TOP, _NARROW = 0.14, 0.6  # inches: above the titles; columns whose labels are slanted
 _LEFT, _BAR = 0.95, 1.2  # inches: for the labels of the rows, for a colour bar
+_LABELS, _ROW = 2.6, 0.235  # inches: for the labels of a table below, for a line of it
 FEW = 3  # cells of fewer samples say how many they have
 _HARD_SPACE = "\u00a0"
 
@@ -55,27 +56,38 @@ def check_picture(picture: Path) -> None:
 
 
 def draw_panels(
-    panels: Sequence[Panel], picture: Path, bar: str, xlabel: str, ylabel: str, *, share_rows: bool
+    panels: Sequence[Panel],
+    picture: Path,
+    bar: str,
+    xlabel: str,
+    ylabel: str,
+    *,
+    share_rows: bool,
+    table: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write panels as one figure, whole or not at all.
 
     Args:
         bar: what the scores are.
         share_rows: the rows are the same, so that the first panel's labels do for all.
+        table: lines of a label and a text under each panel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     check_picture(picture)
     columns, rows = max(len(panel.columns) for panel in panels), max(len(panel.rows) for panel in panels)
-    alone = len(panels) == 1
+    alone = len(panels) == 1 and not panels[0].is_difference
 
     # inches
-    cell_width = float(np.clip((9.0 if alone else 11.0 / len(panels)) / columns, 0.30, 1.15))
+    cell_width = float(np.clip((9.0 if alone else 11.0 / max(2, len(panels))) / columns, 0.30, 1.15))
     panel_width = max(4.25 if alone else 3.4, columns * cell_width)
     panel_height = max(2.0, rows * float(np.clip(4.6 / rows, 0.16, 0.42)))
     below = 1.0 if panel_width / columns < _NARROW else 0.75
-    places, width = _places(panels, panel_width, share_rows)
+    left = _LABELS if table else max(_LEFT, 0.35 + 0.065 * max(len(row) for panel in panels for row in panel.rows))
+    places, width = _places(panels, left, panel_width, 0.35 if share_rows else _LEFT)
+    below += _ROW * len(table) + (0.3 if table else 0.0)
 
     figure = Figure(dpi=160, facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -108,6 +120,12 @@ def draw_panels(
             label = "difference" if panel.is_difference else bar
             label = _wrapped(label, panel_height, _measure(canvas, 8), 2)
             colours.set_label(label, fontsize=8, color=_INK, parse_math=False)
+    for i, (label, *texts) in enumerate(table):
+        y = height - _ROW * (len(table) - i) - 0.12
+        for x, text in zip((0.15, *places), (label, *texts), strict=True):
+            write(x, y, text, fontsize=8.5, color=_PALE if x == 0.15 else _INK)
+        if i:
+            figure.add_artist(Line2D([0.15 / width, 1 - 0.15 / width], [1 - (y - 0.055) / height] * 2, color=_MISSING))
     with files.whole(picture) as stream:
         form = picture.suffix[1:].lower()
         figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
@@ -118,10 +136,9 @@ def _has_bar(panels: Sequence[Panel], i: int) -> bool:
     return i + 1 == len(panels) or panels[i + 1].is_difference != panels[i].is_difference
 
 
-def _places(panels: Sequence[Panel], panel_width: float, share_rows: bool) -> tuple[list[float], float]:
+def _places(panels: Sequence[Panel], left: float, panel_width: float, gap: float) -> tuple[list[float], float]:
     """Left edges of the panels, and the width of all, in inches."""
-    gap = 0.35 if share_rows else _LEFT
-    places, x = [], _LEFT
+    places, x = [], left
     for i in range(len(panels)):
         places.append(x)
         x += panel_width + (_BAR if _has_bar(panels, i) else gap)

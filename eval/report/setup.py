@@ -1,0 +1,360 @@
+"""How runs were made: settings, data, rates, environment."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from eval.grid import format_length
+from eval.report.run import Run
+from s2.files import read_json
+from s2.model.flops import attention_flops_per_token, flops_per_token
+from s2.model.layouts import kv_bytes_per_token
+from s2.tables import markdown
+from s2.training.metrics import clock
+
+UNKNOWN = "not recorded"
+_SYNTHETIC = "retrieval"  # the path of sources that are made up (data.corpus.sources)
+# Keys that the first table says in its own words, that say where things lie, or that change nothing of what is learned.
+_SAID = (
+    *(
+        "run.",
+        "model.config.",
+        "model.init_from",
+        "data.class_path",
+        "data.init_args.prepare",
+        "data.init_args.mixture",
+    ),
+    *("data.init_args.seq_len", "data.init_args.seed", "data.init_args.num_workers", "seed_everything"),
+    *("model.optimizer.lr", "model.schedule", "trainer.max_steps", "trainer.precision", "trainer.strategy"),
+)
+
+Row = tuple[str, Callable[[Run], Any]]  # a label, and what stands in a run's column; nothing where it is not known
+
+
+def table(rows: Sequence[Row], runs: Sequence[Run], *, mark: bool = False) -> str:
+    """`lines` as Markdown."""
+    return markdown(["", *(run.name for run in runs)], lines(rows, runs, mark=mark))
+
+
+def lines(rows: Sequence[Row], runs: Sequence[Run], *, mark: bool = False) -> list[list[str]]:
+    """A label and a text for each run, of what any run has. mark: in bold what differs from the first run."""
+    found = []
+    for label, value in rows:
+        texts = [value(run) or UNKNOWN for run in runs]
+        if set(texts) != {UNKNOWN}:
+            is_marked = [mark and text not in (texts[0], UNKNOWN) for text in texts]
+            found.append([label, *(f"**{t}**" if marked else t for t, marked in zip(texts, is_marked, strict=True))])
+    return found
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings(runs: Sequence[Run]) -> list[str]:
+    """The settings side by side, and every other key of the recipes in which they differ."""
+    rows: list[Row] = [
+        ("attention", layout),
+        ("parameters", parameters),
+        ("shape", _shape),
+        ("context, RoPE", _rope),
+        ("weights from", lambda run: run.recipe and (_key(run, "model.init_from") or "random")),
+        ("tokens", lambda run: tokens(run) and f"{tokens(run):,}"),
+        ("batch", _batch),
+        ("learning rate", _schedule),
+        ("precision, strategy", _precision),
+        ("data", _mixture),
+        ("synthetic retrieval documents", synthetic),
+        ("seeds", _seeds),
+    ]
+    parts = [table(rows, runs, mark=len(runs) > 1)]
+    if len(runs) > 1:
+        parts.append(f"In bold: other than {runs[0].name}.")
+        flat = [dict(_flat(run.recipe)) for run in runs]
+        keys = [key for key in dict.fromkeys(key for each in flat for key in each) if not key.startswith(_SAID)]
+        differing = [key for key in keys if len({str(each.get(key)) for each in flat if each}) > 1]
+        others: list[Row] = [(key.replace(".init_args", ""), partial(_leaf, key)) for key in differing]
+        alike = f"{len(keys) - len(others)} other keys of the recipes are alike"
+        parts += [f"Other keys that differ ({alike}):", table(others, runs, mark=True)] if others else [f"All {alike}."]
+    return parts
+
+
+def layout(run: Run) -> str | None:
+    """The layout and its block size, from the config or what the results say."""
+    if run.model is not None:
+        size = "" if run.model.is_dense else f", blocks of {run.model.block_size}"
+        return f"{run.model.attention_layout}{size}"
+    about = [scores.content.get("s2", scores.content) for scores in run.scores]
+    return next((str(each["attention_layout"]) for each in about if each.get("attention_layout")), None)
+
+
+def parameters(run: Run) -> str | None:
+    return None if run.model is None else f"{run.model.num_parameters():,}"
+
+
+def tokens(run: Run) -> int | None:
+    """Tokens that the stage was trained on."""
+    last = run.summary.get("tokens") or run.last("tokens")
+    return None if last is None else int(last)
+
+
+def synthetic(run: Run) -> str | None:
+    """Share of the training tokens that are made-up retrieval documents; as far as it is known."""
+    known, unknown = 0.0, []
+    for path, share in _shares(run):
+        part = _synthetic_part(run, path)
+        if part is None:
+            unknown.append(path)
+        else:
+            known += share * part
+    if not _shares(run):
+        return None
+    words = f"{known:.1%} of the tokens"
+    return f"{words}; unknown of {', '.join(unknown)}" if unknown else "none" if known == 0 else words
+
+
+def _shape(run: Run) -> Any:
+    m = run.model
+    return m and (
+        f"{m.num_hidden_layers} layers of {m.hidden_size}, {m.num_attention_heads} query / {m.num_key_value_heads} KV"
+        f" heads of {m.head_dim}, MLP {m.intermediate_size}, vocabulary {m.vocab_size:,}"
+    )
+
+
+def _rope(run: Run) -> Any:
+    m = run.model
+    scaling = f", {m.rope_scaling}" if m and m.rope_scaling else ""
+    return m and f"{m.max_position_embeddings:,} tokens, theta {m.rope_theta:g}{scaling}"
+
+
+def _batch(run: Run) -> str | None:
+    if not run.recipe:
+        return None
+    a_step, steps = _key(run, "run.tokens_per_step"), run.summary.get("step") or run.last("step")
+    words = [f"{a_step:,} tokens a step"] if a_step else []
+    return ", ".join([*words, *([f"{steps:,.0f} steps"] if steps else []), f"sequences of {run.seq_len:,}"])
+
+
+def _schedule(run: Run) -> str | None:
+    schedule = _key(run, "model.schedule")
+    if not schedule:
+        return None
+    warmup, least = schedule.get("warmup_steps", 0), schedule.get("min_ratio", 0)
+    lr = _key(run, "model.optimizer.lr")
+    return f"{lr:g}, {schedule.get('name', 'constant')}, warmup {warmup} steps, to {least:g} of it"
+
+
+def _precision(run: Run) -> str | None:
+    keys = ("trainer.precision", "trainer.strategy", "model.activation_checkpointing", "model.compile")
+    precision, strategy, checkpointing, compiled = (_key(run, key) for key in keys)
+    words = [str(precision), str(strategy), *([f"{checkpointing} checkpointing"] if checkpointing != "none" else [])]
+    return ", ".join([*words, *(["compiled"] if compiled else [])]) if run.recipe else None
+
+
+def _seeds(run: Run) -> str | None:
+    return f"{_key(run, 'seed_everything')}, data {run.data.get('seed', 0)}" if run.recipe else None
+
+
+def _mixture(run: Run) -> str | None:
+    filters = {
+        c["path"]: c.get("min_tokens") for c in run.data.get("mixture") or [] if isinstance(c, dict) and "path" in c
+    }
+    lines = []
+    for path, share in _shares(run):
+        least = filters.get(path)
+        lines.append(f"{share:.1%} {path}" + (f" (documents from {least:,} tokens on)" if least else ""))
+    return "<br>".join(lines) or None
+
+
+def _shares(run: Run) -> list[tuple[str, float]]:
+    """(shard folder, share of the training tokens) of each component: as trained where the summary says it, else as
+    weighted."""
+    counted = [(each.get("component"), each.get("asked", 0)) for each in run.summary.get("data", ())]
+    given = [(c.get("path"), c.get("weight", 1.0)) for c in run.data.get("mixture") or [] if isinstance(c, dict)]
+    if not given and not counted:
+        given = [(f"{spec.get('output')}/train", 1.0) for spec in _specs(run)]
+    found = counted if sum(amount for _, amount in counted) else given
+    total = sum(amount for _, amount in found)
+    return [(str(path).split(" (")[0], amount / total) for path, amount in found] if total else []
+
+
+def _specs(run: Run) -> list[Mapping[str, Any]]:
+    specs = run.data.get("prepare") or []
+    return [spec for spec in (specs if isinstance(specs, list) else [specs]) if isinstance(spec, dict)]
+
+
+def _synthetic_part(run: Run, folder: str) -> float | None:
+    """Share of a shard folder's tokens that come from synthetic sources: from its manifest, else from the recipe where
+    all its sources are of one sort."""
+    manifest = Path(folder) / "manifest.json"
+    sources = read_json(manifest).get("sources", []) if manifest.is_file() else []
+    if total := sum(source.get("tokens", 0) for source in sources):
+        return sum(source["tokens"] for source in sources if source.get("path") == _SYNTHETIC) / total
+    for spec in _specs(run):
+        if spec.get("output") and Path(folder).parent == Path(spec["output"]):
+            kinds = {source.get("path") == _SYNTHETIC for source in spec.get("sources", ())}
+            return float(kinds.pop()) if len(kinds) == 1 else None
+    return None
+
+
+def _key(run: Run, key: str) -> Any:
+    node: Any = run.recipe
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, below in value.items():
+            yield from _flat(below, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def _leaf(key: str, run: Run) -> str | None:
+    if not run.recipe:
+        return None
+    text = str(dict(_flat(run.recipe)).get(key))
+    return text if len(text) <= 160 else f"{text[:120]} ..."
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+
+def speed(runs: Sequence[Run]) -> list[str]:
+    """Rates, utilization, memory and time."""
+    rows: list[Row] = [
+        ("devices", lambda run: run.summary and f"{run.summary.get('world_size', 1)}"),
+        ("tokens/s a device", lambda run: rate(run) and f"{rate(run):,.0f}"),
+        ("MFU, executed", lambda run: _percent(_median(run, "mfu_executed"))),
+        ("MFU, dense-equivalent", lambda run: _percent(_median(run, "mfu_dense_equivalent"))),
+        ("MFU, full square", lambda run: _percent(full_square(run))),
+        ("peak memory", lambda run: _memory(run)),
+        ("time", hours),
+        *((f"KV cache at {format_length(size)}", partial(_cache, size)) for size in _lengths(runs)),
+    ]
+    parts = [table(rows, runs)]
+    if any(_median(run, "mfu_executed") for run in runs):
+        parts.append(
+            "MFU is achieved over peak dense bf16 FLOP/s of the device, forward and backward counted once. *Executed*:"
+            " the causal half, as far as the pattern lets queries see. *Dense-equivalent*: the causal half of the same"
+            " model with dense attention. *Full square*: 6 N + 12 L Hq D S a token, with the masked half, as"
+            " llm-foundry, torchtitan and OLMo-core count."
+        )
+    else:
+        parts.append("No MFU: the log has none, as on a CPU or a device whose peak is not known.")
+    parts.append(
+        "tokens/s: the median of the logged steps, without validations and checkpoints; time: with them. KV cache:"
+        " bytes of bf16 keys and values, for each token of context, that the next token can see: everything in dense"
+        " layers; sinks, window and every V-th block in sparse heads. In brackets: what the cache here holds, which is"
+        " everything."
+    )
+    return parts
+
+
+def rate(run: Run) -> float | None:
+    """Tokens/s a device: the median of the logged steps."""
+    return _median(run, "tokens_per_second_per_device")
+
+
+def full_square(run: Run) -> float | None:
+    """MFU with the masked half counted and every layer dense; the device's peak is that of the logged MFU."""
+    executed, model, seq_len = _median(run, "mfu_executed"), run.model, run.data.get("seq_len")
+    if not executed or model is None or not seq_len:
+        return None
+    causal = attention_flops_per_token(model, seq_len, executed=False)
+    square = flops_per_token(model, seq_len, executed=False) + causal * (2 * seq_len / (seq_len + 1) - 1)
+    return executed * square / flops_per_token(model, seq_len, executed=True)
+
+
+def hours(run: Run) -> str | None:
+    seconds = run.summary.get("seconds") or run.last("seconds")
+    if seconds is None:
+        return None
+    return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else clock(seconds)
+
+
+def kv_cache(seq_len: int, run: Run) -> str | None:
+    """KV bytes a token of a context of `seq_len`."""
+    return None if run.model is None else _bytes(kv_bytes_per_token(run.model, seq_len))
+
+
+def _cache(seq_len: int, run: Run) -> Any:
+    return run.model and f"{kv_cache(seq_len, run)} ({_bytes(kv_bytes_per_token(run.model, 1))})"
+
+
+def _lengths(runs: Sequence[Run]) -> list[int]:
+    return sorted({run.model.max_position_embeddings for run in runs if run.model} | {1 << 17})
+
+
+def _memory(run: Run) -> str | None:
+    peak = run.summary.get("memory_gib") or max((row.get("memory_gib", 0.0) for row in run.log), default=0.0)
+    return f"{peak:.2f} GiB" if peak else None
+
+
+def _median(run: Run, key: str) -> float | None:
+    values = [row[key] for row in run.log if key in row]
+    return median(values) if values else None
+
+
+def _percent(value: float | None) -> str | None:
+    return f"{value:.1%}" if value else None
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count:.0f} B"
+
+
+# --- environment ------------------------------------------------------------------------------------------------------
+
+
+def environment(runs: Sequence[Run]) -> list[str]:
+    """Where runs were made and how they are made again; what is not on record says so."""
+    versions = dict.fromkeys(name for run in runs for name in run.environment.get("versions") or {})
+    rows: list[Row] = [
+        ("device", lambda run: run.environment.get("device")),
+        ("commit", lambda run: run.environment.get("commit")),
+        *((name, partial(_version, name)) for name in versions),
+        ("training", lambda run: command(run) and f"`{command(run)}`"),
+        ("evaluation", lambda run: "<br>".join(f"`{text}`" for text in evaluations(run))),
+        ("seeds", _seeds),
+        ("weights (fingerprint)", lambda run: ", ".join(_fingerprints(run))),
+    ]
+    labels = [label for label, _ in rows] + ([] if versions else ["versions"])
+    shown = lines(rows, runs)
+    gone = [label for label in labels if label not in {line[0] for line in shown}]
+    return [
+        markdown(["", *(run.name for run in runs)], shown),
+        f"{UNKNOWN.capitalize()}: {', '.join(gone)}." if gone else "",
+    ]
+
+
+def _version(name: str, run: Run) -> str | None:
+    return (run.environment.get("versions") or {}).get(name)
+
+
+def command(run: Run) -> str | None:
+    """What trained the run, or trains it again from its resolved recipe."""
+    words = run.environment.get("command")
+    if words:
+        return words if isinstance(words, str) else shlex.join(map(str, words))
+    return f"python -m s2.training.cli {run.folder / 'config.yaml'}" if run.recipe else None
+
+
+def evaluations(run: Run) -> list[str]:
+    """Commands of the evaluations, as far as a suite has written them down."""
+    files = sorted((run.folder / "results").glob("suite*.json"))
+    contents = [content for file in files if isinstance(content := read_json(file), dict)]
+    parts = (part for content in contents for part in content.get("parts", ()))
+    return list(dict.fromkeys(part["command"] for part in parts if part.get("command")))
+
+
+def _fingerprints(run: Run) -> list[str]:
+    about = [scores.content.get("s2", scores.content) for scores in run.scores]
+    found = [run.fingerprint, *(each.get("fingerprint") for each in about)]
+    return list(dict.fromkeys(each for each in found if each))
