@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,13 @@ _SAID = (
         "data.init_args.prepare",
         "data.init_args.mixture",
     ),
-    *("data.init_args.seq_len", "data.init_args.seed", "data.init_args.num_workers", "seed_everything"),
+    *(
+        "data.init_args.seq_len",
+        "data.init_args.retrieval",
+        "data.init_args.seed",
+        "data.init_args.num_workers",
+        "seed_everything",
+    ),
     *("model.optimizer.lr", "model.schedule", "trainer.max_steps", "trainer.precision", "trainer.strategy"),
 )
 
@@ -104,14 +110,14 @@ def tokens(run: Run) -> int | None:
 
 def synthetic(run: Run) -> str | None:
     """Share of the training tokens that are made-up retrieval documents; as far as it is known."""
-    known, unknown = 0.0, []
-    for path, share in _shares(run):
-        part = _synthetic_part(run, path)
+    known, unknown, shares = 0.0, [], _shares(run)
+    for label, share in shares:
+        part = _synthetic_part(run, label)
         if part is None:
-            unknown.append(path)
+            unknown.append(label)
         else:
             known += share * part
-    if not _shares(run):
+    if not shares:
         return None
     words = f"{known:.1%} of the tokens"
     return f"{words}; unknown of {', '.join(unknown)}" if unknown else "none" if known == 0 else words
@@ -160,42 +166,49 @@ def _seeds(run: Run) -> str | None:
 
 
 def _mixture(run: Run) -> str | None:
-    filters = {
-        c["path"]: c.get("min_tokens") for c in run.data.get("mixture") or [] if isinstance(c, dict) and "path" in c
-    }
-    lines = []
-    for path, share in _shares(run):
-        least = filters.get(path)
-        lines.append(f"{share:.1%} {path}" + (f" (documents from {least:,} tokens on)" if least else ""))
-    return "<br>".join(lines) or None
+    return "<br>".join(f"{share:.1%} {label}" for label, share in _shares(run)) or None
 
 
 def _shares(run: Run) -> list[tuple[str, float]]:
-    """(shard folder, share of the training tokens) of each component: as trained where the summary says it, else as
-    weighted."""
-    counted = [(each.get("component"), each.get("asked", 0)) for each in run.summary.get("data", ())]
-    given = [(c.get("path"), c.get("weight", 1.0)) for c in run.data.get("mixture") or [] if isinstance(c, dict)]
-    if not given and not counted:
-        given = [(f"{spec.get('output')}/train", 1.0) for spec in _specs(run)]
-    found = counted if sum(amount for _, amount in counted) else given
+    """(component, share of the training tokens): as trained where the summary says it, else as weighted. A component
+    is called `<shard folder>[, source <name>][, documents of <length>]`, as the data module does."""
+    found = [(str(each.get("component")), each.get("asked", 0)) for each in run.summary.get("data", ())]
+    if not sum(amount for _, amount in found):
+        found = [(_label(each), each.get("weight", 1.0)) for each in _mappings(run.data.get("mixture"))]
+        found = found or [(f"{spec.get('output')}/train", 1.0) for spec in _mappings(run.data.get("prepare"))]
+        for added in _mappings(run.data.get("retrieval")):  # a share of documents beside the mixture
+            others, share = sum(weight for _, weight in found), added.get("share", 0)
+            found.append((f"{added.get('prepare', {}).get('output')}/train", others * share / (1 - share)))
     total = sum(amount for _, amount in found)
-    return [(str(path).split(" (")[0], amount / total) for path, amount in found] if total else []
+    return [(label, amount / total) for label, amount in found] if total else []
 
 
-def _specs(run: Run) -> list[Mapping[str, Any]]:
-    specs = run.data.get("prepare") or []
-    return [spec for spec in (specs if isinstance(specs, list) else [specs]) if isinstance(spec, dict)]
+def _label(component: dict[str, Any]) -> str:
+    source, least = component.get("source"), component.get("min_tokens")
+    words = [f"source {source}"] if source else []
+    return ", ".join(
+        [str(component.get("path")), *words, *([f"documents of {least:,} or more tokens"] if least else [])]
+    )
 
 
-def _synthetic_part(run: Run, folder: str) -> float | None:
-    """Share of a shard folder's tokens that come from synthetic sources: from its manifest, else from the recipe where
-    all its sources are of one sort."""
-    manifest = Path(folder) / "manifest.json"
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    """The mappings of a key that holds one, several or none."""
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
+
+
+def _synthetic_part(run: Run, label: str) -> float | None:
+    """Share of a component's tokens that come from synthetic sources: from the manifest of its shards, else from the
+    recipe where all sources are of one sort."""
+    path, *words = label.split(", ")
+    folder, manifest = Path(path), Path(path) / "manifest.json"
+    names = [word.removeprefix("source ") for word in words if word.startswith("source ")]
     sources = read_json(manifest).get("sources", []) if manifest.is_file() else []
+    sources = [source for source in sources if not names or source.get("name") in names]
     if total := sum(source.get("tokens", 0) for source in sources):
         return sum(source["tokens"] for source in sources if source.get("path") == _SYNTHETIC) / total
-    for spec in _specs(run):
-        if spec.get("output") and Path(folder).parent == Path(spec["output"]):
+    added = [each.get("prepare") for each in _mappings(run.data.get("retrieval"))]
+    for spec in _mappings(run.data.get("prepare")) + _mappings(added):
+        if spec.get("output") and folder.parent == Path(spec["output"]):
             kinds = {source.get("path") == _SYNTHETIC for source in spec.get("sources", ())}
             return float(kinds.pop()) if len(kinds) == 1 else None
     return None

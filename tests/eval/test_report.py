@@ -191,12 +191,21 @@ def test_synthetic_documents_are_counted_in_the_shards_where_those_are_there(tmp
     run = make_run(tmp_path / "demo" / "a", recipe=recipe)
     assert setup.synthetic(read_run(run)) == f"0.0% of the tokens; unknown of {shards}, elsewhere/train"
     shards.mkdir(parents=True)
-    sources = [{"path": "web", "tokens": 300}, {"path": "retrieval", "tokens": 100}]
+    sources = [{"path": "web", "tokens": 300}, {"path": "retrieval", "name": "made", "tokens": 100}]
     write_json(shards / "manifest.json", {"sources": sources})
     assert setup.synthetic(read_run(run)) == "12.5% of the tokens; unknown of elsewhere/train"
-    # as trained, where the summary says it, and not as weighted
-    write_json(run / "summary.json", {"data": [{"component": str(shards), "asked": 10}]})
-    assert setup.synthetic(read_run(run)) == "25.0% of the tokens"
+    # as trained, where the summary says it, and not as weighted; of one source, its own
+    parts = [{"component": f"{shards}, source made, documents of 9 or more tokens", "asked": 60}]
+    write_json(run / "summary.json", {"data": [*parts, {"component": str(shards), "asked": 40}]})
+    assert setup.synthetic(read_run(run)) == "70.0% of the tokens"
+
+
+def test_a_share_of_retrieval_documents_beside_the_mixture_is_counted(tmp_path):
+    recipe = copy.deepcopy(RECIPE)
+    recipe["data"]["init_args"]["mixture"].pop()
+    spec = {"output": "d/added", "sources": [{"path": "retrieval"}]}
+    recipe["data"]["init_args"]["retrieval"] = {"share": 0.1, "prepare": spec}
+    assert setup.synthetic(read_run(make_run(tmp_path / "demo" / "a", recipe=recipe))) == "10.0% of the tokens"
 
 
 def test_mfu_is_said_by_each_definition(tmp_path):
