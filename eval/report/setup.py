@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -328,10 +328,10 @@ def _bytes(count: float) -> str:
 
 def environment(runs: Sequence[Run]) -> list[str]:
     """Where runs were made and how they are made again; what is not on record says so."""
-    versions = dict.fromkeys(name for run in runs for name in run.environment.get("versions") or {})
+    versions = dict.fromkeys(name for run in runs for each in _processes(run) for name in each.get("versions") or {})
     rows: list[Row] = [
-        ("device", lambda run: run.environment.get("device")),
-        ("commit", lambda run: run.environment.get("commit")),
+        ("device", lambda run: _each(each.get("device") for each in _processes(run))),
+        ("commit", lambda run: _each(each.get("commit") for each in _processes(run))),
         *((name, partial(_version, name)) for name in versions),
         ("training", lambda run: command(run) and f"`{command(run)}`"),
         ("evaluation", lambda run: "<br>".join(f"`{text}`" for text in evaluations(run))),
@@ -347,8 +347,17 @@ def environment(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _version(name: str, run: Run) -> str | None:
-    return (run.environment.get("versions") or {}).get(name)
+def _version(name: str, run: Run) -> str:
+    return _each((each.get("versions") or {}).get(name) for each in _processes(run))
+
+
+def _processes(run: Run) -> list[dict[str, Any]]:
+    """What each process of a run wrote about itself, in their order."""
+    return [*run.environment.get("earlier", ()), run.environment]
+
+
+def _each(values: Iterable[str | None]) -> str:
+    return ", then ".join(dict.fromkeys(value for value in values if value))
 
 
 def command(run: Run) -> str | None:

@@ -225,12 +225,13 @@ def test_mfu_is_said_by_each_definition(tmp_path):
 def test_the_record_beside_a_run_says_where_it_was_made(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
     record = {"device": "NVIDIA H200", "commit": "abc123", "versions": {"torch": "2.13"}, "command": ["python", "x y"]}
+    record["earlier"] = [record | {"commit": "abc122"}]
     write_json(tmp_path / "demo" / "a.json", record)
     write_json(run / "results" / "suite.json", {"parts": [{"command": "python -m eval.needle --ckpt a"}]})
     text = setup.environment(read_runs([run]))[0]
     for row in (
         "device | NVIDIA H200",
-        "commit | abc123",
+        "commit | abc122, then abc123",
         "torch | 2.13",
         "training | `python 'x y'`",
         "seeds | 7, data 0",
