@@ -67,9 +67,16 @@ def draw(
     draw_panels(panels, picture, f"score: {scorers}", *_AXES, share_rows=alike, table=table)
 
 
-def draw_difference(pair: Sequence[Sweep], picture: Path, titles: Sequence[str], difference: Difference) -> None:
-    """Write the second of two sweeps less the first, over the cells that both have, as a picture of its own."""
-    draw_panels([_difference_panel(pair, titles, difference)], picture, "", *_AXES, share_rows=True)
+def draw_differences(
+    first: Sweep, others: Sequence[Sweep], differences: Sequence[Difference], picture: Path, titles: Sequence[str]
+) -> None:
+    """Write what each of `others` is less the first, over the cells that both have, as a picture of its own.
+
+    titles: of the first and the others.
+    """
+    of = zip(others, titles[1:], differences, strict=True)
+    panels = [_difference_panel([first, sweep], [titles[0], title], found) for sweep, title, found in of]
+    draw_panels(panels, picture, "", *_AXES, share_rows=all(panel.rows == panels[0].rows for panel in panels))
 
 
 def _panel(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from eval.grid import format_length
-from eval.report.figures import COLOURS, label_ends, new_figure, style
+from eval.report.figures import label_ends, looks, new_figure, style
 from eval.report.run import Run
 
 _SMOOTH = 40  # parts of a training curve that are averaged over, so that runs can be told apart
@@ -34,16 +34,16 @@ def loss_curves(runs: Sequence[Run], sets: Sequence[str]) -> Figure:
             style(axes, xlabel, "nats a token" if first else "", title if first else "")
             if first:
                 axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            for run, colour in zip(runs, COLOURS * len(runs), strict=False):
+            for run, look in zip(runs, looks(len(runs)), strict=True):
                 curve = np.array(run.series(key, over)).reshape(-1, 2)
                 if not len(curve):
                     continue
                 x, y = curve[:, 0] / scale, curve[:, 1]
                 if key == "train/loss":
-                    axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
+                    axes.plot(x, y, **look, linewidth=0.6, alpha=0.3)
                     y = _smooth(y)
-                axes.plot(x, y, color=colour, linewidth=1.6, marker="o" if key != "train/loss" else "", markersize=3)
-                ends += [(float(y[-1]), run.name, colour)] if over == "seconds" else []
+                axes.plot(x, y, **look, linewidth=1.6, marker="o" if key != "train/loss" else "", markersize=3)
+                ends += [(float(y[-1]), run.name, look["color"])] if over == "seconds" else []
         _limit(pair[0], [run.series(key, "tokens") for run in runs])
         label_ends(pair[1], ends)
     return figure
@@ -64,16 +64,16 @@ def loss_by_position(tables: Mapping[str, Mapping[int, Sequence[Mapping[str, flo
         style(axes, "position in the document, up to", "nats a token" if first else "", title)
         spans = sorted({(b["from"], b["to"]) for found in tables.values() for b in found.get(length, ())})
         ends = []
-        for name, colour in zip(tables, COLOURS * len(tables), strict=False):
+        for name, look in zip(tables, looks(len(tables)), strict=True):
             found = {(b["from"], b["to"]): b for b in tables[name].get(length, ())}
             x = [i for i, span in enumerate(spans) if span in found]
             if not x:
                 continue
             losses = [found[spans[i]]["loss"] for i in x]
             low, high = zip(*(found[spans[i]].get("interval") or [math.nan] * 2 for i in x), strict=True)
-            axes.plot(x, losses, color=colour, linewidth=1.6, marker="o", markersize=3)
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            ends.append((float(losses[-1]), name, colour))
+            axes.plot(x, losses, **look, linewidth=1.6, marker="o", markersize=3)
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            ends.append((float(losses[-1]), name, look["color"]))
         axes.set_xticks(range(len(spans)), [format_length(int(high)) for _, high in spans])
         if axes is panels[-1]:
             label_ends(axes, ends)

@@ -12,12 +12,19 @@ from s2 import files
 
 INK, PALE, GRID = "#1f2933", "#52606d", "#e4e7eb"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5f3f", "#000000")  # Okabe and Ito's
+_DASHES = ("-", "--", ":")  # where there are more lines than colours
 _LINE = 0.16  # inches that a label needs
 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches (no display, no global state)."""
     return Figure(figsize=(width, height), facecolor="white")
+
+
+def looks(count: int) -> list[dict[str, str]]:
+    """A colour and a line style for each of so many lines."""
+    n = len(COLOURS)
+    return [{"color": COLOURS[i % n], "linestyle": _DASHES[i // n % len(_DASHES)]} for i in range(count)]
 
 
 def style(axes: Any, xlabel: str = "", ylabel: str = "", title: str = "") -> None:

@@ -20,11 +20,13 @@ from eval.report.html import to_html
 from eval.report.run import Run
 from eval.sweep import describe
 from s2 import files
+from s2.model.config import ModelConfig
 from s2.model.layouts import layout_rows
 from s2.tables import markdown
 
 SIGNATURE = "<!-- written by python -m eval.report, which replaces it -->"
 _PICTURES = "pictures of a report"
+_ABREAST = 3  # heatmaps side by side
 
 
 class Page:
@@ -108,14 +110,16 @@ def _layouts(page: Page, runs: Sequence[Run]) -> None:
         "Rows are blocks of queries, columns blocks of keys: blue the window, green every V-th block, orange the first"
         " blocks (sinks), grey what is not seen. Heads together: the darker, the more of them see a block.",
     )
-    for i, run in enumerate(runs):
-        if run.model is not None:
-            figure = layouts.draw(run.model, run.name)
-            page.picture(
-                f"layout-{i}", f"attention layout of {run.name}: {run.model.attention_layout}", _saving(figure)
-            )
-            header = ["layers", "pattern", "density", "its heads see together"]
-            page.add(markdown(header, layout_rows(run.model, run.seq_len or run.model.max_position_embeddings)))
+    alike: dict[str, tuple[ModelConfig, int, list[str]]] = {}
+    for run in runs:
+        if (model := run.model) is not None:
+            seq_len, heads = run.seq_len or model.max_position_embeddings, model.num_attention_heads
+            key = f"{model.layout} {heads} {model.num_key_value_heads} {seq_len}"
+            alike.setdefault(key, (model, seq_len, []))[2].append(run.name)
+    for i, (model, seq_len, having) in enumerate(alike.values()):
+        alt = f"attention layout of {', '.join(having)}: {model.attention_layout}"
+        page.picture(f"layout-{i}", alt, _saving(layouts.draw(model, ", ".join(having))))
+        page.add(markdown(["layers", "pattern", "density", "its heads see together"], layout_rows(model, seq_len)))
 
 
 def _losses(page: Page, runs: Sequence[Run]) -> None:
@@ -138,24 +142,28 @@ def _needle(page: Page, runs: Sequence[Run], stem: str) -> None:
     found = {run.name: run.needle[stem] for run in having}
     sweeps = [run.sweeps[stem] for run in having]
     page.add("\n".join(f"- {name}: {describe(sweep)}" for name, sweep in zip(found, sweeps, strict=True)))
-    plain = [replace(sweep, notes=()) for sweep in sweeps]  # the list above says them
-    for begin in range(0, len(plain), 3):
-        names = list(found)[begin : begin + 3]
-        page.picture(
-            f"{stem}-{begin}" if begin else stem,
-            f"needles found by length and depth: {', '.join(names)}",
-            partial(heatmap.draw, plain[begin : begin + 3], titles=names),
-        )
-    pairs = [(other, [plain[0], sweep]) for other, sweep in zip(list(found)[1:], plain[1:], strict=True)]
-    for i, (other, pair) in enumerate(pairs):
-        if pair[0].cells.keys() & pair[1].cells.keys():
-            names = [next(iter(found)), other]
-            difference = differences.of_sweeps(pair, [found[name].content for name in names], "exact")
-            page.picture(
-                f"{stem}-difference-{i}",
-                f"needles found, {other} less {names[0]}: {difference}",
-                partial(heatmap.draw_difference, pair, titles=names, difference=difference),
-            )
+    names, sweeps = list(found), [replace(sweep, notes=()) for sweep in sweeps]  # the list above says them
+    for begin in range(0, len(names), _ABREAST):
+        shown = names[begin : begin + _ABREAST]
+        draw = partial(heatmap.draw, sweeps[begin : begin + _ABREAST], titles=shown)
+        page.picture(_numbered(stem, begin), f"needles found by length and depth: {', '.join(shown)}", draw)
+    pairs = [
+        (name, sweep) for name, sweep in zip(names, sweeps, strict=True) if sweep.cells.keys() & sweeps[0].cells.keys()
+    ]
+    for begin in range(1, len(pairs), _ABREAST):
+        others, theirs = zip(*pairs[begin : begin + _ABREAST], strict=True)
+        contents = [found[name].content for name in (names[0], *others)]
+        each = [
+            differences.of_sweeps([sweeps[0], sweep], [contents[0], content], "exact")
+            for sweep, content in zip(theirs, contents[1:], strict=True)
+        ]
+        said = "; ".join(f"{name} {difference}" for name, difference in zip(others, each, strict=True))
+        draw = partial(heatmap.draw_differences, sweeps[0], theirs, each, titles=(names[0], *others))
+        page.picture(_numbered(f"{stem}-difference", begin - 1), f"needles found, less {names[0]}: {said}", draw)
+
+
+def _numbered(name: str, begin: int) -> str:
+    return f"{name}-{begin}" if begin else name
 
 
 def _ruler(page: Page, runs: Sequence[Run], stem: str) -> None:
@@ -173,11 +181,13 @@ def _ruler(page: Page, runs: Sequence[Run], stem: str) -> None:
         sizes = sorted({row["n"] for row in rows})
         caption = f"n = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "") + " per cell"
         panels.append(Panel(run.name, caption, grid, counts, format_lengths(lengths), tasks))
-    page.picture(
-        stem,
-        "RULER scores by task and length",
-        lambda file: draw_panels(panels, file, "share found", "context length (tokens)", "", share_rows=True),
-    )
+    for begin in range(0, len(panels), _ABREAST):
+        shown = panels[begin : begin + _ABREAST]
+        alt = f"RULER scores by task and length: {', '.join(panel.title for panel in shown)}"
+        draw = partial(
+            draw_panels, shown, bar="share found", xlabel="context length (tokens)", ylabel="", share_rows=True
+        )
+        page.picture(_numbered(stem, begin), alt, draw)
     page.add(*scores.ruler(runs, stem))
 
 

@@ -26,7 +26,7 @@ class Comparison:
     def __init__(self, runs: Sequence[Run], *header: str) -> None:
         self.runs, self.header = runs, header
         self.rows: list[list[str]] = []
-        self._paired: set[bool] = set()
+        self._how: dict[bool, dict[str, None]] = {}
         self._bare = False
 
     def add(
@@ -37,7 +37,7 @@ class Comparison:
         for i, (cell, difference) in enumerate(zip(cells, found, strict=True)):
             text = cell or DASH
             if i and cell and isinstance(difference, Difference):
-                self._paired.add(difference.paired)
+                self._how.setdefault(difference.paired, {})[self.runs[i].name] = None
                 text += f"<br>**{difference}**" if difference.is_sure else f"<br>{difference}"
             elif i and cell and difference is not None:
                 self._bare = True
@@ -51,12 +51,17 @@ class Comparison:
         names = [run.name for run in self.runs]
         rows = [[*(row[i] for i in columns), *row[len(self.header) :]] for row in self.rows]
         parts = [markdown([*(self.header[i] for i in columns), *names], rows)]
-        if self._paired or self._bare:
-            kinds = {True: "paired: the same questions or documents, one by one", False: "unpaired"}
-            how = " or ".join(kinds[each] for each in sorted(self._paired, reverse=True))
-            says = f" with its 95 % interval ({how}), bold where that leaves 0 out" if self._paired else ""
-            bare = "; a number alone has no interval, since means alone are on record" if self._bare else ""
-            parts.append(f"Second lines: difference to {names[0]}{unit}{says}{bare}.")
+        ways = {True: "paired, the same questions or documents one by one", False: "unpaired"}
+        how = "; ".join(f"{ways[each]}: {', '.join(of)}" for each, of in sorted(self._how.items(), reverse=True))
+        if how:
+            parts.append(
+                f"Second lines: difference to {names[0]}{unit} with its 95 % interval, bold where that leaves 0 out"
+                f" ({how})" + ("; without one where only means are on record." if self._bare else ".")
+            )
+        elif self._bare:
+            parts.append(
+                f"Second lines: difference to {names[0]}{unit}, without an interval: only means are on record."
+            )
         return parts
 
 
