@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from html import unescape
 from pathlib import Path
 
 from eval import heatmap
@@ -37,9 +39,12 @@ def draw_front(runs: Sequence[Run], picture: Path) -> tuple[Path, Path]:
     sweeps = [run.sweeps[stem] for run in runs]
     rows = glance(runs)
     names = [run.name for run in runs]
-    heatmap.draw(
-        sweeps, picture, names, table=[[label, *(text.split("<br>")[0] for text in texts)] for label, *texts in rows]
-    )
+    heatmap.draw(sweeps, picture, names, table=[[label, *(_plain(text) for text in texts)] for label, *texts in rows])
     alt = f"needles found by length and depth: {', '.join(names)}"
     files.write_text(text, "\n\n".join([f"![{alt}]({picture.name})", markdown(["", *names], rows), SIGNATURE]) + "\n")
     return picture, text
+
+
+def _plain(cell: str) -> str:
+    """The first line of a Markdown cell as text."""
+    return unescape(re.sub(r"\\(.)", r"\1", cell.split("<br>")[0]))

@@ -8,18 +8,18 @@ from typing import Any
 
 from eval.differences import questions
 from eval.grid import format_length
-from eval.report import scores, setup
+from eval.report import rates, scores, settings
 from eval.report.run import Run, Scores
 from eval.sweep import wilson
 
 
 def glance(runs: Sequence[Run]) -> list[list[str]]:
     """Lines of a label and a text for each run."""
-    rows: list[setup.Row] = [
-        ("attention", setup.layout),
-        ("parameters", setup.parameters),
-        ("tokens", lambda run: setup.tokens(run) and f"{setup.tokens(run):,}"),
-        ("of them synthetic retrieval documents", setup.synthetic),
+    rows: list[settings.Row] = [
+        ("attention", settings.layout),
+        ("parameters", settings.parameters),
+        ("tokens", lambda run: settings.tokens(run) and f"{settings.tokens(run):,}"),
+        ("of them synthetic retrieval documents", settings.synthetic),
     ]
     rows += [(f"held-out loss, {name}", partial(_last_loss, name)) for name in scores.heldout_sets(runs)]
     for name, length in _cells(run.positions for run in runs):
@@ -37,10 +37,10 @@ def glance(runs: Sequence[Run]) -> list[list[str]]:
         count = len(scores.accuracies(runs)[0])
         by_name = dict(zip((run.name for run in runs), means, strict=True))
         rows.append((f"accuracy, mean of {count} task{'s' * (count > 1)}", lambda run: by_name[run.name]))
-    rows += [("tokens/s a device", lambda run: setup.rate(run) and f"{setup.rate(run):,.0f}"), ("time", setup.hours)]
+    rows += [("tokens/s a device", lambda run: rates.rate(run) and f"{rates.rate(run):,.0f}"), ("time", rates.hours)]
     if longest := max((run.model.max_position_embeddings for run in runs if run.model), default=0):
-        rows.append((f"KV cache a token at {format_length(longest)}", partial(setup.kv_cache, longest)))
-    return setup.lines(rows, runs)
+        rows.append((f"KV cache a token at {format_length(longest)}", partial(rates.kv_cache, longest)))
+    return settings.lines(rows, runs)
 
 
 def stems(found: Iterable[Mapping[str, Scores]]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from eval import differences, heatmap
 from eval.grid import format_lengths
 from eval.panels import Panel, draw_panels
-from eval.report import curves, figures, layouts, scores, setup
+from eval.report import curves, figures, layouts, rates, scores, settings
 from eval.report.glance import glance, stems, which
 from eval.report.html import to_html
 from eval.report.run import Run
@@ -86,7 +86,7 @@ def _sections(page: Page, runs: Sequence[Run]) -> None:
         page.add(f"Differences below are to {runs[0].name}, the first.")
     _layouts(page, runs)
     if any(run.recipe or run.model for run in runs):
-        page.add("## Settings", *setup.settings(runs))
+        page.add("## Settings", *settings.settings(runs))
     _losses(page, runs)
     for stem in stems(run.needle for run in runs):
         _needle(page, runs, stem)
@@ -97,8 +97,8 @@ def _sections(page: Page, runs: Sequence[Run]) -> None:
     if any(run.lm for run in runs):
         page.add("## Downstream tasks", *scores.downstream(runs))
     if any(run.log or run.summary for run in runs):
-        page.add("## Speed and memory", *setup.speed(runs))
-    page.add("## Environment", *setup.environment(runs))
+        page.add("## Speed and memory", *rates.speed(runs))
+    page.add("## Environment", *rates.environment(runs))
     page.add("## What is missing", *missing(runs))
 
 
@@ -117,9 +117,10 @@ def _layouts(page: Page, runs: Sequence[Run]) -> None:
             key = f"{model.layout} {heads} {model.num_key_value_heads} {seq_len}"
             alike.setdefault(key, (model, seq_len, []))[2].append(run.name)
     for i, (model, seq_len, having) in enumerate(alike.values()):
-        alt = f"attention layout of {', '.join(having)}: {model.attention_layout}"
+        alt = f"attention layout of {', '.join(having)}: {settings.literal(model.attention_layout)}"
         page.picture(f"layout-{i}", alt, _saving(layouts.draw(model, ", ".join(having))))
-        page.add(markdown(["layers", "pattern", "density", "its heads see together"], layout_rows(model, seq_len)))
+        table = [[settings.literal(cell) for cell in row] for row in layout_rows(model, seq_len)]
+        page.add(markdown(["layers", "pattern", "density", "its heads see together"], table))
 
 
 def _losses(page: Page, runs: Sequence[Run]) -> None:

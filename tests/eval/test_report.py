@@ -9,7 +9,7 @@ import pytest
 
 from eval.checkpoint import fingerprint
 from eval.differences import unpaired
-from eval.report import scores, setup
+from eval.report import rates, scores, settings
 from eval.report.__main__ import main
 from eval.report.glance import glance
 from eval.report.page import missing
@@ -29,9 +29,9 @@ def pair(tmp_path, **second):
 
 
 def test_both_pages_have_every_section_and_the_html_needs_no_other_file(tmp_path):
-    dense = copy.deepcopy(RECIPE)
-    dense["model"]["config"]["attention_layout"] = "dense"
-    runs = pair(tmp_path, recipe=dense)
+    other = copy.deepcopy(RECIPE)
+    other["model"]["config"]["attention_layout"] = "1*dense|1*L2V4<32V8"
+    runs = pair(tmp_path, recipe=other)
     for run, right in zip(runs, (18, 9), strict=True):
         write_ruler(run / "results" / "ruler.json", right)
         write_positions(run / "results" / "positions.json", shift=right / 10)
@@ -47,6 +47,7 @@ def test_both_pages_have_every_section_and_the_html_needs_no_other_file(tmp_path
     ]
     assert all(f">{heading}</h2>" in page for heading in headings)
     assert "<title>Side by side: demo/a, demo/b</title>" in page and "width=device-width" in page
+    assert "<td>1*dense|1*L2V4&lt;32V8</td>" in page  # no emphasis, no cell of its own
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 7 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert not re.search(r"(href|src)=\"(?!#|data:)|@import|url\(", page)
@@ -135,7 +136,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
     assert "needles" not in said and "training log" not in said
     runs = read_runs([run])
     assert (
-        setup.environment(runs)[-1]
+        rates.environment(runs)[-1]
         == "Not recorded: device, commit, training, evaluation, seeds, weights (fingerprint), versions."
     )
 
@@ -178,7 +179,7 @@ def test_what_differs_is_marked_and_the_share_of_synthetic_documents_is_said(tmp
     other["model"]["optimizer"]["lr"] = 0.002
     other["trainer"]["gradient_clip_val"] = 0.5
     other["data"]["init_args"]["mixture"][1]["weight"] = 0.0
-    text = "\n".join(setup.settings(read_runs(pair(tmp_path, recipe=other))))
+    text = "\n".join(settings.settings(read_runs(pair(tmp_path, recipe=other))))
     assert "| synthetic retrieval documents | 25.0% of the tokens | **none** |" in text
     assert "| data | 75.0% d/web/train<br>25.0% d/facts/train | **100.0% d/web/train<br>0.0% d/facts/train** |" in text
     assert "| learning rate | 0.001, cosine" in text and "| **0.002, cosine" in text
@@ -191,15 +192,15 @@ def test_synthetic_documents_are_counted_in_the_shards_where_those_are_there(tmp
     shards = tmp_path / "mixed" / "train"
     recipe["data"]["init_args"]["mixture"] = [{"path": str(shards)}, {"path": "elsewhere/train"}]
     run = make_run(tmp_path / "demo" / "a", recipe=recipe)
-    assert setup.synthetic(read_run(run)) == f"0.0% of the tokens; unknown of {shards}, elsewhere/train"
+    assert settings.synthetic(read_run(run)) == f"0.0% of the tokens; unknown of {shards}, elsewhere/train"
     shards.mkdir(parents=True)
     sources = [{"path": "web", "tokens": 300}, {"path": "retrieval", "name": "made", "tokens": 100}]
     write_json(shards / "manifest.json", {"sources": sources})
-    assert setup.synthetic(read_run(run)) == "12.5% of the tokens; unknown of elsewhere/train"
+    assert settings.synthetic(read_run(run)) == "12.5% of the tokens; unknown of elsewhere/train"
     # as trained, where the summary says it, and not as weighted; of one source, its own
     parts = [{"component": f"{shards}, source made, documents of 9 or more tokens", "asked": 60}]
     write_json(run / "summary.json", {"data": [*parts, {"component": str(shards), "asked": 40}]})
-    assert setup.synthetic(read_run(run)) == "70.0% of the tokens"
+    assert settings.synthetic(read_run(run)) == "70.0% of the tokens"
 
 
 def test_a_share_of_retrieval_documents_beside_the_mixture_is_counted(tmp_path):
@@ -207,7 +208,7 @@ def test_a_share_of_retrieval_documents_beside_the_mixture_is_counted(tmp_path):
     recipe["data"]["init_args"]["mixture"].pop()
     spec = {"output": "d/added", "sources": [{"path": "retrieval"}]}
     recipe["data"]["init_args"]["retrieval"] = {"share": 0.1, "prepare": spec}
-    assert setup.synthetic(read_run(make_run(tmp_path / "demo" / "a", recipe=recipe))) == "10.0% of the tokens"
+    assert settings.synthetic(read_run(make_run(tmp_path / "demo" / "a", recipe=recipe))) == "10.0% of the tokens"
 
 
 def test_mfu_is_said_by_each_definition(tmp_path):
@@ -217,8 +218,8 @@ def test_mfu_is_said_by_each_definition(tmp_path):
     model, seq_len = ModelConfig(**recipe["model"]["config"]), 512
     weights, pair_flops = 6 * matmul_parameters(model), 12 * 4 * 4 * 16  # layers, heads, head_dim
     causal, square = weights + pair_flops * (seq_len + 1) / 2, weights + pair_flops * seq_len
-    assert setup.full_square(run) == pytest.approx(0.5 * square / causal)  # 0.5: the median of mfu_executed
-    text = "\n".join(setup.speed([run]))
+    assert rates.full_square(run) == pytest.approx(0.5 * square / causal)  # 0.5: the median of mfu_executed
+    text = "\n".join(rates.speed([run]))
     for row in ("MFU, executed | 50.0%", "MFU, dense-equivalent | 60.0%", "MFU, full square | ", "time | 2.02 hours"):
         assert f"| {row}" in text
     assert "| tokens/s a device | 200 |" in text
@@ -230,7 +231,7 @@ def test_the_record_beside_a_run_says_where_it_was_made(tmp_path):
     record["earlier"] = [record | {"commit": "abc122"}]
     write_json(tmp_path / "demo" / "a.json", record)
     write_json(run / "results" / "suite.json", {"parts": [{"command": "python -m eval.needle --ckpt a"}]})
-    text = setup.environment(read_runs([run]))[0]
+    text = rates.environment(read_runs([run]))[0]
     for row in (
         "device | NVIDIA H200",
         "commit | abc122, then abc123",
@@ -279,7 +280,7 @@ def test_sweeps_under_other_conditions_are_looked_at_apart(tmp_path):
     write_results(one / "results" / "needle-n2.json", {})  # begun, nothing done yet
     runs = read_runs([one, two])
     assert list(runs[0].needle) == ["needle", "needle-n1"] and "needle-n2.json (not finished)" in runs[0].left_out
-    assert ["needles found at 512: n1", "1.000 (0.21 to 1.00)", setup.UNKNOWN] in glance(runs)
+    assert ["needles found at 512: n1", "1.000 (0.21 to 1.00)", settings.UNKNOWN] in glance(runs)
 
 
 def test_ruler_is_paired_where_the_prompts_are_the_same(tmp_path):
