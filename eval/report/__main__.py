@@ -28,16 +28,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", type=path, help=".html to write, .md beside it (for one run: its results/report.html)"
     )
     parser.add_argument("--front", type=path, help="only two needle heatmaps with a table below, as this .png")
+    parser.add_argument("--names", nargs="+", help="what to call the runs, one each (default: the ends of their paths)")
     args = parser.parse_args(argv)
     if args.front is not None:
-        written = draw_front(read_runs(args.runs), args.front)
+        written = draw_front(read_runs(args.runs, args.names), args.front)
     else:
         if len(args.runs) > 1 and args.output is None:
             raise ValueError("several runs need --output FILE, e.g. --output runs/report.html")
         page = args.output or results_folder(args.runs[0]) / "report.html"
         if page.suffix not in (".html", ".md"):
             raise ValueError(f"--output {page}: a page ends in .html or .md; both are written")
-        written = write(read_runs(args.runs), page)
+        written = write(read_runs(args.runs, args.names), page)
     print("\n".join(map(str, written)))
 
 

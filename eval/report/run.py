@@ -85,15 +85,20 @@ class Run:
         return list(dict.fromkeys(key.removeprefix("val/").removesuffix("/loss") for key in names))
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
     """The runs in their order, one that is named twice once.
+
+    names: what to call them; default: `labels`.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it that a report shows.
-        ValueError: a broken file; names it.
+        ValueError: a broken file, which is named; not one name of its own for each run.
     """
     runs = list({run.folder.resolve(): run for run in map(read_run, folders)}.values())
-    return [replace(run, name=name) for run, name in zip(runs, labels([run.folder for run in runs]), strict=True)]
+    names = names or labels([run.folder for run in runs])
+    if len(set(names)) != len(runs):
+        raise ValueError(f"--names {' '.join(names)}: {len(set(names))} different names for {len(runs)} runs")
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def read_run(folder: Path) -> Run:

@@ -16,22 +16,9 @@ UNKNOWN = "not recorded"
 _SYNTHETIC = "retrieval"  # the path of sources that are made up (data.corpus.sources)
 # Keys that the first table says in its own words, that say where things lie, or that change nothing of what is learned.
 _SAID = (
-    *(
-        "run.",
-        "model.config.",
-        "model.init_from",
-        "data.class_path",
-        "data.init_args.prepare",
-        "data.init_args.mixture",
-    ),
-    *(
-        "data.init_args.seq_len",
-        "data.init_args.retrieval",
-        "data.init_args.seed",
-        "data.init_args.num_workers",
-        "seed_everything",
-    ),
-    *("model.optimizer.lr", "model.schedule", "trainer.max_steps", "trainer.precision", "trainer.strategy"),
+    *("run.", "model.config.", "model.init_from", "model.optimizer.lr", "model.schedule", "seed_everything"),
+    *("data.class_path", *(f"data.init_args.{key}" for key in ("prepare", "mixture", "retrieval", "seq_len", "seed"))),
+    *("data.init_args.num_workers", "trainer.max_steps", "trainer.precision", "trainer.strategy"),
 )
 
 Row = tuple[str, Callable[[Run], Any]]  # a label, and what stands in a run's column; nothing where it is not known

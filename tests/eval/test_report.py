@@ -81,9 +81,9 @@ def test_wrong_use_is_told(tmp_path):
 
 def test_the_front_picture_has_its_table_as_markdown_beside_it(tmp_path):
     runs = pair(tmp_path)
-    main([*map(str, runs), "--front", str(tmp_path / "front.png")])
+    main([*map(str, runs), "--front", str(tmp_path / "front.png"), "--names", "dense", "hybrid"])
     text = (tmp_path / "front.md").read_text()
-    assert text.startswith("![needles found by length and depth: demo/a, demo/b](front.png)")
+    assert text.startswith("![needles found by length and depth: dense, hybrid](front.png)")
     assert "| needles found at 1k | 0.500 (0.09 to 0.91) | 1.000 (0.34 to 1.00) |" in text
     with pytest.raises(ValueError, match="2 to 4 runs have room side by side, and 1 are named"):
         main([str(runs[0]), "--front", str(tmp_path / "front.png")])
@@ -101,6 +101,8 @@ def test_labels_are_the_shortest_that_tell_runs_apart(tmp_path):
     assert labels([Path("/runs/demo/ext")]) == ["demo/ext"]
     for name in ("A/demo/ext", "B/demo/ext"):
         make_run(tmp_path / name)
+    with pytest.raises(ValueError, match="--names same same: 1 different names for 2 runs"):
+        read_runs([tmp_path / "A/demo/ext", tmp_path / "B/demo/ext"], ["same", "same"])
     twice = [tmp_path / "A/demo/ext", tmp_path / "B/demo/ext", tmp_path / "A/demo/../demo/ext"]
     assert [run.name for run in read_runs(twice)] == ["A/demo/ext", "B/demo/ext"]
 
