@@ -45,23 +45,20 @@ class Comparison:
             texts.append(text)
         self.rows.append([*labels, *texts])
 
-    def parts(self, unit: str = "") -> list[str]:
-        """The table and what its second lines are."""
+    def parts(self, unit: str = "", item: str = "question") -> list[str]:
+        """The table and what its second lines are. item: what differences are paired by."""
         columns = [i for i in range(len(self.header)) if any(row[i] for row in self.rows)]
         names = [run.name for run in self.runs]
         rows = [[*(row[i] for i in columns), *row[len(self.header) :]] for row in self.rows]
         parts = [markdown([*(self.header[i] for i in columns), *names], rows)]
-        ways = {True: "paired, the same questions or documents one by one", False: "unpaired"}
-        how = "; ".join(f"{ways[each]}: {', '.join(of)}" for each, of in sorted(self._how.items(), reverse=True))
+        says = f"Second lines: difference to {names[0]}{unit}"
+        ways = {True: f"paired by {item}", False: "unpaired"}
+        how = "; ".join(f"{', '.join(of)} {ways[each]}" for each, of in sorted(self._how.items(), reverse=True))
         if how:
-            parts.append(
-                f"Second lines: difference to {names[0]}{unit} with its 95 % interval, bold where that leaves 0 out"
-                f" ({how})" + ("; without one where only means are on record." if self._bare else ".")
-            )
+            bare = "; without one where only means are on record" if self._bare else ""
+            parts.append(f"{says} with its 95 % interval, bold where that leaves 0 out ({how}){bare}.")
         elif self._bare:
-            parts.append(
-                f"Second lines: difference to {names[0]}{unit}, without an interval: only means are on record."
-            )
+            parts.append(f"{says}, without an interval: only means are on record.")
         return parts
 
 
@@ -116,7 +113,7 @@ def positions(runs: Sequence[Run], stem: str) -> list[str]:
             differences = [_document_difference(each[0], other) for other in each]
             label = "all" if low is None else f"{low:,} to {high:,}"
             table.add((format_length(length), label), values, differences)
-    return [*table.parts(" in nats a token"), said(runs, found)]
+    return [*table.parts(" in nats a token", "document"), said(runs, found)]
 
 
 def said(runs: Sequence[Run], found: Sequence[Scores | None]) -> str:
@@ -287,7 +284,7 @@ def downstream(runs: Sequence[Run]) -> list[str]:
         label = (f"mean of {len(means[0])}", "", "acc_norm, else acc", "")
         table.add(label, [str(metric) for metric in rows_], [_less(rows_[0], other) for other in rows_])
     said_of = [f"- {run.name}, {_conditions(scores.content)}" for run in runs for scores in run.lm.values()]
-    return [*table.parts(), "\n".join(said_of)]
+    return [*table.parts(item="document"), "\n".join(said_of)]
 
 
 class _Metric:

@@ -270,10 +270,10 @@ def test_needles_are_compared_by_length_and_pairing_is_said(tmp_path):
     text = "\n".join(scores.needle(read_runs([one, two]), "needle"))
     assert "| 512 | 2 | 0.500 (0.09 to 0.91) | 1.000 (0.34 to 1.00)<br>+0.500" in text
     assert "| all: teacher-forced token accuracy | 4 | 0.500 (0.15 to 0.85) | 0.500 (0.15 to 0.85)<br>+0.000" in text
-    assert "| worst depth |  | 0.000 at 100 % | 1.000 at 0 % |" in text and "(paired, " in text
+    assert "| worst depth |  | 0.000 at 100 % | 1.000 at 0 % |" in text and "(demo/b paired by question)" in text
     write_results(two / "results" / "needle.json", {(512, 0): 1.0}, n=3, settings={"haystack": "another"})
     text = "\n".join(scores.needle(read_runs([one, two]), "needle"))
-    assert f"1.000 (0.44 to 1.00)<br>{unpaired(0.5, 2, 1.0, 3)}" in text and "(unpaired: demo/b)" in text
+    assert f"1.000 (0.44 to 1.00)<br>{unpaired(0.5, 2, 1.0, 3)}" in text and "(demo/b unpaired)" in text
 
 
 def test_sweeps_under_other_conditions_are_looked_at_apart(tmp_path):
@@ -291,11 +291,11 @@ def test_ruler_is_paired_where_the_prompts_are_the_same(tmp_path):
     write_ruler(two / "results" / "ruler.json", 9)
     text = "\n".join(scores.ruler(read_runs([one, two]), "ruler"))
     assert "| vt | 512 | 20 | 0.900 (0.70 to 0.97) | 0.450 (0.26 to 0.66)<br>**-0.450 (-0.63 to -0.19)** |" in text
-    assert "| effective length |  |  | none (512) | none (512) |" in text and "(paired, " in text
+    assert "| effective length |  |  | none (512) | none (512) |" in text and "(demo/b paired by question)" in text
     assert "- demo/a: bos exactly one, cut 3" in text
     write_ruler(two / "results" / "ruler.json", 9, prompt="other")
     text = "\n".join(scores.ruler(read_runs([one, two]), "ruler"))
-    assert f"**{unpaired(0.9, 20, 0.45, 20)}**" in text and "(unpaired: demo/b)" in text
+    assert f"**{unpaired(0.9, 20, 0.45, 20)}**" in text and "(demo/b unpaired)" in text
 
 
 def test_losses_by_position_are_paired_over_documents(tmp_path):
@@ -320,7 +320,9 @@ def test_tasks_with_logged_documents_are_paired(tmp_path):
         write_json(run / "results" / "lm-piqa.json", lm_results(right / 20) | {"samples": {"piqa": logged}})
     text = "\n".join(scores.downstream(read_runs(runs)))
     half = 1.959964 * (5 * 15 / 20 / 19 / 20) ** 0.5  # five of twenty documents differ, all in one direction
-    assert f"<br>**+0.250 (+{0.25 - half:.2f} to +{0.25 + half:.2f})**" in text and "(paired, " in text
+    assert (
+        f"<br>**+0.250 (+{0.25 - half:.2f} to +{0.25 + half:.2f})**" in text and "(demo/b paired by document)" in text
+    )
 
 
 @pytest.mark.parametrize("about,said", [({"limit": 5}, "limit 5"), ({"max_length": 2048}, "max_length 2048")])
