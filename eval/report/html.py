@@ -19,11 +19,12 @@ a { color: #0b5cad; text-decoration: none; } a:hover { text-decoration: underlin
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 td, th { border: 1px solid #dde2e7; padding: .3em .6em; text-align: left; vertical-align: top; }
 th { background: #f5f7f9; } tbody tr:nth-child(even) { background: #fafbfc; }
-td:first-child { white-space: nowrap; } td strong { background: #fff3c4; padding: 0 .15em; border-radius: 2px; }
-code { font-size: 12px; background: #f5f7f9; overflow-wrap: anywhere; } img { max-width: 100%; height: auto; }
-@media (max-width: 50em) {
+td:first-child, th:first-child { white-space: nowrap; position: sticky; left: 0; background: #f5f7f9; }
+td strong { background: #fff3c4; padding: 0 .15em; border-radius: 2px; }
+code { font-size: .92em; background: #f5f7f9; overflow-wrap: anywhere; } img { max-width: 100%; height: auto; }
+@media screen and (max-width: 50em) {
   body { margin: 1em auto; } .picture img { max-width: none; width: 46em; } table { font-size: 12px; }
-  td:first-child, th:first-child { white-space: normal; position: sticky; left: 0; background: #f5f7f9; }
+  td:first-child, th:first-child { white-space: normal; }
 }
 @media print {
   body { font-size: 11px; max-width: none; margin: 0; } nav { display: none; } table { font-size: 9px; }
