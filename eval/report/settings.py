@@ -141,6 +141,8 @@ def _schedule(run: Run) -> str | None:
 def _precision(run: Run) -> str | None:
     keys = ("trainer.precision", "trainer.strategy", "model.activation_checkpointing", "model.compile")
     precision, strategy, checkpointing, compiled = (_key(run, key) for key in keys)
+    if str(run.environment.get("device")).startswith("CPU"):
+        precision = f"32-true on the CPU (recipe: {precision})"
     words = [str(precision), str(strategy), *([f"{checkpointing} checkpointing"] if checkpointing != "none" else [])]
     return ", ".join([*words, *(["compiled"] if compiled else [])]) if run.recipe else None
 

@@ -245,6 +245,15 @@ def test_the_record_beside_a_run_says_where_it_was_made(tmp_path):
     assert "| evaluation | `python -m eval.needle --ckpt a` |" in text
 
 
+def test_a_run_on_the_cpu_is_not_said_to_be_in_the_recipes_precision(tmp_path):
+    recipe = copy.deepcopy(RECIPE)
+    recipe["trainer"]["precision"] = "bf16-mixed"
+    run = make_run(tmp_path / "demo" / "a", recipe=recipe)
+    assert "| precision, strategy | bf16-mixed, " in settings.settings(read_runs([run]))[0]
+    write_json(run / "environment.json", {"device": "CPU, 2 cores"})
+    assert "| 32-true on the CPU (recipe: bf16-mixed), " in settings.settings(read_runs([run]))[0]
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
