@@ -1,6 +1,7 @@
 """The run folder: where a recipe's stage puts its files, and checkpoints that are written whole.
 
 runs/<recipe>/<stage>/config.yaml             every key as it was resolved
+                      environment.json        devices, versions, commit and command of each process
                       logs/metrics.csv        one row per logged step, appended on resume
                       logs/tensorboard/
                       checkpoints/step-00000500/meta.json   step, tokens, how it was trained, size and checksum of files

@@ -23,6 +23,7 @@ from s2.recipe import differences, dump_yaml
 from s2.training import memory, run_folder, slurm
 from s2.training.callbacks import TrainingLog
 from s2.training.config import StageConfig
+from s2.training.environment import record_environment
 from s2.training.gaps import lightning as gaps
 from s2.training.guard import StepGuard
 from s2.training.module import PretrainModule
@@ -152,6 +153,7 @@ class Stage:
     def _record(self) -> None:
         folder = self.run.folder
         slurm.keep_record(os.environ, folder)
+        record_environment(folder)
         again = f"python -m s2.training.cli {folder}/config.yaml"
         header = f"# {self.config.origin.file} as it was resolved; train it again with: {again}\n"
         files.write_text(folder / "config.yaml", header + dump_yaml(self.resolved))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from s2 import files
 from s2.ending import DamagedError
 from s2.model.config import ModelConfig
+from s2.model.layouts import layout_table
 from s2.training.config import RunConfig
 from s2.training.guard import DivergedError
 from s2.training.memory import memory_of
@@ -42,36 +42,6 @@ def launch_report(run: RunConfig, module: Any, data: Any, trainer: Any, precisio
             + (f" (of a GPU; here on the CPU, in {trainer.precision}, it is not estimated)" if on_cpu else ""),
         ]
     )
-
-
-def layout_table(config: ModelConfig, seq_len: int) -> str:
-    """Layers that attend alike in one line each: pattern, density at `seq_len`, and the share of the causal context
-    that a layer's heads see together (and over how many layers it is all of it)."""
-    layout, heads = config.layout, config.layout.ruled_heads(config.num_key_value_heads)
-    num_blocks = -(-seq_len // config.block_size)
-    alike: dict[tuple, list[int]] = {}  # layers whose heads follow the same rules
-    for layer, (pattern, rotation) in enumerate(zip(layout.patterns, layout.rotations, strict=True)):
-        alike.setdefault((pattern, pattern.rules(heads, layer=rotation)), []).append(layer)
-    rows = [("layers", "pattern", "density", "its heads see together")]
-    for (pattern, _), layers in alike.items():
-        rotation = layout.rotations[layers[0]]
-        covered = pattern.union_coverage(num_blocks, heads, layer=rotation)
-        together = f"{covered:.1%}"
-        if covered < 1:
-            needed = pattern.layers_to_cover(heads)
-            together += f", all of it over {needed} layers" if needed else ", never all of it"
-        density = pattern.density(seq_len, heads, layer=rotation)
-        rows.append((_ranges(layers), str(pattern), f"{density:.2%}", together))
-    whole = layout.density(seq_len, heads)
-    rows.append(("all", config.attention_layout, f"{whole:.2%}", f"at {seq_len:,} tokens"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"  {a:>{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
-
-
-def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> 0-2,5"""
-    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def data_report(data: Any, total_tokens: int) -> str:
