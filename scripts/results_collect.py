@@ -79,8 +79,9 @@ def arm_results(jobs: Sequence[Job]) -> dict[str, Any] | None:
     figures = [figure for job in done if job.recipe is not None for figure in training_figures(job)]
     for file in sorted(done[0].folder.glob("*/results/*.json")):
         figures += evaluation_figures(file)
-    speed = [files.read_json(file) for file in sorted(done[0].folder.glob("speed*.json"))]
-    figures += [figure for row in speed for figure in speed_figures(row)]
+    for row in map(files.read_json, sorted(done[0].folder.glob("*.json"))):
+        figures += speed_figures(row) if row.get("kind") == "speed" else []
+    figures += list(_mean_of_tasks(figures))
     config = model_of(done)
     return {
         "stages": {job.stage: job.record for job in done},
@@ -222,6 +223,20 @@ def _tasks(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
             better = "higher" if content.get("higher_is_better", {}).get(task, {}).get(metric, True) else "lower"
             interval = None if error is None else [value - Z * error, value + Z * error]
             yield Figure(stage, "tasks", task, None, metric, value, n, interval, error, better)
+
+
+def _mean_of_tasks(figures: Sequence[Figure]) -> Iterator[Figure]:
+    """Accuracy averaged over the tasks of each stage, of a task that has both kinds the length-normalized one."""
+    stages: dict[str, dict[str, Figure]] = {}
+    for metric in ("acc", "acc_norm"):
+        for each in (f for f in figures if f.part == "tasks" and f.metric == metric):
+            stages.setdefault(each.stage, {})[each.task] = each
+    for stage, tasks in stages.items():
+        if (count := len(tasks)) > 1:
+            errors = [each.error for each in tasks.values() if each.error is not None]
+            error = math.hypot(*errors) / count if len(errors) == count else None
+            mean = statistics.fmean(each.value for each in tasks.values())
+            yield Figure(stage, "tasks", f"mean of {count}", None, "acc_norm or acc", mean, stderr=error)
 
 
 def _wilson(mean: float, n: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -59,7 +60,7 @@ def unpack(plan: Plan, source: Path) -> list[str]:
                     raise ValueError(f"{source}: {entry.name!r} is no file of an arm")
                 if parts[0] not in arms:
                     raise ValueError(f"{source}: {parts[0]!r} is no arm of {plan.name} ({', '.join(sorted(arms))})")
-                if (parts[0], parts[1] if len(parts) > 2 else Path(parts[1]).stem) in finished:
+                if (parts[0], re.sub(r"\.(run\.json|log|yaml)$", "", parts[1])) in finished:
                     continue
                 content = tar.extractfile(entry)
                 with files.whole(Path(plan.root, *parts)) as stream:

@@ -134,6 +134,8 @@ def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
     base = results["baseline"]
     notes = [f"In brackets: difference from {base} ± its standard error, * where the same questions were compared one "
              f"by one."] if any("from_baseline" in row for row in rows) else []  # fmt: skip
+    if rows[0]["part"] in ("training", "positions"):
+        notes.append("0.01 nats per token are 1 % of perplexity.")
     counts = sorted({row["n"] for row in rows if row["n"]})
     if counts and rows[0]["part"] != "speed":
         notes.append(f"n = {counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "") + " a figure.")

@@ -8,7 +8,7 @@ A plan is a YAML file (`recipes/experiments/<name>/plan.yaml`):
     baseline: dense                        # the arm that differences are taken from
     inputs: {haystack: some/text}          # names for `{haystack}` in recipes and commands; a list is spliced in
     data:                                  # `data.prepare` sections by name, prepared once for all arms
-      corpus: {output: ..., sources: [...], tokenizer: {...}}
+      corpus: {output: ..., sources: [...], tokenizer: {...}}   # or the path of a plan that has them
     stages:                                # of every arm, in this order
       - {name: train, minutes: 7, recipe: {...}}      # a training recipe, in full or the path of one
       - name: evaluate
@@ -144,7 +144,7 @@ class Job:
     """A stage of an arm, ready to run.
 
     Attributes:
-        folder: <root>/<arm>; there <stage>.json is the record, <stage>.log what was said, <stage>.yaml the recipe.
+        folder: <root>/<arm>; there <stage>.run.json is the record, <stage>.log what was said, <stage>.yaml the recipe.
         recipe: of a stage that trains, as it is trained.
     """
 
@@ -158,7 +158,7 @@ class Job:
 
     @property
     def record_file(self) -> Path:
-        return self.folder / f"{self.stage}.json"
+        return self.folder / f"{self.stage}.run.json"
 
     @property
     def recipe_file(self) -> Path:
@@ -219,6 +219,8 @@ def load_plan(name: str, overrides: Sequence[str] = ()) -> Plan:
         known = ", ".join(sorted(each.parent.name for each in EXPERIMENTS.glob("*/plan.yaml")))
         raise FileNotFoundError(f"no plan {path}; there are {known or 'none here'}")
     values = load_recipe(path)
+    if isinstance(values.get("data"), str):
+        values["data"] = load_recipe(Path(values["data"])).get("data")
     apply_overrides(values, overrides)
     try:
         return read(Plan, values | {

@@ -137,7 +137,7 @@ def test_what_is_finished_is_not_run_again(tmp_path):
     run(path, only=("a",))
     assert not run(path).left
     assert [(tmp_path / "runs" / arm / "calls").read_text() for arm in "ab"] == ["go\n", "go\n"]
-    record = json.loads((tmp_path / "runs/a/work.json").read_text())
+    record = json.loads((tmp_path / "runs/a/work.run.json").read_text())
     assert record["exit_code"] == 0 and record["commit"] == "abc" and record["command"][-1] == "go"
 
 
@@ -148,7 +148,7 @@ def test_a_finished_stage_that_the_plan_now_says_otherwise_is_refused(tmp_path):
     (job.folder / "train" / "summary.json").write_text("{}")
     job.record_file.write_text(json.dumps({"exit_code": 0, "recipe": job.recipe}))
     job.check()
-    with pytest.raises(ValueError, match="finished with trainer.max_steps=4, and the plan says 9"):
+    with pytest.raises(ValueError, match=r"finished with trainer.max_steps=4, and the plan says 9"):
         load_plan(str(path), ["stages.0.recipe.trainer.max_steps=9"]).jobs()["a"][0].check()
 
 
@@ -165,7 +165,7 @@ def test_a_stopped_run_goes_on_and_a_failed_arm_does_not_hold_up_the_others(tmp_
     rows = {row[0]: row[2] for row in status(load_plan(str(path)).jobs())}
     assert rows["broken"] == "exit code 1" and rows["stopped"] == "stopped" and rows["fine"].startswith("done in")
     assert not run(path, only=("stopped",)).left
-    record = json.loads((tmp_path / "runs/stopped/work.json").read_text())
+    record = json.loads((tmp_path / "runs/stopped/work.run.json").read_text())
     assert [attempt["exit_code"] for attempt in record["attempts"]] == [75, 0]
 
 
@@ -215,7 +215,9 @@ def test_told_to_stop_it_has_its_runs_save_and_what_does_not_end_is_killed(tmp_p
     queue = run(path, gpus=(0, 1))
     thread.join()
     assert list(queue.left) == ["good", "deaf", "later"] and not queue.failed
-    codes = [json.loads((tmp_path / "runs" / arm / "work.json").read_text())["exit_code"] for arm in ("good", "deaf")]
+    codes = [
+        json.loads((tmp_path / "runs" / arm / "work.run.json").read_text())["exit_code"] for arm in ("good", "deaf")
+    ]
     assert codes == [75, -9] and (tmp_path / "runs/deaf/saved").is_file()
     assert not (tmp_path / "runs/later").exists()
 
@@ -255,7 +257,9 @@ def test_what_evaluations_write_is_read(tmp_path):
     common = {"settings": {}, "conditions": {"prompts": "0f"}}
     positions = common | {
         "kind": "positions",
-        "samples": [{"id": f"64/{i}", "length": 64, "losses": [[0, 32, 32, 4.0 + i], [32, 64, 32, 2.0]]} for i in (0, 1)],
+        "samples": [
+            {"id": f"64/{i}", "length": 64, "losses": [[0, 32, 32, 4.0 + i], [32, 64, 32, 2.0]]} for i in (0, 1)
+        ],
         "summary": {"lengths": [{
             "length": 64, "documents": 2, "loss": 3.25, "interval": [3.0, 3.5],
             "buckets": [{"from": 0, "to": 32, "documents": 2, "loss": 4.5, "interval": None},
@@ -317,7 +321,15 @@ def test_results_are_carried_without_weights_and_merged_into_what_is_there(tmp_p
     assert pack(plans[1], tmp_path / "b.tar.gz") == 10
     (here / "runs/a/work/summary.json").write_text("mine")
     added = unpack(plans[0], tmp_path / "b.tar.gz")
-    assert sorted(added) == ["a/calls", "a/out", "b/calls", "b/out", "b/work.json", "b/work.log", "b/work/summary.json"]
+    assert sorted(added) == [
+        "a/calls",
+        "a/out",
+        "b/calls",
+        "b/out",
+        "b/work.run.json",
+        "b/work.log",
+        "b/work/summary.json",
+    ]
     assert all(jobs[0].is_done for jobs in plans[0].jobs().values())
     assert (here / "runs/a/work/summary.json").read_text() == "mine"
 
@@ -327,7 +339,7 @@ def test_a_tar_file_of_something_else_is_refused(tmp_path, name):
     plan = load_plan(str(write_plan(tmp_path, "", [{"name": "a"}])))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo(name))
-    with pytest.raises(ValueError, match="is no file of an arm|is no arm of test"):
+    with pytest.raises(ValueError, match=r"is no file of an arm|is no arm of test"):
         unpack(plan, tmp_path / "x.tar")
     with pytest.raises(ValueError, match="not a tar file of results"):
         unpack(plan, tmp_path / "plan.yaml")
@@ -348,7 +360,7 @@ def test_the_page_is_made_of_what_is_there_and_names_what_is_missing(tmp_path, c
     """
     path = write_plan(tmp_path, body, [{"name": name} for name in ("good", "bad", "base")], baseline="base")
     page = tmp_path / "page"
-    with pytest.raises(FailureError, match="bad work: exit code 1; .*error: no luck"):
+    with pytest.raises(FailureError, match=r"bad work: exit code 1; .*error: no luck"):
         results.main([str(path), "--output", str(page)])
     text = (page / "README.md").read_text()
     assert "1 of 3 arms" in text and "- bad: missing work" in text
@@ -360,3 +372,102 @@ def test_the_page_is_made_of_what_is_there_and_names_what_is_missing(tmp_path, c
     with pytest.raises(ValueError, match=r"README.md was not written by this program"):
         results.main([str(path), "--page", "--output", str(page)])
     assert results.main([str(path), "--status"]) == 0 and "done in" in capsys.readouterr().out
+
+
+SMALL = """
+name: small
+root: runs/small
+baseline: dense
+inputs: {data: runs/small-data, tokenizer: START/tokenizer.json}
+data:
+  corpus:
+    output: "{data}/corpus"
+    sources: [{path: python-env, max_bytes: 600_000}]
+    tokenizer: {path: "{tokenizer}"}
+    heldout_fraction: 0.3
+  retrieval:
+    output: "{data}/retrieval"
+    sources:
+      - path: retrieval
+        retrieval: {documents: 60, facts: [2, 4], filler: "{data}/corpus/train", chars: [600, 900]}
+    tokenizer: {path: "{tokenizer}"}
+    heldout_fraction: 0.0
+stages:
+  - name: train
+    recipe: &recipe
+      seed_everything: 1
+      run: {tokens_per_step: 1024, validate_every: 4, checkpoint_every: 4, keep_checkpoints: 1}
+      model:
+        config: {vocab_size: 2048, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, block_size: 16,
+                 num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512,
+                 tie_word_embeddings: true}
+      data:
+        class_path: data.datamodule.PackedDataModule
+        init_args: &data
+          seq_len: 512
+          micro_batch_size: 2
+          num_workers: 0
+          mixture:
+            - {path: "{data}/corpus/train", weight: 0.9}
+            - {path: "{data}/retrieval/train", weight: 0.1}
+          validation: [{name: all, path: "{data}/corpus/heldout", max_windows: 4}]
+      trainer: {accelerator: cpu, devices: 1, strategy: zero_1, max_steps: 8, log_every_n_steps: 1}
+  - name: extend
+    recipe:
+      <<: *recipe
+      model: {init_from: "{arm}/train/hf", config: {max_position_embeddings: 1024, rope_theta: 4.0e+4}}
+      data: {class_path: data.datamodule.PackedDataModule, init_args: {<<: *data, seq_len: 1024, micro_batch_size: 1}}
+      trainer: {accelerator: cpu, devices: 1, strategy: zero_1, max_steps: 4, log_every_n_steps: 1}
+  - name: needle
+    command: [python, -m, eval.needle, --ckpt, "{arm}/extend/hf", --output, "{arm}/extend/results", --haystack,
+              "{data}/corpus/heldout", --lengths, "512,1k", --depths, "3", --n, "2", --no-generate]
+    leaves: ["{arm}/extend/results/needle*.json"]
+  - name: speed
+    command: [python, ROOT/scripts/results_speed.py, --config, "{arm}/extend/hf", --length, 8k, --output,
+              "{arm}/speed.json"]
+    leaves: ["{arm}/speed.json"]
+arms:
+  - {name: dense}
+  - {name: sparse, overrides: [model.config.attention_layout=L2V2+sink1]}
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_an_experiment_runs_from_data_to_page_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("plan.yaml").write_text(
+        SMALL.replace("START", str(ROOT / "recipes/demo/start")).replace("ROOT", str(ROOT))
+    )  # fmt: skip
+    assert results.main(["plan.yaml", "--data-only"]) == 0
+
+    def stop():  # once the dense arm has taken a step
+        log = Path("runs/small/dense/train/logs/metrics.csv")
+        until = time.monotonic() + 300
+        while time.monotonic() < until and not (log.is_file() and log.read_text().count("\n") > 2):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    with pytest.raises(results.Unfinished, match="dense, sparse unfinished"):
+        results.main(["plan.yaml", "--output", "page"])
+    thread.join()
+    assert json.loads(Path("runs/small/dense/train.run.json").read_text())["exit_code"] == 75
+    assert results.main(["plan.yaml", "--output", "page"]) == 0
+    assert "continuing from" in Path("runs/small/dense/train.log").read_text()
+    found = json.loads(Path("page/results.json").read_text())
+    assert not found["missing"]
+    figures = {(row["arm"], row["stage"], row["task"], row["length"]): row for row in found["figures"]}
+    for arm in ("dense", "sparse"):
+        assert found["arms"][arm]["summaries"]["train"]["step"] == 8
+        assert figures[arm, "extend", "single", 1024]["n"] == 6
+        assert figures[arm, "", "KV needed per token", 8192]["value"] > 0
+    assert figures["sparse", "extend", "single", 1024]["from_baseline"]["paired"]
+    text = Path("page/README.md").read_text()
+    assert "train 9%" in text or "train 10%" in text
+    assert {path.name for path in Path("page").glob("*.png")} >= {
+        "curves.png",
+        "extend-needle-512+1k-d3-n2-heldout-no-generate.png",
+    }
+    print(text)
