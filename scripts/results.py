@@ -17,6 +17,7 @@ Exit codes: 0 everything is done, 1 an arm failed (its log says why), 75 the tim
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_data(specs)
         if args.data_only:
             return ending.DONE
-        about = {"experiment": plan.name, **environment(), "data": shards(data_folders(plan))}
+        launched = shown(["python", "scripts/results.py", *(sys.argv[1:] if argv is None else argv)])
+        about = {"experiment": plan.name, "launched": launched, **environment(), "data": shards(data_folders(plan))}
         left = None if args.minutes is None else args.minutes - (time.monotonic() - began) / 60
         queue = Queue(jobs, gpus, left, about, lambda line: print(line, flush=True))
         queue.run()

@@ -132,7 +132,7 @@ def training_figures(job: Job) -> Iterator[Figure]:
     ):
         if rates := [row[key] for row in rows[SETTLED:] if key in row]:
             yield Figure(job.stage, "speed", label, None, "median", statistics.median(rates), n=len(rates))
-    yield Figure(job.stage, "speed", "training hours", None, "hours", summary["seconds"] / 3600, better="lower")
+    yield Figure(job.stage, "speed", "training", None, "hours", summary["seconds"] / 3600, better="lower")
     yield Figure(job.stage, "speed", "peak memory", None, "GiB", summary["memory_gib"], better="lower")
 
 
@@ -264,14 +264,15 @@ def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str
     for column, unit, scale in (("tokens", "M tokens", 1e6), ("seconds", "minutes", 60.0)):
         end = min(rows[-1][column] for rows in trained.values())
         for arm, rows in trained.items():
-            losses = [row["train/loss"] for row in rows if 0.95 * end < row[column] <= end]
+            losses = {str(row["step"]): row["train/loss"] for row in rows if 0.95 * end < row[column] <= end}
             if losses:
                 task = f"train loss at {end / scale:.1f} {unit}"
-                error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
-                mean = statistics.fmean(losses)
-                found[arm].append(
-                    Figure(stage, "training", task, None, "nats/token", mean, len(losses), None, error, "lower")
-                )
+                error = statistics.stdev(losses.values()) / math.sqrt(len(losses)) if len(losses) > 1 else None
+                mean = statistics.fmean(losses.values())
+                figure = Figure(stage, "training", task, None, "nats/token", mean, len(losses), None, error, "lower")
+                if column == "tokens":  # the same steps, and so the same batches
+                    figure.samples, figure.questions = losses, f"steps of {stage}"
+                found[arm].append(figure)
     names = {key.split("/")[1] for rows in logs.values() for row in rows for key in row if key.startswith("val/")}
     for name in sorted(names):
         values = {arm: dict(validation_curve(rows, name)) for arm, rows in logs.items()}

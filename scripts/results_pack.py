@@ -14,6 +14,7 @@ from s2 import files
 
 _HEAVY = ("checkpoints", "tensorboard")  # folders that stay
 _WEIGHTS = (".safetensors", ".bin", ".npy", ".pt")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model")
 _LOG_BYTES = 200_000  # of the end of a log
 
 
@@ -39,8 +40,9 @@ def _light_files(plan: Plan) -> Iterator[Path]:
     for arm in plan.arms:
         for path in sorted(Path(plan.root, arm.name).rglob("*")):
             inside = path.relative_to(plan.root).parts
-            heavy = path.suffix in _WEIGHTS or any(part in _HEAVY for part in inside)
-            if path.is_file() and not path.is_symlink() and not heavy and not path.name.startswith("."):
+            heavy = path.suffix in _WEIGHTS or path.name in _TOKENIZER
+            heavy |= any(part in _HEAVY or part.startswith(".") for part in inside)
+            if path.is_file() and not path.is_symlink() and not heavy:
                 yield path
 
 

@@ -131,15 +131,20 @@ def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
         header = ["arm", *(_title(*column) for column in some)]
         body = [[arm, *(_cell(known.get((arm, *column))) for column in some)] for arm in arms]
         tables.append(markdown(header, body))
-    base = results["baseline"]
-    notes = [f"In brackets: difference from {base} ± its standard error, * where the same questions were compared one "
-             f"by one."] if any("from_baseline" in row for row in rows) else []  # fmt: skip
+    if rows[0]["part"] == "speed":
+        return tables
+    notes = []
+    if any("from_baseline" in row for row in rows):
+        notes.append(
+            f"In brackets: difference from {results['baseline']} ± its standard error, * where the same questions were "
+            "compared one by one."
+        )
     if rows[0]["part"] in ("training", "positions"):
         notes.append("0.01 nats per token are 1 % of perplexity.")
     counts = sorted({row["n"] for row in rows if row["n"]})
-    if counts and rows[0]["part"] != "speed":
+    if counts and rows[0]["part"] != "training":
         notes.append(f"n = {counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "") + " a figure.")
-    return [*tables, " ".join([*notes, share if rows[0]["part"] != "speed" else ""]).strip()]
+    return [*tables, " ".join(filter(None, [*notes, share]))]
 
 
 def _title(task: str, length: int | None, metric: str) -> str:
@@ -191,25 +196,28 @@ def _commands(results: Row) -> str:
             seed = (record["recipe"] or {}).get("seed_everything")
             lines.append(f"- {arm} {stage} ({record['seconds'] / 60:.1f} min{f', seed {seed}' if seed else ''}): "
                          f"`{shown(['python', *record['command'][1:]])}`")  # fmt: skip
-    return "\n".join(lines) + "\n\nThe recipe of each is in results.json (`arms.<arm>.stages.<stage>.recipe`)."
+    launched = {record.get("launched", "") for each in results["arms"].values() for record in each["stages"].values()}
+    lines += ["", "The recipe of each is in results.json (`arms.<arm>.stages.<stage>.recipe`). They were begun by:", ""]
+    return "\n".join([*lines, *(f"- `{command}`" for command in sorted(filter(None, launched)))])
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def _figure(columns: int) -> tuple[Any, Any]:
+def _figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    """A figure, and its panels row by row."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    figure = Figure(figsize=(6.5 * columns, 5), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    figure = Figure(figsize=(6.5 * columns, 5 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def _curves(results: Row, logs: Row) -> Any:
-    """Training loss over tokens and over minutes, a column each, of every stage."""
+    """Training loss over tokens and over minutes, a row of panels for every stage."""
     stages = list(dict.fromkeys(stage for each in logs.values() for stage in each))
     if not stages:
         return None
-    figure, axes = _figure(2 * len(stages))
+    figure, axes = _figure(2, len(stages))
     for i, stage in enumerate(stages):
         for number, (arm, each) in enumerate(logs.items()):
             rows = [row for row in each.get(stage, []) if "train/loss" in row]

@@ -29,13 +29,14 @@ import glob
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from data.prepare.spec import PrepareSpec
 from s2.files import read_json
 from s2.model.config import ModelConfig
+from s2.model.hf import load_config
 from s2.recipe import apply_overrides, differences, load_recipe
 from s2.settings import Check, SettingError, Settings, Weight, read
 from s2.training.config import read_stage
@@ -193,13 +194,13 @@ class Job:
         if self.recipe is not None:
             read_stage(self.recipe, self.recipe_file)
             model = self.recipe.get("model") or {}
-            source = model.get("init_from")
-            if source is None:
-                ModelConfig.from_dict(model.get("config") or {}, f"arm {self.arm}, stage {self.stage}: model.config")
-            elif not Path(source).is_relative_to(self.folder) and not Path(source, "config.json").is_file():
+            source, where = model.get("init_from"), f"arm {self.arm}, stage {self.stage}: model"
+            if source is None or Path(source, "config.json").is_file():
+                base = {} if source is None else asdict(load_config(source))
+                ModelConfig.from_dict({**base, **(model.get("config") or {})}, f"{where}.config")
+            elif not Path(source).is_relative_to(self.folder):  # no earlier stage makes it
                 raise FileNotFoundError(
-                    f"arm {self.arm}, stage {self.stage}: model.init_from={source} has no config.json; name a Hugging "
-                    f"Face folder with `inputs`"
+                    f"{where}.init_from={source} has no config.json; name a Hugging Face folder with `inputs`"
                 )
         if self.is_done and (changed := differences(self.record.get("recipe"), self.recipe)):
             key, old, new = changed[0]

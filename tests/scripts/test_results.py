@@ -28,6 +28,7 @@ from results_queue import Queue, status  # noqa: E402
 
 from s2.ending import FailureError  # noqa: E402
 from s2.model.config import ModelConfig  # noqa: E402
+from s2.recipe import differences  # noqa: E402
 
 MODEL = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -61,7 +62,7 @@ def write_plan(folder: Path, body: str, arms: list[dict], **more) -> Path:
 
 
 def run(path: Path, minutes: float | None = None, gpus: tuple = (None,), only: tuple = ()) -> Queue:
-    about = {"commit": "abc", "versions": {"torch": "9"}, "device": "the CPU", "data": {}}
+    about = {"launched": "results.py", "commit": "abc", "versions": {"torch": "9"}, "device": "the CPU", "data": {}}
     queue = Queue(load_plan(str(path)).jobs(only), gpus, minutes, about, lambda line: None, pause=0.02)
     queue.run()
     return queue
@@ -125,6 +126,28 @@ def test_an_unknown_experiment_or_arm_names_those_that_there_are(tmp_path):
         load_plan("patern")
     with pytest.raises(ValueError, match="--only b: test has the arms a"):
         load_plan(str(write_plan(tmp_path, "", [{"name": "a"}]))).jobs(["b"])
+
+
+@pytest.mark.parametrize("name", ["patterns", "scale", "scale-32k", "smollm2"])
+def test_the_arms_of_a_shipped_experiment_differ_in_their_attention_alone(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(ModelConfig(**shape).to_hf_dict()))
+    (tmp_path / "tokenizer.json").write_bytes((ROOT / "recipes/demo/start/tokenizer.json").read_bytes())
+    plan = load_plan(name, [f"inputs.checkpoint={tmp_path}"])
+    jobs = plan.jobs()
+    assert all(spec.seed is not None for spec in plan.specs.values())
+    for job in (job for each in jobs.values() for job in each):
+        job.check()
+    trained = [{job.stage: job.recipe for job in each if job.recipe} for each in jobs.values()]
+    trained = [each for each in trained if each]
+    allowed = {"run.recipe", "model.init_from", "model.config.attention_layout", "model.config.block_size"}
+    for other in trained[1:]:
+        assert {key for key, _, _ in differences(trained[0], other)} <= {f"{s}.{k}" for s in other for k in allowed}
+    layouts = {(r["model"]["config"].get("attention_layout"), r["model"]["config"].get("block_size"))
+               for each in trained for r in list(each.values())[:1]}  # fmt: skip
+    assert len(layouts) == len(trained)
 
 
 # ---------------------------------------------------------------- the queue
@@ -408,8 +431,8 @@ stages:
           micro_batch_size: 2
           num_workers: 0
           mixture:
-            - {path: "{data}/corpus/train", weight: 0.9}
-            - {path: "{data}/retrieval/train", weight: 0.1}
+            - {path: "{data}/corpus/train", weight: 0.75}
+            - {path: "{data}/retrieval/train", weight: 0.25}
           validation: [{name: all, path: "{data}/corpus/heldout", max_windows: 4}]
       trainer: {accelerator: cpu, devices: 1, strategy: zero_1, max_steps: 8, log_every_n_steps: 1}
   - name: extend
@@ -465,9 +488,8 @@ def test_an_experiment_runs_from_data_to_page_and_goes_on_after_a_stop(tmp_path,
         assert figures[arm, "", "KV needed per token", 8192]["value"] > 0
     assert figures["sparse", "extend", "single", 1024]["from_baseline"]["paired"]
     text = Path("page/README.md").read_text()
-    assert "train 9%" in text or "train 10%" in text
+    assert "in the training tokens: train 25%; extend 25%" in text
     assert {path.name for path in Path("page").glob("*.png")} >= {
         "curves.png",
         "extend-needle-512+1k-d3-n2-heldout-no-generate.png",
     }
-    print(text)
