@@ -47,8 +47,8 @@ def _light_files(plan: Plan) -> Iterator[Path]:
 
 
 def unpack(plan: Plan, source: Path) -> list[str]:
-    """Add the arms of a tar file to what is there and return the new files. A stage that is finished here stays as it
-    is.
+    """Add the arms of a tar file to what is there and return the new files. Of an arm that has finished
+    stages here, these and all files that are there stay as they are.
 
     Raises ValueError for a file that is no such tar, holds other arms than the plan or names outside of its folder.
     """
@@ -62,10 +62,12 @@ def unpack(plan: Plan, source: Path) -> list[str]:
                     raise ValueError(f"{source}: {entry.name!r} is no file of an arm")
                 if parts[0] not in arms:
                     raise ValueError(f"{source}: {parts[0]!r} is no arm of {plan.name} ({', '.join(sorted(arms))})")
-                if (parts[0], re.sub(r"\.(run\.json|log|yaml)$", "", parts[1])) in finished:
+                target = Path(plan.root, *parts)
+                stage = re.sub(r"\.(run\.json|log|yaml)$", "", parts[1])
+                if (parts[0], stage) in finished or (target.exists() and parts[0] in {arm for arm, _ in finished}):
                     continue
                 content = tar.extractfile(entry)
-                with files.whole(Path(plan.root, *parts)) as stream:
+                with files.whole(target) as stream:
                     stream.write(content.read() if content else b"")
                 added.append(entry.name)
     except tarfile.TarError as error:
