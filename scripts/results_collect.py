@@ -20,7 +20,7 @@ from results_plan import Job
 from s2 import files
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
-from s2.training.metrics import read_metrics, validation_curve
+from s2.training.metrics import read_metrics
 
 Z = 1.959964  # two-sided 95 %
 SETTLED = 2  # logged rows at the start whose rate says nothing: they compile
@@ -275,7 +275,8 @@ def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str
                 found[arm].append(figure)
     names = {key.split("/")[1] for rows in logs.values() for row in rows for key in row if key.startswith("val/")}
     for name in sorted(names):
-        values = {arm: dict(validation_curve(rows, name)) for arm, rows in logs.items()}
+        key = f"val/{name}/loss"
+        values = {arm: {row["step"]: row[key] for row in rows if key in row} for arm, rows in logs.items()}
         if common := set.intersection(*(set(curve) for curve in values.values())):
             step = max(common)
             for arm, curve in values.items():
