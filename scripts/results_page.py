@@ -161,7 +161,7 @@ def _cell(row: Row | None) -> str:
         value += f" ({_number(row['interval'][0])} to {_number(row['interval'][1])})"
     if (base := row.get("from_baseline")) is None or row["part"] == "speed":
         return value
-    error = "" if base["stderr"] is None else f" ± {_number(base['stderr'])}{'*' if base['paired'] else ''}"
+    error = "" if base["stderr"] is None else f" ± {base['stderr']:.2g}{'*' if base['paired'] else ''}"
     return f"{value} [{base['difference']:+.3g}{error}]"
 
 

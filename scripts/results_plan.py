@@ -135,7 +135,7 @@ class Plan(Settings):
             recipe = {**recipe, "run": run}
             apply_overrides(recipe, _filled([*stage.overrides, *arm.overrides], values, where))
         words, leaves = (_filled(list(each), values, where) for each in (stage.command, stage.leaves))
-        command = [sys.executable if word == "python" else word for word in words]
+        command = [sys.executable if word == "python" else str(word) for word in words]
         minutes = float(arm.minutes.get(stage.name, stage.minutes))
         return Job(arm.name, stage.name, folder, recipe, command, tuple(leaves), minutes)
 
