@@ -27,7 +27,7 @@ STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origi
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend eval needle report bench clean
+.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend eval needle report results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,10 @@ tokenizer: setup ## only the tokenizer of RECIPE (TO), or SOURCES="path ..." OUT
 data-report: setup ## runs side by side: RUNS="runs/a/b runs/a/c" into OUT=runs/report.html and .md, or FRONT=front.png (heatmaps with a table below)
 	@test -n '$(RUNS)' || { echo 'error: RUNS names no run folder; for example RUNS="runs/demo/pretrain runs/demo/extend-2k"'; exit 2; }
 	$(BIN)/python -m eval.report $(RUNS) $(if $(FRONT),--front $(FRONT),--output $(or $(OUT),runs/report.html)) $(ARGS)
+
+results: setup ## the experiment NAME=patterns|scale|scale-32k|smollm2 over GPUS, page into docs/results/: ARGS="--minutes 27", "--status"
+	@test -n '$(NAME)' || { echo 'error: NAME names no experiment; there are $(notdir $(patsubst %/plan.yaml,%,$(wildcard recipes/experiments/*/plan.yaml)))'; exit 2; }
+	$(BIN)/python scripts/results.py $(NAME) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
 
 test: setup ## the test suite, no GPU needed (WORKERS processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not gpu and not nightly' $(ARGS)
