@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eval.checkpoint import fingerprint, results_folder
+from eval.checkpoint import results_folder
 from eval.sweep import Sweep, read_sweep
 from s2.files import read_json
 from s2.model.config import ModelConfig
-from s2.model.hf import load_config
+from s2.model.hf import fingerprint, load_config
 from s2.recipe import load_recipe
 from s2.training.metrics import read_metrics
 

@@ -58,6 +58,8 @@ class RunConfig(Settings):
         keep_checkpoints: newest checkpoints kept.
         max_skipped_steps: so many steps in a row whose gradient is not finite, or whose loss jumps, end the run.
         loss_spike_factor: a step whose loss is over so many times the running mean is skipped. None: none is.
+        gate: `required`: a stage begins only from a checkpoint (`model.init_from`) that has passed its gate
+            (`s2.training.gate`); `ignore`: from any.
         slurm_requeue: stopped by SLURM's warning signal or time limit, put the job back into the queue after the
             checkpoint (see `s2.training.slurm`).
     """
@@ -72,6 +74,7 @@ class RunConfig(Settings):
     keep_checkpoints: Positive = 2
     max_skipped_steps: Positive = 10
     loss_spike_factor: Annotated[float, Check("a number above 1, or null", lambda x: x > 1)] | None = None
+    gate: Literal["required", "ignore"] = "ignore"
     slurm_requeue: bool = False
 
     def __post_init__(self) -> None:

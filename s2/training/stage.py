@@ -25,6 +25,7 @@ from s2.training.callbacks import TrainingLog
 from s2.training.config import StageConfig
 from s2.training.environment import record_environment
 from s2.training.gaps import lightning as gaps
+from s2.training.gate import check_gate
 from s2.training.guard import StepGuard
 from s2.training.module import PretrainModule
 from s2.training.saving import RunCheckpoint
@@ -144,6 +145,8 @@ class Stage:
         with lock(run.folder) if trainer.is_global_zero else nullcontext() as self.checkpoint.lock:
             ending.keep_crashes_in(run.folder / "logs")
             resume = self._resume_from()
+            if resume is None and (init_from := self.config.model.init_from):
+                self._say(check_gate(init_from, run.gate))
             self._say(self.report())
             if trainer.is_global_zero:
                 self._record()
@@ -202,7 +205,7 @@ class Stage:
             raise error
 
     def _say(self, text: str) -> None:
-        if self.trainer.is_global_zero:
+        if text and self.trainer.is_global_zero:
             print(text, flush=True)
 
 

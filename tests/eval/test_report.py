@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from eval.checkpoint import fingerprint
 from eval.differences import unpaired
 from eval.report import rates, scores, settings
 from eval.report.__main__ import main
@@ -17,6 +16,7 @@ from eval.report.run import labels, read_run, read_runs
 from s2.files import write_json
 from s2.model.config import ModelConfig
 from s2.model.flops import matmul_parameters
+from s2.model.hf import fingerprint
 from tests.eval.runs import MODEL, RECIPE, lm_results, make_run, write_positions, write_ruler
 from tests.eval.sweeps import write_results
 
