@@ -1,6 +1,5 @@
 """A checkpoint as the evaluations see it: the model and the tokenizer of one Hugging Face folder."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from s2.files import checksum, kind_of
+from s2.files import kind_of
 from s2.inference.generate import generate
 from s2.inference.prefix import PrefixCache
 from s2.model.config import ModelConfig, read_object
-from s2.model.hf import FOLDER_KIND, load_config, load_pretrained
+from s2.model.hf import FOLDER_KIND, fingerprint, load_config, load_pretrained
 from s2.model.loss import chunk_rows
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
@@ -44,19 +43,6 @@ def results_folder(folder: str | Path) -> Path:
     if not is_checkpoint:
         return folder / "results"
     return Path("runs") / "eval" / checkpoint_name(folder).replace("/", "-") / "results"
-
-
-def fingerprint(folder: str | Path) -> str:
-    """Identity of a checkpoint's content: config.json, tokenizer.json and all weights, which are read for it.
-
-    Less would not do: training may leave most of a file as it was, and results of other weights must not be taken for
-    this one's.
-    """
-    folder, digest = Path(folder), hashlib.sha256()
-    for file in (folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))):
-        if file.is_file():
-            digest.update(f"{file.name}:{checksum(file)}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def check_checkpoint(folder: str | Path) -> Path:
@@ -134,7 +120,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See the function of this name; of the folder as it was when first asked."""
+        """`s2.model.hf.fingerprint` of the folder as it was when first asked."""
         return fingerprint(self.folder)
 
     @cached_property

@@ -9,6 +9,7 @@ in an error.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from s2.files import make_folder, remove_files, write_json
+from s2.files import checksum, make_folder, remove_files, write_json
 
 from .config import ModelConfig, read_object
 from .rope import rope_frequencies
@@ -99,6 +100,19 @@ def _changed_ids(config: ModelConfig, inherited: dict[str, Any], source: str) ->
     if config.eos_token_ids != before.eos_token_ids:
         ids["eos_token_id"] = config.eos_token_ids[0] if config.eos_token_ids else None
     return ids
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Identity of a checkpoint's content: config.json, tokenizer.json and all weights, which are read for it.
+
+    Less would not do: training may leave most of a file as it was, and results of other weights must not be taken for
+    this one's.
+    """
+    folder, digest = Path(folder), hashlib.sha256()
+    for file in (folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))):
+        if file.is_file():
+            digest.update(f"{file.name}:{checksum(file)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def load_config(folder: str | Path) -> ModelConfig:

@@ -1,0 +1,56 @@
+"""The gate between two stages: the checkpoint that a stage goes on from has been measured, and is good enough.
+
+`eval.gate` measures it and writes `results/gate.json` into its run folder; here that is only read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from s2.files import read_json
+from s2.model.hf import fingerprint
+
+_SAID = (
+    *("check", "task", "metric", "kind", "length", "from", "to"),
+    *("value", "base", "max", "min", "max_rise", "max_drop"),
+)
+
+
+class GateError(ValueError):
+    """A stage would go on from a checkpoint that has not passed its gate."""
+
+
+def check_gate(init_from: str, gate: str) -> str:
+    """A line about the gate of `init_from` (runs/<recipe>/<stage>/hf), empty where it has none and needs none.
+
+    Args:
+        gate: `run.gate`.
+
+    Raises:
+        GateError: gate is "required" and there is no gate.json of these very weights in which all checks are passed;
+            names the check that is not, or the command that measures them.
+    """
+    folder = Path(init_from)
+    file = folder.parent / "results" / "gate.json"
+    if gate != "required" and not file.is_file():
+        return ""
+    wrong = _objection(folder, file)
+    if not wrong:
+        return f"{folder} has passed its gate ({file})"
+    if gate == "required":
+        raise GateError(f"run.gate=required: {wrong}; run.gate=ignore goes on all the same")
+    return f"run.gate=ignore: {wrong}"
+
+
+def _objection(folder: Path, file: Path) -> str:
+    command = f"make gate RECIPE={folder.parent.parent.name} CKPT={folder}"
+    if not file.is_file():
+        return f"{folder} has not been measured, {file} is missing; run `{command}`"
+    gate = read_json(file)
+    if gate.get("fingerprint") != fingerprint(folder):
+        return f"{file} is of other weights than {folder} has now; run `{command}`"
+    missed = [check for check in gate.get("checks", ()) if not check.get("passed")]
+    if gate.get("passed") and not missed:
+        return ""
+    found = (", ".join(f"{key} {check[key]}" for key in _SAID if check.get(key) is not None) for check in missed)
+    return f"{folder} has not passed its gate ({file}): {'; '.join(found)}"
