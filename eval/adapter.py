@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -36,7 +35,6 @@ from eval.encoding import PromptEncoder
 from eval.results import Answers
 from eval.sampling import MAX_NEW_TOKENS, Sampling
 from s2.inference.generate import generate
-from s2.model.loss import chunk_rows
 
 log = logging.getLogger(__name__)
 
@@ -227,18 +225,8 @@ class S2LM(TemplateLM):
         hidden = model.model(input_ids.to(self._device), None, None)  # [B, S, E]
         scored = torch.cat([hidden[b, len(row) - lengths[b] : len(row)] for b, row in enumerate(rows)])  # [N, E]
         wanted = torch.tensor([token for target in targets for token in target], device=self._device)
-        values, hits = [], []
-        # The logits of a long window over a large vocabulary would not fit; a few thousand positions at a
-        # time do.
-        size = chunk_rows(self.checkpoint.config.vocab_size)
-        for positions, tokens in zip(scored.split(size), wanted.split(size), strict=True):
-            scores = F.log_softmax(model.lm_head(positions), dim=-1)  # [<=size, V]
-            values.append(scores.gather(1, tokens[:, None])[:, 0].double())
-            hits.append(scores.argmax(-1) == tokens)
-        all_values = torch.cat(values)
-        if not all_values.isfinite().all():
-            raise ValueError(f"the likelihoods are not finite in {scored.dtype}; evaluate in another --dtype")
-        per_request = zip(all_values.split(lengths), torch.cat(hits).split(lengths), strict=True)
+        values, hits = self.checkpoint.log_likelihoods(scored, wanted)
+        per_request = zip(values.split(lengths), hits.split(lengths), strict=True)
         return [(value.sum().item(), bool(hit.all())) for value, hit in per_request]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -1,21 +1,28 @@
 """A checkpoint as the evaluations see it: the model and the tokenizer of one Hugging Face folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from s2.files import kind_of
 from s2.inference.generate import generate
+from s2.inference.prefix import PrefixCache
 from s2.model.config import ModelConfig, read_object
 from s2.model.hf import FOLDER_KIND, fingerprint, load_config, load_pretrained
+from s2.model.loss import chunk_rows
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
+
+_ASK_EVERY = 8  # new tokens between questions whether they are enough
+_PREFILL_CHUNK = 1 << 18  # tokens of each row that are fed at once before a continuation: bounds activations
 
 
 def checkpoint_name(folder: str | Path) -> str:
@@ -58,37 +65,54 @@ def check_checkpoint(folder: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint. `tokenizer` treats text that spells a special token as text, as the shards do.
+    """A checkpoint whose weights are read when they are first needed. `tokenizer` treats text that spells a special
+    token as text, as the shards do.
 
     Token ids are those of tokenizer.json everywhere: in training, here, and so in every evaluation.
     """
 
     folder: Path
     config: ModelConfig
-    model: Transformer
     tokenizer: Tokenizer
     device: torch.device
+    dtype: torch.dtype
 
     @classmethod
-    def load(
+    def open(
         cls, folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None, max_length: int = 0
     ) -> "Checkpoint":
-        """Load onto `device` (default: the GPU if any) in `dtype` (default: bfloat16 there, else float32).
+        """For `device` (default: the GPU if any) in `dtype` (default: bfloat16 there, else float32).
 
         max_length: read so many tokens where config.json allows fewer, with RoPE as it is; for measuring how a model
             does beyond the length it was trained on.
-        Raises FileNotFoundError for missing files, ValueError for weights or a tokenizer that do not fit the config or
-        a device that is not there, MemoryError for weights that do not fit on it.
+        Raises FileNotFoundError for missing files, ValueError for a tokenizer that does not fit the config or a device
+        that is not there.
         """
         folder = check_checkpoint(folder)
-        tokenizer = load_tokenizer(folder)
-        where = find_device(device)
+        config, where = load_config(folder), find_device(device)
+        if max_length > config.max_position_embeddings:
+            config = config.replace(max_position_embeddings=max_length)
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-        with memory_for(f"the weights of {folder} in {str(dtype).removeprefix('torch.')}", where, "take a larger one"):
-            model = load_pretrained(folder, device=where, dtype=dtype).eval()
-        if max_length > model.config.max_position_embeddings:
-            model.config = model.config.replace(max_position_embeddings=max_length)
-        return cls(folder, model.config, model, tokenizer, where)
+        return cls(folder, config, load_tokenizer(folder), where, dtype)
+
+    @classmethod
+    def load(cls, *args: Any, **options: Any) -> "Checkpoint":
+        """`open`, with the weights read now. Raises ValueError for weights that do not fit the config, MemoryError for
+        weights that do not fit on the device."""
+        checkpoint = cls.open(*args, **options)
+        checkpoint.model  # noqa: B018 -- reads them
+        return checkpoint
+
+    @cached_property
+    def model(self) -> Transformer:
+        with memory_for(f"the weights of {self.folder} in {self.dtype_name}", self.device, "take a larger one"):
+            model = load_pretrained(self.folder, device=self.device, dtype=self.dtype).eval()
+        model.config = self.config
+        return model
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def max_length(self) -> int:
@@ -114,17 +138,64 @@ class Checkpoint:
         return tuple(dict.fromkeys(ids))
 
     @torch.inference_mode()
-    def predict_last(self, tokens: list[int], count: int) -> list[int]:
-        """Most likely next token after each of the last `count` of `tokens`, in one forward pass."""
-        input_ids = torch.tensor([tokens], device=self.device)
-        logits = self.model(input_ids, logits_to_keep=count)  # [1, count, V]
-        return logits[0, -count:].argmax(-1).tolist()
+    def predict_last(self, rows: Sequence[list[int]], count: int, prefix: PrefixCache | None = None) -> list[list[int]]:
+        """Most likely next token after each of the last `count` tokens of each row, in one forward pass.
+
+        rows: of one length. prefix: what the rows before have computed of these is not computed again.
+        """
+        input_ids = torch.tensor(rows, device=self.device)
+        feed = self.model if prefix is None else prefix
+        return feed(input_ids, logits_to_keep=count)[:, -count:].argmax(-1).tolist()
+
+    def prefix_cache(self, rows: int, max_length: int) -> PrefixCache:
+        """For `predict_last`, on batches of so many rows that begin alike."""
+        return PrefixCache(self.model, rows, max_length)
 
     @torch.inference_mode()
-    def generate(self, tokens: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation of `tokens` (only the new ones, at most `max_new_tokens`)."""
-        input_ids = torch.tensor([tokens], device=self.device)
-        return generate(self.model, input_ids, max_new_tokens)[0].tolist()
+    def generate(
+        self, rows: Sequence[list[int]], max_new_tokens: int, is_done: Callable[[int, list[int]], bool] | None = None
+    ) -> list[list[int]]:
+        """Greedy continuations of rows of one length, up to an end of text, which is left out.
+
+        is_done(i, tokens): whether row i needs no more than these new tokens; asked now and then, and it ends there.
+        """
+        lengths = [max_new_tokens] * len(rows)
+
+        def is_enough(new: Tensor) -> bool:
+            if is_done is None or new.shape[1] % _ASK_EVERY:
+                return False
+            for i, tokens in enumerate(new.tolist()):
+                if lengths[i] == max_new_tokens and is_done(i, tokens):
+                    lengths[i] = len(tokens)
+            return all(length < max_new_tokens for length in lengths)
+
+        input_ids = torch.tensor(rows, device=self.device)
+        new = generate(
+            self.model, input_ids, max_new_tokens, eos_token_id=self.eos_ids or None, is_enough=is_enough,
+            prefill_chunk=_PREFILL_CHUNK,
+        ).tolist()  # fmt: skip
+        said = [tokens[:length] for tokens, length in zip(new, lengths, strict=True)]
+        return [tokens[: next((i for i, t in enumerate(tokens) if t in self.eos_ids), None)] for tokens in said]
+
+    @torch.inference_mode()
+    def log_likelihoods(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens `[N]` after hidden states `[N, E]`: log-probabilities, float64 `[N]`, and whether each is the most
+        likely one, bool `[N]`.
+
+        Raises ValueError for log-probabilities that are not finite.
+        """
+        values, hits = [], []
+        # The logits of a long window over a large vocabulary would not fit; a few thousand positions at a
+        # time do.
+        size = chunk_rows(self.config.vocab_size)
+        for positions, tokens in zip(hidden.split(size), targets.split(size), strict=True):
+            scores = F.log_softmax(cast(Tensor, self.model.lm_head(positions)), dim=-1)  # [<=size, V]
+            values.append(scores.gather(1, tokens[:, None])[:, 0].double())
+            hits.append(scores.argmax(-1) == tokens)
+        result = torch.cat(values)
+        if not result.isfinite().all():
+            raise ValueError(f"the likelihoods are not finite in {hidden.dtype}; evaluate in another --dtype")
+        return result, torch.cat(hits)
 
     def describe(self) -> dict[str, Any]:
         """What result files record about the checkpoint."""
@@ -134,7 +205,7 @@ class Checkpoint:
             "attention_layout": self.config.attention_layout,
             "block_size": self.config.block_size,
             "max_position_embeddings": self.max_length,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
         }
 
 

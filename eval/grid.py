@@ -8,44 +8,55 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from eval.haystack import NAMES
+from eval.needle_prompts import KINDS, check_counts
 
 DEPTHS, SAMPLES = 11, 5  # by default
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Which samples a sweep has: `n` for every pair of length (tokens) and depth (percent)."""
+    """Which samples a sweep has: `n` for every pair of length (tokens) and depth (percent).
+
+    needles, distractors: None is as many as the kind has (`eval.needle_prompts.KINDS`). shared: the samples of one
+    index lie in one window of the haystack, whatever their depth.
+    """
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     n: int
-    needles: int = 1
-    distractors: int = 0
+    needles: int | None = None
+    distractors: int | None = None
     seed: int = 0
+    kind: str = "single"
+    shared: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"--kind {self.kind}: expected {', '.join(KINDS)}")
+        for name in ("needles", "distractors"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(KINDS[self.kind], name))
         for name, least in (("n", 1), ("needles", 1), ("distractors", 0)):
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least {least}")
         if not self.lengths or not self.depths:
             raise ValueError("a sweep needs at least one length and one depth")
         if bad := [depth for depth in self.depths if not 0 <= depth <= 100]:
             raise ValueError(f"--depths {bad[0]:g}: a depth is a percentage, 0 to 100")
-        if self.needles + self.distractors > NAMES:
-            raise ValueError(
-                f"--needles {self.needles} --distractors {self.distractors}: there are names for {NAMES} together"
-            )
+        check_counts(self.kind, self.needles or 1, self.distractors or 0)
         object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
         object.__setattr__(self, "depths", tuple(sorted(set(self.depths))))
 
-    def samples(self) -> Iterator[tuple[str, int, float, int]]:
-        """(id, length, depth, index), shortest lengths first."""
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """id, length, depth, index and seed of each, shortest lengths first."""
         for length in self.lengths:
             for depth in self.depths:
                 for index in range(self.n):
-                    yield f"{length}/{depth:g}/{index}", length, depth, index
+                    name = f"{length}/{depth:g}/{index}"
+                    seed = f"{self.seed}/{name}"
+                    yield {"id": name, "length": length, "depth": depth, "index": index, "seed": seed}
 
 
 def default_lengths(max_length: int) -> tuple[int, ...]:
@@ -84,17 +95,18 @@ def result_stem(grid: Grid, max_length: int, haystack: Path | None, haystack_tok
         max_length: the model's, which the default lengths follow.
         haystack, haystack_tokens: None where they are the defaults.
     """
-    parts = ["needle"]
+    parts = ["needle"] if grid.kind == "single" else ["needle", grid.kind]
     if grid.lengths != default_lengths(max_length):
-        parts.append(_listed("", [format_length(length) for length in grid.lengths]))
+        parts.append(listed("", [format_length(length) for length in grid.lengths]))
     if grid.depths != parse_depths(str(DEPTHS)):
         even = len(grid.depths) > 1 and grid.depths == parse_depths(str(len(grid.depths)))
-        parts.append(f"d{len(grid.depths)}" if even else _listed("depth", [f"{depth:g}" for depth in grid.depths]))
-    for name, usual in (("n", SAMPLES), ("needles", 1), ("distractors", 0), ("seed", 0)):
-        if getattr(grid, name) != usual:
-            parts.append(f"{name}{getattr(grid, name)}")
+        parts.append(f"d{len(grid.depths)}" if even else listed("depth", [f"{depth:g}" for depth in grid.depths]))
+    kind = KINDS[grid.kind]
+    usual = {"n": SAMPLES, "needles": kind.needles, "distractors": kind.distractors, "seed": 0}
+    parts += [f"{name}{getattr(grid, name)}" for name, value in usual.items() if getattr(grid, name) != value]
+    parts += ["shared"] if grid.shared else []
     if haystack is not None:
-        parts.append(re.sub(r"[^\w-]+", "_", haystack.name.split(".")[0])[:40])
+        parts.append(name_of(haystack))
     if haystack_tokens is not None:
         parts.append(f"of-{format_length(haystack_tokens)}")
     if not generate:
@@ -102,7 +114,13 @@ def result_stem(grid: Grid, max_length: int, haystack: Path | None, haystack_tok
     return "-".join(parts)
 
 
-def _listed(what: str, items: Sequence[str]) -> str:
+def name_of(source: Path) -> str:
+    """Of a file or folder of texts, as part of a file name."""
+    return re.sub(r"[^\w-]+", "_", source.name.split(".")[0])[:40]
+
+
+def listed(what: str, items: Sequence[str]) -> str:
+    """Several values as part of a file name."""
     text = "+".join(items)
     if len(items) <= 6:
         return what + text

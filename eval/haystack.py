@@ -1,4 +1,4 @@
-"""Haystacks: long texts as tokens with known sentence starts, and needles hidden in them.
+"""Haystacks: long texts as tokens with known sentence starts.
 
 A haystack is tokenised once. Prompts are cut and joined as tokens, never decoded and encoded again, so that
 a prompt of N tokens has exactly N tokens and a needle reads the same wherever it lies.
@@ -28,24 +28,8 @@ _GAP = re.compile(
     rf"(?![{_UNSPACED}{_CLOSING}])\s*"
     r"|\n\s*"
 )
-# A needle may lie off its depth by so much, in percent of the haystack's tokens (and by one token), to stand between
-# two sentences. Where no window of the haystack allows it, the needle breaks one.
-MAX_SHIFT = 0.25
-_FURTHER = 128  # tokens by which the other needles of a prompt may; the map does not show where they lie
 _SPARSE = 512  # with fewer sentence starts than one in so many tokens, a window begins anywhere
 _FEW = 64  # where fewer windows than one in so many suit a needle, all are taken: samples are to have different ones
-
-_COLOURS = (  # noqa: SIM905
-    "amber azure black blue bronze brown coral copper cream crimson emerald golden green grey indigo "
-    "ivory lilac olive orange pearl pink purple red ruby scarlet silver teal turquoise violet white "
-    "yellow"
-).split()
-_THINGS = (  # noqa: SIM905
-    "anchor badger barrel beacon bell bridge candle castle clock comet compass crane drum eagle falcon "
-    "ferry forest garden glacier hammer harbour island kettle lantern lighthouse maple meadow mirror "
-    "mountain orchard otter river saddle tower valley violin wagon willow window"
-).split()
-NAMES = len(_COLOURS) * len(_THINGS)
 
 
 @dataclass(frozen=True)
@@ -141,124 +125,7 @@ def _sentence_starts(text: str, token_begins: np.ndarray, whole: np.ndarray) -> 
     return np.unique(np.concatenate([[0], first[(token_begins[first] <= ends) & whole[first]]]))
 
 
-@dataclass(frozen=True)
-class Needle:
-    """One hidden fact. depth: percent of the haystack's tokens before it, as measured. position: of its first token in
-    the prompt. answer: the slice of the prompt that repeats the number and is predicted."""
-
-    key: str
-    number: str
-    depth: float
-    position: int
-    answer: slice
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """tokens: haystack with needles, questions and answers. on_boundary: no needle breaks a sentence."""
-
-    tokens: list[int]
-    needles: tuple[Needle, ...]
-    on_boundary: bool
-
-
-def build_prompt(
-    haystack: Haystack,
-    tokenizer: Tokenizer,
-    bos_id: int | None,
-    *,
-    length: int,
-    depth: float,
-    seed: str,
-    needles: int = 1,
-    distractors: int = 0,
-) -> Prompt:
-    """Hide needles in a window of the haystack, then ask for each.
-
-    The prompt is `bos? haystack-with-needles question answer [question answer ...]` and has exactly
-    `length` tokens. The first needle lies `depth` percent of the haystack's tokens deep: the window is one in which a
-    sentence starts there, within MAX_SHIFT, or if there is none, the needle breaks a sentence; further ones follow at
-    equal distances around the context. Distractors are needles under other keys at random sentence starts, never asked
-    for. All of it depends on the arguments alone: the same `seed` gives the same prompt.
-
-    Raises ValueError when the questions and needles alone exceed `length`, when the haystack is too short,
-    or when the tokenizer cannot write a number.
-    """
-    rng = random.Random(seed)
-    count = needles + distractors
-    keys = [f"{_COLOURS[i % len(_COLOURS)]} {_THINGS[i // len(_COLOURS)]}" for i in rng.sample(range(NAMES), count)]
-    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), count)]
-    asked = [_question(tokenizer, keys[i], numbers[i], first=i == 0) for i in range(count)]
-    facts = [_fact(tokenizer, keys[i], numbers[i], asked[i][1]) for i in range(count)]
-    asked = asked[:needles]
-
-    head = [] if bos_id is None else [bos_id]
-    size = length - len(head) - sum(map(len, facts)) - sum(len(q) + len(a) for q, a in asked)
-    if size < 1:
-        raise ValueError(
-            f"length {length} leaves no room for a haystack: {needles} needle(s) and {distractors}"
-            f" distractor(s) with their questions take {length - size} tokens"
-        )
-    targets = [round(((depth + 100 * i / needles) % 100 if i else depth) / 100 * size) for i in range(needles)]
-    shift = max(1, int(size * MAX_SHIFT / 100))
-    where = haystack.window(size, rng, targets[0], shift)
-    window, marks = haystack.tokens[where], haystack.marks(where)
-    between = np.flatnonzero(np.append(haystack.between[where], True))
-    further = max(shift, min(_FURTHER, size // (8 * needles)))
-    places = [_near(marks, target, further if i else shift) for i, target in enumerate(targets)]
-    places = [int(between[np.abs(between - p).argmin()]) for p in places]
-    places += [int(marks[rng.randrange(len(marks))]) if len(marks) else 0 for _ in range(distractors)]
-
-    tokens = list(head)
-    positions = [0] * len(facts)
-    taken = 0
-    for i in sorted(range(len(facts)), key=places.__getitem__):
-        tokens += window[taken : places[i]].tolist()
-        taken = places[i]
-        positions[i] = len(tokens)
-        tokens += facts[i]
-    tokens += window[taken:].tolist()
-
-    hidden = []
-    for i, (question, answer) in enumerate(asked):
-        begin = len(tokens) + len(question)
-        tokens += question + answer
-        answered = slice(begin, begin + len(answer))
-        hidden.append(Needle(keys[i], numbers[i], 100 * places[i] / size, positions[i], answered))
-    return Prompt(tokens, tuple(hidden), bool(np.isin(places[:needles], marks).all()))
-
-
-def _near(marks: np.ndarray, target: int, shift: int) -> int:
-    """The mark nearest to `target`, if there is one within `shift`, else `target`."""
-    if len(marks) and abs(mark := int(marks[np.abs(marks - target).argmin()]) - target) <= shift:
-        return target + mark
-    return target
-
-
-def _fact(tokenizer: Tokenizer, key: str, number: str, answer: list[int]) -> list[int]:
-    """Tokens of a needle, with the number in the answer's tokens also where a full stop would change them."""
-    lead = f" The magic number of the {key} is"
-    before, _ = _split(tokenizer, f"{lead} {number}", len(lead))
-    return before + answer + _encode_inside(tokenizer, ".")[0]
-
-
-def _question(tokenizer: Tokenizer, key: str, number: str, first: bool) -> tuple[list[int], list[int]]:
-    """Tokens of the question and of its answer."""
-    question = ("\n\n" if first else ".\n") + f"The magic number of the {key} is"
-    before, answer = _split(tokenizer, f"{question} {number}", len(question))
-    if number not in tokenizer.decode(answer, skip_special_tokens=False).replace(" ", ""):
-        raise ValueError(f"the tokenizer cannot write the number {number}; a needle cannot be scored with it")
-    return before, answer
-
-
-def _split(tokenizer: Tokenizer, text: str, at: int) -> tuple[list[int], list[int]]:
-    """Tokens of `text`, before and from the first one that reaches over character `at`."""
-    ids, ends = _encode_inside(tokenizer, text)
-    count = sum(end <= at for end in ends)
-    return ids[:count], ids[count:]
-
-
-def _encode_inside(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+def encode_inside(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     """Ids of `text` and the character at which each ends, without the space that a tokenizer may put before a text.
 
     For that it is encoded behind a character, and that character's tokens are taken off.

@@ -229,7 +229,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def command(argv: Sequence[str] | None = None) -> Path:
+    """What the command line does; the JSON file of the results."""
     args = _arguments(argv)
     check_checkpoint(args.ckpt)
     tasks = list(dict.fromkeys(name for part in args.tasks.split(",") if (name := part.strip())))
@@ -263,10 +264,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     text = table(results)
     print(f"\n{text}", flush=True)  # first: whatever happens to the files, the numbers are there
-    for file in write_results(output, results, text):
-        print(file)
+    written = write_results(output, results, text)
+    print("\n".join(map(str, written)))
     if lm.answers is not None:
         lm.answers.discard()
+    return written[0]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(argv)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,24 @@
 
     python -m eval.needle --ckpt runs/demo/extend-2k/hf --lengths 512,1k,2k --depths 11 --n 5 --output results
 
-Each sample gets three scores in 0..1, each the mean over its needles:
+`--kind` says what is hidden and asked for (`eval.needle_prompts`). Each sample gets three scores in 0..1, each the mean
+over its needles:
     exact      every token of the number is the most likely one, given the true ones before it (one forward)
     partial    the share of the number's tokens for which that holds
-    generated  the number is what greedy generation from the question says
+    generated  the number is what greedy generation from the question says (where `exact` is right, that is known)
 `needle.json` holds every sample, and mean and 95 % interval of every cell. It is written while the sweep runs, and the
-same command started again goes on from it. `needle.png` is the heatmap of the score that `--score` names. Arguments
-other than the defaults are part of the names (`needle-n1-seed3.json`), so that no sweep takes another's place, unless
-`--output` names the file itself.
+same command started again goes on from it; `--processes` and `--part` split it. `needle.png` is the heatmap of the
+score that `--score` names. Arguments other than the defaults are part of the names (`needle-n1-seed3.json`), so that no
+sweep takes another's place, unless `--output` names the file itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import random
 import re
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
+from eval import samples
 from eval.arguments import new_parser, path
-from eval.checkpoint import Checkpoint, bos_of, check_checkpoint, load_tokenizer, results_folder
+from eval.checkpoint import Checkpoint, bos_of
 from eval.grid import (
     DEPTHS,
     SAMPLES,
@@ -43,16 +43,18 @@ from eval.grid import (
     parse_lengths,
     result_stem,
 )
-from eval.haystack import MAX_SHIFT, Haystack, Prompt, build_prompt
+from eval.haystack import Haystack
 from eval.heatmap import draw
 from eval.heldout import find_heldout, read_texts
+from eval.needle_prompts import KINDS, MAX_SHIFT, Needle, Prompt, build_prompt, filler
+from eval.samples import Part, Sample
 from eval.sweep import SCORE_NAMES, describe, read_sweep
 from s2 import ending, files
 from s2.model.hf import load_config
 
-_WRITE_EVERY_SECONDS = 5.0
-_HAYSTACK_TOKENS = 1 << 20
+HAYSTACK_TOKENS = 1 << 20
 _RECORDED = ("key", "number", "position", "depth")  # of each needle
+_SCORING = "one forward over question and answer; greedy generation where that is not right"
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ class Prompts:
     def settings(self) -> dict[str, Any]:
         """What tells sweeps of one checkpoint apart."""
         return {
+            "kind": self.grid.kind,
             "haystack": self.haystack.source,
             "haystack_digest": self.haystack.digest,
             "haystack_tokens": len(self.haystack.tokens),
+            "shared_haystack": self.grid.shared,
             "needles": self.grid.needles,
             "distractors": self.grid.distractors,
             "seed": self.grid.seed,
@@ -77,35 +81,32 @@ class Prompts:
             "max_shift": MAX_SHIFT,
         }
 
-    def seed(self, name: str) -> str:
-        return f"{self.grid.seed}/{name}"
-
-    def build(self, name: str, length: int, depth: float) -> Prompt:
-        grid, seed = self.grid, self.seed(name)
-        ask = partial(build_prompt, self.haystack, self.tokenizer, self.bos_id, length=length, depth=depth, seed=seed)
-        return ask(needles=grid.needles, distractors=grid.distractors)
+    def build(self, sample: Sample) -> Prompt:
+        grid, begin = self.grid, None
+        if grid.shared:
+            window = random.Random(f"{grid.seed}/{sample['length']}/{sample['index']}")
+            begin = self.haystack.window(sample["length"], window).start
+        where = {key: sample[key] for key in ("length", "depth", "seed")}
+        ask = partial(build_prompt, self.haystack, self.tokenizer, self.bos_id, kind=grid.kind, begin=begin, **where)
+        return ask(needles=grid.needles or 1, distractors=grid.distractors or 0)
 
     def check(self, max_length: int, vocab_size: int) -> None:
         """Raises ValueError when the longest length does not fit the model or the haystack, when prompts of the
         shortest have no room, when their needles lie nearer to another row of the map than to their own, or when the
         model has no embedding for a token."""
         check_lengths(self.grid.lengths, max_length)
-        tokens, longest = self.haystack.tokens, max(self.grid.lengths)
-        if longest > len(tokens):
-            raise ValueError(
-                f"--lengths {longest}: the haystack {self.haystack.source} has only {len(tokens):,} tokens;"
-                " give a longer one with --haystack FILE"
-            )
-        most = int(tokens.max())
+        check_haystack(self.haystack, self.grid.lengths)
+        most = int(self.haystack.tokens.max())
         depths = self.grid.depths
-        for name, length, depth, _ in (sample for sample in self.grid.samples() if sample[1] == self.grid.lengths[0]):
-            prompt = self.build(name, length, depth)
+        for sample in (sample for sample in self.grid.samples() if sample["length"] == self.grid.lengths[0]):
+            prompt = self.build(sample)
             most = max(most, *prompt.tokens)
-            measured = prompt.needles[0].depth
+            depth, measured = sample["depth"], prompt.needles[0].depth
             if min(depths, key=lambda row: abs(row - measured)) != depth:
                 raise ValueError(
-                    f"--depths: {len(depths)} depths cannot be told apart at {length} tokens, where a needle meant for"
-                    f" {depth:g}% lies at {measured:.1f}%; take fewer, or longer contexts (one depth is --depths 50%)"
+                    f"--depths: {len(depths)} depths cannot be told apart at {sample['length']} tokens, where a needle"
+                    f" meant for {depth:g}% lies at {measured:.1f}%; take fewer, or longer contexts (one depth is"
+                    " --depths 50%)"
                 )
         if most >= vocab_size:
             raise ValueError(
@@ -124,120 +125,101 @@ def check_lengths(lengths: Sequence[int], max_length: int) -> None:
         )
 
 
-def run_sweep(
-    reader: Checkpoint, prompts: Prompts, file: Path, about: dict[str, Any], generate: bool = True
-) -> dict[str, Any]:
-    """Score all samples that are not known yet; return the content of `file`.
+def check_haystack(haystack: Haystack, lengths: Sequence[int]) -> None:
+    """Raises ValueError when the haystack is shorter than the longest length."""
+    if max(lengths) > len(haystack.tokens):
+        raise ValueError(
+            f"--lengths {max(lengths)}: the haystack {haystack.source} has only {len(haystack.tokens):,} tokens;"
+            " give a longer one with --haystack FILE"
+        )
 
-    Known are the samples of `file` and of other sweeps in its folder that are of the same checkpoint, haystack and kind
-    of prompt. `file` is written every few seconds and at the end, whatever ends the sweep.
+
+def run_sweep(
+    reader: Checkpoint,
+    prompts: Prompts,
+    file: Path,
+    about: dict[str, Any],
+    generate: bool = True,
+    batch_tokens: int = 1,
+    part: Part | None = None,
+) -> dict[str, Any]:
+    """Score all samples that are not known yet; return the content of `file` (see `eval.samples.collect`).
 
     Args:
         reader: or whatever has its `max_length`, `predict_last` and `generate`.
-        file: as `place_results` gives it. Samples that it holds already stay in it.
-        about: what is recorded of the checkpoint; its `checkpoint`, `fingerprint` and `dtype` tell sweeps apart.
+        file: as `eval.samples.place_in` gives it.
+        about: what is recorded of the checkpoint and the conditions.
+        batch_tokens: of prompts of one length that are read at once.
     Raises:
         ValueError: a length beyond the model's, before anything is computed; a file of another sweep.
         MemoryError: a length that the device has no room for.
     """
-    check_lengths(prompts.grid.lengths, reader.max_length)
-    place_results(file, file.stem, about, prompts)
-    results: dict[str, Any] = {"kind": "needle", **about, "settings": prompts.settings()}
+    grid = prompts.grid
+    check_lengths(grid.lengths, reader.max_length)
+    header = {"kind": "needle", "conditions": {}, **about, "settings": prompts.settings()}
+
+    def rows(sample: Sample) -> int:
+        return max(1, batch_tokens // sample["length"])
+
+    def key(sample: Sample) -> Any:  # what shares a window is computed together
+        return (sample["length"], sample["index"] // rows(sample)) if grid.shared else sample["length"]
+
+    def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
+        length, cache = batch[0]["length"], None
+        steps = samples.batches_of(batch, lambda sample: grid.shared and sample["depth"], rows)
+        try:
+            for step in steps:
+                built = [prompts.build(sample) for sample in step]
+                if grid.shared and (cache is None or cache.batch_size != len(step)):
+                    cache = reader.prefix_cache(len(step), length)
+                scored = score(reader, prompts.tokenizer, built, generate, cache)
+                for sample, prompt, record in zip(step, built, scored, strict=True):
+                    yield sample | {"prompt": samples.digest(prompt.tokens)} | record
+        except torch.OutOfMemoryError:
+            raise MemoryError(
+                f"--lengths {length}: no room for so many tokens in the device's memory; what is done is in {file}"
+            ) from None
+
+    plan = samples.batches_of(grid.samples(), key, lambda sample: 1 << 30 if grid.shared else rows(sample))
     # Samples scored without generation count as known only while generation is not asked for.
-    wanted = set(SCORE_NAMES) if generate else set(SCORE_NAMES) - {"generated"}
-    own = _samples(file, results) if file.exists() else {}
-    known: dict[str, dict[str, Any]] = {}
-    for found in (*(_samples(other, results) for other in sorted(file.parent.glob("needle*.json"))), own):
-        known |= {name: sample for name, sample in found.items() if wanted <= set(sample["scores"])}
-    samples = list(prompts.grid.samples())
-    todo = [sample for sample in samples if sample[0] not in known]
-    kept = own | {name: known[name] for name, *_ in samples if name in known}
-    if len(todo) < len(samples):
-        print(f"{file}: {len(samples) - len(todo)} samples are there already, {len(todo)} to go")
-    written = time.monotonic()
-    try:
-        for name, length, depth, index in tqdm(todo, desc="needle", unit="sample"):
-            sample = {"id": name, "length": length, "depth": depth, "index": index, "seed": prompts.seed(name)}
-            try:
-                prompt = prompts.build(name, length, depth)
-                kept[name] = sample | score(reader, prompts.tokenizer, prompt, generate)
-            except torch.OutOfMemoryError:
-                raise MemoryError(
-                    f"--lengths {length}: no room for so many tokens in the device's memory; what is done is in {file}"
-                ) from None
-            if time.monotonic() - written > _WRITE_EVERY_SECONDS:
-                files.write_json(file, results | {"samples": list(kept.values())})
-                written = time.monotonic()
-    finally:
-        results["samples"] = list(kept.values())
+    wanted = [name for name in SCORE_NAMES if generate or name != "generated"]
+    results = samples.collect(file, header, list(plan), compute, part=part, wanted=wanted)
+    if part is None:
+        shared = set.intersection(*(set(sample["scores"]) for sample in results["samples"]))
+        results["summary"] = {name: _summary(file, name) for name in SCORE_NAMES if name in shared}
         files.write_json(file, results)
-    shared = set.intersection(*(set(sample["scores"]) for sample in results["samples"]))
-    results["summary"] = {name: _summary(file, name) for name in SCORE_NAMES if name in shared}
-    files.write_json(file, results)
     return results
 
 
-def place_results(output: Path, stem: str, about: dict[str, Any], prompts: Prompts) -> Path:
-    """Where the results of this sweep go: `<output>/<stem>.json`, where nothing of another sweep stands.
-
-    Results of the checkpoint's earlier weights move to `<stem>.json.1`, with their picture; where another checkpoint's
-    are, or this one's on another haystack or in another precision, the new file gets a suffix of its own.
-
-    Args:
-        output: a folder, or the .json file itself, which then must be new or of the same checkpoint and haystack.
-    Raises:
-        ValueError: the file is there and is no needle results, or of another sweep where `output` names the file.
-    """
-    file = output if output.suffix == ".json" else output / f"{stem}.json"
-    if not file.exists():
-        return file
-    new = {**about, "settings": prompts.settings()}
-    old = files.read_json(file)
-    if not isinstance(old, dict) or old.get("kind") != "needle":
-        raise ValueError(f"{file} is no needle result file; choose another --output")
-    if _identity(old) == _identity(new):
-        return file
-    if file == output:
-        raise ValueError(f"{file} is of another checkpoint, haystack or kind of prompt; choose another --output")
-    earlier = old.get("fingerprint") != about.get("fingerprint") or "max_shift" not in old.get("settings", {})
-    if old.get("checkpoint") == about.get("checkpoint") and earlier:
-        for outdated in (file, *file.parent.glob(f"{stem}.png"), *file.parent.glob(f"{stem}.*.png")):
-            print(f"{outdated} is of an earlier checkpoint; kept as {files.move_aside(outdated).name}")
-        return file
-    suffix = hashlib.sha256(_identity(new).encode()).hexdigest()[:6]
-    print(f"{file} is of another checkpoint, haystack or precision; this sweep goes to {stem}-{suffix}.json")
-    return file.with_name(f"{stem}-{suffix}.json")
-
-
-def _identity(results: dict[str, Any]) -> str:
-    """What two sweeps must have in common to share samples."""
-    return json.dumps([results.get(key) for key in ("checkpoint", "fingerprint", "dtype", "settings")], sort_keys=True)
-
-
-def _samples(file: Path, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Samples by id of a file that is of the same checkpoint, haystack and kind of prompt as `results`; else none."""
-    try:
-        found = files.read_json(file)
-        if _identity(found) == _identity(results):
-            return {sample["id"]: sample for sample in found["samples"]}
-    except (OSError, ValueError, AttributeError, LookupError, TypeError):
-        pass  # another program's, or a broken one: no samples
-    return {}
-
-
 def _summary(file: Path, score: str) -> dict[str, Any]:
-    numbers = read_sweep([file], score).as_json()
-    return {key: numbers[key] for key in ("scorer", "mean", "interval", "interval_kind", "cells")}
+    sweep = read_sweep([file], score)
+    numbers = sweep.as_json()
+    shown = {key: numbers[key] for key in ("scorer", "mean", "interval", "interval_kind", "cells")}
+    return shown | {"lengths": sweep.by_length()}
 
 
-def score(reader: Checkpoint, tokenizer: Tokenizer, prompt: Prompt, generate: bool = True) -> dict[str, Any]:
-    """What one sample's record says beyond its place in the grid: needles, expected, generated, scores."""
+def score(
+    reader: Checkpoint, tokenizer: Tokenizer, prompts: Sequence[Prompt], generate: bool = True, cache: Any = None
+) -> list[dict[str, Any]]:
+    """What the records of prompts of one length say beyond their place in the grid: needles, expected, generated,
+    scores. `cache`: see `Checkpoint.predict_last`."""
+    firsts = [min(needle.answer.start for needle in prompt.needles) for prompt in prompts]
+    count = max(len(prompt.tokens) - first for prompt, first in zip(prompts, firsts, strict=True))
+    options = {} if cache is None else {"prefix": cache}
+    predicted = reader.predict_last([prompt.tokens[:-1] for prompt in prompts], count, **options)
+    return [
+        _record(reader, tokenizer, prompt, [*prompt.tokens[:-count], *said], generate)
+        for prompt, said in zip(prompts, predicted, strict=True)
+    ]
+
+
+def _record(
+    reader: Checkpoint, tokenizer: Tokenizer, prompt: Prompt, predicted: list[int], generate: bool
+) -> dict[str, Any]:
+    """`predicted`: the most likely token at each place of the prompt, from the first answer on."""
     tokens = prompt.tokens
-    first = prompt.needles[0].answer.start
-    predicted = reader.predict_last(tokens[:-1], len(tokens) - first)
     hits = [
-        [predicted[i - first] == tokens[i] for i in range(needle.answer.start, needle.answer.stop)]
-        for needle in prompt.needles
+        [predicted[i] == tokens[i] for i in range(needle.answer.start, needle.answer.stop)] for needle in prompt.needles
     ]
     record: dict[str, Any] = {
         "needles": [{key: getattr(needle, key) for key in _RECORDED} for needle in prompt.needles],
@@ -246,10 +228,7 @@ def score(reader: Checkpoint, tokenizer: Tokenizer, prompt: Prompt, generate: bo
         "scores": {"exact": fmean([all(h) for h in hits]), "partial": fmean([fmean(h) for h in hits])},
     }
     if generate:
-        said = []
-        for needle in prompt.needles:
-            new = reader.generate(tokens[: needle.answer.start], needle.answer.stop - needle.answer.start)
-            said.append(tokenizer.decode(new, skip_special_tokens=False))
+        said = [_say(reader, tokenizer, tokens, n, all(h)) for n, h in zip(prompt.needles, hits, strict=True)]
         record["generated"] = said[0] if len(said) == 1 else said
         found = [re.search(r"\d+", text) for text in said]
         right = [f is not None and f[0] == n.number for f, n in zip(found, prompt.needles, strict=True)]
@@ -257,29 +236,37 @@ def score(reader: Checkpoint, tokenizer: Tokenizer, prompt: Prompt, generate: bo
     return record
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _say(reader: Checkpoint, tokenizer: Tokenizer, tokens: list[int], needle: Needle, is_exact: bool) -> str:
+    """The greedy continuation of a question. Where each token of the answer is the most likely one after those before
+    it, the answer is what greedy decoding gives."""
+    asked, answer = tokens[: needle.answer.start], tokens[needle.answer]
+    return tokenizer.decode(answer if is_exact else reader.generate([asked], len(answer))[0], skip_special_tokens=False)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("needle", __doc__)
+    samples.add_arguments(parser)
     add = parser.add_argument
     # fmt: off
-    add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
+    add("--kind", default="single", help=f"{', '.join(KINDS)} (default: %(default)s)")
     add("--lengths", help="tokens: 512,1k,2k (default: the model's, 1/2, 1/4, 1/8 of it)")
     add("--depths", default=str(DEPTHS), help=f"number of depths ({DEPTHS}), or percents: 0,50,100 or 50%%")
     add("--n", default=SAMPLES, type=int, help=f"samples per cell ({SAMPLES})")
     add("--score", default="exact", choices=list(SCORE_NAMES), help="which score the heatmap shows")
     add("--no-generate", action="store_true", help="skip generation: the `generated` score, half of the time")
+    add("--shared-haystack", action="store_true",
+        help="one window of the haystack for all depths of a sample, whose beginning is then computed once")
     add(
         "--haystack", type=path, help="text, jsonl(.gz) or parquet file(s), or shards; default: the run's held-out ones"
     )
     add("--text-column", default="text", help="column of the haystack's rows")
-    add("--haystack-tokens", default=format_length(_HAYSTACK_TOKENS), help="how much of the haystack to read")
-    add("--needles", default=1, type=int, help="numbers hidden and asked for in each prompt")
-    add("--distractors", default=0, type=int, help="further numbers hidden and not asked for")
+    add("--haystack-tokens", default=format_length(HAYSTACK_TOKENS), help="how much of the haystack to read")
+    add("--needles", type=int, help="numbers hidden and asked for in each prompt (default: as the kind has)")
+    add("--distractors", type=int, help="further numbers hidden and not asked for (default: as the kind has)")
     add("--beyond", action="store_true",
         help="take lengths beyond max_position_embeddings too: how the model does where it was not trained")
     add("--seed", default=0, type=int)
     add("--train-length", help="where the heatmap's line is (default: max_position_embeddings)")
-    add("--output", type=path, help="folder, or .json file, for the results (default: the run's results folder)")
-    add("--device", help="default: the GPU if there is one")
     # fmt: on
     args = parser.parse_args(argv)
     for name in ("haystack_tokens", "train_length"):
@@ -291,35 +278,50 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def command(argv: Sequence[str]) -> Path:
+    """What the command line does; the file of the results."""
     args = _arguments(argv)
-    check_checkpoint(args.ckpt)
+    output = samples.check_arguments(args)
     if args.score == "generated" and args.no_generate:
         raise ValueError("--score generated needs generation; drop --no-generate")
-    config = load_config(args.ckpt)
-    trained = config.max_position_embeddings
+    if args.kind == "passkey" and args.haystack:
+        raise ValueError(f"--haystack {args.haystack}: --kind passkey has a haystack of its own")
+    trained = load_config(args.ckpt).max_position_embeddings
     lengths = default_lengths(trained) if args.lengths is None else parse_lengths(args.lengths)
-    grid = Grid(lengths, parse_depths(args.depths), args.n, args.needles, args.distractors, args.seed)
+    depths = parse_depths(args.depths)
+    grid = Grid(lengths, depths, args.n, args.needles, args.distractors, args.seed, args.kind, args.shared_haystack)
     readable = max(trained, *grid.lengths) if args.beyond else trained
     check_lengths(grid.lengths, readable)
-    source = args.haystack or find_heldout(args.ckpt)
-    tokenizer = load_tokenizer(args.ckpt)
-    texts = read_texts(source, args.text_column)
-    haystack = Haystack.from_texts(texts, tokenizer, source.name or str(source), args.haystack_tokens)
+    checkpoint = samples.open_checkpoint(args, readable)
+    tokenizer = checkpoint.tokenizer
+    if args.kind == "passkey":
+        haystack = filler(tokenizer, max(grid.lengths))
+    else:
+        source = args.haystack or find_heldout(args.ckpt)
+        texts = read_texts(source, args.text_column)
+        haystack = Haystack.from_texts(texts, tokenizer, source.name or str(source), args.haystack_tokens)
     prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), grid)
-    prompts.check(readable, config.vocab_size)
-    output = args.output or results_folder(args.ckpt)
+    prompts.check(readable, checkpoint.config.vocab_size)
     files.require_writable(output.parent if output.suffix == ".json" else output)
-    checkpoint = Checkpoint.load(args.ckpt, args.device, max_length=readable)
     about = checkpoint.describe() | {"train_length": args.train_length or trained}
-    tokens = None if args.haystack_tokens == _HAYSTACK_TOKENS else args.haystack_tokens
+    about["conditions"] = samples.conditions(checkpoint, prompts.bos_id, _SCORING)
+    tokens = None if args.haystack_tokens == HAYSTACK_TOKENS else args.haystack_tokens
     stem = result_stem(grid, trained, args.haystack, tokens, not args.no_generate)
-    file = place_results(output, stem, about, prompts)
-    run_sweep(checkpoint, prompts, file, about, generate=not args.no_generate)
-    sweep = read_sweep([file], score=args.score)
-    picture = file.with_suffix(".png" if args.score == "exact" else f".{args.score}.png")
-    draw([sweep], picture)
-    print(f"{describe(sweep)}\n{file}\n{picture}")
+    file = samples.place_in(output, stem, {"kind": "needle", **about, "settings": prompts.settings()})
+    if args.processes > 1:
+        samples.split("needle", argv, args)
+    tokens_of_batch = samples.batch_tokens(args, checkpoint)
+    run_sweep(checkpoint, prompts, file, about, not args.no_generate, tokens_of_batch, args.part)
+    if args.part is None:
+        sweep = read_sweep([file], score=args.score)
+        picture = file.with_suffix(".png" if args.score == "exact" else f".{args.score}.png")
+        draw([sweep], picture)
+        print(f"{describe(sweep)}\n{file}\n{picture}")
+    return file
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Conditions:
     def content(self, files: Iterable[Path]) -> dict[str, str | None]:
         """Checksums of the data that was read: of `files`, and of the held-out documents."""
         sources = [*sorted(files), *([Path(self.heldout)] if self.heldout else [])]
-        return {str(source): _checksum(source) for source in sources}
+        return {str(source): checksum_of(source) for source in sources}
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ def _is_replaced_by(file: Path, results: dict[str, Any]) -> bool:
         return False
 
 
-def _checksum(source: Path) -> str | None:
+def checksum_of(source: Path) -> str | None:
     """A checksum of a file or of a shard folder's manifest; None for other folders and patterns."""
     file = source / "manifest.json" if source.is_dir() else source
     return checksum(file) if file.is_file() else None

@@ -81,6 +81,19 @@ class Sweep:
         inverse = sum(1 / len(scores) for scores in self.cells.values())
         return wilson(self.mean(), len(self.cells) ** 2 / inverse)
 
+    def at(self, lengths: Sequence[int]) -> Sweep:
+        """Only the cells of these lengths."""
+        return replace(self, cells={cell: scores for cell, scores in self.cells.items() if cell[0] in lengths})
+
+    def by_length(self) -> list[dict[str, Any]]:
+        """Mean over the depths of each length, with its interval and number of samples."""
+        rows = []
+        for length in self.lengths:
+            own = self.at([length])
+            n, interval = sum(map(len, own.cells.values())), [round(end, 4) for end in own.interval()]
+            rows.append({"length": length, "score": own.mean(), "n": n, "interval": interval})
+        return rows
+
     def as_json(self) -> dict[str, Any]:
         """Mean and interval of every cell and of the whole."""
         cells = []
@@ -262,6 +275,7 @@ def _samples(file: Path, results: dict[str, Any], score: str) -> _Part:
     settings = _get(file, results, "settings", dict, {})
     notes = [f"attention {results['attention_layout']}"] if results.get("attention_layout") else []
     notes += [f"haystack {settings['haystack']}"] if settings.get("haystack") else []
+    notes += [_text(settings["kind"])] if settings.get("kind", "single") != "single" else []
     for key, usual in (("needles", 1), ("distractors", 0)):
         if (count := _get(file, settings, key, float, usual)) > usual:
             notes.append(f"{count:g} {key}")

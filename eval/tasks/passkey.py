@@ -6,15 +6,9 @@ from typing import Any
 import datasets
 
 from eval.checkpoint import load_tokenizer
+from eval.needle_prompts import FILLER
 
 LENGTHS = tuple(2**power for power in range(8, 21))
-_FILLER = (
-    " The road runs along the river.",
-    " The boats come home at noon.",
-    " Nobody is in a hurry here.",
-    " The wind turns, and the leaves turn with it.",
-    " Then the bells ring, and it is evening.",
-)
 
 
 def load(
@@ -45,7 +39,7 @@ def load(
             rng = random.Random(f"{seed}/{length}/{index}")
             key, depth = str(rng.randrange(10_000, 100_000)), rng.random()
             room = length - 1 - count(_prompt(0, depth, key) + f" {key}")
-            sentences = room * len(_FILLER) // count("".join(_FILLER)) + len(_FILLER)
+            sentences = room * len(FILLER) // count("".join(FILLER)) + len(FILLER)
             while count(_prompt(sentences, depth, key) + f" {key}") > length - 1:
                 sentences -= 1
             rows.append(
@@ -60,7 +54,7 @@ def load(
 
 
 def _prompt(sentences: int, depth: float, key: str) -> str:
-    filler = [_FILLER[i % len(_FILLER)] for i in range(sentences)]
+    filler = [FILLER[i % len(FILLER)] for i in range(sentences)]
     filler.insert(round(depth * sentences), f" The pass key is {key}. Remember it. {key} is the pass key.")
     return "There is a pass key hidden in this text." + "".join(filler) + "\n\nWhat is the pass key? The pass key is"
 

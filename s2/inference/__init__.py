@@ -2,5 +2,6 @@
 
 from .cache import KVCache
 from .generate import generate
+from .prefix import PrefixCache
 
-__all__ = ["KVCache", "generate"]
+__all__ = ["KVCache", "PrefixCache", "generate"]

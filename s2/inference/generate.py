@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def generate(
     top_k: int = 0,
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
+    is_enough: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
     """Continue a batch of prompts of one length.
 
@@ -40,6 +41,7 @@ def generate(
         generator: random numbers for the draw, on the model's device.
         prefill_chunk: feed the prompt in pieces of so many tokens, which bounds activation memory at long
             context.
+        is_enough: is asked after each token whether the new ones `[B, n]` are all that is wanted.
 
     Returns:
         int64 `[B, n]`, the new tokens only, `n <= max_new_tokens`.
@@ -66,7 +68,8 @@ def generate(
             token = torch.where(ended, tokens[-1], token)
         tokens.append(token)
         ended = ended | torch.isin(token, stop_ids)
-        if len(tokens) == max_new_tokens or (stop and bool(ended.all())):
+        is_over = len(tokens) == max_new_tokens or (stop and bool(ended.all()))
+        if is_over or (is_enough is not None and is_enough(torch.stack(tokens, dim=1))):
             return torch.stack(tokens, dim=1)
         logits = model(token[:, None], cache=cache, logits_to_keep=1)
 

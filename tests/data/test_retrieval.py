@@ -11,8 +11,7 @@ from data.corpus.sources import Source
 from data.prepare import prepare
 from data.prepare.spec import PrepareSpec
 from data.shards import TokenShards
-from eval import haystack
-from eval.tasks import passkey
+from eval import needle_prompts
 
 
 def facts(text):
@@ -84,14 +83,14 @@ def test_filler_fills_up_to_the_length_asked_for_and_facts_lie_at_every_depth(fi
 def test_no_wording_key_or_filler_of_the_evaluations_occurs():
     """A model trained on these documents is measured on other sentences about other things."""
     text = "\n".join(document(Retrieval(documents=2000, facts=(1, 8)), number) for number in range(2000)).lower()
-    words, asked = set(re.findall(r"[a-z]+", text)), set(haystack._COLOURS) | set(haystack._THINGS)
+    words, asked = set(re.findall(r"[a-z]+", text)), set(needle_prompts._COLOURS) | set(needle_prompts._THINGS)
     assert not words & {"magic", "pass", "passkey", "remember"}
     assert not words & asked
     syllable = f"(?:{'|'.join(retrieval._CONSONANTS)})(?:{'|'.join(retrieval._VOWELS)})"
     spelled = {word for word in asked if re.fullmatch(f"(?:{syllable}){{1,2}}[klmnrst]?", word)}
     assert spelled <= retrieval._NOT_NAMES  # made-up names cannot meet them either
     assert "magic number" not in text and "pass key" not in text and not re.search(r"number of the .* is \d", text)
-    for sentence in passkey._FILLER:
+    for sentence in needle_prompts.FILLER:
         assert sentence.strip().lower() not in text
 
 

@@ -100,7 +100,7 @@ def test_a_chat_template_is_filled_in_and_its_special_tokens_read(folder, tmp_pa
 def test_every_id_that_ends_a_text_ends_it(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "hf")
     first = S2LM(folder, device="cpu")
-    said = first.checkpoint.generate(first.tok_encode(prose(2, 1)), 3)
+    said = first.checkpoint.generate([first.tok_encode(prose(2, 1))], 3)[0]
     (tmp_path / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": [1, said[1]]}))
     assert said[1] != said[0]
     model = S2LM(tmp_path / "hf", device="cpu")

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from eval.checkpoint import load_tokenizer
-from eval.haystack import MAX_SHIFT, Haystack, build_prompt
+from eval.haystack import Haystack
+from eval.needle_prompts import MAX_SHIFT, build_prompt
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 

@@ -89,12 +89,12 @@ def test_batches_change_nothing_for_sparse_layers(sparse):
 def test_greedy_flag_tells_the_models_own_continuation(lm):
     prompt = prose(3, 1)
     (said,) = lm.generate_until(requests((prompt, {"until": [], "max_gen_toks": 1})), disable_tqdm=True)
-    tokens = lm.checkpoint.generate(lm.tok_encode(prompt), 1)
+    tokens = lm.checkpoint.generate([lm.tok_encode(prompt)], 1)[0]
     scored = lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), tokens)], disable_tqdm=True)
     assert scored[0][1] and lm.checkpoint.tokenizer.decode(tokens) == said
     other = [(tokens[0] + 1) % 512]
     assert not lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), other)], disable_tqdm=True)[0][1]
-    half = [*tokens, (lm.checkpoint.generate(lm.tok_encode(prompt), 2)[1] + 1) % 512]
+    half = [*tokens, (lm.checkpoint.generate([lm.tok_encode(prompt)], 2)[0][1] + 1) % 512]
     assert not lm._loglikelihood_tokens([(None, lm.tok_encode(prompt), half)], disable_tqdm=True)[0][1]
 
 

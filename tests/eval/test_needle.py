@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import operator
 import random
 import re
 import runpy
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import needle
+from eval import samples
 from eval.checkpoint import Checkpoint, bos_of, load_tokenizer, results_folder
 from eval.grid import Grid, default_lengths, parse_depths, parse_lengths, result_stem
-from eval.haystack import Haystack, build_prompt
-from eval.needle import Prompts, main, place_results, run_sweep, score
+from eval.haystack import Haystack
+from eval.needle import Prompts, main, run_sweep, score
+from eval.needle_prompts import KINDS, build_prompt, filler
+from eval.samples import place_in
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 
@@ -49,12 +52,18 @@ class Oracle:
         key = re.findall(r"magic number of the (\w+ \w+) is", text)[-1]
         return re.search(rf"the {key} is (\d{{7}})", text)[1]
 
-    def generate(self, tokens, max_new_tokens):
+    def generate(self, rows, max_new_tokens):
+        return [self.go_on(tokens, max_new_tokens) for tokens in rows]
+
+    def predict_last(self, rows, count):
+        self.calls += len(rows)
+        return [self.predict(tokens, count) for tokens in rows]
+
+    def go_on(self, tokens, max_new_tokens):
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
         return self.tokenizer.encode(f" {self.number(text)}", add_special_tokens=False).ids[:max_new_tokens]
 
-    def predict_last(self, tokens, count):
-        self.calls += 1
+    def predict(self, tokens, count):
         said = []
         for i in range(len(tokens) - count, len(tokens)):
             text = self.tokenizer.decode(tokens[: i + 1], skip_special_tokens=False)
@@ -68,28 +77,31 @@ class Oracle:
 class Guesser(Oracle):
     """Says random tokens."""
 
-    def generate(self, tokens, max_new_tokens):
+    def go_on(self, tokens, max_new_tokens):
         return [random.Random(tokens[-5]).randrange(3, 512) for _ in range(max_new_tokens)]
 
-    def predict_last(self, tokens, count):
-        self.calls += 1
+    def predict(self, tokens, count):
         return random.Random(sum(tokens)).choices(range(3, 512), k=count)
 
 
 class OneDigitOff(Oracle):
     """Retrieves all but the last token of the number."""
 
-    def predict_last(self, tokens, count):
-        return [*super().predict_last(tokens, count)[:-1], 5]
+    def predict(self, tokens, count):
+        return [*super().predict(tokens, count)[:-1], 5]
 
-    def generate(self, tokens, max_new_tokens):
-        return [*super().generate(tokens, max_new_tokens)[:-1], 5]
+    def go_on(self, tokens, max_new_tokens):
+        return [*super().go_on(tokens, max_new_tokens)[:-1], 5]
 
 
 def sweep(reader, tokenizer, haystack, file, grid=None, **options):
     grid = grid or Grid((200, 300), (0.0, 50.0, 100.0), 2)
     about = {"checkpoint": "test", "fingerprint": options.pop("fingerprint", "f"), "train_length": 256}
     return run_sweep(reader, Prompts(haystack, tokenizer, bos_of(tokenizer), grid), file, about, **options)
+
+
+def header(about, prompts):
+    return {"kind": "needle", **about, "settings": prompts.settings()}
 
 
 def mean(results, name):
@@ -113,7 +125,7 @@ def test_a_guessing_reader_scores_zero(tokenizer, haystack, tmp_path):
 
 def test_one_wrong_digit_fails_exact_but_counts_in_part(tokenizer, haystack):
     prompt = build_prompt(haystack, tokenizer, 0, length=300, depth=50, seed="s")
-    record = score(OneDigitOff(tokenizer), tokenizer, prompt)
+    [record] = score(OneDigitOff(tokenizer), tokenizer, [prompt])
     tokens = prompt.needles[0].answer.stop - prompt.needles[0].answer.start
     assert record["scores"] == {"exact": 0, "partial": pytest.approx(1 - 1 / tokens), "generated": 0}
     assert record["expected"] == prompt.needles[0].number != record["generated"].strip()
@@ -131,10 +143,10 @@ def test_an_interrupted_sweep_keeps_what_it_had_and_goes_on(tokenizer, haystack,
     file = tmp_path / "needle.json"
 
     class Interrupted(Oracle):
-        def predict_last(self, tokens, count):
-            if self.calls == 5:
+        def predict(self, tokens, count):
+            if self.calls > 5:
                 raise KeyboardInterrupt
-            return super().predict_last(tokens, count)
+            return super().predict(tokens, count)
 
     with pytest.raises(KeyboardInterrupt):
         sweep(Interrupted(tokenizer), tokenizer, haystack, file)
@@ -147,14 +159,14 @@ def test_an_interrupted_sweep_keeps_what_it_had_and_goes_on(tokenizer, haystack,
 
 
 def test_the_file_is_whole_and_current_at_every_moment_of_a_sweep(tokenizer, haystack, tmp_path, monkeypatch):
-    monkeypatch.setattr(needle, "_WRITE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(samples, "_WRITE_EVERY_SECONDS", 0.0)
     seen = []
 
     class Watching(Oracle):
-        def predict_last(self, tokens, count):
+        def predict(self, tokens, count):
             if (tmp_path / "needle.json").exists():
                 seen.append(len(json.loads((tmp_path / "needle.json").read_text())["samples"]))
-            return super().predict_last(tokens, count)
+            return super().predict(tokens, count)
 
     sweep(Watching(tokenizer), tokenizer, haystack, tmp_path / "needle.json")
     assert seen == list(range(1, 12))
@@ -183,7 +195,7 @@ def test_results_of_earlier_weights_are_set_aside_not_mixed(tokenizer, haystack,
     prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), Grid((200, 300), (0.0, 50.0, 100.0), 2))
     with pytest.raises(ValueError, match=r"needle\.json is of another checkpoint, haystack or kind of prompt"):
         sweep(Oracle(tokenizer), tokenizer, haystack, tmp_path / "needle.json", fingerprint="other")
-    file = place_results(tmp_path, "needle", about, prompts)
+    file = place_in(tmp_path, "needle", header(about, prompts))
     results = run_sweep(Oracle(tokenizer), prompts, file, about)
     assert file == tmp_path / "needle.json" and mean(results, "exact") == 1 and len(results["samples"]) == 12
     assert mean(json.loads((tmp_path / "needle.json.1").read_text()), "exact") == 0
@@ -195,7 +207,7 @@ def test_results_of_earlier_weights_are_set_aside_not_mixed(tokenizer, haystack,
 def test_another_sweep_of_the_same_name_goes_to_a_file_of_its_own(tokenizer, haystack, tmp_path, change):
     about = {"checkpoint": "test", "fingerprint": "f", "dtype": "bfloat16"}
     prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), Grid((200,), (0.0, 50.0, 100.0), 1))
-    first = place_results(tmp_path, "needle", about, prompts)
+    first = place_in(tmp_path, "needle", header(about, prompts))
     run_sweep(Oracle(tokenizer), prompts, first, about)
     before = first.read_bytes()
     if change == "haystack":
@@ -204,13 +216,13 @@ def test_another_sweep_of_the_same_name_goes_to_a_file_of_its_own(tokenizer, hay
         prompts = replace(prompts, grid=Grid((200,), (0.0, 50.0, 100.0), 1, seed=1))
     else:
         about[change] = {"dtype": "float32", "checkpoint": "another"}[change]
-    second = place_results(tmp_path, "needle", about, prompts)
+    second = place_in(tmp_path, "needle", header(about, prompts))
     assert second != first and re.fullmatch(r"needle-[0-9a-f]{6}\.json", second.name)
     reader = Oracle(tokenizer)
     results = run_sweep(reader, prompts, second, about)
     assert reader.calls == len(results["samples"]) == 3  # nothing of the other sweep was taken over
     assert first.read_bytes() == before
-    assert place_results(tmp_path, "needle", about, prompts) == second
+    assert place_in(tmp_path, "needle", header(about, prompts)) == second
 
 
 def test_a_file_that_is_no_needle_result_is_left_alone(tokenizer, haystack, tmp_path):
@@ -245,10 +257,10 @@ def test_every_cell_has_its_interval_and_n(tokenizer, haystack, tmp_path):
 
 def test_running_out_of_memory_keeps_the_shorter_lengths(tokenizer, haystack, tmp_path):
     class Small(Oracle):
-        def predict_last(self, tokens, count):
+        def predict(self, tokens, count):
             if len(tokens) > 250:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().predict_last(tokens, count)
+            return super().predict(tokens, count)
 
     with pytest.raises(MemoryError, match=r"--lengths 300: no room for so many tokens"):
         sweep(Small(tokenizer), tokenizer, haystack, tmp_path / "needle.json")
@@ -300,14 +312,105 @@ def test_teacher_forcing_and_generation_agree_on_a_real_model(folder, haystack, 
     checkpoint = Checkpoint.load(folder, "cpu")
     prompt = build_prompt(haystack, tokenizer, 0, length=250, depth=40, seed="s")
     where = prompt.needles[0].answer
-    said = checkpoint.generate(prompt.tokens[: where.start], where.stop - where.start)
+    [said] = checkpoint.generate([prompt.tokens[: where.start]], where.stop - where.start)
     tokens = [*prompt.tokens[: where.start], *said]
-    assert checkpoint.predict_last(tokens[:-1], len(said)) == said
+    assert checkpoint.predict_last([tokens[:-1]], len(said)) == [said]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_is_exactly_as_long_as_asked_and_can_be_answered(tokenizer, haystack, tmp_path, kind):
+    grid = Grid((600, 700), (0.0, 50.0, 100.0), 2, kind=kind)
+    text = filler(tokenizer, 700) if kind == "passkey" else haystack
+    prompts = Prompts(text, tokenizer, 0, grid)
+    for sample in grid.samples():
+        prompt = prompts.build(sample)
+        assert len(prompt.tokens) == sample["length"] and len(prompt.needles) == KINDS[kind].needles
+        words = tokenizer.decode(prompt.tokens, skip_special_tokens=False)
+        context, question = words.rsplit("\n\n", 1)
+        for needle in prompt.needles:
+            assert tokenizer.decode(prompt.tokens[needle.answer]).strip() == needle.number
+            assert words.count(needle.number) == (3 if kind == "passkey" else 2)
+            assert context.count(f"{needle.key} is {needle.number}") == 1 or kind == "passkey"
+        asked = prompt.needles[0].key.split()
+        facts = re.findall(r"of the (\w+) (\w+) is", context)
+        others = [fact for fact in facts if list(fact) != asked]
+        assert len(others) == KINDS[kind].distractors + (3 if kind == "multi-query" else 0)
+        if kind == "distractors":
+            assert all((fact[0] == asked[0]) + (fact[1] == asked[1]) == 1 for fact in others)
+        if kind == "multi-value":
+            said = re.findall(r"\d{7}", question)
+            assert said == re.findall(r"\d{7}", context) and len(said) == 4
+
+
+def test_a_reader_of_many_values_scores_each(tokenizer, haystack, tmp_path):
+    """Half of four values right are half of a point."""
+    prompt = build_prompt(haystack, tokenizer, 0, length=600, depth=30, seed="s", needles=4, kind="multi-value")
+
+    class TwoOfFour:
+        def predict_last(self, rows, count):
+            said = prompt.tokens[-count:]
+            for needle in prompt.needles[:2]:
+                said[needle.answer.stop - 1 - len(prompt.tokens)] = 1
+            return [said]
+
+    [record] = score(TwoOfFour(), tokenizer, [prompt], generate=False)
+    assert record["scores"]["exact"] == 0.5 and 0.5 < record["scores"]["partial"] < 1
+
+
+def test_prompts_that_share_a_haystack_score_the_same_computed_at_once_and_anew(folder, haystack, tokenizer, tmp_path):
+    """Keys and values of a shared beginning are computed once, and scores are those of whole forward passes."""
+    checkpoint = Checkpoint.load(folder, "cpu")
+    prompts = Prompts(haystack, tokenizer, 0, Grid((200, 250), (0.0, 50.0, 100.0), 3, shared=True))
+    caches = []
+
+    class Watched:
+        max_length, predict_last, generate = checkpoint.max_length, checkpoint.predict_last, checkpoint.generate
+
+        def prefix_cache(self, rows, length):
+            caches.append(checkpoint.prefix_cache(rows, length))
+            return caches[-1]
+
+    results = run_sweep(Watched(), prompts, tmp_path / "needle.json", {}, batch_tokens=500)
+    whole = []
+    for sample in prompts.grid.samples():
+        prompt = prompts.build(sample)
+        record = score(checkpoint, tokenizer, [prompt])[0]
+        whole.append(sample | {"prompt": samples.digest(prompt.tokens)} | record)
+    key = operator.itemgetter("id")
+    assert sorted(results["samples"], key=key) == sorted(whole, key=key)
+    fed = sum(cache.computed * cache.batch_size for cache in caches)
+    assert 0.5 < fed / sum(sample["length"] for sample in results["samples"]) < 0.95
+
+
+@pytest.mark.parametrize("way", [pytest.param("processes", marks=pytest.mark.nightly), "parts"])
+def test_samples_split_over_processes_are_those_of_one(folder, tmp_path, way):
+    command = ["--lengths", "128,200", "--depths", "0,100", "--n", "2", "--kind", "multi-key"]
+    name = "needle-multi-key-128+200-d2-n2-haystack.json"
+    run(folder, tmp_path, *command, "--output", str(tmp_path / "one"))
+    split = [*command, "--batch-tokens", "256", "--output", str(tmp_path / "split")]
+    if way == "processes":
+        run(folder, tmp_path, *split, "--processes", "2")
+    else:
+        run(folder, tmp_path, *split, "--part", "2/2")
+        assert not (tmp_path / "split" / name).exists()
+        run(folder, tmp_path, *split, "--part", "1/2")
+        run(folder, tmp_path, *split)
+    one, both = (json.loads((tmp_path / out / name).read_text()) for out in ("one", "split"))
+    for results in (one, both):
+        del results["seconds"]
+    assert one == both and one["conditions"]["n"] == 8 and len(one["conditions"]["prompts"]) == 16
+    assert one["conditions"]["bos"].startswith("exactly one (") and one["conditions"]["cut"] == 0
+    assert not list((tmp_path / "split/.unfinished").glob("needle*"))
 
 
 @pytest.mark.parametrize(
     "arguments,error,message",
     [
+        (["--lengths", "128", "--kind", "many"], ValueError, "--kind many: expected single, multi-key, "),
+        (["--lengths", "128", "--kind", "passkey"], ValueError, "--kind passkey has a haystack of its own"),
+        (["--lengths", "128", "--kind", "distractors", "--needles", "2"], ValueError, "distractors asks for one"),
+        (["--lengths", "128", "--processes", "2", "--part", "1/2"], ValueError, "a part is one process's"),
+        (["--lengths", "128", "--processes", "0"], ValueError, "--processes 0: expected at least 1"),
         (["--lengths", "512"], ValueError, r"--lengths 512: the checkpoint reads at most 256 tokens"),
         (["--lengths", "128", "--n", "0"], ValueError, "--n 0: expected at least 1"),
         (["--lengths", ""], ValueError, "--lengths : '' is no length"),

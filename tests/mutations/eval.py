@@ -19,8 +19,8 @@ MUTANTS = (
     ),
     Mutant(
         "needle_reads_the_answer_from_the_prompt", "eval",
-        "predicted = reader.predict_last(tokens[:-1], len(tokens) - first)",
-        "predicted = tokens[first:]",
+        "[*prompt.tokens[:-count], *said]",
+        "prompt.tokens",
         ("test_needle.py",),
     ),
     Mutant(
@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "distractors_tell_the_answer", "eval",
-        "numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), count)]",
+        "numbers = [str(n) for n in rng.sample(range(10 ** (text.digits - 1), 10**text.digits), count)]",
         "numbers = [str(rng.randrange(1_000_000, 10_000_000))] * count",
         ("test_haystack.py",),
     ),

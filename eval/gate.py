@@ -1,0 +1,295 @@
+"""Whether a checkpoint may go on to the next stage: its figures against thresholds.
+
+    python -m eval.gate --ckpt runs/1.3b/extend-32k/hf --config recipes/1.3b/gate-32k.yaml
+
+    documents: held-out.jsonl.gz              # of the loss; haystack: of the needle; default: the run's held-out ones
+    base: runs/1.3b/pretrain/hf               # only for max_rise and max_drop
+    loss:
+      - {length: 8k, max_rise: 0.02}          # nats per token over the base checkpoint's, on the same documents
+      - {length: 32k, from: 16k, to: 32k, max: 2.9}     # of the tokens at these positions (powers of two)
+    needle:
+      - {length: 32k, min: 0.95}              # kind: single, score: exact
+    data_dir: data/eval                       # of the tasks; limit: 500
+    tasks:
+      - {task: piqa, metric: acc, max_drop: 0.01}
+
+`gate.json`, beside the other results, has each figure beside its threshold and whether all hold. The figures come from
+`eval.positions`, `eval.needle` and `eval.lm`, whose files say more; samples that are known are not computed again. The
+command ends with code 2 where the gate is not passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from eval import lm, needle, positions, samples
+from eval.arguments import DTYPES, new_parser, path
+from eval.checkpoint import Checkpoint, check_checkpoint, results_folder
+from eval.grid import SAMPLES, parse_length
+from eval.needle import check_lengths
+from eval.needle_prompts import KINDS
+from eval.positions import DOCUMENTS
+from eval.suite import Row, rows_of
+from s2 import ending, files
+from s2.recipe import load_recipe
+
+Length = Annotated[int, BeforeValidator(lambda value: parse_length(str(value)))]
+FILE = "gate.json"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LossCheck(_Section):
+    """Mean loss of the tokens at positions `from` to `to` of documents read to `length`, in nats."""
+
+    length: Length
+    begin: Annotated[int, BeforeValidator(lambda value: value and parse_length(str(value)))] = Field(0, alias="from")
+    end: Length | None = Field(None, alias="to")
+    max: float | None = None
+    max_rise: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LossCheck:
+        _one_of(self, "max", "max_rise")
+        edges = {edge for pair in positions.buckets(self.length) for edge in pair}
+        for name, edge in (("from", self.begin), ("to", self.end or self.length)):
+            if edge not in edges:
+                raise ValueError(f"{name}: {edge} is no border of the buckets {sorted(edges)}")
+        if self.begin >= (self.end or self.length):
+            raise ValueError(f"from: {self.begin} is not below to: {self.end or self.length}")
+        return self
+
+
+class NeedleCheck(_Section):
+    """Mean score over all depths of a length."""
+
+    length: Length
+    kind: Literal[tuple(KINDS)] = "single"  # type: ignore[valid-type]
+    min: float | None = None
+    max_drop: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> NeedleCheck:
+        _one_of(self, "min", "max_drop")
+        return self
+
+
+class TaskCheck(_Section):
+    """A metric of an lm-eval task."""
+
+    task: str
+    metric: str = "acc"
+    min: float | None = None
+    max_drop: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskCheck:
+        _one_of(self, "min", "max_drop")
+        return self
+
+
+class GateConfig(_Section):
+    """Thresholds, and what the figures are taken on."""
+
+    loss: tuple[LossCheck, ...] = ()
+    needle: tuple[NeedleCheck, ...] = ()
+    tasks: tuple[TaskCheck, ...] = ()
+    documents: Path | None = None
+    haystack: Path | None = None
+    data_dir: Path | None = None
+    base: Path | None = None
+    limit: int | None = Field(None, ge=1)
+    needle_n: int = Field(SAMPLES, ge=1)
+    documents_n: int = Field(DOCUMENTS, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> GateConfig:
+        checks = self.checks()
+        if not checks:
+            raise ValueError("no check: expected loss, needle or tasks")
+        if self.base is None and any(_is_relative(check) for check in checks):
+            raise ValueError("base: max_rise and max_drop need a checkpoint to compare with")
+        return self
+
+    def checks(self) -> list[Any]:
+        return [*self.loss, *self.needle, *self.tasks]
+
+    @classmethod
+    def load(cls, file: Path) -> GateConfig:
+        """Raises ValueError that names file, key and value; FileNotFoundError."""
+        try:
+            return cls.model_validate(load_recipe(file))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or "the file"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{file}: {key}: {reason}; it is {str(first['input'])[:200]}") from None
+
+
+def _one_of(check: BaseModel, *names: str) -> None:
+    if sum(getattr(check, name) is not None for name in names) != 1:
+        raise ValueError(f"expected one of {' and '.join(names)}")
+
+
+def _is_relative(check: Any) -> bool:
+    return getattr(check, "max_rise", getattr(check, "max_drop", None)) is not None
+
+
+def check_gate(
+    folder: Path, config_file: Path, output: Path | None = None, options: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Evaluate a checkpoint against the thresholds of a YAML file; write and return `gate.json`.
+
+    Args:
+        output: folder of all results (default: the run's results folder).
+        options: further arguments of the commands: --device, --dtype.
+    Raises:
+        ValueError, FileNotFoundError: a threshold, file or checkpoint that is not as it has to be.
+    """
+    started = time.monotonic()
+    config = GateConfig.load(config_file)
+    output = output or results_folder(check_checkpoint(folder))
+    if config.base:
+        check_checkpoint(config.base)
+    about = Checkpoint.open(folder, "cpu")
+    lengths = [*(check.length for check in config.loss), *(check.length for check in config.needle)]
+    check_lengths(lengths or [1], about.max_length)
+    own, base = _Figures(folder, output, config, config.checks(), options), None
+    if config.base:
+        relative = [check for check in config.checks() if _is_relative(check)]
+        base = _Figures(config.base, results_folder(config.base), config, relative, ["--beyond", *options])
+    checks = []
+    for check in config.checks():
+        row = own.figure(check)
+        before = base.figure(check)["value"] if base and _is_relative(check) else None
+        checks.append(_judged(check, row, before))
+    gate = {
+        "kind": "gate",
+        **{key: value for key, value in about.describe().items() if key != "dtype"},
+        "config": str(config_file),
+        "config_digest": samples.digest(config.model_dump(mode="json")),
+        "passed": all(check["passed"] for check in checks),
+        "checks": checks,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    files.write_json(output / FILE, gate)
+    return gate
+
+
+def _judged(check: Any, row: Row, before: float | None) -> dict[str, Any]:
+    """A figure beside its threshold."""
+    given = {name: value for name, value in check.model_dump(by_alias=True).items() if value is not None}
+    value = row["value"]
+    if before is None:
+        passed = value <= given["max"] if "max" in given else value >= given["min"]
+    else:
+        passed = value - before <= given["max_rise"] if "max_rise" in given else before - value <= given["max_drop"]
+    kind = type(check).__name__.removesuffix("Check").lower()
+    base = {} if before is None else {"base": before}
+    figure = {key: row.get(key) for key in ("value", "n", "interval", "stderr", "file") if row.get(key) is not None}
+    return {"check": kind, **given, **figure, **base, "passed": bool(passed)}
+
+
+class _Figures:
+    """The figures of one checkpoint; each command runs once, for all checks that need it."""
+
+    def __init__(
+        self, folder: Path, output: Path, config: GateConfig, checks: Sequence[Any], options: Sequence[str]
+    ) -> None:
+        self._config, self._checks = config, checks
+        self._common = ["--ckpt", str(folder), "--output", str(output), *options]
+        self._known: dict[Any, tuple[Path, dict[str, Any]]] = {}
+
+    def figure(self, check: Any) -> Row:
+        config = self._config
+        if isinstance(check, LossCheck):
+            words = [*self._lengths(LossCheck), "--n", str(config.documents_n)]
+            file, content = self._run(positions.command, words + _named("documents", config.documents))
+            end = check.end or check.length
+            own = [
+                sample | {"losses": [part for part in sample["losses"] if check.begin <= part[0] and part[1] <= end]}
+                for sample in content["samples"]
+                if sample["length"] == check.length
+            ]
+            found = rows_of("positions", {"summary": positions.summarise(own)})
+        elif isinstance(check, NeedleCheck):
+            words = [*self._lengths(NeedleCheck, check.kind), "--kind", check.kind, "--n", str(config.needle_n)]
+            words.append("--no-generate")
+            words += _named("haystack", None if check.kind == "passkey" else config.haystack)
+            file, content = self._run(needle.command, words)
+            found = [row for row in rows_of("needle", content) if row["length"] == check.length]
+        else:
+            names = ",".join(dict.fromkeys(c.task for c in self._checks if isinstance(c, TaskCheck)))
+            words = ["--tasks", names, *_named("data-dir", config.data_dir), *_named("limit", config.limit)]
+            file, content = self._run(lm.command, words)
+            rows = [row for row in rows_of("lm", content) if row["task"] == check.task]
+            found = [row for row in rows if row["metric"] == check.metric]
+            if not found:
+                metrics = ", ".join(row["metric"] for row in rows)
+                raise ValueError(f"tasks: {check.task} has no metric {check.metric!r}; it has {metrics}")
+        return found[0] | {"file": file.name}
+
+    def _lengths(self, kind: type[LossCheck | NeedleCheck], needle_kind: str | None = None) -> list[str]:
+        alike = [c for c in self._checks if isinstance(c, kind) and getattr(c, "kind", None) == needle_kind]
+        return ["--lengths", ",".join(str(length) for length in sorted({check.length for check in alike}))]
+
+    def _run(self, command: Callable[[Sequence[str]], Path], words: list[str]) -> tuple[Path, dict[str, Any]]:
+        key = (command, tuple(words))
+        if key not in self._known:
+            common = [word for word in self._common if word != "--beyond" or command is not lm.command]
+            file = command([*common, *words])
+            self._known[key] = file, files.read_json(file)
+        return self._known[key]
+
+
+def _named(option: str, value: Any) -> list[str]:
+    return [] if value is None else [f"--{option}", str(value)]
+
+
+def describe(gate: dict[str, Any]) -> str:
+    """A Markdown table of the checks."""
+    lines = ["| check | value | threshold | |", "|---|---:|---:|---|"]
+    for check in gate["checks"]:
+        name = " ".join(str(check[key]) for key in ("check", "task", "metric", "kind", "length") if key in check)
+        if check["check"] == "loss":
+            name += f", positions {check['from']} to {check.get('to', check['length'])}"
+        limit = next(f"{key} {check[key]:g}" for key in ("max", "max_rise", "min", "max_drop") if key in check)
+        limit += f" of {check['base']:.4g}" if "base" in check else ""
+        lines.append(f"| {name} | {check['value']:.4g} | {limit} | {'passed' if check['passed'] else 'missed'} |")
+    return "\n".join(lines)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = new_parser("gate", __doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
+    add("--config", type=path, required=True, help="YAML of thresholds")
+    add("--output", type=path, help="folder for gate.json and results (default: the run's results folder)")
+    add("--device", help="default: the GPU if there is one")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(sys.argv[1:] if argv is None else argv)
+    options = [*_named("device", args.device), *_named("dtype", args.dtype)]
+    output = args.output or results_folder(check_checkpoint(args.ckpt))
+    gate = check_gate(args.ckpt, args.config, output, options)
+    print(f"{describe(gate)}\n{output / FILE}", flush=True)
+    if missed := [check for check in gate["checks"] if not check["passed"]]:
+        raise ValueError(f"{output / FILE}: {len(missed)} of {len(gate['checks'])} checks are not passed")
+
+
+if __name__ == "__main__":
+    ending.run(main)

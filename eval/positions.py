@@ -1,0 +1,214 @@
+"""Held-out loss by position: whether a checkpoint predicts better where it has read more.
+
+    python -m eval.positions --ckpt runs/1.3b/extend-32k/hf --lengths 8k,32k --documents books.jsonl.gz
+
+The first `length` tokens of each document that has as many are read in one pass, one document a row, never several
+packed into one, after one BOS where the tokenizer adds one. The mean loss of the tokens of each document in buckets of
+powers of two is one observation; `positions.json` has the mean over documents in nats per token, a 95 % interval over
+documents, and the perplexity, of each bucket and of the whole. Like `needle.json` it is written while it runs, the same
+command goes on from it, and `--processes` and `--part` split it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval import samples
+from eval.arguments import new_parser, path
+from eval.checkpoint import Checkpoint, bos_of, memory_for
+from eval.grid import format_length, listed, name_of, parse_lengths
+from eval.heldout import find_heldout, read_texts
+from eval.needle import check_lengths
+from eval.results import checksum_of
+from eval.samples import Evaluation, Sample
+from s2 import ending
+from s2.model.hf import load_config
+
+DOCUMENTS = 50
+_FIRST = 64  # tokens of the first bucket
+_SCORING = "one forward over each document; float32 logits"
+
+
+def buckets(length: int) -> list[tuple[int, int]]:
+    """0 to 64, 64 to 128, 128 to 256, ... up to `length`: positions of predicted tokens."""
+    edges = [0]
+    while edges[-1] < length:
+        edges.append(min(length, max(_FIRST, 2 * edges[-1])))
+    return list(pairwise(edges))
+
+
+@torch.inference_mode()
+def losses(checkpoint: Checkpoint, rows: Sequence[list[int]]) -> list[list[list[float]]]:
+    """Of rows of one length: [from, to, tokens, mean loss] of each bucket. The first token is not predicted."""
+    ids = torch.tensor(rows, device=checkpoint.device)
+    hidden = checkpoint.model.model(ids[:, :-1], None, None)  # [B, S - 1, E]
+    values, _ = checkpoint.log_likelihoods(hidden.flatten(0, 1), ids[:, 1:].flatten())
+    found = []
+    for row in (-values).view(len(rows), -1).cpu():
+        parts = [(start, stop, row[max(0, start - 1) : stop - 1]) for start, stop in buckets(ids.shape[1])]
+        found.append([[start, stop, len(part), part.mean().item()] for start, stop, part in parts if len(part)])
+    return found
+
+
+def summarise(rows: Sequence[Sample]) -> dict[str, Any]:
+    """Mean, interval and perplexity of each length and of its buckets."""
+    lengths = []
+    for length in sorted({row["length"] for row in rows}):
+        own = [row["losses"] for row in rows if row["length"] == length]
+        whole = [[sum(part[2] for part in parts), sum(part[2] * part[3] for part in parts)] for parts in own]
+        row = _mean([total / tokens for tokens, total in whole], sum(tokens for tokens, _ in whole))
+        columns = list(zip(*own, strict=True))
+        row["buckets"] = [
+            {"from": parts[0][0], "to": parts[0][1]}
+            | _mean([part[3] for part in parts], sum(part[2] for part in parts))
+            for parts in columns
+        ]
+        lengths.append({"length": length} | row)
+    return {"unit": "nats per token", "interval_kind": "Student's t over documents, 95 %", "lengths": lengths}
+
+
+def _mean(values: list[float], tokens: int) -> dict[str, Any]:
+    mean, interval = statistics.fmean(values), None
+    if len(values) > 1:
+        half = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        interval = [round(mean - half, 5), round(mean + half, 5)]
+    perplexity = round(math.exp(mean), 4) if mean < 700 else None
+    return {
+        "documents": len(values), "tokens": int(tokens), "loss": round(mean, 5), "interval": interval,
+        "perplexity": perplexity,
+    }  # fmt: skip
+
+
+def student(freedom: int) -> float:
+    """Two-sided 95 % point of Student's t: tabulated up to 4 degrees of freedom, above by an expansion in 1/freedom
+    (Abramowitz and Stegun, 26.7.5), which is within 0.2 %."""
+    if freedom < 5:
+        return (12.7062, 4.3027, 3.1824, 2.7764)[freedom - 1]
+    z, n = statistics.NormalDist().inv_cdf(0.975), float(freedom)
+    return (
+        z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )  # fmt: skip
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A Markdown table: a row for each bucket, a column for each length."""
+    lengths = summary["lengths"]
+    rows = [["position", *(format_length(row["length"]) for row in lengths)], ["---", *["---:"] * len(lengths)]]
+    edges = sorted({(bucket["from"], bucket["to"]) for row in lengths for bucket in row["buckets"]})
+    for start, stop in edges:
+        found = [next((b for b in row["buckets"] if (b["from"], b["to"]) == (start, stop)), None) for row in lengths]
+        rows.append([f"{start:,} to {stop:,}", *(_cell(bucket) if bucket else "" for bucket in found)])
+    rows.append(["all", *map(_cell, lengths)])
+    rows.append(["documents", *(str(row["documents"]) for row in lengths)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    within = f" ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})" if row["interval"] else ""
+    return f"{row['loss']:.3f}{within}"
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = new_parser("positions", __doc__)
+    samples.add_arguments(parser)
+    add = parser.add_argument
+    # fmt: off
+    add("--lengths", help="tokens: 8k,32k (default: the model's)")
+    add("--documents", type=path,
+        help="text, jsonl(.gz) or parquet file(s), or shards; default: the run's held-out ones")
+    add("--text-column", default="text", help="column of the documents' rows")
+    add("--n", default=DOCUMENTS, type=int, help=f"documents of each length at most, the first ones ({DOCUMENTS})")
+    add("--beyond", action="store_true", help="take lengths beyond max_position_embeddings too")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.n < 1:
+        raise ValueError(f"--n {args.n}: expected at least 1")
+    return args
+
+
+def read_documents(
+    checkpoint: Checkpoint, source: Path, column: str, lengths: Sequence[int], n: int
+) -> dict[int, list]:
+    """By length, the number and token ids (to the longest length, and one more if there are) of the first `n` documents
+    that have so many.
+
+    Raises ValueError for a length that no document has.
+    """
+    bos = bos_of(checkpoint.tokenizer)
+    head, longest = [] if bos is None else [bos], max(lengths)
+    found: dict[int, list] = {length: [] for length in sorted(lengths)}
+    most = 0
+    for number, text in enumerate(read_texts(source, column)):
+        # a token has seldom more than 16 characters: of a whole book a short length needs the beginning alone
+        begin = text[: 64 * longest]
+        tokens = (head + checkpoint.tokenizer.encode(begin, add_special_tokens=False).ids)[: longest + 1]
+        most = max(most, len(tokens))
+        for length, kept in found.items():
+            if len(tokens) >= length and len(kept) < n:
+                kept.append((number, tokens))
+        if all(len(kept) == n for kept in found.values()):
+            break
+    if missing := [length for length, kept in found.items() if not kept]:
+        raise ValueError(
+            f"--lengths {missing[0]}: no document of {source} has so many tokens (the longest: {most:,}); name longer"
+            " ones with --documents FILE"
+        )
+    return found
+
+
+def command(argv: Sequence[str]) -> Path:
+    """What the command line does; the file of the results."""
+    args = _arguments(argv)
+    samples.check_arguments(args)
+    trained = load_config(args.ckpt).max_position_embeddings
+    lengths = (trained,) if args.lengths is None else parse_lengths(args.lengths)
+    if lengths[0] < 2:
+        raise ValueError(f"--lengths {lengths[0]}: expected at least 2, since the first token is not predicted")
+    readable = max(trained, *lengths) if args.beyond else trained
+    check_lengths(lengths, readable)
+    checkpoint = samples.open_checkpoint(args, readable)
+    source = args.documents or find_heldout(args.ckpt)
+    documents = read_documents(checkpoint, source, args.text_column, lengths, args.n)
+    tokens = {(length, number): row for length, kept in documents.items() for number, row in kept}
+
+    def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
+        length = batch[0]["length"]
+        rows = [tokens[length, sample["document"]] for sample in batch]
+        with memory_for(f"{len(batch)} x {length} tokens", checkpoint.device, "lower --batch-tokens"):
+            found = losses(checkpoint, [row[:length] for row in rows])
+        for sample, row, parts in zip(batch, rows, found, strict=True):
+            prompt = samples.digest(row[:length])
+            yield sample | {"tokens": length - 1, "prompt": prompt, "cut": len(row) > length, "losses": parts}
+
+    settings = {
+        "documents": source.name or str(source),
+        "documents_digest": checksum_of(source) or str(source.resolve()),
+        "bos_id": bos_of(checkpoint.tokenizer),
+    }
+    plan = [{"id": f"{length}/{number}", "length": length, "document": number} for length, number in tokens]
+    parts = ["positions"]
+    parts += [listed("", [format_length(n) for n in lengths])] if lengths != (trained,) else []
+    parts += [f"n{args.n}"] if args.n != DOCUMENTS else []
+    parts += [name_of(args.documents)] if args.documents else []
+    evaluation = Evaluation(
+        "positions", _SCORING, settings, plan, lambda sample: sample["length"], compute, summarise, describe
+    )
+    return evaluation.run(argv, args, checkpoint, "-".join(parts))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    ending.run(main)

@@ -1,0 +1,106 @@
+"""Loss by position: each document whole and alone, every token in its bucket, intervals over documents."""
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+
+from eval.checkpoint import Checkpoint, bos_of
+from eval.positions import buckets, losses, main, student, summarise
+from tests.eval.small_checkpoint import make_checkpoint, prose
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("positions") / "hf")
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    file = tmp_path_factory.mktemp("documents") / "books.jsonl"
+    texts = [prose(40, 1), prose(2, 2), prose(60, 3), prose(12, 4), prose(50, 5)]
+    file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
+    return file
+
+
+def run(folder, documents, tmp_path, *arguments):
+    command = ["--ckpt", str(folder), "--device", "cpu", "--documents", str(documents)]
+    main([*command, "--output", str(tmp_path / "positions.json"), *arguments])
+    return json.loads((tmp_path / "positions.json").read_text())
+
+
+def test_buckets_are_powers_of_two_up_to_the_length():
+    assert buckets(300) == [(0, 64), (64, 128), (128, 256), (256, 300)]
+    assert buckets(128) == [(0, 64), (64, 128)] and buckets(50) == [(0, 50)]
+
+
+def test_losses_are_those_of_each_token_after_all_before_it(folder):
+    checkpoint = Checkpoint.load(folder, "cpu")
+    tokens = [0, *checkpoint.tokenizer.encode(prose(40), add_special_tokens=False).ids][:200]
+    with torch.inference_mode():
+        scores = checkpoint.model(torch.tensor([tokens]))[0].log_softmax(-1)
+    expected = [-scores[i - 1, tokens[i]].item() for i in range(1, 200)]
+    [parts] = losses(checkpoint, [tokens])
+    assert [part[:3] for part in parts] == [[0, 64, 63], [64, 128, 64], [128, 200, 72]]
+    for start, stop, _, mean in parts:
+        assert mean == pytest.approx(statistics.fmean(expected[max(0, start - 1) : stop - 1]), abs=1e-5)
+
+
+def test_only_documents_of_the_length_are_read_each_from_its_one_bos_on(folder, documents, tmp_path):
+    results = run(folder, documents, tmp_path, "--lengths", "100,256")
+    by_length = {row["length"]: row for row in results["summary"]["lengths"]}
+    assert [sample["id"] for sample in results["samples"]] == [
+        "100/0",
+        "100/2",
+        "100/3",
+        "100/4",
+        "256/0",
+        "256/2",
+        "256/4",
+    ]
+    assert by_length[100]["documents"] == 4 and by_length[256]["tokens"] == 3 * 255
+    assert results["conditions"]["bos"] == "exactly one (<|bos|>)" and results["conditions"]["cut"] == 7
+    checkpoint = Checkpoint.load(folder, "cpu")
+    text = json.loads(documents.read_text().splitlines()[2])["text"]
+    tokens = [bos_of(checkpoint.tokenizer), *checkpoint.tokenizer.encode(text, add_special_tokens=False).ids][:256]
+    sample = next(sample for sample in results["samples"] if sample["id"] == "256/2")
+    assert sample["losses"] == losses(checkpoint, [tokens])[0]
+
+
+def test_every_figure_has_n_perplexity_and_an_interval_over_documents():
+    rows = [{"length": 128, "losses": [[0, 64, 63, a], [64, 128, 64, b]]} for a, b in ((2, 3), (3, 3), (4, 3))]
+    [row] = summarise(rows)["lengths"]
+    assert [bucket["loss"] for bucket in row["buckets"]] == [3, 3] and row["documents"] == 3 and row["tokens"] == 381
+    half = student(2) / math.sqrt(3)
+    assert row["buckets"][0]["interval"] == [round(3 - half, 5), round(3 + half, 5)]
+    assert row["loss"] == pytest.approx(3) and row["perplexity"] == pytest.approx(math.e**3, abs=1e-3)
+    assert summarise(rows[:1])["lengths"][0]["interval"] is None
+
+
+def test_student_is_the_tabulated_distribution():
+    for freedom, value in ((1, 12.706), (2, 4.303), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (1000, 1.962)):
+        assert student(freedom) == pytest.approx(value, rel=2e-3)
+
+
+def test_documents_that_are_known_are_not_read_again(folder, documents, tmp_path, monkeypatch, capsys):
+    first = run(folder, documents, tmp_path, "--lengths", "100", "--n", "2")
+    assert first["conditions"]["n"] == 2
+    more = run(folder, documents, tmp_path, "--lengths", "100")
+    assert "2 samples are there already, 2 to go" in capsys.readouterr().out
+    assert more["samples"][:2] == first["samples"] and more["conditions"]["n"] == 4
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--lengths", "512"], "--lengths 512: the checkpoint reads at most 256 tokens"),
+        (["--lengths", "1"], "--lengths 1: expected at least 2"),
+        (["--lengths", "2k", "--beyond"], r"--lengths 2048: no document of .* has so many tokens \(the longest: \d+\)"),
+        (["--n", "0"], "--n 0: expected at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(folder, documents, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, documents, tmp_path, *arguments)

@@ -1,0 +1,128 @@
+"""The suite and the gate: each part's figures come together, nothing runs twice, thresholds hold or not."""
+
+import json
+import shutil
+
+import pytest
+
+from eval import gate, lm, suite
+from eval.gate import GateConfig
+from tests.eval.small_checkpoint import make_checkpoint, prose
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("suite") / "hf", max_length=512, layers=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    (data / "essays.txt").write_text(prose(600, 3))
+    (data / "books.jsonl").write_text("".join(f"{json.dumps({'text': prose(60, i)})}\n" for i in range(4)))
+    return data
+
+
+def run_suite(folder, data, output, *more):
+    command = ["--ckpt", str(folder), "--device", "cpu", "--output", str(output), "--tasks", "s2_passkey"]
+    command += ["--haystack", str(data / "essays.txt"), "--documents", str(data / "books.jsonl")]
+    command += ["--lengths", "400,512", "--depths", "0,100", "--needle-n", "1", "--ruler-n", "1"]
+    suite.main([*command, "--ruler-tasks", "niah_single_2", *more])
+    [file] = output.glob("suite-*.json")
+    return json.loads(file.read_text()), file.with_suffix(".md").read_text()
+
+
+def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_path, monkeypatch):
+    first, text = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
+    assert [part["part"] for part in first["parts"]] == ["positions", "ruler", "needle", "needle", "lm"]
+    assert all((tmp_path / part["file"]).is_file() for part in first["parts"])
+    rows = {(row["part"], row["task"], row["length"], row["metric"]): row for row in first["rows"]}
+    for key, n in {
+        ("needle", "passkey", 512, "exact"): 2,
+        ("ruler", "mean", 400, "all"): 1,
+        ("positions", "loss", 512, "nats/token"): 4,
+        ("lm", "s2_passkey", None, "acc"): 40,
+    }.items():
+        assert rows[key]["n"] == n and len(rows[key]["interval"]) == 2
+    assert rows["positions", "loss", 512, "nats/token"]["higher_is_better"] is False
+    for line in ("| needle, passkey (exact) |", "| RULER mean (%) |", "| loss (nats/token) |", "| s2_passkey | acc |"):
+        assert line in text
+    monkeypatch.setattr(lm, "S2LM", None)  # nothing is evaluated again
+    monkeypatch.setattr("eval.checkpoint.load_pretrained", None)
+    again, _ = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
+    assert again["rows"] == first["rows"]
+
+
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (["--parts", "needles"], ValueError, "--parts needles: expected some of positions, ruler"),
+        (["--lengths", "1k"], ValueError, "--lengths 1024: the checkpoint reads at most 512 tokens"),
+        (["--haystack", "nowhere.txt"], FileNotFoundError, "nowhere.txt: no such file"),
+        (["--part", "1/2"], ValueError, "split it with --processes"),
+    ],
+)
+def test_the_suite_refuses_bad_input_before_any_part(folder, data, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        run_suite(folder, data, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def write_config(data, file, text):
+    file.write_text(f"documents: {data / 'books.jsonl'}\nhaystack: {data / 'essays.txt'}\nneedle_n: 1\n{text}")
+    return file
+
+
+def test_a_gate_holds_each_figure_against_its_threshold(folder, data, tmp_path, monkeypatch, capsys):
+    """A checkpoint compared with itself has not risen; what is missed is said, and everything is in gate.json."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "base")
+    config = write_config(
+        data,
+        tmp_path / "gate.yaml",
+        f"base: {tmp_path / 'base'}\n"
+        "loss:\n- {length: 256, max: 100}\n- {length: 512, from: 256, to: 512, max_rise: 0}\n"
+        "needle:\n- {length: 512, min: 0.5}\ntasks:\n- {task: s2_passkey, metric: acc, min: 0}\n",
+    )
+    command = ["--ckpt", str(folder), "--device", "cpu", "--output", str(tmp_path / "out"), "--config", str(config)]
+    with pytest.raises(ValueError, match=r"gate\.json: 1 of 4 checks are not passed"):
+        gate.main(command)
+    written = json.loads((tmp_path / "out/gate.json").read_text())
+    assert [check["passed"] for check in written["checks"]] == [True, True, False, True] and not written["passed"]
+    loss, part, needle, task = written["checks"]
+    assert part["base"] == part["value"] and part["n"] == 4 and part["from"] == 256 and loss["max"] == 100
+    assert needle["value"] < 0.5 == needle["min"] and needle["n"] == 11 and task["n"] == 40
+    assert "| needle single 512 | 0 | min 0.5 | missed |" in capsys.readouterr().out
+    config.write_text(config.read_text().replace("min: 0.5", "min: 0"))
+    gate.main(command)
+    assert json.loads((tmp_path / "out/gate.json").read_text())["passed"] is True
+
+
+def test_the_loss_of_some_positions_is_theirs_alone(folder, data, tmp_path):
+    text = "loss:\n- {length: 256, from: 64, to: 128, max: 100}\n- {length: 256, from: 64, max: 100}\n"
+    config = write_config(data, tmp_path / "gate.yaml", text)
+    first, second = gate.check_gate(folder, config, tmp_path, ["--device", "cpu"])["checks"]
+    [row] = json.loads((tmp_path / first["file"]).read_text())["summary"]["lengths"]
+    buckets = {bucket["from"]: bucket for bucket in row["buckets"]}
+    assert first["value"] == buckets[64]["loss"] and first["interval"] == buckets[64]["interval"]
+    expected = (64 * buckets[64]["loss"] + 128 * buckets[128]["loss"]) / 192
+    assert second["value"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", r"no check: expected loss, needle or tasks"),
+        ("loss: [{length: 256}]", r"loss\.0: expected one of max and max_rise"),
+        ("loss: [{length: 256, from: 100, max: 3}]", r"loss\.0: from: 100 is no border of the buckets \[0, 64, 128"),
+        ("loss: [{length: 256, max_rise: 1}]", "base: max_rise and max_drop need a checkpoint"),
+        ("needle: [{length: 256, min: 1, kind: two}]", r"needle\.0\.kind: .*'single'"),
+        ("tasks: [{task: piqa, min: x}]", r"tasks\.0\.min: .*number.*; it is x"),
+        ("needles: []", r"needles: .*not permitted"),
+        ("loss: [{length: 2x, max: 3}]", r"loss\.0\.length: '2x' is no length"),
+    ],
+)
+def test_wrong_thresholds_are_named(tmp_path, text, message):
+    (tmp_path / "gate.yaml").write_text(text or "{}")
+    with pytest.raises(ValueError, match=rf"gate\.yaml: .*{message}"):
+        GateConfig.load(tmp_path / "gate.yaml")

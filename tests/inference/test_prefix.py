@@ -1,0 +1,49 @@
+"""Prompts that begin alike: logits are those of whole passes, and what is known is not computed again."""
+
+import pytest
+import torch
+
+from s2.inference import PrefixCache, generate
+from s2.model.config import ModelConfig
+from s2.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module", params=["dense", "L2V4-inter"])
+def model(request):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, attention_layout=request.param, block_size=16,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return Transformer(config).eval()
+
+
+def test_logits_are_those_of_whole_passes_and_shared_tokens_are_computed_once(model):
+    first = torch.randint(97, (2, 120), generator=torch.Generator().manual_seed(1))
+    second, third = first.clone(), first[:, :90].clone()
+    second[0, 70], third[1, 40] = (second[0, 70] + 1) % 97, (third[1, 40] + 1) % 97
+    cached = PrefixCache(model, 2, 120)
+    for rows, computed in ((first, 120), (second, 50), (third, 50), (third, 4), (first, 80)):
+        before = cached.computed
+        logits = cached(rows, logits_to_keep=4)
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, model(rows, logits_to_keep=4), rtol=1e-4, atol=1e-4)
+        assert cached.computed - before == computed
+
+
+def test_a_pass_that_fails_leaves_only_what_is_known_to_be_held(model):
+    rows = torch.randint(97, (1, 60), generator=torch.Generator().manual_seed(1))
+    cached = PrefixCache(model, 1, 50)
+    cached(rows[:, :40], logits_to_keep=1)
+    with pytest.raises(ValueError, match="do not fit in a cache"):
+        cached(rows, logits_to_keep=1)
+    with torch.inference_mode():
+        torch.testing.assert_close(cached(rows[:, :50], logits_to_keep=1), model(rows[:, :50], logits_to_keep=1))
+
+
+def test_generation_ends_where_it_is_enough_with_the_same_tokens(model):
+    prompt = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
+    whole = generate(model, prompt, 12)
+    some = generate(model, prompt, 12, is_enough=lambda new: new.shape[1] == 5)
+    assert some.tolist() == whole[:, :5].tolist()
