@@ -27,7 +27,7 @@ STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origi
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend eval needle report results bench clean
+.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend gate eval suite needle report results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,7 +63,40 @@ data: setup ## token shards of RECIPE (TO), or SOURCES="path ..." OUT=dir [TOKEN
 tokenizer: setup ## only the tokenizer of RECIPE (TO), or SOURCES="path ..." OUT=dir ARGS="--vocab-size 32768"
 	$(BIN)/python -m data.prepare $(PREPARE) --only-tokenizer $(ARGS)
 
-data-report: setup ## runs side by side: RUNS="runs/a/b runs/a/c" into OUT=runs/report.html and .md, or FRONT=front.png (heatmaps with a table below)
+data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report/report.md and plots beside the shards
+	$(BIN)/python -m data.report $(if $(OUT),--output '$(OUT)',--recipe $(STAGE)) $(ARGS)
+
+pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished), then measure its gate, if it has one
+	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)
+	@$(call measure,pretrain)
+
+extend: setup ## extend RECIPE's last stage to the context length TO, then measure its gate, if it has one
+	@test -n '$(TO)' || { echo 'error: recipes/$(RECIPE) has no extend-*.yaml'; exit 2; }
+	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/extend-$(TO).yaml $(DEVICES) $(ARGS)
+	@$(call measure,extend-$(TO))
+
+# the gate of a stage of RECIPE, where there is one; its run may lie elsewhere (ARGS="run.root=...")
+measure = if [ -f recipes/$(RECIPE)/gates/$(1).yaml ] && [ -d runs/$(RECIPE)/$(1)/hf ]; then \
+	$(MAKE) --no-print-directory gate RECIPE=$(RECIPE) CKPT=runs/$(RECIPE)/$(1)/hf CONFIG= ARGS=; fi
+
+gate: setup ## CKPT against the thresholds of CONFIG (default: recipes/RECIPE/gates/<stage>.yaml), into gate.json; stages with run.gate=required begin only from what has passed
+	$(BIN)/python -m eval.gate --ckpt $(CKPT) --config $(or $(CONFIG),recipes/$(RECIPE)/gates/$(notdir $(patsubst %/hf,%,$(CKPT))).yaml) $(ARGS)
+
+eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap (HELDOUT=<text or shards> of a checkpoint of others)
+	@test -z '$(EVAL_DATA)' -o -n '$(TASKS)' || { echo 'error: EVAL_DATA=$(EVAL_DATA) needs TASKS=<stock tasks>'; exit 2; }
+	$(BIN)/python -m eval.lm --ckpt $(CKPT) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) \
+		$(if $(HELDOUT),$(if $(TASKS),,--heldout $(HELDOUT))) $(ARGS)
+	$(if $(TASKS),,$(MAKE) needle CKPT=$(CKPT) HELDOUT=$(HELDOUT) ARGS=)
+
+suite: setup ## needle, RULER, loss by position and TASKS of CKPT in one table: LENGTHS=4k,8k HAYSTACK=<text> DOCUMENTS=<text> EVAL_DATA=<folder> GPUS=<processes>
+	$(BIN)/python -m eval.suite --ckpt $(CKPT) $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(HAYSTACK),--haystack $(HAYSTACK)) \
+		$(if $(DOCUMENTS),--documents $(DOCUMENTS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) \
+		$(if $(GPUS),--processes $(GPUS)) $(ARGS)
+
+needle: setup ## needle-in-a-haystack heatmap of CKPT
+	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(if $(HELDOUT),--haystack $(HELDOUT)) $(ARGS)
+
+report: setup ## runs side by side: RUNS="runs/a/b runs/a/c" into OUT=runs/report.html and .md, or FRONT=front.png (heatmaps with a table below)
 	@test -n '$(RUNS)' || { echo 'error: RUNS names no run folder; for example RUNS="runs/demo/pretrain runs/demo/extend-2k"'; exit 2; }
 	$(BIN)/python -m eval.report $(RUNS) $(if $(FRONT),--front $(FRONT),--output $(or $(OUT),runs/report.html)) $(ARGS)
 

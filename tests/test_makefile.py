@@ -1,0 +1,45 @@
+"""The Makefile is how people use the project: each of its targets is there, with a line of help."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from eval.gate import GateConfig
+from s2.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.name for path in (ROOT / "recipes").iterdir() if (path / "gates").is_dir())
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+
+
+def make(*words: str) -> str:
+    done = subprocess.run(["make", "--no-print-directory", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_target_has_a_rule_and_a_line_of_help():
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    helped = re.findall(r"^  make ([a-z-]+) ", make("help"), re.MULTILINE)
+    assert sorted(helped) == sorted(phony.split())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stages_are_measured_by_a_gate_before_the_next_begins(recipe, tmp_path):
+    gates = {path.stem: GateConfig.load(path) for path in (ROOT / "recipes" / recipe / "gates").glob("*.yaml")}
+    stages = {path.stem: load_recipe(path) for path in (ROOT / "recipes" / recipe).glob("*.yaml")}
+    assert sorted(gates) == sorted(stages)
+    for name, stage in stages.items():
+        init_from = stage["model"].get("init_from")
+        if (Path(init_from or "").parts[:2]) == ("runs", recipe):
+            before = Path(init_from).parent.name
+            assert before in gates and stage["run"]["gate"] == "required"
+            assert str(gates[name].base) == init_from
+        longest = stage["model"]["config"]["max_position_embeddings"]
+        assert max(check.length for check in (*gates[name].loss, *gates[name].needle)) == longest
+        said = make("-n", "gate", f"RECIPE={recipe}", f"CKPT=runs/{recipe}/{name}/hf")
+        assert f"eval.gate --ckpt runs/{recipe}/{name}/hf --config recipes/{recipe}/gates/{name}.yaml" in said
