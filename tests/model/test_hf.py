@@ -133,6 +133,12 @@ def test_saving_again_leaves_no_old_shard(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_folder_with_files_of_others_is_left_as_it_is(tmp_path):
     (tmp_path / "config.json").write_text("mine")
     ours = model()
