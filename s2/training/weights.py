@@ -15,6 +15,7 @@ from s2.model.config import ModelConfig
 from s2.model.hf import load_weights, save_pretrained
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
+from s2.training.gaps.deepspeed import whole_modules
 
 
 def load_into(model: Transformer, folder: str) -> None:
@@ -27,9 +28,11 @@ def load_into(model: Transformer, folder: str) -> None:
         ValueError: the folder does not hold exactly the tensors that the recipe's config asks for (`load_weights`).
     """
     weights: dict[str, Tensor] = {}
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     if _rank() == 0:
         try:
-            weights = load_weights(folder, model.config)
+            with whole_modules() if sharded else nullcontext():  # shapes are compared with those of a model of its own
+                weights = load_weights(folder, model.config)
         except ValueError as error:
             raise ValueError(
                 f"{error} (that is {folder}/config.json with the keys of the recipe's model.config)"
