@@ -203,3 +203,13 @@ def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     token = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return token - cu_seqlens[document]
+
+
+def cut_documents(cu_seqlens: Tensor, num_tokens: int, longest: int) -> Tensor:
+    """Borders, int32 `[m + 1]`, after documents were cut from their beginning on into pieces of `longest` tokens.
+
+    Args:
+        cu_seqlens, num_tokens: as `document_positions` takes them.
+    """
+    starts = (document_positions(cu_seqlens, num_tokens) % longest == 0).nonzero().flatten()
+    return torch.cat((starts, starts.new_tensor([num_tokens]))).to(cu_seqlens.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 from s2.files import NotOursError, kind_of, move_aside, publish, remove_folder
 from s2.model.config import ModelConfig
 from s2.model.hf import load_weights, save_pretrained
+from s2.model.rope import cut_documents
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
 from s2.training.gaps.deepspeed import whole_modules
+
+_WITHOUT_SINK = re.compile(r"(L\d+(?:V\d+(?:<\d+)?)*|W\d+)(?![\dV<]|\+sink)")
 
 
 def load_into(model: Transformer, folder: str) -> None:
@@ -62,6 +67,34 @@ def check_same_tokens(data_tokenizer: Path, init_from: str) -> None:
                 f"{own} of model.init_from it is {known.get(token, 'none')}; prepare the data with the "
                 f"model's tokenizer (prepare.tokenizer.path: {own})"
             )
+
+
+def cut_batch(batch: dict[str, Tensor], longest: int) -> dict[str, Tensor]:
+    """A batch `[B, S]` in which no document is longer than a model reads: the rest begins another."""
+    B, S = batch["input_ids"].shape
+    rows = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=batch["input_ids"].device)
+    return batch | {"cu_seqlens": cut_documents(batch.get("cu_seqlens", rows), B * S, longest)}
+
+
+def sink_warning(
+    source: ModelConfig, config: ModelConfig, as_it_is: Mapping[str, float], under_layout: Mapping[str, float]
+) -> str:
+    """A line for weights that were trained dense under a layout whose sparse heads lose the first block; else "".
+
+    Args:
+        source, config: of the checkpoint and of the recipe.
+        as_it_is, under_layout: held-out losses before training by set, of the one and of the other.
+    """
+    heads = [head for pattern in config.layout for head in pattern.heads or (pattern,)]
+    if not source.is_dense or all(head.is_dense or head.sinks for head in heads):
+        return ""
+    losses = ", ".join(f"{name} {as_it_is[name]:.4f} -> {loss:.4f}" for name, loss in under_layout.items())
+    keeping = _WITHOUT_SINK.sub(r"\1+sink1", config.attention_layout)
+    return (
+        f"warning: heads trained dense rest on the first tokens, which attention_layout={config.attention_layout} takes"
+        f" from them (held-out loss as it is -> under the layout: {losses}); model.config.attention_layout='{keeping}'"
+        f" keeps them\n"
+    )
 
 
 def export(
