@@ -41,6 +41,7 @@ class PackedDataModule(LightningDataModule):
             share a row, so batches keep their shape; after the last one windows are `seq_len` long.
         prepare: how to make the shards if they are not there, see `data.prepare.spec.PrepareSpec`; or a list of such.
             Without `mixture` / `validation`, the prepared train / held-out folders are used.
+        retrieval: synthetic retrieval documents in addition, see `data.section.RetrievalShare`.
         seed: of the sample order.
         num_workers: reader processes a rank.
         document_mask: attention and positions stop at document borders.
@@ -60,12 +61,13 @@ class PackedDataModule(LightningDataModule):
         num_workers: int = 2,
         document_mask: bool = True,
         curriculum: list[dict[str, Any]] | None = None,
+        retrieval: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.prepare_data_per_node = False  # shards lie on storage that all nodes share
         given: dict[str, Any] = {"mixture": mixture, "validation": validation, "prepare": prepare}
         given |= {"curriculum": curriculum, "seq_len": seq_len, "micro_batch_size": micro_batch_size, "seed": seed}
-        given |= {"num_workers": num_workers, "document_mask": document_mask}
+        given |= {"num_workers": num_workers, "document_mask": document_mask, "retrieval": retrieval}
         self.section = read(DataSection, given, "data")
         self.seq_len, self.micro_batch_size = self.section.seq_len, self.section.micro_batch_size
         self.components, self.heldout_sets = self.section.components, self.section.heldout_sets
