@@ -57,6 +57,8 @@ def _missing_checkpoint(init_from: str) -> str:
         if stage.startswith("extend-"):
             command = f"make extend RECIPE={recipe} TO={stage.removeprefix('extend-')}"
         message += f"; run `{command}` first, or point model.init_from at a Hugging Face folder"
+    else:
+        message += "; recipes that go on from a checkpoint of others begin with how to get it"
     return message
 
 
