@@ -245,6 +245,29 @@ def test_what_a_model_came_with_goes_with_it(tmp_path, chat_model):
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|begin|>hi"
 
 
+def test_what_a_model_came_with_goes_through_every_stage(tmp_path, chat_model):
+    """Conversion to a sparse layout, then an extension of that."""
+    (chat_model / "additional_chat_templates").mkdir()
+    kept = ["special_tokens_map.json", "chat_template.jinja", "generation_config.json", "tokenizer.json", "LICENSE"]
+    kept += ["additional_chat_templates/tool.jinja"]
+    for name in kept[-2:]:
+        (chat_model / name).write_text(name)
+    stage = chat_model
+    for name, changes in (
+        ("sparse", {"attention_layout": "L2V4+sink1", "block_size": 16}),
+        ("longer", {"max_position_embeddings": 1024, "rope_theta": 1e6}),
+    ):
+        trained = load_pretrained(stage, overrides=changes)
+        stage = save_pretrained(trained, trained.config, tmp_path / name, source=stage)
+        for file in kept:
+            read = json.loads if file == "generation_config.json" else str
+            assert read((stage / file).read_text()) == read((chat_model / file).read_text()), file
+        saved = json.loads((stage / "config.json").read_text())
+        assert [saved[key] for key in ("model_type", "eos_token_id", "pad_token_id")] == ["s2_llama", [1, 5], 4]
+        before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (chat_model, stage))
+        assert after == before | {"model_max_length": saved["max_position_embeddings"]}
+
+
 def test_token_ids_change_where_the_config_says_so_and_nowhere_else(tmp_path, chat_model):
     ended = load_pretrained(chat_model, overrides={"eos_token_id": 4})
     folder = save_pretrained(ended, ended.config, tmp_path / "out", source=chat_model)
