@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2 import ending
 from s2.model.config import ModelConfig
@@ -27,8 +28,6 @@ def convert(source: Path, folder: Path) -> Path:
         FileNotFoundError: no such file.
         ValueError: `gguf` is not installed, the file is no GGUF, or it holds no model that can be taken.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such GGUF file")
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
