@@ -27,7 +27,7 @@ STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origi
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend eval needle report bench clean
+.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend eval needle report results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,28 +63,13 @@ data: setup ## token shards of RECIPE (TO), or SOURCES="path ..." OUT=dir [TOKEN
 tokenizer: setup ## only the tokenizer of RECIPE (TO), or SOURCES="path ..." OUT=dir ARGS="--vocab-size 32768"
 	$(BIN)/python -m data.prepare $(PREPARE) --only-tokenizer $(ARGS)
 
-data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report/report.md and plots beside the shards
-	$(BIN)/python -m data.report $(if $(OUT),--output '$(OUT)',--recipe $(STAGE)) $(ARGS)
-
-pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished)
-	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)
-
-extend: setup ## extend RECIPE's last stage to the context length TO
-	@test -n '$(TO)' || { echo 'error: recipes/$(RECIPE) has no extend-*.yaml'; exit 2; }
-	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/extend-$(TO).yaml $(DEVICES) $(ARGS)
-
-eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap (HELDOUT=<text or shards> of a checkpoint of others)
-	@test -z '$(EVAL_DATA)' -o -n '$(TASKS)' || { echo 'error: EVAL_DATA=$(EVAL_DATA) needs TASKS=<stock tasks>'; exit 2; }
-	$(BIN)/python -m eval.lm --ckpt $(CKPT) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) \
-		$(if $(HELDOUT),$(if $(TASKS),,--heldout $(HELDOUT))) $(ARGS)
-	$(if $(TASKS),,$(MAKE) needle CKPT=$(CKPT) HELDOUT=$(HELDOUT) ARGS=)
-
-needle: setup ## needle-in-a-haystack heatmap of CKPT
-	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(if $(HELDOUT),--haystack $(HELDOUT)) $(ARGS)
-
-report: setup ## one page of RUNS="runs/a/b runs/a/c" side by side, pictures in it: OUT=runs/report.html (or .md)
+data-report: setup ## runs side by side: RUNS="runs/a/b runs/a/c" into OUT=runs/report.html and .md, or FRONT=front.png (heatmaps with a table below)
 	@test -n '$(RUNS)' || { echo 'error: RUNS names no run folder; for example RUNS="runs/demo/pretrain runs/demo/extend-2k"'; exit 2; }
-	$(BIN)/python -m eval.report $(RUNS) --output $(or $(OUT),runs/report.html) $(ARGS)
+	$(BIN)/python -m eval.report $(RUNS) $(if $(FRONT),--front $(FRONT),--output $(or $(OUT),runs/report.html)) $(ARGS)
+
+results: setup ## the experiment NAME=patterns|scale|scale-32k|smollm2 over GPUS, page into docs/results/: ARGS="--minutes 27", "--status"
+	@test -n '$(NAME)' || { echo 'error: NAME names no experiment; there are $(notdir $(patsubst %/plan.yaml,%,$(wildcard recipes/experiments/*/plan.yaml)))'; exit 2; }
+	$(BIN)/python scripts/results.py $(NAME) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
 
 test: setup ## the test suite, no GPU needed (WORKERS processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not gpu and not nightly' $(ARGS)

@@ -1,8 +1,7 @@
 """`PackedDataModule`: the data of a recipe, for Lightning.
 
-There is one global order of samples, a pure function of the seed. A checkpoint stores how many of them have
-been trained on, so a run resumes at the very next sample on any number of GPUs, whatever the workers had read
-ahead.
+There is one global order of samples, a pure function of the seed. A checkpoint stores how many of them have been
+trained on, so a run resumes at the very next sample on any number of GPUs, whatever the workers had read ahead.
 """
 
 import math
@@ -20,7 +19,7 @@ from data.corpus.sources import LOST
 from data.corpus.tokenizer import DROPPED, UNKNOWN
 from data.prepare import prepare
 from data.section import DataSection
-from data.shards.loader import Collate, HeldOutDataset, HeldOutSampler, Sample, TrainDataset, TrainSampler
+from data.shards.loader import Collate, HeldOutDataset, RankSampler, Sample, TrainDataset
 from data.shards.mixture import Curriculum, Mixture, PackedStream, Passes
 from data.shards.reader import TokenShards
 from data.shards.unigram import target_counts, unigram_loss
@@ -63,11 +62,9 @@ class PackedDataModule(LightningDataModule):
         curriculum: list[dict[str, Any]] | None = None,
         retrieval: dict[str, Any] | None = None,
     ):
+        given = {name: value for name, value in locals().items() if name in DataSection.__dataclass_fields__}
         super().__init__()
         self.prepare_data_per_node = False  # shards lie on storage that all nodes share
-        given: dict[str, Any] = {"mixture": mixture, "validation": validation, "prepare": prepare}
-        given |= {"curriculum": curriculum, "seq_len": seq_len, "micro_batch_size": micro_batch_size, "seed": seed}
-        given |= {"num_workers": num_workers, "document_mask": document_mask, "retrieval": retrieval}
         self.section = read(DataSection, given, "data")
         self.seq_len, self.micro_batch_size = self.section.seq_len, self.section.micro_batch_size
         self.components, self.heldout_sets = self.section.components, self.section.heldout_sets
@@ -204,8 +201,7 @@ class PackedDataModule(LightningDataModule):
     # --- Loaders
 
     def _rank(self) -> tuple[int, int]:
-        """(data-parallel rank, data-parallel size), as the strategy says: ranks that share a sequence see the
-        same rows if its `distributed_sampler_kwargs` say so."""
+        """(data-parallel rank, data-parallel size), as the strategy says in `distributed_sampler_kwargs`."""
         kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
 
@@ -220,7 +216,7 @@ class PackedDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        sampler = TrainSampler(*self._rank(), self.micro_batch_size, self._start)
+        sampler = RankSampler(*self._rank(), self.micro_batch_size, self._start)
         return self._loader(TrainDataset(self.rows), sampler, self.micro_batch_size, self.seq_len)
 
     @property
@@ -230,25 +226,21 @@ class PackedDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Sample]]:
         loaders = []
-        for settings, stream in zip(self.heldout_sets, self._streams(), strict=True):
+        for settings in self.heldout_sets:
+            stream = self._heldout_stream(settings.name)
             tokens = self.micro_batch_size * self.seq_len
             rows = settings.micro_batch_size or max(1, tokens // stream.seq_len)
             dataset = HeldOutDataset(stream, settings.max_windows)
-            sampler = HeldOutSampler(*self._rank(), rows, len(dataset))
+            sampler = RankSampler(*self._rank(), rows, lambda: 0, len(dataset))
             loaders.append(self._loader(dataset, sampler, rows, stream.seq_len))
         return loaders
-
-    def _streams(self) -> list[PackedStream]:
-        self.rows  # noqa: B018  # opens the shards on first use
-        return list(self._heldout.values())
 
     # --- Position in the training sequence
 
     @property
     def consumed_samples(self) -> int:
-        """Global samples trained on so far, over all ranks. It counts micro-steps whose training step is
-        done, so it is right in every hook from `on_train_batch_end` on, and ignores what loaders have read
-        ahead."""
+        """Global samples trained on so far, over all ranks. It counts micro-steps whose training step is done, so it
+        is right in every hook from `on_train_batch_end` on."""
         if self.trainer is None or self._started_at is None:
             return self._samples
         micro_steps = self._progress().total.processed - self._counted_from
@@ -265,8 +257,7 @@ class PackedDataModule(LightningDataModule):
         return self._samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, for Lightning's checkpoint. Warns inside an accumulation window, whose gradients are
-        lost."""
+        """The position, for Lightning's checkpoint. Warns inside an accumulation window, whose gradients are lost."""
         if self.trainer is not None:
             pending = self._progress().current.processed % self.trainer.accumulate_grad_batches
             if pending:
@@ -274,10 +265,7 @@ class PackedDataModule(LightningDataModule):
                     f"checkpoint between optimizer steps: the gradients of {pending} accumulated"
                     " micro-batches are not in it; save after whole steps to resume exactly"
                 )
-        return {
-            "consumed_samples": self.consumed_samples,
-            "order": self.rows.fingerprint(),
-        }
+        return {"consumed_samples": self.consumed_samples, "order": self.rows.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a checkpoint's position; does nothing unless the trainer is fitting.
@@ -316,7 +304,6 @@ class PackedDataModule(LightningDataModule):
         return unigram_loss(train, self._heldout_stream(name))
 
     def bits_per_byte(self, name: str, loss: float) -> float:
-        """A held-out loss in nats per token as bits per UTF-8 byte of text, which compares across
-        tokenizers."""
+        """A held-out loss in nats per token as bits per UTF-8 byte of text, which compares across tokenizers."""
         stream = self._heldout_stream(name)
         return loss * int(target_counts(stream).sum()) / stream.num_bytes / math.log(2)

@@ -6,7 +6,6 @@ recipe (`key=value` arguments change it) also what its mixture makes of them.
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from data.section import DataSection, data_section, parse_arguments
 from data.shards.mixture import Curriculum
 from data.shards.packing import pack
 from data.shards.reader import TokenShards
-from s2 import ending, files
+from s2 import ending, files, tables
 from s2.settings import read
 
 KIND = "data report"
@@ -26,21 +25,6 @@ SAMPLES = 20
 MIXTURE_SAMPLES = 10_000
 _EXCERPT = 240  # characters of a sample's beginning and of its end
 _WINDOWS = (2048, 8192, 32768, 131072)
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Share of tokens (or of documents) by document length, in bins that double: bin k holds [2**k, 2**(k + 1))."""
-
-    label: str
-    share: np.ndarray
-
-    @classmethod
-    def of(cls, label: str, lengths: np.ndarray, weights: np.ndarray) -> "Lengths":
-        """weights: what each document counts for."""
-        bins = np.zeros(40)
-        np.add.at(bins, np.log2(lengths).astype(int), weights)
-        return cls(label, bins / bins.sum())
 
 
 def folder_report(output: str | Path, seed: int = 0) -> Path:
@@ -95,12 +79,10 @@ def _folder_sections(folder: Path, suffix: str, splits: dict[str, TokenShards], 
     tokenizer = manifest["tokenizer"]
     lengths = np.diff(train.offsets)
     by_source = {source: lengths[train.documents_of(source)] for source in train.sources}
-    curves = [Lengths.of(f"tokens, {source}", each, each) for source, each in by_source.items()]
-    curves = curves if len(curves) > 1 else []
-    plot_lengths(
-        folder / f"lengths{suffix}.png",
-        [Lengths.of("documents", lengths, np.ones(len(lengths))), Lengths.of("tokens", lengths, lengths), *curves],
-    )
+    curves = {"documents": (lengths, np.ones(len(lengths))), "tokens": (lengths, lengths)}
+    if len(by_source) > 1:
+        curves |= {f"tokens, {source}": (each, each) for source, each in by_source.items()}
+    plot_lengths(folder / f"lengths{suffix}.png", curves)
     return [
         f"Tokenizer: {tokenizer['vocab_size']:,} tokens, SHA-256 `{tokenizer['sha256'][:12]}`.",
         _table(
@@ -118,7 +100,7 @@ def _folder_sections(folder: Path, suffix: str, splits: dict[str, TokenShards], 
         *_bad_rows(manifest["sources"]),
         "### Lengths",
         "Training documents by length in tokens: how many there are, and how many tokens they hold"
-        + (", in all and by source." if curves else "."),
+        + (", in all and by source." if len(by_source) > 1 else "."),
         f"![lengths](lengths{suffix}.png)",
         _table([_length_row(lengths)]),
         "### Packing",
@@ -177,16 +159,13 @@ def _samples(shards: TokenShards, seed: int) -> list[str]:
 
 
 def _excerpt(tokenizer: Tokenizer, shards: TokenShards, begin: int, end: int) -> str:
-    if end - begin <= 2 * _EXCERPT:
-        text = _decode(tokenizer, shards.read(begin, end))
-        return text if len(text) <= 2 * _EXCERPT else f"{text[:_EXCERPT]}\n[...]\n{text[-_EXCERPT:]}"
-    head = _decode(tokenizer, shards.read(begin, begin + _EXCERPT))[:_EXCERPT]
-    tail = _decode(tokenizer, shards.read(end - _EXCERPT, end))[-_EXCERPT:]
-    return f"{head}\n[...]\n{tail}"
-
-
-def _decode(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+    """The text of a document, or its beginning and its end."""
+    is_short = end - begin <= 2 * _EXCERPT
+    spans = [(begin, end)] if is_short else [(begin, begin + _EXCERPT), (end - _EXCERPT, end)]
+    texts = [tokenizer.decode(shards.read(*span).tolist(), skip_special_tokens=False) for span in spans]
+    if is_short and len(texts[0]) <= 2 * _EXCERPT:
+        return texts[0]
+    return f"{texts[0][:_EXCERPT]}\n[...]\n{texts[-1][-_EXCERPT:]}"
 
 
 def _fenced(text: str) -> str:
@@ -233,8 +212,8 @@ def _mixture_sections(folder: Path, rows: Curriculum) -> list[str]:
     folders = {stream.shards.folder: stream.shards for stream in mixture.streams}
     before = np.concatenate([np.diff(shards.offsets) for shards in folders.values()])
     mixed = np.concatenate([share * each / each.sum() for share, each in zip(shares, lengths, strict=True)])
-    after = Lengths.of("tokens after mixing", np.concatenate(lengths), mixed)
-    plot_lengths(folder / "mixture.png", [Lengths.of("tokens before mixing", before, before), after])
+    after = (np.concatenate(lengths), mixed)
+    plot_lengths(folder / "mixture.png", {"tokens before mixing": (before, before), "tokens after mixing": after})
     curriculum = ["### Curriculum", _table(phases)] if len(phases) > 1 else []
     picture = "![lengths before and after mixing](mixture.png)"
     return ["## Mixture", _table(components), *curriculum, picture]
@@ -247,17 +226,21 @@ def _table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Markdown; whole numbers get their commas."""
     rows = list(rows)
     cells = [[f"{value:,}" if isinstance(value, int) else value for value in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (rows[0], ["---"] * len(rows[0]), *cells))
+    return tables.markdown(list(rows[0]), cells)
 
 
-def plot_lengths(file: Path, curves: Sequence[Lengths]) -> None:
-    """Draw shares over document length, one step line a curve."""
-    used = np.flatnonzero(sum(curve.share for curve in curves) > 0)
+def plot_lengths(file: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Draw a step line for each curve: its documents' lengths in bins that double, weighed by what each counts for."""
+    shares = {
+        label: np.bincount(np.log2(lengths).astype(int), weights, 40) for label, (lengths, weights) in curves.items()
+    }
+    used = np.flatnonzero(sum(shares.values()))
     first, last = int(used[0]), int(used[-1]) + 1
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
-    for curve in curves:
-        axes.stairs(100 * curve.share[first:last], 2.0 ** np.arange(first, last + 1), label=curve.label, linewidth=1.8)
+    edges = 2.0 ** np.arange(first, last + 1)
+    for label, share in shares.items():
+        axes.stairs(100 * share[first:last] / share.sum(), edges, label=label, linewidth=1.8)
     axes.set_xscale("log", base=2)
     ticks = [2**k for k in range(first, last + 1)]
     axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)

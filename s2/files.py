@@ -5,8 +5,9 @@ once). Three ideas:
 
 - **Whole files.** `whole`, `write_text` and `write_json` leave the old file or the new one, on disk, never a part.
 - **Marked folders.** `make_folder` puts a mark (`.s2-folder.json`) into a folder that it makes or finds empty. Only in
-  marked folders is anything removed, and there only what a call names; `publish` writes a list of the files into
-  the mark, and `remove_folder` then removes just these, so that a note that somebody put beside them stays.
+  marked folders is anything removed, and there only what a call names. A folder that is to be there whole or not at all
+  is written as `begin` returns it; `publish` writes a list of the files into the mark and gives it its name, and
+  `remove_folder` then removes just these files, so that a note that somebody put beside them stays.
 - **Inventories.** `inventory` records sizes and checksums; `damage` says in a few words what is no longer as recorded.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import glob
 import json
 import os
 import re
@@ -75,11 +77,11 @@ def sweep(path: Path, *, is_alone: bool = False) -> None:
         is_alone: no other process writes to the folder (the caller holds its lock); otherwise only files that are old
             and of no process of this host are removed.
     """
-    for other in path.parent.glob(f".{_escaped(path.name)}.*.s2-tmp"):
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.s2-tmp"):
         match = _TEMPORARY.fullmatch(other.name)
         with contextlib.suppress(OSError):
-            is_litter = is_alone or time.time() - other.stat().st_mtime > _ABANDONED
-            if match and is_litter and (is_alone or not _is_alive(int(match[1]))):
+            is_old = time.time() - other.stat().st_mtime > _ABANDONED
+            if match and (is_alone or (is_old and not os.path.exists(f"/proc/{match[1]}"))):
                 other.unlink()
 
 
@@ -99,12 +101,7 @@ def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None =
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: empty or not JSON; names the file and the line.
-    """
+    """The value of a JSON file. Raises FileNotFoundError, or ValueError that names file and line of what is no JSON."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -121,10 +118,7 @@ def read_json(path: Path) -> Any:
 
 def require_writable(folder: Path) -> None:
     """Refuse a folder that results cannot be written to, before they are worked out; it is made if it is missing.
-
-    Raises:
-        OSError: names the folder and what is in the way.
-    """
+    Raises OSError that names the folder and what is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -175,11 +169,8 @@ def check_folder(folder: Path, kind: str) -> None:
 
 
 def adopt(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
-    """Mark a folder that the caller knows as the program's by its content, as earlier versions left it.
-
-    Args:
-        names: of the files in it that the program wrote, relative to it; of a folder that goes on being written, None.
-    """
+    """Mark a folder that the caller knows as the program's by its content, as earlier versions left it; `names` are
+    those of the files in it that the program wrote, None of a folder that goes on being written."""
     if kind_of(folder) != kind:
         sizes = None if names is None else {name: (folder / name).stat().st_size for name in names}
         _mark(folder, kind, **({} if sizes is None else {"files": sizes}))
@@ -191,22 +182,15 @@ def kind_of(folder: Path) -> str | None:
 
 
 def require_marked(folder: Path) -> str:
-    """The kind of a marked folder.
-
-    Raises:
-        NotOursError: it is not marked.
-    """
+    """The kind of a marked folder. Raises NotOursError for one that is not marked."""
     if (kind := kind_of(folder)) is None:
         raise NotOursError(f"{folder} has no mark of this program ({MARK}); it is left as it is")
     return kind
 
 
 def remove_files(folder: Path, *patterns: str) -> None:
-    """Remove the files of a marked folder whose names match one of `patterns` (as in a shell); others stay.
-
-    Raises:
-        NotOursError: the folder is there and is not marked.
-    """
+    """Remove the files of a marked folder whose names match one of `patterns` (as in a shell); others stay. Raises
+    NotOursError for a folder that is there and is not marked."""
     if not folder.is_dir():
         return
     require_marked(folder)
@@ -227,12 +211,12 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     """
     if not os.path.lexists(folder):
         return True
-    if folder.is_dir() and not folder.is_symlink() and all(map(_TEMPORARY.fullmatch, os.listdir(folder))):
+    is_link = folder.is_symlink()
+    if folder.is_dir() and not is_link and all(map(_TEMPORARY.fullmatch, os.listdir(folder))):
         shutil.rmtree(folder)  # `make_folder` was killed between making and marking it
         return True
     require_marked(folder)
     listed = _read_mark(folder).get("files")
-    is_link = folder.is_symlink()
     if listed is None and not patterns and not is_link:
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
         os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
@@ -260,36 +244,39 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
     return not left
 
 
-def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files that `publish` listed in a folder's mark, as `damage` takes them; {} where it has listed none."""
-    return {name: {"size": size} for name, size in _read_mark(folder).get("files", {}).items()}
+def partial_of(final: Path) -> Path:
+    """Where the folder `final` is written, before it gets that name."""
+    return final.with_name(f"{final.name}.partial")
+
+
+def begin(final: Path, kind: str) -> Path:
+    """The empty marked folder that `publish` makes `final` of; what a killed process left in its place is removed, and
+    what somebody else put there moves aside, which is said."""
+    partial = partial_of(final)
+    try:
+        remove_folder(partial)
+    except NotOursError:
+        _make_way(partial)
+    return make_folder(partial, kind)
 
 
 def publish(partial: Path, final: Path) -> None:
     """Give a finished marked folder its name, with its files on disk and listed in its mark.
 
-    The rename is the commit: a process killed before it leaves only the partial name. A marked folder at `final` is
-    removed; where somebody has put files into it, it moves aside as a whole (see `move_aside`).
-
-    Raises:
-        NotOursError: `final` is there and is not marked.
+    The rename is the commit: a process killed before it leaves only the partial name. A folder of the same kind at
+    `final` is removed, unless somebody has put files into it; that, and anything else there, moves aside.
     """
-    if os.path.lexists(final):
-        require_marked(final)
-    seal(partial)
+    kind = require_marked(partial)
+    found = sorted(path for path in partial.rglob("*") if not path.is_dir() and path != partial / MARK)
+    _mark(partial, kind, files={str(path.relative_to(partial)): path.lstat().st_size for path in found})
     for path in (*partial.rglob("*"), partial):
         _sync(path)
-    if os.path.lexists(final) and not remove_folder(final):
+    if os.path.lexists(final) and kind_of(final) != kind:
+        _make_way(final)
+    elif not remove_folder(final):
         move_aside(final)
     os.replace(partial, final)
     _sync_folder(final.parent)
-
-
-def seal(folder: Path) -> None:
-    """List the files that a marked folder now holds, with their sizes, in its mark: all of them are the program's."""
-    kind = require_marked(folder)
-    found = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MARK)
-    _mark(folder, kind, files={str(path.relative_to(folder)): path.lstat().st_size for path in found})
 
 
 def move_aside(path: Path) -> Path:
@@ -302,13 +289,9 @@ def move_aside(path: Path) -> Path:
 
 
 def point(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to `target`, in place of an earlier link.
-
-    Raises:
-        NotOursError: something that is no link stands there.
-    """
-    if os.path.lexists(link) and not link.is_symlink():
-        raise NotOursError(f"{link} is no link; move it, the program wants to put one there")
+    """Make `link` a symbolic link to `target`, in place of an earlier link; anything else there moves aside."""
+    if os.path.lexists(link) and not link.is_symlink():  # a copy that followed links has made a folder of it
+        _make_way(link)
     temporary = link.with_name(f".{link.name}.{os.getpid()}.s2-tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -327,13 +310,16 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def inventory(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Size in bytes and checksum of each file below `folder` (or of `names`), by its path relative to it; marks and
-    temporary files are left out."""
-    if names is None:
-        found = (path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
-        names = sorted(str(path.relative_to(folder)) for path in found if not _TEMPORARY.fullmatch(path.name))
-    paths = {name: folder / name for name in names}
+def inventory(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
+    """Size in bytes and checksum of each file below `folder`, by its path relative to it; marks and temporary files are
+    left out.
+
+    Args:
+        share: (rank, ranks) that divide the files among them.
+    """
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
+    names = sorted(str(path.relative_to(folder)) for path in found if not _TEMPORARY.fullmatch(path.name))
+    paths = {name: folder / name for name in names[share[0] :: share[1]]}
     with ThreadPoolExecutor() as pool:
         sums = dict(zip(paths, pool.map(checksum, paths.values()), strict=True))
     return {name: {"size": path.stat().st_size, "xxh3_128": sums[name]} for name, path in paths.items()}
@@ -363,6 +349,10 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
+def _make_way(path: Path) -> None:
+    print(f"{path} was not written by this program, or has lost its mark; it is now {move_aside(path)}")
+
+
 def _mark(folder: Path, kind: str, **more: Any) -> None:
     note = "made by s2-recipes, which may remove from this folder what it wrote there"
     write_json(folder / MARK, {"kind": kind, "note": note, **more})
@@ -374,20 +364,6 @@ def _read_mark(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return mark if isinstance(mark, dict) else {}
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([\[*?])", r"[\1]", name)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 A lock is a file in the folder that says who holds it. Two things tell whether the holder is still there: `flock`, which
 a dead process of this host cannot keep, and the file's modification time, which the holder renews, for file systems
-whose `flock` ends at the host. Whoever finds the lock of a dead process takes it over and says so.
+whose `flock` ends at the host or is missing. Whoever finds the lock of a dead process takes it over and says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from s2.ending import FailureError
 
@@ -38,8 +38,9 @@ class LockLostError(FailureError):
 class Lock:
     """A lock that is held; made by `lock`, and released at the end of a `with`."""
 
-    def __init__(self, folder: Path, stream: IO[str], record: dict[str, Any]) -> None:
-        self.folder, self._stream, self._record = folder, stream, record
+    def __init__(self, folder: Path, stream: IO[str]) -> None:
+        self.folder, self._stream, self._record = folder, stream, _identity()
+        _write(stream, self._record)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
@@ -54,9 +55,15 @@ class Lock:
         """Raise LockLostError where another process has taken the lock over; a lock file that somebody has removed is
         put back."""
         if not (self.folder / LOCK).exists():
-            self._put_back()
-        if _read(self.folder / LOCK) != self._record:
-            raise LockLostError(f"{self.folder}: the lock was taken by {describe(_read(self.folder / LOCK))}")
+            stream = _open(self.folder)
+            if _take(stream) is False or _read(self.folder / LOCK):
+                stream.close()  # the next has come in between
+            else:
+                _write(stream, self._record)
+                removed, self._stream = self._stream, stream
+                removed.close()
+        if (holder := _read(self.folder / LOCK)) != self._record:
+            raise LockLostError(f"{self.folder}: the lock was taken by {describe(holder)}")
 
     def release(self) -> None:
         """Give the folder free; the empty lock file stays, since to remove it would be a race."""
@@ -65,15 +72,6 @@ class Lock:
         if os.pread(self._stream.fileno(), 4096, 0).decode("utf-8", "replace") == _line(self._record):
             os.ftruncate(self._stream.fileno(), 0)  # by its descriptor: the folder may have another name by now
         self._stream.close()
-
-    def _put_back(self) -> None:
-        stream = _open(self.folder)
-        if not _take(stream) or _read(self.folder / LOCK):
-            stream.close()  # the next has come in between
-            return
-        _write(stream, self._record)
-        removed, self._stream = self._stream, stream
-        removed.close()
 
     def _renew(self) -> None:
         while not self._end.wait(HEARTBEAT):
@@ -95,11 +93,12 @@ def lock(folder: Path, *, wait: bool = False) -> Lock:
     deadline = time.monotonic() + _ORPHANS
     while True:
         stream = _open(folder)
-        if _take(stream) and not _at_work_elsewhere(folder, wait_for_beat=not said):
+        taken, holder = _take(stream), _read(folder / LOCK)
+        is_dead = taken and _is_here(holder)
+        if is_dead or (taken is not False and not _is_renewed(folder, holder, say=not said)):
             break
-        holder = _read(folder / LOCK)
         stream.close()
-        if _is_here(holder) and not _is_alive(holder) and time.monotonic() < deadline:
+        if _is_here(holder) and not os.path.exists(f"/proc/{holder['pid']}") and time.monotonic() < deadline:
             time.sleep(0.1)  # a child that it has just forked is about to let go
             continue
         if not wait:
@@ -112,9 +111,7 @@ def lock(folder: Path, *, wait: bool = False) -> Lock:
         time.sleep(0.5)
     if before := _read(folder / LOCK):
         print(f"{folder}: taking over from {describe(before)}, which is gone", file=sys.stderr, flush=True)
-    record = _identity()
-    _write(stream, record)
-    return Lock(folder, stream, record)
+    return Lock(folder, stream)
 
 
 def describe(record: dict[str, Any] | None) -> str:
@@ -179,8 +176,8 @@ def _read(file: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _take(stream: IO[str]) -> bool:
-    """Whether no process that this host's `flock` knows of holds the file; True where there is no `flock`."""
+def _take(stream: IO[str]) -> bool | None:
+    """Whether no process that this host's `flock` knows of holds the file; None where there is no `flock`."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -188,31 +185,25 @@ def _take(stream: IO[str]) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
-        record = _read(Path(stream.name))  # it alone tells, where there is no `flock`
-        return record is None or record.get("pid") == os.getpid() or not (_is_here(record) and _is_alive(record))
+        return None
     return True
 
 
-def _is_here(record: dict[str, Any] | None) -> bool:
+def _is_here(record: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Whether a record is that of a process of this host, since its last start."""
     return record is not None and (record.get("host"), record.get("boot")) == (socket.gethostname(), _boot())
 
 
-def _is_alive(record: dict[str, Any] | None) -> bool:
-    return record is not None and os.path.exists(f"/proc/{record.get('pid')}")
-
-
-def _at_work_elsewhere(folder: Path, *, wait_for_beat: bool) -> bool:
-    """Whether the record is that of a process on another host that still renews its lock."""
-    record = _read(folder / LOCK)
-    if record is None or _is_here(record):
+def _is_renewed(folder: Path, record: dict[str, Any] | None, *, say: bool) -> bool:
+    """Whether there is a process that `flock` does not tell of, and it still renews the lock."""
+    if record is None:
         return False
     mine = _identity()
     if mine["job"] and record.get("job") == mine["job"] and mine["restarts"] > record.get("restarts", 0):
         return False  # the same job, started again: the scheduler has ended what was there
     file = folder / LOCK
     seen, until = file.stat().st_mtime_ns, time.monotonic() + _PATIENCE
-    if wait_for_beat:
+    if say:
         print(f"{folder}: looking whether {describe(record)} is still at work", file=sys.stderr, flush=True)
     while time.monotonic() < until:
         time.sleep(0.5)

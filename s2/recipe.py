@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,13 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 -- declared so by PyYAML
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError):  # of a scalar with a tag, as `!!bool maybe`
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -70,23 +77,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
     mapping.update(loader.construct_mapping(node))
 
 
-def _checked(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """For scalars with a tag (`!!bool maybe`), whose text no pattern has matched."""
-
-    def checked(loader: _Loader, node: yaml.ScalarNode) -> Any:
-        try:
-            return construct(loader, node)
-        except (ValueError, KeyError, AttributeError):
-            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-
-    return checked
-
-
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
-_Loader.add_constructor("tag:yaml.org,2002:bool", _checked(_Loader.construct_yaml_bool))
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _checked(_Loader.construct_yaml_timestamp))
-_Loader.add_constructor("tag:yaml.org,2002:float", _checked(_float))
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
@@ -113,12 +105,8 @@ def dump_yaml(value: Any) -> str:
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe.
-
-    Raises:
-        FileNotFoundError: no such file; recipes that exist are named.
-        ValueError: not YAML (with the line), or not a mapping.
-    """
+    """Read a recipe. Raises FileNotFoundError that names recipes that exist, or ValueError for what is not YAML (with
+    the line) or no mapping."""
     if not path.is_file():
         known = sorted(str(p) for p in Path("recipes").glob("*/*.yaml"))
         close = difflib.get_close_matches(str(path), known, n=1)
@@ -138,11 +126,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(recipe: dict[str, Any], arguments: Sequence[str]) -> list[str]:
-    """Apply `key=value` arguments in place and return the keys; values are YAML.
-
-    Raises:
-        ValueError: not of the form key=value, or the key runs into something that has no keys.
-    """
+    """Apply `key=value` arguments in place and return the keys; values are YAML. Raises ValueError for what is not of
+    that form, or a key that runs into something that has no keys."""
     keys = []
     for argument in arguments:
         key, equals, text = argument.removeprefix("--").partition("=")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 
 @dataclass(frozen=True)
 class Call:
-    """One shape of attention call of a recipe."""
+    """One shape of attention call. Those of several recipes are equal where all but the recipe is."""
 
-    recipe: str
+    recipe: str = field(compare=False)
     pattern: Pattern
     rotation: int
     dtype: torch.dtype
@@ -31,12 +31,6 @@ class Call:
     batch: int
     length: int
     kind: str
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """Calls with the same are one."""
-        return (self.pattern.key, self.rotation, self.dtype, self.heads, self.kv_heads, self.head_dim, self.batch,
-                self.length, self.kind)  # fmt: skip
 
     @property
     def kernels(self) -> tuple[Any, ...]:
@@ -118,7 +112,7 @@ def calls_of_all(names: Sequence[str], max_length: int | None = None) -> list[Ca
             if names:
                 raise
             print(f"left out: {error}", flush=True)
-    return list({call.shape: call for call in calls}.values())
+    return list(dict.fromkeys(calls))
 
 
 def model_config(path: Path) -> ModelConfig:

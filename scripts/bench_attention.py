@@ -17,35 +17,17 @@ import itertools
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import bench_kernels as kernels
+import bench_record
 import torch
-import triton
-from bench_kernels import (
-    MAX_FLEX_LENGTH,
-    Entry,
-    dense_entries,
-    flex_entries,
-    packed_entry,
-    peer_entry,
-    s2_entry,
-    visible_pairs,
-)
-from bench_measure import (
-    GRAPH_LENGTHS,
-    Inputs,
-    Known,
-    Timing,
-    first_line,
-    free_memory,
-    machine_limits,
-    measure,
-    measure_host,
-)
-from bench_report import ROOT, Row, blank_row, line, origin, write
+from bench_kernels import Entry
+from bench_measure import GRAPH_LENGTHS, Inputs, Timing, free_memory, machine_limits, measure, measure_host, noted
+from bench_record import Record
+from bench_report import Row, blank_row, table, write
 from torch import Tensor
 
 from s2 import ending
@@ -55,6 +37,7 @@ from s2.ending import FailureError
 HOST_LENGTH, HOST_HEADS = 256, 4
 BACKENDS = ("triton", "hopper")
 LONGEST_DENSE = 1 << 18
+LONG_HEADS = 8  # query heads of --long-lengths
 SIZES = ("batch", "heads", "kv_heads", "head_dim", "block_size")
 
 
@@ -78,10 +61,8 @@ class Case:
     spec: str | None = None  # instead of --patterns
 
     def title(self, dtype: str) -> str:
-        return (
-            f"{self.name}: batch {self.batch}, {self.heads}/{self.kv_heads} heads, d {self.head_dim}, "
-            f"block {self.block_size}, {dtype}{', packed documents' if self.packed else ''}"
-        )
+        sizes = f"batch {self.batch}, {self.heads}/{self.kv_heads} heads, d {self.head_dim}, block {self.block_size}"
+        return f"{self.name}: {sizes}, {dtype}{', packed documents' if self.packed else ''}"
 
 
 CASES = {
@@ -109,27 +90,27 @@ def entries(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Entr
         borders = document_borders(seq_len)
         for spec in specs:
             for backend in args.backends:
-                yield packed_entry(spec, Pattern.parse(spec, case.block_size), backend, borders, case.kv_heads)
+                yield kernels.packed_entry(spec, Pattern.parse(spec, case.block_size), backend, borders, case.kv_heads)
         return
     if seq_len <= LONGEST_DENSE or not case.only_ours:
-        yield from dense_entries()[1 if case.only_ours else 0 :]
+        yield from kernels.dense_entries()[1 if case.only_ours else 0 :]
     for spec in specs:
         own = in_blocks_of(case, spec)
         pattern = Pattern.parse(own, case.block_size)
         for backend in args.backends:
-            yield s2_entry(own, pattern, backend, spec)
+            yield kernels.s2_entry(own, pattern, backend, spec)
         if case.only_ours:
             continue
         if seq_len in args.flex_lengths:
-            yield from flex_entries(spec, pattern)
+            yield from kernels.flex_entries(spec, pattern)
         peers = args.peers if not args.peer_lengths or seq_len in args.peer_lengths else []
         for block in dict.fromkeys(block for _, _, block in peers if block):  # ours with a peer's blocks
             theirs = nearest(spec, case.block_size, block)
-            yield s2_entry(f"{theirs}/{block}", Pattern.parse(theirs, block), args.backends[-1])
+            yield kernels.s2_entry(f"{theirs}/{block}", Pattern.parse(theirs, block), args.backends[-1])
         for name, target, block in peers:
             theirs = nearest(spec, case.block_size, block) if block else spec
             label = f"{theirs}/{block}" if block else spec
-            yield peer_entry(name, target, label, Pattern.parse(theirs, block or case.block_size))
+            yield kernels.peer_entry(name, target, label, Pattern.parse(theirs, block or case.block_size))
 
 
 def scaled(spec: str, local: float, stride: float, what: str) -> str:
@@ -166,10 +147,10 @@ def as_long(spec: str, case: Case, tokens: int) -> int:
     """Tokens of one sequence with as many visible pairs as packed documents have, in whole blocks."""
     pattern = Pattern.parse(spec, case.block_size)
     lengths = [end - begin for begin, end in itertools.pairwise(document_borders(tokens))]
-    wanted = visible_pairs(pattern, lengths, case.kv_heads)
+    wanted = kernels.visible_pairs(pattern, lengths, case.kv_heads)
 
     def has_enough(blocks: int) -> bool:
-        return visible_pairs(pattern, [blocks * case.block_size], case.kv_heads) >= wanted
+        return kernels.visible_pairs(pattern, [blocks * case.block_size], case.kv_heads) >= wanted
 
     blocks = range(1, -(-tokens // case.block_size) + 1)
     return blocks[bisect.bisect_left(blocks, True, key=has_enough)] * case.block_size
@@ -180,21 +161,19 @@ def random_inputs(case: Case, seq_len: int, args: argparse.Namespace) -> tuple[I
     shape, kv_shape = ((case.batch, seq_len, heads, case.head_dim) for heads in (case.heads, case.kv_heads))
     dtype = getattr(torch, args.dtype)
     q, k, v, dout = (torch.randn(s, device=args.device, dtype=dtype) for s in (shape, kv_shape, kv_shape, shape))
-    return tuple(x.requires_grad_(args.backward) for x in (q, k, v)), dout
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), dout
 
 
 def measure_length(case: Case, seq_len: int, args: argparse.Namespace) -> Iterator[Row]:
     free_memory()
     wanted = list(entries(case, seq_len, args))
-    try:
+    failed = blank_row("", seq_len) | {"note": "inputs"}
+    with noted(failed, "forward_ms"):  # too large, or a kernel before broke the device
         inputs, dout = random_inputs(case, seq_len, args)
-    except Exception as error:  # too large, or a kernel before broke the device
-        full = isinstance(error, torch.cuda.OutOfMemoryError)
-        status = {"status": "out of memory" if full else "failed", "note": f"inputs: {first_line(error)}"}
-        for entry in wanted:
-            yield blank_row(entry.name, seq_len) | status
+    if failed["status"] != "ok":
+        yield from (failed | {"name": entry.name} for entry in wanted)
         return
-    known: Known = {}
+    known: dict[str, tuple[str, Tensor]] = {}
     for entry in wanted:
         density = entry.pattern.density(seq_len, case.kv_heads) if entry.pattern else 1.0
         pairs = entry.pairs or density * seq_len * (seq_len + 1) / 2
@@ -209,7 +188,7 @@ def host_costs(case: Case, args: argparse.Namespace) -> Iterator[Row]:
     inputs, dout = random_inputs(small, HOST_LENGTH, args)
     spec = args.patterns[0]
     pattern = Pattern.parse(spec, case.block_size)
-    for entry in (*dense_entries(), *(s2_entry(spec, pattern, backend) for backend in args.backends)):
+    for entry in (*kernels.dense_entries(), *(kernels.s2_entry(spec, pattern, backend) for backend in args.backends)):
         yield measure_host(entry, inputs, dout)
 
 
@@ -226,10 +205,6 @@ def whole_numbers(text: str) -> list[int]:
     return numbers
 
 
-def names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def peer(text: str) -> tuple[str, str, int | None]:
     match = re.fullmatch(r"([^=]+)=([\w.]+:\w+)(?:@(\d+))?", text)
     if match is None:
@@ -239,67 +214,45 @@ def peer(text: str) -> tuple[str, str, int | None]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = new_parser(__doc__, "4096,8192,16384,32768,65536,131072", "attention")
+    parser = attention_parser(__doc__, "4096,8192,16384,32768,65536,131072", "attention")
     add = parser.add_argument
     add("--long-lengths", default="", type=whole_numbers,
-        help="also these, with fewer heads: our kernels; cuDNN up to 256k")  # fmt: skip
-    add("--long-heads", type=int, default=8, help="query heads of --long-lengths (default 8)")
+        help=f"also these, with {LONG_HEADS} heads: our kernels; cuDNN up to 256k")  # fmt: skip
     add("--flex-lengths", default="8192,32768,131072", type=whole_numbers, help="which lengths FlexAttention runs at")
-    add("--backends", default="triton,hopper", type=names)
+    add("--backends", default=",".join(BACKENDS), type=bench_record.names(BACKENDS))
     add("--peer", dest="peers", action="append", default=[], type=peer, metavar="NAME=module:function[@BLOCK]",
         help="another kernel: function(q, k, v, pattern) returns a forward call; may be repeated; with @BLOCK it gets "
         "the pattern nearest in tokens that has such blocks, and so do our kernels in another row")  # fmt: skip
     add("--peer-lengths", default="", type=whole_numbers, help="which lengths peers run at (default: all)")
     for field in SIZES:
         add(f"--{field.replace('_', '-')}", type=int, help="instead of the cases' own")
-    add("--no-backward", dest="backward", action="store_false", help="time the forward only, without gradients")
     add("--warmup", type=int, default=50, help="ms of calls before each figure (default 50)")
     add("--rep", type=int, default=200, help="ms of calls for each figure (default 200)")
     add("--targets", action="store_true", help="end with our rates over cuDNN's at 8k, 32k and 128k")
-    return parsed(parser, argv, chosen_cases, device="cuda")
-
-
-def new_parser(description: str | None, lengths: str, name: str) -> argparse.ArgumentParser:
-    """With the options that every benchmark of attention has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--cases", default="default", type=names, help=f"any of {', '.join(CASES)}, each a table (default: default)")
-    add("--lengths", default=lengths, type=whole_numbers, help="of cases without lengths of their own")
-    add("--patterns", default="L1V15,L8V16", type=names)
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    add("--commit", default=None, help="commit to name in the report (default: git)")
-    add("--name", default=name, help="last part of the report's file name (default: %(default)s)")
-    add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
-    return parser
-
-
-def parsed(
-    parser: argparse.ArgumentParser, argv: list[str] | None, choose: Callable[..., list[Case]], **fixed: Any
-) -> argparse.Namespace:
-    """The arguments with `fixed` ones and the chosen cases, checked."""
-    args = parser.parse_args(argv)
-    vars(args).update(fixed)
-    try:
-        args.cases = choose(args)
-        check(args)
-    except ValueError as error:
-        parser.error(str(error))
+    args = parser.parse_args(argv, argparse.Namespace(device="cuda"))
+    args.cases = chosen_cases(args)
+    check(args)
     return args
 
 
-def named_cases(wanted: list[str]) -> list[Case]:
-    unknown = [name for name in wanted if name not in CASES]
-    if unknown or not wanted:
-        raise ValueError(f"--cases: {unknown or wanted} is not among {', '.join(CASES)}")
-    return [CASES[name] for name in dict.fromkeys(wanted)]
+def attention_parser(description: str | None, lengths: str, name: str) -> argparse.ArgumentParser:
+    """With the options that every benchmark of attention has."""
+    parser = bench_record.new_parser(description, name=name)
+    add = parser.add_argument
+    add("--cases", default="default", type=bench_record.names(CASES),
+        help=f"any of {', '.join(CASES)}, each a table (default: default)")  # fmt: skip
+    add("--lengths", default=lengths, type=whole_numbers, help="of cases without lengths of their own")
+    add("--patterns", default="L1V15,L8V16", type=bench_record.names())
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    return parser
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The cases with the sizes asked for, and after each its long lengths."""
     sizes = {field: getattr(args, field) for field in SIZES if getattr(args, field) is not None}
     cases = []
-    for found in named_cases(args.cases):
-        case = replace(found, **sizes)
+    for name in args.cases:
+        case = replace(CASES[name], **sizes)
         case = replace(case, lengths=case.lengths or tuple(args.lengths))
         if case.packed:
             one = replace(case, name=f"{case.name}-one", packed=False, only_ours=True)
@@ -310,24 +263,20 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
             continue
         cases.append(case)
         if args.long_lengths:
-            kv_heads = max(1, case.kv_heads * args.long_heads // case.heads)
-            fewer = {"heads": args.long_heads, "kv_heads": kv_heads, "only_ours": True}
-            cases.append(replace(case, name=f"{case.name}-long", lengths=tuple(args.long_lengths), **fewer))
+            fewer = {"heads": LONG_HEADS, "kv_heads": max(1, case.kv_heads * LONG_HEADS // case.heads)}
+            lengths = tuple(args.long_lengths)
+            cases.append(replace(case, name=f"{case.name}-long", lengths=lengths, only_ours=True, **fewer))
     return cases
 
 
 def check(args: argparse.Namespace) -> None:
-    for option, values in (("--lengths", args.lengths), ("--patterns", args.patterns), ("--backends", args.backends)):
-        if not values:
-            raise ValueError(f"{option} is empty")
-    for backend in args.backends:
-        if backend not in BACKENDS:
-            raise ValueError(f"--backends: {backend!r} is not one of {', '.join(BACKENDS)}")
+    """Raises ValueError for what does not fit together."""
+    if not args.lengths:
+        raise ValueError("--lengths is empty")
     if len({name for name, _, _ in args.peers}) < len(args.peers):
         raise ValueError("--peer: two peers have one name")
-    for length in args.flex_lengths:
-        if length > MAX_FLEX_LENGTH:
-            raise ValueError(f"--flex-lengths: {length} is more than {MAX_FLEX_LENGTH}, the most for FlexAttention")
+    if over := [length for length in args.flex_lengths if length > kernels.MAX_FLEX_LENGTH]:
+        raise ValueError(f"--flex-lengths: {over[0]} is more than {kernels.MAX_FLEX_LENGTH}, where FlexAttention ends")
     for case in args.cases:
         if min(case.batch, case.heads, case.kv_heads, case.head_dim) < 1:
             raise ValueError(f"{case.title(args.dtype)}: every size must be 1 or more")
@@ -363,16 +312,17 @@ METHOD = [
 ]
 
 
-def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda or "none"}
-    versions["cudnn"] = str(torch.backends.cudnn.version())
+def new_record(args: argparse.Namespace, machine: str, argv: list[str]) -> Record:
     setup = {k: v for k, v in vars(args).items() if k not in ("output", "commit", "cases", "device", "name")}
-    record = origin("bench_attention", argv, machine, versions, args.commit)
-    record |= {"name": args.name, "method": METHOD, "targets": args.targets, "setup": setup}
-    return record | {"sections": [], "host": [], "limits": {}}
+    record = bench_record.new_record(
+        "bench_attention", argv, machine, ("torch", "triton"), commit=args.commit, name=args.name, method=METHOD,
+        targets=args.targets, setup=setup, sections=[], host=[], limits={},
+    )  # fmt: skip
+    record["versions"] |= {"cuda": torch.version.cuda or "none", "cudnn": str(torch.backends.cudnn.version())}
+    return record
 
 
-def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:
+def run(args: argparse.Namespace, record: Record) -> Path:
     """Measure every case into `record`. The page is written after each length, so a stopped run keeps its rows."""
     record["host"] = list(host_costs(args.cases[0], args))
     with contextlib.suppress(torch.cuda.OutOfMemoryError):  # then the report has no shares of them
@@ -381,11 +331,11 @@ def run(args: argparse.Namespace, record: dict[str, Any]) -> Path:
     for case in args.cases:
         section = {"name": case.name, "title": case.title(args.dtype), "case": asdict(case), "rows": []}
         record["sections"].append(section)
-        print(section["title"], flush=True)
+        print(section["title"], table([]), sep="\n", flush=True)
         for seq_len in case.lengths:
             for row in measure_length(case, seq_len, args):
                 section["rows"].append(row)
-                print(line(row), flush=True)
+                print(table(section["rows"]).splitlines()[-1], row["note"], flush=True)
             write(record, args.output, with_plots=False)
     return write(record, args.output, with_plots=True)
 
@@ -395,11 +345,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise FailureError("bench needs a CUDA device")
     record = new_record(args, torch.cuda.get_device_name(), sys.argv[1:])
-    page = run(args, record)
-    print(f"wrote {page} with its .json and plots")
+    print(f"wrote {run(args, record)}.md with its .json and plots")
     rows = [row for section in record["sections"] for row in section["rows"]]
-    failed = [row["name"] for row in rows if row["status"] == "failed" and row["name"].startswith("S2 ")]
-    if failed:
+    if failed := [row["name"] for row in rows if row["status"] == "failed" and row["name"].startswith("S2 ")]:
         raise FailureError(f"{len(failed)} of our own rows failed: {', '.join(dict.fromkeys(failed))}")
 
 

@@ -19,13 +19,12 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from bench_attention import Case, entries, named_cases, new_parser, parsed, random_inputs
+from bench_attention import CASES, Case, attention_parser, check, entries, random_inputs
 from bench_kernels import Entry
-from bench_report import Row, heading, origin, save
+from bench_record import Record, new_record, save, stem
+from bench_report import Row
 
 from s2 import ending
 from s2.ending import FailureError
@@ -132,21 +131,6 @@ def number(cells: dict[str, str], name: str) -> float:
 # ---------------------------------------------------------------- the report
 
 
-def table(rows: list[Row]) -> str:
-    header = ("call", "kernel", "us", "GHz", *(f"{unit} %" for unit in UNITS), *(f"{name}, GB" for name in BYTES),
-              "fullest", "cycles waited an issue")  # fmt: skip
-    body = []
-    for row in rows:
-        waits = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in list(row["stalls"].items())[:WAITS]]
-        body.append(
-            [row["call"], row["kernel"].removeprefix("attention_"), f"{row['us']:,.0f}", f"{row['ghz']:.2f}"]
-            + [f"{row[unit]:.0f}" for unit in UNITS]
-            + [f"{row[name]:.2f}" for name in BYTES]
-            + [max(UNITS, key=lambda unit: row[unit]), ", ".join(waits)]
-        )
-    return markdown(header, body, numbers=range(2, len(header) - 2))
-
-
 METHOD = [
     "one launch of each kernel after a warm-up, clocks left as they are, caches emptied before it",
     "per cent of what a unit could do in the kernel's time; shared memory: with L1, whose data path it has",
@@ -155,20 +139,34 @@ METHOD = [
 ]
 
 
-def write(record: dict[str, Any], folder: Path) -> Path:
-    cases = "\n".join(f"- {case}" for case in record["cases"])
-    parts = [heading("Counters of the Hopper kernels", record), cases, table(record["rows"])]
-    return save(record, folder, "\n\n".join(parts) + "\n")
+def table(rows: list[Row]) -> str:
+    header = ("call", "kernel", "us", "GHz", *(f"{unit} %" for unit in UNITS), *(f"{name}, GB" for name in BYTES),
+              "fullest", "cycles waited an issue")  # fmt: skip
+    forms = {"us": ",.0f", "ghz": ".2f", **dict.fromkeys(UNITS, ".0f"), **dict.fromkeys(BYTES, ".2f")}
+    body = []
+    for row in rows:
+        waits = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in list(row["stalls"].items())[:WAITS]]
+        figures = [f"{row[key]:{form}}" for key, form in forms.items()]
+        fullest = max(UNITS, key=lambda unit: row[unit])
+        body.append([row["call"], row["kernel"].removeprefix("attention_"), *figures, fullest, ", ".join(waits)])
+    return markdown(header, body, numbers=range(2, len(header) - 2))
+
+
+def parts(record: Record) -> list[str]:
+    return ["\n".join(f"- {case}" for case in record["cases"]), table(record["rows"])]
 
 
 # ---------------------------------------------------------------- the run
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = new_parser(__doc__, "8192,32768,131072", "counters")
+    parser = attention_parser(__doc__, "8192,32768,131072", "counters")
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     alone = {"backends": ["hopper"], "peers": [], "peer_lengths": [], "flex_lengths": []}  # of `entries`: ours
-    return parsed(parser, argv, lambda args: named_cases(args.cases), device="cuda", backward=True, **alone)
+    args = parser.parse_args(argv, argparse.Namespace(device="cuda", **alone))
+    args.cases = [CASES[name] for name in args.cases]
+    check(args)
+    return args
 
 
 def main() -> None:
@@ -186,12 +184,15 @@ def main() -> None:
         raise FailureError(f"ncu ended with {result.returncode}: {(result.stdout + result.stderr)[-2000:].strip()}")
     rows = parse(result.stdout, [label for label, *_ in labelled(args)])
     said = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout.split()
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    versions["Nsight Compute"] = next((word for word in said if re.fullmatch(r"20\d\d\.\S+", word)), "?")
-    record = origin("bench_counters", sys.argv[1:], torch.cuda.get_device_name(), versions, args.commit)
     titles = [case.title(args.dtype) for case in args.cases]
-    record |= {"name": args.name, "method": METHOD, "cases": titles, "rows": rows}
-    print(f"wrote {write(record, args.output)} with its .json")
+    record = new_record(
+        "bench_counters", sys.argv[1:], torch.cuda.get_device_name(), ("torch", "triton"), commit=args.commit,
+        name=args.name, method=METHOD, cases=titles, rows=rows,
+    )  # fmt: skip
+    record["versions"]["Nsight Compute"] = next((word for word in said if re.fullmatch(r"20\d\d\.\S+", word)), "?")
+    path = args.output / stem(record)
+    save(record, path, "Counters of the Hopper kernels", parts(record))
+    print(f"wrote {path}.md with its .json")
 
 
 if __name__ == "__main__":

@@ -11,25 +11,23 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_report import ROOT, heading, origin, save, stem
+from bench_record import Record, new_parser, new_record, save, stem
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from data.prepare import prepare
-from data.prepare.encoding import batches
+from data.prepare.part import batches
 from data.prepare.spec import PrepareSpec
 from data.shards import ShardWriter, TokenShards, write_manifest
 from data.shards.packing import pack
@@ -147,15 +145,13 @@ def memory() -> dict[str, float]:
     return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "RssAnon")}
 
 
-def sections(record: dict[str, Any]) -> Iterator[str]:
+def parts(record: Record) -> Iterator[str]:
     made, read = record["preparation"], record["reading"]
     size = made["bytes"] / 1e6
     yield f"## Preparation: {size:,.0f} MB of text, {made['documents']:,} documents, {made['tokens']:,} tokens"
     rows = []
-    for label, key in (
-        ("`tokenizers` from memory, all cores", "raw_seconds"),
-        ("corpus files to shards", "prepare_seconds"),
-    ):
+    labels = {"raw_seconds": "`tokenizers` from memory, all cores", "prepare_seconds": "corpus files to shards"}
+    for key, label in labels.items():
         best, tries = min(made[key]), ", ".join(f"{seconds:.1f}" for seconds in made[key])
         rows.append([label, tries, f"{size / best:.2f}", f"{made['tokens'] / best / 1e6:.2f}"])
     yield markdown(("", "seconds (each try)", "MB/s", "M tokens/s"), rows)
@@ -180,11 +176,9 @@ def plot(samples: list[dict[str, float]], file: Path) -> None:
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     read = [sample["tokens"] * 2 / 1e9 for sample in samples]
-    axes.plot(read, [sample["VmRSS"] for sample in samples], label="resident (VmRSS)")
-    axes.plot(read, [sample["RssAnon"] for sample in samples], label="its own (RssAnon)")
-    axes.set_xlabel("read so far (GB of shards)")
-    axes.set_ylabel("MiB")
-    axes.set_ylim(bottom=0)
+    for key, label in (("VmRSS", "resident"), ("RssAnon", "its own")):
+        axes.plot(read, [sample[key] for sample in samples], label=f"{label} ({key})")
+    axes.set(xlabel="read so far (GB of shards)", ylabel="MiB", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     with files.whole(file) as stream:
@@ -192,24 +186,22 @@ def plot(samples: list[dict[str, float]], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the machine, for the report's file name")
+    cores = len(os.sched_getaffinity(0))
+    parser = new_parser(__doc__, name=f"{cores}-cores")  # the machine's
     parser.add_argument("--work", required=True, type=Path, help="folder for corpora and shards")
     parser.add_argument("--sources", nargs="+", default=["python-env"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--read-gb", type=float, default=10)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks")
     args = parser.parse_args()
-    versions = {name: version(name) for name in ("tokenizers", "numpy", "torch", "pyarrow")}
-    record = origin("bench_data", sys.argv[1:], args.name, versions, None) | {
-        "name": "data",
-        "method": [f"machine: {len(os.sched_getaffinity(0))} cores, {platform.machine()}"],
+    packages = ("tokenizers", "numpy", "torch", "pyarrow")
+    record = new_record("bench_data", sys.argv[1:], args.name, packages, name="data") | {
+        "method": [f"machine: {cores} cores, {platform.machine()}"],
         "preparation": preparation(args.work / "corpus", args.sources, args.repeats),
         "reading": in_fresh_process(reading, args.work / "synthetic", args.read_gb),
     }
-    page = "\n\n".join([heading("Data pipeline", record), *sections(record)]) + "\n"
-    plot(record["reading"]["samples"], save(record, args.output, page).with_suffix(".png"))
-    print(page)
+    path = args.output / stem(record)
+    print(save(record, path, "Data pipeline", parts(record)))
+    plot(record["reading"]["samples"], Path(f"{path}.png"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """The kernels that `bench_attention.py` times, ours and their baselines, all of one shape: an `Entry`.
 
-FlexAttention's block mask is built here from a pattern's closed form, head by head and a few tiles at a time: its own
-builder evaluates the mask for every pair of tokens, which at 128k and per-head masks takes terabytes.
+FlexAttention's block mask is built here from a pattern's closed form, rule by rule: its own builder evaluates the mask
+for every pair of tokens, which at 128k and per-head masks takes terabytes.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from s2.attention import HeadRule, Pattern, s2_attention
-from s2.attention.kernels.hopper.support import supports
+from s2.attention.kernels.hopper.support import objection
 from s2.attention.pattern import UNBOUNDED
 
 Forward = Callable[[], Tensor]  # -> [B, S, H, D]
@@ -32,7 +31,6 @@ Forward = Callable[[], Tensor]  # -> [B, S, H, D]
 FLEX_ROWS = 128  # queries of a FlexAttention tile
 MAX_FLEX_LENGTH = 131072
 MAX_FLEX_LISTS = 4 * 2**30  # bytes of block lists that one mask may take
-_CHUNK = 1 << 22  # block pairs looked at together
 
 
 class Skipped(Exception):  # noqa: N818
@@ -80,8 +78,7 @@ def s2_entry(spec: str, pattern: Pattern, backend: str, asked: str = "") -> Entr
     """`asked`: the pattern in the words of --patterns, where `spec` says it in other blocks."""
 
     def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
-        if backend == "hopper" and not supports(q, k, v, pattern, packed=False):
-            raise Skipped("the Hopper kernels do not take this case")
+        _check_hopper(backend, q, k, v, pattern, packed=False)
         return partial(s2_attention, q, k, v, pattern, backend=backend)
 
     return Entry(f"S2 {spec} {backend}", build, pattern, graph=backend == "hopper", spec=asked or spec)
@@ -92,16 +89,18 @@ def packed_entry(spec: str, pattern: Pattern, backend: str, borders: list[int], 
 
     def build(q: Tensor, k: Tensor, v: Tensor) -> Forward:
         rows = [x.flatten(0, 1) for x in (q, k, v)]  # views, whose gradients cost nothing
-        if backend == "hopper" and not supports(*rows, pattern, packed=True):
-            raise Skipped("the Hopper kernels do not take this case")
+        _check_hopper(backend, *rows, pattern, packed=True)
         cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=q.device)
         return lambda: s2_attention(*rows, pattern, cu_seqlens=cu_seqlens, backend=backend).unflatten(0, q.shape[:2])
 
     lengths = [end - begin for begin, end in itertools.pairwise(borders)]
-    name = f"S2 {spec} {backend}, {len(lengths)} documents"
-    return Entry(
-        name, build, pattern, graph=backend == "hopper", spec=spec, pairs=visible_pairs(pattern, lengths, kv_heads)
-    )
+    name, pairs = f"S2 {spec} {backend}, {len(lengths)} documents", visible_pairs(pattern, lengths, kv_heads)
+    return Entry(name, build, pattern, graph=backend == "hopper", spec=spec, pairs=pairs)
+
+
+def _check_hopper(backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, packed: bool) -> None:
+    if backend == "hopper" and (reason := objection(q, k, v, pattern, packed=packed)):
+        raise Skipped(f"the Hopper kernels do not take this case: {reason}")
 
 
 def visible_pairs(pattern: Pattern, lengths: list[int], kv_heads: int) -> float:
@@ -164,82 +163,45 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, tile: tuple[int,
 
 
 def flex_mask(
-    pattern: Pattern,
-    seq_len: int,
-    heads: int,
-    kv_heads: int,
-    tile: tuple[int, int],
-    *,
-    with_backward: bool,
+    pattern: Pattern, seq_len: int, heads: int, kv_heads: int, tile: tuple[int, int], *, with_backward: bool,
     device: Any,
-) -> BlockMask:
-    """The pattern as a FlexAttention mask with tiles of `tile` (queries, keys), for `heads` query heads."""
-    lists = partial(block_lists, pattern, seq_len, kv_heads, tile, group=heads // kv_heads, device=device)
-    kv_partial, kv_full = lists()
-    q_partial, q_full = lists(by_key=True) if with_backward else ((None, None), (None, None))
-    names = (
-        f"{full}{way}_{part}" for way in ("kv", "q") for full in ("", "full_") for part in ("num_blocks", "indices")
-    )
-    tensors = dict(zip(names, (*kv_partial, *kv_full, *q_partial, *q_full), strict=True))
-    visible = mask_mod(pattern, heads, kv_heads, device)
-    return BlockMask(seq_lengths=(seq_len, seq_len), **tensors, BLOCK_SIZE=tile, mask_mod=visible)
-
-
-Lists = tuple[Tensor, Tensor]  # counts [1, H, n] and indices [1, H, n, columns], int32
-
-
-def block_lists(
-    pattern: Pattern, seq_len: int, kv_heads: int, tile: tuple[int, int], *, group: int = 1, by_key: bool = False,
-    device: torch.device | str = "cpu",
-) -> tuple[Lists, Lists]:  # fmt: skip
-    """The tiles that need the mask, and those that are visible as a whole: for each tile of queries its tiles of keys
-    (ascending), or with `by_key` the other way round. Each KV head is repeated for its `group` of query heads.
+) -> BlockMask:  # fmt: skip
+    """The pattern as a FlexAttention mask with tiles of `tile` (queries, keys), for `heads` query heads: of each tile
+    of queries the tiles of keys that need the mask, and those that are visible as a whole; `with_backward` the other
+    way round too.
 
     Like FlexAttention's own builder it counts a tile that reaches past the end of the sequence as partial.
     """
     queries, keys = (-(-seq_len // size) for size in tile)
     # As wide as the mask although a sparse row is short: FlexAttention takes the strides of the partial lists for the
     # full ones too (torch 2.11), and on CPUs checks the width.
-    size = 2 * 4 * kv_heads * group * queries * keys
+    size = 2 * 4 * heads * queries * keys
     if size > MAX_FLEX_LISTS:
         raise Skipped(f"the block lists would take {size / 2**30:.1f} GiB, more than {MAX_FLEX_LISTS / 2**30:.0f}")
-    step = max(1, _CHUNK // (keys * math.prod(max(1, size // pattern.block_size) for size in tile)))
-    every, parts = torch.arange(keys, device=device), torch.arange(queries, device=device).split(step)
     rules = pattern.rules(kv_heads)
-    masks = {}  # of each rule: [2, queries, keys], visible in part and as a whole
-    for rule in set(rules):
-        chunks = [torch.stack(_tiles(rule, pattern.block_size, seq_len, tile, part, every)) for part in parts]
-        masks[rule] = torch.cat(chunks, dim=1)
-
-    def listed(kind: int) -> Lists:
-        mask = torch.stack([masks[rule][kind] for rule in rules])  # [H, n, columns]
-        mask = mask.transpose(1, 2) if by_key else mask
-        counts, indices = mask.sum(dim=2), mask.byte().argsort(dim=2, descending=True, stable=True)
-        counts, indices = (x.int().repeat_interleave(group, dim=0)[None] for x in (counts, indices))
-        return counts, indices
-
-    return listed(0), listed(1)
+    masks = {rule: _tiles(rule, pattern.block_size, seq_len, tile, device) for rule in set(rules)}
+    lists = []
+    for kind in range(2):
+        mask = torch.stack([masks[rule][kind] for rule in rules]).repeat_interleave(heads // kv_heads, dim=0)[None]
+        lists += [mask.sum(dim=3).int(), mask.byte().argsort(dim=3, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(
+        *lists, BLOCK_SIZE=tile, mask_mod=mask_mod(pattern, heads, kv_heads, device), seq_lengths=(seq_len, seq_len),
+        compute_q_blocks=with_backward,
+    )  # fmt: skip
 
 
-def _tiles(
-    rule: HeadRule, block: int, seq_len: int, tile: tuple[int, int], queries: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Which tiles of `queries` x `keys` (tile indices) are visible in part, and which as a whole: bool `[nq, nk]`."""
-
-    def blocks(tiles: Tensor, size: int) -> Tensor:  # the pattern blocks in each tile, [tiles, blocks]
-        offsets = torch.arange(0, size, min(block, size), device=tiles.device)
-        return (tiles[:, None] * size + offsets) // block
-
-    num_blocks = -(-seq_len // block)
-    query = blocks(queries, tile[0])[:, :, None, None]
-    key = blocks(keys, tile[1])[None, None]
-    kept = rule.visible(query - key, key) & (query < num_blocks) & (key < num_blocks)  # [nq, blocks, nk, blocks]
-    first_query, last_query = queries[:, None] * tile[0], ((queries[:, None] + 1) * tile[0]).clamp(max=seq_len) - 1
-    first_key, last_key = keys[None] * tile[1], (keys[None] + 1) * tile[1] - 1
-    some = kept.any(dim=3).any(dim=1) & (first_key <= last_query)
-    inside = ((queries[:, None] + 1) * tile[0] <= seq_len) & (last_key < seq_len)
-    full = kept.all(dim=3).all(dim=1) & (last_key <= first_query) & inside
-    return some & ~full, full
+def _tiles(rule: HeadRule, block: int, seq_len: int, tile: tuple[int, int], device: Any) -> tuple[Tensor, Tensor]:
+    """Which tiles are visible in part, and which as a whole: bool `[nq, nk]`."""
+    unit = min(block, *tile)
+    counts = [-(-seq_len // size) for size in tile]
+    query, key = (torch.arange(n * (size // unit), device=device) for n, size in zip(counts, tile, strict=True))
+    query = query[:, None]
+    kept = rule.visible(query * unit // block - key * unit // block, key * unit // block)
+    seen = kept & (key <= query) & (query * unit < seq_len)
+    whole = kept & (key < query) & ((query + 1) * unit <= seq_len)
+    seen, whole = (x.view(counts[0], tile[0] // unit, counts[1], tile[1] // unit) for x in (seen, whole))
+    full = whole.all(3).all(1)
+    return seen.any(3).any(1) & ~full, full
 
 
 def mask_mod(pattern: Pattern, heads: int, kv_heads: int, device: Any) -> Callable[..., Tensor]:

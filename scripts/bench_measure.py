@@ -6,7 +6,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ HOST_CALLS = 200
 COPIED_BYTES, MATRIX_SIZE = 1 << 30, 8192  # for the limits of the machine
 
 Call = Callable[[], object]
-Inputs = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, S, H, D]; they want gradients unless only the forward counts
+Inputs = tuple[Tensor, Tensor, Tensor]  # q, k, v, each [B, S, H, D]; they want gradients
 Known = dict[str, tuple[str, Tensor]]  # the first kernel of a pattern and its result, by the pattern's key
 
 
@@ -122,7 +122,7 @@ def measure(entry: Entry, inputs: Inputs, dout: Tensor, flops: float, timing: Ti
             row["backward_ms"] = median_ms(backward, timing)
             row["backward_tflops"] = 2.5 * flops / row["backward_ms"] / 1e9
             del backward
-        elif inputs[0].requires_grad:
+        else:
             add_note(row, entry.note or "no backward: the result has no gradient")
         stage[0] = "peak memory"
         del out
@@ -140,21 +140,20 @@ def measure_host(entry: Entry, inputs: Inputs, dout: Tensor) -> Row:
         forward = entry.build(*inputs)
         with torch.no_grad():
             row["forward_us"] = issue_us(forward)
-        if inputs[0].requires_grad:
-            row["forward_grad_us"] = issue_us(forward)
-            row["backward_us"] = issue_us(partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True))
-            x, *keys_and_values = inputs
-            for _ in range(LAYERS):
-                x = entry.build(x, *keys_and_values)()
-            layers = partial(torch.autograd.grad, x, inputs[0], dout, retain_graph=True)
-            row["backward_layer_us"] = issue_us(layers) / LAYERS
+        row["forward_grad_us"] = issue_us(forward)
+        row["backward_us"] = issue_us(partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True))
+        x, *keys_and_values = inputs
+        for _ in range(LAYERS):
+            x = entry.build(x, *keys_and_values)()
+        layers = partial(torch.autograd.grad, x, inputs[0], dout, retain_graph=True)
+        row["backward_layer_us"] = issue_us(layers) / LAYERS
     return row
 
 
 @contextlib.contextmanager
-def noted(row: Row, first: str, stage: list[str]) -> Iterator[None]:
+def noted(row: Row, first: str, stage: Sequence[str] = ("",)) -> Iterator[None]:
     """Take what is raised into the row: one without its `first` figure has failed as a whole, later failures are notes
-    to it that name the stage."""
+    to it that name the last stage."""
     try:
         yield
         return
@@ -168,7 +167,7 @@ def noted(row: Row, first: str, stage: list[str]) -> Iterator[None]:
         row["status"] = status
         add_note(row, said)
     else:
-        add_note(row, ": ".join(filter(None, (stage[0], status, said))))
+        add_note(row, ": ".join(filter(None, (stage[-1], status, said))))
 
 
 def compare(entry: Entry, out: Tensor, row: Row, known: Known) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from bench_kernels import Forward, block_lists
+from bench_kernels import Forward, flex_mask
 from torch import Tensor
 
 from s2.attention import Pattern
@@ -40,16 +40,17 @@ def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Forw
     if pattern.block_size % FA4_TILE[1]:
         raise ValueError(f"its tiles of {FA4_TILE[1]} keys do not divide blocks of {pattern.block_size}; use @128")
 
-    def tensors(by_key: bool) -> Any:
-        (some, some_index), (whole, whole_index) = block_lists(
-            pattern, q.shape[1], k.shape[2], FA4_TILE, group=q.shape[2] // k.shape[2], by_key=by_key, device=q.device
-        )
-        return BlockSparseTensorsTorch(some, some_index, whole, whole_index, block_size=FA4_TILE)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    mask = flex_mask(pattern, q.shape[1], heads, kv_heads, FA4_TILE, with_backward=True, device=q.device)
+
+    def tensors(way: str) -> Any:
+        lists = (getattr(mask, f"{part}{way}_{of}") for part in ("", "full_") for of in ("num_blocks", "indices"))
+        return BlockSparseTensorsTorch(*lists, block_size=FA4_TILE)
 
     settings = {
         "mask_mod": _causal(),
-        "block_sparse_tensors": tensors(by_key=False),
-        "block_sparse_tensors_bwd": tensors(by_key=True),
+        "block_sparse_tensors": tensors("kv"),
+        "block_sparse_tensors_bwd": tensors("q"),
     }
 
     def forward() -> Tensor:

@@ -16,16 +16,16 @@ the sentence it ended in. Exit code 0 if all cases ran, 1 if not.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from bench_record import Record, new_record, save
 
 from s2 import ending, files
 from s2.recipe import load_recipe
@@ -110,21 +110,13 @@ def measure(name: str, data: Path, steps: int) -> dict[str, Any]:
     return row
 
 
-def table(results: dict[str, Any]) -> str:
-    """The markdown page."""
-    header = (
-        "case",
-        "GPUs",
-        "tokens/s/GPU",
-        "over dense",
-        "MFU executed / dense-equivalent",
-        "peak GiB",
-        "estimate",
-        "steps",
-    )
-    rates = {row["case"]: row["tokens_per_second_per_device"] for row in results["rows"].values()}
+def parts(record: Record) -> list[str]:
+    """The page's table."""
+    header = ("case", "GPUs", "tokens/s/GPU", "over dense", "MFU executed / dense-equivalent", "peak GiB", "estimate",
+              "steps")  # fmt: skip
+    rates = {row["case"]: row["tokens_per_second_per_device"] for row in record["rows"].values()}
     body = []
-    for name, row in results["rows"].items():
+    for name, row in record["rows"].items():
         kind, gpus = name.split(":")
         if (rate := row["tokens_per_second_per_device"]) is None:
             body.append([kind, gpus, f"exit code {row['exit_code']}: {row['said']}", *[""] * 5])
@@ -134,16 +126,18 @@ def table(results: dict[str, Any]) -> str:
         over, steps = f"{rate / dense:.2f}x" if dense else "", len(row["tokens_per_second_per_device_all"])
         memory = [f"{row['memory_gib']:.1f}", f"{row['estimate_gib'] or ''}"]
         body.append([kind, gpus, f"{rate:,.0f}", over, " / ".join(mfu), *memory, str(steps)])
+    return [markdown(header, body)]
+
+
+def method(rows: dict[str, Any]) -> list[str]:
     tried: dict[str, list[str]] = {}  # cases may come from several days
-    for name, row in results["rows"].items():
+    for name, row in rows.items():
         tried.setdefault(row["commit"], []).append(name)
-    commits = "; ".join(f"commit {commit}: {', '.join(names)}" for commit, names in tried.items())
-    about = (
-        f"{results['date']}, {results['versions']}; {commits}. By `scripts/bench_training.py`: "
+    return [
+        *(f"at {commit}: {', '.join(names)}" for commit, names in tried.items()),
         "random weights, real text, documents masked, nothing saved; medians of the steps after the first "
-        f"{COMPILING}. MFU counts the causal half."
-    )
-    return "\n\n".join([f"# Training rates on {results['device']}", about, markdown(header, body)]) + "\n"
+        f"{COMPILING}; MFU counts the causal half",
+    ]
 
 
 def main() -> int:
@@ -152,30 +146,26 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="a folder of data.prepare")
     parser.add_argument("--output", type=Path, required=True, help="without a suffix")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--commit", help="commit to name in the report (default: git)")
     args = parser.parse_args()
     if args.steps <= COMPILING:
         raise ValueError(f"--steps {args.steps} must be above {COMPILING}, the steps that are not timed")
     import torch
 
-    file = args.output.with_suffix(".json")
-    results: dict[str, Any] = files.read_json(file) if file.exists() else {"rows": {}}
+    file = Path(f"{args.output}.json")
+    rows: dict[str, Any] = files.read_json(file)["rows"] if file.exists() else {}
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["the CPU"]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    results |= {
-        "device": f"{len(names)} x {names[0]}",
-        "date": str(datetime.date.today()),
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "lightning", "deepspeed")),
-    }
+    packages = ("torch", "triton", "lightning", "deepspeed")
+    machine = f"{len(names)} x {names[0]}"
+    record = new_record("bench_training", sys.argv[1:], machine, packages, commit=args.commit, rows=rows)
     for name in args.cases.split(","):
-        if results["rows"].get(name, {}).get("exit_code") == 0:
+        if rows.get(name, {}).get("exit_code") == 0:
             continue
-        row = measure(name, args.data, args.steps)
-        results["rows"][name] = row | {"commit": os.environ.get("S2_COMMIT", commit) or "unknown"}
-        files.write_json(file, results)
-        files.write_text(args.output.with_suffix(".md"), table(results))
+        row = rows[name] = measure(name, args.data, args.steps) | {"commit": record["commit"]}
         print(name, row["exit_code"], row["tokens_per_second_per_device"], row["memory_gib"], row["said"], flush=True)
-    print(table(results))
-    return int(any(row["exit_code"] != 0 for row in results["rows"].values()))
+        save(record | {"method": method(rows)}, args.output, "Training rates", parts(record))
+    print(*parts(record))
+    return int(any(row["exit_code"] != 0 for row in rows.values()))
 
 
 if __name__ == "__main__":

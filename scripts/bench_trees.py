@@ -17,21 +17,19 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from bench_report import HOST_FIGURES, ROOT, heading, origin, save
+from bench_record import ROOT, Record, new_parser, new_record, save, stem
+from bench_report import HOST_FIGURES, Row
 
-from s2 import ending
+from s2 import ending, files
 from s2.ending import FailureError
 from s2.tables import markdown
 
 FIGURES = ("forward_ms", "graph_ms", "backward_ms", "peak_gib")
 TREES = ("base", "this")
 RECORDED = ("machine", "versions", "limits", "host", "sections")  # of a tree's benchmark
-Key = tuple[str, str, int]  # section, kernel, length
 
 METHOD = (
     "base over this tree: medians over the rounds (host time, to which others on the machine only add: least of them) "
@@ -41,7 +39,7 @@ METHOD = (
 )
 
 
-def bench(tree: Path, options: Sequence[str], name: str, folder: Path) -> dict[str, Any]:
+def bench(tree: Path, options: Sequence[str], name: str, folder: Path) -> Record:
     """The record of one run of a tree's benchmark. Raises FailureError with its last lines if it fails."""
     command = [sys.executable, str(tree / "scripts" / "bench_attention.py"), *options]
     command += ["--commit", name, "--name", name, "--output", str(folder)]
@@ -54,68 +52,40 @@ def bench(tree: Path, options: Sequence[str], name: str, folder: Path) -> dict[s
     return {key: record[key] for key in RECORDED}
 
 
-def figures(record: dict[str, Any]) -> dict[Key, dict[str, float]]:
-    """All that a record has measured."""
-    sections = {section["name"]: (section["rows"], FIGURES) for section in record["sections"]}
-    sections["host"] = (record["host"], HOST_FIGURES)
-    return {
-        (name, row["name"], row["seq_len"]): {key: row[key] for key in keys if row[key] is not None}
-        for name, (rows, keys) in sections.items()
-        for row in rows
-    }
-
-
-def ratios(base: Sequence[dict[Key, dict[str, float]]], this: Sequence[dict[Key, dict[str, float]]]) -> Iterator[
-    tuple[Key, dict[str, tuple[float, float, float]]]
-]:  # fmt: skip
-    """Of each row that every record has: by figure, the ratio (`METHOD`), and the least and the largest ratio."""
-    for key in base[0]:
-        if not all(key in record for record in (*base, *this)):
-            continue
-        found = {}
-        for figure in base[0][key]:
-            theirs, ours = ([r[key][figure] for r in side if figure in r[key]] for side in (base, this))
-            if ours and min(ours) > 0:
-                typical = min if figure in HOST_FIGURES else statistics.median
-                middle = typical(theirs) / typical(ours)
-                found[figure] = (middle, min(theirs) / max(ours), max(theirs) / min(ours))
-        yield key, found
-
-
-def page(record: dict[str, Any]) -> str:
-    """Of a record with `base` and `this`, lists of benchmarks' records."""
-    rows = list(ratios(*([figures(r) for r in record[tree]] for tree in TREES)))
-    parts = [heading("This tree beside another", record)]
-    for title, keys, is_host in (("Times and memory", FIGURES, False), ("Host time", HOST_FIGURES, True)):
-        body = [
-            [section, kernel, f"{length:,}", *(_cell(found.get(key)) for key in keys)]
-            for (section, kernel, length), found in rows
-            if (section == "host") == is_host
-        ]
+def parts(record: Record) -> Iterator[str]:
+    """Of the page of a record with `base` and `this`, lists of benchmarks' records."""
+    for title, keys, typical in (("Times and memory", FIGURES, statistics.median), ("Host time", HOST_FIGURES, min)):
+        base, this = ([_rows(r, is_host=keys == HOST_FIGURES) for r in record[tree]] for tree in TREES)
+        both = [at for at in base[0] if all(at in rows for rows in (*base, *this))]
+        cells = ([_ratio([r[at][k] for r in base], [r[at][k] for r in this], typical) for k in keys] for at in both)
+        body = [[*at[:2], f"{at[2]:,}", *row] for at, row in zip(both, cells, strict=True)]
         header = ("case", "kernel", "length", *keys)
-        parts.append(f"## {title}, base over this tree\n\n{markdown(header, body, numbers=range(2, len(header)))}")
-    return "\n\n".join(parts) + "\n"
+        yield from (f"## {title}, base over this tree", markdown(header, body, numbers=range(2, len(header))))
 
 
-def _cell(ratio: tuple[float, float, float] | None) -> str:
-    if ratio is None:
+def _rows(record: Record, *, is_host: bool) -> dict[tuple[str, str, int], Row]:
+    """All of a benchmark by case, kernel and length."""
+    sections = [{"name": "host", "rows": record["host"]}] if is_host else record["sections"]
+    return {(section["name"], row["name"], row["seq_len"]): row for section in sections for row in section["rows"]}
+
+
+def _ratio(base: Iterable[float | None], this: Iterable[float | None], typical: Callable[..., float]) -> str:
+    """Of one figure in all rounds (`METHOD`)."""
+    theirs, ours = ([figure for figure in side if figure] for side in (base, this))
+    if not theirs or not ours:
         return "-"
-    middle, low, high = (f"{value:.2f}" for value in ratio)
+    ratios = (typical(theirs) / typical(ours), min(theirs) / max(ours), max(theirs) / min(ours))
+    middle, low, high = (f"{ratio:.2f}" for ratio in ratios)
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [options] BASE [-- options of bench_attention.py]",
-    )  # fmt: skip
+    parser = new_parser(__doc__, name="trees")
+    parser.usage = "%(prog)s [options] BASE [-- options of bench_attention.py]"
     add = parser.add_argument
     add("base", type=Path, help="root of the other checkout")
     add("--rounds", type=int, default=2, help="runs of each tree (default 2)")
     add("--base-commit", default="base", help="commit of the other checkout, for the report")
-    add("--commit", default=None, help="commit of this tree (default: git)")
-    add("--name", default="trees", help="last part of the report's file name (default: %(default)s)")
-    add("--output", type=Path, default=ROOT / "docs" / "benchmarks")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end], argparse.Namespace(options=argv[end + 1 :]))
     if not (args.base / "scripts" / "bench_attention.py").is_file():
@@ -128,18 +98,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
     trees = dict(zip(TREES, (args.base.resolve(), ROOT), strict=True))
-    found: dict[str, list[dict[str, Any]]] = {tree: [] for tree in TREES}
+    found: dict[str, list[Record]] = {tree: [] for tree in TREES}
     for n in range(args.rounds):
         for tree in TREES if n % 2 == 0 else TREES[::-1]:
-            with tempfile.TemporaryDirectory() as folder:
-                found[tree].append(bench(trees[tree], args.options, tree, Path(folder)))
+            with files.temporary_folder() as folder:
+                found[tree].append(bench(trees[tree], args.options, tree, folder))
             print(f"round {n + 1} of {args.rounds}: {tree} is measured", flush=True)
-            first = found["base"][0]
-            record = origin("bench_trees", sys.argv[1:], first["machine"], first["versions"], args.commit)
-            record |= {"name": args.name, "method": [f"base: {args.base_commit}", *METHOD], **found}
             if all(found.values()):
-                path = save(record, args.output, page(record))
-    print(f"wrote {path} with its .json")
+                first = found["base"][0]
+                record = new_record(
+                    "bench_trees", sys.argv[1:], first["machine"], (), commit=args.commit, name=args.name,
+                    method=[f"base: {args.base_commit}", *METHOD], **found,
+                ) | {"versions": first["versions"]}  # fmt: skip
+                path = args.output / stem(record)
+                save(record, path, "This tree beside another", parts(record))
+    print(f"wrote {path}.md with its .json")
 
 
 if __name__ == "__main__":

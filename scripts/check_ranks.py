@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_record import names
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -35,16 +36,11 @@ from s2.training.weights import gathered
 
 SMALL_BUCKET = 40_000  # elements: less than a matrix, so that every gradient is a bucket of its own or shares one
 CASES: dict[str, dict[str, Any]] = {
-    "zero_1": {"stage": 1},
-    "zero_1-small": {"stage": 1, "bucket_size": SMALL_BUCKET},
-    "zero_2": {"stage": 2},
-    "zero_2-small": {"stage": 2, "bucket_size": SMALL_BUCKET},
-    # last: DeepSpeed replaces torch's linear for the rest of the process
-    "zero_3": {"stage": 3},
-    "zero_3-small": {"stage": 3, "bucket_size": SMALL_BUCKET},
-    "zero_3-selective": {"stage": 3, "checkpointing": "selective"},
-    "zero_3-full": {"stage": 3, "checkpointing": "full"},
+    name: {"stage": stage, **settings}
+    for stage in (1, 2, 3)  # 3 is last: DeepSpeed replaces torch's linear for the rest of the process
+    for name, settings in {f"zero_{stage}": {}, f"zero_{stage}-small": {"bucket_size": SMALL_BUCKET}}.items()
 }
+CASES |= {f"zero_3-{kind}": {"stage": 3, "checkpointing": kind} for kind in ("selective", "full")}
 WAYS = ("eager", "compiled", "mixed")
 # a graph for each of the three patterns (two residues and dense), packed and whole, and one for the loss
 LIMITS = {"loss": 1e-3, "grad norm": 1e-3, "weights": 3e-2, "graphs": 7, "held": 0}
@@ -173,7 +169,7 @@ def differences(result: dict[str, Any], reference: dict[str, Any], start: torch.
     return found | {"weights": float(apart.norm() / way.norm()), "graphs": result["graphs"], "held": result["held"]}
 
 
-def compare(names: list[str], ways: list[str], steps: int) -> int:
+def compare(cases: list[str], ways: list[str], steps: int) -> int:
     """Run the cases on the ranks of this process group; the exit code."""
     quieten()
     reference = run(1, steps=steps, compiled=False)
@@ -186,7 +182,7 @@ def compare(names: list[str], ways: list[str], steps: int) -> int:
         print(f"{dist.get_world_size()} ranks, {steps} steps; largest differences from eager zero_1")
         print(f"{'case':<28}" + "".join(f"{key:>12}" for key in LIMITS))
     wrong = 0
-    for name in names:
+    for name in cases:
         for way in ways:
             compiled = way == "compiled" or (way == "mixed" and dist.get_rank() % 2 == 0)
             found = differences(run(**CASES[name], steps=steps, compiled=compiled), reference, start)
@@ -202,15 +198,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--cases", default=",".join(CASES), help="of: %(default)s")
-    parser.add_argument("--ways", default=",".join(WAYS), help="of: %(default)s")
+    for option, known in (("--cases", CASES), ("--ways", WAYS)):
+        parser.add_argument(option, default=",".join(known), type=names(known), help="of: %(default)s")
     asked = parser.parse_args()
-    names, ways = asked.cases.split(","), asked.ways.split(",")
-    for option, chosen, known in (("--cases", names, CASES), ("--ways", ways, WAYS)):
-        if unknown := [name for name in chosen if name not in known]:
-            parser.error(f"{option}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return compare(names, ways, asked.steps)
+        return compare(asked.cases, asked.ways, asked.steps)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked.ranks}"]
     return subprocess.run([*command, *sys.argv], check=False).returncode
 

@@ -9,8 +9,11 @@ Shapes: T tokens of all sequences, H query heads, G KV heads, D head dimension; 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,13 +107,13 @@ def exact_samples(
     for head in range(heads):
         kv_head = head // group
         mine = [x[:, h] for x, h in ((q, head), (k, kv_head), (v, kv_head), (dout, head))]
-        seen = _Seen(rules[head * ruled // heads], pattern.block_size)
-        for begin, end in segments:
+        rule = rules[head * ruled // heads]
+        for (begin, end), is_plain in itertools.product(segments, (False, True)):
+            attend = partial(_attend, mine, rule, pattern.block_size, begin, is_plain)
             inside = ((rows >= begin) & (rows < end)).nonzero()[:, 0]
             if len(inside):
-                for is_plain in (False, True):
-                    part = _attend(mine, seen, begin, rows[inside], is_plain)
-                    at_rows.put(is_plain, inside, head, (part.out, part.dq), part.probs.square().sum(-1))
+                part = attend(rows[inside])
+                at_rows.put(is_plain, inside, head, (part.out, part.dq), part.probs)
             inside = ((columns >= begin) & (columns < end)).nonzero()[:, 0]
             if len(inside) and kv_head in chosen:
                 wanted = columns[inside]
@@ -118,13 +121,10 @@ def exact_samples(
                 for queries in after.split(max(64, PAIRS_AT_ONCE[q.device.type] // (end - begin))):
                     keys = (wanted - begin).clamp_max(int(queries[-1]) - begin)
                     later = wanted > queries[-1]
-                    for is_plain in (False, True):
-                        part = _attend(mine, seen, begin, queries, is_plain)
-                        probs, dscores = (
-                            x[:, keys].double().masked_fill(later, 0.0).T for x in (part.probs, part.dscores)
-                        )
-                        sums = (probs @ part.dout.double(), dscores @ part.q.double())
-                        at_columns.put(is_plain, inside, chosen[kv_head], sums, probs.square().sum(-1))
+                    part = attend(queries)
+                    probs, dscores = (x[:, keys].double().masked_fill(later, 0.0).T for x in (part.probs, part.dscores))
+                    sums = (probs @ part.dout.double(), dscores @ part.q.double())
+                    at_columns.put(is_plain, inside, chosen[kv_head], sums, probs)
     return {**at_rows.finish(q.dtype), **at_columns.finish(q.dtype)}
 
 
@@ -137,11 +137,11 @@ class _Samples:
         self.sums = torch.zeros(shape, dtype=torch.float64, device=tokens.device)
         self.weights = torch.zeros(shape[2:4], dtype=torch.float64, device=tokens.device)
 
-    def put(self, is_plain: bool, at: Tensor, head: int, values: tuple[Tensor, Tensor], squares: Tensor) -> None:
+    def put(self, is_plain: bool, at: Tensor, head: int, values: tuple[Tensor, Tensor], probs: Tensor) -> None:
         for n, value in enumerate(values):
             self.sums[n, int(is_plain), at, head] += value.double()
         if not is_plain:
-            self.weights[at, head] += squares
+            self.weights[at, head] += probs.square().sum(-1)
 
     def finish(self, dtype: torch.dtype) -> dict[str, Sample]:
         return {
@@ -150,23 +150,7 @@ class _Samples:
         }
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one head sees, by positions in the document."""
-
-    rule: HeadRule
-    block_size: int
-
-    def __call__(self, queries: Tensor, keys: int) -> Tensor:
-        """Bool `[R, keys]`."""
-        key = torch.arange(keys, device=queries.device)
-        block = torch.arange(-(-keys // self.block_size), device=queries.device)
-        kept = self.rule.visible((queries // self.block_size)[:, None] - block, block)
-        return kept.repeat_interleave(self.block_size, 1)[:, :keys] & (key <= queries[:, None])
-
-
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """Of some queries `[R]` of one head to the keys `[N]` of their document up to the last of them."""
 
     q: Tensor
@@ -177,17 +161,18 @@ class _Part:
     dq: Tensor
 
 
-def _attend(mine: Sequence[Tensor], seen: _Seen, begin: int, queries: Tensor, is_plain: bool) -> _Part:
-    """`mine`: q, k, v, dout of one head, `[T, D]`. Exact, or as plain torch computes in their dtype."""
+def _attend(mine: Sequence[Tensor], rule: HeadRule, size: int, begin: int, is_plain: bool, queries: Tensor) -> _Part:
+    """`mine`: q, k, v, dout of one head, `[T, D]`, with blocks of `size`. Exact, or as plain torch computes in their
+    dtype."""
     q, k, v, dout = mine
     end = int(queries.max()) + 1
     compute = q.dtype if is_plain else torch.float64
     q, k, v, dout = (x.to(compute) for x in (q[queries], k[begin:end], v[begin:end], dout[queries]))
     scale = q.shape[1] ** -0.5
-    mask = seen(queries - begin, end - begin)
-    scores = (q @ k.T * scale).masked_fill_(~mask, float("-inf"))
+    place, key = (queries - begin)[:, None], torch.arange(end - begin, device=q.device)
+    block = key[::size] // size
+    kept = rule.visible(place // size - block, block).repeat_interleave(size, 1)[:, : len(key)]
+    scores = (q @ k.T * scale).masked_fill_(~(kept & (key <= place)), float("-inf"))
     probs = scores.softmax(-1)
-    out = probs @ v
-    dprobs = dout @ v.T
-    dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, compute).mul_(scale)
-    return _Part(q, dout, probs, dscores, out, dscores @ k)
+    dscores = torch.ops.aten._softmax_backward_data(dout @ v.T, probs, -1, compute).mul_(scale)
+    return _Part(q, dout, probs, dscores, probs @ v, dscores @ k)

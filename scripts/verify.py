@@ -26,7 +26,6 @@ import contextlib
 import itertools
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,6 +41,7 @@ from torch import Tensor
 
 from s2 import ending
 from s2.attention import s2_attention
+from s2.attention.kernels.hopper.support import objection
 
 NAMES = ("out", "dq", "dk", "dv")
 SAMPLES = 64  # rows, and as many columns
@@ -98,9 +98,8 @@ class Inputs:
             borders = torch.tensor([0, *cuts, *[cuts[-1]] * 3], dtype=torch.int32, device=settings.device)
         tensors = []
         for heads in (call.heads, call.kv_heads, call.kv_heads, call.heads):
-            room = torch.full(
-                (tokens + 2 * GUARD, heads, call.head_dim), torch.nan, dtype=call.dtype, device=settings.device
-            )
+            shape = (tokens + 2 * GUARD, heads, call.head_dim)
+            room = torch.full(shape, torch.nan, dtype=call.dtype, device=settings.device)
             filled = room[GUARD : GUARD + cuts[-1]]
             filled.copy_(torch.randn(filled.shape, generator=generator, device=settings.device))
             tensors.append(room[GUARD : GUARD + tokens])
@@ -114,13 +113,18 @@ class Inputs:
             x[begin:end] = torch.nan
         return replace(self, tensors=tensors)
 
-    def run(self, attend: Attend) -> dict[str, Tensor]:
-        """Output and gradients, `[T, heads, D]`."""
+    def as_called(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """q, k, v, dout in the shape of the call, and its options."""
         call = self.call
         shape = (-1,) if self.cu_seqlens is not None else (call.batch, call.length)
-        q, k, v, dout = (x.view(*shape, *x.shape[1:]) for x in self.tensors)
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, call.pattern, rotation=call.rotation, cu_seqlens=self.cu_seqlens)
+        tensors = [x.view(*shape, *x.shape[1:]) for x in self.tensors]
+        return tensors, {"rotation": call.rotation, "cu_seqlens": self.cu_seqlens}
+
+    def run(self, attend: Attend) -> dict[str, Tensor]:
+        """Output and gradients, `[T, heads, D]`."""
+        (*inputs, dout), options = self.as_called()
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = attend(*inputs, self.call.pattern, **options)
         found = (out.detach(), *torch.autograd.grad(out, inputs, dout))
         return {name: x.reshape(-1, *x.shape[-2:]) for name, x in zip(NAMES, found, strict=True)}
 
@@ -197,21 +201,17 @@ def _check(call: Call, settings: Settings, result: Result) -> None:
     for name in NAMES:
         if inputs.cu_seqlens is not None and first[name][inputs.segments[-1][1] :].any():
             result.wrong.append(f"{name} is not 0 behind the last border")
-    second = inputs.run(attend)
-    differ = {name for name in NAMES if not torch.equal(first[name], second[name])}
+    differ = _differing(first, inputs.run(attend))
     result.repeats = f"but {', '.join(sorted(differ))}" if differ else "yes"
     result.wrong += [f"{name} is not the same bits in a second run" for name in sorted(differ - loose)]
-    del second
     if differ & loose:
         with deterministic():
-            one, two = inputs.run(attend), inputs.run(attend)
-        compare(one, " under deterministic algorithms")
-        result.wrong += [
-            f"{name} is not the same bits in a second run under deterministic algorithms"
-            for name in NAMES
-            if not torch.equal(one[name], two[name])
-        ]
-        del one, two
+            one = inputs.run(attend)
+            differ = _differing(one, inputs.run(attend))
+        how = " under deterministic algorithms"
+        compare(one, how)
+        result.wrong += [f"{name} is not the same bits in a second run{how}" for name in sorted(differ)]
+        del one
     if any(_bits(x) != before for x, before in zip(inputs.tensors, sums, strict=True)):
         result.wrong.append("an input was written to")
     if len(inputs.segments) > 1:
@@ -220,6 +220,10 @@ def _check(call: Call, settings: Settings, result: Result) -> None:
             mine, same = first[name][begin:end], beside[name][begin:end]
             if not (torch.allclose(mine, same, 2**-6, 2e-3) if name in loose else torch.equal(mine, same)):
                 result.wrong.append(f"{name} of tokens {begin} to {end - 1} changes when its neighbours are NaN")
+
+
+def _differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> set[str]:
+    return {name for name in NAMES if not torch.equal(first[name], second[name])}
 
 
 def _place(inputs: Inputs, token: int) -> str:
@@ -248,21 +252,14 @@ def who_answered(inputs: Inputs, out: Tensor, settings: Settings) -> tuple[str, 
     """The backend whose output has the same bits, and why it is no faster one."""
     if settings.backend is not None:
         return settings.backend, "it was asked for"
-    call, why = inputs.call, ""
-    q, k, v, _ = inputs.tensors if inputs.cu_seqlens is not None else [
-        x.view(call.batch, call.length, *x.shape[1:]) for x in inputs.tensors
-    ]  # fmt: skip
-    for backend in ("hopper", "triton") if settings.device == "cuda" else ("hopper", "sdpa"):
-        try:
-            own = s2_attention(
-                q, k, v, call.pattern, rotation=call.rotation, cu_seqlens=inputs.cu_seqlens, backend=backend
-            )
-        except ValueError as error:
-            why = re.sub(r".*does not take this call: (.*); got .*", r"\1", str(error), flags=re.DOTALL)
-            continue
+    (q, k, v, _), options = inputs.as_called()
+    pattern = inputs.call.pattern
+    why = objection(q, k, v, pattern, packed=inputs.cu_seqlens is not None)
+    for backend in ([] if why else ["hopper"]) + ["triton" if settings.device == "cuda" else "sdpa"]:
+        own = s2_attention(q, k, v, pattern, **options, backend=backend)
         if torch.equal(own.reshape(out.shape), out):
             return backend, why
-    return "torch", "dense rows of one length go to torch's own kernels" if call.pattern.is_dense else why
+    return "torch", "dense rows of one length go to torch's own kernels" if pattern.is_dense else why
 
 
 def may_differ(backend: str, call: Call) -> set[str]:
@@ -279,27 +276,22 @@ def may_differ(backend: str, call: Call) -> set[str]:
 def check_all(calls: Sequence[Call], settings: Settings, workers: int) -> list[Result]:
     """Calls whose kernels are compiled once go to one process, one after the other; what does not fit into memory
     beside others is tried again alone."""
+    if workers == 1:
+        return _check_group(calls, settings)
     groups: dict[tuple[Any, ...], list[Call]] = {}
     for call in calls:
         groups.setdefault(call.kernels, []).append(call)
     longest_first = sorted(groups.values(), key=lambda group: -max(call.length for call in group))
-    if workers == 1:
-        results = _check_group(calls, settings)
-    else:
-        with _pool(workers) as pool:
-            parts = pool.map(partial(_check_group, settings=settings), longest_first)
-            results = list(itertools.chain.from_iterable(parts))
-        again = [result.call for result in results if result.out_of_memory]
-        if again:
-            with _pool(1) as pool:
-                alone = pool.submit(_check_group, again, settings).result()
-            results = [result for result in results if not result.out_of_memory] + alone
-    order = [call.shape for call in calls]
-    return sorted(results, key=lambda result: order.index(result.call.shape))
+    found = _in_pool(longest_first, settings, workers)
+    if again := [call for call in calls if found[call].out_of_memory]:
+        found |= _in_pool([again], settings, 1)
+    return [found[call] for call in calls]
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, get_context("spawn"))
+def _in_pool(groups: Sequence[Sequence[Call]], settings: Settings, workers: int) -> dict[Call, Result]:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        parts = pool.map(partial(_check_group, settings=settings), groups)
+        return {result.call: result for result in itertools.chain.from_iterable(parts)}
 
 
 def _check_group(group: Sequence[Call], settings: Settings) -> list[Result]:
@@ -308,16 +300,13 @@ def _check_group(group: Sequence[Call], settings: Settings) -> list[Result]:
 
 def table(results: Sequence[Result]) -> str:
     header = ("recipe", "attention", "heads", "D", "tokens", "documents", "backend", *NAMES, "repeats", "s", "")
-    rows = [
-        (
-            result.call.recipe, result.call.attention, f"{result.call.heads}/{result.call.kv_heads}",
-            str(result.call.head_dim), f"{result.call.batch} x {result.call.length}", result.call.kind, result.backend,
-            *(f"{result.ratios[name]:.2f}" if name in result.ratios else "" for name in NAMES), result.repeats,
-            f"{result.seconds:.1f}",
-            "out of memory" if result.out_of_memory else "WRONG" if result.wrong else "right",
-        )
-        for result in results
-    ]  # fmt: skip
+    rows = []
+    for result in results:
+        call, verdict = result.call, "out of memory" if result.out_of_memory else "WRONG" if result.wrong else "right"
+        sizes = (f"{call.heads}/{call.kv_heads}", str(call.head_dim), f"{call.batch} x {call.length}")
+        ratios = (f"{result.ratios[name]:.2f}" if name in result.ratios else "" for name in NAMES)
+        seen = (result.repeats, f"{result.seconds:.1f}", verdict)
+        rows.append((call.recipe, call.attention, *sizes, call.kind, result.backend, *ratios, *seen))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     return "\n".join(line.rstrip() for line in lines)

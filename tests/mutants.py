@@ -1,4 +1,4 @@
-"""Whether the tests notice faults: each mutation of `mutations.py` is made in a copy of the tree, one at a time, and
+"""Whether the tests notice faults: each one of `mutations` is made in a copy of the tree, one at a time, and
 the tests that should catch it are run on that copy.
 
     python tests/mutants.py                      those that need no GPU

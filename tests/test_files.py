@@ -50,10 +50,22 @@ def test_folders_of_others_are_refused_and_left_as_they_are(tmp_path: Path) -> N
     for remove in (files.remove_folder, lambda folder: files.remove_files(folder, "*")):
         with pytest.raises(files.NotOursError, match=r"work"):
             remove(theirs)
-    partial = files.make_folder(tmp_path / "new.partial", "work")
-    with pytest.raises(files.NotOursError):
-        files.publish(partial, theirs)
     assert (theirs / "thesis.tex").read_text() == "x"
+
+
+def test_what_stands_in_the_way_of_a_folder_moves_aside_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("hf", "hf.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text(name)
+    files.publish(files.begin(tmp_path / "hf", "export"), tmp_path / "hf")
+    assert (tmp_path / "hf.1" / "thesis.tex").read_text() == "hf"
+    assert (tmp_path / "hf.partial.1" / "thesis.tex").read_text() == "hf.partial"
+    assert files.kind_of(tmp_path / "hf") == "export" and capsys.readouterr().out.count("it is now") == 2
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+    (files.begin(tmp_path / "hf", "export") / "half").write_text("x")
+    assert os.listdir(files.begin(tmp_path / "hf", "export")) == [files.MARK]
 
 
 def test_a_folder_of_another_kind_and_a_file_in_its_place_are_refused(tmp_path: Path) -> None:
@@ -84,15 +96,6 @@ def test_what_was_made_later_inside_a_published_folder_goes_with_it(tmp_path: Pa
     files.publish(partial, tmp_path / "a")
     (files.make_folder(tmp_path / "a" / "converted", "conversion") / "x").write_text("x")
     assert files.remove_folder(tmp_path / "a") and not (tmp_path / "a").exists()
-
-
-def test_a_published_folder_knows_the_sizes_of_its_files(tmp_path: Path) -> None:
-    partial = files.make_folder(tmp_path / "a.partial", "checkpoint")
-    (partial / "w").write_text("weights")
-    files.publish(partial, tmp_path / "a")
-    assert files.damage(tmp_path / "a", files.listed_files(tmp_path / "a")) is None
-    (tmp_path / "a" / "w").write_text("weight")
-    assert "6 bytes, not the 7" in str(files.damage(tmp_path / "a", files.listed_files(tmp_path / "a")))
 
 
 def test_publishing_over_a_folder_with_a_note_moves_it_aside(tmp_path: Path) -> None:
@@ -127,8 +130,8 @@ def test_a_link_takes_the_place_of_links_only(tmp_path: Path) -> None:
     files.point(tmp_path / "last", "step-2")
     assert os.readlink(tmp_path / "last") == "step-2"
     (tmp_path / "copy").mkdir()
-    with pytest.raises(files.NotOursError):
-        files.point(tmp_path / "copy", "step-2")
+    files.point(tmp_path / "copy", "step-2")
+    assert os.readlink(tmp_path / "copy") == "step-2" and (tmp_path / "copy.1").is_dir()
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "remove"])

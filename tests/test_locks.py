@@ -1,5 +1,6 @@
 """One writer at a time, and nobody waits for the dead."""
 
+import errno
 import json
 import os
 import subprocess
@@ -78,6 +79,21 @@ def test_a_lock_that_another_host_renews_is_respected(tmp_path: Path, monkeypatc
 
 def test_a_lock_that_another_host_left_is_taken_over(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     monkeypatch.setattr(locks, "_PATIENCE", 0.6)
+    _of_another_host(tmp_path)
+    with locks.lock(tmp_path):
+        pass
+    assert "taking over from process 1 on node7" in capfd.readouterr().err
+
+
+def test_without_flock_the_renewals_tell(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refused)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.3)
+    monkeypatch.setattr(locks, "_PATIENCE", 1.2)
+    with locks.lock(tmp_path), pytest.raises(locks.LockedError, match=f"process {os.getpid()} on "):
+        locks.lock(tmp_path)
     _of_another_host(tmp_path)
     with locks.lock(tmp_path):
         pass

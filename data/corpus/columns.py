@@ -6,7 +6,7 @@ first.
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from s2.settings import SettingError
 
 
-class RowError(Exception):
+class RowError(ValueError):
     """A file that cannot be read as what it claims to be; the message names the file and the place in it."""
 
 
@@ -25,8 +25,11 @@ class BadRowError(RowError):
     """
 
     def __init__(self, file: object, place: str, reason: str):
-        super().__init__(f"{file}, {place}: {reason}")
+        super().__init__(str(file), place, reason)  # so that it can be handed from one process to another
         self.file, self.place, self.reason = str(file), place, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.place}: {self.reason}"
 
 
 class WrongValueError(Exception):
@@ -68,7 +71,7 @@ class Columns:
                 raise SettingError(f"{key}_column", "expected the name of a column, got ''")
         if not isinstance(self.keep, Mapping):
             raise SettingError("keep", f"expected a mapping from columns to conditions, got {self.keep!r}")
-        conditions = {column: _condition(f"keep.{column}", wanted) for column, wanted in self.keep.items()}
+        conditions = {column: _condition(column, wanted) for column, wanted in self.keep.items()}
         object.__setattr__(self, "_conditions", conditions)
 
     @property
@@ -81,64 +84,44 @@ class Columns:
 
         Raises WrongValueError for a value that cannot be compared with the condition.
         """
-        conditions: dict[str, _Condition] = self._conditions  # type: ignore[attr-defined]
+        conditions: dict[str, Callable[[Any], bool]] = self._conditions  # type: ignore[attr-defined]
         for column, condition in conditions.items():
             value = find(row, column)[1]
-            if value is None or not condition.holds(column, value):
+            if value is None or not condition(value):
                 return column
         return None
 
 
-def plain_conditions(keep: Any) -> Any:
-    """Conditions as JSON holds them: dates, which some YAML readers make, become text."""
-    if isinstance(keep, Mapping):
-        return {key: plain_conditions(value) for key, value in keep.items()}
-    if isinstance(keep, list | tuple):
-        return [plain_conditions(value) for value in keep]
-    return keep.isoformat() if isinstance(keep, date) else keep
-
-
-@dataclass(frozen=True)
-class _Condition:
-    """values: one of these (None: any); low, high: bounds, inclusive, both numbers or both times."""
-
-    values: tuple[Any, ...] | None = None
-    low: Any = None
-    high: Any = None
-
-    def holds(self, column: str, value: Any) -> bool:
-        if self.values is not None:
-            return any(_equals(column, value, wanted) for wanted in self.values)
-        if isinstance(self.low, datetime):
-            if (span := _span(value)) is None:
-                raise WrongValueError(f"column {column!r} holds {_short(value)}, and keep.{column} asks for dates")
-            return self.low <= span[0] <= self.high
-        if isinstance(value, bool) or not _is_number(value):
-            raise WrongValueError(f"column {column!r} holds {_short(value)}, and keep.{column} asks for numbers")
-        return self.low <= value <= self.high
-
-
-def _condition(key: str, wanted: Any) -> _Condition:
+def _condition(column: str, wanted: Any) -> Callable[[Any], bool]:
+    """Whether a value of the column passes; raises WrongValueError where it cannot be compared."""
+    key = f"keep.{column}"
     expected = f"expected a value, a list or {{min, max}}, got {wanted!r}"
     if not isinstance(wanted, Mapping):
         values = tuple(wanted) if isinstance(wanted, list | tuple) else (wanted,)
-        if not all((isinstance(value, str | date) or _is_number(value)) and value == value for value in values):
+        if not all((isinstance(value, str) or _is_number(value)) and value == value for value in values):
             raise SettingError(key, expected)
         if not values:
             raise SettingError(key, "an empty list keeps no row")
-        return _Condition(values)
+        return lambda value: any(_equals(column, value, each) for each in values)
     if not wanted or set(wanted) - {"min", "max"}:
         raise SettingError(key, expected)
     bounds = {name: _bound(key, bound) for name, bound in wanted.items()}
-    are_dates = {isinstance(low, datetime) for low, _ in bounds.values()}
-    if len(are_dates) > 1:
+    if len({isinstance(low, datetime) for low, _ in bounds.values()}) > 1:
         raise SettingError(key, f"{wanted['min']} and {wanted['max']} are not both numbers or both dates")
-    all_dates = are_dates.pop()
-    low, _ = bounds.get("min", (datetime.min if all_dates else -math.inf, None))
-    _, high = bounds.get("max", (None, datetime.max if all_dates else math.inf))
+    are_dates = any(isinstance(low, datetime) for low, _ in bounds.values())
+    low, _ = bounds.get("min", (datetime.min if are_dates else -math.inf, None))
+    _, high = bounds.get("max", (None, datetime.max if are_dates else math.inf))
     if low > high:
         raise SettingError(key, f"min {wanted['min']} is above max {wanted['max']}, so no row is kept")
-    return _Condition(low=low, high=high)
+
+    def is_between(value: Any) -> bool:
+        span = _span(value) if are_dates else (value, value) if _is_number(value) else None
+        if span is None or isinstance(value, bool):
+            what = "dates" if are_dates else "numbers"
+            raise WrongValueError(f"column {column!r} holds {_short(value)}, and {key} asks for {what}")
+        return bool(low <= span[0] <= high)
+
+    return is_between
 
 
 def _bound(key: str, bound: Any) -> tuple[Any, Any]:
@@ -153,8 +136,6 @@ def _equals(column: str, value: Any, wanted: Any) -> bool:
     if isinstance(value, date):
         span, moments = _span(wanted), _span(value)
         return span is not None and moments is not None and span[0] <= moments[0] <= span[1]
-    if isinstance(wanted, date):
-        wanted = wanted.isoformat()
     if isinstance(value, str) != isinstance(wanted, str) and (_is_number(value) or isinstance(value, str)):
         raise WrongValueError(f"column {column!r} holds {_short(value)}, which is never {wanted!r} (keep.{column})")
     return bool(value == wanted)

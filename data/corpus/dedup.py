@@ -1,9 +1,9 @@
 """Exact and near-duplicate removal over a whole corpus, before it is tokenized.
 
-Each part is scanned on its own (`scan`), in parallel: a digest of each document's text and, for near-duplicates, its
-MinHash signature over word n-grams (Broder 1997). Then one process goes through the scans in reading order and keeps
-the first of each set of duplicates (`Deduplicator`): candidates come from banded locality-sensitive hashing, and are
-compared by the similarity that the signatures estimate. What is kept does not depend on the number of processes.
+Parts are scanned in parallel (`scan`): a digest of each document's text and, for near-duplicates, its MinHash signature
+over word n-grams (Broder 1997). Then one process keeps the first of each set of duplicates in reading order
+(`Deduplicator`): candidates come from banded locality-sensitive hashing, and are compared by the similarity that the
+signatures estimate.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
-from data.corpus.sources import Document
+from data.corpus.readers import Document
 from s2.settings import Check, Positive, SettingError, Settings, Share
 
 
@@ -25,8 +25,7 @@ class Deduplicate(Settings):
 
     threshold: documents whose Jaccard similarity is at least that are duplicates; None compares whole texts only.
     words: length of the n-grams, in words between white space (in scripts without spaces a text is one word).
-    permutations: size of the signatures; the error of the similarity is about
-        1 / sqrt(permutations).
+    permutations: size of the signatures; the error of the similarity is about 1 / sqrt(permutations).
     """
 
     threshold: Share | None = 0.8
@@ -82,8 +81,7 @@ def _ngrams(text: str, words: int) -> set[bytes]:
 
 class Deduplicator:
     """Decides about documents in order, in one process: exact duplicates at about a microsecond and 100 bytes a
-    document, near-duplicates at 0.3 milliseconds and 4 kilobytes. So near-duplicates are for corpora of up to some ten
-    million documents; the large web corpora have been through such a pass already."""
+    document, near-duplicates at 0.3 milliseconds and 4 kilobytes, so for up to some ten million documents."""
 
     def __init__(self, settings: Deduplicate):
         self.settings = settings

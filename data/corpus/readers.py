@@ -1,9 +1,7 @@
 """One reader for each corpus format, in a fixed order; `pick` makes documents of their rows.
 
-JSON lines are read line by line rather than through the `datasets` builder: that one fixes the column types
-on its first chunk and then rejects files whose rows do not all have the same fields, and it cannot say which
-line is broken. Parquet goes through pyarrow so that only the columns in use are read. Files may be remote
-(`data.corpus.remote`): a hub dataset is read like local files, in ranges, without being downloaded.
+JSON lines are not read through the `datasets` builder, which fixes the column types on its first chunk, rejects files
+whose rows do not all have the same fields, and cannot say which line is broken. Files may be remote.
 """
 
 import bz2
@@ -29,12 +27,12 @@ _BOM = b"\xef\xbb\xbf"
 _BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
-class Row(NamedTuple):
-    """A document as a file holds it: its text, an id and a url ("" where there is none)."""
+class Document(NamedTuple):
+    """A text, an id that is stable across machines and runs, and a url ("" where none is known)."""
 
     text: str
     id: str
-    url: str
+    url: str = ""
 
 
 OnBad = Callable[[BadRowError], None]
@@ -211,7 +209,7 @@ def open_parquet(file: str | Path) -> Any:
         raise RowError(f"{file}: not a parquet file, or a truncated one ({error})") from error
 
 
-def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[Row]:
+def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[Document]:
     """A whole file as one document; binary and non-UTF-8 files are skipped and counted."""
     try:
         with open_binary(file) as stream:
@@ -224,14 +222,14 @@ def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[
         skipped["binary"] += 1
         return
     try:
-        yield Row(content.decode("utf-8-sig").replace("\r\n", "\n"), row_id, "")
+        yield Document(content.decode("utf-8-sig").replace("\r\n", "\n"), row_id)
     except UnicodeDecodeError:
         skipped["undecodable"] += 1
 
 
 def pick(
     rows: RawRows, columns: Columns, file: str, name: str, skipped: Counter[str], on_bad: OnBad = stop
-) -> Iterator[Row]:
+) -> Iterator[Document]:
     """The rows that are kept, with their text, id and url. Where no column gives ids they are `name` and the number.
 
     skipped: counts the others by reason. on_bad: as of `json_rows`.
@@ -252,7 +250,7 @@ def pick(
             continue
         given_id = find(row, columns.id)[1] if columns.id is not None else None
         url = find(row, columns.url)[1] if columns.url is not None else None
-        yield Row(text, f"{name}:{number}" if given_id is None else str(given_id), "" if url is None else str(url))
+        yield Document(text, f"{name}:{number}" if given_id is None else str(given_id), "" if url is None else str(url))
 
 
 def no_column(column: str, found: Iterable[str]) -> str:

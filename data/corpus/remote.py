@@ -1,9 +1,8 @@
 """Corpora that lie elsewhere: the files of a Hugging Face dataset, and any remote file read by ranges.
 
-`hub_files` asks the hub once which files a subset and split consist of, at which commit. `open_remote` then reads one
-of them like a local file: a parquet reader fetches only the columns it wants, a line reader streams. Networks fail in
-a preparation that runs for days, so whatever may pass by itself (a dropped connection, silence, HTTP 429 and 5xx) is
-tried again as `RETRIES` says; what will not (no such file, no access) is reported at once.
+`open_remote` reads a file like a local one: a parquet reader fetches only the columns it wants, a line reader streams.
+What may pass by itself (a dropped connection, silence, HTTP 429 and 5xx) is tried again as `RETRIES` says; what will
+not (no such file, no access) is reported at once.
 
 Bytes of `hf://` files come over the hub library's own http session, below its file system: that one hides five retries
 in each of ours, does not check that it got the range it asked for, and starts a block again from its first byte. Other
@@ -53,14 +52,6 @@ class SourceError(OSError):
     """A remote file or dataset that could not be read in all attempts; the message names url, offset and cause."""
 
 
-@dataclass(frozen=True)
-class HubFiles:
-    """The files of one split, urls or local absolute paths in dataset order, and their commit (None: local)."""
-
-    files: tuple[str, ...]
-    revision: str | None
-
-
 def hub_files(
     name: str,
     subset: str | None,
@@ -69,8 +60,9 @@ def hub_files(
     *,
     data_dir: str | None = None,
     pattern: str | None = None,
-) -> HubFiles:
-    """The files of `split` of a hub dataset's `subset`, as its card lays them out; `name` may be a local folder.
+) -> tuple[list[str], str | None]:
+    """The files of `split` of a hub dataset's `subset`, as its card lays them out, and their commit. `name` may be a
+    local folder: then they are absolute paths and no urls, and there is no commit.
 
     data_dir: only files below this folder. pattern: the files that match it, whatever the card says.
 
@@ -109,7 +101,7 @@ def hub_files(
         raise ValueError(f"hub dataset {name!r} has no split {split!r}{which}; it has: {', '.join(map(str, splits))}")
     if not splits[split]:
         raise FileNotFoundError(f"hub dataset {name!r}: its card names no existing file for split {split!r}")
-    return HubFiles(tuple(dict.fromkeys(splits[split])), commit)  # a card's patterns may match a file twice
+    return list(dict.fromkeys(splits[split])), commit  # a card's patterns may match a file twice
 
 
 def _commit(name: str, revision: str | None) -> tuple[str, str]:

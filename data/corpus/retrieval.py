@@ -1,17 +1,13 @@
 """Synthetic retrieval documents: training data that asks for what stands earlier in the same text.
 
-    sources:
-      - {path: retrieval, name: facts, retrieval: {documents: 5000, facts: [2, 16]}}
-      - {path: retrieval, name: hidden, retrieval: {documents: 900, facts: [1, 8], chars: [1000, 6000],
-         filler: runs/demo/data/train}}
+    sources: [{path: retrieval, name: facts, retrieval: {documents: 5000, facts: [2, 16]}}]
 
 Each document states facts that exist nowhere else (a made-up number under a made-up key), in one of several wordings,
 and at its end asks for each of them, in the same or another wording; with `filler`, the facts lie scattered in ordinary
-text. Nothing of it is a corpus: a model learns no knowledge from it, only to look things up in its context, which plain
-text teaches a small model very slowly, and over lengths that few texts have. Say so where such a model is reported.
+text. A model learns no knowledge from it, only to look things up in its context. Say so where such a model is reported.
 
-The evaluations ask in sentences and for keys of their own (`eval.needle`, `eval.tasks.passkey`); none of those occur
-here, and a test keeps it so. What a document says depends on the settings, the seed and its number alone.
+The sentences and keys of the evaluations (`eval.needle`, `eval.tasks.passkey`) do not occur here, and a test keeps it
+so. What a document says depends on the settings, the seed and its number alone.
 """
 
 import random
@@ -22,7 +18,7 @@ from typing import Annotated
 
 import numpy as np
 
-from data.corpus.readers import Row
+from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
 from data.shards.reader import TokenShards
 from s2.settings import Check, Count, Positive, SettingError, Settings
@@ -103,10 +99,10 @@ class Retrieval(Settings):
             _filler(self.filler)
 
 
-def read_retrieval(settings: Retrieval, first: int, stop: int) -> Iterator[Row]:
+def read_retrieval(settings: Retrieval, first: int, stop: int) -> Iterator[Document]:
     """Documents [first, stop); the id of each is its seed and number."""
     for number in range(first, stop):
-        yield Row(document(settings, number), f"{settings.seed}:{number}", "")
+        yield Document(document(settings, number), f"{settings.seed}:{number}")
 
 
 def document(settings: Retrieval, number: int) -> str:

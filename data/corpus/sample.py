@@ -1,7 +1,7 @@
 """The sample of a corpus that its tokenizer is trained on.
 
-It is spread evenly over all of a source, not taken from its beginning: files come in the order of their names, and
-these often go by language, domain or date. Which documents it is depends on the corpus and the seed alone.
+It is spread over all of a source, whose files often come by language, domain or date. Which documents it is depends on
+the corpus and the seed alone.
 """
 
 import bisect
@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from data.corpus.limit import Limit
-from data.corpus.parts import Part, file_size, row_groups
-from data.corpus.readers import PACKS, OnBad, stop
-from data.corpus.sources import Document, Source
+from data.corpus.parts import Part, row_groups
+from data.corpus.readers import PACKS, Document, OnBad, stop
+from data.corpus.sources import Limit, Source
 
 READ = 2  # bytes that are looked at for each byte of the sample; a source that has no more on disk is read whole
 _STRETCH, _PLACES = 4 << 20, 64  # of a larger one, up to that many bytes at each of at least as many places
@@ -32,15 +31,10 @@ def sample_texts(
     on_bad: OnBad = stop,
 ) -> Iterator[str]:
     """Texts of about `sample_bytes` UTF-8 bytes: an equal share from each source, and where one has less, more from the
-    others.
+    others. Documents that `is_heldout` (by id) are not taken.
 
     Within a source every document has the same chance, in proportion to the size of its files; long documents count
     with their beginning. Of a compressed file larger than the share of it, the beginning is read.
-
-    Args:
-        parts: of each source (`Source.parts`).
-        is_heldout: by id, documents that are not taken.
-        on_bad: see `Source.read`.
     """
     found: dict[int, _Reservoir] = {}
     left = max(sample_bytes, len(sources))
@@ -125,7 +119,7 @@ def _pieces(part: Part, places: list[int], stretch: int, step: int) -> Counter[P
     if not places:
         return found
     whole = part.span is not None or len(part.files) == 1
-    sizes = [part.size] if whole else [file_size(path) for path, _ in part.files]
+    sizes = [part.size] if whole else [file.size for file in part.files]
     ends = list(itertools.accumulate(sizes))
     taken = 0  # files before this one have been
     for place in places:
@@ -144,14 +138,14 @@ def _pieces(part: Part, places: list[int], stretch: int, step: int) -> Counter[P
 
 def _piece(part: Part, i: int, offset: int, size: int, step: int) -> Part:
     """File `i` of a part from `offset` on, or as much of it as can be read on its own."""
-    path, name = part.files[i]
+    file = part.files[i]
     span = part.span
-    if part.format == "jsonl" and not path.endswith(PACKS):
+    if part.format == "jsonl" and not file.path.endswith(PACKS):
         begin, end = span or (0, size)
         at = min(begin + offset, end)
         span = (at, min(at + step, end))
     elif part.format == "parquet":
-        first, last = span or (0, row_groups(path))
+        first, last = span or (0, row_groups(file.path))
         at = first + min(offset * (last - first) // max(1, size), last - first - 1)
         span = (at, at + 1) if last > first else span
-    return Part(part.format, ((path, name),), span, min(step, size))
+    return Part(part.format, (file,), span, min(step, size))

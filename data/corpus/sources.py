@@ -1,9 +1,7 @@
-"""Corpora as streams of documents: hub datasets, parquet, JSON lines, text files, folders, this Python
-environment, synthetic retrieval documents.
+"""Corpora as streams of documents.
 
-A `Source` is one entry of a recipe's `prepare.sources`. It comes in parts that are read independently of each other;
-whatever the format and however many parts, reading them in order yields the same documents in the same order, with
-ids that do not depend on where the corpus lies on disk: the train/held-out split hashes them.
+A `Source` is one entry of a recipe's `prepare.sources`. However many parts it comes in, reading them in order yields
+the same documents, with ids that do not depend on where the corpus lies on disk: the train/held-out split hashes them.
 """
 
 import glob
@@ -12,27 +10,16 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpus.columns import Columns, RowError, find, plain_conditions
-from data.corpus.folders import NamedFile, folder_files, matching_files, python_env_files
-from data.corpus.formats import TEXT_SUFFIXES, Format, Found, format_of, known_format, listed, of_one_format
+from data.corpus import folders, readers
+from data.corpus.columns import Columns, find
+from data.corpus.folders import TEXT_SUFFIXES, Format, Found, NamedFile
 from data.corpus.parts import Part, divide, divide_made
-from data.corpus.readers import (
-    OnBad,
-    Row,
-    json_rows,
-    no_column,
-    open_parquet,
-    parquet_rows,
-    parquet_type,
-    pick,
-    read_text,
-    stop,
-)
+from data.corpus.readers import Document, OnBad, stop
 from data.corpus.remote import hub_files
 from data.corpus.retrieval import Retrieval, read_retrieval
 from s2.settings import Count, Positive, SettingError, Settings
@@ -41,17 +28,6 @@ PART_BYTES = 128 << 20
 PROBED_ROWS = 1000
 LOST = "lone surrogates"  # replaced by "?"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: its text, an id that is stable across machines and runs, the name of its source, and its url
-    ("" where none is known)."""
-
-    text: str
-    id: str
-    source: str
-    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +79,6 @@ class Source(Settings):
             raise SettingError("data_dir", f"{self.data_dir!r} is for hub datasets; of others `path` names the folder")
         if (self.path == "retrieval") != (self.retrieval is not None):
             raise SettingError("retrieval", "settings of a source with `path: retrieval`, and of no other")
-        object.__setattr__(self, "keep", plain_conditions(self.keep))
         self.columns  # noqa: B018  # checks the conditions
 
     @classmethod
@@ -142,13 +117,11 @@ class Source(Settings):
         """
         if self._is_hub:
             return Found("hub", [], [])
-        if self.path == "python-env":
-            if self.format not in ("auto", "python-env"):
-                raise ValueError(f"source path 'python-env': format {self.format!r} does not go with it")
-            return Found("text", python_env_files(self.suffixes), [])
-        if self.retrieval is not None:
-            if self.format != "auto":
-                raise ValueError(f"source path 'retrieval': format {self.format!r} does not go with it")
+        if self.path == "python-env" or self.retrieval is not None:
+            if self.format not in ("auto", self.path):
+                raise ValueError(f"source path {self.path!r}: format {self.format!r} does not go with it")
+            if self.retrieval is None:
+                return Found("text", folders.python_env_files(self.suffixes), [])
             self.retrieval.check()
             return Found("retrieval", [], [])
         root = Path(self.path).expanduser()
@@ -156,14 +129,16 @@ class Source(Settings):
             what = "'python-env'" if self.format == "python-env" else "a folder"
             raise ValueError(f"source path {self.path!r}: with format {self.format!r} the path is {what}")
         if root.is_dir():
-            return of_one_format(self.path, folder_files(root), self.format.replace("folder", "text"), self.suffixes)
-        files = matching_files(self.path)
+            return folders.of_one_format(
+                self.path, folders.folder_files(root), self.format.replace("folder", "text"), self.suffixes
+            )
+        files = folders.matching_files(self.path)
         if not files:
             raise FileNotFoundError(
                 f"source path {self.path!r}: no such file, folder or match"
                 " (a Hugging Face dataset is written hf://owner/name)"
             )
-        formats = {format_of(path) if self.format == "auto" else self.format for path, _ in files}
+        formats = {folders.format_of(path) if self.format == "auto" else self.format for path, _ in files}
         if len(formats) > 1:
             raise ValueError(
                 f"source path {self.path!r} matches files of several formats: {', '.join(sorted(formats))}; make them"
@@ -171,9 +146,8 @@ class Source(Settings):
             )
         return Found(formats.pop(), files, [])
 
-    def parts(self, part_bytes: int = PART_BYTES) -> tuple[list[Part], str | None]:
-        """The source in parts of about `part_bytes` on disk (`data.corpus.parts.divide`), and the revision of a hub
-        dataset.
+    def parts(self, part_bytes: int = PART_BYTES, before: Mapping[str, int] = {}) -> tuple[list[Part], str | None]:
+        """The source in parts (arguments as of `data.corpus.parts.divide`), and the revision of a hub dataset.
 
         Raises FileNotFoundError and ValueError as `resolve`, ValueError for a hub dataset in another format than
         parquet and JSON lines, `data.corpus.remote.SourceError` where the hub does not answer.
@@ -186,11 +160,8 @@ class Source(Settings):
             kind, files, revision = self._on_hub()
         if left_out:
             read = f"reading {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
-            print(f"source {self.label}: {read}, leaving out {listed(left_out)}", file=sys.stderr)
-        try:
-            return divide(kind, files, part_bytes), revision
-        except RowError as error:
-            raise ValueError(f"source path {self.path!r}: {error}") from error
+            print(f"source {self.label}: {read}, leaving out {folders.listed(left_out)}", file=sys.stderr)
+        return divide(kind, files, part_bytes, before), revision
 
     def probe(self, parts: list[Part]) -> None:
         """Find out early what would stop the reading: a format or a text column that is wrong, or a column that none
@@ -201,18 +172,17 @@ class Source(Settings):
         missing = dict.fromkeys(self.columns.names)
         there: dict[str, None] = {}
         if parts and parts[0].format not in ("text", "retrieval"):
-            file = parts[0].files[0][0]
-            try:
-                for names, found in itertools.islice(self._first_rows(parts), PROBED_ROWS):
-                    there |= dict.fromkeys(names)
-                    missing = {column: None for column in missing if column not in found}
-                    if not missing:
-                        break
-            except RowError as error:
-                raise ValueError(f"source path {self.path!r}: {error}") from error
+            file = parts[0].files[0].path
+            for names, found in itertools.islice(self._first_rows(parts), PROBED_ROWS):
+                there |= dict.fromkeys(names)
+                missing = {column: None for column in missing if column not in found}
+                if not missing:
+                    break
             if missing and there:
                 rows = f" in its first {PROBED_ROWS:,} rows" if parts[0].format == "jsonl" else ""
-                raise ValueError(f"source path {self.path!r}: {file} has {no_column(next(iter(missing)), there)}{rows}")
+                raise ValueError(
+                    f"source path {self.path!r}: {file} has {readers.no_column(next(iter(missing)), there)}{rows}"
+                )
         for part in parts[:1]:
             next(self.read(part, on_bad=lambda error: None), None)
 
@@ -220,14 +190,14 @@ class Source(Settings):
         """Names of the columns, and which of those asked for are there, row by row (of parquet: file by file)."""
         names = self.columns.names
         for part in parts:
-            for path, _ in part.files:
+            for path, *_ in part.files:
                 if part.format == "jsonl":
-                    for _, _, row in json_rows(path, part.span, on_bad=lambda error: None):
+                    for _, _, row in readers.json_rows(path, part.span, on_bad=lambda error: None):
                         yield row, [name for name in names if find(row, name)[0]]
                 else:
-                    with open_parquet(path) as table:
+                    with readers.open_parquet(path) as table:
                         schema = table.schema_arrow
-                    yield schema.names, [name for name in names if parquet_type(schema, name) is not None]
+                    yield schema.names, [name for name in names if readers.parquet_type(schema, name) is not None]
 
     def read(self, part: Part, skipped: Counter[str] | None = None, on_bad: OnBad = stop) -> Iterator[Document]:
         """Yield the documents of one part.
@@ -242,18 +212,15 @@ class Source(Settings):
         skipped = Counter() if skipped is None else skipped
         label = self.label
         min_chars = self.min_chars if self.min_chars is not None else (200 if self.path == "python-env" else 1)
-        try:
-            for path, name in part.files:
-                for row in self._rows(part, path, name, skipped, on_bad):
-                    if len(row.text) < min_chars:
-                        skipped["short"] += 1
-                        continue
-                    text = _valid(row.text)
-                    if text is not row.text:
-                        skipped[LOST] += len(_SURROGATE.findall(row.text))
-                    yield Document(text, _valid(f"{label}/{row.id}"), label, _valid(row.url))
-        except RowError as error:
-            raise ValueError(f"source path {self.path!r}: {error}") from error
+        for path, name, *_ in part.files:
+            for row in self._rows(part, path, name, skipped, on_bad):
+                if len(row.text) < min_chars:
+                    skipped["short"] += 1
+                    continue
+                text = _valid(row.text)
+                if text is not row.text:
+                    skipped[LOST] += len(_SURROGATE.findall(row.text))
+                yield Document(text, _valid(f"{label}/{row.id}"), _valid(row.url))
 
     def documents(self) -> Iterator[Document]:
         """All documents in order, whatever `max_bytes` and `max_documents` say. Raises as `parts`, `probe`, `read`."""
@@ -262,29 +229,31 @@ class Source(Settings):
         for part in parts:
             yield from self.read(part)
 
-    def _rows(self, part: Part, path: str, name: str, skipped: Counter[str], on_bad: OnBad) -> Iterator[Row]:
+    def _rows(self, part: Part, path: str, name: str, skipped: Counter[str], on_bad: OnBad) -> Iterator[Document]:
         if part.format == "text":
-            return read_text(path, name, skipped)
+            return readers.read_text(path, name, skipped)
         if self.retrieval is not None and part.span is not None:
             return read_retrieval(self.retrieval, *part.span)
         columns = self.columns
         is_parquet = part.format == "parquet"
-        rows = parquet_rows(path, columns, part.span) if is_parquet else json_rows(path, part.span, on_bad)
-        return pick(rows, columns, path, name, skipped, on_bad)
+        rows = (
+            readers.parquet_rows(path, columns, part.span) if is_parquet else readers.json_rows(path, part.span, on_bad)
+        )
+        return readers.pick(rows, columns, path, name, skipped, on_bad)
 
     def _on_hub(self) -> tuple[str, list[NamedFile], str | None]:
         """Format, files and revision of a hub dataset."""
         name, data_dir, pattern = self._place_on_hub()
-        found = hub_files(name, self.subset, self.split, self.revision, data_dir=data_dir, pattern=pattern)
-        files = [(url, self._name_on_hub(url)) for url in found.files]
-        kinds = {known_format(url) for url in found.files}
+        urls, revision = hub_files(name, self.subset, self.split, self.revision, data_dir=data_dir, pattern=pattern)
+        files = [(url, self._name_on_hub(url)) for url in urls]
+        kinds = {folders.known_format(url) for url in urls}
         if len(kinds) > 1 or not kinds <= {"parquet", "jsonl"}:
             raise ValueError(
                 f"source path {self.path!r}: expected parquet or JSON lines files of one kind in the hub dataset, got"
-                f" {listed([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
+                f" {folders.listed([name for _, name in files])}; choose by `data_dir` or a pattern, as in"
                 " hf://owner/name/data/*.parquet"
             )
-        return str(kinds.pop()), files, found.revision
+        return str(kinds.pop()), files, revision
 
     def _place_on_hub(self) -> tuple[str, str | None, str | None]:
         """Dataset (or local folder), folder in it and pattern of files in it that `path` and `data_dir` say."""
@@ -295,7 +264,7 @@ class Source(Settings):
         name, below = "/".join(parts[:2]), "/".join(parts[2:])
         if below and self.data_dir:
             raise ValueError(f"source path {self.path!r} names a place in the dataset, and so does data_dir; say one")
-        if glob.has_magic(below) or known_format(below):
+        if glob.has_magic(below) or folders.known_format(below):
             return name, None, below
         return name, below or self.data_dir, None
 
@@ -315,3 +284,53 @@ def _valid(text: str) -> str:
     except UnicodeEncodeError:
         return _SURROGATE.sub("?", text)
     return text
+
+
+@dataclass
+class Limit:
+    """The limits of a source (None: there is none) and what has been taken of it: bytes of text, documents.
+
+    The same for any number of workers. A first document is taken however long it is. reached: nothing more is taken.
+    """
+
+    most_bytes: int | None = None
+    most_documents: int | None = None
+    bytes: int = 0
+    documents: int = 0
+    reached: bool = False
+
+    @classmethod
+    def of(cls, source: Source) -> "Limit":
+        return cls(source.max_bytes, source.max_documents)
+
+    @property
+    def is_none(self) -> bool:
+        return self.most_bytes is None and self.most_documents is None
+
+    def allows(self, size: int, documents: int = 1) -> bool:
+        """Whether so much more stays within the limit."""
+        count = self.documents + documents
+        return (self.most_documents is None or count <= self.most_documents) and (
+            self.most_bytes is None or self.bytes + size <= self.most_bytes or count <= 1
+        )
+
+    def add(self, size: int, documents: int = 1) -> None:
+        self.bytes += size
+        self.documents += documents
+        full = self.most_bytes is not None and self.bytes >= self.most_bytes
+        self.reached |= full or (self.most_documents is not None and self.documents >= self.most_documents)
+
+    def takes(self, size: int) -> bool:
+        """Whether the next document, of `size` bytes of text, is still taken; after the first that is not, none is."""
+        self.reached = self.reached or not self.allows(size)
+        if not self.reached:
+            self.add(size)
+            return True
+        return False
+
+    def within(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents that are taken."""
+        for document in documents:
+            if not self.takes(len(document.text.encode())):
+                return
+            yield document

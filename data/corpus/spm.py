@@ -1,7 +1,6 @@
 """SentencePiece models as `tokenizers` tokenizers whose ids equal those of the SentencePiece library.
 
-Each converter in transformers is written for one family of models and passes over the settings that others change
-(LlamaConverter suits Llama 2 alone). This one follows the rules of SentencePiece itself:
+Converters in transformers suit one family of models each; this one follows the rules of SentencePiece itself:
 
 - text is normalized by the model's character map, white space is collapsed and stripped, the text gets a dummy
   prefix (or suffix), and spaces become "▁", each where the model asks for it;

@@ -190,8 +190,7 @@ class TextTokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path) -> None:
     """Train a byte-level BPE and write `file`.
 
-    Special tokens `<|bos|>`, `<|eos|>`, `<|pad|>` take ids 0, 1, 2. Encoding with special tokens prepends
-    `<|bos|>`, which is how documents begin in the shards.
+    Special tokens `<|bos|>`, `<|eos|>`, `<|pad|>` take ids 0, 1, 2. Encoding with special tokens prepends `<|bos|>`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer()
@@ -221,8 +220,7 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 def _lines_are_apart(tokenizer: Tokenizer) -> bool:
     """Whether a text cut after a newline that no white space follows has the same tokens as the whole.
 
-    So it is where `_SPLIT` alone divides the text, as in tokenizers trained here and in Llama 3's: none of its
-    matches goes on after such a newline, or depends on what follows it.
+    So it is where `_SPLIT` alone divides it: none of its matches goes on after such a newline, or depends on it.
     """
     return (
         tokenizer.normalizer is None

@@ -57,15 +57,13 @@ def main(argv: list[str] | None = None) -> None:
         TokenShards(args.verify).verify()
         print(f"{describe(args.verify)}: checksums match")
         return
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: expected at least 1")
     if args.recipe and given:
         option = f"--{next(iter(given)).replace('_', '-')}"
         parser.error(f"{option} goes with --sources; a recipe says it in its prepare section")
     if args.sources and "output" not in given:
         parser.error("--sources needs --output")
     for spec in prepare_section(args.recipe, overrides) if args.recipe else [_spec(args.sources, given)]:
-        _prepare(replace(spec, workers=args.workers or spec.workers), args.only_tokenizer)
+        _prepare(replace(spec, workers=spec.workers if args.workers is None else args.workers), args.only_tokenizer)
 
 
 def _spec(paths: list[str], given: dict[str, Any]) -> PrepareSpec:

@@ -1,22 +1,20 @@
 """The folder that a preparation writes: what in it is the preparation's, and what is somebody else's.
 
-`<output>/tokenizer.json`, `<output>/train/`, `<output>/heldout/` and `<output>/work/` are written, and nothing else.
-The folders are marked (`s2.files`); the tokenizer is known by its checksum, which manifests and `work/written.json`
-hold. Anything of these names that came from elsewhere is refused before anything is touched, and so are sources that
-lie inside the output or would read from it.
+`tokenizer.json`, `train/`, `heldout/` and `work/` are written, and nothing else. The folders are marked (`s2.files`);
+the tokenizer is known by its checksum, which manifests and `work/written.json` hold. What has these names and came from
+elsewhere is refused before anything is touched, and so are sources inside the output or that would read from it.
 """
 
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from data.corpus.folders import matches
 from data.prepare.part import WORK, WORK_FILES, WRITTEN
-from data.prepare.plan import PLAN
 from data.prepare.spec import PrepareSpec
 from data.shards.reader import KIND, MANIFEST, read_manifest, sha256
 from data.shards.writer import remove_unlisted
@@ -45,13 +43,7 @@ def check_output(spec: PrepareSpec) -> None:
     if os.path.lexists(output) and not output.is_dir():
         raise files.NotOursError(f"output {output} is not a folder; choose another, or move it")
     _refuse_sources_inside(spec)
-    work = output / WORK
-    if files.kind_of(work) is None and (work / PLAN).is_file() and "settings" in _json(work / PLAN):
-        raise files.NotOursError(
-            f"{output}: an earlier version of this program began to prepare here. Finish it with that version, choose"
-            f" another `output`, or delete {work} and the folders beside it that have no {MANIFEST}"
-        )
-    for folder, kind in ((work, WORK_KIND), *((folder, KIND) for folder in spec.folders.values())):
+    for folder, kind in ((output / WORK, WORK_KIND), *((folder, KIND) for folder in spec.folders.values())):
         if not is_finished(folder):
             files.check_folder(folder, kind)
     file = output / TOKENIZER
@@ -98,22 +90,18 @@ def put_tokenizer(made: Path, output: Path) -> None:
 def writing(spec: PrepareSpec) -> Iterator[Path]:
     """Hold the output, which is made if need be, for this process; yields `<output>/work`, marked.
 
-    Where another process is at it, waits. What killed processes and workers have left half-written goes, before and
-    after.
+    Where another process is at it, waits. What killed processes and workers have left half-written goes.
     """
     output = Path(spec.output)
     files.require_writable(output)
     with locks.lock(output, wait=True):
         check_output(spec)
-        for folder in spec.folders.values():
-            if is_finished(folder):
-                files.adopt(folder, KIND)
         work = files.make_folder(output / WORK, WORK_KIND)
-        _sweep(spec)
-        try:
-            yield work
-        finally:
-            _sweep(spec)
+        files.sweep(output / TOKENIZER, is_alone=True)
+        for folder in (work, *spec.folders.values()):
+            if files.kind_of(folder) is not None:
+                files.remove_files(folder, ".*.s2-tmp")
+        yield work
 
 
 def remove_work(spec: PrepareSpec) -> None:
@@ -130,59 +118,28 @@ def begin_anew(spec: PrepareSpec, work: Path) -> None:
             remove_unlisted(folder)
 
 
-def _sweep(spec: PrepareSpec) -> None:
-    files.sweep(Path(spec.output) / TOKENIZER, is_alone=True)
-    for folder in (Path(spec.output) / WORK, *spec.folders.values()):
-        if files.kind_of(folder) is not None:
-            files.remove_files(folder, ".*.s2-tmp")
-
-
 def _refuse_sources_inside(spec: PrepareSpec) -> None:
     output = os.path.realpath(spec.output)
     for source in spec.sources:
         if source.path == "python-env" or "://" in source.path:
             continue
         path = os.path.expanduser(source.path)
-        if os.path.isdir(path) and _is_inside(output, os.path.realpath(path)):
-            raise ValueError(
-                f"source path {source.path!r}: the output {spec.output} lies inside of this folder, so shards would"
-                " become documents; choose an `output` elsewhere"
-            )
-        for file in _paths(source.resolve().files):
-            if _is_inside(file, output):
-                raise ValueError(
-                    f"source path {source.path!r}: {file} lies inside of the output {spec.output}; choose an `output`"
-                    " elsewhere"
-                )
-        if glob.has_magic(path):
-            pattern = Path(os.path.abspath(path)).parts
-            outputs = (output, os.path.abspath(spec.output))
-            own = [name for name in _OWN if any(matches(Path(folder, name).parts, pattern) for folder in outputs)]
-            if own:
-                raise ValueError(
-                    f"source path {source.path!r} would also read {spec.output}/{own[0]}, which is written here; choose"
-                    " an `output` elsewhere"
-                )
+        pattern = Path(os.path.abspath(path)).parts if glob.has_magic(path) else ()
+        outputs = (output, os.path.abspath(spec.output))
+        own = (name for name in _OWN if any(matches(Path(folder, name).parts, pattern) for folder in outputs))
+        if os.path.isdir(path) and Path(output).is_relative_to(os.path.realpath(path)):
+            why = f"the output {spec.output} lies inside of this folder, so shards would become documents"
+        elif file := next((f for f in _real_paths(source.resolve().files) if Path(f).is_relative_to(output)), None):
+            why = f"{file} lies inside of the output {spec.output}"
+        elif name := next(own, None):
+            why = f"it would also read {spec.output}/{name}, which is written here"
+        else:
+            continue
+        raise ValueError(f"source path {source.path!r}: {why}; choose an `output` elsewhere")
 
 
-def _paths(found: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Real paths; of the folders on the way each is looked up once."""
-    folders: dict[str, str] = {}
-    for path, _ in found:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        real = os.path.join(folders[folder], name)
-        yield os.path.realpath(real) if os.path.islink(real) else real
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = files.read_json(file)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+def _real_paths(found: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for folder, paths in itertools.groupby((path for path, _ in found), os.path.dirname):
+        real = os.path.realpath(folder)
+        for path in paths:
+            yield os.path.realpath(path) if os.path.islink(path) else os.path.join(real, os.path.basename(path))

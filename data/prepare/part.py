@@ -7,50 +7,41 @@ shards depend on; a part whose record does not fit any more is made again.
 
 import hashlib
 import json
-from collections import Counter
+import os
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data.corpus.columns import BadRowError
 from data.corpus.dedup import scan, select
-from data.corpus.limit import Limit
-from data.corpus.sources import Document
+from data.corpus.parts import File, Part
+from data.corpus.readers import Document
+from data.corpus.sources import Limit
 from data.corpus.tokenizer import TextTokenizer
-from data.prepare.encoding import ahead, batches, encoded
-from data.prepare.plan import Planned
-from data.prepare.pool import Report
+from data.prepare.plan import KEPT, PLAN
 from data.prepare.spec import PrepareSpec
-from data.prepare.stamps import begins_in, stamps
-from data.shards.writer import ShardWriter, read_arrays, write_arrays
+from data.shards.writer import ShardWriter, write_arrays
 from s2 import files
 
 WORK, WRITTEN = "work", "written.json"
 # Everything that a preparation writes into `<output>/work/`.
 WORK_FILES = (
-    "plan.json",
-    "kept.json",
-    "split.json",  # of earlier versions
-    "tokenizer.json",
-    WRITTEN,
-    "[0-9][0-9][0-9]-[0-9]*.json",
-    "[0-9][0-9][0-9]-[0-9]*.scan.npz",
-    "[0-9][0-9][0-9]-[0-9]*.keep.npy",
-    "[0-9][0-9][0-9]-[0-9]*.counts.npz",
-    ".*.s2-tmp",
+    *(PLAN, KEPT, WRITTEN, "tokenizer.json", ".*.s2-tmp"),
+    *(f"[0-9][0-9][0-9]-[0-9]*{end}" for end in (".json", ".scan.npz", ".keep.npy", ".counts.npz")),
 )
 BAD = "bad row"  # the reason that skipped rows are counted under
 EXAMPLES = 5
+_BATCH_BYTES, _BATCH_DOCUMENTS = 4 << 20, 4096
+T = TypeVar("T")
 _FREE = ("name", "max_bytes", "max_documents", "on_bad_row")  # of a source: what its scans do not depend on
-
-
-def _no_report(size: int) -> None:
-    """For work that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Task:
 
     spec: PrepareSpec
     source: int
-    planned: Planned
+    part: Part
     tokenizer: str = ""
     limit: Limit = field(default_factory=Limit)
     below: int = 0
@@ -71,7 +62,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return f"{self.source:03d}-{self.planned.number:05d}"
+        return f"{self.source:03d}-{self.part.number:05d}"
 
     def file(self, suffix: str) -> Path:
         return Path(self.spec.output) / WORK / (self.name + suffix)
@@ -85,7 +76,7 @@ class Task:
     def depends_on(self) -> dict[str, Any]:
         """What a record was made for, besides the files' content and the limits of the source."""
         return {
-            "place": self.planned.place,
+            "place": self.part.place,
             "tokenizer": self.tokenizer,
             "below": self.below,
             "keep": None if self.keep is None else hashlib.blake2b(self.keep.tobytes(), digest_size=16).hexdigest(),
@@ -102,20 +93,17 @@ class Task:
             and self.has_read(record["files"])
             and set(self.splits) <= set(record["shards"])
             and (self.skips_bad_rows or not record["skipped"].get(BAD))
-            and self.is_within_limit(record)
+        )
+        # Of a part that was begun with less known about the limit, whether it is what it would be now.
+        fits &= record.get("before") == [self.limit.bytes, self.limit.documents] or (
+            not record["limited"] and self.limit.allows(record["bytes"], record["documents"])
         )
         return record if fits else None
 
-    def is_within_limit(self, record: dict[str, Any]) -> bool:
-        """Whether a part that was begun with less known about the limit is what it would be now."""
-        if record.get("before") == [self.limit.bytes, self.limit.documents]:
-            return True
-        return not record["limited"] and self.limit.allows(record["bytes"], record["documents"])
-
     def has_read(self, recorded: list[dict[str, Any]]) -> bool:
         """Whether the recorded state of the files is the present one."""
-        now = self.planned.stamps
-        return len(now) == len(recorded) and all(stamp.matches(r) for stamp, r in zip(now, recorded, strict=True))
+        now = self.part.local_files
+        return len(now) == len(recorded) and all(map(File.matches, now, recorded))
 
     @property
     def skips_bad_rows(self) -> bool:
@@ -131,24 +119,16 @@ class Task:
             if len(bad) < EXAMPLES:
                 bad.append(str(error))
 
-        yield from self.spec.sources[self.source].read(self.planned.part, skipped, skip)
+        yield from self.spec.sources[self.source].read(self.part, skipped, skip)
 
     def files_read(self) -> list[dict[str, Any]]:
         """Records of the files, for a part that has been read; ValueError where they have changed meanwhile."""
-        self.check_files()
-        records = [stamp.record(content=begins_in(self.planned.part)) for stamp in self.planned.stamps]
-        self.check_files()
+        is_beginning = self.part.span is None or self.part.span[0] == 0  # of a file in several parts one has it
+        records = [file.record(content=is_beginning) for file in self.part.local_files]
+        for file in self.part.local_files:
+            if File.found(file.path, file.name) != file:
+                raise ValueError(f"{file.path} changed while it was read; run again (what is finished is kept)")
         return records
-
-    def check_files(self) -> None:
-        for was, now in zip(self.planned.stamps, stamps(self.planned.part.files), strict=True):
-            if (was.size, was.mtime_ns) != (now.size, now.mtime_ns):
-                raise ValueError(f"{was.path} changed while it was read; run again (what is finished is kept)")
-
-
-def tasks_of(spec: PrepareSpec, source: int, parts: Iterable[Planned]) -> Iterator[Task]:
-    """The tasks of a source for which only the spec matters."""
-    return (Task(spec, source, part) for part in parts)
 
 
 _REMEDY = (
@@ -157,29 +137,23 @@ _REMEDY = (
 )
 
 
-def scan_part(task: Task, report: Report = _no_report) -> None:
+def scan_part(task: Task) -> None:
     """Write what deduplication needs to know about a part, unless it is there."""
     assert task.spec.deduplicate is not None
     file = task.file(".scan.npz")
     source = asdict(task.spec.sources[task.source])
-    wanted = [task.planned.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _FREE}]
+    wanted = [task.part.place, asdict(task.spec.deduplicate), {k: v for k, v in source.items() if k not in _FREE}]
     made_for = json.dumps(wanted, sort_keys=True)
     if file.exists():
         with np.load(file) as found:
             if str(found["made_for"]) == made_for and task.has_read(json.loads(str(found["files"]))):
                 return
-    arrays = scan(_reported(task.documents(Counter(), []), report), task.spec.deduplicate)
+    arrays = scan(task.documents(Counter(), []), task.spec.deduplicate)
     arrays |= {"made_for": np.array(made_for), "files": np.array(json.dumps(task.files_read()))}
     write_arrays(file, arrays)
 
 
-def _reported(documents: Iterable[Document], report: Report) -> Iterator[Document]:
-    for batch in batches(documents):
-        yield from batch
-        report(sum(len(document.text) for document in batch))
-
-
-def encode_part(task: Task, report: Report = _no_report) -> dict[str, Any]:
+def encode_part(task: Task) -> dict[str, Any]:
     """Write a part's shards and return its record; does nothing where it is done.
 
     Raises what reading the source raises, and OSError where writing fails; nothing of the part is left then.
@@ -187,15 +161,15 @@ def encode_part(task: Task, report: Report = _no_report) -> dict[str, Any]:
     record = task.record()
     if record is None:
         files.remove_files(task.file("").parent, f"{task.name}.json")
-        record = _encode(task, report)
+        record = _encode(task)
         files.write_json(task.file(".json"), record)
     return record
 
 
-def _encode(task: Task, report: Report) -> dict[str, Any]:
+def _encode(task: Task) -> dict[str, Any]:
     spec, source = task.spec, task.spec.sources[task.source]
     tokenizer = _tokenizer(Path(spec.output), spec.tokenizer.bos, spec.tokenizer.eos, task.tokenizer)
-    arguments = (_prefix(task), source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
+    arguments = (f"shard-{task.name}", source.label, tokenizer.dtype, tokenizer.vocab_size, spec.shard_tokens)
     skipped: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     bad: list[str] = []
@@ -216,7 +190,6 @@ def _encode(task: Task, report: Report) -> dict[str, Any]:
                     [batch[i].url for i in chosen],
                 )
             totals.update(documents=len(batch), tokens=sum(map(len, tokens)), bytes=sum(sizes))
-            report(sum(sizes))
         read = task.files_read()
         write_arrays(task.file(".counts.npz"), {split: writer.counts for split, writer in writers.items()})
     return {
@@ -231,18 +204,59 @@ def _encode(task: Task, report: Report) -> dict[str, Any]:
     }
 
 
-def part_counts(task: Task) -> dict[str, np.ndarray]:
-    """Token counts of a part that is done, by split; see `TokenShards.counts`."""
-    return read_arrays(task.file(".counts.npz"))
-
-
-def _prefix(task: Task) -> str:
-    return f"shard-{task.name}"
-
-
 @lru_cache(maxsize=1)
 def _tokenizer(output: Path, bos: str, eos: str, sha256: str) -> TextTokenizer:
     tokenizer = TextTokenizer(output / "tokenizer.json", bos, eos)
     if tokenizer.sha256 != sha256:
         raise ValueError(f"{tokenizer.file} was replaced while {output} was being prepared; run again")
     return tokenizer
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(
+    read: Iterable[list[Document]], tokenizer: TextTokenizer, skipped: Counter[str]
+) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+    """Batches with their tokens; `skipped` also counts what the vocabulary cannot express.
+
+    Two batches are under way where the tokenizer uses several cores: the library encodes one while the ids of the
+    other, for which the interpreter is needed, are taken over.
+    """
+    at_once = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else 2
+
+    def encode(batch: list[Document]) -> tuple[list[Document], list[np.ndarray], Counter[str]]:
+        lost: Counter[str] = Counter()
+        return batch, tokenizer.encode_documents([document.text for document in batch], lost), lost
+
+    with ThreadPoolExecutor(at_once) as pool:
+        source = iter(read)
+        under_way = deque(pool.submit(encode, batch) for batch in islice(source, at_once))
+        while under_way:
+            under_way.extend(pool.submit(encode, batch) for batch in islice(source, 1))
+            batch, tokens, lost = under_way.popleft().result()
+            skipped.update(lost)
+            yield batch, tokens
+
+
+def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """The same items, made by another thread up to `depth` in advance."""
+    source = iter(items)
+    pool = ThreadPoolExecutor(1)
+    made = deque(pool.submit(next, source, None) for _ in range(depth))
+    try:
+        while (item := made.popleft().result()) is not None:
+            made.append(pool.submit(next, source, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -4,65 +4,39 @@ A part keeps its number, and with it what is done of it, as long as it reads the
 state of them a finished part has read, its own record says (`data.prepare.part`).
 """
 
-import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus.parts import Part, joined
+from data.corpus.parts import Part, plain
 from data.prepare.spec import PrepareSpec
-from data.prepare.stamps import Stamp, stamps, with_known_content
 from s2 import files
 
-PLAN = "plan.json"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A part with its number, which names its files, and the stamps of the local files that it reads."""
-
-    number: int
-    part: Part
-    stamps: tuple[Stamp, ...] = ()
-
-    @property
-    def place(self) -> list[Any]:
-        """What tells parts of a source apart, as JSON holds it: format, names of the files, span."""
-        part = self.part
-        return [part.format, [name for _, name in part.files], list(part.span) if part.span else None]
+PLAN, KEPT = "plan.json", "kept.json"
 
 
 @dataclass(frozen=True)
 class Plan:
     """sources: the parts of each, in reading order. revisions: of hub datasets, None for other sources.
 
-    part_bytes: that the parts were made with. state: tells apart plans whose parts or local files differ in anything.
+    part_bytes: that the parts were made with.
     """
 
     settings: Mapping[str, Any]
     part_bytes: int
-    sources: list[list[Planned]]
+    sources: list[list[Part]]
     revisions: list[str | None]
 
-    @property
-    def state(self) -> str:
-        every = [
-            [[*part.place, [(s.name, s.size, s.mtime_ns) for s in part.stamps]] for part in parts]
-            for parts in self.sources
-        ]
-        return hashlib.blake2b(json.dumps([every, self.revisions]).encode(), digest_size=16).hexdigest()
-
-    def write(self, file: Path) -> None:
+    def to_json(self) -> dict[str, Any]:
         sources = [
-            {"revision": revision, "parts": [{"number": p.number, **p.part.to_json()} for p in parts]}
+            {"revision": revision, "parts": [part.to_json() for part in parts]}
             for parts, revision in zip(self.sources, self.revisions, strict=True)
         ]
-        values = {"settings": self.settings, "part_bytes": self.part_bytes, "state": self.state, "sources": sources}
-        files.write_json(file, values)
+        return {"settings": self.settings, "part_bytes": self.part_bytes, "sources": sources}
 
 
 def make_plan(spec: PrepareSpec, work: Path) -> tuple[Plan, bool]:
@@ -77,7 +51,7 @@ def make_plan(spec: PrepareSpec, work: Path) -> tuple[Plan, bool]:
     settings = spec.settings()
     begun = files.read_json(work / PLAN) if (work / PLAN).is_file() else None
     if begun is None:
-        return _new(spec, settings), False
+        return _plan(spec, settings), False
     is_any_done = any(work.glob("[0-9]*.json"))
     if changed := spec.changes(begun["settings"]):
         if is_any_done:
@@ -87,95 +61,59 @@ def make_plan(spec: PrepareSpec, work: Path) -> tuple[Plan, bool]:
                 " again"
             )
         _say(spec, f"begins anew, with other settings than the interrupted preparation here: {'; '.join(changed[:3])}")
-        return _new(spec, settings), False
+        return _plan(spec, settings), False
     if begun["part_bytes"] != spec.part_bytes:
         _say(spec, f"goes on with part_bytes {begun['part_bytes']}, with which it was begun")
-    plan = _again(spec, settings, begun)
-    if plan.state == begun["state"]:
+    plan = _plan(spec, settings, begun)
+    if json.loads(json.dumps(plan.to_json()["sources"])) == begun["sources"]:
         return plan, True
     if not is_any_done:
         _say(spec, "begins anew: files of the sources have changed since the interrupted preparation here")
-        return _new(spec, settings), False
-    _probe(spec, plan)
-    return _compared(spec, plan, work), True
+        return _plan(spec, settings), False
+    _say_changed(spec, plan, work)
+    files.remove_files(work, KEPT)
+    return plan, True
 
 
-def _new(spec: PrepareSpec, settings: Mapping[str, Any]) -> Plan:
-    sources, revisions = [], []
-    for source in spec.sources:
-        parts, revision = source.parts(spec.part_bytes)
-        sources.append([_stamped(number, part) for number, part in enumerate(parts)])
-        revisions.append(revision)
-    plan = Plan(settings, spec.part_bytes, sources, revisions)
-    _probe(spec, plan)
+def _plan(spec: PrepareSpec, settings: Mapping[str, Any], begun: Mapping[str, Any] | None = None) -> Plan:
+    """The plan for the files as they are now; what reads the same places of the same files as in the plan `begun` keeps
+    its number. A wrong column or format shows here, before any work is done."""
+    plan = Plan(settings, begun["part_bytes"] if begun else spec.part_bytes, [], [])
+    for i, source in enumerate(spec.sources):
+        parts, revision = [], None
+        if begun:
+            parts, revision = list(map(Part.from_json, begun["sources"][i]["parts"])), begun["sources"][i]["revision"]
+        if not any("://" in file.path for part in parts for file in part.files):  # else pinned, and not asked again
+            numbers = {json.dumps(part.place): part.number for part in parts}
+            before = {file.name: part.number for part in parts for file in part.files}
+            fresh = itertools.count(1 + max(numbers.values(), default=-1))
+            parts, revision = source.parts(plan.part_bytes, before)
+            known = [numbers.get(json.dumps(part.place)) for part in parts]
+            parts = [
+                replace(part, number=next(fresh) if number is None else number)
+                for part, number in zip(parts, known, strict=True)
+            ]
+        source.probe(parts)
+        plan.sources.append(parts)
+        plan.revisions.append(revision)
     return plan
 
 
-def _again(spec: PrepareSpec, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> Plan:
-    sources = []
-    for source, planned in zip(spec.sources, begun["sources"], strict=True):
-        old = [(values["number"], Part.from_json(values)) for values in planned["parts"]]
-        is_remote = any("://" in path for _, part in old for path, _ in part.files)
-        if is_remote or planned["revision"] is not None:  # pinned, so the hub need not be asked again
-            sources.append([Planned(number, part) for number, part in old])
-        else:
-            new = source.parts(begun["part_bytes"])[0]
-            sources.append([_stamped(number, part) for number, part in _renumbered(new, old)])
-    return Plan(settings, begun["part_bytes"], sources, [planned["revision"] for planned in begun["sources"]])
-
-
-def _compared(spec: PrepareSpec, plan: Plan, work: Path) -> Plan:
-    """The plan with what records of finished parts tell about files whose time alone has changed; says which files have
-    changed otherwise."""
-    sources, changed, parts = [], [], 0
+def _say_changed(spec: PrepareSpec, plan: Plan, work: Path) -> None:
+    """Which files of finished parts have changed, and how many parts that are."""
+    changed: dict[str, None] = {}
+    parts = 0
     for number, every in enumerate(plan.sources):
-        done = [files.read_json(file)["files"] for file in sorted(work.glob(f"{number:03d}-*.json"))]
-        read = [record for records in done for record in records]
-        stamps_now = [stamp for planned in every for stamp in planned.stamps]
-        known = {stamp.name: stamp for stamp in with_known_content(stamps_now, read)}
-        differ = {r["name"] for r in read if r["name"] in known and not known[r["name"]].matches(r)}
-        changed += [known[name].path for name in sorted(differ)]
-        parts += sum(any(record["name"] in differ for record in records) for records in done)
-        sources.append([replace(p, stamps=tuple(known[stamp.name] for stamp in p.stamps)) for p in every])
+        now = {plain(file.name): file for part in every for file in part.local_files}
+        for file in sorted(work.glob(f"{number:03d}-*.json")):
+            read = files.read_json(file)["files"]
+            paths = [now[r["name"]].path for r in read if r["name"] in now and not now[r["name"]].matches(r)]
+            changed.update(dict.fromkeys(paths))
+            parts += bool(paths)
     if changed:
         more = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
         again = f"{parts} finished part{'s' * (parts != 1)} will be made again"
-        _say(spec, f"{changed[0]}{more} changed since the interruption; {again}")
-    return replace(plan, sources=sources)
-
-
-def _probe(spec: PrepareSpec, plan: Plan) -> None:
-    """A wrong column or format shows before any work is done."""
-    for source, parts in zip(spec.sources, plan.sources, strict=True):
-        source.probe([planned.part for planned in parts])
-
-
-def _stamped(number: int, part: Part) -> Planned:
-    return Planned(number, part, tuple(stamps(part.files)))
-
-
-def _renumbered(new: Sequence[Part], old: Sequence[tuple[int, Part]]) -> list[tuple[int, Part]]:
-    """The parts of `old` whose files stand together still, and between them those of `new`, less these files."""
-    pieces = [(index, piece) for index, part in enumerate(new) for piece in part.pieces()]
-    keys = [_keys(piece)[0] for _, piece in pieces]
-    known = {_keys(part)[0]: (number, _keys(part)) for number, part in old}
-    fresh = itertools.count(1 + max((number for number, _ in old), default=-1))
-    result, at = [], 0
-    while at < len(pieces):
-        number, own = known.get(keys[at], (-1, []))
-        end = at + len(own)
-        if not own or keys[at:end] != own:
-            number, end = next(fresh), at + 1
-            while end < len(pieces) and pieces[end][0] == pieces[at][0] and keys[end] not in known:
-                end += 1
-        result.append((number, joined([piece for _, piece in pieces[at:end]])))
-        at = end
-    return result
-
-
-def _keys(part: Part) -> list[str]:
-    """What tells the files of a part, or the span of its one file, from others."""
-    return [json.dumps([part.format, name, part.span]) for _, name in part.files]
+        _say(spec, f"{next(iter(changed))}{more} changed since the interruption; {again}")
 
 
 def _say(spec: PrepareSpec, what: str) -> None:

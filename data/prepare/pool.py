@@ -10,34 +10,33 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
+from data.corpus.parts import Part
+from data.corpus.sources import Limit
+from data.prepare.part import Task
+from data.prepare.spec import PrepareSpec
 from s2 import ending
 
-Task = TypeVar("Task")
-Report = Callable[[int], Any]  # is told of bytes of text that are done
-Work = Callable[[Task, Report], Any]
 Results = Generator[tuple[Task, Any], None, None]
-
-_counter: Any = None  # in a worker process: the bytes that all of them have done
+Work = Callable[[Task], Any]
 
 
 class Workers:
-    """Runs `work(task, report)` for many tasks; use `workers` to make one."""
+    """Runs `work(task)` for many tasks; use `workers` to make one."""
 
-    def __init__(self, executor: ProcessPoolExecutor | None, size: int, bar: "tqdm[Any]", counter: Any):
-        self.size, self._executor, self._bar, self._counter = size, executor, bar, counter
+    def __init__(self, executor: ProcessPoolExecutor | None, size: int, bar: "tqdm[Any]"):
+        self.size, self._executor, self._bar = size, executor, bar
         self._running: set[Future[Any]] = set()
-        self._parts = 0
 
-    def in_order(self, work: Work[Task], tasks: Iterable[Task], ahead: int | None) -> Results[Task]:
+    def in_order(self, work: Work, tasks: Iterable[Task], ahead: int | None) -> Results:
         """Tasks with their results, in order. Work begins now; what has not begun when this is closed does not.
 
         ahead: how many tasks are under way beyond the one whose result is asked for (None: all of them). A task is
@@ -45,19 +44,22 @@ class Workers:
 
         Raises what any work raises, whosever turn it is.
         """
-        if self._executor is None and ahead is not None:
-            ahead = 0
         todo = iter(tasks)
-        begun = deque((task, self._begin(work, task)) for task in islice(todo, ahead))
+        begun = deque((task, self._begin(work, task)) for task in islice(todo, ahead if self._executor else 0))
 
-        def results() -> Results[Task]:
+        def results() -> Results:
             try:
                 while True:
                     begun.extend((task, self._begin(work, task)) for task in islice(todo, 1))
                     if not begun:
                         return
                     task, future = begun.popleft()
-                    yield task, self._result(future)
+                    while future in self._running:
+                        ended, self._running = wait(self._running, return_when=FIRST_COMPLETED)
+                        for other in ended:
+                            other.result()
+                    self._bar.update(task.part.size)
+                    yield task, future.result()
             finally:
                 for _, future in begun:
                     future.cancel()
@@ -65,46 +67,36 @@ class Workers:
 
         return results()
 
-    def _begin(self, work: Work[Task], task: Task) -> Future[Any]:
+    def _begin(self, work: Work, task: Task) -> Future[Any]:
         if self._executor is not None:
-            future = self._executor.submit(_run, work, task)
+            future = self._executor.submit(work, task)
+            self._running.add(future)
         else:
             future = Future()
-            future.set_result(work(task, self._bar.update))
-        self._running.add(future)
+            future.set_result(work(task))
         return future
-
-    def _result(self, wanted: Future[Any]) -> Any:
-        while wanted in self._running:
-            ended, self._running = wait(self._running, timeout=0.5, return_when=FIRST_COMPLETED)
-            if self._counter is not None:
-                self._bar.update(self._counter.get_obj().value - self._bar.n)  # its lock may belong to a dead worker
-            for future in ended:
-                future.result()
-            self._parts += len(ended)
-            self._bar.set_postfix(parts=self._parts)
-        return wanted.result()
 
 
 @contextmanager
-def workers(what: str, parts: int, size: int | None) -> Iterator[Workers]:
-    """Workers for `parts` parts on `size` cores (default: all there are).
+def workers(what: str, spec: PrepareSpec, parts: Sequence[list[Part]]) -> Iterator[Workers]:
+    """Workers for the parts of the sources; the bar counts what they have on disk.
 
     With at least four parts a core every core works on its own; with fewer, several cores share the parts by the
     tokenizer's threads. Raises `s2.ending.FailureError` where a worker dies.
     """
-    cores = size or len(os.sched_getaffinity(0))
-    processes = max(1, min(cores, parts // 4))
-    with tqdm(desc=what, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+    sizes = [part.size for every in parts for part in every]
+    total = sum(sizes) if all(Limit.of(source).is_none for source in spec.sources) else None
+    cores = spec.workers or len(os.sched_getaffinity(0))
+    processes = max(1, min(cores, len(sizes) // 4))
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
         if processes == 1:
-            yield Workers(None, 1, bar, None)
+            yield Workers(None, 1, bar)
             return
-        context = multiprocessing.get_context("spawn")
-        counter = context.Value("q", 0)
         before = set(multiprocessing.active_children())
-        executor = ProcessPoolExecutor(processes, context, _begin_process, (counter, cores // processes))
+        context = multiprocessing.get_context("spawn")
+        executor = ProcessPoolExecutor(processes, context, _begin_process, (cores // processes,))
         try:
-            yield Workers(executor, processes, bar, counter)
+            yield Workers(executor, processes, bar)
         except BrokenProcessPool as error:
             raise ending.FailureError(
                 f"{what}: a worker process was killed, perhaps for memory; run again to go on with the parts that are"
@@ -117,21 +109,11 @@ def workers(what: str, parts: int, size: int | None) -> Iterator[Workers]:
                 process.join()
 
 
-def _begin_process(counter: Any, threads: int) -> None:
-    global _counter
-    _counter = counter
+def _begin_process(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _run(work: Work[Task], task: Task) -> Any:
-    def report(size: int) -> None:
-        with _counter.get_lock():
-            _counter.value += size
-
-    return work(task, report)
 
 
 def _end_with_parent() -> None:

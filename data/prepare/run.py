@@ -1,30 +1,30 @@
 """From corpora to token shards: `python -m data.prepare --recipe recipes/demo/pretrain.yaml [key=value ...]`.
 
-`<output>/tokenizer.json`, `<output>/train/` and `<output>/heldout/` are written part by part, in parallel. A finished
-output is left alone when the settings are the same, and is an error naming the differing key when they are not, or
-naming the files that were added or have changed since; an interrupted one goes on with the parts that are missing, and
-makes those again whose files have changed. `<output>/work/` holds what that takes and is removed at the end. The result
-does not depend on the number of workers or on interruptions.
+A finished output is left alone when the settings are the same, and is an error naming the differing key when they are
+not; an interrupted one goes on with the parts that are missing, and makes those again whose files have changed. The
+result does not depend on the number of workers or on interruptions.
 """
 
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from data.corpus.folders import NamedFile
+from data.corpus.parts import File, plain
 from data.corpus.sample import sample_texts
 from data.corpus.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
-from data.prepare.finish import finish
 from data.prepare.output import TOKENIZER, begin_anew, check_output, is_finished, put_tokenizer, remove_work, writing
 from data.prepare.part import BAD, WORK
 from data.prepare.plan import PLAN, Plan, make_plan
 from data.prepare.spec import PrepareSpec
-from data.prepare.split import heldout_below
-from data.prepare.stages import deduplicate, encode
-from data.prepare.stamps import changes
+from data.prepare.stages import deduplicate, encode, finish, heldout_below
 from data.shards.reader import TokenShards, read_manifest
 from s2 import files, locks
+from s2.files import checksum
 
 
 def is_prepared(spec: PrepareSpec) -> bool:
@@ -57,10 +57,11 @@ def missing_splits(spec: PrepareSpec) -> dict[str, Path]:
 def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
     """What has become of the local files of a finished output's sources since it was prepared, one line a file.
 
-    Files of which only the time is another are read, and have changed if their content has; without `content` they are
-    not read and count as the same. Nothing is said of sources that are not there any more (as
-    on a machine that has the shards alone), of `python-env`, which is taken as it was, or of outputs of versions of
-    this program that did not record files. Hub datasets are pinned to the revision in the manifest.
+    content: of files of which only the time is another (they were copied, checked out again, touched) the content
+        decides; otherwise they count as the same.
+
+    Nothing is said of sources that are not there any more (as on a machine that has the shards alone), of `python-env`
+    and hub datasets, which are taken as they were, or of outputs of versions that did not record files.
     """
     finished = [folder for folder in spec.folders.values() if is_finished(folder)]
     shards = TokenShards(finished[0]) if finished else None
@@ -77,8 +78,31 @@ def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
             if any(os.path.exists(file["path"]) for file in mine):
                 lines.append(str(error))
             continue
-        lines += changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
+        lines += _changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
     return lines
+
+
+def _changes(
+    recorded: Sequence[Mapping[str, Any]], found: Sequence[NamedFile], *, all_read: bool, content: bool
+) -> list[str]:
+    """What has become of a source's files since they were recorded, one line a file.
+
+    found: those that are there now, in reading order. all_read: whether the source was read to its end; with a limit,
+        what lies behind the last file that was read does not matter.
+    """
+    there = {plain(name): path for path, name in found}
+    known = {was["name"] for was in recorded}
+    lines = []
+    for was in recorded:
+        if (path := there.get(was["name"])) is None:
+            lines.append(f"{was['name']} is gone")
+            continue
+        now = File.found(path, was["name"])
+        if now.size != was["size"] or (content and not now.matches(was) and checksum(Path(path)) != was["xxh3_128"]):
+            lines.append(f"{path} has changed")
+    last = max((i for i, name in enumerate(there) if name in known), default=-1)
+    end = len(there) if all_read else last
+    return lines + [f"{path} is new" for name, path in list(there.items())[:end] if name not in known]
 
 
 def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
@@ -86,16 +110,16 @@ def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
 
     only_tokenizer: stop after `<output>/tokenizer.json`; the next preparation goes on from there.
 
-    Where a finished output's sources have changed since, says so on stderr and leaves it as it is: training goes on
-    with the shards it began with.
+    Where a finished output's sources have changed since, says so on stderr: training goes on with the same shards.
 
-    Raises FileNotFoundError / ValueError for anything wrong with the sources (all are looked up before work
-    begins) or with what lies in the output already, OSError for a full disk or a remote file that cannot be
-    read any more, `s2.ending.FailureError` for a worker that was killed. Whatever was finished by then is used by the
-    next attempt.
+    Raises FileNotFoundError / ValueError for anything wrong with the sources (all are looked up before work begins) or
+    with what lies in the output already, OSError for a full disk or a remote file that cannot be read any more,
+    `s2.ending.FailureError` for a worker that was killed. The next attempt goes on with what was finished by then.
     """
     if is_prepared(spec):
-        _look_after(spec)
+        if files.kind_of(Path(spec.output) / WORK) is not None:  # a run was killed at its very end
+            with suppress(locks.LockedError, OSError), locks.lock(Path(spec.output)):
+                remove_work(spec)
         if changed := changed_sources(spec, content=False):
             print(f"{changed_note(spec, changed)}; going on with the shards as they are", file=sys.stderr, flush=True)
         return
@@ -117,17 +141,6 @@ def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
         ) from error
 
 
-def _look_after(spec: PrepareSpec) -> None:
-    """Remove what a run that was killed at its very end has left."""
-    if files.kind_of(Path(spec.output) / WORK) is None:
-        return
-    try:
-        with locks.lock(Path(spec.output)):
-            remove_work(spec)
-    except (locks.LockedError, OSError):  # it is about to do so itself; or nothing can be written here
-        return
-
-
 def changed_note(spec: PrepareSpec, lines: Sequence[str]) -> str:
     more = f" (and {len(lines) - 3:,} more)" if len(lines) > 3 else ""
     return f"{spec.output}: the sources are not what was prepared: {'; '.join(lines[:3])}{more}"
@@ -143,7 +156,7 @@ def _prepare(spec: PrepareSpec, work: Path, only_tokenizer: bool) -> None:
     plan, goes_on = make_plan(spec, work)
     if not goes_on:
         begin_anew(spec, work)
-    plan.write(work / PLAN)
+    files.write_json(work / PLAN, plan.to_json())
     parts, duplicates = (plan.sources, []) if only_tokenizer else deduplicate(spec, plan, work)
     below = heldout_below(spec, parts, only_tokenizer=only_tokenizer)
     tokenizer = _make_tokenizer(spec, plan, below, work)
@@ -159,31 +172,26 @@ def _make_tokenizer(spec: PrepareSpec, plan: Plan, below: int, work: Path) -> Te
     Raises ValueError where a split that is finished has another one.
     """
     settings, output, made = spec.tokenizer, Path(spec.output), work / TOKENIZER
+    finished = [read_manifest(folder) for folder in spec.folders.values() if is_finished(folder)]
     if settings.path is not None:
-        source = Path(settings.path)
-        if source.resolve() != (output / TOKENIZER).resolve():
-            save_tokenizer_json(source, made)
-            put_tokenizer(made, output)
-    elif settings.train is not None and not made.is_file():
-        finished = [read_manifest(folder) for folder in spec.folders.values() if is_finished(folder)]
-        if not finished or not (output / TOKENIZER).is_file():
-            sample = sample_texts(
-                spec.sources,
-                [[planned.part for planned in every] for every in plan.sources],
-                settings.train.sample_bytes,
-                spec.seed,
-                is_heldout=lambda document_id: spec.place(document_id) < below,
-                on_bad=lambda error: None,  # what becomes of a bad row, encoding says
-            )
-            train_tokenizer(sample, settings.train.vocab_size, made)
-            put_tokenizer(made, output)
-    else:
+        if Path(settings.path).resolve() != (output / TOKENIZER).resolve():
+            save_tokenizer_json(Path(settings.path), made)
+    elif settings.train and not made.is_file() and not (finished and (output / TOKENIZER).is_file()):
+        sample = sample_texts(
+            spec.sources,
+            plan.sources,
+            settings.train.sample_bytes,
+            spec.seed,
+            is_heldout=lambda document_id: spec.place(document_id) < below,
+            on_bad=lambda error: None,  # what becomes of a bad row, encoding says
+        )
+        train_tokenizer(sample, settings.train.vocab_size, made)
+    if made.is_file():
         put_tokenizer(made, output)
     tokenizer = TextTokenizer(output / TOKENIZER, settings.bos, settings.eos)
-    for folder in spec.folders.values():
-        if is_finished(folder) and read_manifest(folder)["tokenizer"]["sha256"] != tokenizer.sha256:
-            raise ValueError(
-                f"{output / TOKENIZER} is not the tokenizer that {folder} was made with; put that one there (the"
-                " manifest has its SHA-256), or choose another `output`"
-            )
+    if any(manifest["tokenizer"]["sha256"] != tokenizer.sha256 for manifest in finished):
+        raise ValueError(
+            f"{output / TOKENIZER} is not the tokenizer that the finished split in {output} was made with; put that one"
+            " there (the manifest has its SHA-256), or choose another `output`"
+        )
     return tokenizer

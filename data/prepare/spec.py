@@ -29,10 +29,8 @@ class PrepareSpec(Settings):
     tokenizer: see `data.corpus.tokenizer.TokenizerSpec`; its `path` may be a Hugging Face folder with a tokenizer.json.
     deduplicate: see `data.corpus.dedup.Deduplicate`; over all sources, the first of a set of duplicates stays. The
         corpus is then read twice.
-    heldout_fraction, seed: a document is held out when a hash of (seed, its id) falls below the fraction;
-        which documents those are does not depend on the order or number of sources. Fraction 0 writes no
-        held-out folder. Of a corpus so small that no document falls below it, the one with the smallest hash is
-        held out.
+    heldout_fraction, seed: a document is held out when a hash of (seed, its id) falls below the fraction, whatever the
+        other sources are; of a small corpus at least one is. Fraction 0 writes no held-out folder.
     on_bad_row: "stop" at a row that is not as it has to be (broken JSON, a text column that holds no text), or "skip"
         it; skipped rows are counted in the manifest and the report. A source may say otherwise for itself.
     shard_tokens: a shard file is closed once it holds that many tokens.
@@ -123,9 +121,6 @@ class PrepareSpec(Settings):
     def heldout_below(self) -> int:
         """Documents with a smaller `place` are held out."""
         return math.ceil(self.heldout_fraction * 2**64)
-
-    def is_heldout(self, document_id: str) -> bool:
-        return self.place(document_id) < self.heldout_below
 
 
 def parse_sections(section: Any, where: str = "prepare") -> list[PrepareSpec]:

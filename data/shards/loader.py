@@ -7,6 +7,7 @@ varies little; `position` int64 scalar, the global sample index of the first row
 there is no `cu_seqlens`: rows that are one document each take the model's faster unpacked path.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from data.shards.mixture import Curriculum, PackedStream, Window
-from data.shards.permutation import Permutation
+from data.shards.order import Permutation
 
 IGNORED = -100
 CU_SEQLENS_MULTIPLE = 64
@@ -53,53 +54,30 @@ class HeldOutDataset(Dataset[Sample]):
         return index, [self.stream.window(self._order[index])]
 
 
-class _RankSampler(DistributedSampler):
-    """Base of samplers that already are per rank. It is a DistributedSampler only because that is how
-    Lightning knows not to wrap it into one; nothing of that class is used."""
+class RankSampler(DistributedSampler):
+    """Rows of one rank: micro-step m gives rank r of W the rows start + m*W*b + r*b + i, i < b.
 
-    def __init__(self, rank: int, world_size: int, micro_batch_size: int):
-        self.rank, self.num_replicas, self.micro_batch_size = rank, world_size, micro_batch_size
+    start: is asked for whenever iteration begins. size: rows of one pass, None: endless. No row of it comes twice;
+    ranks that run out get rows beyond the end (empty samples), so that all of them do the same number of batches, which
+    sharded parameters need.
 
-    def _rows(self, start: int, micro_step: int) -> Iterator[int]:
-        first = start + (micro_step * self.num_replicas + self.rank) * self.micro_batch_size
-        return iter(range(first, first + self.micro_batch_size))
+    It is a DistributedSampler only because that is how Lightning knows not to wrap it into one; nothing of that class
+    is used.
+    """
 
-
-class TrainSampler(_RankSampler):
-    """Endless: micro-step m gives rank r of W the rows start + m*W*b + r*b + i, i < b. `start` is asked for
-    whenever iteration begins."""
-
-    def __init__(self, rank: int, world_size: int, micro_batch_size: int, start: Callable[[], int]):
-        super().__init__(rank, world_size, micro_batch_size)
-        self._start = start
+    def __init__(self, rank: int, world_size: int, rows: int, start: Callable[[], int], size: int | None = None):
+        self.rank, self.num_replicas, self.rows, self._start = rank, world_size, rows, start
+        self.num_batches = None if size is None else -(-size // (world_size * rows))
 
     def __iter__(self) -> Iterator[int]:
-        return self._endless(self._start())
-
-    def _endless(self, start: int) -> Iterator[int]:
-        micro_step = 0
-        while True:
-            yield from self._rows(start, micro_step)
-            micro_step += 1
+        first = self._start() + self.rank * self.rows
+        steps = itertools.count() if self.num_batches is None else range(self.num_batches)
+        return (first + step * self.num_replicas * self.rows + i for step in steps for i in range(self.rows))
 
     def __len__(self) -> int:
-        raise TypeError("the training sequence has no end; limit training by max_steps")
-
-
-class HeldOutSampler(_RankSampler):
-    """One pass over `size` rows. No row comes twice; ranks that run out get rows beyond the end (empty
-    samples), so that all of them do the same number of batches, which sharded parameters need."""
-
-    def __init__(self, rank: int, world_size: int, micro_batch_size: int, size: int):
-        super().__init__(rank, world_size, micro_batch_size)
-        self.num_batches = -(-size // (world_size * micro_batch_size))
-
-    def __iter__(self) -> Iterator[int]:
-        for micro_step in range(self.num_batches):
-            yield from self._rows(0, micro_step)
-
-    def __len__(self) -> int:
-        return self.num_batches * self.micro_batch_size
+        if self.num_batches is None:
+            raise TypeError("the training sequence has no end; limit training by max_steps")
+        return self.num_batches * self.rows
 
 
 class Collate:

@@ -52,10 +52,7 @@ def pack(lengths: np.ndarray, seq_len: int) -> Packing:
     """Pack documents of `lengths` tokens (int64 [n], each at least 1) into windows of `seq_len` inputs.
 
     A pure function. Within a window pieces are in the order of their documents, so neighbours on disk are read as one.
-    Raises ValueError for a seq_len below 1.
     """
-    if seq_len < 1:
-        raise ValueError(f"seq_len: {seq_len}, expected at least 1")
     ends = np.cumsum(lengths)
     groups = np.searchsorted(ends, np.arange(GROUP_TOKENS, ends[-1] if len(ends) else 0, GROUP_TOKENS))
     edges = np.unique([0, *groups, len(lengths)])

@@ -32,9 +32,8 @@ def unigram_loss(train: Sequence[tuple[TokenShards, str | None, float]], heldout
 
     train: shard folder, source in it (None for all) and weight of each component. Frequencies are add-one smoothed
     target counts, p(t) = (count(t) + 1) / (targets + V), mixed by the weights. The length filters of a training mixture
-    are not applied to its counts (that would take a pass over the corpus); those of `heldout` are. The held-out targets
-    are exactly those of a full pass of the held-out loader, so the figure stands beside the model's loss;
-    `max_windows` makes the latter a sample of it.
+    are not applied to its counts (that would take a pass over the corpus); those of `heldout` are. The targets are
+    those of a full pass of the held-out loader, of which `max_windows` makes a sample.
     """
     counts = target_counts(heldout)
     total_weight = sum(weight for _, _, weight in train)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,17 +25,13 @@ _FILE_KEYS = {
 }
 
 
-class ShardWriter:
-    """Writes documents of one source into shards `<prefix>-000`, `<prefix>-001`, ... of a folder.
+class ShardWriter(AbstractContextManager["ShardWriter"]):
+    """Writes documents of one source into shards `<prefix>-000`, `<prefix>-001`, ... of a folder, in a `with` block.
 
-        with ShardWriter(...) as writer:
-            writer.add(...)
-        writer.shards  # what the manifest says about them
+    A file takes its final name only when it is whole and on disk. Another writer of the same prefix replaces them;
+    where the block ends with an error they are removed.
 
-    A file takes its final name only when it is whole and on disk. Without their records the shards count for nothing,
-    and another writer of the same prefix replaces them; where the block ends with an error they are removed.
-
-    counts: int64 [2, vocab_size], see `TokenShards.counts`.
+    shards: what the manifest says about them. counts: int64 [2, vocab_size], see `TokenShards.counts`.
 
     Raises `s2.files.NotOursError` for a folder that holds something else.
     """
@@ -47,9 +44,6 @@ class ShardWriter:
         self._file: Any = None  # of the shard that is open, as `files.whole` makes it
         self._stream: Any = None
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -60,7 +54,7 @@ class ShardWriter:
         if self._stream is not None:
             self._stream = None
             self._file.__exit__(kind, error, trace)
-        remove_shards(self.folder, self.prefix)
+        files.remove_files(self.folder, *(f"{self.prefix}-*{end}" for end in _ENDS), f".{self.prefix}-*.s2-tmp")
 
     def add(
         self, documents: Sequence[np.ndarray], sizes: Sequence[int], ids: Sequence[str], urls: Sequence[str]
@@ -128,11 +122,6 @@ class ShardWriter:
                 "origins_sha256": sha256(self.folder / f"{self._name}.parquet"),
             }
         )
-
-
-def remove_shards(folder: Path, prefix: str) -> None:
-    """Remove the shards of a writer, finished or not."""
-    files.remove_files(folder, *(f"{prefix}-*{end}" for end in _ENDS), f".{prefix}-*.s2-tmp")
 
 
 def remove_unlisted(folder: Path, shards: Iterable[str] = ()) -> None:

@@ -1,14 +1,5 @@
-"""Which layer has which pattern: the hybrid layout of a model as one string, for example
-
-L8V16                  every layer sparse
-L4V24+dense10-22       layers 10 to 22 (0-based, inclusive) dense, the others L4V24
-L8V16+sink1+dense0,1   first two layers dense, the others L8V16 with one sink block
-L8V16-inter            every second layer dense, starting with a sparse one
-2*dense|6*L8V16        every layer with 2 dense heads of 8
-dense                  every layer dense
-
-All of the spelling is in `grammar`.
-"""
+"""Which layer has which pattern: the hybrid layout of a model as one string (see `grammar`), for example
+`L4V24+dense10-22`: layers 10 to 22 (0-based, inclusive) dense, the others L4V24."""
 
 from __future__ import annotations
 

@@ -241,7 +241,8 @@ def s2_attention(
         kv_heads = k.shape[-2]
         total = kv_heads if total_kv_heads is None else total_kv_heads
         group = q.shape[-2] // kv_heads
-        if group > 1 and _is_per_query_head(pattern, total, group):
+        ruled = len(pattern.heads) if pattern.mask is None else pattern.mask.shape[0]
+        if group > 1 and ruled == total * group:  # one rule a query head
             key = None
             k, v = (x.repeat_interleave(group, dim=-2) for x in (k, v))
             head_offset, total = head_offset * group, total * group
@@ -320,11 +321,6 @@ def _prefers_dense_kernel(q: Tensor, k: Tensor, pattern: Pattern, packed: bool, 
     on an H200 than torch's own for documents of mixed lengths (docs/ideas.md)."""
     low = q.dtype in (torch.float16, torch.bfloat16)
     return q.is_cuda and pattern.is_dense and low and not packed and not return_lse and q.shape[1] == k.shape[1]
-
-
-def _is_per_query_head(pattern: Pattern, total_kv_heads: int, group: int) -> bool:
-    heads = len(pattern.heads) if pattern.mask is None else pattern.mask.shape[0]
-    return heads == total_kv_heads * group
 
 
 def _check(

@@ -8,26 +8,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from s2.model.flops import model_flops_utilization
 from s2.training.config import RunConfig
 from s2.training.gaps import lightning as gaps
-from s2.training.metrics import MetricsFile, clock, device_peak, peak_memory_gib, read_metrics
+from s2.training.metrics import MetricsFile, clock, peak_flops, peak_memory_gib, read_metrics
 from s2.training.saving import RunCheckpoint, tokens_per_step
 from s2.training.summary import data_report
 
 
 class TrainingLog(gaps.EachStep, Callback):
     """One line per `trainer.log_every_n_steps` optimizer steps and per validation, on the console and in the files.
-
-    Throughput and MFU cover the steps since the last line, without validations and checkpoints.
-
-    Args:
-        run: where the files go.
-        checkpoint: tells how long saving took.
-    """
+    Throughput and MFU cover the steps since the last line, without validations and checkpoints."""
 
     def __init__(self, run: RunConfig, checkpoint: RunCheckpoint) -> None:
         self.run = run
@@ -45,13 +40,13 @@ class TrainingLog(gaps.EachStep, Callback):
             print(data_report(trainer.datamodule, tokens), flush=True)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open(trainer)
+        self._open(trainer, pl_module)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_validation(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open(trainer)
+        self._open(trainer, pl_module)
         if self._owes_validation(trainer):
             gaps.validate_now(trainer)
         super().on_train_start(trainer, pl_module)
@@ -82,11 +77,12 @@ class TrainingLog(gaps.EachStep, Callback):
             self._bar.close()
             self._bar = None
 
-    def _open(self, trainer: Trainer) -> None:
+    def _open(self, trainer: Trainer, pl_module: Any) -> None:
         if self._opened_at == 0.0:
             self._opened_at = time.perf_counter()
             if trainer.is_global_zero:
-                self._file = MetricsFile(self.run.folder / "logs" / "metrics.csv", trainer.global_step)
+                file = self.run.folder / "logs" / "metrics.csv"
+                self._file = MetricsFile(file, trainer.global_step, pl_module.validation_names)
 
     def _owes_validation(self, trainer: Trainer) -> bool:
         """Whether the run was stopped between a step's checkpoint and its validation; Lightning would skip it."""
@@ -105,22 +101,24 @@ class TrainingLog(gaps.EachStep, Callback):
         seconds, steps = max(now - self._logged_at, 1e-9), step - self._logged_step
         self._logged_at, self._logged_step = now, step
         rate = steps * tokens_per_step(trainer) / seconds / trainer.world_size
-        loss = module.pop_train_loss()
+        loss, device = module.pop_train_loss(), module.device
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        norm = None if engine is None else engine.get_global_grad_norm()  # only DeepSpeed tells it
         row = {
             **({} if math.isnan(loss) else {"train/loss": loss}),  # every step since the last line was skipped
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **_grad_norm(trainer),
+            **({} if norm is None else {"grad_norm": float(norm)}),  # over all ranks, before clipping
             "tokens_per_second_per_device": rate,
-            "memory_gib": peak_memory_gib(module.device),
-            "skipped_steps": self.checkpoint.guard.skipped,
+            "memory_gib": peak_memory_gib(device),
+            "skipped_steps": self.checkpoint.guard.counters.skipped,
         }
-        peak = device_peak(module.device)
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is not None:
             seq_len = trainer.datamodule.seq_len
             for name, executed in (("mfu_dense_equivalent", False), ("mfu_executed", True)):
                 row[name] = model_flops_utilization(module.config, seq_len, rate, peak, executed=executed)
         left = (trainer.max_steps - step) * seconds / max(steps, 1)
-        self._record(trainer, row, step_line(step, trainer.max_steps, row, left, module.device.type))
+        self._record(trainer, row, step_line(step, trainer.max_steps, row, left, device.type))
 
     def _log_validation(self, trainer: Trainer, module: Any) -> None:
         row: dict[str, float] = {}
@@ -163,10 +161,3 @@ def step_line(step: int, max_steps: int, row: Mapping[str, float], seconds_left:
         parts.append(f"MFU {dense:.1%} dense-equivalent, {executed:.1%} executed")
     parts += [f"{row['memory_gib']:.2f} GiB", f"{clock(seconds_left)} left"]
     return " | ".join(parts)
-
-
-def _grad_norm(trainer: Trainer) -> dict[str, float]:
-    """Norm of the last step's gradient over all ranks, before clipping; only DeepSpeed tells it."""
-    engine = getattr(trainer.strategy, "deepspeed_engine", None)
-    norm = engine.get_global_grad_norm() if engine is not None else None
-    return {} if norm is None else {"grad_norm": float(norm)}

@@ -24,7 +24,7 @@ from pathlib import Path
 from s2 import ending
 from s2.recipe import apply_overrides, load_recipe
 from s2.training.config import read_stage
-from s2.training.gaps.lightning import is_helper, main_process, quieten
+from s2.training.gaps.lightning import is_helper, quieten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(path: Path, overrides: Sequence[str]) -> int:
-    """Resolve the recipe, then train, or say that there is nothing left to do.
-
-    Raises:
-        ValueError, OSError: the recipe, its data or its checkpoints are wrong; raised before training.
-        Preempted, DivergedError, DamagedError: see `s2.training.saving`, `guard` and `run_folder`.
-    """
+    """Resolve the recipe, then train, or say that there is nothing left to do. Raises as `read_stage` and `Stage`."""
     recipe = load_recipe(path)
     overridden = apply_overrides(recipe, overrides)
     config = read_stage(recipe, path, overridden)
@@ -54,8 +49,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     from s2.training.stage import Stage
 
     quieten()
-    with main_process():
-        Stage(config).train()
+    Stage(config).train()
     return ending.DONE
 
 

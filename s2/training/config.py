@@ -80,15 +80,12 @@ class RunConfig(Settings):
 
     @property
     def folder(self) -> Path:
-        """runs/<recipe>/<stage>"""
+        """<root>/<recipe>/<stage>"""
         return Path(self.root) / self.recipe / self.stage
 
     def accumulation(self, sequences_per_micro_batch: int, seq_len: int, world_size: int) -> int | None:
-        """Micro-batches per optimizer step that make up `tokens_per_step`, or None where that is not set.
-
-        Raises:
-            ValueError: the global batch is not a whole number of micro-batches over all ranks.
-        """
+        """Micro-batches per optimizer step that make up `tokens_per_step`, or None where that is not set. Raises
+        ValueError where it is not a whole number of micro-batches over all ranks."""
         if self.tokens_per_step is None:
             return None
         wanted = self.tokens_per_step
@@ -143,17 +140,11 @@ class _TrainerLimits(Settings):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the keys of a recipe come from, for messages.
-
-    Attributes:
-        file: of the recipe.
-        overridden: keys that were set on the command line.
-        known: keys that there are, for hints.
-    """
+    """Where the keys of a recipe come from, for messages."""
 
     file: Path
-    overridden: Sequence[str] = ()
-    known: set[str] = field(default_factory=set)
+    overridden: Sequence[str] = ()  # keys that were set on the command line
+    known: set[str] = field(default_factory=set)  # keys that there are, for hints
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -172,35 +163,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """All of a recipe.
-
-    Attributes:
-        run, model: as their classes say.
-        data: class_path and init_args of the datamodule.
-        trainer: arguments of Lightning's Trainer that the recipe sets.
-        seed_everything: of all random numbers.
-        origin: where it comes from.
-    """
+    """All of a recipe."""
 
     run: RunConfig
     model: ModelSection
-    data: dict[str, Any]
-    trainer: dict[str, Any]
+    data: dict[str, Any]  # class_path and init_args of the datamodule
+    trainer: dict[str, Any]  # arguments of Lightning's Trainer
     seed_everything: bool | int
     origin: Origin
 
 
 def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str] = ()) -> StageConfig:
-    """The settings of a recipe.
-
-    Args:
-        recipe: keys after overrides.
-        source: the file they came from.
-        overridden: keys that were set on the command line.
-
-    Raises:
-        ValueError: in one sentence, which key is wrong, where it stands and what would be right.
-    """
+    """The settings of a recipe, of which the keys `overridden` were set on the command line and the others in the file
+    `source`. Raises ValueError: in one sentence, which key is wrong, where it stands and what would be right."""
     origin = Origin(source, overridden)
     with origin.named():
         sections = {key: _mapping(recipe.get(key, {}), key) for key in ("run", "model", "trainer", "data")}

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
 
 from s2 import ending
 from s2.training.config import RunConfig
@@ -31,11 +30,11 @@ class DivergedError(FloatingPointError):
 
 
 @dataclass
-class _Counters:
+class Counters:
     """What a checkpoint keeps, so that a resumed run decides as an uninterrupted one."""
 
-    skipped: int = 0
-    in_a_row: int = 0
+    skipped: int = 0  # steps since the run began
+    in_a_row: int = 0  # skipped since the last that was taken
     mean_loss: float = 0.0
     steps: int = 0  # that the mean is of
 
@@ -45,28 +44,17 @@ class StepGuard(EachStep, Callback):
 
     The module tells it the losses of its micro-batches (`add`) and asks at the last of a step (`refuses`); what came of
     the step it sees itself.
-
-    Args:
-        run: `max_skipped_steps` and `loss_spike_factor`.
     """
 
-    def __init__(self, run: RunConfig, say: Callable[[str], None] = print) -> None:
+    def __init__(self, run: RunConfig) -> None:
         self.run = run
-        self._say = say
-        self._counters = _Counters()
+        self.counters = Counters()
+        self._begin_step()
+
+    def _begin_step(self) -> None:
         self._loss = self._valid = 0.0  # of the step so far, over all ranks
         self._position: int | None = None  # of the step's first batch
         self._bad: list[str] = []  # what was wrong in the step so far
-
-    @property
-    def skipped(self) -> int:
-        """Steps skipped since the run began."""
-        return self._counters.skipped
-
-    @property
-    def in_a_row(self) -> int:
-        """Steps skipped since the last that was taken."""
-        return self._counters.in_a_row
 
     def add(self, loss_sum: float, valid: float, position: int) -> None:
         """Note a micro-batch: its loss summed over its valid tokens on all ranks, and where in the data it begins."""
@@ -80,7 +68,7 @@ class StepGuard(EachStep, Callback):
     def refuses(self) -> bool:
         """Whether the step whose losses have all been added must not be taken."""
         loss = self._loss / max(self._valid, 1.0)
-        factor, counters = self.run.loss_spike_factor, self._counters
+        factor, counters = self.run.loss_spike_factor, self.counters
         if factor is not None and counters.steps >= SETTLING and loss > factor * counters.mean_loss:
             self._bad.append(f"the loss jumped to {loss:.4f}, over {factor:g} times the mean {counters.mean_loss:.4f}")
         return bool(self._bad)
@@ -98,60 +86,41 @@ class StepGuard(EachStep, Callback):
         self._begin_step()
 
     def _take(self, loss: float) -> None:
-        counters = self._counters
+        counters = self.counters
         counters.in_a_row = 0
         counters.steps += 1
         decay = min(MEMORY, 1 - 1 / counters.steps)  # the plain mean of the first hundred
         counters.mean_loss = decay * counters.mean_loss + (1 - decay) * loss
 
     def _skip(self, trainer: Trainer, step: int, norm: float) -> None:
-        counters = self._counters
+        counters = self.counters
         counters.skipped += 1
         counters.in_a_row += 1
         why = "; ".join(self._bad) or f"the norm of the gradient is {norm}"
         if trainer.is_global_zero:
-            self._say(
+            tqdm.write(
                 f"step {step} skipped (data position {self._position}): {why}; {counters.in_a_row} in a row, "
                 f"{counters.skipped} in all"
             )
             record = {"step": step, "position": self._position, "why": why, "in_a_row": counters.in_a_row}
             with (self.run.folder / "logs" / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        if counters.in_a_row >= self.run.max_skipped_steps:
-            raise DivergedError(self._diagnosis(step, why))
-
-    def _diagnosis(self, step: int, why: str) -> str:
-        row = self._counters.in_a_row
-        if self._counters.steps == 0:
-            advice = (
-                "no step was ever taken, so look at the weights that training began with (model.init_from) and at this "
-                "batch before the learning rate"
-            )
-        else:
-            advice = (
-                "the checkpoints hold the weights from before; look at this batch, or resume with a lower "
-                "model.optimizer.lr or trainer.gradient_clip_val"
-            )
-        limit = f"run.max_skipped_steps={self.run.max_skipped_steps}"
-        return (
-            f"{row} steps in a row were skipped ({limit}), up to step {step}, whose first batch lies at data position "
-            f"{self._position}: {why}. {advice[0].upper()}{advice[1:]}"
+        if counters.in_a_row < self.run.max_skipped_steps:
+            return
+        advice = (
+            "The checkpoints hold the weights from before; look at this batch, or resume with a lower "
+            "model.optimizer.lr or trainer.gradient_clip_val"
+            if counters.steps
+            else "No step was ever taken, so look at the weights that training began with (model.init_from) and at "
+            "this batch before the learning rate"
+        )
+        raise DivergedError(
+            f"{counters.in_a_row} steps in a row were skipped (run.max_skipped_steps={self.run.max_skipped_steps}), up "
+            f"to step {step}, whose first batch lies at data position {self._position}: {why}. {advice}"
         )
 
-    def _begin_step(self) -> None:
-        self._loss = self._valid = 0.0
-        self._position = None
-        self._bad = []
-
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self._counters)
+        return asdict(self.counters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._counters = _Counters(**state_dict)
-
-
-def skipped_steps(logs: Path) -> list[dict[str, Any]]:
-    """The records of `skipped.jsonl` in a run's logs folder, oldest first; a step that was skipped again after a resume
-    stands there twice."""
-    file = logs / "skipped.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        self.counters = Counters(**state_dict)

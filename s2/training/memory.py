@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +42,11 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {getattr(self, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer", "activations")
-        ]
-        return f"{self.total / GIB:.2f} GiB per device ({', '.join(parts)})"
+        parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in vars(self).items())
+        return f"{self.total / GIB:.2f} GiB per device ({parts})"
 
 
 def estimate_memory(
@@ -124,16 +121,16 @@ class OutOfMemoryError(MemoryError):
 
 
 def is_out_of_memory(error: BaseException, *, device_is_full: bool) -> bool:
-    """Whether an exception, or one that it came from, means that memory ran out.
-
-    Args:
-        device_is_full: whether next to nothing was free when it was raised, which decides about errors that have other
-            causes too.
-    """
-    for cause in _causes(error):
+    """Whether an exception, or one that it came from, means that memory ran out; of errors that have other causes too
+    only if next to nothing was free when it was raised (`device_is_full`)."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
         text = f"{type(cause).__name__}: {cause}"
         if isinstance(cause, MemoryError) or _SURE.search(text) or (device_is_full and _PERHAPS.search(text)):
             return True
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
@@ -160,7 +157,7 @@ def usage() -> str:
 
 def advice(module: Any, data: Any, trainer: Any) -> str:
     """The sentence that a run out of memory ends with: where it was, the estimate, and what can still be turned."""
-    phase = "setting up" if module.phase is None else module.phase.format(step=trainer.global_step + 1)
+    phase = module.phase.format(step=trainer.global_step + 1)
     stage, checkpointing = getattr(trainer.strategy, "stage", 0), module.activation_checkpointing
     turns = []
     if data.micro_batch_size > 1:
@@ -174,12 +171,3 @@ def advice(module: Any, data: Any, trainer: Any) -> str:
     turns.append(f"trainer.strategy={'zero_3_offload' if stage == 3 else 'zero_2_offload'}")
     estimate = f"{memory_of(module, data, trainer)}{usage()}"
     return f"out of memory in {phase}; the estimate was {estimate}. In this order: {'; '.join(turns)}"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
-        cause = cause.__cause__ or cause.__context__

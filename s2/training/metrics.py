@@ -19,7 +19,7 @@ import csv
 import io
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,41 +41,29 @@ COLUMNS = (
 
 
 class MetricsFile:
-    """Append-only CSV with a header that grows when a new validation set appears.
+    """Append-only CSV.
 
     Args:
         path: the CSV; its folder is made.
         step: where training (re)starts; older rows are kept, later ones dropped.
+        names: of the held-out sets, whose columns stand behind `COLUMNS`.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, names: Iterable[str]) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.columns = list(COLUMNS)
         kept = [row for row in read_metrics(path) if step > 0 and row["step"] <= step]
-        for row in kept:
-            self._add_columns(row)
         self.seconds = max((row.get("seconds", 0.0) for row in kept), default=0.0)
-        self._rewrite(kept)
+        heldout = [f"val/{name}/{what}" for name in names for what in ("loss", "perplexity", "source_loss")]
+        self.columns = list(dict.fromkeys([*COLUMNS, *heldout, *(key for row in kept for key in row)]))
+        file = io.StringIO(newline="")
+        csv.DictWriter(file, self.columns).writeheader()
+        csv.DictWriter(file, self.columns).writerows(map(_text, kept))
+        files.write_text(path, file.getvalue())
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one row; it is on disk when this returns."""
-        if self._add_columns(row):
-            self._rewrite(read_metrics(self.path))
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(_text(row))
-
-    def _add_columns(self, row: Mapping[str, float]) -> bool:
-        new = [key for key in row if key not in self.columns]
-        self.columns += new
-        return bool(new)
-
-    def _rewrite(self, rows: list[dict[str, float]]) -> None:
-        file = io.StringIO(newline="")
-        writer = csv.DictWriter(file, self.columns)
-        writer.writeheader()
-        writer.writerows(_text(row) for row in rows)
-        files.write_text(self.path, file.getvalue())
 
 
 def _text(row: Mapping[str, float]) -> dict[str, str]:
@@ -105,21 +93,15 @@ def read_metrics(path: Path, *, strict: bool = False) -> list[dict[str, float]]:
     return rows
 
 
-def validation_curve(rows: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
-    """(step, loss) of one held-out set."""
-    key = f"val/{name}/loss"
-    return [(int(row["step"]), row[key]) for row in rows if key in row]
-
-
-def plot_losses(csv_file: Path, png: Path, baselines: Mapping[str, float], title: str) -> None:
+def plot_losses(rows: list[dict[str, float]], png: Path, baselines: Mapping[str, float], title: str) -> None:
     """Train and held-out loss over tokens, with each set's unigram loss as a dashed line.
 
     Args:
+        rows: of the metrics file.
         baselines: held-out set name to unigram loss in nats per token.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    rows = read_metrics(csv_file)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     train = [(row["tokens"], row["train/loss"]) for row in rows if "train/loss" in row]
@@ -162,19 +144,10 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a device by name; None for an unknown one, and then MFU is left out of the log.
-
-    The longest name in the table that occurs in `device_name` wins, so that H100 PCIe is not read as H100.
-    """
+    """Peak bf16 FLOP/s of a device by name; None for an unknown one, and then MFU is left out of the log. The longest
+    name in the table that occurs in `device_name` wins, so that H100 PCIe is not read as H100."""
     matches = [name for name in PEAK_BF16_FLOPS if name.lower() in device_name.lower()]
     return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None
-
-
-def device_peak(device: Any) -> float | None:
-    """`peak_flops` of a torch device; a CPU has none."""
-    import torch
-
-    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory_gib(device: Any) -> float:

@@ -87,11 +87,10 @@ class PretrainModule(LightningModule):
         self._skipped_norm: float | None = None
         self.validation_names: list[str] = []
         self.validation_losses: dict[str, float] = {}
-        self.source_losses: dict[
-            str, float
-        ] = {}  # before training, of `init_from` with its own layout, RoPE and length
+        # of `init_from` before training, with its own layout, RoPE and length
+        self.source_losses: dict[str, float] = {}
         self.validation_is_finite = True
-        self.phase: str | None = None  # what is being done, in words
+        self.phase = "setting up"  # what is being done, in words
         self._validation_totals = torch.zeros(0)
 
     def configure_model(self) -> None:
@@ -131,9 +130,8 @@ class PretrainModule(LightningModule):
         offloaded = getattr(self.trainer.strategy, "offloads_optimizer", False)
         fused = self.trainer.strategy.root_device.type == "cuda" and not offloaded
         optimizer = build_adamw(self, self.section.optimizer, fused=fused)
-        self._settings = [
-            {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
-        ]
+        keys = ("betas", "eps", "weight_decay")
+        self._settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         return optimizer
 
     def on_train_start(self) -> None:
@@ -144,9 +142,8 @@ class PretrainModule(LightningModule):
     @property
     def learning_rate(self) -> float:
         """Rate of the next optimizer step."""
-        return self.section.optimizer.lr * self.section.schedule.factor(
-            self.trainer.global_step, self.trainer.max_steps
-        )
+        factor = self.section.schedule.factor(self.trainer.global_step, self.trainer.max_steps)
+        return self.section.optimizer.lr * factor
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         rate = self.learning_rate
@@ -216,18 +213,14 @@ class PretrainModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         totals = self._sum_over_ranks(self._validation_totals.to(self.device)).cpu()
         self.validation_is_finite = bool(totals[0].isfinite().all())
-        losses = [
-            {
-                name: float(total / count) if count else math.nan
-                for name, (total, count) in zip(self.validation_names, rows, strict=True)
-            }
-            for rows in totals
-        ]
-        self.validation_losses = losses[0]
+        means = (totals[..., 0] / totals[..., 1]).tolist()  # NaN where nothing was counted
+        self.validation_losses = dict(zip(self.validation_names, means[0], strict=True))
         if self.trainer.sanity_checking and self.init_from is not None:
-            self.source_losses = losses[0] if self._source is None else losses[1]
+            source = means[0 if self._source is None else 1]
+            self.source_losses = dict(zip(self.validation_names, source, strict=True))
             if self._source is not None and self.trainer.is_global_zero:
-                print(sink_warning(self._source, self.config, losses[1], losses[0]), end="", flush=True)
+                warning = sink_warning(self._source, self.config, self.source_losses, self.validation_losses)
+                print(warning, end="", flush=True)
 
     def _other_attention(self) -> ModelConfig | None:
         """The config of `init_from` if that attends otherwise than this recipe: the number to beat is that of the

@@ -12,7 +12,6 @@ uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -80,34 +79,25 @@ class ScheduleConfig(Settings):
             return 1.0
         # 0 at the first step after `start`, 1 at the last step of the run and beyond.
         progress = min((step - start) / max(total_steps - 1 - start, 1), 1.0)
-        return self.min_ratio + (1 - self.min_ratio) * self._decay(progress)
-
-    def _decay(self, progress: float) -> float:
+        left = 1 - progress
         if self.name == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        if self.name == "wsd" and self.decay_shape == "sqrt":
-            return 1 - math.sqrt(progress)
-        return 1 - progress
-
-
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two AdamW groups: matrices with decay, everything one-dimensional without.
-
-    ZeRO-3 leaves a partitioned parameter empty and keeps its shape in `ds_shape`.
-    """
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
-    for _, parameter in named:
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else undecayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+        elif self.name == "wsd" and self.decay_shape == "sqrt":
+            left = 1 - math.sqrt(progress)
+        return self.min_ratio + (1 - self.min_ratio) * left
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over `model`, matrices decayed only; `fused` runs one kernel per group on CUDA."""
+    """AdamW in two groups: matrices with decay, everything one-dimensional without; `fused` runs one kernel per group
+    on CUDA."""
     import torch
 
-    groups = parameter_groups(model.named_parameters(), config.weight_decay)
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a partitioned one empty
+            (decayed if len(shape) >= 2 else undecayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

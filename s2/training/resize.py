@@ -1,8 +1,8 @@
 """Resume a ZeRO checkpoint on another number of ranks.
 
 DeepSpeed saves one optimizer shard per rank and refuses to load them on another number of ranks. Its universal
-checkpoint format holds each parameter's fp32 weight and moments whole; a checkpoint is converted once, beside
-itself, and loaded in that form.
+checkpoint format holds each parameter's fp32 weight and moments whole: a checkpoint is converted beside its state and
+loaded in that form.
 """
 
 from __future__ import annotations
@@ -30,20 +30,13 @@ def universal_folder(state: Path) -> Path:
 
 
 def to_universal(state: Path, world_size: int) -> None:
-    """Make the universal form of a state folder that `world_size` ranks can load, unless it is there whole."""
-    universal = universal_folder(state)
-    if files.kind_of(universal) != KIND or files.damage(universal, files.listed_files(universal)):
-        _convert(state, universal)
-    add_missing_ranks(universal / TAG, world_size)
-    files.seal(universal)
-
-
-def _convert(state: Path, universal: Path) -> None:
+    """Make the universal form of a state folder, for `world_size` ranks to load."""
     from deepspeed.checkpoint.ds_to_universal import main
 
-    partial = universal.with_name(universal.name + ".partial")
-    files.remove_folder(partial)  # of a process that was killed
-    files.make_folder(partial, KIND)
+    universal = universal_folder(state)
+    if files.kind_of(universal) == KIND:
+        files.remove_folder(universal)  # of an earlier resume, maybe on yet another number of ranks
+    partial = files.begin(universal, KIND)
     settings = argparse.Namespace(
         input_folder=str(state / TAG),
         output_folder=str(partial / TAG),
@@ -55,4 +48,5 @@ def _convert(state: Path, universal: Path) -> None:
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main(settings)
+    add_missing_ranks(partial / TAG, world_size)
     files.publish(partial, universal)

@@ -1,6 +1,7 @@
 """The run folder: where a recipe's stage puts its files, and checkpoints that are written whole.
 
 runs/<recipe>/<stage>/config.yaml             every key as it was resolved
+                      environment.json        devices, versions, commit and command of each process
                       logs/metrics.csv        one row per logged step, appended on resume
                       logs/tensorboard/
                       checkpoints/step-00000500/meta.json   step, tokens, how it was trained, size and checksum of files
@@ -17,7 +18,6 @@ one that is as it was written is used, and what is wrong with a newer one is sai
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -77,11 +77,8 @@ def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
 
 
 def is_finished(run: RunConfig, max_steps: int) -> bool:
-    """Whether the stage's newest complete checkpoint is its last step.
-
-    Raises:
-        ValueError: it is, but the export is gone.
-    """
+    """Whether the stage's newest complete checkpoint is its last step. Raises ValueError where it is, but the export is
+    gone."""
     checkpoints = complete_checkpoints(run.folder / "checkpoints")
     if not checkpoints or damage(checkpoints[-1], checksums=False):
         return False
@@ -112,11 +109,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint: step, tokens, world_size, zero_stage, model (its ModelConfig keys), files.
-
-    Raises:
-        DamagedError: missing, empty or not JSON, or a key is gone.
-    """
+    """meta.json of a checkpoint: step, tokens, world_size, zero_stage, model (its ModelConfig keys), files. Raises
+    DamagedError where it is missing, not JSON, or of another form."""
     try:
         meta = files.read_json(checkpoint / META)
     except (OSError, ValueError) as error:
@@ -162,16 +156,8 @@ def damage(checkpoint: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)
 def newest_whole(
     checkpoints: Sequence[Path], damage_of: Callable[[Path], str | None], say: Callable[[str], None]
 ) -> Path | None:
-    """The newest checkpoint that nothing is wrong with; None where there are none at all.
-
-    Args:
-        checkpoints: oldest first.
-        damage_of: tells what is wrong with one.
-        say: takes a line for each that is passed over.
-
-    Raises:
-        DamagedError: there are some, and all are damaged.
-    """
+    """The newest of `checkpoints` (oldest first) of which `damage_of` says nothing; None where there are none at all.
+    `say` takes a line for each that is passed over. Raises DamagedError where there are some, and all are damaged."""
     wrong: list[str] = []
     for checkpoint in reversed(checkpoints):
         if (what := damage_of(checkpoint)) is None:
@@ -187,28 +173,11 @@ def newest_whole(
 
 
 def new_checkpoint(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; what a killed process left of others is removed, and
-    what somebody else put in the way moves aside."""
+    """An empty folder to write the checkpoint of `step` into; what a killed process left of others is removed."""
     for path in checkpoints.glob("step-*.partial"):
         if files.kind_of(path) == KIND:
             files.remove_folder(path)
-    partial = partial_folder(checkpoints, step)
-    try:
-        return files.make_folder(partial, KIND)
-    except files.NotOursError:
-        _move_aside(partial)
-        return files.make_folder(partial, KIND)
-
-
-def partial_folder(checkpoints: Path, step: int) -> Path:
-    """checkpoints/step-00000500.partial"""
-    return checkpoint_folder(checkpoints, step).with_name(f"step-{step:08d}.partial")
-
-
-def inventory(partial: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
-    """Sizes and checksums of one rank's share of the files of a checkpoint that is being written."""
-    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    return files.inventory(partial, [name for name in names if name != files.MARK][share[0] :: share[1]])
+    return files.begin(checkpoint_folder(checkpoints, step), KIND)
 
 
 def disk_is_full(error: BaseException, checkpoints: Path) -> bool:
@@ -222,29 +191,20 @@ def disk_is_full(error: BaseException, checkpoints: Path) -> bool:
 def publish(partial: Path, final: Path, meta: Mapping[str, Any], keep: int) -> None:
     """Turn a fully written `partial` folder into the checkpoint `final`, point `last` at it, and drop the oldest.
 
-    The rename is the commit: a process killed before it leaves only a name that resume ignores. What stands at `final`
-    and has no mark of a checkpoint moves aside.
-
     Args:
         meta: what meta.json says, with the inventory of all other files under `files`.
         keep: checkpoints kept, up to this one; damaged ones and those of later steps, which this run has passed over
             or left behind, do not count. Notes that somebody put into a dropped one stay.
     """
     files.write_json(partial / META, dict(meta))
-    if os.path.lexists(final) and files.kind_of(final) != KIND:
-        _move_aside(final)
     files.publish(partial, final)
-    _point_last_at(final)
+    files.point(final.parent / "last", final.name)
     checkpoints = complete_checkpoints(final.parent)
     whole = [path for path in checkpoints[: checkpoints.index(final) + 1] if damage(path, checksums=False) is None]
     for old in whole[:-keep]:
         if files.kind_of(old) is None:  # an earlier version's
             files.adopt(old, KIND, _written_by_us(old))
         files.remove_folder(old)
-
-
-def _move_aside(path: Path) -> None:
-    print(f"{path} was not written by this program, or has lost its mark; it is now {files.move_aside(path)}")
 
 
 def _written_by_us(checkpoint: Path) -> list[str]:
@@ -254,46 +214,37 @@ def _written_by_us(checkpoint: Path) -> list[str]:
     return [META, *(listed or (str(path.relative_to(checkpoint)) for path in below))]
 
 
-def _point_last_at(final: Path) -> None:
-    last = final.parent / "last"
-    if last.exists() and not last.is_symlink():  # a copy that followed links has made a folder of it
-        files.move_aside(last)
-    files.point(last, final.name)
-
-
 def check_resumable(meta: Mapping[str, Any], model: Mapping[str, Any], stage: int, precision: str, place: Path) -> None:
     """Refuse to resume weights of another shape or meaning, or optimizer states in another form.
 
     Args:
-        meta: of the checkpoint.
-        model: the ModelConfig keys of the recipe.
-        stage: ZeRO stage of the recipe's strategy, 0 without DeepSpeed.
-        precision: Lightning's name of it.
-        place: the checkpoint's folder.
+        meta: of the checkpoint in the folder `place`.
+        model, stage, precision: of the recipe: ModelConfig's keys, ZeRO stage (0 without), Lightning's name.
 
     Raises:
         ValueError: names the first key that differs, both values and the checkpoint.
     """
     advice = "go back to the old value, or start over with run.resume=never or another run.stage"
     saved = meta["model"]
-    for key, value in model.items():
-        if key not in _NOT_THE_MODEL and saved.get(key, value) != value:
-            raise ValueError(
-                f"checkpoint {place} was trained with model.config.{key}={saved[key]!r} but the recipe says {value!r}; "
-                f"{advice}"
-            )
+    obstacles = [
+        f"trained with model.config.{key}={saved[key]!r} but the recipe says {value!r}; {advice}"
+        for key, value in model.items()
+        if key not in _NOT_THE_MODEL and saved.get(key, value) != value
+    ]
     saved_stage = meta.get("zero_stage", stage)
     if _form(saved_stage) != _form(stage):
-        raise ValueError(
-            f"checkpoint {place} was saved by {_strategy(saved_stage)} but the recipe's trainer.strategy is "
-            f"{_strategy(stage)}, which keeps optimizer states in another form; {advice} (its weights alone, from an "
-            f"exported folder, go into any strategy: model.init_from)"
+        obstacles.append(
+            f"saved by {_strategy(saved_stage)} but the recipe's trainer.strategy is {_strategy(stage)}, which keeps "
+            f"optimizer states in another form; {advice} (its weights alone, from an exported folder, go into any "
+            f"strategy: model.init_from)"
         )
     if (saved_precision := meta.get("precision", precision)) != precision:
-        raise ValueError(
-            f"checkpoint {place} was saved in precision {saved_precision} but this run is in {precision}; continue on "
-            f"the same kind of device with the same trainer.precision, or start another run.stage from exported weights"
+        obstacles.append(
+            f"saved in precision {saved_precision} but this run is in {precision}; continue on the same kind of device "
+            f"with the same trainer.precision, or start another run.stage from exported weights"
         )
+    if obstacles:
+        raise ValueError(f"checkpoint {place} was {obstacles[0]}")
 
 
 def _form(stage: int) -> int:

@@ -14,17 +14,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from s2 import ending
+from s2 import ending, files
 from s2.locks import Lock
 from s2.training import run_folder, slurm
 from s2.training.config import RunConfig
 from s2.training.gaps.lightning import EachStep, StopSignals
 from s2.training.guard import StepGuard
+from s2.training.strategy import over_ranks
 
 
 class Preempted(Exception):  # noqa: N818 -- not an error: the run is saved and can go on
@@ -87,7 +86,7 @@ class RunCheckpoint(EachStep, Checkpoint):
     def on_step(self, trainer: Trainer, module: Any) -> None:
         step = trainer.global_step
         # After the last step the run goes on to its end: a checkpoint of that step says that the export is there.
-        if step < trainer.max_steps and self._any_rank_signalled(trainer):
+        if step < trainer.max_steps and trainer.strategy.reduce_boolean_decision(bool(self._signals.seen), all=False):
             if self.run.checkpoint_every is None:
                 raise Stopped(f"stopped at step {step}; with run.checkpoint_every=null nothing is saved")
             self._save(trainer, module)
@@ -96,7 +95,7 @@ class RunCheckpoint(EachStep, Checkpoint):
         every = self.run.checkpoint_every
         due = every is not None and (step % every == 0 or self._overdue)
         # weights that no step can be taken with must not take the place of those that one could be
-        self._overdue = due and self.guard.in_a_row > 0
+        self._overdue = due and self.guard.counters.in_a_row > 0
         if due and not self._overdue and step < trainer.max_steps:
             self._save(trainer, module)
 
@@ -107,19 +106,14 @@ class RunCheckpoint(EachStep, Checkpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._signals.give_back()
 
-    def _any_rank_signalled(self, trainer: Trainer) -> bool:
-        if trainer.world_size == 1:
-            return bool(self._signals.seen)
-        flag = torch.tensor(float(bool(self._signals.seen)), device=trainer.strategy.root_device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
     def _save(self, trainer: Trainer, module: Any) -> None:
         started = time.perf_counter()
         step = trainer.global_step
         final = run_folder.checkpoint_folder(self.checkpoints, step)
-        partial = run_folder.partial_folder(self.checkpoints, step)
-        on_rank_zero(trainer, lambda: self._begin(step))
+        partial = files.partial_of(final)
+        if self.lock is not None:
+            self.lock.check()
+        on_rank_zero(trainer, lambda: run_folder.new_checkpoint(self.checkpoints, step))
         try:
             trainer.save_checkpoint(partial / "state")
         except (OSError, RuntimeError) as error:
@@ -131,7 +125,7 @@ class RunCheckpoint(EachStep, Checkpoint):
                 ) from error
             raise
         trainer.strategy.barrier()
-        files = run_folder.inventory(partial, (trainer.global_rank, trainer.world_size))
+        inventory = files.inventory(partial, (trainer.global_rank, trainer.world_size))
         meta = {
             "step": step,
             "tokens": self.tokens(trainer),
@@ -140,47 +134,32 @@ class RunCheckpoint(EachStep, Checkpoint):
             "precision": trainer.precision,
             "model": asdict(module.config),
             "recipe": self.recipe,
-            "files": {name: entry for part in over_ranks(trainer, files) for name, entry in part.items()},
+            "files": {name: entry for part in over_ranks(inventory) for name, entry in part.items()},
         }
         on_rank_zero(trainer, lambda: run_folder.publish(partial, final, meta, self.run.keep_checkpoints))
         self._saved_step = step
         self.seconds += time.perf_counter() - started
 
-    def _begin(self, step: int) -> None:
-        if self.lock is not None:
-            self.lock.check()
-        run_folder.new_checkpoint(self.checkpoints, step)
-
     def _requeue(self, trainer: Trainer) -> str:
-        """Let the first rank see to the SLURM job and return what it has to say.
-
-        The others wait for it, because srun ends all processes when the first has gone.
-        """
+        """Let the first rank see to the SLURM job and return what it has to say. The others wait for it, because srun
+        ends all processes when the first has gone."""
         if not self.run.slurm_requeue or "SLURM_JOB_ID" not in os.environ:
             return ""
         warned = self._signals.seen != {signal.SIGTERM}  # none: the signal has reached another rank first
+        self._signals.ignore(trainer)  # SLURM ends what it requeues, and srun the others when the first task has gone
         words = f"; {slurm.requeue(os.environ, warned=warned)}" if trainer.is_global_zero else ""
         trainer.strategy.barrier()
         return words
 
 
-def tokens_per_step(trainer: Trainer) -> int:
-    """Tokens of one optimizer step over all ranks."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+def tokens_per_step(trainer: Any, data: Any = None) -> int:
+    """Tokens of one optimizer step over all ranks. `data`: the datamodule, before the trainer has it."""
+    data = data or trainer.datamodule
     return data.micro_batch_size * data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
 
 
-def on_rank_zero(trainer: Trainer, work: Callable[[], None]) -> None:
+def on_rank_zero(trainer: Trainer, work: Callable[[], Any]) -> None:
     """Do file work on the first rank while the others wait for it."""
     if trainer.is_global_zero:
         work()
     trainer.strategy.barrier()
-
-
-def over_ranks(trainer: Trainer, value: Any) -> list[Any]:
-    """`value` of every rank, in their order, on every rank."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(values, value)
-    return values

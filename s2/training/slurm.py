@@ -62,49 +62,33 @@ def layout(environment: Mapping[str, str]) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Job:
-    """What `scontrol show job` says about a job.
+    """What `scontrol show job` says about a job."""
 
-    Attributes:
-        state: RUNNING, SIGNALING, COMPLETING (any job that is being ended), TIMEOUT, CANCELLED, PENDING, ...
-        reason: TimeLimit for a job that has reached it.
-        may_requeue: false for --no-requeue.
-        restarts: how often it has gone back into the queue; SLURM counts up when it does, not when the job starts.
-        preempted: SLURM has chosen it to make way.
-        seconds_left: until the time limit; None without one.
-    """
-
-    state: str
-    reason: str
-    may_requeue: bool
-    restarts: int
-    preempted: bool = False
-    seconds_left: float | None = None
+    state: str  # RUNNING, SIGNALING, COMPLETING (any job that is being ended), TIMEOUT, CANCELLED, PENDING, ...
+    reason: str  # TimeLimit for a job that has reached it
+    may_requeue: bool  # false for --no-requeue
+    restarts: int  # how often it has gone back into the queue; SLURM counts up when it does, not when the job starts
+    preempted: bool = False  # SLURM has chosen it to make way
+    seconds_left: float | None = None  # until the time limit; None without one
 
     @classmethod
     def parse(cls, text: str, now: float | None = None) -> Job:
-        """Read the output of `scontrol show job`.
-
-        Raises:
-            ValueError: it is something else.
-        """
-        # A job's name comes first and can be anything: only what begins a line counts.
-        state = re.search(r"^\s*JobState=(\S+) Reason=(\S+)", text, re.MULTILINE)
-        counts = re.search(r"^\s*Requeue=(\d) Restarts=(\d+)", text, re.MULTILINE)
-        if state is None or counts is None:
-            raise ValueError(f"scontrol show job said {text.strip()[:200]!r}")
-        preempted = re.search(r"^\s*(?:PreemptEligibleTime=\S+ )?PreemptTime=(\S+)", text, re.MULTILINE)
-        end = re.search(r"^\s*StartTime=\S+ EndTime=(\d{4}-\d\d-\d\dT[\d:]+)", text, re.MULTILINE)
-        left = None
-        if end:
-            left = datetime.fromisoformat(end[1]).timestamp() - (time.time() if now is None else now)
-        is_preempted = preempted is not None and preempted[1] not in ("None", "N/A")
-        return cls(state[1], state[2], counts[1] == "1", int(counts[2]), is_preempted, left)
+        """Read the output of `scontrol show job`. Raises ValueError where it is something else."""
+        # The name of a job, which ends the first line, can be anything; so can its comment and paths, which come last.
+        fields = dict(reversed(re.findall(r"(\w+)=(\S+)", re.sub("JobName=.*", "", text, count=1))))
+        try:
+            left, end = None, fields.get("EndTime", "")
+            if end[:4].isdecimal():
+                left = datetime.fromisoformat(end).timestamp() - (time.time() if now is None else now)
+            is_preempted = fields.get("PreemptTime", "None") not in ("None", "N/A")
+            may_requeue, restarts = fields["Requeue"] == "1", int(fields["Restarts"])
+            return cls(fields["JobState"], fields["Reason"], may_requeue, restarts, is_preempted, left)
+        except (KeyError, ValueError):
+            raise ValueError(f"scontrol show job said {text.strip()[:200]!r}") from None
 
     def is_ours_to_requeue(self) -> bool:
-        """Whether the job only makes way: it runs on until it is ended, or has reached its time limit.
-
-        In all other cases somebody has decided already: SLURM has put it back itself, or it was cancelled.
-        """
+        """Whether the job only makes way: it runs on until it is ended, or has reached its time limit. In all other
+        cases somebody has decided already: SLURM has put it back itself, or it was cancelled."""
         return self.is_running() or self.reason == "TimeLimit"
 
     def is_running(self) -> bool:
@@ -113,20 +97,12 @@ class Job:
 
 
 def ask(job: str) -> Job:
-    """The job as SLURM sees it.
-
-    Raises:
-        ValueError: SLURM does not answer, for example without scontrol in a container.
-    """
+    """The job as SLURM sees it. Raises ValueError where it does not answer, as without scontrol in a container."""
     return Job.parse(_scontrol("show", "job", job))
 
 
 def limit(environment: Mapping[str, str]) -> int:
-    """MAX_REQUEUES of the job's environment.
-
-    Raises:
-        ValueError: no whole number.
-    """
+    """MAX_REQUEUES of the job's environment. Raises ValueError for one that is no whole number."""
     text = environment.get("MAX_REQUEUES") or str(MAX_REQUEUES)
     if not text.isdecimal():
         raise ValueError(f"MAX_REQUEUES={text} is a number of restarts, 0 for none")
@@ -134,11 +110,9 @@ def limit(environment: Mapping[str, str]) -> int:
 
 
 def obstacle(job: Job, name: str, started: int, most: int, *, warned: bool) -> str | None:
-    """Why the job `name` is not put back into the queue, as a sentence; None where it can be.
+    """Why the job `name`, which is `job` now, is not put back into the queue, as a sentence; None where it can be.
 
     Args:
-        job: as it is now.
-        name: its id.
         started: its number of restarts when this process began.
         most: restarts that it may have.
         warned: the warning signal came. SIGTERM alone also comes from srun, when another task has failed.
@@ -164,12 +138,10 @@ def obstacle(job: Job, name: str, started: int, most: int, *, warned: bool) -> s
 
 
 def requeue(environment: Mapping[str, str], *, warned: bool) -> str:
-    """Put this process's job back into the queue where that is ours to do; one sentence about what became of it.
-
-    Never raises: the checkpoint is there, and how the job goes on is not worth a traceback.
+    """Put this process's job back into the queue where that is ours to do; one sentence about what became of it. Never
+    raises: the checkpoint is there, and how the job goes on is not worth a traceback.
 
     Args:
-        environment: of a process of the job.
         warned: whether SLURM's warning signal (SIGUSR1) came, and not SIGTERM alone.
     """
     name = job_id(environment)

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from tqdm import tqdm
 
 from s2 import ending, files, settings
 from s2.locks import lock
@@ -24,6 +23,7 @@ from s2.recipe import differences, dump_yaml
 from s2.training import memory, run_folder, slurm
 from s2.training.callbacks import TrainingLog
 from s2.training.config import StageConfig
+from s2.training.environment import record_environment
 from s2.training.gaps import lightning as gaps
 from s2.training.guard import StepGuard
 from s2.training.module import PretrainModule
@@ -34,7 +34,7 @@ from s2.training.summary import Finish, closing_words, launch_report
 
 def topology(environment: Mapping[str, str]) -> dict[str, int]:
     """`trainer.devices` and `trainer.num_nodes` as torchrun or srun (one task per GPU) laid the processes out; empty
-    for a process that is alone. Keys that the recipe sets win."""
+    for a process that is alone."""
     if "TORCHELASTIC_RUN_ID" in environment:
         devices = int(environment["LOCAL_WORLD_SIZE"])
         return {"devices": devices, "num_nodes": int(environment["WORLD_SIZE"]) // devices}
@@ -63,7 +63,7 @@ class Stage:
             arguments = settings.arguments(self.trainer_keys, Trainer, "trainer")
             self.data: Any = settings.instantiate(config.data, LightningDataModule, "data")
             self.module = PretrainModule(config.model)
-        self.guard = self.module.guard = StepGuard(self.run, tqdm.write)
+        self.guard = self.module.guard = StepGuard(self.run)
         self.checkpoint = RunCheckpoint(self.run, self.guard)
         self.trainer = self._trainer(arguments)
         self.checkpoint.recipe = self.resolved
@@ -153,16 +153,14 @@ class Stage:
     def _record(self) -> None:
         folder = self.run.folder
         slurm.keep_record(os.environ, folder)
+        record_environment(folder)
         again = f"python -m s2.training.cli {folder}/config.yaml"
         header = f"# {self.config.origin.file} as it was resolved; train it again with: {again}\n"
         files.write_text(folder / "config.yaml", header + dump_yaml(self.resolved))
 
     def _resume_from(self) -> Path | None:
-        """The checkpoint to continue from, if there is one.
-
-        Every rank decides by itself here, from sizes alone; checksums are read where ranks can divide the work among
-        them (`ZeROStrategy.load_checkpoint`), or here where there is one.
-        """
+        """The checkpoint to continue from, if there is one. Every rank decides by itself, from sizes alone; checksums
+        are read where ranks divide the work (`ZeROStrategy.load_checkpoint`), or here without that strategy."""
         if self.run.resume == "never":
             return None
         strategy = self.trainer.strategy
@@ -220,11 +218,9 @@ def _check_strategy(config: StageConfig) -> None:
     name = config.trainer.get("strategy", "auto")
     known = [*STRATEGIES, "auto", *StrategyRegistry.available_strategies()]
     if isinstance(name, str) and name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(
-            f"trainer.strategy={name} in {config.origin.file}: {hint}There are auto, {', '.join(STRATEGIES)}"
-        )
+        hint = "".join(f"did you mean {close}? " for close in difflib.get_close_matches(name, known, n=1))
+        there = f"There are auto, {', '.join(STRATEGIES)}"
+        raise ValueError(f"trainer.strategy={name} in {config.origin.file}: {hint}{there}")
 
 
 def _check_lengths(module: PretrainModule, data: Any) -> None:

@@ -17,10 +17,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
 from s2.training import resize, run_folder
 from s2.training.gaps import deepspeed as gaps
@@ -35,8 +33,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-class ZeROStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy without its CUDA-only check.
+class ZeROStrategy(gaps.MendedDeepSpeedStrategy):
+    """DeepSpeed ZeRO with checkpoints that are checked before they are loaded, by any number of ranks.
 
     Args:
         stage: ZeRO stage 1, 2 or 3.
@@ -72,6 +70,7 @@ class ZeROStrategy(DeepSpeedStrategy):
             logging_batch_size_per_gpu=1,
             logging_level=logging.ERROR,  # it warns of skipped steps, which `StepGuard` counts
         )
+        self.stage, self.offloads_optimizer = stage, offload_optimizer
         assert isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
         if stage == 3:
@@ -88,50 +87,11 @@ class ZeROStrategy(DeepSpeedStrategy):
         # Long accumulations in bf16 lose small gradients.
         self.config["data_types"] = {"grad_accum_dtype": "fp32"}
 
-    @property
-    def stage(self) -> int:
-        """ZeRO stage: 1, 2 or 3."""
-        assert isinstance(self.config, dict)
-        return self.config["zero_optimization"]["stage"]
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether optimizer states live in host memory."""
-        assert isinstance(self.config, dict)
-        return "offload_optimizer" in self.config["zero_optimization"]
-
-    @property
-    def root_device(self) -> torch.device:
-        """This rank's device, always with an index: DeepSpeed reads `device.index` as the local rank."""
-        device = super().root_device
-        return torch.device(device.type, self.local_rank) if device.index is None else device
-
-    def setup_environment(self) -> None:
-        if isinstance(self.accelerator, CPUAccelerator):
-            gaps.set_up_cpu_environment(self)
-        else:
-            super().setup_environment()
-
-    def setup_distributed(self) -> None:
-        if isinstance(self.accelerator, CPUAccelerator):
-            gaps.set_up_cpu_processes(self)
-        else:
-            super().setup_distributed()
-
-    def _setup_model_and_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        engine, optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
-        if hasattr(optimizer, "reduce_ipg_grads"):  # ZeRO-1/2 with hooks
-            gaps.OrderedReduction(optimizer, engine.module.parameters())
-        return engine, optimizer
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and optimizer, also when they were saved by another number of ranks.
 
         Every byte is compared with its checksum first, each rank reading its share. Where the checkpoint is not as it
-        was written, that is said, and the newest whole one before it is restored.
-
-        Raises:
-            DamagedError: there is none.
+        was written, that is said, and the newest whole one before it is restored; DamagedError where there is none.
         """
         wanted = Path(checkpoint_path)
         older = run_folder.complete_checkpoints(wanted.parent.parent)
@@ -151,10 +111,8 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint, the same on every rank."""
-        found: list[str | None] = [None] * self.world_size
         mine = run_folder.damage(checkpoint, checksums=True, share=(self.global_rank, self.world_size))
-        dist.all_gather_object(found, mine)
-        return next((wrong for wrong in found if wrong), None)
+        return next((wrong for wrong in over_ranks(mine) if wrong), None)
 
     def _say(self, text: str) -> None:
         if self.is_global_zero:
@@ -164,25 +122,14 @@ class ZeROStrategy(DeepSpeedStrategy):
         """Schedulers signal every process of a job; loader workers must live on until the checkpoint is written."""
         return shield_workers(super().process_dataloader(dataloader))
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        gaps.check_step_boundaries(self.deepspeed_engine, batch_idx)
 
-    def divide_gradients(self, divisor: float) -> None:
-        """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped."""
-        gaps.divide_gradients(self.deepspeed_engine.optimizer, divisor)
-
-    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        output = super().optimizer_step(optimizer, *args, **kwargs)
-        gaps.undo_division(optimizer)
-        return output
-
-    def skipped_gradient_norm(self) -> float | None:
-        """Norm of the last step's gradient if DeepSpeed skipped the step for it, None if the step was taken."""
-        return gaps.skipped_norm(self.deepspeed_engine)
-
-    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""
-        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+def over_ranks(value: Any) -> list[Any]:
+    """`value` of every rank, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def register_strategies() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,22 @@ from lightning.pytorch import Callback, Trainer
 from s2 import files
 from s2.ending import DamagedError
 from s2.model.config import ModelConfig
+from s2.model.layouts import layout_table
 from s2.training.config import RunConfig
 from s2.training.guard import DivergedError
 from s2.training.memory import memory_of
-from s2.training.metrics import clock, plot_losses, read_metrics, validation_curve
-from s2.training.saving import RunCheckpoint, on_rank_zero
+from s2.training.metrics import clock, plot_losses, read_metrics
+from s2.training.saving import RunCheckpoint, on_rank_zero, tokens_per_step
 from s2.training.weights import export
 
 
 def launch_report(run: RunConfig, module: Any, data: Any, trainer: Any, precision: Any) -> str:
-    """The text printed before the first step.
-
-    Args:
-        precision: trainer.precision of the recipe, which the CPU does not train in.
-    """
+    """The text printed before the first step. `precision` is the recipe's, which the CPU does not train in."""
     config: ModelConfig = module.config
     strategy = trainer.strategy
-    accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
     on_cpu = strategy.root_device.type == "cpu"
     wanted = str(precision or trainer.precision) if on_cpu else str(trainer.precision)
-    step = data.micro_batch_size * data.seq_len * accumulate * world
+    step = tokens_per_step(trainer, data)
     return "\n".join(
         [
             f"{run.recipe} {run.stage} -> {run.folder}",
@@ -39,43 +34,14 @@ def launch_report(run: RunConfig, module: Any, data: Any, trainer: Any, precisio
             f"{config.head_dim}, vocabulary {config.vocab_size:,}, rope_theta {config.rope_theta:g}"
             + (f", weights from {module.init_from}" if module.init_from else ""),
             layout_table(config, data.seq_len),
-            f"batch: {data.seq_len:,} tokens x {data.micro_batch_size} x {accumulate} accumulated x {world} ranks = "
-            f"{step:,} tokens a step, {trainer.max_steps:,} steps, {step * trainer.max_steps:,} tokens",
+            f"batch: {data.seq_len:,} tokens x {data.micro_batch_size} x {trainer.accumulate_grad_batches} accumulated "
+            f"x {trainer.world_size} ranks = {step:,} tokens a step, {trainer.max_steps:,} steps, "
+            f"{step * trainer.max_steps:,} tokens",
             f"memory estimate: {memory_of(module, data, trainer, wanted)}; {wanted}, ZeRO stage "
             f"{getattr(strategy, 'stage', 0)}, checkpointing {module.activation_checkpointing}"
             + (f" (of a GPU; here on the CPU, in {trainer.precision}, it is not estimated)" if on_cpu else ""),
         ]
     )
-
-
-def layout_table(config: ModelConfig, seq_len: int) -> str:
-    """Layers that attend alike in one line each: pattern, density at `seq_len`, and the share of the causal context
-    that a layer's heads see together (and over how many layers it is all of it)."""
-    layout, heads = config.layout, config.layout.ruled_heads(config.num_key_value_heads)
-    num_blocks = -(-seq_len // config.block_size)
-    alike: dict[tuple, list[int]] = {}  # layers whose heads follow the same rules
-    for layer, (pattern, rotation) in enumerate(zip(layout.patterns, layout.rotations, strict=True)):
-        alike.setdefault((pattern, pattern.rules(heads, layer=rotation)), []).append(layer)
-    rows = [("layers", "pattern", "density", "its heads see together")]
-    for (pattern, _), layers in alike.items():
-        rotation = layout.rotations[layers[0]]
-        covered = pattern.union_coverage(num_blocks, heads, layer=rotation)
-        together = f"{covered:.1%}"
-        if covered < 1:
-            needed = pattern.layers_to_cover(heads)
-            together += f", all of it over {needed} layers" if needed else ", never all of it"
-        density = pattern.density(seq_len, heads, layer=rotation)
-        rows.append((_ranges(layers), str(pattern), f"{density:.2%}", together))
-    whole = layout.density(seq_len, heads)
-    rows.append(("all", config.attention_layout, f"{whole:.2%}", f"at {seq_len:,} tokens"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"  {a:>{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
-
-
-def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> 0-2,5"""
-    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def data_report(data: Any, total_tokens: int) -> str:
@@ -120,14 +86,15 @@ class Finish(Callback):
         rows = read_metrics(folder / "logs" / "metrics.csv")
         validation = {}
         for name in data.validation_names:
-            curve = validation_curve(rows, name)
-            source = [row[f"val/{name}/source_loss"] for row in rows if f"val/{name}/source_loss" in row]
+            loss, source = f"val/{name}/loss", f"val/{name}/source_loss"
+            losses = {row["step"]: row[loss] for row in rows if loss in row}
+            last = losses[max(losses)] if losses else None
             validation[name] = {
-                "initial_loss": curve[0][1] if curve and curve[0][0] == 0 else None,
-                "source_loss": source[0] if source else None,
-                "loss": curve[-1][1] if curve else None,
+                "initial_loss": losses.get(0),
+                "source_loss": next((row[source] for row in rows if source in row), None),
+                "loss": last,
                 "unigram_loss": data.unigram_loss(name),
-                "bits_per_byte": data.bits_per_byte(name, curve[-1][1]) if curve else None,
+                "bits_per_byte": None if last is None else data.bits_per_byte(name, last),
             }
         step = trainer.global_step
         summary = {
@@ -137,7 +104,7 @@ class Finish(Callback):
             "tokens": self.checkpoint.tokens(trainer),
             "seconds": max((row["seconds"] for row in rows), default=0.0),
             "memory_gib": max((row.get("memory_gib", 0.0) for row in rows), default=0.0),
-            "skipped_steps": self.checkpoint.guard.skipped,
+            "skipped_steps": self.checkpoint.guard.counters.skipped,
             "world_size": trainer.world_size,
             "init_from": module.init_from,
             "data": [vars(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
@@ -145,41 +112,32 @@ class Finish(Callback):
         }
         files.write_json(folder / "summary.json", summary)
         baselines = {name: values["unigram_loss"] for name, values in validation.items()}
-        plot_losses(
-            folder / "logs" / "metrics.csv", folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}"
-        )
+        plot_losses(rows, folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}")
 
 
 def closing_words(folder: Path) -> str:
-    """What came out of a finished stage and where it lies.
-
-    Raises:
-        DamagedError: summary.json is not what was written.
-    """
+    """What came out of a finished stage and where it lies. Raises DamagedError where summary.json is not what was
+    written."""
     try:
-        return _closing_words(folder, files.read_json(folder / "summary.json"))
+        summary = files.read_json(folder / "summary.json")
+        lines = [
+            f"{summary['recipe']} {summary['stage']}: {summary['step']} steps, {summary['tokens']:,} tokens, "
+            f"{clock(summary['seconds'])} on {summary['world_size']} process(es), {summary['memory_gib']:.2f} GiB"
+        ]
+        for name, each in summary["validation"].items():
+            if each["loss"] is None:
+                continue
+            line = f"  held-out {name}: loss {each['loss']:.4f} nats/token ({each['bits_per_byte']:.3f} bits per byte)"
+            if each["initial_loss"] is not None:
+                line += f", before training {each['initial_loss']:.4f}"
+            if each.get("source_loss") not in (None, each["initial_loss"]):
+                line += f" ({summary['init_from']} as it is {each['source_loss']:.4f})"
+            lines.append(f"{line}, unigram {each['unigram_loss']:.4f}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
             f"{folder / 'summary.json'} is not as it was written ({type(error).__name__}: {error}); remove the newest "
             f"folder in {folder / 'checkpoints'} to train its last steps and write it again"
         ) from error
-
-
-def _closing_words(folder: Path, summary: dict[str, Any]) -> str:
-    lines = [
-        f"{summary['recipe']} {summary['stage']}: {summary['step']} steps, {summary['tokens']:,} tokens, "
-        f"{clock(summary['seconds'])} on {summary['world_size']} process(es), {summary['memory_gib']:.2f} GiB"
-    ]
-    for name, values in summary["validation"].items():
-        if values["loss"] is None:
-            continue
-        line = f"  held-out {name}: loss {values['loss']:.4f} nats/token ({values['bits_per_byte']:.3f} bits per byte)"
-        if values["initial_loss"] is not None:
-            line += f", before training {values['initial_loss']:.4f}"
-        if values.get("source_loss") not in (None, values["initial_loss"]):
-            line += f" ({summary['init_from']} as it is {values['source_loss']:.4f})"
-        lines.append(f"{line}, unigram {values['unigram_loss']:.4f}")
     places = {"weights": "hf", "checkpoints": "checkpoints", "metrics": "logs/metrics.csv", "plot": "loss.png"}
     there = {what: path for what, place in places.items() if (path := folder / place).is_file() or any(path.glob("*"))}
-    lines += [f"  {what}: {path}" for what, path in there.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {what}: {path}" for what, path in there.items())])

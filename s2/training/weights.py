@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2.files import NotOursError, kind_of, move_aside, publish, remove_folder
+from s2 import files
 from s2.model.config import ModelConfig
-from s2.model.hf import load_weights, save_pretrained
+from s2.model.hf import FOLDER_KIND, load_weights, save_pretrained
 from s2.model.rope import cut_documents
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
@@ -24,10 +23,8 @@ _WITHOUT_SINK = re.compile(r"(L\d+(?:V\d+(?:<\d+)?)*|W\d+)(?![\dV<]|\+sink)")
 
 
 def load_into(model: Transformer, folder: str) -> None:
-    """Copy a Hugging Face folder's weights into `model` on rank 0; the others get them from rank 0.
-
-    ZeRO-3 broadcasts each parameter as its gathering ends, ZeRO-1/2 broadcast the whole model when the engine
-    starts, so only rank 0 reads the files.
+    """Copy a Hugging Face folder's weights into `model` on rank 0. The others get them from there: ZeRO-3 broadcasts
+    each parameter as its gathering ends, ZeRO-1/2 the whole model when the engine starts.
 
     Raises:
         ValueError: the folder does not hold exactly the tensors that the recipe's config asks for (`load_weights`).
@@ -102,8 +99,7 @@ def export(
 ) -> None:
     """Write the Hugging Face folder from rank 0; every rank must call it, because ZeRO-3 gathers.
 
-    The folder appears whole or not at all: it is written beside its place and renamed. One that this program did not
-    write moves aside.
+    The folder appears whole or not at all (`files.publish`).
 
     Args:
         tokenizer_file: of the data; used where `init_from` has no tokenizer of its own.
@@ -119,15 +115,9 @@ def export(
         return
     dtype = torch.float32 if any(value.dtype == torch.float32 for value in state.values()) else torch.bfloat16
     own = init_from is not None and (Path(init_from) / "tokenizer.json").is_file()
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        remove_folder(partial)
-    except NotOursError:
-        print(f"{partial} was not written by this program; it is now {move_aside(partial)}")
+    partial = files.begin(folder, FOLDER_KIND)
     save_pretrained(state, config, partial, None if own else tokenizer_file, dtype=dtype, source=init_from)
-    if os.path.lexists(folder) and kind_of(folder) is None:
-        print(f"{folder} was not written by this program; it is now {move_aside(folder)}")
-    publish(partial, folder)
+    files.publish(partial, folder)
 
 
 def gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager:

@@ -107,15 +107,11 @@ def evaluate(environment: dict[str, str], step: Step) -> int:
         # Both go on where they stopped: a sweep by its samples, which each start adds to, a table by its answers.
         progress = f"{phase} {kept_answers(checkpoint) if phase == 'table' else len(record.facts['starts'])}"
         record.note(["python", *command], progress)
-        warned = False
-        try:
-            code = step.run(1, 1, cpus, command, environment)
-        except WarnedError:
-            code, warned = ending.STOPPED, True
+        code = step.run(1, 1, cpus, command, environment)
         if code == ending.DONE:
             record.finish(phase)
             continue
-        if not warned and not made_way(code, environment):
+        if not made_way(code, environment):
             return code
         if (idle := record.idle_starts(progress)) >= IDLE_STARTS:
             return stopped(
@@ -227,12 +223,16 @@ class Step:
         signal.signal(signal.SIGUSR1, self._warned)
 
     def run(self, nodes: int, tasks: int, cpus: int, command: list[str], environment: Mapping[str, str]) -> int:
-        """Run `python <command>` as `nodes` x `tasks` tasks of `cpus` CPUs; the exit code, 128 + n for signal n."""
+        """Run `python <command>` as `nodes` x `tasks` tasks of `cpus` CPUs; the exit code, 128 + n for signal n, which
+        may have come to this process in place of the step."""
         own = {"OMP_NUM_THREADS": str(cpus), **environment}
         # What the sbatch file asks for may have been replaced by --gres; a step has all that the job got.
         own.pop("SLURM_GPUS_PER_NODE", None)
-        self._process = subprocess.Popen([*srun(nodes, tasks, cpus), sys.executable, *command], env=own)
-        code = self._process.wait()
+        try:
+            self._process = subprocess.Popen([*srun(nodes, tasks, cpus), sys.executable, *command], env=own)
+            code = self._process.wait()
+        except WarnedError:
+            return 128 + signal.SIGUSR1
         return 128 - code if code < 0 else code
 
     def _warned(self, number: int, frame: Any) -> None:
@@ -263,29 +263,33 @@ def made_way(code: int, environment: Mapping[str, str]) -> bool:
     """
     if code - 128 == signal.SIGUSR1:
         return True
-    if code - 128 not in (signal.SIGTERM, signal.SIGKILL):
-        return False
-    try:
-        job = slurm.ask(slurm.job_id(environment))
-    except ValueError:
+    if code - 128 not in (signal.SIGTERM, signal.SIGKILL) or (job := asked(environment)) is None:
         return False
     if not job.is_ours_to_requeue() or job.restarts > int(environment.get("SLURM_RESTART_COUNT", "0")):
         return False  # cancelled, or back in the queue already
-    is_near = job.seconds_left is not None and job.seconds_left < WARNING + _LATE
-    return job.reason == "TimeLimit" or job.preempted or is_near
+    return job.reason == "TimeLimit" or job.preempted or is_near_limit(job)
+
+
+def asked(environment: Mapping[str, str]) -> slurm.Job | None:
+    """The job as SLURM sees it, where that answers."""
+    try:
+        return slurm.ask(slurm.job_id(environment))
+    except ValueError:
+        return None
+
+
+def is_near_limit(job: slurm.Job) -> bool:
+    return job.seconds_left is not None and job.seconds_left < WARNING + _LATE
 
 
 def short_time(environment: Mapping[str, str]) -> list[str]:
     """A sentence where the time limit is so near that the run will be warned at once."""
-    try:
-        left = slurm.ask(slurm.job_id(environment)).seconds_left
-    except ValueError:
-        return []
-    if left is None or left > WARNING + _LATE:
+    job = asked(environment)
+    if job is None or not is_near_limit(job):
         return []
     return [
-        f"{left:.0f} s to the time limit, of which the sbatch files warn {WARNING} s before: the run will stop after a "
-        f"few steps, unless the job was submitted with a later warning, as --signal=USR1@60"
+        f"{job.seconds_left:.0f} s to the time limit, of which the sbatch files warn {WARNING} s before: the run will "
+        f"stop after a few steps, unless the job was submitted with a later warning, as --signal=USR1@60"
     ]
 
 

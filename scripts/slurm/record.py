@@ -38,19 +38,17 @@ class Record:
     """
 
     def __init__(self, environment: Mapping[str, str], recipe: Path | None = None) -> None:
-        self.job = slurm.job_id(environment)
+        self.job, self.code = slurm.job_id(environment), _code()
         self.folder = FOLDER / self.job
         restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
         if restarts == 0 and self.folder.exists():
             files.move_aside(self.folder)  # of a job that had this number before the cluster was set up anew
         self.is_restart = (self.folder / "job.json").is_file()
-        self.code = _code()
         self.facts: dict[str, Any] = (
             files.read_json(self.folder / "job.json") if self.is_restart else self._begin(recipe, environment)
         )
-        start = {"restart": restarts, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        start |= {"nodes": environment.get("SLURM_JOB_NODELIST"), "commit": self.code["commit"]}
-        self.facts["starts"].append(start)
+        start = {"restart": restarts, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": self.code["commit"]}
+        self.facts["starts"].append(start | {"nodes": environment.get("SLURM_JOB_NODELIST")})
 
     @property
     def recipe(self) -> Path:

@@ -1,4 +1,4 @@
-"""The Hopper kernels in seconds: a case or two of each part, so that every fault of `tests/mutations.py` shows in one.
+"""The Hopper kernels in seconds: a case or two of each part, so that every fault of `tests/mutations` shows in one.
 `test_gpu.py` has them all.
 """
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,18 +59,13 @@ def test_dates_are_compared_as_dates(tmp_path, kind):
         ]
     file = write(tmp_path / f"c{suffix}", rows)
     assert texts(file, keep={"when": {"min": "2024-01-01"}}) == "bc"
-    assert texts(file, keep={"when": {"min": date(2024, 1, 1), "max": "2024-01-31"}}) == "bc", "31 January in UTC"
+    assert texts(file, keep={"when": {"min": "2024-01-01", "max": "2024-01-31"}}) == "bc", "31 January in UTC"
     assert texts(file, keep={"when": {"max": "2023-12-31"}}) == "a"
     assert texts(file, keep={"when": {"min": "2023-01-01", "max": "2023-05-01"}}) == "a"
     if kind != "text":
         assert texts(file, keep={"when": "2023-05-01"}) == "a"
     if kind != "date":
         assert texts(file, keep={"when": {"min": "2024-01-31T23:15:00", "max": "2024-01-31T23:30:00Z"}}) == "bc"[:2]
-
-
-def test_dates_of_a_recipe_are_text_in_the_settings():
-    keep = Source("x", keep={"when": {"min": date(2024, 1, 1)}, "day": [date(2024, 1, 2)]}).keep
-    assert keep == {"when": {"min": "2024-01-01"}, "day": ["2024-01-02"]}
 
 
 def test_values_that_no_condition_can_mean_name_row_and_column(tmp_path):
@@ -117,7 +112,7 @@ def test_bad_rows_can_be_passed_over(tmp_path):
         found, ["not valid JSON", "a JSON object", "4,300 digits", "holds int", "'text'", "UTF-8"], strict=True
     ):
         assert reason in error.reason
-    with pytest.raises(ValueError, match=r"source path .*c\.jsonl, line 2: not valid JSON"):
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 2: not valid JSON"):
         list(source.read(part))
     file.write_text(f'{{"text": "a"}}\n{{"text": "b", "n": {digits}}}\n')
     with pytest.raises(ValueError, match=r"c\.jsonl, line 2: a number of more than 4,300 digits"):

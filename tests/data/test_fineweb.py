@@ -92,11 +92,11 @@ def test_a_hub_that_dies_is_named_and_the_work_goes_on_later_at_the_same_revisio
         hub.patch(monkeypatch, tmp_path / "home", timeout=1.0)
         encode, begun = part._encode, []
 
-        def dies_after_three_parts(task, report):
+        def dies_after_three_parts(task):
             begun.append(task.name)
             if len(begun) == 4:
                 hub.fail(r"resolve/", 503, times=10_000)
-            return encode(task, report)
+            return encode(task)
 
         with (
             monkeypatch.context() as patch,
@@ -109,7 +109,7 @@ def test_a_hub_that_dies_is_named_and_the_work_goes_on_later_at_the_same_revisio
     with HubStandIn({"owner/fineweb": fineweb}) as hub:
         hub.patch(monkeypatch, tmp_path / "home", timeout=1.0)
         again = []
-        monkeypatch.setattr(part, "_encode", lambda task, report: again.append(task.name) or encode(task, report))
+        monkeypatch.setattr(part, "_encode", lambda task: again.append(task.name) or encode(task))
         prepare(asked)
         assert again and not set(again) & set(begun[:3])
         assert not hub.bytes_sent("README"), "the dataset should not be looked up again"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.datamodule import PackedDataModule
-from data.shards.loader import Collate, HeldOutSampler, TrainSampler
+from data.shards.loader import Collate, RankSampler
 from tests.data.shard_factory import random_documents, write_shards
 
 LENGTHS = [5, 300, 2, 2, 77, 1000, 13, 64, 1, 250, 3, 128]
@@ -109,7 +109,7 @@ def test_first_batches_of_a_held_out_pass_are_the_same_for_any_number_of_ranks()
         world_size: {
             index
             for rank in range(world_size)
-            for index in list(HeldOutSampler(rank, world_size, 12 // world_size, 100))[: 2 * 12 // world_size]
+            for index in list(RankSampler(rank, world_size, 12 // world_size, lambda: 0, 100))[: 2 * 12 // world_size]
         }
         for world_size in (1, 2, 4)
     }
@@ -137,7 +137,7 @@ def test_a_limited_held_out_set_is_the_same_windows_for_any_ranks_and_micro_batc
 @pytest.mark.parametrize("start", [0, 17])
 def test_training_rows_follow_the_global_order_on_any_number_of_ranks(start):
     for world_size, micro_batch_size in [(1, 4), (2, 2), (4, 1), (3, 5)]:
-        ranks = [iter(TrainSampler(r, world_size, micro_batch_size, lambda: start)) for r in range(world_size)]
+        ranks = [iter(RankSampler(r, world_size, micro_batch_size, lambda: start)) for r in range(world_size)]
         rows = [next(rank) for _ in range(60 // world_size) for rank in ranks for _ in range(micro_batch_size)]
         assert rows == list(range(start, start + len(rows)))
 

@@ -87,8 +87,3 @@ def test_groups_bound_the_work_and_change_little(monkeypatch):
     assert len(grouped.document) >= len(lengths)
     assert sorted(set(grouped.document.tolist())) == list(range(len(lengths)))
     assert grouped.num_windows == pytest.approx(whole.num_windows, rel=0.01)
-
-
-def test_a_window_needs_room_for_an_input():
-    with pytest.raises(ValueError, match="seq_len: 0, expected at least 1"):
-        pack(np.array([5]), 0)

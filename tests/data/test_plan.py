@@ -1,7 +1,10 @@
 """Plans of interrupted preparations: parts stay what they were, as far as their files do."""
 
+from dataclasses import replace
+
 from data.corpus.sources import Source
-from data.prepare.plan import _renumbered
+from data.prepare.plan import _plan
+from tests.data.preparing import spec
 
 
 def parts_of(folder, part_bytes):
@@ -9,7 +12,15 @@ def parts_of(folder, part_bytes):
 
 
 def files(parts):
-    return [(number, [name[0] for _, name in part.files], part.span) for number, part in parts]
+    return [(number, [file.name[0] for file in part.files], part.span) for number, part in parts]
+
+
+def planned_again(folder, old):
+    """Numbers and parts of a plan for the files as they are now."""
+    asked = spec(folder / "*.jsonl", folder / "out")
+    begun = {"revision": None, "parts": [{**part.to_json(), "number": number} for number, part in old]}
+    plan = _plan(asked, {}, {"part_bytes": 1000, "sources": [begun]})
+    return [(part.number, part) for part in plan.sources[0]]
 
 
 def write(folder, **sizes):
@@ -19,9 +30,9 @@ def write(folder, **sizes):
 
 def test_without_a_change_every_part_stays_as_it_is(tmp_path):
     write(tmp_path, a=300, b=400, c=500, d=2500, e=10, f=0, g=990)
-    old = list(enumerate(parts_of(tmp_path, 1000)))
+    old = [(number, replace(part, number=number)) for number, part in enumerate(parts_of(tmp_path, 1000))]
     assert files(old)[:3] == [(0, ["a", "b"], None), (1, ["c"], None), (2, ["d"], (0, 833))]
-    assert _renumbered(parts_of(tmp_path, 1000), old) == old
+    assert planned_again(tmp_path, old) == old
 
 
 def test_parts_whose_files_stand_together_keep_their_numbers(tmp_path):
@@ -35,7 +46,7 @@ def test_parts_whose_files_stand_together_keep_their_numbers(tmp_path):
     ]
     write(tmp_path, a=10, h=2100, z=5)  # a shrinks; h and z are new
     (tmp_path / "e.jsonl").unlink()
-    new = _renumbered(parts_of(tmp_path, 1000), old)
+    new = planned_again(tmp_path, old)
     assert files(new) == [
         (3, ["a", "c"], None),
         (7, ["d"], None),

@@ -54,23 +54,27 @@ def test_shards_hold_every_document_once_in_one_split(corpus, tmp_path):
     assert sorted(texts) == sorted(row["text"] for row in ROWS)
 
 
+def is_heldout(asked, document_id):
+    return asked.place(document_id) < asked.heldout_below
+
+
 def test_split_depends_only_on_id_and_seed(corpus, tmp_path):
     base = spec(corpus, tmp_path)
     ids = [f"c/{i}" for i in range(20_000)]
-    heldout = {i for i in ids if base.is_heldout(i)}
+    heldout = {i for i in ids if is_heldout(base, i)}
     assert abs(len(heldout) / len(ids) - 0.2) < 0.02
-    assert {i for i in reversed(ids) if base.is_heldout(i)} == heldout
+    assert {i for i in reversed(ids) if is_heldout(base, i)} == heldout
     other = spec(corpus, tmp_path, seed=1)
-    assert {i for i in ids if other.is_heldout(i)} != heldout
+    assert {i for i in ids if is_heldout(other, i)} != heldout
     smaller = spec(corpus, tmp_path, heldout_fraction=0.1)
-    assert {i for i in ids if smaller.is_heldout(i)} < heldout
+    assert {i for i in ids if is_heldout(smaller, i)} < heldout
 
 
 def test_tokenizer_never_sees_heldout_text(corpus, tmp_path):
     asked = spec(corpus, tmp_path, tokenizer={"train": {"vocab_size": 300, "sample_bytes": 10**9}})
     parts, _ = asked.sources[0].parts()
-    sample = set(sample_texts(asked.sources, [parts], 10**9, asked.seed, asked.is_heldout))
-    expected = {d.text for d in Source(str(corpus), name="c").documents() if not asked.is_heldout(d.id)}
+    sample = set(sample_texts(asked.sources, [parts], 10**9, asked.seed, lambda i: is_heldout(asked, i)))
+    expected = {d.text for d in Source(str(corpus), name="c").documents() if not is_heldout(asked, d.id)}
     assert sample == expected
 
 

@@ -53,7 +53,7 @@ def test_a_path_may_go_on_into_the_dataset(hub):
 
     def files(path, **settings):
         source = Source(path, **settings)
-        return source.label, [file for part in source.parts()[0] for file, _ in part.files]
+        return source.label, [file for part in source.parts()[0] for file, *_ in part.files]
 
     sample = [url(hub, "sample/10BT/000_00000.parquet")]
     assert files("hf://owner/fineweb/sample/*/*.parquet") == ("owner/fineweb/sample", sample)
@@ -71,12 +71,12 @@ def test_a_path_may_go_on_into_the_dataset(hub):
 def test_subsets_and_splits_resolve_to_urls_at_a_commit(hub):
     sha = hub.sha["owner/fineweb"]
     both = hub_files("owner/fineweb", None, "train", None)
-    assert both.files == (url(hub, FIRST), url(hub, SECOND)) and both.revision == sha
+    assert both == ([url(hub, FIRST), url(hub, SECOND)], sha)
     assert hub_files("owner/fineweb", "default", "train", "main") == both
     sample = hub_files("owner/fineweb", "sample-10BT", "train", sha)
-    assert sample.files == (url(hub, "sample/10BT/000_00000.parquet"),)
-    logs = [hub_files("owner/logs", None, split, None).files for split in ("train", "test")]
-    assert logs == [(url(hub, f, "owner/logs"),) for f in ("train.jsonl.gz", "test.jsonl.zst")]
+    assert sample[0] == [url(hub, "sample/10BT/000_00000.parquet")]
+    logs = [hub_files("owner/logs", None, split, None)[0] for split in ("train", "test")]
+    assert logs == [[url(hub, f, "owner/logs")] for f in ("train.jsonl.gz", "test.jsonl.zst")]
     assert not hub.bytes_sent("parquet|jsonl"), "files were opened only to be listed"
 
 
@@ -85,7 +85,7 @@ def test_a_local_folder_is_opened_like_a_repository(repositories, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for name in (str(folder), folder.name):
         local = hub_files(name, None, "train", None)
-        assert local == remote.HubFiles((str(folder / FIRST), str(folder / SECOND)), None)
+        assert local == ([str(folder / FIRST), str(folder / SECOND)], None)
     with pytest.raises(ValueError, match="no subset 'nope'; it has: default, sample-10BT"):
         hub_files(str(folder), "nope", "train", None)
 
@@ -122,7 +122,7 @@ def test_resolution_outlives_a_flaky_hub_and_reports_a_dead_one(hub, monkeypatch
     hub.fail("/api/datasets/owner/fineweb.expand=sha", "drop")
     hub.fail("/api/datasets/owner/fineweb/revision/", 503)  # inside `datasets`
     hub.fail("/tree/", "hang")  # the libraries would wait for ever
-    assert len(hub_files("owner/fineweb", None, "train", None).files) == 2
+    assert len(hub_files("owner/fineweb", None, "train", None)[0]) == 2
     assert not hub.pending_faults()
     assert capsys.readouterr().err.count("hf://datasets/owner/fineweb: ") == 4
     hub.stop()
@@ -294,7 +294,7 @@ def test_other_protocols_go_through_fsspec(monkeypatch):
 def test_a_new_process_needs_only_the_environment_and_no_torch(hub, tmp_path):
     program = (
         "import sys; from data.corpus.remote import hub_files, open_remote\n"
-        "files = hub_files('owner/fineweb', 'sample-10BT', 'train', None).files\n"
+        "files = hub_files('owner/fineweb', 'sample-10BT', 'train', None)[0]\n"
         "print(len(open_remote(files[0]).read()), 'torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]

@@ -53,7 +53,6 @@ def test_row_formats_yield_all_documents_in_order(tmp_path, suffix):
     begins = [len(jsonl(ROWS[:i])) for i in range(5)]
     places = range(5) if suffix == ".parquet" else begins
     assert [d.id for d in documents] == [f"c/{file.name}:{place}" for place in places]
-    assert {d.source for d in documents} == {"c"}
     by_column = Source(str(file), name="c", id_column="uid").documents()
     assert [d.id for d in by_column] == [f"c/u{i}" for i in range(5)]
 

@@ -260,6 +260,6 @@ def test_windows_begin_anywhere_in_a_text_of_any_script(tokenizer, stop):
 
 
 def test_sentence_ends_are_found_in_linear_time(tokenizer):
-    start = time.monotonic()
+    start = time.process_time()
     Haystack.from_texts(["." * 200_000 + "\u3002" * 200_000 + " x" * 10], tokenizer, "dots", 1000)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5

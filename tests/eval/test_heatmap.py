@@ -128,6 +128,32 @@ def test_published_rows_are_brought_to_the_common_scale(tmp_path):
     assert numbers["train_length"] == 1500 and numbers["checkpoint"] == "other"
 
 
+BLUE, ORANGE = (0.129, 0.400, 0.675), (0.702, 0.345, 0.024)
+
+
+@pytest.mark.parametrize("first,second,shown,other", [(0.0, 1.0, BLUE, ORANGE), (1.0, 0.0, ORANGE, BLUE)])
+def test_the_difference_is_the_second_less_the_first_in_colours_of_its_own(tmp_path, first, second, shown, other):
+    cells = [(length, depth) for length in (512, 1024) for depth in (0, 50, 100)]
+    files = [
+        str(write_results(tmp_path / f"{i}.json", dict.fromkeys(cells, score), checkpoint=f"run {i}"))
+        for i, score in enumerate((first, second))
+    ]
+    main([*files, "--output", str(tmp_path / "pair.png"), "--difference"])
+    assert share_of(tmp_path / "pair.png", shown) > 0.1 and share_of(tmp_path / "pair.png", other) < 0.01
+    found = json.loads((tmp_path / "pair.cells.json").read_text())["difference"]
+    assert found["difference"] == second - first and found["paired"]
+    assert found["interval"][0] * found["interval"][1] > 0  # twelve of twelve
+
+
+def test_a_difference_of_sweeps_without_a_common_cell_is_refused(tmp_path):
+    one = str(write_results(tmp_path / "one.json", {(512, 0): 1.0}))
+    two = str(write_results(tmp_path / "two.json", {(1024, 0): 1.0}))
+    with pytest.raises(ValueError, match=r"one\.json and .*two\.json have no length and depth in common"):
+        main([one, two, "--output", str(tmp_path / "x.png"), "--difference"])
+    with pytest.raises(ValueError, match="--difference is that of two results, and 1 are named"):
+        main([one, "--output", str(tmp_path / "x.png"), "--difference"])
+
+
 def test_raw_results_beside_the_picture_are_not_overwritten(tmp_path):
     file = write_results(tmp_path / "needle.json", {(512, 0): 1.0})
     other = write_results(tmp_path / "needle-n1.json", {(512, 0): 0.0})

@@ -349,7 +349,7 @@ def test_wrong_arguments_stop_before_any_work(folder, tmp_path, arguments, error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["needle", "lm", "heatmap", "report"])
+@pytest.mark.parametrize("name", ["needle", "lm", "heatmap", "report.__main__"])
 def test_an_empty_output_is_not_the_current_folder(name, folder, capsys):
     module = importlib.import_module(f"eval.{name}")
     with pytest.raises(SystemExit):

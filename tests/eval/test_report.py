@@ -1,170 +1,146 @@
-"""The report page repeats the numbers of the result files and links their pictures."""
+"""The report repeats the numbers of the files, says how sure differences are, and names what is missing."""
 
+import copy
 import json
-import math
+import re
 from pathlib import Path
 
 import pytest
 
 from eval.checkpoint import fingerprint
-from eval.report import RunResults, labels, main
+from eval.differences import unpaired
+from eval.report import rates, scores, settings
+from eval.report.__main__ import main
+from eval.report.glance import glance
+from eval.report.page import missing
+from eval.report.run import labels, read_run, read_runs
+from s2.files import write_json
+from s2.model.config import ModelConfig
+from s2.model.flops import matmul_parameters
+from tests.eval.runs import MODEL, RECIPE, lm_results, make_run, write_positions, write_ruler
 from tests.eval.sweeps import write_results
 
-SETTINGS = {"haystack": "prose", "needles": 1, "distractors": 0}
+
+def pair(tmp_path, **second):
+    return make_run(tmp_path / "demo" / "a", score=0.0, acc=0.2, loss=3.5), make_run(tmp_path / "demo" / "b", **second)
 
 
-def lm_results(acc=0.25, **about):
-    return {
-        "results": {"piqa": {"alias": "piqa", "acc,none": acc, "acc_stderr,none": 0.0123}},
-        "versions": {"piqa": 1.0},
-        "n-shot": {"piqa": 5},
-        "higher_is_better": {"piqa": {"acc": True}},
-        "s2": {
-            "tasks": ["piqa"],
-            "max_length": 1024,
-            "bos": "yes (<|bos|>)",
-            "limit": None,
-            "cut_inputs": "none",
-            **about,
-        },
-    }
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def make_run(folder, score=1.0, acc=0.25, loss=3.0):
-    results = folder / "results"
-    results.mkdir(parents=True)
-    (folder / "logs").mkdir()
-    (folder / "logs" / "metrics.csv").write_text(
-        "step,tokens,train/loss,val/web/loss,val/web/perplexity\n"
-        "10,1000,5.0,,\n"
-        f"10,1000,,{loss + 1},{math.exp(loss + 1)}\n"
-        f"20,2000,,{loss},{math.exp(loss)}\n"
+def test_both_pages_have_every_section_and_the_html_needs_no_other_file(tmp_path):
+    other = copy.deepcopy(RECIPE)
+    other["model"]["config"]["attention_layout"] = "1*dense|1*L2V4<32V8"
+    runs = pair(tmp_path, recipe=other)
+    for run, right in zip(runs, (18, 9), strict=True):
+        write_ruler(run / "results" / "ruler.json", right)
+        write_positions(run / "results" / "positions.json", shift=right / 10)
+    (runs[1] / "gate.json").write_text(
+        '{"checks": [{"check": "needle", "length": 512, "value": 0.5, "min": 0.9, "passed": false}]}'
     )
-    samples = [
-        {
-            "id": f"{length}/{depth}",
-            "length": length,
-            "depth": depth,
-            "scores": {"exact": score if depth else 1.0},
-        }
-        for length in (512, 1024)
-        for depth in (0, 100)
+    main([*map(str, runs), "--output", str(tmp_path / "report.html")])
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert headings == [
+        *("Who sees what", "Settings", "Loss", "Loss by position", "Needle in a haystack", "RULER"),
+        *("Gate to the next stage", "Downstream tasks", "Speed and memory", "Environment", "What is missing"),
     ]
-    needle = {"kind": "needle", "checkpoint": folder.name, "train_length": 1024, "settings": SETTINGS}
-    (results / "needle.json").write_text(json.dumps(needle | {"samples": samples}))
-    (results / "needle.png").write_bytes(b"")
-    (results / "needle.old1.json").write_text(json.dumps(needle | {"samples": samples[:1]}))
-    (results / "lm-piqa.json").write_text(json.dumps(lm_results(acc)))
-    return folder
+    assert all(f">{heading}</h2>" in page for heading in headings)
+    assert "<title>Side by side: demo/a, demo/b</title>" in page and "width=device-width" in page
+    assert "<td>1*dense|1*L2V4&lt;32V8</td>" in page  # no emphasis, no cell of its own
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 7 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not re.search(r"(href|src)=\"(?!#|data:)|@import|url\(", page)
+    links = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert len(links) == 7 and all((tmp_path / link).stat().st_size > 1000 for link in links)
+    assert "| demo/b | needle | 512 | 0.500 | at least 0.9 | **not passed** |" in text
 
 
-def test_page_of_one_run_has_losses_needle_and_lm_eval_table(tmp_path):
-    run = make_run(tmp_path / "demo" / "extend-2k", score=0.5)
-    main([str(run)])
-    page = (run / "results" / "README.md").read_text()
-    assert "| step | tokens | web |" in page and "| 20 | 2,000 | 3.000 |" in page
-    assert "| demo/extend-2k | 0.750 (0.30 to 0.95) | 0.750 | 0.750 | 0.500 at 100% |" in page
-    assert "![needle heatmap of demo/extend-2k](needle.png)" in page
-    assert "|piqa |      1|none  |     5|acc   |↑  | 0.25|±  |0.0123|" in page
-    assert "piqa: max_length 1024, BOS yes (<|bos|>), limit none, cut inputs: none" in page
-    assert page.count("## Needle") == 1  # results set aside are left out
+def test_a_page_that_somebody_else_wrote_is_not_replaced(tmp_path):
+    run = make_run(tmp_path / "demo" / "a")
+    (tmp_path / "page.md").write_text("# My project")
+    with pytest.raises(ValueError, match=r"page\.md was not written by this program; choose another --output"):
+        main([str(run), "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.md").read_text() == "# My project" and not (tmp_path / "page.html").exists()
+    (tmp_path / "page.md").unlink()
+    for _ in range(2):  # its own it replaces
+        main([str(run), "--output", str(tmp_path / "page.html")])
 
 
-def test_several_runs_stand_side_by_side(tmp_path):
-    one = make_run(tmp_path / "demo" / "pretrain", score=0.0, acc=0.2, loss=3.5)
-    two = make_run(tmp_path / "demo" / "extend-2k", score=1.0, acc=0.3)
-    main([str(one), str(two), "--output", str(tmp_path / "demo" / "README.md")])
-    page = (tmp_path / "demo" / "README.md").read_text()
-    assert "| set | demo/pretrain | demo/extend-2k |" in page and "| web | 3.500 | 3.000 |" in page
-    assert "| piqa | 5 | acc | 0.2000 ± 0.0123 | 0.3000 ± 0.0123 |" in page
-    assert "| demo/pretrain | 0.500 (0.15 to 0.85) | 0.500 | 0.500 | 0.000 at 100% |" in page
-    assert "](extend-2k/results/needle.png)" in page
-
-
-def test_missing_results_are_named(tmp_path):
+def test_wrong_use_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder; expected something like runs/demo/extend-2k"):
-        RunResults.read(tmp_path / "nowhere")
+        read_run(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no results yet"):
-        RunResults.read(tmp_path / "empty")
+        read_run(tmp_path / "empty")
     with pytest.raises(ValueError, match="several runs need --output"):
         main([str(tmp_path), str(tmp_path)])
-    broken = make_run(tmp_path / "broken")
-    (broken / "results" / "lm-piqa.json").write_text("{")
-    with pytest.raises(ValueError, match=r"lm-piqa.json, line 1: not valid JSON"):
-        RunResults.read(broken)
+    with pytest.raises(ValueError, match=r"page\.txt: a page ends in \.html or \.md"):
+        main([str(tmp_path), "--output", "page.txt"])
 
 
-def side_by_side(tmp_path, *runs):
-    page = tmp_path / "page.md"
-    main([*map(str, runs), "--output", str(page)])
-    return page.read_text()
+def test_the_front_picture_has_its_table_as_markdown_beside_it(tmp_path):
+    runs = pair(tmp_path)
+    main([*map(str, runs), "--front", str(tmp_path / "front.png"), "--names", "dense", "hybrid"])
+    text = (tmp_path / "front.md").read_text()
+    assert text.startswith("![needles found by length and depth: dense, hybrid](front.png)")
+    assert "| needles found at 1k | 0.500 (0.09 to 0.91) | 1.000 (0.34 to 1.00) |" in text
+    with pytest.raises(ValueError, match="2 to 4 runs have room side by side, and 1 are named"):
+        main([str(runs[0]), "--front", str(tmp_path / "front.png")])
+    (runs[1] / "results" / "needle.json").rename(runs[1] / "results" / "needle-n1.json")
+    with pytest.raises(ValueError, match=r"no needle sweep of one name .*demo/a: needle; demo/b: needle-n1"):
+        main([*map(str, runs), "--front", str(tmp_path / "front.png")])
 
 
-def test_runs_with_the_same_last_names_keep_their_own_numbers(tmp_path):
-    one = make_run(tmp_path / "A" / "demo" / "ext", score=0.0, acc=0.2, loss=3.5)
-    two = make_run(tmp_path / "B" / "demo" / "ext", score=1.0, acc=0.3)
-    three = make_run(tmp_path / "B" / "demo" / "pre", score=1.0, acc=0.4)
-    page = side_by_side(tmp_path, one, two, three)
-    assert "| set | A/demo/ext | B/demo/ext | demo/pre |" in page and "| web | 3.500 | 3.000 | 3.000 |" in page
-    assert "| piqa | 5 | acc | 0.2000 ± 0.0123 | 0.3000 ± 0.0123 | 0.4000 ± 0.0123 |" in page
-    assert "| A/demo/ext | 0.500" in page and "| B/demo/ext | 1.000" in page
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_labels_are_the_shortest_that_tell_runs_apart():
+def test_labels_are_the_shortest_that_tell_runs_apart(tmp_path):
     paths = [Path(path) for path in ("/demo/ext", "/A/demo/ext", "/A/x/ext")]
     assert labels(paths) == ["/demo/ext", "A/demo/ext", "x/ext"]
     assert labels([Path("/runs/demo/ext")]) == ["demo/ext"]
-
-
-def test_a_run_that_is_named_twice_is_one_column(tmp_path):
-    one = make_run(tmp_path / "demo" / "a")
-    two = make_run(tmp_path / "demo" / "b")
-    assert "| set | demo/a | demo/b |" in side_by_side(tmp_path, one, two, tmp_path / "demo" / ".." / "demo" / "a")
-
-
-def test_a_quick_look_does_not_take_the_full_results_place(tmp_path):
-    one, two = make_run(tmp_path / "demo" / "a", acc=0.2), make_run(tmp_path / "demo" / "b", acc=0.3)
-    (one / "results" / "lm-piqa-limit5.json").write_text(json.dumps(lm_results(0.8, limit=5)))
-    page = side_by_side(tmp_path, one, two)
-    assert "| piqa | 5 | acc | no limit | 0.2000 ± 0.0123 | 0.3000 ± 0.0123 |" in page
-    assert "| piqa | 5 | acc | limit 5 | 0.8000 ± 0.0123 | - |" in page
-
-
-def test_results_under_several_conditions_say_what_differs(tmp_path):
-    one, two = make_run(tmp_path / "demo" / "a", acc=0.2), make_run(tmp_path / "demo" / "b", acc=0.3)
-    (two / "results" / "lm-piqa-2k.json").write_text(json.dumps(lm_results(0.4, max_length=2048)))
-    page = side_by_side(tmp_path, one, two)
-    assert "| piqa | 5 | acc | max_length 1024 | 0.2000 ± 0.0123 | 0.3000 ± 0.0123 |" in page
-    assert "| piqa | 5 | acc | max_length 2048 | - | 0.4000 ± 0.0123 |" in page
-
-
-def test_runs_of_different_lengths_stand_in_one_row(tmp_path):
-    one, two = make_run(tmp_path / "demo" / "a", acc=0.2), make_run(tmp_path / "demo" / "b")
-    (two / "results" / "lm-piqa.json").write_text(json.dumps(lm_results(0.4, max_length=2048)))
-    assert "| piqa | 5 | acc | 0.2000 ± 0.0123 | 0.4000 ± 0.0123 |" in side_by_side(tmp_path, one, two)
-
-
-def test_sweeps_under_other_conditions_have_tables_of_their_own(tmp_path):
-    one, two = make_run(tmp_path / "demo" / "a", score=0.0), make_run(tmp_path / "demo" / "b")
-    write_results(one / "results" / "needle-n1.json", {(512, 0): 1.0}, n=1)
-    write_results(one / "results" / "needle-n2.json", {})  # begun, nothing done yet
-    page = side_by_side(tmp_path, one, two)
-    assert "## Needle in a haystack\n" in page and "## Needle in a haystack: n1\n" in page and "n2" not in page
-    assert "| demo/a | 0.500" in page and "| demo/a | 1.000 (0.21 to 1.00)" in page
+    for name in ("A/demo/ext", "B/demo/ext"):
+        make_run(tmp_path / name)
+    with pytest.raises(ValueError, match="--names same same: 1 different names for 2 runs"):
+        read_runs([tmp_path / "A/demo/ext", tmp_path / "B/demo/ext"], ["same", "same"])
+    twice = [tmp_path / "A/demo/ext", tmp_path / "B/demo/ext", tmp_path / "A/demo/../demo/ext"]
+    assert [run.name for run in read_runs(twice)] == ["A/demo/ext", "B/demo/ext"]
 
 
 def test_results_of_other_weights_are_left_out_and_named(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
     (run / "hf").mkdir()
-    (run / "hf" / "config.json").write_text("{}")
+    (run / "hf" / "config.json").write_text(json.dumps(ModelConfig(**MODEL).to_hf_dict()))
     now = fingerprint(run / "hf")
     write_results(run / "results" / "needle.json", {(512, 0): 0.5}, fingerprint="earlier")
     write_results(run / "results" / "needle-n1.json", {(512, 0): 1.0}, n=1, fingerprint=now)
-    main([str(run / "hf")])
-    page = (run / "results" / "README.md").read_text()
-    assert "## Needle in a haystack: n1" in page and "0.500" not in page
-    assert "Left out of demo/a, since they are of other weights than it has now: needle.json" in page
+    write_results(run / "results" / "needle.old1.json", {(512, 0): 1.0})  # as earlier versions set sweeps aside
+    write_json(run / "results" / "ruler.json", {"kind": "ruler", "samples": []})
+    (found,) = read_runs([run / "hf"])
+    assert list(found.needle) == ["needle-n1"] and found.fingerprint == now and found.model is not None
+    (said,) = missing([found])
+    assert "- Left out of demo/a: needle.json (of other weights than the run has now)" in said
+    assert "- Left out of demo/a: ruler.json (not finished)" in said
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
+    run = make_run(tmp_path / "demo" / "a", recipe=None)
+    (said,) = missing(read_runs([run]))
+    for what in (
+        "config.yaml",
+        "summary.json",
+        "environment.json",
+        "exported weights",
+        "eval.ruler --ckpt",
+        "positions",
+    ):
+        assert what in said
+    assert "needles" not in said and "training log" not in said
+    runs = read_runs([run])
+    assert (
+        rates.environment(runs)[-1]
+        == "Not recorded: device, commit, training, evaluation, seeds, weights (fingerprint), versions."
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors"])
@@ -178,53 +154,197 @@ def test_a_checkpoint_is_another_one_whichever_byte_of_it_differs(tmp_path, name
     assert fingerprint(tmp_path) != before
 
 
-def test_a_table_without_what_makes_one_is_named(tmp_path):
+def test_broken_files_are_named(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
-    (run / "results" / "odd.json").write_text('{"results": {"x": {"acc,none": 0.5}}, "s2": {"tasks": ["x"]}}')
+    odd = run / "results" / "odd.json"
+    odd.write_text('{"results": {"x": {"acc,none": 0.5}}, "s2": {"tasks": ["x"]}}')
     with pytest.raises(ValueError, match=r"odd\.json: not as eval\.lm writes it \('versions' is missing"):
-        main([str(run)])
+        read_run(run)
+    odd.write_text("{")
+    with pytest.raises(ValueError, match=r"odd\.json, line 1: not valid JSON"):
+        read_run(run)
+    odd.unlink()
+    with (run / "logs" / "metrics.csv").open("a") as stream:
+        stream.write("30,3000,1,3.")  # cut short by a kill
+    assert read_run(run).last("train/loss") == 4.0
+    with (run / "logs" / "metrics.csv").open("a") as stream:
+        stream.write("0x,1,1,1,1,1,1\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv, line 5: not a row of the training log"):
+        read_run(run)
 
 
-def test_a_page_that_somebody_else_wrote_is_not_replaced(tmp_path):
+# --- settings, rates --------------------------------------------------------------------------------------------------
+
+
+def test_what_differs_is_marked_and_the_share_of_synthetic_documents_is_said(tmp_path):
+    other = copy.deepcopy(RECIPE)
+    other["model"]["optimizer"]["lr"] = 0.002
+    other["trainer"]["gradient_clip_val"] = 0.5
+    other["data"]["init_args"]["mixture"][1]["weight"] = 0.0
+    text = "\n".join(settings.settings(read_runs(pair(tmp_path, recipe=other))))
+    assert "| synthetic retrieval documents | 25.0% of the tokens | **none** |" in text
+    assert "| data | 75.0% d/web/train<br>25.0% d/facts/train | **100.0% d/web/train<br>0.0% d/facts/train** |" in text
+    assert "| learning rate | 0.001, cosine" in text and "| **0.002, cosine" in text
+    assert "| trainer.gradient_clip_val | 1.0 | **0.5** |" in text
+    assert "| attention | L2V4-inter, blocks of 16 | L2V4-inter, blocks of 16 |" in text
+
+
+def test_synthetic_documents_are_counted_in_the_shards_where_those_are_there(tmp_path):
+    recipe = copy.deepcopy(RECIPE)
+    shards = tmp_path / "mixed" / "train"
+    recipe["data"]["init_args"]["mixture"] = [{"path": str(shards)}, {"path": "elsewhere/train"}]
+    run = make_run(tmp_path / "demo" / "a", recipe=recipe)
+    assert settings.synthetic(read_run(run)) == f"0.0% of the tokens; unknown of {shards}, elsewhere/train"
+    shards.mkdir(parents=True)
+    sources = [{"path": "web", "tokens": 300}, {"path": "retrieval", "name": "made", "tokens": 100}]
+    write_json(shards / "manifest.json", {"sources": sources})
+    assert settings.synthetic(read_run(run)) == "12.5% of the tokens; unknown of elsewhere/train"
+    # as trained, where the summary says it, and not as weighted; of one source, its own
+    parts = [{"component": f"{shards}, source made, documents of 9 or more tokens", "asked": 60}]
+    write_json(run / "summary.json", {"data": [*parts, {"component": str(shards), "asked": 40}]})
+    assert settings.synthetic(read_run(run)) == "70.0% of the tokens"
+
+
+def test_a_share_of_retrieval_documents_beside_the_mixture_is_counted(tmp_path):
+    recipe = copy.deepcopy(RECIPE)
+    recipe["data"]["init_args"]["mixture"].pop()
+    spec = {"output": "d/added", "sources": [{"path": "retrieval"}]}
+    recipe["data"]["init_args"]["retrieval"] = {"share": 0.1, "prepare": spec}
+    assert settings.synthetic(read_run(make_run(tmp_path / "demo" / "a", recipe=recipe))) == "10.0% of the tokens"
+
+
+def test_mfu_is_said_by_each_definition(tmp_path):
+    recipe = copy.deepcopy(RECIPE)
+    recipe["model"]["config"]["attention_layout"] = "dense"
+    (run,) = read_runs([make_run(tmp_path / "demo" / "a", recipe=recipe)])
+    model, seq_len = ModelConfig(**recipe["model"]["config"]), 512
+    weights, pair_flops = 6 * matmul_parameters(model), 12 * 4 * 4 * 16  # layers, heads, head_dim
+    causal, square = weights + pair_flops * (seq_len + 1) / 2, weights + pair_flops * seq_len
+    assert rates.full_square(run) == pytest.approx(0.5 * square / causal)  # 0.5: the median of mfu_executed
+    text = "\n".join(rates.speed([run]))
+    for row in ("MFU, executed | 50.0%", "MFU, dense-equivalent | 60.0%", "MFU, full square | ", "time | 2.02 hours"):
+        assert f"| {row}" in text
+    assert "| tokens/s a device | 200 |" in text
+
+
+def test_the_record_beside_a_run_says_where_it_was_made(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
-    (tmp_path / "README.md").write_text("# My project")
-    with pytest.raises(ValueError, match=r"README\.md was not written by this program; choose another --output"):
-        main([str(run), "--output", str(tmp_path / "README.md")])
-    assert (tmp_path / "README.md").read_text() == "# My project"
-    (tmp_path / "README.md").write_text("# Results of demo/a\n")  # as earlier versions began it
-    for _ in range(2):
-        main([str(run), "--output", str(tmp_path / "README.md")])
-    assert "| web |" in (tmp_path / "README.md").read_text()
+    record = {"device": "NVIDIA H200", "commit": "abc123", "versions": {"torch": "2.13"}, "command": ["python", "x y"]}
+    record["earlier"] = [record | {"commit": "abc122"}]
+    write_json(tmp_path / "demo" / "a.json", record)
+    write_json(run / "results" / "suite.json", {"parts": [{"command": "python -m eval.needle --ckpt a"}]})
+    text = rates.environment(read_runs([run]))[0]
+    for row in (
+        "device | NVIDIA H200",
+        "commit | abc122, then abc123",
+        "torch | 2.13",
+        "training | `python 'x y'`",
+        "seeds | 7, data 0",
+    ):
+        assert f"| {row} |" in text
+    assert "| evaluation | `python -m eval.needle --ckpt a` |" in text
+
+
+def test_a_run_on_the_cpu_is_not_said_to_be_in_the_recipes_precision(tmp_path):
+    recipe = copy.deepcopy(RECIPE)
+    recipe["trainer"]["precision"] = "bf16-mixed"
+    run = make_run(tmp_path / "demo" / "a", recipe=recipe)
+    assert "| precision, strategy | bf16-mixed, " in settings.settings(read_runs([run]))[0]
+    write_json(run / "environment.json", {"device": "CPU, 2 cores"})
+    assert "| 32-true on the CPU (recipe: bf16-mixed), " in settings.settings(read_runs([run]))[0]
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_losses_are_compared_on_the_same_text_alone(tmp_path):
+    other = copy.deepcopy(RECIPE)
+    other["data"]["init_args"]["validation"][0]["max_windows"] = 8
+    runs = pair(tmp_path)
+    text = "\n".join(scores.heldout(read_runs(runs)))
+    assert "| web | 3.500 | 3.000<br>-0.500 |" in text and "without an interval" in text
+    third = make_run(tmp_path / "demo" / "c", recipe=other)
+    assert "| web | other text in demo/c | 3.500 | 3.000 |" in "\n".join(scores.heldout(read_runs([runs[0], third])))
 
 
 def test_held_out_sets_with_a_slash_in_their_names_stay_apart(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
     (run / "logs" / "metrics.csv").write_text("step,tokens,val/web/long/loss,val/web/short/loss\n10,100,3.5,4.5\n")
-    main([str(run)])
-    page = (run / "results" / "README.md").read_text()
-    assert "| step | tokens | web/long | web/short |" in page and "| 10 | 100 | 3.500 | 4.500 |" in page
+    text = scores.heldout(read_runs([run]))[0]
+    assert "| web/long | 3.500 |" in text and "| web/short | 4.500 |" in text
 
 
-def test_a_broken_row_of_the_training_log_is_named(tmp_path):
-    run = make_run(tmp_path / "demo" / "a")
-    with (run / "logs" / "metrics.csv").open("a") as stream:
-        stream.write("30,3000,,3.0x,2\n")
-    with pytest.raises(ValueError, match=r"metrics\.csv, line 5: not a row of the training log"):
-        main([str(run)])
+def test_needles_are_compared_by_length_and_pairing_is_said(tmp_path):
+    one, two = pair(tmp_path)
+    text = "\n".join(scores.needle(read_runs([one, two]), "needle"))
+    assert "| 512 | 2 | 0.500 (0.09 to 0.91) | 1.000 (0.34 to 1.00)<br>+0.500" in text
+    assert "| all: teacher-forced token accuracy | 4 | 0.500 (0.15 to 0.85) | 0.500 (0.15 to 0.85)<br>+0.000" in text
+    assert "| worst depth |  | 0.000 at 100 % | 1.000 at 0 % |" in text and "(demo/b paired by question)" in text
+    write_results(two / "results" / "needle.json", {(512, 0): 1.0}, n=3, settings={"haystack": "another"})
+    text = "\n".join(scores.needle(read_runs([one, two]), "needle"))
+    assert f"1.000 (0.44 to 1.00)<br>{unpaired(0.5, 2, 1.0, 3)}" in text and "(demo/b unpaired)" in text
 
 
-def test_a_row_that_a_kill_cut_short_is_left_out(tmp_path):
-    run = make_run(tmp_path / "demo" / "a")
-    with (run / "logs" / "metrics.csv").open("a") as stream:
-        stream.write("30,3000,,3.")
-    main([str(run)])
-    assert "| 20 | 2,000 | 3.000 |" in (run / "results" / "README.md").read_text()
+def test_sweeps_under_other_conditions_are_looked_at_apart(tmp_path):
+    one, two = pair(tmp_path)
+    write_results(one / "results" / "needle-n1.json", {(512, 0): 1.0}, n=1)
+    write_results(one / "results" / "needle-n2.json", {})  # begun, nothing done yet
+    runs = read_runs([one, two])
+    assert list(runs[0].needle) == ["needle", "needle-n1"] and "needle-n2.json (not finished)" in runs[0].left_out
+    assert ["needles found at 512: n1", "1.000 (0.21 to 1.00)", settings.UNKNOWN] in glance(runs)
 
 
-def test_a_page_in_html_has_the_pictures_in_it(tmp_path):
-    one, two = make_run(tmp_path / "demo" / "a"), make_run(tmp_path / "demo" / "b")
-    (one / "results" / "needle.png").write_bytes(b"picture")
-    main([str(one), str(two), "--output", str(tmp_path / "page.html")])
-    page = (tmp_path / "page.html").read_text()
-    assert "<td>web</td>" in page and "<title>Side by side: demo/a, demo/b</title>" in page
-    assert "data:image/png;base64,cGljdHVyZQ==" in page and 'png"' not in page
+def test_ruler_is_paired_where_the_prompts_are_the_same(tmp_path):
+    one, two = pair(tmp_path)
+    write_ruler(one / "results" / "ruler.json", 18)
+    write_ruler(two / "results" / "ruler.json", 9)
+    text = "\n".join(scores.ruler(read_runs([one, two]), "ruler"))
+    assert "| vt | 512 | 20 | 0.900 (0.70 to 0.97) | 0.450 (0.26 to 0.66)<br>**-0.450 (-0.63 to -0.19)** |" in text
+    assert "| effective length |  |  | none (512) | none (512) |" in text and "(demo/b paired by question)" in text
+    assert "- demo/a: bos exactly one, cut 3" in text
+    write_ruler(two / "results" / "ruler.json", 9, prompt="other")
+    text = "\n".join(scores.ruler(read_runs([one, two]), "ruler"))
+    assert f"**{unpaired(0.9, 20, 0.45, 20)}**" in text and "(demo/b unpaired)" in text
+
+
+def test_losses_by_position_are_paired_over_documents(tmp_path):
+    one, two = pair(tmp_path)
+    write_positions(one / "results" / "positions.json")
+    write_positions(two / "results" / "positions.json", shift=0.25)
+    text = "\n".join(scores.positions(read_runs([one, two]), "positions"))
+    assert "| 128 | 64 to 128 | 4.000 (3.00 to 5.00) | 4.250 (3.00 to 5.00)<br>**+0.250 (+0.25 to +0.25)** |" in text
+
+
+def test_tasks_stand_side_by_side_with_the_error_of_their_difference(tmp_path):
+    text = "\n".join(scores.downstream(read_runs(pair(tmp_path, acc=0.3))))
+    error = 1.959964 * 0.0123 * 2**0.5
+    assert f"| piqa | 5 | acc ↑ | 0.2000 ± 0.0123 | 0.3000 ± 0.0123<br>**+0.100 (+{0.1 - error:.2f} to" in text
+    assert "demo/a, piqa: max_length 1024, BOS yes (<|bos|>), limit none, cut inputs: none" in text
+
+
+def test_tasks_with_logged_documents_are_paired(tmp_path):
+    runs = pair(tmp_path)
+    for run, right in zip(runs, (5, 10), strict=True):
+        logged = [{"doc_id": i, "prompt_hash": str(i), "acc": float(i < right)} for i in range(20)]
+        write_json(run / "results" / "lm-piqa.json", lm_results(right / 20) | {"samples": {"piqa": logged}})
+    text = "\n".join(scores.downstream(read_runs(runs)))
+    half = 1.959964 * (5 * 15 / 20 / 19 / 20) ** 0.5  # five of twenty documents differ, all in one direction
+    assert (
+        f"<br>**+0.250 (+{0.25 - half:.2f} to +{0.25 + half:.2f})**" in text and "(demo/b paired by document)" in text
+    )
+
+
+@pytest.mark.parametrize("about,said", [({"limit": 5}, "limit 5"), ({"max_length": 2048}, "max_length 2048")])
+def test_results_under_several_conditions_say_what_differs(tmp_path, about, said):
+    one, two = pair(tmp_path, acc=0.3)
+    (one / "results" / "lm-piqa-2.json").write_text(json.dumps(lm_results(0.8, **about)))
+    text = scores.downstream(read_runs([one, two]))[0]
+    usual = {"limit 5": "no limit", "max_length 2048": "max_length 1024"}[said]
+    assert f"| piqa | 5 | acc ↑ | {usual} | 0.2000 ± 0.0123 | 0.3000 ± 0.0123<br>" in text
+    assert f"| piqa | 5 | acc ↑ | {said} | 0.8000 ± 0.0123 | - |" in text
+
+
+def test_runs_of_different_lengths_stand_in_one_row(tmp_path):
+    one, two = pair(tmp_path)
+    (two / "results" / "lm-piqa.json").write_text(json.dumps(lm_results(0.4, max_length=2048)))
+    assert "| piqa | 5 | acc ↑ | 0.2000 ± 0.0123 | 0.4000 ± 0.0123<br>" in scores.downstream(read_runs([one, two]))[0]

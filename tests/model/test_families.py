@@ -10,7 +10,7 @@ from s2.model import ModelConfig, Transformer
 from s2.model.flops import matmul_parameters
 from s2.model.hf import load_config, load_pretrained, load_state_dict, save_pretrained
 from s2.model.rope import RotaryEmbedding
-from s2.training.optim import parameter_groups
+from s2.training.optim import OptimizerConfig, build_adamw
 
 SIZES = {
     "vocab_size": 120, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -72,7 +72,9 @@ def test_a_sparse_layout_on_any_family_is_a_type_of_our_own_and_comes_back(famil
 
 def test_matrices_alone_are_decayed_and_counted_as_work(family):
     ours = load_pretrained(family[2])
-    decayed, rest = (group["params"] for group in parameter_groups(ours.named_parameters(), 0.1))
+    groups = build_adamw(ours, OptimizerConfig(weight_decay=0.1), fused=False).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    decayed, rest = (group["params"] for group in groups)
     names = {parameter: name for name, parameter in ours.named_parameters()}
     assert all(("bias" in names[p] or "norm" in names[p]) for p in rest)
     assert not any("bias" in names[p] or "norm" in names[p] for p in decayed)

@@ -27,7 +27,7 @@ row = {"name": "S2 L1V15 hopper", "seq_len": int(args.lengths), "forward_ms": ms
 host = {"name": "dense cuDNN", "seq_len": 256, "forward_us": 10.0, "forward_grad_us": 20.0, "backward_us": None,
         "backward_layer_us": 5.0}
 record = {"machine": "a GPU", "versions": {"torch": "9"}, "limits": {}, "host": [host],
-          "sections": [{"name": "default", "rows": [row]}]}
+          "sections": [{"name": "default", "rows": [row]}, {"name": "default", "rows": [row | {"seq_len": 1024}]}]}
 pathlib.Path(args.output, "x.json").write_text(json.dumps(record))
 """
 
@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch):
     for tree in trees:
         (tree / "scripts").mkdir(parents=True)
         (tree / "scripts" / "bench_attention.py").write_text(BENCH)
-    for name in ("bench_trees.py", "bench_report.py"):
+    for name in ("bench_trees.py", "bench_record.py", "bench_report.py"):
         (trees[1] / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
     for tree in trees:
         (tree / "s2").symlink_to(ROOT / "s2")
@@ -63,6 +63,7 @@ def test_figures_of_the_base_stand_over_ours(run):
     spread = "1.50 (1.00 to 2.50)"
     assert default == ["default", "S2 L1V15 hopper", "512", spread, "-", spread, "1.00"]
     assert host == ["host", "dense cuDNN", "256", "1.00", "1.00", "-", "1.00"]
+    assert "| default | S2 L1V15 hopper | 1,024 |" in page.read_text()  # a case may have several sections
     record = json.loads(page.with_suffix(".json").read_text())
     assert record["command"] == "python scripts/bench_trees.py ../base -- --lengths 512"
     assert len(record["base"]) == len(record["this"]) == 2

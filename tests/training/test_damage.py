@@ -5,6 +5,7 @@ What is broken and when is drawn at random from a seed; S2_RANDOM_CASES=100 draw
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,9 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.checkpoint import ds_to_universal
 
 from s2 import ending, files
-from s2.training import run_folder
+from s2.training import resize, run_folder
 from s2.training.run_folder import complete_checkpoints
 from tests.training.processes import start
 from tests.training.tiny import curve, tiny_recipe, train, write_recipe
@@ -128,7 +130,7 @@ def test_a_run_killed_anywhere_in_saving_goes_on(
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
             patch.setattr(os, name, counted(getattr(os, name)))
-        patch.setattr(run_folder, "inventory", counted(run_folder.inventory))
+        patch.setattr(files, "inventory", counted(files.inventory))
         with contextlib.suppress(PowerCut):
             train(folder, CONSTANT, stage=stage)
     code, run = train(folder, CONSTANT, stage=stage)
@@ -237,6 +239,23 @@ def test_runs_of_earlier_versions_are_resumed_and_their_checkpoints_rotated(
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000006"]
     assert (run / "hf.1" / "config.json").is_file() and (run / "hf" / files.MARK).is_file()
     assert files.read_json(run / "summary.json")["tokens"] == 6 * 128
+
+
+def test_a_state_is_converted_anew_for_every_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that is there may be damaged, or lack files of ranks that the last resume did not have."""
+
+    def convert(arguments: argparse.Namespace) -> None:
+        folder = Path(arguments.output_folder)
+        folder.mkdir()
+        (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_text("states")
+
+    monkeypatch.setattr(ds_to_universal, "main", convert)
+    universal = resize.universal_folder(tmp_path / "state")
+    for ranks in (3, 2):
+        resize.to_universal(tmp_path / "state", ranks)
+        assert len([*universal.rglob("*.pt")]) == ranks
+        (universal / resize.TAG / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["state-universal"] and files.remove_folder(universal)
 
 
 def _copy(stopped: Path, stage: str) -> tuple[Path, Path, Path]:

@@ -21,7 +21,6 @@ from s2.recipe import apply_overrides, load_recipe
 from s2.training import cli
 from s2.training.cli import main
 from s2.training.config import ModelSection, RunConfig, names_in_source
-from s2.training.gaps.lightning import MAIN_PROCESS
 from s2.training.saving import Preempted
 from tests.training.tiny import tiny_recipe, train, write_recipe
 
@@ -247,15 +246,25 @@ def test_overrides_reach_lists_init_args_and_floats_without_a_point(tmp_path: Pa
     assert json.loads(json.dumps(recipe))["run"]["resume"] == "never"
 
 
-@pytest.mark.parametrize(("parent", "code"), [(True, 0), (False, ending.STOPPED)])
-def test_only_the_main_process_tells_that_a_run_was_stopped(parent, code, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("launcher", "code"),
+    [
+        ({}, ending.STOPPED),
+        ({"LOCAL_RANK": "0"}, ending.STOPPED),
+        ({"LOCAL_RANK": "1"}, 0),
+        ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, ending.STOPPED),
+    ],
+)
+def test_only_the_main_process_tells_that_a_run_was_stopped(launcher, code, monkeypatch, capsys):
     """One that Lightning started would have the main process killed while it closes down."""
 
     def stop(*_):
         raise Preempted("stopped at step 4")
 
     monkeypatch.setattr(cli, "train", stop)
-    monkeypatch.setenv(MAIN_PROCESS, str(os.getppid() if parent else os.getpid()))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of a run in this process
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(["recipe.yaml"]) == code
     assert "stopped at step 4" in capsys.readouterr().err
 

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from s2.training import resize
 from s2.training.gaps import deepspeed as gaps
+from s2.training.gaps.lightning import STOP_SIGNALS, StopSignals
 from tests.training.tiny import train
 
 EVERY_3 = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "limit_val_batches": 1}
@@ -186,3 +187,21 @@ def test_torchs_loader_workers_die_of_a_signal_to_the_job() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert int(result.stdout) == -signal.SIGTERM, result.stderr
+
+
+def test_a_stop_signal_after_a_fit_ends_the_process_before_its_last_sentence_unless_it_is_ignored():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        for ignored in (False, True):
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+            trainer._signal_connector.register_signal_handlers()
+            if ignored:
+                StopSignals().ignore(trainer)
+            trainer._signal_connector.teardown()
+            wanted = signal.SIG_IGN if ignored else signal.SIG_DFL
+            assert [signal.getsignal(number) for number in STOP_SIGNALS] == [wanted, wanted]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from s2 import ending
 from s2.training.config import RunConfig
-from s2.training.guard import SETTLING, StepGuard, skipped_steps
+from s2.training.guard import SETTLING, StepGuard
 from s2.training.module import PretrainModule
 from s2.training.run_folder import complete_checkpoints, read_meta
 from tests.training.tiny import curve, train
@@ -22,6 +22,10 @@ from tests.training.tiny import curve, train
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("guard")
+
+
+def skipped_steps(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "logs" / "skipped.jsonl").read_text().splitlines()]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *positions: int) -> None:
@@ -45,7 +49,7 @@ def test_one_bad_batch_costs_its_step_and_nothing_else(
     assert code == 0
     said = capsys.readouterr().out
     assert "step 4 skipped (data position 6): the loss is nan" in said
-    (record,) = skipped_steps(run / "logs")
+    (record,) = skipped_steps(run)
     assert (record["step"], record["position"]) == (4, 6)
     assert curve(run, "skipped_steps") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1}
     assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 1
@@ -72,8 +76,8 @@ def test_one_bad_micro_batch_of_a_step_is_enough(folder: Path, monkeypatch: pyte
     accumulated = ("data.micro_batch_size=1", "run.tokens_per_step=128")
     code, run = train(folder, *accumulated, stage="accumulated")
     assert code == 0
-    assert [(r["step"], r["position"]) for r in skipped_steps(run / "logs")] == [(3, 4)]
-    assert "position 5" in skipped_steps(run / "logs")[0]["why"]
+    assert [(r["step"], r["position"]) for r in skipped_steps(run)] == [(3, 4)]
+    assert "position 5" in skipped_steps(run)[0]["why"]
 
 
 def test_a_resumed_run_goes_past_the_bad_batch_and_counts_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,59 +10,78 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
 
-def set_up_cpu_environment(strategy: DeepSpeedStrategy) -> None:
-    """`setup_environment` on the CPU: Lightning's class refuses all but CUDA, and its parents' version will do."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    super(DeepSpeedStrategy, strategy).setup_environment()
+class MendedDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's strategy, on the CPU too (its class refuses all but CUDA; its parents' methods will do), and with
+    gradients that can be divided by a number that is known only at a step's end."""
 
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device, always with an index: DeepSpeed reads `device.index` as the local rank."""
+        device = super().root_device
+        return torch.device(device.type, self.local_rank) if device.index is None else device
 
-def set_up_cpu_processes(strategy: DeepSpeedStrategy) -> None:
-    """`setup_distributed` on the CPU, over gloo; DeepSpeed would compile an operator for shared memory with the
-    machine's C++ compiler in every first run."""
-    import deepspeed
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CPUAccelerator):
+            return super().setup_environment()
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        super(DeepSpeedStrategy, self).setup_environment()
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    strategy.set_world_ranks()
-    strategy._init_deepspeed_distributed()
+    def setup_distributed(self) -> None:
+        if not isinstance(self.accelerator, CPUAccelerator):
+            return super().setup_distributed()
+        import deepspeed
 
+        # it would be compiled with the machine's C++ compiler in every first run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
 
-def check_step_boundaries(engine: Any, batch_idx: int) -> None:
-    """Refuse to train where Lightning and DeepSpeed, who both count micro-batches, disagree about where a step begins.
+    def _setup_model_and_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        engine, optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
+        if hasattr(optimizer, "reduce_ipg_grads"):  # ZeRO-1/2 with hooks
+            OrderedReduction(optimizer, engine.module.parameters())
+        return engine, optimizer
 
-    Raises:
-        RuntimeError: gradients would be zeroed in the middle of a step.
-    """
-    accumulate = engine.gradient_accumulation_steps()
-    if engine.micro_steps % accumulate != batch_idx % accumulate:
-        raise RuntimeError(
-            f"micro-batch {batch_idx} is number {batch_idx % accumulate} of {accumulate} in its step for the "
-            f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
-        )
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse to train where Lightning and DeepSpeed, who both count micro-batches, disagree about where a step
+        begins: gradients would be zeroed in the middle of one."""
+        engine: Any = self.deepspeed_engine
+        accumulate = engine.gradient_accumulation_steps()
+        if engine.micro_steps % accumulate != batch_idx % accumulate:
+            raise RuntimeError(
+                f"micro-batch {batch_idx} is number {batch_idx % accumulate} of {accumulate} in its step for the "
+                f"trainer, but number {engine.micro_steps % accumulate} for DeepSpeed"
+            )
 
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Back-propagate; Lightning has already divided the loss by the accumulation, so DeepSpeed must not."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-def divide_gradients(optimizer: Any, divisor: float) -> None:
-    """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped;
-    `undo_division` must follow the step. DeepSpeed has nothing for that but the loss scale, which is 1 otherwise."""
-    if hasattr(optimizer, "loss_scaler"):
-        optimizer.loss_scale = divisor
-    else:  # ZeRO-1 in bf16 knows no loss scale and holds all gradients of a step in fp32
-        for gradients in optimizer.fp32_groups_gradients_flat:
-            gradients /= divisor
+    def divide_gradients(self, divisor: float) -> None:
+        """Divide the gradient of the step that is about to be taken, before its norm is measured and clipped. DeepSpeed
+        has nothing for that but the loss scale, which is 1 otherwise."""
+        optimizer: Any = self.deepspeed_engine.optimizer
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = divisor
+        else:  # ZeRO-1 in bf16 knows no loss scale and holds all gradients of a step in fp32
+            for gradients in optimizer.fp32_groups_gradients_flat:
+                gradients /= divisor
 
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, *args, **kwargs)
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = 1.0  # after `divide_gradients`
+        return output
 
-def undo_division(optimizer: Any) -> None:
-    """After the step of `divide_gradients`."""
-    if hasattr(optimizer, "loss_scaler"):
-        optimizer.loss_scale = 1.0
-
-
-def skipped_norm(engine: Any) -> float | None:
-    """Norm of the last step's gradient if DeepSpeed skipped the step for it, None if the step was taken."""
-    return float(engine.get_global_grad_norm() or math.inf) if engine.optimizer.overflow else None
+    def skipped_gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient if DeepSpeed skipped the step for it, None if the step was taken."""
+        engine: Any = self.deepspeed_engine
+        return float(engine.get_global_grad_norm() or math.inf) if engine.optimizer.overflow else None
 
 
 class OrderedReduction:

@@ -15,15 +15,11 @@ from typing import Any
 from s2.training import slurm
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-MAIN_PROCESS = "S2_MAIN_PROCESS"  # environment: the process that started the others of a node, if Lightning did
 
 
 class StopSignals:
-    """Notes the signals that ask a run to stop.
-
-    Lightning puts a handler over ours whenever the trainer runs, which broadcasts from inside of the handler and hangs
-    ranks that are in a collective; `take` comes after that.
-    """
+    """Notes the signals that ask a run to stop. Lightning's own handler broadcasts from inside of it, which hangs ranks
+    that are in a collective, and is put over ours whenever the trainer runs; `take` comes after that."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
@@ -37,6 +33,11 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+    def ignore(self, trainer: Any) -> None:
+        """Until the process ends, which has to say why. Lightning puts back what was there before it ran as soon as it
+        has cleaned up, and SIGTERM would end the process before its last sentence."""
+        trainer._signal_connector._original_handlers |= dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
 
     def _note(self, number: int, frame: Any) -> None:
         self.seen.add(number)
@@ -59,27 +60,14 @@ class EachStep:
         raise NotImplementedError
 
 
-@contextmanager
-def main_process() -> Iterator[None]:
-    """Have the processes that Lightning starts know which one started them."""
-    if is_helper():
-        yield
-        return
-    os.environ[MAIN_PROCESS] = str(os.getpid())
-    try:
-        yield
-    finally:
-        del os.environ[MAIN_PROCESS]
-
-
 def is_helper() -> bool:
     """Whether Lightning has started this process. Some seconds after one of those ended with another code than 0 it
     kills the main process too, which may still be closing down: they tell of no stop by their exit code."""
-    return os.environ.get(MAIN_PROCESS) == str(os.getppid())
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def end_helpers(trainer: Any) -> None:
-    """End the processes that Lightning has started: they wait for this one in a collective, for minutes."""
+    """End the processes that Lightning has started, which would wait for this one in a collective for minutes."""
     for process in getattr(trainer.strategy.launcher, "procs", []):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10)
@@ -103,11 +91,8 @@ def value_errors() -> Iterator[None]:
 
 
 def cluster_environment() -> Any:
-    """How the processes of a SLURM job find each other.
-
-    Lightning by itself waits in every batch script for the job's other tasks, also where srun has started none, and
-    requeues from inside of a signal handler.
-    """
+    """How the processes of a SLURM job find each other. Lightning by itself waits in every batch script for the job's
+    other tasks, also where srun has started none, and requeues from inside of a signal handler."""
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
     tasks = slurm.layout(os.environ)
@@ -118,11 +103,9 @@ def cluster_environment() -> Any:
 
 
 def set_accumulation(trainer: Any, micro_batches: int | None, validate_every: int) -> None:
-    """Accumulate so many micro-batches (None: as it is) and validate every `validate_every` optimizer steps.
-
-    They follow from the number of ranks, which is known once there is a trainer; Lightning takes both before, and
-    counts validations in micro-batches.
-    """
+    """Accumulate so many micro-batches (None: as it is) and validate every `validate_every` optimizer steps. Both
+    follow from the number of ranks; Lightning takes them before it tells that, and counts validations in
+    micro-batches."""
     if micro_batches is not None:
         trainer.accumulate_grad_batches = micro_batches
     trainer.val_check_interval = validate_every * trainer.accumulate_grad_batches
@@ -149,11 +132,9 @@ def validate_now(trainer: Any) -> None:
 
 
 def set_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Have a checkpoint say that `micro_batches` were trained on.
-
-    Lightning restores its count as it was, with another accumulation in the middle of a step; windows of accumulation,
-    validations and the data position follow from it, and DeepSpeed's count begins at 0 in every process.
-    """
+    """Have a checkpoint say that `micro_batches` were trained on. Lightning restores its count as it was, with another
+    accumulation in the middle of a step; windows of accumulation, validations and the data position follow from it, and
+    DeepSpeed's count begins at 0 in every process."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         unfinished = counts["ready"] - counts["completed"]  # 1 where the checkpoint is from on_train_batch_end

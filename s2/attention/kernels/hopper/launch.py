@@ -4,8 +4,7 @@ results, fills in the pointers and launches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,30 +18,23 @@ from .one_pass import OnePass
 from .problem import BackwardTensors, Problem, align16, contiguous16, empty_like
 from .two_pass import TwoPass
 
-K = TypeVar("K", Forward, OnePass, TwoPass)
+K = TypeVar("K", bound=Forward | OnePass | TwoPass)
 
 
-@dataclass
-class Kept:
+class Plan(NamedTuple):
     """The kernels that calls of one shape have used."""
 
     problem: Problem
     kernels: dict[type, Any]
 
     def kernel(self, kind: type[K], q: Tensor, k: Tensor, v: Tensor) -> K:
-        found = self.kernels.get(kind)
-        if found is None:
-            found = self.kernels[kind] = kind(self.problem, q, k, v)
-        return found
+        return self.kernels.get(kind) or self.kernels.setdefault(kind, kind(self.problem, q, k, v))
 
 
-def kept(q: Tensor, k: Tensor, v: Tensor, call: Call, packed: bool) -> Kept:
-    """With the call itself, oldest first."""
+def plan_of(q: Tensor, k: Tensor, v: Tensor, call: Call, packed: bool) -> Plan:
+    """Kept with the call, the oldest goes first."""
     key = (q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, packed)
-    found = call.plans.get(key)
-    if found is None:
-        found = remember(call.plans, key, Kept(Problem.of(q, k, call, packed), {}))
-    return found
+    return call.plans.get(key) or remember(call.plans, key, Plan(Problem.of(q, k, call, packed), {}))
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -58,8 +50,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     lse = lse[0] if packed else lse
     fill = unowned(out, lse=lse) if packed else None
-    forward = kept(q, k, v, call, packed).kernel(Forward, q, k, v)
-    forward(q, k, v, out, lse, cu_seqlens, fill)
+    plan_of(q, k, v, call, packed).kernel(Forward, q, k, v)(q, k, v, out, lse, cu_seqlens, fill)
     return out, lse
 
 
@@ -88,9 +79,7 @@ def run_backward(
         q, k, v = q[None], k[None], v[None]
     dlse = None if dlse is None else contiguous16(dlse)
     tensors = BackwardTensors(q, k, v, contiguous16(out), contiguous16(lse), contiguous16(dout), dlse, *gradients)
-    plan = kept(q, k, v, call, packed)
-    if one_pass.is_taken(plan.problem, cu_seqlens):
-        plan.kernel(OnePass, q, k, v)(tensors, cu_seqlens, fill)
-    else:
-        plan.kernel(TwoPass, q, k, v)(tensors, cu_seqlens, fill)
+    plan = plan_of(q, k, v, call, packed)
+    kind: type[OnePass | TwoPass] = OnePass if one_pass.is_taken(plan.problem, cu_seqlens) else TwoPass
+    plan.kernel(kind, q, k, v)(tensors, cu_seqlens, fill)
     return gradients

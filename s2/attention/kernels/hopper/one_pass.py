@@ -12,7 +12,7 @@ from torch import Tensor
 from ..triton.documents import Fill
 from ..triton.forward import LOG2E
 from . import driver, params
-from .problem import MAX_KEPT, TILE, BackwardTensors, Maps, Problem, counter_of, stream_of
+from .problem import MAX_KEPT, TILE, BackwardTensors, Maps, Problem, counter_of
 from .scheduler import Scheduler, mean_n_blocks
 from .varlen import Documents
 
@@ -92,7 +92,7 @@ class OnePass:
     def __call__(self, x: BackwardTensors, cu_seqlens: Tensor | None, fill: Fill | None) -> None:
         """Packed documents come with the gradients to `fill` where no document is."""
         device = self.problem.device
-        stream = stream_of(device)
+        stream = driver.current_stream(device.index)
         counter = counter_of(device, stream)
         documents = Documents.of(stream, self.problem, _M_BLOCKS, cu_seqlens, fill, per_item=N_BLOCKS)
         m_blocks = self.sets * documents.m_blocks

@@ -113,10 +113,6 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def stream_of(device: torch.device) -> int:
-    return driver.current_stream(device.index)
-
-
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 
 

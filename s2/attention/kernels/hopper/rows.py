@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from typing import Any
 
 from torch import Tensor
 
+from ..triton.forward import LOG2E
 from . import driver, params
-from .problem import Problem
+from .problem import Maps, Problem
 from .varlen import Documents
 
 _REGISTERS = {3: 160, 4: 112}  # of a consumer's thread, by consumers; setmaxnreg of more is dropped without a word
@@ -34,31 +37,45 @@ def row_kernel(
     return driver.Kernel(source, f"attention_{name}", constants, (consumers + 1) * 128, params.HEADERS)
 
 
-class RowTiles:
-    """The tiles of a call in the parameters of a kernel (`shape`: its `params.Problem`), and its grid."""
+class RowKernel:
+    """Such a kernel for one shape of call, and its parameters, whose pointers one call at a time replaces, under
+    the lock. `other`: the field of its tensor map of out or dO."""
 
-    def __init__(self, shape: Any, problem: Problem, consumers: int) -> None:
-        self.problem, self.num_sms, self.shape = problem, problem.num_sms, shape
+    def __init__(
+        self, kernel: driver.Kernel, structure: type[ctypes.Structure], other: str, problem: Problem,
+        q: Tensor, k: Tensor, v: Tensor,
+    ) -> None:  # fmt: skip
+        self.kernel, self.problem, self.num_sms = kernel, problem, problem.num_sms
+        self.consumers = kernel.threads // 128 - 1
         self.pack_gqa = problem.group // problem.heads_per_tile  # m_blocks of the same rows, which share key tiles
         m_blocks = -(-problem.length // problem.tokens_per_tile)
-        tiles_per_head = -(-m_blocks * self.pack_gqa // consumers)  # of a KV head
+        tiles_per_head = -(-m_blocks * self.pack_gqa // self.consumers)  # of a KV head
         num_tiles = tiles_per_head * problem.batch * problem.kv_heads
         self.grid = self.num_sms if problem.packed else min(num_tiles, self.num_sms)
+        self.lock = threading.Lock()
+        self.params: Any = driver.allocate(structure)
+        self.params.scale_log2 = problem.scale * LOG2E.value
+        shape = self.params.problem
         shape.table = problem.rules.table.data_ptr()
         shape.length, shape.kv_heads, shape.group = problem.length, problem.kv_heads, problem.group
         shape.tiles_per_head, shape.num_tiles = tiles_per_head, num_tiles
-        shape.together = self.together(tiles_per_head)
+        shape.together = self._together(tiles_per_head)
+        self.maps = Maps(self.params, problem, q, k, v, other)
 
-    def together(self, tiles_per_head: int) -> int:
+    def _together(self, tiles_per_head: int) -> int:
         """KV heads at the end that are worked on together."""
         heads = self.problem.batch * self.problem.kv_heads
         if tiles_per_head * heads >= _MANY_TILES * self.num_sms:
             return 1
         return min(heads, -(-_LAST_TILES * self.num_sms // tiles_per_head))
 
-    def move(self, documents: Documents | None, counter: Tensor) -> None:
-        """To another call's documents, if it is packed."""
+    def move(
+        self, q: Tensor, k: Tensor, v: Tensor, other: Tensor, documents: Documents | None, counter: Tensor
+    ) -> None:
+        """To another call's tensors, and to its documents, if it is packed."""
+        self.maps.move(q, k, v, other)
+        shape = self.params.problem
         if documents is not None and self.problem.packed:
-            self.shape.documents = documents.table.data_ptr()
-            self.shape.together = self.together(documents.most_tiles)
-        self.shape.counter = counter.data_ptr()
+            shape.documents = documents.table.data_ptr()
+            shape.together = self._together(documents.most_tiles)
+        shape.counter = counter.data_ptr()

@@ -1,10 +1,8 @@
 """Work items of the backward over keys: which key tiles they take, which queries, and how partial sums are combined.
 
-A key column is 64 keys (an n_block) with all queries that see it. The columns of a level (0: the local window, then the
-strided levels, at last the sinks) are as long as each other, give or take the window. Long columns are cut into
-segments of the queries, whose partial sums of dK and dV go to a workspace and are combined by a kernel of their own
-(`combine`). Plain arithmetic: the kernels find their items among those counted here (`cu/n_blocks.cuh`,
-`n_blocks.py`; of packed documents `varlen.py`).
+The columns of a level are as long as each other, give or take the window; long ones are cut into segments. Plain
+arithmetic: the kernels find their items among those counted here (`cu/n_blocks.cuh`, `n_blocks.py`; of packed
+documents `varlen.py`).
 """
 
 from __future__ import annotations

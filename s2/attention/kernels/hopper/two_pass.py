@@ -4,7 +4,6 @@ dK and dV (`gluon/backward_kv.py`). Deterministic."""
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from ..triton.documents import Fill
 from ..triton.forward import LOG2E
 from . import driver, params
-from .problem import MAX_KEPT, TILE, BackwardTensors, Maps, Problem, counter_of, stream_of
-from .rows import RowTiles, row_kernel
+from .problem import MAX_KEPT, TILE, BackwardTensors, Problem, counter_of
+from .rows import RowKernel, row_kernel
 from .scheduler import PAIR, PackedScheduler, Scheduler
 from .triton_launcher import Launch
 from .varlen import Documents
@@ -59,26 +58,21 @@ def query_kernel(problem: Problem) -> driver.Kernel:
     return row_kernel("backward_q", problem, Q_CONSUMERS, Q_STAGES[head_dim], Q_ROW_SLOTS[head_dim], row_parts=2)
 
 
-class QueryGradients:
+class QueryGradients(RowKernel):
     """dQ, and the statistics of rows that the other kernel reads: lse / ln 2 and delta."""
 
     def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.kernel = query_kernel(problem)
-        self.lock = threading.Lock()  # one call at a time changes the parameters
-        own = self.params = driver.allocate(params.BackwardQ)
-        own.scale, own.scale_log2 = problem.scale, problem.scale * LOG2E.value
-        self.tiles = RowTiles(own.problem, problem, Q_CONSUMERS)
-        self.maps = Maps(own, problem, q, k, v, "dout")
+        super().__init__(query_kernel(problem), params.BackwardQ, "dout", problem, q, k, v)
+        self.params.scale = problem.scale
 
     def __call__(self, stream: int, x: BackwardTensors, stats: Tensor, documents: Documents, counter: Tensor) -> None:
         with self.lock:
+            self.move(x.q, x.k, x.v, x.dout, documents, counter)
             own = self.params
-            self.maps.move(x.q, x.k, x.v, x.dout)
-            self.tiles.move(documents, counter)
             own.dq, own.out, own.lse = x.dq.data_ptr(), x.out.data_ptr(), x.lse.data_ptr()
             own.dlse = None if x.dlse is None else x.dlse.data_ptr()
             own.stats, own.m_blocks = stats.data_ptr(), documents.m_blocks
-            self.kernel.launch(self.tiles.grid, own, stream)
+            self.kernel.launch(self.grid, own, stream)
 
 
 class KeyGradients:
@@ -95,15 +89,10 @@ class KeyGradients:
             "PACKED": problem.packed, "GROUPED": problem.group > 1,
         }  # fmt: skip
         self.table = problem.rules.table
-        self.make = functools.partial(
-            Launch,
-            backward_kv.attention_backward_kv,
-            (num_sms if problem.packed else min(items, num_sms), 1, 1),
-            constants,
-            (problem.dtype, problem.head_dim, problem.device),
-        )
+        grid = (num_sms if problem.packed else min(items, num_sms), 1, 1)
+        kind = (problem.dtype, problem.head_dim, problem.device)
         heads, written = problem.heads_per_tile, describe_tiles(k, problem, 1, contiguous=True)
-        self.descriptors = {
+        descriptors = {
             "q_desc": describe_tiles(q, problem, heads),
             "do_desc": describe_tiles(q, problem, heads, contiguous=True),
             "k_desc": describe_tiles(k, problem, 1),
@@ -116,16 +105,13 @@ class KeyGradients:
             problem.batch * problem.kv_heads, scheduler.columns.wave, items,
         )  # fmt: skip
         self.scheduled = scheduler.kernel_scalars
-        self.kernels: dict[int, Launch] = {}  # by rows of statistics
 
-    def kernel(self, rows: int) -> Launch:
-        """For so many rows of statistics, which depend on the number of packed documents."""
-        kernel = self.kernels.get(rows)
-        if kernel is None:
-            if len(self.kernels) >= MAX_KEPT:
-                self.kernels.clear()
-            kernel = self.kernels[rows] = self.make(self.descriptors | {"stats_desc": describe_statistics(rows)})
-        return kernel
+        @functools.lru_cache(MAX_KEPT)
+        def kernel(rows: int) -> Launch:
+            statistics = {"stats_desc": describe_statistics(rows)}
+            return Launch(backward_kv.attention_backward_kv, grid, constants, kind, descriptors | statistics)
+
+        self.kernel = kernel  # for so many rows of statistics, which depend on the number of packed documents
 
     def __call__(
         self, stream: int, x: BackwardTensors, stats: Tensor, documents: Documents, counter: Tensor, partials: Tensor
@@ -152,11 +138,11 @@ class TwoPass:
     def __call__(self, x: BackwardTensors, cu_seqlens: Tensor | None, fill: Fill | None) -> None:
         """Packed documents come with the gradients to `fill` where no document is."""
         problem, scheduler = self.problem, self.scheduler
-        stream = stream_of(problem.device)
+        stream = driver.current_stream(problem.device.index)
         counter = counter_of(problem.device, stream)
         documents = Documents.of(
-            stream, problem, Q_CONSUMERS, cu_seqlens, fill, self.q.tiles.pack_gqa, columns=scheduler.documents
-        )  # fmt: skip
+            stream, problem, Q_CONSUMERS, cu_seqlens, fill, self.q.pack_gqa, columns=scheduler.documents
+        )
         m_blocks = problem.batch * problem.num_heads // problem.heads_per_tile * documents.m_blocks
         stats = x.lse.new_empty((m_blocks, 2 * TILE))
         self.q(stream, x, stats, documents, counter)

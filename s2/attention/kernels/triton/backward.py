@@ -25,7 +25,7 @@ from .tiles import (
     visible,
     zero_parts,
 )  # fmt: skip
-from .walk import full_keys, full_rows, key_tiles, locate_program, locate_queries, locate_rows, masked_keys
+from .walk import locate_program, locate_queries, locate_rows, walk_keys
 
 
 @triton.jit
@@ -58,11 +58,12 @@ def _load_statistics(lse, delta, at, valid):
 
 @triton.jit
 def _key_step(
-    dq, q, dout, row_lse, row_delta, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
+    dq, rows, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dQ with a tile of keys added."""
+    """dQ with a tile of keys added: a step of `walk_keys`."""
+    q, dout, row_lse, row_delta = rows
     exists = key < kv_len if MASKED else True
     k = load_parts(k_rows, exists, D, D0, D1, MASKED)
     v = load_parts(v_rows, exists, D, D0, D1, MASKED)
@@ -108,24 +109,11 @@ def attention_backward_q(
     queries = load_parts(q, valid, D, D0, D1, True)
     gradients = load_parts(dout, valid, D, D0, D1, True)
     acc = zero_parts(BLOCK_M, D0, D1)
-    num_full, num_masked, full, masked = key_tiles(
-        tile, q_len, kv_len, rule, key_offsets + kv_head * list_stride, key_blocks,
-        tokens, BLOCK, BLOCK_N, LEVELS, SINKS, LISTS,
+    acc = walk_keys(
+        _key_step, acc, (queries, gradients, row_lse, row_delta), position, tile, q_len, kv_len, k, v, stride_kt,
+        stride_vt, scale_log2, rule, key_offsets + kv_head * list_stride, key_blocks,
+        tokens, D, D0, D1, BLOCK, BLOCK_N, STAGES, LEVELS, SINKS, LISTS,
     )  # fmt: skip
-    for n in tl.range(0, num_full, num_stages=STAGES):
-        key = full_keys(n, full, BLOCK, BLOCK_N, LISTS)
-        k_rows, v_rows = full_rows(k, key, stride_kt, BLOCK, BLOCK_N), full_rows(v, key, stride_vt, BLOCK, BLOCK_N)
-        acc = _key_step(
-            acc, queries, gradients, row_lse, row_delta, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
-            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, False,
-        )  # fmt: skip
-    for n in tl.range(0, num_masked, num_stages=1):
-        key = masked_keys(n, masked, BLOCK, BLOCK_N, LISTS)
-        k_rows, v_rows = gathered_rows(k, key, stride_kt), gathered_rows(v, key, stride_vt)
-        acc = _key_step(
-            acc, queries, gradients, row_lse, row_delta, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
-            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, True,
-        )  # fmt: skip
 
     dq += batch * stride_gb + (begin + token) * stride_gt + head * stride_gh
     store_parts(dq, valid, acc, scale, D, D0, D1)

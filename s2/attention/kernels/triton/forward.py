@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from ..index import load_rule
-from .tiles import add_product, gathered_rows, load_parts, product, rescaled, store_parts, visible, zero_parts
-from .walk import full_keys, full_rows, key_tiles, locate_queries, locate_rows, masked_keys
+from .tiles import add_product, load_parts, product, rescaled, store_parts, visible, zero_parts
+from .walk import locate_queries, locate_rows, walk_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -14,13 +14,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _key_step(
-    acc, row_max, row_sum, q, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
+    state, rows, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of keys to the softmax of the rows."""
+    """Adds a tile of keys to the softmax of the rows: a step of `walk_keys`."""
+    acc, row_max, row_sum = state
     exists = key < kv_len if MASKED else True
-    scores = product(q, load_parts(k_rows, exists, D, D0, D1, MASKED))
+    scores = product(rows[0], load_parts(k_rows, exists, D, D0, D1, MASKED))
     if MASKED:
         seen = visible(position[:, None], key[None, :], rule, BLOCK, LEVELS, SINKS, LISTS)
         scores = tl.where(seen, scores, float("-inf"))
@@ -68,24 +69,11 @@ def attention_forward(
     acc = zero_parts(BLOCK_M, D0, D1)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    num_full, num_masked, full, masked = key_tiles(
-        tile, q_len, kv_len, rule, key_offsets + kv_head * list_stride, key_blocks,
-        tokens, BLOCK, BLOCK_N, LEVELS, SINKS, LISTS,
+    acc, row_max, row_sum = walk_keys(
+        _key_step, (acc, row_max, row_sum), (queries,), position, tile, q_len, kv_len, k, v, stride_kt, stride_vt,
+        scale_log2, rule, key_offsets + kv_head * list_stride, key_blocks,
+        tokens, D, D0, D1, BLOCK, BLOCK_N, STAGES, LEVELS, SINKS, LISTS,
     )  # fmt: skip
-    for n in tl.range(0, num_full, num_stages=STAGES):
-        key = full_keys(n, full, BLOCK, BLOCK_N, LISTS)
-        k_rows, v_rows = full_rows(k, key, stride_kt, BLOCK, BLOCK_N), full_rows(v, key, stride_vt, BLOCK, BLOCK_N)
-        acc, row_max, row_sum = _key_step(
-            acc, row_max, row_sum, queries, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
-            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, False,
-        )  # fmt: skip
-    for n in tl.range(0, num_masked, num_stages=1):
-        key = masked_keys(n, masked, BLOCK, BLOCK_N, LISTS)
-        k_rows, v_rows = gathered_rows(k, key, stride_kt), gathered_rows(v, key, stride_vt)
-        acc, row_max, row_sum = _key_step(
-            acc, row_max, row_sum, queries, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
-            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, True,
-        )  # fmt: skip
 
     empty = row_sum == 0.0
     inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, row_sum))

@@ -48,31 +48,7 @@ def locate_rows(program_head, tile, q_len, kv_len, BLOCK_M: tl.constexpr, PACK: 
 
 
 @triton.jit
-def key_tiles(
-    tile, q_len, kv_len, rule, key_offsets, key_blocks,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr,
-):  # fmt: skip
-    """Numbers of unmasked and masked key tiles, and what `full_keys` and `masked_keys` find them by. `key_offsets`: of
-    the head."""
-    if LISTS:
-        query_block = tile * TOKENS // BLOCK
-        begin = tl.load(key_offsets + query_block)
-        end = tl.load(key_offsets + query_block + 1)
-        per_block: tl.constexpr = BLOCK // BLOCK_N
-        has_diagonal = 0
-        if end > begin:
-            has_diagonal = (tl.load(key_blocks + end - 1) == query_block).to(tl.int32)
-        return (end - begin - has_diagonal) * per_block, has_diagonal * per_block, key_blocks + begin, query_block
-    else:
-        first_row = tl.maximum(tile * TOKENS, kv_len - q_len)
-        last_row = tl.minimum(tile * TOKENS + TOKENS, kv_len) - 1
-        full, masked = key_plan(first_row, last_row, rule, BLOCK, BLOCK_N, LEVELS, SINKS)
-        return count_tiles(full), count_tiles(masked), full, masked
-
-
-@triton.jit
-def full_keys(n, full, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl.constexpr):
+def _full_keys(n, full, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl.constexpr):
     """Position of the first key of the n-th unmasked tile, or those of all if it holds several blocks."""
     per_block: tl.constexpr = BLOCK // BLOCK_N
     if LISTS:
@@ -86,8 +62,8 @@ def full_keys(n, full, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl.con
 
 
 @triton.jit
-def full_rows(base, key, row_stride, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers to the rows at `full_keys`."""
+def _full_rows(base, key, row_stride, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to the rows at `_full_keys`."""
     if BLOCK_N <= BLOCK:
         return consecutive_rows(base, key, row_stride, BLOCK_N)
     else:
@@ -95,7 +71,7 @@ def full_rows(base, key, row_stride, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def masked_keys(n, masked, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl.constexpr):
+def _masked_keys(n, masked, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl.constexpr):
     """Positions of the keys of the n-th masked tile."""
     if LISTS:
         return masked * BLOCK + n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,3 +81,44 @@ def masked_keys(n, masked, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, LISTS: tl
         if BLOCK_N > BLOCK:
             key = tl.where(index * BLOCK_N + tl.arange(0, BLOCK_N) < blocks * BLOCK, key, NEVER)
         return key
+
+
+@triton.jit
+def walk_keys(
+    STEP: tl.constexpr, state, rows, position, tile, q_len, kv_len, k, v, stride_kt, stride_vt, scale_log2, rule,
+    key_offsets, key_blocks,
+    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """`state` after a `STEP` with every key tile that the rows of a query tile see; `k`, `v`: of the document's first
+    token. What STEP gets of the rows is `rows`. `key_offsets`: of the head."""
+    if LISTS:
+        query_block = tile * TOKENS // BLOCK
+        begin = tl.load(key_offsets + query_block)
+        end = tl.load(key_offsets + query_block + 1)
+        per_block: tl.constexpr = BLOCK // BLOCK_N
+        has_diagonal = 0
+        if end > begin:
+            has_diagonal = (tl.load(key_blocks + end - 1) == query_block).to(tl.int32)
+        num_full, num_masked = (end - begin - has_diagonal) * per_block, has_diagonal * per_block
+        full, masked = key_blocks + begin, query_block
+    else:
+        first_row = tl.maximum(tile * TOKENS, kv_len - q_len)
+        last_row = tl.minimum(tile * TOKENS + TOKENS, kv_len) - 1
+        full, masked = key_plan(first_row, last_row, rule, BLOCK, BLOCK_N, LEVELS, SINKS)
+        num_full, num_masked = count_tiles(full), count_tiles(masked)
+    for n in tl.range(0, num_full, num_stages=STAGES):
+        key = _full_keys(n, full, BLOCK, BLOCK_N, LISTS)
+        k_rows, v_rows = _full_rows(k, key, stride_kt, BLOCK, BLOCK_N), _full_rows(v, key, stride_vt, BLOCK, BLOCK_N)
+        state = STEP(
+            state, rows, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
+            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, False,
+        )  # fmt: skip
+    for n in tl.range(0, num_masked, num_stages=1):
+        key = _masked_keys(n, masked, BLOCK, BLOCK_N, LISTS)
+        k_rows, v_rows = gathered_rows(k, key, stride_kt), gathered_rows(v, key, stride_vt)
+        state = STEP(
+            state, rows, k_rows, v_rows, position, key, kv_len, scale_log2, rule,
+            D, D0, D1, BLOCK, LEVELS, SINKS, LISTS, True,
+        )  # fmt: skip
+    return state

@@ -443,30 +443,6 @@ DEVICE void load_items(Shared& shared, const Params& params) {
 
 // ---------------------------------------------------------------- consumers
 
-// A product `[64, 64]` of an n_block with the rows of a step.
-DEVICE void score(float (&x)[32], unsigned n_block, unsigned rows) {
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
-        if (i == 0)
-            product_shared<0>(x, descriptor(n_block + offset), descriptor(rows + offset));
-        else
-            product_shared<1>(x, descriptor(n_block + offset), descriptor(rows + offset));
-    }
-    wgmma_commit();
-}
-
-DEVICE void accumulate(float (&x)[D / 2], const unsigned (&left)[16], unsigned rows, bool add) {
-#pragma unroll
-    for (int i = 0; i < ROWS / 16; i++)
-        product_registers(x, left + 4 * i, descriptor(rows + i * (16 * 2 * PANEL / 16)), i > 0 || add);
-    wgmma_commit();
-}
-
-// Which of an n_block's keys a thread holds in products: this one and the one 8 later, and two queries of every eight.
-DEVICE int lane_key() { return threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4; }
-DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
-
 // Columns of dQ (+)= dS^T of the rows of an n_block, left operand, times its keys.
 DEVICE void accumulate_rows(float (&x)[COLUMNS_EACH / 2], unsigned dscores, unsigned keys, bool add) {
 #pragma unroll
@@ -481,7 +457,7 @@ DEVICE void accumulate_rows(float (&x)[COLUMNS_EACH / 2], unsigned dscores, unsi
 
 // Leaves dS^T `[64 keys, 64 queries]` of a consumer in its part of a slot.
 DEVICE void stage_scores(const unsigned (&x)[16], unsigned to) {
-    const int lane = threadIdx.x % WARP, matrix_row = lane_key() / 16 * 16 + lane % 16, half = lane / 16;
+    const int lane = threadIdx.x % WARP, matrix_row = lane_row() / 16 * 16 + lane % 16, half = lane / 16;
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         store_matrices(to + matrix_row * (2 * PANEL) + ((j + half) ^ (lane % 8)) * 16, x[2 * j], x[2 * j + 1],
@@ -509,7 +485,7 @@ DEVICE void store_gradient(const float (&x)[D / 2], float scale, void* rows, con
     const int batch = divide(item.group, params.kv_heads), head = item.group - batch * params.kv_heads;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const int own = lane_key() + 8 * r;
+        const int own = lane_row() + 8 * r;
         int token = item.key[c] + own;
         bool exists = true;
         if (BLOCK < KEYS) {
@@ -534,7 +510,7 @@ DEVICE void store_gradient(const float (&x)[D / 2], float scale, void* rows, con
 DEVICE void store_partial(const float (&x)[D / 2], float scale, float* to) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float2* row = reinterpret_cast<float2*>(to + (lane_key() + 8 * r) * D + lane_column());
+        float2* row = reinterpret_cast<float2*>(to + (lane_row() + 8 * r) * D + lane_column());
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             row[4 * j] = make_float2(x[4 * j + 2 * r] * scale, x[4 * j + 2 * r + 1] * scale);
@@ -662,7 +638,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 row = item.end[consumer] - TOKENS;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    const int key = lane_key() + 8 * r;
+                    const int key = lane_row() + 8 * r;
                     first[r] = item.first[consumer][key / TOKENS] + key % TOKENS;
                     until[r] = item.until[consumer][key / TOKENS];
                 }
@@ -677,7 +653,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
                 } else if (masked) {
 #pragma unroll
                     for (int i = 0; i < 32; i++)
-                        if (i / 4 * 8 + i % 2 < lane_key() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;
+                        if (i / 4 * 8 + i % 2 < lane_row() + i / 2 % 2 * 8 - lane_column()) x[i] = MINUS_INFINITY;
                 }
             };
             unsigned left[16] = {}, probs[16];
@@ -804,10 +780,7 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREA
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         init_barriers(shared);
-        prefetch_map(&params.q);
-        prefetch_map(&params.dout);
-        prefetch_map(&params.k);
-        prefetch_map(&params.v);
+        prefetch_maps(params.q, params.dout, params.k, params.v);
     }
     cluster_sync();
     const int warpgroup = __shfl_sync(ALL, threadIdx.x / WARPGROUP, 0);

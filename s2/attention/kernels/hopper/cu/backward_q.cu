@@ -11,14 +11,9 @@
 #include "rows.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int WARP_ROWS = ROWS / 4;
 
 using Params = BackwardQParams;
-
-// Which of an m_block's rows a thread holds in products: this one and the one 8 later, and two columns of every eight.
-DEVICE int lane_row() { return threadIdx.x / WARP % 4 * WARP_ROWS + threadIdx.x % WARP / 4; }
-DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
 // The rows of an m_block: places of the first one in [B, S, H] and in [B, H, S], and tokens to the document's end.
 struct MBlock {
@@ -105,27 +100,6 @@ DEVICE void statistics(const MBlock& m_block, const Params& params, float* stats
             stats[lane_row() + 8 * r + ROWS] = delta[r];
         }
     }
-}
-
-// A product `[64, 64]` of rows with keys or of gradients with values.
-DEVICE void score(float (&x)[32], unsigned rows, unsigned keys) {
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
-        if (i == 0)
-            product_shared<0>(x, descriptor(rows + offset), descriptor(keys + offset));
-        else
-            product_shared<1>(x, descriptor(rows + offset), descriptor(keys + offset));
-    }
-    wgmma_commit();
-}
-
-// dQ += dS K.
-DEVICE void accumulate(float (&dq)[D / 2], const unsigned (&ds)[16], unsigned keys, bool add) {
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; i++)
-        product_registers(dq, ds + 4 * i, descriptor(keys + i * (16 * 2 * PANEL / 16)), i > 0 || add);
-    wgmma_commit();
 }
 
 // P of a thread's two rows, from S.
@@ -278,10 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_q(co
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         init_barriers(shared);
-        prefetch_map(&params.q);
-        prefetch_map(&params.dout);
-        prefetch_map(&params.k);
-        prefetch_map(&params.v);
+        prefetch_maps(params.q, params.dout, params.k, params.v);
     }
     __syncthreads();
     const int warpgroup = __shfl_sync(ALL, threadIdx.x / WARPGROUP, 0);
@@ -301,6 +272,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_q(co
         consume(shared, params, warpgroup - 1);
     }
 }
-
-// Read by the host (`driver.shared_bytes_of`).
-extern "C" __device__ int shared_bytes = sizeof(Shared);

@@ -18,7 +18,6 @@
 
 constexpr float LAZY = 8.0f, MOST = 256.0f;  // MOST = 2^LAZY
 constexpr float LN2 = 0.6931471805599453f;
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 
 using Params = ForwardParams;
 
@@ -72,18 +71,8 @@ DEVICE void softmax(float (&scores)[32], unsigned (&probs)[16], float (&top)[2],
 DEVICE void products(float (&acc)[D / 2], const unsigned (&probs)[16], unsigned values, bool add, float (&scores)[32],
                      unsigned rows, unsigned keys) {
     wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
-        if (i == 0)
-            product_shared<0>(scores, descriptor(rows + offset), descriptor(keys + offset));
-        else
-            product_shared<1>(scores, descriptor(rows + offset), descriptor(keys + offset));
-    }
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; i++)
-        product_registers(acc, probs + 4 * i, descriptor(values + i * (16 * 2 * PANEL / 16)), i > 0 || add);
-    wgmma_commit();
+    score<false>(scores, rows, keys);
+    accumulate(acc, probs, values, add);
 }
 
 // Rows that are worked on: where they are in shared memory, where their statistics begin, tokens to the document's end.
@@ -249,10 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         init_barriers(shared);
-        prefetch_map(&params.q);
-        prefetch_map(&params.k);
-        prefetch_map(&params.v);
-        prefetch_map(&params.out);
+        prefetch_maps(params.q, params.k, params.v, params.out);
     }
     __syncthreads();
     const int warpgroup = __shfl_sync(ALL, threadIdx.x / WARPGROUP, 0);
@@ -272,6 +258,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(const
         consume(shared, params, warpgroup - 1);
     }
 }
-
-// Read by the host (`driver.shared_bytes_of`).
-extern "C" __device__ int shared_bytes = sizeof(Shared);

@@ -111,6 +111,11 @@ DEVICE void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+template <class... Maps>
+DEVICE void prefetch_maps(const Maps&... maps) {
+    (prefetch_map(&maps), ...);
+}
+
 DEVICE void tma_load(unsigned to, const TensorMap* map, unsigned barrier, int x, int token, int head, int batch) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -246,6 +251,32 @@ DEVICE void product_registers(float (&x)[64], const unsigned* a, unsigned long l
                  ", {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"
                  : S16(x, 0), S16(x, 16), S16(x, 32), S16(x, 48)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+// Which of a product's 64 rows a thread holds: this one and the one 8 later, and two columns of every eight.
+DEVICE int lane_row() { return threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4; }
+DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
+
+// x = A B^T, both `[64, D]` in panels of shared memory. A group of its own, or the beginning of the next one.
+template <bool COMMITS = true>
+DEVICE void score(float (&x)[32], unsigned a, unsigned b) {
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const int offset = (i / 4 * PANEL_BYTES + i % 4 * 32) / 16;
+        if (i == 0)
+            product_shared<0>(x, descriptor(a + offset), descriptor(b + offset));
+        else
+            product_shared<1>(x, descriptor(a + offset), descriptor(b + offset));
+    }
+    if (COMMITS) wgmma_commit();
+}
+
+// x (+)= A B, A `[64, 64]` in registers, B `[64, D]` in panels of shared memory.
+DEVICE void accumulate(float (&x)[D / 2], const unsigned (&a)[16], unsigned b, bool add) {
+#pragma unroll
+    for (int i = 0; i < 64 / 16; i++)
+        product_registers(x, a + 4 * i, descriptor(b + i * (16 * 2 * PANEL / 16)), i > 0 || add);
+    wgmma_commit();
 }
 
 // ---------------------------------------------------------------- arithmetic

@@ -16,6 +16,7 @@
 #include "plan.cuh"
 
 constexpr int BOX_BYTES = ROWS * D * 2;  // of rows, keys or values
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int PLANNED = 2;               // tiles whose plans are held: the one at work and the next
 
 // What the other warps need to know of a tile.
@@ -40,6 +41,9 @@ struct Shared {
     unsigned long long tile_full[PLANNED], tile_empty[PLANNED];
     unsigned long long keys_cut, values_cut;  // what ends with its document is there, but for the zeros after it
 };
+
+// Read by the host (`driver.shared_bytes_of`).
+extern "C" __device__ int shared_bytes = sizeof(Shared);
 
 DEVICE void init_barriers(Shared& shared) {
     constexpr int warps = CONSUMERS * WARPGROUP / WARP;  // a consumer's warps arrive on their own

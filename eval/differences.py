@@ -1,0 +1,125 @@
+"""How far two runs are apart, and how sure that is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.sweep import Sweep, wilson
+
+_Z = 1.959964  # two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`value` = second less first, with its 95 % interval. paired: of the same questions, one by one."""
+
+    value: float
+    low: float
+    high: float
+    paired: bool
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+    def as_json(self) -> dict[str, Any]:
+        interval = [round(self.low, 4), round(self.high, 4)]
+        return {"difference": self.value, "interval": interval, "interval_kind": "95 %", "paired": self.paired}
+
+    @property
+    def how(self) -> str:
+        return "paired: the same questions" if self.paired else "unpaired"
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
+    """Of scores in 0..1 by question, over the questions that both have.
+
+    Agresti and Min's interval (Statistics in Medicine 2005): half a pair is added to each cell of the table of right
+    and wrong, so that runs that agree everywhere do not look certain. Exact in its assumptions for scores of 0 and 1.
+
+    Raises:
+        ValueError: no question in common.
+    """
+    each = np.array([second[name] - first[name] for name in first if name in second])
+    if not each.size:
+        raise ValueError("no question in common")
+    n, total = each.size + 2, each.sum()
+    half = _Z * math.sqrt(max(0.0, (each**2).sum() + 1 - total**2 / n)) / n
+    return Difference(float(each.mean()), max(-1.0, total / n - half), min(1.0, total / n + half), True)
+
+
+def unpaired(first: float, first_n: float, second: float, second_n: float) -> Difference:
+    """Of two mean scores in 0..1 of so many independent questions each: Newcombe's hybrid of Wilson intervals
+    (Statistics in Medicine 1998, method 10)."""
+    (low_1, high_1), (low_2, high_2) = wilson(first, first_n), wilson(second, second_n)
+    value = second - first
+    low = value - math.hypot(second - low_2, high_1 - first)
+    return Difference(value, low, value + math.hypot(high_2 - second, first - low_1), False)
+
+
+def of_means(first: float, first_error: float, second: float, second_error: float) -> Difference:
+    """Of two independent means with their standard errors."""
+    return _normal(second - first, math.hypot(first_error, second_error), False)
+
+
+def paired_means(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
+    """Of any numbers by item, over the items that both have; None with fewer than two."""
+    each = np.array([second[name] - first[name] for name in first if name in second])
+    if each.size < 2:
+        return None
+    return _normal(float(each.mean()), float(each.std(ddof=1)) / math.sqrt(each.size), True)
+
+
+def _normal(value: float, error: float, is_paired: bool) -> Difference:
+    return Difference(value, value - _Z * error, value + _Z * error, is_paired)
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def questions(content: Mapping[str, Any], score: str, **where: Any) -> dict[str, float]:
+    """Scores of a result file of `eval.needle` or `eval.ruler` by question, of the samples with these values (`length`,
+    `task`). A question's name changes with its prompt, so that only answers to the same prompts are compared."""
+    found = {}
+    settings = json.dumps(content.get("settings"), sort_keys=True)
+    for sample in content.get("samples", ()):
+        if score in sample.get("scores", ()) and all(sample.get(key) == value for key, value in where.items()):
+            # earlier files have no digest of the prompt: settings and what was hidden tell prompts apart
+            prompt = sample.get("prompt") or f"{settings} {sample.get('needles')}"
+            found[f"{sample.get('id')} {prompt}"] = float(sample["scores"][score])
+    return found
+
+
+def of_questions(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
+    """Paired where both answered the same questions, else unpaired; None where one answered none."""
+    if not first or not second:
+        return None
+    if first.keys() == second.keys():
+        return paired(first, second)
+    means = [float(np.mean(list(scores.values()))) for scores in (first, second)]
+    return unpaired(means[0], len(first), means[1], len(second))
+
+
+def of_sweeps(sweeps: Sequence[Sweep], contents: Sequence[Mapping[str, Any]], score: str) -> Difference:
+    """Of two needle sweeps as a whole, over the cells that both have.
+
+    contents: their result files, {} where there is none.
+    """
+    first, second = (questions(content, score) for content in contents)
+    if first and first.keys() == second.keys():
+        return paired(first, second)
+    shared = sorted(sweeps[0].cells.keys() & sweeps[1].cells.keys())
+    cells = [[sweep.cells[cell] for cell in shared] for sweep in sweeps]
+    means = [float(np.mean([np.mean(scores) for scores in each])) for each in cells]
+    sizes = [len(shared) ** 2 / sum(1 / len(scores) for scores in each) for each in cells]
+    return unpaired(means[0], sizes[0], means[1], sizes[1])

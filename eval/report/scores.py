@@ -1,0 +1,367 @@
+"""Tables of what was measured of the models, with differences to the first run and how sure those are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from eval.differences import Difference, of_means, of_questions, paired_means, questions
+from eval.grid import format_length
+from eval.report.run import Run, Scores
+from eval.sweep import SCORE_NAMES, wilson
+from s2.tables import markdown
+
+DASH = "-"
+# What lm-eval results record beside the conditions under which they hold.
+_ABOUT = {
+    *("checkpoint", "fingerprint", "attention_layout", "block_size", "max_position_embeddings"),
+    *("tasks", "num_fewshot", "cut_inputs", "remarks"),
+}
+
+
+class Comparison:
+    """A table with a column a run, which remembers how its differences were made."""
+
+    def __init__(self, runs: Sequence[Run], *header: str) -> None:
+        self.runs, self.header = runs, header
+        self.rows: list[list[str]] = []
+        self._how: dict[bool, dict[str, None]] = {}
+        self._bare = False
+
+    def add(
+        self, labels: Sequence[str], cells: Sequence[str | None], found: Sequence[Difference | float | None]
+    ) -> None:
+        """One row. found: the difference of each run to the first; a bare number has no interval."""
+        texts = []
+        for i, (cell, difference) in enumerate(zip(cells, found, strict=True)):
+            text = cell or DASH
+            if i and cell and isinstance(difference, Difference):
+                self._how.setdefault(difference.paired, {})[self.runs[i].name] = None
+                text += f"<br>**{difference}**" if difference.is_sure else f"<br>{difference}"
+            elif i and cell and difference is not None:
+                self._bare = True
+                text += f"<br>{difference:+.3f}"
+            texts.append(text)
+        self.rows.append([*labels, *texts])
+
+    def parts(self, unit: str = "", item: str = "question") -> list[str]:
+        """The table and what its second lines are. item: what differences are paired by."""
+        columns = [i for i in range(len(self.header)) if any(row[i] for row in self.rows)]
+        names = [run.name for run in self.runs]
+        rows = [[*(row[i] for i in columns), *row[len(self.header) :]] for row in self.rows]
+        parts = [markdown([*(self.header[i] for i in columns), *names], rows)]
+        says = f"Second lines: difference to {names[0]}{unit}"
+        ways = {True: f"paired by {item}", False: "unpaired"}
+        how = "; ".join(f"{', '.join(of)} {ways[each]}" for each, of in sorted(self._how.items(), reverse=True))
+        if how:
+            bare = "; without one where only means are on record" if self._bare else ""
+            parts.append(f"{says} with its 95 % interval, bold where that leaves 0 out ({how}){bare}.")
+        elif self._bare:
+            parts.append(f"{says}, without an interval: only means are on record.")
+        return parts
+
+
+def with_interval(mean: float, low: float, high: float, digits: int = 3) -> str:
+    return f"{mean:.{digits}f} ({low:.{digits - 1}f} to {high:.{digits - 1}f})"
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def heldout(runs: Sequence[Run]) -> list[str]:
+    """Held-out losses at the end of training, and after how many tokens that was."""
+    table = Comparison(runs, "held-out set", "note")
+    counts = [run.last("tokens") for run in runs]
+    table.add(("tokens", ""), [None if count is None else f"{count:,.0f}" for count in counts], [None] * len(runs))
+    for name in heldout_sets(runs):
+        losses = [run.last(f"val/{name}/loss") for run in runs]
+        same = [_heldout_text(run, name) == _heldout_text(runs[0], name) for run in runs]
+        found = [
+            None if loss is None or losses[0] is None or not alike else loss - losses[0]
+            for loss, alike in zip(losses, same, strict=True)
+        ]
+        other = [
+            run.name for run, alike, loss in zip(runs, same, losses, strict=True) if not alike and loss is not None
+        ]
+        note = f"other text in {', '.join(other)}" if other and losses[0] is not None else ""
+        table.add((name, note), [None if loss is None else f"{loss:.3f}" for loss in losses], found)
+    return table.parts(" in nats a token")
+
+
+def heldout_sets(runs: Iterable[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.heldout_sets))
+
+
+def _heldout_text(run: Run, name: str) -> Any:
+    """What says which text a held-out set is; None where the recipe does not."""
+    sets = (each for each in run.data.get("validation") or () if isinstance(each, dict) and each.get("name") == name)
+    found = next(sets, None)
+    return found and found | {"seq_len": found.get("seq_len") or run.data.get("seq_len")}
+
+
+def positions(runs: Sequence[Run], stem: str) -> list[str]:
+    """Loss by position, a row a bucket; paired over documents where those are the same."""
+    table = Comparison(runs, "length", "position")
+    found = [run.positions.get(stem) for run in runs]
+    tables = [buckets(scores) for scores in found]
+    for length in sorted({length for by_length in tables for length in by_length}):
+        spans = dict.fromkeys((b["from"], b["to"]) for t in tables for b in t.get(length, ()))
+        for low, high in ((None, None), *spans):
+            values = [_loss(scores, length, low, high) for scores in found]
+            each = [_by_document(scores, length, low, high) for scores in found]
+            differences = [_document_difference(each[0], other) for other in each]
+            label = "all" if low is None else f"{low:,} to {high:,}"
+            table.add((format_length(length), label), values, differences)
+    return [*table.parts(" in nats a token", "document"), said(runs, found)]
+
+
+def said(runs: Sequence[Run], found: Sequence[Scores | None]) -> str:
+    """The conditions that result files say they hold under, a line a run."""
+    lines = []
+    for run, scores in zip(runs, found, strict=True):
+        about = scores.content.get("conditions", {}) if scores else {}
+        known = [f"{key} {about[key]}" for key in ("n", "bos", "sampling", "cut", "scoring") if key in about]
+        lines += [f"- {run.name}: {', '.join(known)}"] if known else []
+    return "\n".join(lines)
+
+
+def buckets(scores: Scores | None) -> dict[int, list[dict[str, Any]]]:
+    """Buckets of positions by length."""
+    lengths = scores.content["summary"].get("lengths", []) if scores else []
+    return {each["length"]: each.get("buckets", []) for each in lengths}
+
+
+def _loss(scores: Scores | None, length: int, low: int | None, high: int | None) -> str | None:
+    for each in scores.content["summary"].get("lengths", []) if scores else []:
+        if each["length"] == length:
+            rows = [each] if low is None else [b for b in each["buckets"] if (b["from"], b["to"]) == (low, high)]
+            for row in rows:
+                return with_interval(row["loss"], *row["interval"]) if row.get("interval") else f"{row['loss']:.3f}"
+    return None
+
+
+def _by_document(scores: Scores | None, length: int, low: int | None, high: int | None) -> dict[str, float]:
+    """Mean loss of each document, named by its prompt."""
+    found = {}
+    for sample in scores.content.get("samples", ()) if scores else ():
+        if sample.get("length") == length:
+            rows = [row for row in sample["losses"] if low is None or low <= row[0] < high]
+            if count := sum(row[2] for row in rows):
+                found[f"{sample['id']} {sample.get('prompt')}"] = sum(row[2] * row[3] for row in rows) / count
+    return found
+
+
+def _document_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
+    if first and first.keys() == second.keys():
+        return paired_means(first, second)
+    (a, error_a), (b, error_b) = _mean(list(first.values())), _mean(list(second.values()))
+    return None if math.isnan(error_a + error_b) else of_means(a, error_a, b, error_b)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error, NaN of fewer than two."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+# --- retrieval --------------------------------------------------------------------------------------------------------
+
+
+def needle(runs: Sequence[Run], stem: str, score: str = "exact") -> list[str]:
+    """Needles found by length, and the worst depth."""
+    table = Comparison(runs, "context length", "n")
+    found = [run.needle.get(stem) for run in runs]
+    sweeps = [run.sweeps.get(stem) for run in runs]
+    for length in sorted({length for sweep in sweeps if sweep for length in sweep.lengths}):
+        answers = [questions(scores.content, score, length=length) if scores else {} for scores in found]
+        _add_answers(table, (format_length(length),), answers)
+    for name in (score, *(other for other in SCORE_NAMES if other != score)):
+        answers = [questions(scores.content, name) if scores else {} for scores in found]
+        if any(answers):
+            _add_answers(table, (f"all: {SCORE_NAMES[name]}",), answers)
+    worst = []
+    for sweep in sweeps:
+        by_depth = {} if sweep is None else {d: sweep.grid(None, [d])[0].mean() for d in sweep.depths}
+        depth = min(by_depth, key=lambda d: by_depth[d], default=None)
+        worst.append(None if depth is None else f"{by_depth[depth]:.3f} at {depth:g} %")
+    table.add(("worst depth", ""), worst, [None] * len(runs))
+    return table.parts()
+
+
+def _add_answers(table: Comparison, labels: Sequence[str], answers: Sequence[Mapping[str, float]]) -> None:
+    cells = []
+    for each in answers:
+        mean = sum(each.values()) / len(each) if each else 0.0
+        cells.append(with_interval(mean, *wilson(mean, len(each))) if each else None)
+    sizes = dict.fromkeys(str(len(each)) for each in answers if each)
+    table.add((*labels, " / ".join(sizes)), cells, [of_questions(answers[0], each) for each in answers])
+
+
+def ruler(runs: Sequence[Run], stem: str) -> list[str]:
+    """RULER's scores (in shares of 1) by length, effective length, and by task and length."""
+    found = [run.ruler.get(stem) for run in runs]
+    lengths = sorted({s["length"] for scores in found if scores for s in scores.content.get("samples", ())})
+    tasks = list(dict.fromkeys(s["task"] for scores in found if scores for s in scores.content.get("samples", ())))
+    table = Comparison(runs, "task", "context length", "n")
+    for length in lengths:
+        answers = [questions(scores.content, "match", length=length) if scores else {} for scores in found]
+        _add_answers(table, ("all", format_length(length)), answers)
+    table.add(("effective length", "", ""), [_effective(scores) for scores in found], [None] * len(runs))
+    for task in tasks:
+        for length in lengths:
+            answers = [questions(s.content, "match", task=task, length=length) if s else {} for s in found]
+            _add_answers(table, (task, format_length(length)), answers)
+    parts = table.parts()
+    summaries = [scores.content["summary"] for scores in found if scores]
+    for about in [summary["effective"] for summary in summaries if summary.get("effective")][:1]:
+        parts.append(
+            f"Effective length: the longest up to which every length scores at least {about['threshold']:g} % "
+            f"({about['source']}); in brackets, at least {about['relative_threshold']:.0%} of the shortest's score."
+        )
+    return [*parts, said(runs, found)]
+
+
+def _effective(scores: Scores | None) -> str | None:
+    about = scores.content["summary"].get("effective") if scores else None
+    if not about:
+        return None
+    absolute, relative = (about.get(key) for key in ("length", "relative_length"))
+    return f"{format_length(absolute) if absolute else 'none'} ({format_length(relative) if relative else 'none'})"
+
+
+def gate(runs: Sequence[Run]) -> str:
+    """What a stage had to reach before the next one, and whether it did."""
+    rows = []
+    for run in runs:
+        for check in run.gate.get("checks", ()):
+            what = " ".join(str(check[key]) for key in ("check", "kind", "task", "metric") if check.get(key))
+            place = format_length(check["length"]) if check.get("length") else ""
+            span = f", {check['from']:,} to {check['to']:,}" if "from" in check else ""
+            limit = f"at least {check['min']:g}" if "min" in check else f"at most {check.get('max', math.nan):g}"
+            passed = "passed" if check.get("passed") else "**not passed**"
+            rows.append([run.name, what, place + span, f"{check['value']:.3f}", limit, passed])
+    return markdown(["run", "check", "length, positions", "value", "limit", ""], rows)
+
+
+# --- downstream tasks -------------------------------------------------------------------------------------------------
+
+
+def downstream(runs: Sequence[Run]) -> list[str]:
+    """A row a task, metric and set of conditions, with lm-eval's standard errors; the mean of accuracies at the end.
+
+    A run's results of one metric under several conditions stand in rows of their own, which say what differs; results
+    of the first documents alone always do.
+    """
+    found: dict[tuple[str, str, str], list[tuple[int, dict[str, str], _Metric]]] = {}
+    for column, run in enumerate(runs):
+        for scores in run.lm.values():
+            conditions = {key: str(value) for key, value in scores.content["s2"].items() if key not in _ABOUT}
+            for key, metric in _metrics(scores.content):
+                found.setdefault(key, []).append((column, conditions, metric))
+    table = Comparison(runs, "task", "n-shot", "metric", "conditions")
+    for key, values in found.items():
+        differing = {"limit"} if any(c.get("limit", "None") != "None" for _, c, _ in values) else set()
+        for column, conditions, _ in values:
+            others = [other for c, other, _ in values if c == column]
+            differing |= {name for name in conditions if len({other.get(name) for other in others}) > 1}
+        rows: dict[str, list[_Metric | None]] = {}
+        for column, conditions, metric in values:
+            said = ", ".join(f"{name} {conditions.get(name, '?')}" for name in sorted(differing))
+            rows.setdefault(said.replace("limit None", "no limit"), [None] * len(runs))[column] = metric
+        for said, row in rows.items():
+            table.add(
+                (*key, said),
+                [None if metric is None else str(metric) for metric in row],
+                [_less(row[0], other) for other in row],
+            )
+    means = accuracies(runs)
+    if means and len(means[0]) > 1:
+        rows_ = [_mean_metric(list(each.values())) for each in means]
+        label = (f"mean of {len(means[0])}", "", "acc_norm, else acc", "")
+        table.add(label, [str(metric) for metric in rows_], [_less(rows_[0], other) for other in rows_])
+    said_of = [f"- {run.name}, {_conditions(scores.content)}" for run in runs for scores in run.lm.values()]
+    return [*table.parts(item="document"), "\n".join(said_of)]
+
+
+class _Metric:
+    """A value with its standard error, and the value of each document where those were logged."""
+
+    def __init__(self, value: float, error: float | None, documents: Mapping[str, float] | None = None) -> None:
+        self.value, self.error, self.documents = value, error, documents or {}
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + (f" ± {self.error:.4f}" if self.error is not None else "")
+
+
+def _less(first: _Metric | None, second: _Metric | None) -> Difference | float | None:
+    if first is None or second is None or first is second:
+        return None
+    if first.documents and first.documents.keys() == second.documents.keys():
+        return paired_means(first.documents, second.documents)
+    if first.error is None or second.error is None:
+        return second.value - first.value
+    return of_means(first.value, first.error, second.value, second.error)
+
+
+def accuracies(runs: Sequence[Run]) -> list[dict[str, _Metric]]:
+    """Accuracy by task of each run (length-normalized where there is that), of whole tasks that every run has; [] where
+    there are none."""
+    found = []
+    for run in runs:
+        best: dict[str, tuple[bool, _Metric]] = {}
+        for scores in run.lm.values():
+            for (task, _, name), metric in _metrics(scores.content):
+                if scores.content["s2"].get("limit") is None and name.rstrip(" ↑↓") in ("acc", "acc_norm"):
+                    best[task] = max(
+                        best.get(task, (False, metric)), (name.startswith("acc_norm"), metric), key=lambda e: e[0]
+                    )
+        found.append({task: metric for task, (_, metric) in best.items()})
+    shared = [task for task in found[0] if all(task in each for each in found)] if found else []
+    return [{task: each[task] for task in shared} for each in found] if shared else []
+
+
+def mean_accuracy(runs: Sequence[Run]) -> list[str] | None:
+    """The mean over tasks of each run, with its standard error and the number of tasks."""
+    means = accuracies(runs)
+    return [str(_mean_metric(list(each.values()))) for each in means] if means else None
+
+
+def _mean_metric(metrics: Sequence[_Metric]) -> _Metric:
+    errors = [metric.error for metric in metrics]
+    error = None if None in errors else math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
+    return _Metric(sum(metric.value for metric in metrics) / len(metrics), error)
+
+
+def _metrics(results: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], _Metric]]:
+    """((task, shots, metric), value) of every metric; an arrow says which way is better."""
+    for task, values in results["results"].items():
+        shots = str(results.get("n-shot", {}).get(task, ""))
+        for key, value in values.items():
+            name, _, filtered = key.partition(",")
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = values.get(f"{name}_stderr,{filtered}")
+                label = name if filtered in ("", "none") else f"{name} ({filtered})"
+                better = (results.get("higher_is_better", {}).get(task) or {}).get(name)
+                label += "" if better is None else " ↑" if better else " ↓"
+                logged = (results.get("samples") or {}).get(task, [])
+                documents = {_document(s): float(s[name]) for s in logged if isinstance(s.get(name), int | float)}
+                is_mean = documents and math.isclose(sum(documents.values()) / len(documents), value, abs_tol=1e-6)
+                yield (
+                    (task, shots, label),
+                    _Metric(value, error if isinstance(error, float) else None, documents if is_mean else None),
+                )
+
+
+def _document(sample: Mapping[str, Any]) -> str:
+    return f"{sample.get('doc_id')} {sample.get('prompt_hash')} {sample.get('target_hash')} {sample.get('filter')}"
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    about = results["s2"]
+    said = {"max_length": "max_length", "bos": "BOS", "limit": "limit", "dtype": "dtype"}
+    known = [f"{name} {about[key] or 'none'}" for key, name in said.items() if key in about]
+    return f"{', '.join(about['tasks'])}: {', '.join(known)}, cut inputs: {about.get('cut_inputs', 'unknown')}"

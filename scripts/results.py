@@ -1,0 +1,171 @@
+"""Run an experiment: prepare its data once, run its arms over the GPUs at hand, and make the page of its results.
+
+    python scripts/results.py patterns                        # or: make results NAME=patterns
+    python scripts/results.py patterns --dry-run              # what would be run, in which order
+    python scripts/results.py patterns --only dense,s2 --minutes 27        # stops in time; the same command goes on
+    python scripts/results.py patterns --status               # what another process is doing
+    python scripts/results.py patterns --export day1.tar.gz   # results without weights, to carry to another machine
+    python scripts/results.py patterns --import day1.tar.gz   # adds them to what is here, and makes the page
+
+The plan is recipes/experiments/<name>/plan.yaml (scripts/results_plan.py says what is in it); `key=value` overrides its
+keys: `data.corpus.sources='[/data/*.parquet]'`. Each arm runs on one GPU. The page is docs/results/<date>-<name>/, made
+of whatever arms are there, and names those that are missing.
+
+Exit codes: 0 everything is done, 1 an arm failed (its log says why), 75 the time is over, or stopped: start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from results_collect import collect
+from results_pack import pack, unpack
+from results_page import shards, write
+from results_plan import Job, Plan, load_plan
+from results_queue import Queue, environment, shown, status
+
+from data.prepare.run import prepare
+from data.prepare.spec import PrepareSpec
+from s2 import ending
+from s2.ending import FailureError
+from s2.locks import lock
+from s2.tables import markdown
+
+TITLES = {
+    "curves": "Training loss over tokens and over minutes",
+    "positions": "Held-out loss by position",
+    "speed": "Quality against speed: attention of all layers at the longest length timed",
+}
+
+
+class Unfinished(Exception):  # noqa: N818 -- not an error: it can go on
+    """The time is over, or the process was told to stop."""
+
+    exit_code = ending.STOPPED
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/results.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("name", help="of the experiment, or a plan's YAML file")
+    add("overrides", nargs="*", metavar="key=value", help="keys of the plan")
+    add("--only", default="", help="arms to run, separated by commas (default: all, in the plan's order)")
+    add("--gpus", type=int, help="GPUs to use (default: all at hand; without any, the CPU)")
+    add("--minutes", type=float, help="stop by then: what runs is saved, arms that do not fit are not begun")
+    add("--output", type=Path, help="folder of the page (default: docs/results/<date>-<name>)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="check the plan and show it")
+    what.add_argument("--data-only", action="store_true", help="stop when the data is prepared")
+    what.add_argument("--status", action="store_true", help="where the arms stand")
+    what.add_argument("--page", action="store_true", help="only make the page")
+    what.add_argument("--export", type=Path, metavar="FILE.tar.gz")
+    what.add_argument("--import", type=Path, metavar="FILE.tar.gz", dest="add")
+    args = parser.parse_intermixed_args(argv)
+    for option, least in (("gpus", 1), ("minutes", 0)):
+        value = getattr(args, option)
+        if value is not None and not (value >= least and value > 0):
+            parser.error(f"--{option} {value:g}: expected a number above 0")
+    return args
+
+
+def prepare_data(specs: Mapping[str, PrepareSpec]) -> None:
+    """Prepare what is missing. Folders that are finished are taken as they are, wherever they were made."""
+    for name, spec in specs.items():
+        if all((folder / "manifest.json").is_file() for folder in spec.folders.values()):
+            print(f"data.{name}: {spec.output} is there", flush=True)
+        else:
+            print(f"data.{name}: preparing {spec.output}", flush=True)
+            prepare(spec)
+
+
+def data_folders(plan: Plan) -> dict[str, Path]:
+    return {name: spec.folders["train"] for name, spec in plan.specs.items()}
+
+
+def gpus_at_hand(asked: int | None) -> list[int | None]:
+    """Indices of the GPUs to use, [None] for the CPU. Raises ValueError where there are not so many."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if asked is not None and asked > there:
+        raise ValueError(f"--gpus {asked}: there are {there} here")
+    return list(range(asked or there)) or [None]
+
+
+def show(jobs: Mapping[str, Sequence[Job]], gpus: int) -> None:
+    """The plan as a table, with commands."""
+    rows, left = [], 0.0
+    for job in (job for each in jobs.values() for job in each):
+        left += 0 if job.is_done else job.minutes
+        state = "done" if job.is_done else f"{job.minutes:g} min"
+        layout = ((job.recipe or {}).get("model") or {}).get("config", {}).get("attention_layout", "")
+        rows.append([job.arm, job.stage, state, layout or shown(["python", *job.words[1:]])[:100]])
+    print(markdown(["arm", "stage", "minutes", "layout, or command"], rows))
+    print(f"{left:g} minutes on one GPU are left, {left / gpus:.0f} on {gpus}")
+
+
+def make_page(plan: Plan, jobs: Mapping[str, Sequence[Job]], output: Path | None) -> Path | None:
+    """The page of what is there; None where nothing is."""
+    results = collect(jobs, plan.baseline)
+    if not results["arms"]:
+        return None
+    began = [a["began"] for each in results["arms"].values() for r in each["stages"].values() for a in r["attempts"]]
+    results = {"name": plan.name, "made": time.strftime("%Y-%m-%d"), "about": plan.about, **results}
+    return write(plan, results, output or Path("docs/results", f"{max(began)[:10]}-{plan.name}"), TITLES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    plan = load_plan(args.name, args.overrides)
+    jobs = plan.jobs([name for name in args.only.split(",") if name])
+    if args.status:
+        print(markdown(["arm", "stage", "state", "progress"], status(jobs)))
+        return ending.DONE
+    if args.export:
+        print(f"{args.export}: {pack(plan, args.export)} files")
+        return ending.DONE
+    if args.add:
+        with lock(_root(plan)):
+            print(f"{len(unpack(plan, args.add))} new files in {plan.root}")
+    if args.add or args.page:
+        print(make_page(plan, plan.jobs(), args.output) or f"{plan.root} holds no results yet")
+        return ending.DONE
+    specs = plan.specs
+    for job in (job for each in jobs.values() for job in each):
+        job.check()
+    gpus = gpus_at_hand(args.gpus)
+    if args.dry_run:
+        show(jobs, len(gpus))
+        return ending.DONE
+    with lock(_root(plan)):
+        began = time.monotonic()
+        prepare_data(specs)
+        if args.data_only:
+            return ending.DONE
+        launched = shown(["python", "scripts/results.py", *(sys.argv[1:] if argv is None else argv)])
+        about = {"experiment": plan.name, "launched": launched, **environment(), "data": shards(data_folders(plan))}
+        left = None if args.minutes is None else args.minutes - (time.monotonic() - began) / 60
+        queue = Queue(jobs, gpus, left, about, lambda line: print(line, flush=True))
+        queue.run()
+        print(make_page(plan, plan.jobs(), args.output) or "nothing is finished, so there is no page yet")
+    if queue.failed:
+        raise FailureError("; ".join(f"{arm} {why}" for arm, why in queue.failed.items()))
+    if queue.left:
+        raise Unfinished(f"stopped with {', '.join(queue.left)} unfinished; the same command goes on")
+    return ending.DONE
+
+
+def _root(plan: Plan) -> Path:
+    root = Path(plan.root)
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+if __name__ == "__main__":
+    ending.run(main)

@@ -1,0 +1,312 @@
+"""What the runs of an experiment have left, as one table of figures: each with n, interval and standard error as far as
+its source has them, and with the difference from the baseline arm.
+
+A difference of two arms that were asked the same questions is taken question by question (`paired`); of others its
+standard error follows from those of the two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from results_plan import Job
+
+from s2 import files
+from s2.model.config import ModelConfig
+from s2.model.hf import load_config
+from s2.training.metrics import read_metrics
+
+Z = 1.959964  # two-sided 95 %
+SETTLED = 2  # logged rows at the start whose rate says nothing: they compile
+Key = tuple[str, str, str, int | None, str]  # stage, part, task, length, metric
+
+
+@dataclass
+class Figure:
+    """A number of an arm. samples: by question, where the source has them; questions: what they are, for pairing."""
+
+    stage: str
+    part: str
+    task: str
+    length: int | None
+    metric: str
+    value: float
+    n: int | None = None
+    interval: Sequence[float] | None = None
+    stderr: float | None = None
+    better: str = "higher"
+    samples: dict[str, float] = field(default_factory=dict, repr=False)
+    questions: str = field(default="", repr=False)
+
+    @property
+    def key(self) -> Key:
+        return self.stage, self.part, self.task, self.length, self.metric
+
+    @property
+    def error(self) -> float | None:
+        """The standard error, from the interval where that is all there is."""
+        if self.stderr is not None or not self.interval:
+            return self.stderr
+        return (self.interval[1] - self.interval[0]) / (2 * Z)
+
+
+def difference(figure: Figure, base: Figure) -> dict[str, Any]:
+    """`figure` less `base`, with standard error and whether the same questions were compared one by one."""
+    shared = sorted(figure.samples.keys() & base.samples.keys())
+    if figure.questions and figure.questions == base.questions and len(shared) > 1:
+        each = [figure.samples[name] - base.samples[name] for name in shared]
+        error = statistics.stdev(each) / math.sqrt(len(each))
+        return {"difference": figure.value - base.value, "stderr": error, "paired": True, "n": len(shared)}
+    errors = (figure.error, base.error)
+    joint = math.hypot(*errors) if None not in errors else None  # type: ignore[arg-type]
+    return {"difference": figure.value - base.value, "stderr": joint, "paired": False, "n": None}
+
+
+# ---------------------------------------------------------------- of one arm
+
+
+def arm_results(jobs: Sequence[Job]) -> dict[str, Any] | None:
+    """What an arm's finished stages have left; None where none is finished."""
+    done = [job for job in jobs if job.is_done]
+    if not done:
+        return None
+    figures = [figure for job in done if job.recipe is not None for figure in training_figures(job)]
+    for file in sorted(done[0].folder.glob("*/results/*.json")):
+        figures += evaluation_figures(file)
+    for row in map(files.read_json, sorted(done[0].folder.glob("*.json"))):
+        figures += speed_figures(row) if row.get("kind") == "speed" else []
+    figures += list(_mean_of_tasks(figures))
+    config = model_of(done)
+    return {
+        "stages": {job.stage: job.record for job in done},
+        "unfinished": [job.stage for job in jobs if not job.is_done],
+        "summaries": {job.stage: _summary(job) for job in done if job.recipe is not None},
+        "model": None if config is None else about_model(config),
+        "figures": {figure.key: figure for figure in figures},
+    }
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return files.read_json(job.folder / job.stage / "summary.json")
+
+
+def model_of(jobs: Sequence[Job]) -> ModelConfig | None:
+    """The config of what the first stage trained, from the export, or from the recipe where nothing was exported."""
+    for job in (job for job in jobs if job.recipe is not None):
+        run = job.folder / job.stage
+        if (run / "hf" / "config.json").is_file():
+            return load_config(run / "hf")
+        model = job.recipe["model"] if job.recipe else {}
+        if model.get("init_from") is None:
+            return ModelConfig.from_dict(model["config"], str(job.recipe_file))
+    return None
+
+
+def about_model(config: ModelConfig) -> dict[str, Any]:
+    heads = config.num_key_value_heads
+    return {
+        "attention_layout": config.attention_layout,
+        "block_size": config.block_size,
+        "parameters": config.num_parameters(),
+        "density": {str(n): config.layout.density(n, heads) for n in (8192, 32768, 131072)},
+    }
+
+
+def training_figures(job: Job) -> Iterator[Figure]:
+    """Held-out losses, rate, memory and time of a stage that trained."""
+    summary = _summary(job)
+    for name, values in summary["validation"].items():
+        if values["loss"] is not None:
+            yield Figure(job.stage, "training", f"held-out {name}", None, "nats/token", values["loss"], better="lower")
+    rows = [row for row in read_metrics(job.folder / job.stage / "logs" / "metrics.csv") if "train/loss" in row]
+    for key, label in (
+        ("tokens_per_second_per_device", "tokens/s per GPU"),
+        ("mfu_executed", "MFU, executed"),
+        ("mfu_dense_equivalent", "MFU, dense-equivalent"),
+    ):
+        if rates := [row[key] for row in rows[SETTLED:] if key in row]:
+            yield Figure(job.stage, "speed", label, None, "median", statistics.median(rates), n=len(rates))
+    yield Figure(job.stage, "speed", "training", None, "hours", summary["seconds"] / 3600, better="lower")
+    yield Figure(job.stage, "speed", "peak memory", None, "GiB", summary["memory_gib"], better="lower")
+
+
+def speed_figures(row: Mapping[str, Any]) -> Iterator[Figure]:
+    labels = {
+        "forward_ms": ("attention forward", "ms"),
+        "backward_ms": ("attention backward", "ms"),
+        "decode_ms": ("attention, one token", "ms"),
+        "kv_bytes_per_token": ("KV needed per token", "bytes"),
+        "cache_bytes_per_token": ("KV cached per token", "bytes"),
+    }
+    for key, (label, unit) in labels.items():
+        if row.get(key) is not None:
+            yield Figure("", "speed", label, row["length"], unit, row[key], better="lower")
+
+
+def evaluation_figures(file: Path) -> list[Figure]:
+    """The figures of a result file of `eval`; [] for other files."""
+    content, stage = files.read_json(file), file.parts[-3]
+    if not isinstance(content, dict):
+        return []
+    read = {"needle": _needle, "ruler": _ruler, "positions": _positions}.get(str(content.get("kind")))
+    if read is not None and "summary" in content:
+        asked = content.get("conditions", {}).get("prompts") or json.dumps(content["settings"], sort_keys=True)
+        found = list(read(content, stage))
+        for figure in found:
+            figure.questions = asked
+        return found
+    return list(_tasks(content, stage)) if "results" in content and "s2" in content else []
+
+
+def _needle(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
+    kind = content["settings"].get("kind", "single")
+    for metric, summary in content["summary"].items():
+        samples: dict[int, dict[str, float]] = {}
+        for each in content["samples"]:
+            samples.setdefault(each["length"], {})[each["id"]] = each["scores"][metric]
+        for length, scores in samples.items():
+            known: dict[str, Any] = next((row for row in summary.get("lengths", []) if row["length"] == length), {})
+            interval = known.get("interval") or _wilson(statistics.fmean(scores.values()), len(scores))
+            mean = statistics.fmean(scores.values())
+            yield Figure(stage, "needle", kind, length, metric, mean, len(scores), interval, samples=scores)
+
+
+def _ruler(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
+    for row in content["summary"]["tasks"]:
+        found = {
+            each["id"]: 100 * each["scores"]["match"]
+            for each in content["samples"]
+            if (each["task"], each["length"]) == (row["task"], row["length"])
+        }
+        score, n, interval = row["score"], row["n"], row["interval"]
+        yield Figure(stage, "ruler", row["task"], row["length"], "score", score, n, interval, samples=found)
+    for row in content["summary"]["lengths"]:
+        same = [each for each in content["samples"] if each["length"] == row["length"]]
+        scores = {each["id"]: 100 * each["scores"]["match"] for each in same}
+        score, n, interval = row["score"], row["n"], row["interval"]
+        yield Figure(stage, "ruler", "all tasks", row["length"], "score", score, n, interval, samples=scores)
+
+
+def _positions(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
+    """Loss of the whole length, and by position: task `loss` and `loss <from>-<to>`."""
+    for row in content["summary"]["lengths"]:
+        documents = [each for each in content["samples"] if each["length"] == row["length"]]
+        for bucket in ({"from": 0, "to": row["length"], **row}, *row["buckets"]):
+            low, high = bucket["from"], bucket["to"]
+            samples = {}
+            for each in documents:
+                inside = [(n, loss) for begin, end, n, loss in each["losses"] if low <= begin and end <= high]
+                if count := sum(n for n, _ in inside):
+                    samples[each["id"]] = sum(n * loss for n, loss in inside) / count
+            task = "loss" if bucket.get("buckets") else f"loss {low}-{high}"
+            yield Figure(
+                stage, "positions", task, row["length"], "nats/token", bucket["loss"], bucket["documents"],
+                bucket["interval"], better="lower", samples=samples,
+            )  # fmt: skip
+
+
+def _tasks(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
+    for task, values in content["results"].items():
+        for name, value in values.items():
+            metric, _, filtered = name.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{filtered}")
+            error = error if isinstance(error, float) else None
+            n = content.get("n-samples", {}).get(task, {}).get("effective")
+            better = "higher" if content.get("higher_is_better", {}).get(task, {}).get(metric, True) else "lower"
+            interval = None if error is None else [value - Z * error, value + Z * error]
+            yield Figure(stage, "tasks", task, None, metric, value, n, interval, error, better)
+
+
+def _mean_of_tasks(figures: Sequence[Figure]) -> Iterator[Figure]:
+    """Accuracy averaged over the tasks of each stage, of a task that has both kinds the length-normalized one."""
+    stages: dict[str, dict[str, Figure]] = {}
+    for metric in ("acc", "acc_norm"):
+        for each in (f for f in figures if f.part == "tasks" and f.metric == metric):
+            stages.setdefault(each.stage, {})[each.task] = each
+    for stage, tasks in stages.items():
+        if (count := len(tasks)) > 1:
+            errors = [each.error for each in tasks.values() if each.error is not None]
+            error = math.hypot(*errors) / count if len(errors) == count else None
+            mean = statistics.fmean(each.value for each in tasks.values())
+            yield Figure(stage, "tasks", f"mean of {count}", None, "acc_norm or acc", mean, stderr=error)
+
+
+def _wilson(mean: float, n: int) -> tuple[float, float]:
+    from eval.sweep import wilson
+
+    return wilson(mean, n)
+
+
+# ---------------------------------------------------------------- of all arms
+
+
+def curves(jobs: Sequence[Job]) -> dict[str, list[dict[str, float]]]:
+    """Rows of the training log by stage."""
+    found = {job.stage: read_metrics(job.folder / job.stage / "logs" / "metrics.csv") for job in jobs if job.recipe}
+    return {stage: rows for stage, rows in found.items() if rows}
+
+
+def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str, list[Figure]]:
+    """By arm: training loss at as many tokens, and after as many minutes, as every arm of a stage has; the mean over
+    the twentieth before. And held-out losses at the last step that all have validated."""
+    found: dict[str, list[Figure]] = {arm: [] for arm in logs}
+    trained = {arm: [row for row in rows if "train/loss" in row] for arm, rows in logs.items()}
+    if len(logs) < 2 or not all(trained.values()):
+        return found
+    for column, unit, scale in (("tokens", "M tokens", 1e6), ("seconds", "minutes", 60.0)):
+        end = min(rows[-1][column] for rows in trained.values())
+        for arm, rows in trained.items():
+            losses = {str(row["step"]): row["train/loss"] for row in rows if 0.95 * end < row[column] <= end}
+            if losses:
+                task = f"train loss at {end / scale:.1f} {unit}"
+                error = statistics.stdev(losses.values()) / math.sqrt(len(losses)) if len(losses) > 1 else None
+                mean = statistics.fmean(losses.values())
+                figure = Figure(stage, "training", task, None, "nats/token", mean, len(losses), None, error, "lower")
+                if column == "tokens":  # the same steps, and so the same batches
+                    figure.samples, figure.questions = losses, f"steps of {stage}"
+                found[arm].append(figure)
+    names = {key.split("/")[1] for rows in logs.values() for row in rows for key in row if key.startswith("val/")}
+    for name in sorted(names):
+        key = f"val/{name}/loss"
+        values = {arm: {row["step"]: row[key] for row in rows if key in row} for arm, rows in logs.items()}
+        if common := set.intersection(*(set(curve) for curve in values.values())):
+            step = max(common)
+            for arm, curve in values.items():
+                task = f"held-out {name} at step {step:,}"
+                found[arm].append(Figure(stage, "training", task, None, "nats/token", curve[step], better="lower"))
+    return found
+
+
+def collect(arms: Mapping[str, Sequence[Job]], baseline: str | None) -> dict[str, Any]:
+    """All of an experiment: `arms` (those with results), `missing`, and `figures` in rows."""
+    found = {arm: results for arm, jobs in arms.items() if (results := arm_results(jobs)) is not None}
+    logs = {arm: curves([job for job in arms[arm] if job.is_done]) for arm in found}
+    for stage in dict.fromkeys(stage for each in logs.values() for stage in each):
+        for arm, figures in at_equal({a: each[stage] for a, each in logs.items() if stage in each}, stage).items():
+            found[arm]["figures"] |= {figure.key: figure for figure in figures}
+    rows = []
+    base = found.get(baseline or "", {}).get("figures", {})
+    for arm, results in found.items():
+        for key, figure in results["figures"].items():
+            row = {"arm": arm} | {name: getattr(figure, name) for name in (
+                "stage", "part", "task", "length", "metric", "value", "n", "interval", "stderr", "better"
+            )}  # fmt: skip
+            if arm != baseline and key in base:
+                row["from_baseline"] = difference(figure, base[key])
+            rows.append(row)
+    return {
+        "arms": {arm: {k: v for k, v in each.items() if k != "figures"} for arm, each in found.items()},
+        "missing": {arm: [job.stage for job in jobs if not job.is_done] for arm, jobs in arms.items()
+                    if not all(job.is_done for job in jobs)},
+        "baseline": baseline,
+        "figures": rows,
+        "logs": logs,
+    }  # fmt: skip

@@ -1,0 +1,75 @@
+"""Carry results of an experiment between machines: everything but checkpoints and weights, in one tar file."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from results_plan import Plan
+
+from s2 import files
+
+_HEAVY = ("checkpoints", "tensorboard")  # folders that stay
+_WEIGHTS = (".safetensors", ".bin", ".npy", ".pt")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model")
+_LOG_BYTES = 200_000  # of the end of a log
+
+
+def pack(plan: Plan, target: Path) -> int:
+    """Write the tar file and return how many files are in it.
+
+    Raises ValueError where there is nothing to pack.
+    """
+    packed = list(_light_files(plan))
+    if not packed:
+        raise ValueError(f"{plan.root} holds no results of {plan.name} yet")
+    with files.whole(target) as stream, tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for path in packed:
+            content = path.read_bytes()
+            content = content[-_LOG_BYTES:] if path.suffix == ".log" else content
+            entry = tarfile.TarInfo(str(path.relative_to(plan.root)))
+            entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
+            tar.addfile(entry, io.BytesIO(content))
+    return len(packed)
+
+
+def _light_files(plan: Plan) -> Iterator[Path]:
+    for arm in plan.arms:
+        for path in sorted(Path(plan.root, arm.name).rglob("*")):
+            inside = path.relative_to(plan.root).parts
+            heavy = path.suffix in _WEIGHTS or path.name in _TOKENIZER
+            heavy |= any(part in _HEAVY or part.startswith(".") for part in inside)
+            if path.is_file() and not path.is_symlink() and not heavy:
+                yield path
+
+
+def unpack(plan: Plan, source: Path) -> list[str]:
+    """Add the arms of a tar file to what is there and return the new files. Of an arm that has finished
+    stages here, these and all files that are there stay as they are.
+
+    Raises ValueError for a file that is no such tar, holds other arms than the plan or names outside of its folder.
+    """
+    arms, added = {arm.name for arm in plan.arms}, []
+    finished = {(job.arm, job.stage) for jobs in plan.jobs().values() for job in jobs if job.is_done}
+    try:
+        with tarfile.open(source) as tar:
+            for entry in tar.getmembers():
+                parts = PurePosixPath(entry.name).parts
+                if not entry.isfile() or entry.name.startswith("/") or ".." in parts or len(parts) < 2:
+                    raise ValueError(f"{source}: {entry.name!r} is no file of an arm")
+                if parts[0] not in arms:
+                    raise ValueError(f"{source}: {parts[0]!r} is no arm of {plan.name} ({', '.join(sorted(arms))})")
+                target = Path(plan.root, *parts)
+                stage = re.sub(r"\.(run\.json|log|yaml)$", "", parts[1])
+                if (parts[0], stage) in finished or (target.exists() and parts[0] in {arm for arm, _ in finished}):
+                    continue
+                content = tar.extractfile(entry)
+                with files.whole(target) as stream:
+                    stream.write(content.read() if content else b"")
+                added.append(entry.name)
+    except tarfile.TarError as error:
+        raise ValueError(f"{source}: not a tar file of results ({error})") from None
+    return added

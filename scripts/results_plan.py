@@ -1,0 +1,262 @@
+"""Plans of experiments: which runs are compared, on which data, and what each of them consists of.
+
+A plan is a YAML file (`recipes/experiments/<name>/plan.yaml`):
+
+    name: patterns
+    about: what is compared, and what a reader has to know of it
+    root: runs/experiments/patterns        # everything that the runs write
+    baseline: dense                        # the arm that differences are taken from
+    inputs: {haystack: some/text}          # names for `{haystack}` in recipes and commands; a list is spliced in
+    data:                                  # `data.prepare` sections by name, prepared once for all arms
+      corpus: {output: ..., sources: [...], tokenizer: {...}}   # or the path of a plan that has them
+    stages:                                # of every arm, in this order
+      - {name: train, minutes: 7, recipe: {...}}      # a training recipe, in full or the path of one
+      - name: evaluate
+        command: [python, -m, eval.suite, --ckpt, "{arm}/train/hf", ...]
+        leaves: ["{arm}/train/results/suite*.json"]
+    arms:
+      - {name: dense, overrides: [model.config.attention_layout=dense]}
+
+`{arm}` is the arm's folder, <root>/<arm>; a stage that trains has its run folder in <root>/<arm>/<stage>. `minutes` is
+what a stage takes on one GPU: with a time limit an arm is begun only where all of it fits. Overrides (`key=value`) of a
+stage hold for all arms, those of an arm for all of its stages that train; an arm may leave out stages and set `inputs`
+of its own.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from data.prepare.spec import PrepareSpec
+from s2.files import read_json
+from s2.model.config import ModelConfig
+from s2.model.hf import load_config
+from s2.recipe import apply_overrides, differences, load_recipe
+from s2.settings import Check, SettingError, Settings, Weight, read
+from s2.training.config import read_stage
+
+EXPERIMENTS = Path("recipes/experiments")
+_Name = Annotated[str, Check("a name of letters, digits, '-', '_' and '.'", lambda s: re.fullmatch(r"\w[\w.\-]*", s))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Settings):
+    """A step of every arm: `recipe` (a mapping, or the path of one) is trained with `overrides`, or `command` is run,
+    which is done once each pattern of `leaves` names a file. minutes: on one GPU."""
+
+    name: _Name
+    recipe: Any = None
+    overrides: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    minutes: Weight = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.recipe is None) == (not self.command):
+            raise SettingError("", f"stage {self.name!r} needs either a recipe or a command")
+        if bool(self.command) != bool(self.leaves):
+            raise SettingError("leaves", f"stage {self.name!r}: the files that tell that its command is done")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm(Settings):
+    """One of the things compared. stages: which of the plan's it has (default: all); minutes: where a stage takes other
+    ones than the plan says."""
+
+    name: _Name
+    about: str = ""
+    overrides: tuple[str, ...] = ()
+    stages: tuple[str, ...] | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    minutes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Settings):
+    """See the module."""
+
+    name: _Name
+    stages: tuple[Stage, ...]
+    arms: tuple[Arm, ...]
+    root: str
+    about: str = ""
+    baseline: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for what, names in (("stages", [s.name for s in self.stages]), ("arms", [a.name for a in self.arms])):
+            if not names or len(set(names)) < len(names):
+                raise SettingError(what, f"expected one or more, with names of their own, got {names}")
+        stages, arms = {stage.name for stage in self.stages}, {arm.name for arm in self.arms}
+        for i, arm in enumerate(self.arms):
+            if unknown := (set(arm.stages or ()) | set(arm.minutes)) - stages:
+                raise SettingError(f"arms[{i}]", f"stage {min(unknown)!r} is none of {', '.join(sorted(stages))}")
+        if self.baseline is not None and self.baseline not in arms:
+            raise SettingError("baseline", f"{self.baseline!r} is none of the arms {', '.join(sorted(arms))}")
+
+    @property
+    def specs(self) -> dict[str, PrepareSpec]:
+        """What is to be prepared, by name."""
+        names = {"root": self.root} | self.inputs
+        data = _filled(self.data, names, f"{self.name}: data")
+        return {name: PrepareSpec.parse(values, f"data.{name}") for name, values in data.items()}
+
+    def jobs(self, only: Sequence[str] = ()) -> dict[str, list[Job]]:
+        """The stages of each arm, in order. Raises ValueError for an arm that is not there, or a bad recipe."""
+        names = [arm.name for arm in self.arms]
+        if unknown := [name for name in only if name not in names]:
+            raise ValueError(f"--only {unknown[0]}: {self.name} has the arms {', '.join(names)}")
+        return {
+            arm.name: [self._job(arm, stage) for stage in self.stages if arm.stages is None or stage.name in arm.stages]
+            for arm in self.arms
+            if not only or arm.name in only
+        }
+
+    def _job(self, arm: Arm, stage: Stage) -> Job:
+        where = f"{self.name}: arm {arm.name}, stage {stage.name}"
+        folder = Path(self.root) / arm.name
+        values = {"arm": str(folder), "root": self.root} | self.inputs | arm.inputs
+        for _ in range(3):  # they may name each other
+            values = {key: _filled(value, values, where) for key, value in values.items()}
+        recipe = None
+        if stage.recipe is not None:
+            recipe = load_recipe(Path(stage.recipe)) if isinstance(stage.recipe, str) else stage.recipe
+            recipe = _filled(recipe, values, where)
+            run = dict(recipe.get("run") or {}, root=self.root, recipe=arm.name, stage=stage.name)
+            recipe = {**recipe, "run": run}
+            apply_overrides(recipe, _filled([*stage.overrides, *arm.overrides], values, where))
+        words, leaves = (_filled(list(each), values, where) for each in (stage.command, stage.leaves))
+        command = [sys.executable if word == "python" else str(word) for word in words]
+        minutes = float(arm.minutes.get(stage.name, stage.minutes))
+        return Job(arm.name, stage.name, folder, recipe, command, tuple(leaves), minutes)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage of an arm, ready to run.
+
+    Attributes:
+        folder: <root>/<arm>; there <stage>.run.json is the record, <stage>.log what was said, <stage>.yaml the recipe.
+        recipe: of a stage that trains, as it is trained.
+    """
+
+    arm: str
+    stage: str
+    folder: Path
+    recipe: dict[str, Any] | None
+    command: list[str]
+    leaves: tuple[str, ...]
+    minutes: float
+
+    @property
+    def record_file(self) -> Path:
+        return self.folder / f"{self.stage}.run.json"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / f"{self.stage}.yaml"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / f"{self.stage}.log"
+
+    @property
+    def words(self) -> list[str]:
+        """The command line."""
+        return self.command or [sys.executable, "-m", "s2.training.cli", str(self.recipe_file)]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known of its runs so far; {} before the first."""
+        return read_json(self.record_file) if self.record_file.is_file() else {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its last run ended well and what it leaves is there."""
+        if self.record.get("exit_code") != 0:
+            return False
+        if self.recipe is not None:
+            return (self.folder / self.stage / "summary.json").is_file()
+        return all(glob.glob(pattern) for pattern in self.leaves)
+
+    def check(self) -> None:
+        """Raises ValueError, FileNotFoundError for a recipe that cannot be trained, and for a finished stage that was
+        run with another one: figures of two settings do not go under one name."""
+        if self.recipe is not None:
+            read_stage(self.recipe, self.recipe_file)
+            model = self.recipe.get("model") or {}
+            source, where = model.get("init_from"), f"arm {self.arm}, stage {self.stage}: model"
+            if source is None or Path(source, "config.json").is_file():
+                base = {} if source is None else asdict(load_config(source))
+                ModelConfig.from_dict({**base, **(model.get("config") or {})}, f"{where}.config")
+            elif not Path(source).is_relative_to(self.folder):  # no earlier stage makes it
+                raise FileNotFoundError(
+                    f"{where}.init_from={source} has no config.json; name a Hugging Face folder with `inputs`"
+                )
+        if self.is_done and (changed := differences(self.record.get("recipe"), self.recipe)):
+            key, old, new = changed[0]
+            raise ValueError(
+                f"{self.record_file}: this stage is finished with {key}={old!r}, and the plan says {new!r}; give the "
+                f"arm another name, or the plan another root"
+            )
+
+
+def load_plan(name: str, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of that name (`EXPERIMENTS`), or in that YAML file, after `key=value` overrides.
+
+    Raises FileNotFoundError where there is none, ValueError naming what is wrong in it.
+    """
+    path = Path(name) if name.endswith(".yaml") else EXPERIMENTS / name / "plan.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(each.parent.name for each in EXPERIMENTS.glob("*/plan.yaml")))
+        raise FileNotFoundError(f"no plan {path}; there are {known or 'none here'}")
+    values = load_recipe(path)
+    if isinstance(values.get("data"), str):
+        values["data"] = load_recipe(Path(values["data"])).get("data")
+    apply_overrides(values, overrides)
+    try:
+        return read(Plan, values | {
+            "stages": tuple(read(Stage, s, f"stages[{i}]") for i, s in enumerate(_listed(values, "stages"))),
+            "arms": tuple(read(Arm, a, f"arms[{i}]") for i, a in enumerate(_listed(values, "arms"))),
+        }, "")  # fmt: skip
+    except SettingError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
+    if not isinstance(found := values.get(key), list):
+        raise SettingError(key, f"expected a list, got {found!r}")
+    return found
+
+
+def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
+    """`value` with names in braces replaced by what they stand for."""
+    if isinstance(value, dict):
+        return {key: _filled(item, names, where) for key, item in value.items()}
+    if isinstance(value, list):
+        spliced: list[Any] = []
+        for item in value:
+            whole = re.fullmatch(r"\{(\w+)\}", item) if isinstance(item, str) else None
+            if whole and isinstance(names.get(whole[1]), list):
+                spliced += names[whole[1]]
+            else:
+                spliced.append(_filled(item, names, where))
+        return spliced
+    if not isinstance(value, str):
+        return value
+
+    def named(match: re.Match[str]) -> str:
+        if match[1] not in names:
+            raise ValueError(f"{where}: {match[0]} is none of the plan's inputs {', '.join(sorted(names))}")
+        return str(names[match[1]])
+
+    return re.sub(r"\{(\w+)\}", named, value)

@@ -1,0 +1,140 @@
+"""Preparing, mixing and loading data."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "a_cut_loses_a_target", "data",
+        "full = (lengths[long] - 1) // seq_len",
+        "full = lengths[long] // seq_len",
+        ("test_packing.py",),
+    ),
+    Mutant(
+        "poured_documents_lose_a_target", "data",
+        "start, left = start + taken - 1, left - taken + 1",
+        "start, left = start + taken, left - taken",
+        ("test_packing.py",),
+    ),
+    Mutant(
+        "loss_mask_is_shifted", "data",
+        "flat_labels[at + starts - 1] = IGNORED",
+        "flat_labels[at + starts] = IGNORED",
+        ("test_loader.py::test_batches_equal_brute_force",),
+    ),
+    Mutant(
+        "labels_are_the_inputs", "data",
+        "flat_labels[at : at + max(0, len(tokens) - 1)] = tokens[1:]",
+        "flat_labels[at : at + max(0, len(tokens) - 1)] = tokens[:-1]",
+        ("test_loader.py::test_batches_equal_brute_force",),
+    ),
+    Mutant(
+        "a_document_border_is_dropped", "data",
+        "borders.append(starts[starts < size] + at)",
+        "borders.append(starts[1:][starts[1:] < size] + at)",
+        ("test_loader.py::test_batches_equal_brute_force",),
+    ),
+    Mutant(
+        "ranks_see_the_same_rows", "data",
+        "first = self._start() + self.rank * self.rows",
+        "first = self._start()",
+        ("test_loader.py",),
+    ),
+    Mutant(
+        "every_epoch_has_the_same_order", "data",
+        '("windows", self.seed, component, epoch)',
+        '("windows", self.seed, component)',
+        ("test_mixture.py",),
+    ),
+    Mutant(
+        "the_seed_does_not_matter", "data",
+        "digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()",
+        "digest = hashlib.blake2b(b'', digest_size=8 * _ROUNDS).digest()",
+        ("test_mixture.py",),
+    ),
+    Mutant(
+        "a_period_repeats_the_windows_of_the_one_before", "data",
+        "local = int(self._quotas.before(period)[component] + turn[place])",
+        "local = int(turn[place])",
+        ("test_mixture.py",),
+    ),
+    Mutant(
+        "a_curriculum_starts_late", "data",
+        "first = (index - self.begins[phase]) * per_row",
+        "first = index * per_row",
+        ("test_mixture.py",),
+    ),
+    Mutant(
+        "length_filter_is_exclusive", "data",
+        "keep[of_source] = lengths[of_source] >= min_tokens",
+        "keep[of_source] = lengths[of_source] > min_tokens",
+        ("test_mixture.py",),
+    ),
+    Mutant(
+        "resume_forgets_the_other_ranks", "data",
+        "return self._samples + micro_steps * self._rank()[1] * self.micro_batch_size",
+        "return self._samples + micro_steps * self.micro_batch_size",
+        ("data/test_resume.py::test_the_position_counts_the_rows_of_all_ranks",),
+    ),
+    Mutant(
+        "resume_starts_over", "data",
+        'self._samples = state_dict["consumed_samples"]',
+        'self._samples = 0 * state_dict["consumed_samples"]',
+        ("test_loader.py::test_fifty_random_resumptions_are_bit_identical",),
+    ),
+    Mutant(
+        "held_out_windows_come_twice", "data",
+        "if index >= len(self):\n            return index, [(np.zeros",
+        "if index > len(self):\n            return index, [(np.zeros",
+        ("test_loader.py",),
+    ),
+    Mutant(
+        "documents_end_without_eos", "data",
+        "document.append(self.eos_id)",
+        "document.append(self.pad_id or 0)",
+        ("test_tokenizer.py::test_any_text_survives_a_round_trip_inside_its_frame",),
+    ),
+    Mutant(
+        "documents_begin_without_bos", "data",
+        "head = [] if self.bos_id is None else [self.bos_id]",
+        "head = [] if not self.bos_id else [self.bos_id]",
+        ("test_tokenizer.py::test_any_text_survives_a_round_trip_inside_its_frame",),
+    ),
+    Mutant(
+        "a_piece_of_a_long_text_is_dropped", "data",
+        "        if batch:\n            yield batch",
+        "        if len(batch) > 1:\n            yield batch",
+        ("test_tokenizer.py",),
+    ),
+    Mutant(
+        "held_out_documents_are_trained_on", "data",
+        "return math.ceil(self.heldout_fraction * 2**64)",
+        "return math.ceil(self.heldout_fraction * 2**63)",
+        ("test_prepare.py::test_split_depends_only_on_id_and_seed", "test_prepare.py"),
+    ),
+    Mutant(
+        "near_duplicates_stay", "data",
+        ">= self.settings.threshold",
+        "> 1.01",
+        ("test_prepare.py::test_near_duplicates_go_and_the_first_stays",),
+    ),
+    Mutant(
+        "reading_stops_at_the_end_of_a_shard", "data",
+        "done, shard = done + size, shard + 1",
+        "done, shard = done + max(size, 1), shard",
+        ("test_loader.py", "test_mixture.py"),
+    ),
+    Mutant(
+        "checksums_of_shards_are_not_compared", "data",
+        "if sha256(file) != checksum:",
+        "if sha256(file) == checksum[:0]:",
+        ("test_prepare.py::test_damaged_shards_are_refused",),
+    ),
+    Mutant(
+        "unigram_without_smoothing", "data",
+        "(targets + 1) / (targets.sum() + len(targets))",
+        "(targets + 1) / targets.sum()",
+        ("test_unigram.py",),
+    ),
+)  # fmt: skip

@@ -1,0 +1,92 @@
+"""Evaluation."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "needle_accepts_a_prefix", "eval",
+        "right = [f is not None and f[0] == n.number for f",
+        "right = [f is not None and n.number.startswith(f[0]) for f",
+        ("test_needle.py",),
+    ),
+    Mutant(
+        "needle_accepts_one_right_token", "eval",
+        '"exact": fmean([all(h) for h in hits])',
+        '"exact": fmean([any(h) for h in hits])',
+        ("test_needle.py::test_one_wrong_digit_fails_exact_but_counts_in_part",),
+    ),
+    Mutant(
+        "needle_reads_the_answer_from_the_prompt", "eval",
+        "predicted = reader.predict_last(tokens[:-1], len(tokens) - first)",
+        "predicted = tokens[first:]",
+        ("test_needle.py",),
+    ),
+    Mutant(
+        "wilson_is_walds_interval", "eval",
+        "/ n + (_Z / (2 * n)) ** 2) / shrink",
+        "/ n) / shrink",
+        ("eval/test_sweep.py",),
+    ),
+    Mutant(
+        "cells_with_more_samples_count_more", "eval",
+        "return float(np.mean([np.mean(scores) for scores in self.cells.values()]))",
+        "return float(np.mean([score for scores in self.cells.values() for score in scores]))",
+        ("eval/test_sweep.py",),
+    ),
+    Mutant(
+        "needles_lie_at_the_other_end", "eval",
+        "targets = [round(((depth + 100 * i / needles) % 100 if i else depth) / 100 * size)",
+        "targets = [round((100 - (depth + 100 * i / needles) % 100) / 100 * size)",
+        ("test_haystack.py",),
+    ),
+    Mutant(
+        "distractors_tell_the_answer", "eval",
+        "numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), count)]",
+        "numbers = [str(rng.randrange(1_000_000, 10_000_000))] * count",
+        ("test_haystack.py",),
+    ),
+    Mutant(
+        "likelihoods_of_the_token_after", "eval",
+        "hidden[b, len(row) - lengths[b] : len(row)] for b, row in enumerate(rows)",
+        "hidden[b, len(row) - lengths[b] - 1 : len(row) - 1] for b, row in enumerate(rows)",
+        ("test_lm.py::test_loglikelihoods_equal_those_of_the_hugging_face_model",),
+    ),
+    Mutant(
+        "greedy_is_any_token", "eval",
+        "return [(value.sum().item(), bool(hit.all())) for value, hit in per_request]",
+        "return [(value.sum().item(), bool(hit.any())) for value, hit in per_request]",
+        ("test_lm.py::test_greedy_flag_tells_the_models_own_continuation",),
+    ),
+    Mutant(
+        "long_inputs_are_cut_on_the_right", "eval",
+        "return tokens[-limit:]",
+        "return tokens[:limit]",
+        ("test_lm.py::test_long_inputs_are_cut_on_the_left_with_a_warning_that_names_max_length", "test_lm.py"),
+    ),
+    Mutant(
+        "bos_is_doubled", "eval",
+        "and tokens[:1] != [self.bos_id] else tokens",
+        "else tokens",
+        ("test_adapter.py::test_a_chat_template_is_filled_in_and_its_special_tokens_read",),
+    ),
+    Mutant(
+        "white_space_belongs_to_the_context", "eval",
+        "answer = context[len(bare) :] + answer",
+        "bare = context",
+        ("test_adapter.py", "test_lm.py"),
+    ),
+    Mutant(
+        "results_of_another_checkpoint_are_replaced", "eval",
+        'same = all(old["s2"][key] == results["s2"][key] for key in ("fingerprint", "lm_eval"))',
+        'same = all(old["s2"][key] == results["s2"][key] for key in ("lm_eval",))',
+        ("test_results.py",),
+    ),
+    Mutant(
+        "the_haystack_holds_the_frame_of_documents", "eval",
+        "tokens = tokens[:-1] if tokens and tokens[-1] in frame else tokens",
+        "tokens = tokens[:-1] if tokens and len(frame) > 2 else tokens",
+        ("test_lm.py", "test_needle.py", "test_haystack.py"),
+    ),
+)  # fmt: skip

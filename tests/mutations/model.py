@@ -1,0 +1,92 @@
+"""The model, and generating from it."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "rope_turns_the_other_way", "s2/model",
+        "torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)",
+        "torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)",
+        ("test_rope.py",),
+    ),
+    Mutant(
+        "rope_positions_run_on_into_the_next_document", "s2/model",
+        "document = torch.searchsorted(cu_seqlens, token, right=True) - 1",
+        "document = torch.searchsorted(cu_seqlens, token) - 1",
+        ("test_rope.py",),
+    ),
+    Mutant(
+        "llama3_blends_the_wrong_way", "s2/model",
+        "return keep * inv_freq + (1 - keep) * inv_freq / scaling",
+        "return (1 - keep) * inv_freq + keep * inv_freq / scaling",
+        ("test_rope.py",),
+    ),
+    Mutant(
+        "loss_counts_what_is_masked", "s2/model",
+        "loss = losses.masked_fill(~counts, 0.0).sum().float()",
+        "loss = losses.sum().float()",
+        ("test_loss.py",),
+    ),
+    Mutant(
+        "loss_mask_is_swapped_in_the_gradient", "s2/model",
+        "return loss, grad.masked_fill(~counts[:, None], 0.0).to(logits.dtype)",
+        "return loss, grad.masked_fill(counts[:, None], 0.0).to(logits.dtype)",
+        ("test_loss.py",),
+    ),
+    Mutant(
+        "head_gradient_keeps_only_the_last_chunk", "s2/model",
+        "grad_weight += grad_logits.t() @ rows",
+        "grad_weight = grad_logits.t() @ rows",
+        ("test_loss.py",),
+    ),
+    Mutant(
+        "decoding_starts_at_position_zero", "s2/model",
+        "first = 0 if cache is None else cache.length",
+        "first = 0",
+        ("test_generate.py",),
+    ),
+    Mutant(
+        "layers_share_the_residues_of_the_first", "s2/model",
+        "Block(config, i, pattern, rotations[i]) for i, pattern in",
+        "Block(config, i, pattern, rotations[0]) for i, pattern in",
+        ("test_transformer.py::test_layers_of_one_pattern_rotate_residues_and_share_them_where_they_repeat",),
+    ),
+    Mutant(
+        "checkpointing_forgets_the_attention", "s2/model",
+        "if _is_attention(op):\n        return CheckpointPolicy.MUST_SAVE",
+        "if _is_attention(op):\n        return CheckpointPolicy.PREFER_RECOMPUTE",
+        ("test_transformer.py::test_what_each_mode_recomputes", "test_triton_op.py"),
+    ),
+    Mutant(
+        "backward_is_not_counted_in_flops", "s2/model",
+        "_FORWARD_AND_BACKWARD = 3",
+        "_FORWARD_AND_BACKWARD = 2",
+        ("test_flops.py",),
+    ),
+    Mutant(
+        "a_tied_head_is_not_compared", "s2/model",
+        "head is not embedding and not torch.equal(head, embedding):",
+        "head is not embedding and head.shape != embedding.shape:",
+        ("test_hf.py",),
+    ),
+    Mutant(
+        "nucleus_takes_one_more", "s2/inference",
+        "ranked = ranked.masked_fill(before >= top_p, 0.0)",
+        "ranked = ranked.masked_fill(before - ranked >= top_p, 0.0)",
+        ("test_generate.py",),
+    ),
+    Mutant(
+        "cache_overwrites_its_last_token", "s2/inference",
+        "self._length += num_tokens",
+        "self._length += max(num_tokens - 1, 1)",
+        ("test_generate.py",),
+    ),
+    Mutant(
+        "rows_that_ended_go_on", "s2/inference",
+        "ended = ended | torch.isin(token, stop_ids)",
+        "ended = torch.isin(token, stop_ids[:0])",
+        ("test_generate.py",),
+    ),
+)  # fmt: skip

@@ -1,0 +1,157 @@
+"""Triton's kernels, and index arithmetic of the Hopper kernels, as the interpreter and the host run them."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+KERNELS, HOPPER = "s2/attention/kernels", "s2/attention/kernels/hopper"
+GROUPED = "test_kernels.py::test_grouped_query_heads_share_the_pattern_of_their_kv_head"
+FOLLOWS_LEVELS = "test_kernels.py::test_every_block_size"
+NEXT_DOOR = "test_varlen.py::test_documents_do_not_see_nan_next_door"
+PADDING = "test_varlen.py::test_rows_behind_the_last_border_are_zero_and_nobody_reads_them"
+
+_TRITON = (
+    Mutant(
+        "triton_hides_the_diagonal", KERNELS,
+        "causal = key <= query\n",
+        "causal = key < query\n",
+        (GROUPED,),
+    ),
+    Mutant(
+        "triton_window_reaches_further", KERNELS,
+        "causal & (query // BLOCK - block < reach_of(block, rule, LEVELS, SINKS))",
+        "causal & (query // BLOCK - block <= reach_of(block, rule, LEVELS, SINKS))",
+        (FOLLOWS_LEVELS, "test_kernels.py::test_every_head_dimension"),
+    ),
+    Mutant(
+        "triton_residue_off_by_one", KERNELS,
+        "return tl.maximum(bound - residue + stride - 1, 0) // stride",
+        "return tl.maximum(bound - residue + stride, 0) // stride",
+        (FOLLOWS_LEVELS,),
+    ),
+    Mutant(
+        "triton_forgets_sinks", KERNELS,
+        "sink_blocks = tl.minimum(sinks, window)",
+        "sink_blocks = tl.minimum(sinks, 0)",
+        ("test_varlen.py", "test_kernels.py::test_chunked_prefill_and_decoding_equal_one_pass"),
+    ),
+    Mutant(
+        "triton_window_starts_late", KERNELS,
+        "window = tl.maximum(i0 - local + 1, 0)  # first block",
+        "window = tl.maximum(i0 - local + 2, 0)  # first block",
+        ("test_kernels.py::test_no_stride_is_a_sliding_window_of_blocks",),
+    ),
+    Mutant(
+        "triton_lse_is_in_base_two", KERNELS,
+        "(row_max + tl.log2(tl.where(empty, 1.0, row_sum))) * LN2)",
+        "(row_max + tl.log2(tl.where(empty, 1.0, row_sum))))",
+        (GROUPED, "test_kernels.py::test_split_keys_merged_by_lse_equal_the_whole"),
+    ),
+    Mutant(
+        "triton_lse_without_the_sum", KERNELS,
+        "(row_max + tl.log2(tl.where(empty, 1.0, row_sum))) * LN2)",
+        "row_max * LN2)",
+        ("test_kernels.py::test_split_keys_merged_by_lse_equal_the_whole",),
+    ),
+    Mutant(
+        "triton_sign_of_dlse", KERNELS,
+        "total -= tl.load(dlse",
+        "total += tl.load(dlse",
+        ("test_op.py::test_gradient_through_lse_alone", GROUPED),
+    ),
+    Mutant(
+        "triton_sign_of_delta_in_dk", KERNELS,
+        "dscores = (probs * (product(v, gradients) - row_delta[None, :]))",
+        "dscores = (probs * (product(v, gradients) + row_delta[None, :]))",
+        (GROUPED,),
+    ),
+    Mutant(
+        "triton_sign_of_delta_in_dq", KERNELS,
+        "dscores = (probs * (dprobs - row_delta[:, None])).to(k[0].dtype)",
+        "dscores = (probs * (dprobs + row_delta[:, None])).to(k[0].dtype)",
+        (GROUPED,),
+    ),
+    Mutant(
+        "triton_dk_without_scale", KERNELS,
+        "store_parts(gathered_rows(dk, key, stride_gkt), exists, dk_acc, scale, D, D0, D1)",
+        "store_parts(gathered_rows(dk, key, stride_gkt), exists, dk_acc, 1.0, D, D0, D1)",
+        (GROUPED,),
+    ),
+    Mutant(
+        "triton_second_part_is_not_scaled", KERNELS,
+        "_store_tile(rows, valid, parts[1] * factor, D, D0, D1)",
+        "_store_tile(rows, valid, parts[1], D, D0, D1)",
+        ("test_kernels.py::test_every_head_dimension",),
+    ),
+    Mutant(
+        "triton_strides_of_values_are_those_of_keys", KERNELS,
+        "*_strides(q, k, v, out_rows, row_lse),",
+        "*_strides(q, k, k, out_rows, row_lse),",
+        ("test_kernels.py::test_strided_views_are_read_in_place",),
+    ),
+    Mutant(
+        "triton_strides_of_dout_are_those_of_the_output", KERNELS,
+        "*_strides(q, k, v, dout, grad_q, lse),",
+        "*_strides(q, k, v, grad_q, grad_q, lse),",
+        ("test_kernels.py::test_strided_views_are_read_in_place",),
+    ),
+    Mutant(
+        "triton_documents_begin_at_the_first_token", KERNELS,
+        "return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)",
+        "return tl.load(entry) * 0, tl.load(entry + 1), tl.load(entry + 2)",
+        ("test_kernels.py::test_packed_equals_separate", NEXT_DOOR),
+    ),
+    Mutant(
+        "triton_keys_past_the_end_are_read", "s2/attention/kernels/triton/forward.py",
+        "exists = key < kv_len if MASKED else True",
+        "exists = key < kv_len + 16 if MASKED else True",
+        (NEXT_DOOR,),
+    ),
+    Mutant(
+        "triton_leaves_rows_of_no_document", KERNELS,
+        "at = begin.to(tl.int64) * width + nth * _FILLED",
+        "at = (begin + 1).to(tl.int64) * width + nth * _FILLED",
+        (PADDING,),
+    ),
+    Mutant(
+        "triton_takes_borders_that_do_not_fit", KERNELS,
+        "return (begin < 0) | (end < begin) | (end > num_tokens)",
+        "return (begin < 0) | (end > num_tokens)",
+        ("test_varlen.py",),
+    ),
+    Mutant(
+        "triton_skips_blocks_of_the_wider_level", KERNELS,
+        "unit = tl.where(index < skip, index, skip + (past // keep) * ratio + 1 + past % keep)",
+        "unit = tl.where(index < skip, index, skip + (past // keep) * ratio + past % keep)",
+        (FOLLOWS_LEVELS,),
+    ),
+)  # fmt: skip
+
+_HOPPER_HOST = (
+    Mutant(
+        "hopper_residue_off_by_one", HOPPER,
+        "return divide(maximum(bound - residue + stride - 1, 0), stride);",
+        "return divide(maximum(bound - residue + stride, 0), stride);",
+        ("hopper/test_rows.py::test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees",),
+    ),
+    Mutant(
+        "hopper_window_edge", HOPPER,
+        "const int begin = maximum(i0 - rule.local + 1, 0);",
+        "const int begin = maximum(i0 - rule.local + 2, 0);",
+        ("hopper/test_rows.py::test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees",),
+    ),
+    Mutant(
+        "hopper_sinks_are_dropped", HOPPER,
+        "const int sinks = minimum(rule.sinks, begin);",
+        "const int sinks = minimum(0, begin);",
+        ("hopper/test_rows.py::test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees",),
+    ),
+    Mutant(
+        "hopper_columns_reach_too_far", HOPPER,
+        "return {block, minimum(block + reach_of(block, rule), num_blocks), true};",
+        "return {block, minimum(block + reach_of(block, rule) + 1, num_blocks), true};",
+        ("hopper/test_index.py::test_runs_of_queries_agree", "hopper/test_n_blocks.py"),
+    ),
+)  # fmt: skip
+
+MUTANTS = (*_TRITON, *_HOPPER_HOST)
