@@ -40,6 +40,7 @@ class PackedDataModule(LightningDataModule):
             share a row, so batches keep their shape; after the last one windows are `seq_len` long.
         prepare: how to make the shards if they are not there, see `data.prepare.spec.PrepareSpec`; or a list of such.
             Without `mixture` / `validation`, the prepared train / held-out folders are used.
+        retrieval: synthetic retrieval documents in addition, see `data.section.RetrievalShare`.
         seed: of the sample order.
         num_workers: reader processes a rank.
         document_mask: attention and positions stop at document borders.
@@ -59,6 +60,7 @@ class PackedDataModule(LightningDataModule):
         num_workers: int = 2,
         document_mask: bool = True,
         curriculum: list[dict[str, Any]] | None = None,
+        retrieval: dict[str, Any] | None = None,
     ):
         given = {name: value for name, value in locals().items() if name in DataSection.__dataclass_fields__}
         super().__init__()

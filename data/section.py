@@ -13,7 +13,7 @@ from data.prepare.spec import PrepareSpec, parse_sections
 from data.shards.mixture import PackedStream
 from data.shards.reader import TokenShards
 from s2.recipe import apply_overrides, load_recipe, unknown_key_message
-from s2.settings import Check, Count, Positive, SettingError, Settings, Share, Weight
+from s2.settings import Check, Count, Positive, SettingError, Settings, Share, Weight, read
 
 DATAMODULE = "data.datamodule.PackedDataModule"  # whose arguments these are; to import it takes seconds
 
@@ -108,6 +108,18 @@ class Phase(Settings):
     tokens: Positive
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrievalShare(Settings):
+    """`retrieval` of a recipe: synthetic retrieval documents (`data.corpus.retrieval`) beside its mixture.
+
+    share: of all samples; 0 leaves them out and prepares none.
+    prepare: how to make them; what is held out of them is scored as `retrieval`.
+    """
+
+    share: Annotated[float, Check("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+    prepare: PrepareSpec
+
+
 @dataclass(frozen=True)
 class DataSection(Settings):
     """The arguments of `data.datamodule.PackedDataModule`, which says what they mean, checked against each other."""
@@ -121,6 +133,7 @@ class DataSection(Settings):
     num_workers: Count = 2
     document_mask: bool = True
     curriculum: tuple[Phase, ...] | None = None
+    retrieval: RetrievalShare | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,24 +152,41 @@ class DataSection(Settings):
 
     @cached_property
     def specs(self) -> list[PrepareSpec]:
-        """What is to be prepared."""
+        """What is to be prepared; the retrieval documents last, which may lie in text of the others."""
+        return self._prepared + [each.prepare for each in self._added]
+
+    @cached_property
+    def _prepared(self) -> list[PrepareSpec]:
         return parse_sections(self.prepare) if self.prepare else []
 
     @property
+    def _added(self) -> list[RetrievalShare]:
+        return [self.retrieval] if self.retrieval and self.retrieval.share else []
+
+    @property
     def components(self) -> list[Component]:
-        """`mixture`, by default the training folders that are prepared."""
+        """`mixture`, by default the training folders that are prepared; and the retrieval documents."""
         if self.mixture is not None:
-            return list(self.mixture)
-        return [Component(path=str(spec.folders["train"])) for spec in self.specs]
+            mixture = list(self.mixture)
+        else:
+            mixture = [Component(path=str(spec.folders["train"])) for spec in self._prepared]
+        others = sum(each.weight for each in mixture)
+        for each in self._added if mixture else []:
+            weight = others * each.share / (1 - each.share)
+            mixture.append(Component(path=str(each.prepare.folders["train"]), weight=weight))
+        return mixture
 
     @property
     def heldout_sets(self) -> list[HeldOutSet]:
-        """`validation`, by default the held-out folders that are prepared."""
+        """`validation`, by default the held-out folders that are prepared; and that of the retrieval documents."""
         if self.validation is not None:
-            return list(self.validation)
-        folders = [spec.folders["heldout"] for spec in self.specs if "heldout" in spec.folders]
-        names = ["heldout"] if len(folders) == 1 else [folder.parent.name for folder in folders]
-        return [HeldOutSet(name=name, path=str(folder)) for name, folder in zip(names, folders, strict=True)]
+            sets = list(self.validation)
+        else:
+            folders = [spec.folders["heldout"] for spec in self._prepared if "heldout" in spec.folders]
+            names = ["heldout"] if len(folders) == 1 else [folder.parent.name for folder in folders]
+            sets = [HeldOutSet(name=name, path=str(folder)) for name, folder in zip(names, folders, strict=True)]
+        added = [each.prepare.folders for each in self._added]
+        return sets + [HeldOutSet(name="retrieval", path=str(at["heldout"])) for at in added if "heldout" in at]
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -191,10 +221,14 @@ def prepare_section(recipe: str | Path, overrides: Sequence[str] = ()) -> list[P
 
     overrides: `key=value` arguments, see `s2.recipe`.
     """
-    section = data_section(Path(recipe), overrides).get("prepare")
-    if not section:
+    section = data_section(Path(recipe), overrides)
+    specs = parse_sections(section["prepare"], f"{recipe}: data.prepare") if section.get("prepare") else []
+    if section.get("retrieval"):
+        retrieval = read(RetrievalShare, section["retrieval"], f"{recipe}: data.retrieval")
+        specs += [retrieval.prepare] if retrieval.share else []
+    if not specs:
         raise ValueError(f"{recipe}: no data.init_args.prepare section, so there is nothing to prepare")
-    return parse_sections(section, f"{recipe}: data.prepare")
+    return specs
 
 
 def parse_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:

@@ -49,6 +49,10 @@ class Call:
         return f"{self.recipe} {self.attention}, {heads} of {self.head_dim}, {self.batch} x {self.length}, {self.kind}"
 
 
+class MissingCheckpointError(ValueError):
+    """A recipe goes on from a checkpoint of others, which is not there to say what the model is like."""
+
+
 def recipes_of(names: Sequence[str]) -> list[Path]:
     """YAML files of the folders of recipes/ and files that are named; without names all of recipes/.
 
@@ -93,6 +97,24 @@ def calls_of(path: Path, max_length: int | None = None) -> list[Call]:
     ]  # fmt: skip
 
 
+def calls_of_all(names: Sequence[str], max_length: int | None = None) -> list[Call]:
+    """The distinct calls of `recipes_of(names)`. Without names, recipes whose checkpoint is not there are left out and
+    said to be.
+
+    Raises:
+        ValueError: as `recipes_of` and `calls_of`.
+    """
+    calls = []
+    for path in recipes_of(names):
+        try:
+            calls += calls_of(path, max_length)
+        except MissingCheckpointError as error:
+            if names:
+                raise
+            print(f"left out: {error}", flush=True)
+    return list(dict.fromkeys(calls))
+
+
 def model_config(path: Path) -> ModelConfig:
     """The model of a recipe; of one that goes on from another, which need not have run, on top of that one's."""
     recipe = load_recipe(path)
@@ -103,7 +125,7 @@ def model_config(path: Path) -> ModelConfig:
     elif folder is not None:
         before = [other for other in path.parent.glob("*.yaml") if other != path and _exports(other) == Path(folder)]
         if not before:
-            raise ValueError(
+            raise MissingCheckpointError(
                 f"{path}: model.init_from={folder} has no config.json, and no recipe in {path.parent} exports to it"
             )
         base = asdict(model_config(before[0]))

@@ -35,7 +35,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from attention_calls import Call, calls_of, recipes_of
+from attention_calls import Call, calls_of_all
 from exact_rows import Segment, exact_samples, judge
 from torch import Tensor
 
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cpu" and args.max_length is None:
         raise ValueError("there is no CUDA device; on a CPU long sequences take too long: say --max-length 512")
 
-    calls = list(dict.fromkeys(c for path in recipes_of(args.recipes) for c in calls_of(path, args.max_length)))
+    calls = calls_of_all(args.recipes, args.max_length)
     workers = args.workers or (8 if args.device == "cuda" else 1)
     settings = Settings(args.device, args.seed, args.backend)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

@@ -10,25 +10,43 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from s2.attention import LayerLayout
 from s2.files import read_json
 from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
 
-from .rope import validate_rope_scaling
+from .rope import rope_of_kind, scales_by_kind, validate_rope_scaling
 
-# What transformers' LlamaConfig assumes for a key that config.json leaves out, where that is not our default.
-_HF_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
+
+class _Family(NamedTuple):
+    """A model_type of transformers that this network can be."""
+
+    architecture: str
+    parts: dict[str, bool]  # keys of ours that its config.json does not say, because its layers always have them so
+    defaults: dict[str, Any]  # what transformers assumes for a key that config.json leaves out, where we do not
+
+
+_LLAMA = {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
+_MISTRAL = _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN = {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+_PLAIN = {"qkv_bias": False, "qk_norm": False}
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", _PLAIN, _LLAMA),
+    "qwen2": _Family("Qwen2ForCausalLM", _PLAIN | {"qkv_bias": True}, _QWEN),
+    "qwen3": _Family("Qwen3ForCausalLM", _PLAIN | {"qk_norm": True}, _QWEN | {"head_dim": 128}),
+    "mistral": _Family("MistralForCausalLM", _PLAIN, _MISTRAL),
+}
+_WINDOW = 4096  # tokens, where a Mistral or Qwen config.json with a window does not say how wide
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # A sparse model has a type of its own, so that no library opens it as a dense Llama without a word.
-_DENSE_TYPE, _SPARSE_TYPE = "llama", "s2_llama"
+_SPARSE_TYPE = "s2_llama"
 # Where a class of transformers is called by name in spite of that, it refuses an attention that nobody has registered.
 _SPARSE_ATTENTION = "s2_attention"
 _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why nothing else
     "hidden_act": ("silu", "the MLP is SwiGLU"),
-    "attention_bias": (False, "projections have no bias"),
-    "mlp_bias": (False, "projections have no bias"),
+    "attention_bias": (False, "the output projection has no bias (those of q, k and v may: model_type 'qwen2')"),
+    "mlp_bias": (False, "projections of the MLP have no bias"),
     "attention_dropout": (0.0, "attention has no dropout"),
     "partial_rotary_factor": (1.0, "all dimensions of a head are rotated"),
     "quantization_config": (None, "quantised weights cannot be trained here"),
@@ -37,7 +55,7 @@ _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why n
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """A hybrid Llama: keys, meaning and defaults of Hugging Face Llama, plus the attention layout.
+    """A hybrid Llama (or Mistral, Qwen2, Qwen3): keys, meaning and defaults of Hugging Face Llama, plus the layout.
 
     Attributes:
         vocab_size: rows of the embedding; at least the tokenizer's size.
@@ -50,7 +68,11 @@ class ModelConfig(Settings):
         max_position_embeddings: longest document, in tokens; longer input is refused.
         rms_norm_eps: added to the mean square in every RMSNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: None or a mapping with `rope_type` linear, llama3 or yarn and the keys Hugging Face gives it.
+        rope_scaling: None or a mapping with `rope_type` linear, llama3 or yarn and the keys Hugging Face gives it. By
+            kind of layer `{dense: ..., sparse: ...}`, each None or such a mapping, which may have a `rope_theta` of its
+            own (OLMo-3 scales only its full layers); a layer with dense and sparse heads is sparse.
+        qkv_bias: q, k and v projections have biases (Qwen2).
+        qk_norm: queries and keys pass an RMSNorm over the head dimension before RoPE (Qwen3).
         tie_word_embeddings: the language-model head is the embedding.
         initializer_range: standard deviation of initial weights.
         bos_token_id, eos_token_id: document delimiters (several eos ids are allowed), None where there is none.
@@ -75,6 +97,8 @@ class ModelConfig(Settings):
     rms_norm_eps: Weight = 1e-5
     rope_theta: Weight = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tie_word_embeddings: bool = False
     initializer_range: Weight = 0.02
     bos_token_id: Count | None = None
@@ -94,6 +118,8 @@ class ModelConfig(Settings):
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
             super().__post_init__()
+        if self.qkv_bias and self.qk_norm:
+            raise ValueError("qkv_bias=True and qk_norm=True: no Hugging Face class has both; choose one")
         validate_rope_scaling(self.rope_scaling, "ModelConfig")
         ids = {
             "bos_token_id": [] if self.bos_token_id is None else [self.bos_token_id],
@@ -104,6 +130,12 @@ class ModelConfig(Settings):
                 raise ValueError(f"{key}={getattr(self, key)} must be below vocab_size={self.vocab_size}, or null")
         # a wrong layout stops here, not at the first batch
         self.layout.check_heads(self.num_attention_heads, self.num_key_value_heads)
+        kinds = {pattern.is_dense for pattern in self.layout}
+        if scales_by_kind(self.rope_scaling) and len(kinds) == 1:
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling} is by kind of layer, but with attention_layout="
+                f"{self.attention_layout} all layers are {'dense' if kinds.pop() else 'sparse'}; give it without kinds"
+            )
 
     @cached_property
     def layout(self) -> LayerLayout:
@@ -129,11 +161,22 @@ class ModelConfig(Settings):
             embeddings: False leaves the embedding table out where it is only looked up. What remains is what takes
                 part in matrix multiplications (and norms): the N of the usual 6N FLOPs.
         """
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        blocks = self.num_hidden_layers * (attention + mlp + 2 * self.hidden_size)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        vectors = 2 * self.hidden_size
+        vectors += self.qkv_bias * (heads + 2 * kv_heads) * self.head_dim + self.qk_norm * 2 * self.head_dim
+        blocks = self.num_hidden_layers * (self.layer_matrices + vectors)
         tables = 1 if self.tie_word_embeddings or not embeddings else 2
         return blocks + self.hidden_size + tables * self.vocab_size * self.hidden_size
+
+    @property
+    def layer_matrices(self) -> int:
+        """Weights of a layer's matrix products."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    def rope(self, *, dense: bool) -> tuple[float, dict[str, Any] | None]:
+        """`rope_theta` and `rope_scaling` of the dense layers, or of the sparse ones."""
+        return rope_of_kind(self.rope_theta, self.rope_scaling, dense=dense)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some keys changed, e.g. `rope_theta` and `max_position_embeddings` for context extension.
@@ -159,30 +202,43 @@ class ModelConfig(Settings):
             raise ValueError(f"{source}: {error}") from None
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """`config.json` of a Hugging Face Llama, readable by transformers 4.x and 5.x where every layer is dense.
+        """`config.json`; where every layer is dense that of a Hugging Face Llama, Qwen2 or Qwen3, readable by
+        transformers 4.x and 5.x.
 
         With sparse layers `model_type` is "s2_llama", which `AutoModel` does not know, and `attn_implementation` is
         "s2_attention", for which transformers 5.x stops where its Llama class is called by name (4.x only warns that
         the types differ). RoPE is written twice: `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
         """
-        rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
-        fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-        dense = self.is_dense
-        attention = {} if dense else {"attn_implementation": _SPARSE_ATTENTION}
-        return {
-            "architectures": ["LlamaForCausalLM" if dense else "S2LlamaForCausalLM"],
-            "model_type": _DENSE_TYPE if dense else _SPARSE_TYPE,
-            **asdict(self),
-            **attention,
-            "rope_parameters": rope,
-            **fixed,
+        parts = {"qkv_bias": self.qkv_bias, "qk_norm": self.qk_norm}
+        name = next(name for name, family in _FAMILIES.items() if family.parts == parts)
+        ropes = {kind: self.rope(dense=kind == "dense") for kind in ("dense", "sparse")}
+        rope: dict[str, Any] = {
+            kind: {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+            for kind, (theta, scaling) in ropes.items()
         }
+        values = {
+            "architectures": [_FAMILIES[name].architecture],
+            "model_type": name,
+            **asdict(self),
+            "rope_parameters": rope if scales_by_kind(self.rope_scaling) else rope["dense"],
+            "hidden_act": "silu",
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+        }
+        if not self.qkv_bias:
+            values["attention_bias"] = False
+        if not self.is_dense:
+            values |= {"architectures": ["S2LlamaForCausalLM"], "model_type": _SPARSE_TYPE}
+            values["attn_implementation"] = _SPARSE_ATTENTION
+        elif name != "llama":
+            values["use_sliding_window"] = False
+        return values
 
     @classmethod
     def from_hf_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """Read a Hugging Face Llama `config.json` of transformers 4.x or 5.x.
+        """Read the `config.json` of a Hugging Face Llama, Mistral, Qwen2 or Qwen3, of transformers 4.x or 5.x.
 
-        Without `attention_layout` a "llama" is dense. Keys that do not change the network are ignored.
+        Without `attention_layout` it is dense. Keys that do not change the network are ignored.
 
         Args:
             values: the parsed JSON.
@@ -191,28 +247,34 @@ class ModelConfig(Settings):
         Raises:
             ValueError: another architecture, an unsupported option or a missing key; names `source` and the key.
         """
+        known_types = f"{', '.join(repr(name) for name in _FAMILIES)} (or {_SPARSE_TYPE!r}, our own)"
         if "model_type" not in values:
-            raise ValueError(f"{source}: lacks model_type; a Llama config.json has model_type 'llama'")
-        if values["model_type"] not in (_DENSE_TYPE, _SPARSE_TYPE):
-            raise ValueError(
-                f"{source}: model_type={values['model_type']!r} is not supported, must be {_DENSE_TYPE!r} (or"
-                f" {_SPARSE_TYPE!r}, our own): only Llama checkpoints can be read"
-            )
+            raise ValueError(f"{source}: lacks model_type; it must be one of {known_types}")
+        name = values["model_type"]
+        if name not in (*_FAMILIES, _SPARSE_TYPE):
+            raise ValueError(f"{source}: model_type={name!r} is not supported, must be one of {known_types}")
         for key, (supported, reason) in _HF_FIXED.items():
             if values.get(key) is not None and values[key] != supported:
                 raise ValueError(f"{source}: {key}={values[key]!r} is not supported, must be {supported!r}: {reason}")
         if missing := [key for key in _HF_REQUIRED if values.get(key) is None]:
             raise ValueError(f"{source}: lacks {missing}")
-        known = _HF_DEFAULTS | {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-        theta, scaling = _read_rope(values, known.get("max_position_embeddings", cls.max_position_embeddings), source)
+        family = _FAMILIES.get(name, _FAMILIES["llama"])
+        known = family.defaults | {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        if name != _SPARSE_TYPE:
+            if wrong := [key for key in family.parts if known.get(key, family.parts[key]) != family.parts[key]]:
+                raise ValueError(f"{source}: {wrong[0]}={known[wrong[0]]!r} is not what model_type={name!r} has")
+            known |= family.parts
+        longest = known.get("max_position_embeddings", cls.max_position_embeddings)
+        _check_window(values, longest, source)
+        theta, scaling = _read_rope(values, longest, source)
         config = cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
-        if values["model_type"] == _DENSE_TYPE and not config.is_dense:
+        if name != _SPARSE_TYPE and not config.is_dense:
             raise ValueError(
-                f"{source}: model_type={_DENSE_TYPE!r} with attention_layout={config.attention_layout!r}: other"
-                f" libraries would run this model dense; write model_type {_SPARSE_TYPE!r}"
+                f"{source}: model_type={name!r} with attention_layout={config.attention_layout!r}: other libraries"
+                f" would run this model dense; write model_type {_SPARSE_TYPE!r}"
             )
-        if values["model_type"] == _SPARSE_TYPE and values.get("attention_layout") is None:
-            raise ValueError(f"{source}: model_type={_SPARSE_TYPE!r} lacks attention_layout; dense would be a guess")
+        if name == _SPARSE_TYPE and values.get("attention_layout") is None:
+            raise ValueError(f"{source}: model_type={name!r} lacks attention_layout; dense would be a guess")
         return config
 
 
@@ -231,6 +293,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
+def _check_window(values: Mapping[str, Any], longest: int, source: str) -> None:
+    """Refuse layers that see less than the whole context, which no layout of ours says to the token."""
+    has_window = {"mistral": True, "qwen2": values.get("use_sliding_window"), "qwen3": values.get("use_sliding_window")}
+    window = values.get("sliding_window", _WINDOW) if has_window.get(values["model_type"]) else None
+    if window is not None and window < longest:
+        raise ValueError(
+            f"{source}: sliding_window={window} is shorter than max_position_embeddings={longest}; windows of tokens"
+            f" are not supported, so set max_position_embeddings there to at most {window}, where this one never counts"
+        )
+
+
 def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[float, dict[str, Any] | None]:
     """`rope_theta` and `rope_scaling` from either spelling. Where both are present they are read as transformers reads
     them: `rope_scaling` wins, and a theta inside wins over one outside."""
@@ -239,6 +312,9 @@ def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[fl
         raise ValueError(f"{source}: rope_scaling={rope!r} must be null or a mapping with a rope_type")
     scaling = dict(rope)
     outside = values.get("rope_theta")
+    if scales_by_kind(scaling):
+        validate_rope_scaling(scaling, source)
+        return outside or 10000.0, scaling
     if outside is None and values.get("rope_parameters"):
         outside = values["rope_parameters"].get("rope_theta")
     theta = scaling.pop("rope_theta", None) or outside or 10000.0

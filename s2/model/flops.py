@@ -3,8 +3,7 @@
 Both figures count the useful work of one forward and one backward (twice the forward); recomputation under
 activation checkpointing and inside attention kernels is not counted. With S the sequence length, Hq and D
 query heads and head dimension, N the parameters that take part in matrix products
-(`num_parameters(embeddings=False)` less the norms; the language-model head counts, the embedding lookup does
-not):
+(projections, MLP and language-model head; not norms, biases and the embedding lookup):
 
     per token = 6 N + 12 * Hq * D * sum over layers of (pairs of the layer / S)
 
@@ -29,8 +28,7 @@ _FORWARD_AND_BACKWARD = 3  # the backward is two matrix products for each one of
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that multiply activations: projections, MLP and language-model head."""
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    return config.num_parameters(embeddings=False) - norms
+    return config.num_hidden_layers * config.layer_matrices + config.vocab_size * config.hidden_size
 
 
 def attention_flops_per_token(config: ModelConfig, seq_len: int, *, executed: bool) -> float:

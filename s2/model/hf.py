@@ -1,4 +1,4 @@
-"""Checkpoints that users take away: Hugging Face Llama folders, written and read.
+"""Checkpoints that users take away: Hugging Face folders of the Llama family, written and read.
 
 A folder holds `config.json`, `model*.safetensors` (with an index when sharded), `generation_config.json` and,
 when a tokenizer is given, its files. `config.json` is written last: a folder without it was not finished.
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from s2.files import checksum, make_folder, remove_files, write_json
+from s2.files import MARK, checksum, make_folder, remove_files, write_json
 
 from .config import ModelConfig, read_object
 from .rope import rope_frequencies
@@ -243,7 +243,8 @@ def _drop_frequencies(state: dict[str, Tensor], folder: Path) -> None:
     if not stored:
         return
     config = load_config(folder)
-    known = [rope_frequencies(config.head_dim, config.rope_theta, kind)[0] for kind in (config.rope_scaling, None)]
+    kinds = (config.rope(dense=True), config.rope(dense=False), (config.rope_theta, None))
+    known = [rope_frequencies(config.head_dim, *kind)[0] for kind in kinds]
     for name in stored:
         found = state.pop(name).float().cpu()
         # they may have been kept in bf16, which has a precision of 1/256
@@ -263,6 +264,7 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype,
     for file, names in plan.filename_to_tensors.items():
         shard = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / MARK).stat().st_mode)  # safetensors lets the owner alone read them
     if plan.is_sharded:
         write_json(folder / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 

@@ -38,14 +38,16 @@ class Cache(Protocol):
 
 
 class Linear(nn.Linear):
-    """`x @ weight.T` without bias, weight `[out, in]` drawn from N(0, std**2)."""
+    """`x @ weight.T` (and a bias, zero at first), weight `[out, in]` drawn from N(0, std**2)."""
 
-    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+    def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False) -> None:
         self.std = std
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -84,17 +86,22 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         width, std = config.num_attention_heads * config.head_dim, config.initializer_range
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, width, std)
-        self.k_proj = Linear(config.hidden_size, kv_width, std)
-        self.v_proj = Linear(config.hidden_size, kv_width, std)
+        self.q_proj = Linear(config.hidden_size, width, std, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, std, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, std, config.qkv_bias)
         self.o_proj = Linear(width, config.hidden_size, _residual_std(config))
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None = None
     ) -> Tensor:
         B, S, _ = x.shape
-        q = apply_rotary(self.q_proj(x).view(B, S, -1, self.head_dim), cos, sin)
-        k = apply_rotary(self.k_proj(x).view(B, S, -1, self.head_dim), cos, sin)
+        q = apply_rotary(self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim)), cos, sin)
+        k = apply_rotary(self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim)), cos, sin)
         v = self.v_proj(x).view(B, S, -1, self.head_dim)
         if cu_seqlens is not None:
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [T, H, D]

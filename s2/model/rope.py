@@ -25,41 +25,76 @@ _KEYS = {
     ),
 }
 KINDS = tuple(_KEYS)
+_LAYERS = ("dense", "sparse")
+
+
+def scales_by_kind(scaling: Mapping[str, Any] | None) -> bool:
+    """Whether a `rope_scaling` says one thing for dense layers and another for sparse ones."""
+    return isinstance(scaling, Mapping) and not scaling.keys().isdisjoint(_LAYERS)
+
+
+def rope_of_kind(
+    theta: float, scaling: Mapping[str, Any] | None, *, dense: bool
+) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling of one kind of layers, from `rope_theta` and a `rope_scaling` that is by kind or is not."""
+    if scaling is not None and scales_by_kind(scaling):
+        scaling = dict(scaling["dense" if dense else "sparse"] or {})
+        theta = scaling.pop("rope_theta", theta)
+    return theta, dict(scaling) if scaling and scaling.get("rope_type", "default") != "default" else None
 
 
 def validate_rope_scaling(scaling: Mapping[str, Any] | None, source: str) -> None:
-    """Check a `rope_scaling` mapping (`rope_type` plus the keys of its kind).
+    """Check a `rope_scaling` mapping (`rope_type` plus the keys of its kind), or two of them by kind of layer.
 
     Raises:
         ValueError: names `source` (a file or "ModelConfig"), the key, its value and what would be right.
     """
+    if scaling is None or not scales_by_kind(scaling):
+        return _validate(scaling, f"{source}: rope_scaling")
+    if scaling.keys() != set(_LAYERS):
+        raise ValueError(
+            f"{source}: rope_scaling by kind of layer has the keys {sorted(scaling)}, must have dense and sparse; null "
+            f"leaves a kind unscaled"
+        )
+    for kind, each in scaling.items():
+        where = f"{source}: rope_scaling.{kind}"
+        if isinstance(each, Mapping):
+            theta = each.get("rope_theta", 1.0)
+            if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+                raise ValueError(f"{where}.rope_theta={theta!r} must be a positive number")
+            each = {key: value for key, value in each.items() if key != "rope_theta"}
+            if each in ({}, {"rope_type": "default"}):
+                continue
+        _validate(each, where)
+
+
+def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
     if scaling is None:
         return
     if not isinstance(scaling, Mapping) or "rope_type" not in scaling:
-        raise ValueError(f"{source}: rope_scaling={scaling!r} must be null or have a rope_type, one of {list(KINDS)}")
+        raise ValueError(f"{where}={scaling!r} must be null or have a rope_type, one of {list(KINDS)}")
     kind = scaling["rope_type"]
     if kind not in _KEYS:
-        raise ValueError(f"{source}: rope_scaling.rope_type={kind!r} is not supported; use one of {list(KINDS)}")
+        raise ValueError(f"{where}.rope_type={kind!r} is not supported; use one of {list(KINDS)}")
     required, optional = _KEYS[kind]
     given = set(scaling) - {"rope_type"}
     if missing := required - given:
-        raise ValueError(f"{source}: rope_scaling of type {kind!r} lacks {sorted(missing)}")
+        raise ValueError(f"{where} of type {kind!r} lacks {sorted(missing)}")
     if unknown := given - required - optional:
         raise ValueError(
-            f"{source}: rope_scaling of type {kind!r} has unknown keys {sorted(unknown)}; "
-            f"it takes {sorted(required | optional)}"
+            f"{where} of type {kind!r} has unknown keys {sorted(unknown)}; it takes {sorted(required | optional)}"
         )
     for key in given - {"truncate"}:
         value = scaling[key]
         if key in required and value is None:
-            raise ValueError(f"{source}: rope_scaling.{key} is null but type {kind!r} needs a number")
+            raise ValueError(f"{where}.{key} is null but type {kind!r} needs a number")
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise ValueError(f"{source}: rope_scaling.{key}={value!r} must be a positive number")
+            raise ValueError(f"{where}.{key}={value!r} must be a positive number")
     if scaling["factor"] < 1:
-        raise ValueError(f"{source}: rope_scaling.factor={scaling['factor']!r} must be at least 1")
+        raise ValueError(f"{where}.factor={scaling['factor']!r} must be at least 1")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(
-            f"{source}: rope_scaling.low_freq_factor={scaling['low_freq_factor']!r} must be below "
+            f"{where}.low_freq_factor={scaling['low_freq_factor']!r} must be below "
             f"high_freq_factor={scaling['high_freq_factor']!r}"
         )
 
@@ -168,3 +203,13 @@ def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     token = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return token - cu_seqlens[document]
+
+
+def cut_documents(cu_seqlens: Tensor, num_tokens: int, longest: int) -> Tensor:
+    """Borders, int32 `[m + 1]`, after documents were cut from their beginning on into pieces of `longest` tokens.
+
+    Args:
+        cu_seqlens, num_tokens: as `document_positions` takes them.
+    """
+    starts = (document_positions(cu_seqlens, num_tokens) % longest == 0).nonzero().flatten()
+    return torch.cat((starts, starts.new_tensor([num_tokens]))).to(cu_seqlens.dtype)

@@ -21,6 +21,11 @@ _COMPANIONS = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "tekken.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",  # Llama's license asks for it and the others
 )
 _MORE_TEMPLATES = "additional_chat_templates"
 

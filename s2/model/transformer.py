@@ -1,7 +1,8 @@
 """The network: a Llama decoder whose layers attend by the patterns of `ModelConfig.layout`.
 
-Parameter names equal `LlamaForCausalLM`'s, so a state dict needs no conversion. The head computes the loss in
-its own forward, so that DeepSpeed ZeRO-3 gathers its weight there like any other.
+Parameter names equal `LlamaForCausalLM`'s (with `qkv_bias` Qwen2's, with `qk_norm` Qwen3's), so a state dict needs no
+conversion. The head computes the loss in its own forward, so that DeepSpeed ZeRO-3 gathers its weight there like any
+other.
 
 Shapes: B batch, S sequence, T = B * S packed tokens, E hidden size, V vocabulary.
 """
@@ -32,7 +33,7 @@ class Decoder(nn.Module):
             Block(config, i, pattern, rotations[i]) for i, pattern in enumerate(config.layout.patterns)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rope = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.ropes = _ropes(config)
 
     @property
     def blocks(self) -> list[Block]:
@@ -46,11 +47,18 @@ class Decoder(nn.Module):
         else:
             first = 0 if cache is None else cache.length
             positions = torch.arange(first, first + S, device=input_ids.device)[None]  # [1, S]
-        cos, sin = self.rope(positions)
+        rotations = {rope: rope(positions) for rope in dict.fromkeys(self.ropes)}
         x = self.embed_tokens(input_ids)
         for block in self.blocks:
-            x = block(x, cos, sin, cu_seqlens, cache)
+            x = block(x, *rotations[self.ropes[block.self_attn.pattern.is_dense]], cu_seqlens, cache)
         return self.norm(x)
+
+
+def _ropes(config: ModelConfig) -> tuple[RotaryEmbedding, RotaryEmbedding]:
+    """Of sparse and of dense layers; the same one where they rotate alike."""
+    sparse, dense = config.rope(dense=False), config.rope(dense=True)
+    embedding = RotaryEmbedding(config.head_dim, *sparse)
+    return embedding, embedding if dense == sparse else RotaryEmbedding(config.head_dim, *dense)
 
 
 class LMHead(nn.Module):
@@ -179,7 +187,7 @@ class Transformer(nn.Module):
 
     def attend_as(self, config: ModelConfig) -> None:
         """Attend by the layout and the rotary frequencies of `config`, which has this model's sizes; weights stay."""
-        self.model.rope = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.model.ropes = _ropes(config)
         rotations = config.layout.distinct_rotations(config.num_key_value_heads)
         rules = zip(self.model.blocks, config.layout.patterns, rotations, strict=True)
         for block, pattern, rotation in rules:

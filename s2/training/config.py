@@ -107,8 +107,9 @@ class ModelSection(Settings):
 
     Attributes:
         config: keys of `s2.model.config.ModelConfig`; with `init_from`, those to change.
-        init_from: Hugging Face folder to start from (an earlier stage's `hf/`); None starts from random weights. The
-            export keeps its token ids and tokenizer; without it the ids are the data's. `config` has the last word.
+        init_from: Hugging Face folder to start from (an earlier stage's `hf/`, or a Llama, Mistral, Qwen2 or Qwen3 of
+            others, which an `attention_layout` in `config` makes sparse); None starts from random weights. The export
+            keeps its token ids and tokenizer; without it the ids are the data's. `config` has the last word.
         optimizer: AdamW.
         schedule: learning rate over the run.
         activation_checkpointing: see `s2.model.recompute`.

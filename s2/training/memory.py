@@ -85,15 +85,16 @@ def estimate_memory(
 def _activation_bytes(config: ModelConfig, checkpointing: str, width: int) -> float:
     """Bytes kept per token between forward and backward.
 
-    A block keeps, in elements: two residual inputs and two norm outputs (4 E), rotated q, k, v (Q + 2 K), the attention
-    output (Q), and gate, up, their activation and product (4 F). `selective` keeps the block's input, q, k, v, the
-    attention output and its projection, `full` only the input; both hold one whole block at a time in the backward.
+    A block keeps, in elements: two residual inputs and two norm outputs (4 E), rotated q, k, v (Q + 2 K), with qk_norm
+    what is normed (Q + K), the attention output (Q), and gate, up, their activation and product (4 F). `selective`
+    keeps the block's input, q, k, v, the attention output and its projection, `full` only the input; both hold one
+    whole block at a time in the backward.
     The head keeps the last hidden states, their norm and their gradient (3 E); its logits exist a chunk at a time.
     """
     E, F = config.hidden_size, config.intermediate_size
     Q = config.num_attention_heads * config.head_dim
     K = config.num_key_value_heads * config.head_dim
-    whole = (4 * E + 2 * Q + 2 * K + 4 * F) * width
+    whole = (4 * E + 2 * Q + 2 * K + config.qk_norm * (Q + K) + 4 * F) * width
     kept = {"none": whole, "selective": (2 * E + 2 * Q + 2 * K) * width, "full": E * width}[checkpointing]
     working = 0 if checkpointing == "none" else whole
     return config.num_hidden_layers * kept + working + 3 * E * width

@@ -25,7 +25,7 @@ from s2.training.gaps import lightning as gaps
 from s2.training.guard import StepGuard
 from s2.training.optim import build_adamw
 from s2.training.strategy import ZeROStrategy
-from s2.training.weights import check_same_tokens, load_into
+from s2.training.weights import check_same_tokens, cut_batch, load_into, sink_warning
 
 
 def resolve_config(keys: Mapping[str, Any], init_from: str | None) -> ModelConfig:
@@ -57,6 +57,8 @@ def _missing_checkpoint(init_from: str) -> str:
         if stage.startswith("extend-"):
             command = f"make extend RECIPE={recipe} TO={stage.removeprefix('extend-')}"
         message += f"; run `{command}` first, or point model.init_from at a Hugging Face folder"
+    else:
+        message += "; recipes that go on from a checkpoint of others begin with how to get it"
     return message
 
 
@@ -85,7 +87,8 @@ class PretrainModule(LightningModule):
         self._skipped_norm: float | None = None
         self.validation_names: list[str] = []
         self.validation_losses: dict[str, float] = {}
-        self.source_losses: dict[str, float] = {}  # before training, of `init_from` with its own layout and RoPE
+        # of `init_from` before training, with its own layout, RoPE and length
+        self.source_losses: dict[str, float] = {}
         self.validation_is_finite = True
         self.phase = "setting up"  # what is being done, in words
         self._validation_totals = torch.zeros(0)
@@ -204,7 +207,7 @@ class PretrainModule(LightningModule):
         if self._source is not None:
             assert self.model is not None
             self.model.attend_as(self._source)
-            self._count(1, dataloader_idx, batch)
+            self._count(1, dataloader_idx, cut_batch(batch, self._source.max_position_embeddings))
             self.model.attend_as(self.config)
 
     def on_validation_epoch_end(self) -> None:
@@ -215,15 +218,21 @@ class PretrainModule(LightningModule):
         if self.trainer.sanity_checking and self.init_from is not None:
             source = means[0 if self._source is None else 1]
             self.source_losses = dict(zip(self.validation_names, source, strict=True))
+            if self._source is not None and self.trainer.is_global_zero:
+                warning = sink_warning(self._source, self.config, self.source_losses, self.validation_losses)
+                print(warning, end="", flush=True)
 
     def _other_attention(self) -> ModelConfig | None:
         """The config of `init_from` if that attends otherwise than this recipe: the number to beat is that of the
-        checkpoint as it is, the number to begin with that of the recipe's layout and RoPE."""
+        checkpoint as it is (longer documents cut to its own length), the number to begin with that of the recipe's
+        layout and RoPE."""
         if self.init_from is None:
             return None
         source = load_config(self.init_from)
         keys = ("attention_layout", "block_size", "rope_theta", "rope_scaling")
-        return None if all(getattr(source, key) == getattr(self.config, key) for key in keys) else source
+        alike = all(getattr(source, key) == getattr(self.config, key) for key in keys)
+        longer = self.config.max_position_embeddings > source.max_position_embeddings
+        return None if alike and not longer else source
 
     def _count(self, row: int, index: int, batch: dict[str, Tensor]) -> None:
         loss_sum, num_valid = self._loss(batch)

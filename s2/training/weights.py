@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,8 +14,12 @@ from torch import Tensor, nn
 from s2 import files
 from s2.model.config import ModelConfig
 from s2.model.hf import FOLDER_KIND, load_weights, save_pretrained
+from s2.model.rope import cut_documents
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
+from s2.training.gaps.deepspeed import whole_modules
+
+_WITHOUT_SINK = re.compile(r"(L\d+(?:V\d+(?:<\d+)?)*|W\d+)(?![\dV<]|\+sink)")
 
 
 def load_into(model: Transformer, folder: str) -> None:
@@ -24,9 +30,11 @@ def load_into(model: Transformer, folder: str) -> None:
         ValueError: the folder does not hold exactly the tensors that the recipe's config asks for (`load_weights`).
     """
     weights: dict[str, Tensor] = {}
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     if _rank() == 0:
         try:
-            weights = load_weights(folder, model.config)
+            with whole_modules() if sharded else nullcontext():  # shapes are compared with those of a model of its own
+                weights = load_weights(folder, model.config)
         except ValueError as error:
             raise ValueError(
                 f"{error} (that is {folder}/config.json with the keys of the recipe's model.config)"
@@ -56,6 +64,34 @@ def check_same_tokens(data_tokenizer: Path, init_from: str) -> None:
                 f"{own} of model.init_from it is {known.get(token, 'none')}; prepare the data with the "
                 f"model's tokenizer (prepare.tokenizer.path: {own})"
             )
+
+
+def cut_batch(batch: dict[str, Tensor], longest: int) -> dict[str, Tensor]:
+    """A batch `[B, S]` in which no document is longer than a model reads: the rest begins another."""
+    B, S = batch["input_ids"].shape
+    rows = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=batch["input_ids"].device)
+    return batch | {"cu_seqlens": cut_documents(batch.get("cu_seqlens", rows), B * S, longest)}
+
+
+def sink_warning(
+    source: ModelConfig, config: ModelConfig, as_it_is: Mapping[str, float], under_layout: Mapping[str, float]
+) -> str:
+    """A line for weights that were trained dense under a layout whose sparse heads lose the first block; else "".
+
+    Args:
+        source, config: of the checkpoint and of the recipe.
+        as_it_is, under_layout: held-out losses before training by set, of the one and of the other.
+    """
+    heads = [head for pattern in config.layout for head in pattern.heads or (pattern,)]
+    if not source.is_dense or all(head.is_dense or head.sinks for head in heads):
+        return ""
+    losses = ", ".join(f"{name} {as_it_is[name]:.4f} -> {loss:.4f}" for name, loss in under_layout.items())
+    keeping = _WITHOUT_SINK.sub(r"\1+sink1", config.attention_layout)
+    return (
+        f"warning: heads trained dense rest on the first tokens, which attention_layout={config.attention_layout} takes"
+        f" from them (held-out loss as it is -> under the layout: {losses}); model.config.attention_layout='{keeping}'"
+        f" keeps them\n"
+    )
 
 
 def export(

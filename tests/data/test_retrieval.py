@@ -1,6 +1,7 @@
 """Synthetic retrieval documents: the same everywhere, answerable from their own text, and not what is evaluated."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import pytest
 from data.corpus import retrieval
 from data.corpus.retrieval import Retrieval, document
 from data.corpus.sources import Source
+from data.datamodule import PackedDataModule
 from data.prepare import prepare
 from data.prepare.spec import PrepareSpec
+from data.section import prepare_section
 from data.shards import TokenShards
 from eval import needle_prompts
 
@@ -112,6 +115,44 @@ def test_prepares_like_any_source_beside_the_corpus_it_is_filled_from(filler, tm
     train, heldout = TokenShards(tmp_path / "retrieval" / "train"), TokenShards(tmp_path / "retrieval" / "heldout")
     assert train.sources == heldout.sources == ["dense", "hidden"]
     assert len(train.offsets) + len(heldout.offsets) - 2 == 50
+
+
+def test_a_share_of_a_recipe_is_prepared_mixed_in_and_scored_and_none_is_as_if_it_were_not_there(filler, tmp_path):
+    retrieval = {
+        "share": 0.25,
+        "prepare": {
+            "output": str(tmp_path / "retrieval"),
+            "sources": [{"path": "retrieval", "retrieval": {"documents": 60, "facts": [2, 4]}}],
+            "tokenizer": {"path": str(filler / "tokenizer.json")},
+            "heldout_fraction": 0.1,
+        },
+    }
+    mixture = [{"path": str(filler / "train"), "weight": 3.0}]
+    given = {"seq_len": 64, "micro_batch_size": 4, "mixture": mixture, "validation": [], "num_workers": 0}
+    data = PackedDataModule(**given, retrieval=retrieval)
+    data.prepare_data()
+    batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].shape == (4, 64) and data.validation_names == ["retrieval"]
+    assert [each.weight for each in data.components] == [3.0, 1.0]
+    shares = {Path(each.component).parent.name: each.asked for each in data.passes(64 * 4000)}
+    assert shares["retrieval"] / sum(shares.values()) == pytest.approx(0.25, abs=0.01)
+    off, without = (PackedDataModule(**given, retrieval=value) for value in (retrieval | {"share": 0}, None))
+    assert off.rows.fingerprint() == without.rows.fingerprint() and off.prepared == []
+
+
+def test_prepare_makes_the_documents_where_a_recipe_or_an_override_says_their_share(filler, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    source = "{path: retrieval, retrieval: {documents: 9, facts: [1, 2]}}"
+    recipe.write_text(
+        f"data: {{retrieval: {{share: 0, prepare: {{output: {tmp_path}/out, sources: [{source}], "
+        f"tokenizer: {{path: {filler}/tokenizer.json}}}}}}}}"
+    )
+    with pytest.raises(ValueError, match="nothing to prepare"):
+        prepare_section(recipe)
+    [spec] = prepare_section(recipe, ["data.retrieval.share=0.1"])
+    assert spec.output == f"{tmp_path}/out"
+    with pytest.raises(ValueError, match=r"recipe.yaml: data.retrieval.share: .*from 0 to below 1.*1.5"):
+        prepare_section(recipe, ["data.retrieval.share=1.5"])
 
 
 @pytest.mark.parametrize(

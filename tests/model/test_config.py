@@ -1,7 +1,7 @@
 """ModelConfig: derived sizes, Hugging Face dictionaries of both spellings, errors that name what is wrong."""
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from s2.model import ModelConfig, Transformer
 
@@ -20,6 +20,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+BY_KIND = {"dense": LLAMA3, "sparse": {"rope_theta": 2e4}}
 
 
 def test_defaults_are_derived_from_sizes():
@@ -57,6 +58,31 @@ def test_hf_dict_round_trip_and_transformers_agree(scaling):
     assert ModelConfig.from_hf_dict(as_5x_writes_it) == config
 
 
+def test_rope_by_kind_of_layer_comes_back_from_the_config_of_a_sparse_model():
+    values = SIZES | {"rope_theta": 5e5, "rope_scaling": BY_KIND, "attention_layout": "L2V4+dense1"}
+    config = ModelConfig.from_dict(values)
+    assert (config.rope(dense=True), config.rope(dense=False)) == ((5e5, LLAMA3), (2e4, None))
+    written = config.to_hf_dict()
+    dense, sparse = (written["rope_parameters"][kind] for kind in ("dense", "sparse"))
+    assert dense == {**LLAMA3, "rope_theta": 5e5}
+    assert sparse == {"rope_type": "default", "rope_theta": 2e4}
+    assert ModelConfig.from_hf_dict(written) == config
+    del written["rope_scaling"]
+    read = ModelConfig.from_hf_dict(written)
+    assert all(read.rope(dense=dense) == config.rope(dense=dense) for dense in (True, False))
+
+
+def test_what_a_family_leaves_unsaid_is_as_in_transformers():
+    for name, cls in (("mistral", MistralConfig), ("qwen2", Qwen2Config), ("qwen3", Qwen3Config)):
+        sizes = {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"} | {"num_attention_heads": 32}
+        sizes |= {"hidden_size": 64, "sliding_window": None}
+        ours, theirs = ModelConfig.from_hf_dict({"model_type": name, **sizes}), cls(**sizes)
+        for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id"):
+            assert getattr(ours, key) == getattr(theirs, key), (name, key)
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
+        assert (ours.qkv_bias, ours.qk_norm) == (name == "qwen2", name == "qwen3")
+
+
 def test_transformers_4_spelling_is_read():
     config = ModelConfig.from_hf_dict(
         {
@@ -87,7 +113,11 @@ def test_yarn_without_original_length_means_the_current_one():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "qwen2"}, ["model_type='qwen2'", "'llama'"]),
+        ({"model_type": "gemma2"}, ["model_type='gemma2'", "'llama', 'qwen2', 'qwen3', 'mistral'", "'s2_llama'"]),
+        ({"qk_norm": True}, ["qk_norm=True", "model_type='llama'"]),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, ["sliding_window=4096", "8192"]),
+        ({"model_type": "mistral", "sliding_window": 64}, ["sliding_window=64", "max_position_embeddings=131072"]),
+        ({"model_type": "qwen2", "use_sliding_window": True}, ["sliding_window=4096", "32768"]),
         ({"attention_bias": True}, ["attention_bias=True", "bias"]),
         ({"mlp_bias": True}, ["mlp_bias=True"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
@@ -125,6 +155,12 @@ def test_unsupported_hf_configs_name_file_key_and_value(change, words):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1}}, ["beta_fast"]),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, ["low_freq_factor=4.0"]),
         ({"num_layers": 3}, ["num_layers", "num_hidden_layers"]),
+        ({"qkv_bias": True, "qk_norm": True}, ["qkv_bias=True", "qk_norm=True"]),
+        ({"rope_scaling": BY_KIND}, ["rope_scaling", "by kind", "attention_layout=dense", "all layers are dense"]),
+        ({"rope_scaling": BY_KIND, "attention_layout": "L2V4"}, ["all layers are sparse"]),
+        ({"rope_scaling": {"dense": LLAMA3}}, ["rope_scaling", "['dense']", "dense and sparse"]),
+        ({"rope_scaling": {"dense": {"factor": 2.0}, "sparse": None}}, ["rope_scaling.dense", "rope_type"]),
+        ({"rope_scaling": {"dense": None, "sparse": {"rope_theta": -1}}}, ["rope_scaling.sparse.rope_theta=-1"]),
     ],
 )
 def test_wrong_values_are_named(change, words):

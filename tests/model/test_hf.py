@@ -133,6 +133,12 @@ def test_saving_again_leaves_no_old_shard(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    ours = model()
+    save_pretrained(ours, ours.config, tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_folder_with_files_of_others_is_left_as_it_is(tmp_path):
     (tmp_path / "config.json").write_text("mine")
     ours = model()
@@ -237,6 +243,29 @@ def test_what_a_model_came_with_goes_with_it(tmp_path, chat_model):
     assert tokenizer.unk_token == "t" and tokenizer.model_max_length == 512
     chat = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|begin|>hi"
+
+
+def test_what_a_model_came_with_goes_through_every_stage(tmp_path, chat_model):
+    """Conversion to a sparse layout, then an extension of that."""
+    (chat_model / "additional_chat_templates").mkdir()
+    kept = ["special_tokens_map.json", "chat_template.jinja", "generation_config.json", "tokenizer.json", "LICENSE"]
+    kept += ["additional_chat_templates/tool.jinja"]
+    for name in kept[-2:]:
+        (chat_model / name).write_text(name)
+    stage = chat_model
+    for name, changes in (
+        ("sparse", {"attention_layout": "L2V4+sink1", "block_size": 16}),
+        ("longer", {"max_position_embeddings": 1024, "rope_theta": 1e6}),
+    ):
+        trained = load_pretrained(stage, overrides=changes)
+        stage = save_pretrained(trained, trained.config, tmp_path / name, source=stage)
+        for file in kept:
+            read = json.loads if file == "generation_config.json" else str
+            assert read((stage / file).read_text()) == read((chat_model / file).read_text()), file
+        saved = json.loads((stage / "config.json").read_text())
+        assert [saved[key] for key in ("model_type", "eos_token_id", "pad_token_id")] == ["s2_llama", [1, 5], 4]
+        before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (chat_model, stage))
+        assert after == before | {"model_max_length": saved["max_position_embeddings"]}
 
 
 def test_token_ids_change_where_the_config_says_so_and_nowhere_else(tmp_path, chat_model):

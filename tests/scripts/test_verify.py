@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from s2.attention import Pattern, s2_attention
+from s2.model import ModelConfig
+from s2.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import verify  # noqa: E402
-from attention_calls import Call, calls_of, recipes_of  # noqa: E402
+from attention_calls import Call, calls_of, calls_of_all, recipes_of  # noqa: E402
 
 RECIPE = """
 run: {recipe: own, stage: pretrain}
@@ -178,6 +181,23 @@ def test_a_recipe_that_says_too_little_is_refused(tmp_path: Path, old: str, new:
     path.write_text(RECIPE.replace(old, new))
     with pytest.raises(ValueError, match=said):
         calls_of(path)
+
+
+def test_recipes_that_start_from_a_checkpoint_of_others_wait_until_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, recipe in (("own", RECIPE), ("other", RECIPE.replace("model:", "model:\n  init_from: models/other"))):
+        Path("recipes", name).mkdir(parents=True)
+        Path("recipes", name, "pretrain.yaml").write_text(recipe)
+    assert {call.recipe for call in calls_of_all([])} == {"own/pretrain"}
+    assert "left out: recipes/other/pretrain.yaml: model.init_from=models/other" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"model.init_from=models/other"):
+        calls_of_all(["other"])
+    Path("models/other").mkdir(parents=True)
+    config = ModelConfig.from_dict(load_recipe(Path("recipes/own/pretrain.yaml"))["model"]["config"])
+    Path("models/other/config.json").write_text(json.dumps(config.replace(attention_layout="dense").to_hf_dict()))
+    assert {call.recipe for call in calls_of_all(["other"])} == {"other/pretrain"}
 
 
 def test_an_unknown_recipe_is_refused() -> None:

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from s2.model.config import ModelConfig
-from s2.model.hf import load_pretrained
+from s2.model.hf import load_pretrained, save_pretrained
 from s2.model.layers import Block
+from s2.model.transformer import Transformer
 from s2.training.memory import estimate_memory
 from s2.training.metrics import peak_flops, read_metrics
 from s2.training.module import PretrainModule
@@ -108,25 +109,58 @@ def test_the_summary_says_how_often_the_data_was_gone_through(plain: Path) -> No
     assert data["passes"] == pytest.approx(data["asked"] / data["available"], rel=0.1)
 
 
-def test_extension_reports_the_checkpoint_as_it_is_at_the_new_length(folder: Path, plain: Path) -> None:
+def test_extension_reports_the_checkpoint_as_it_is_at_its_own_length(folder: Path, plain: Path) -> None:
     start = f"model.init_from={plain}/hf"
     longer = ("model.config={max_position_embeddings: 128, rope_theta: 8e6}", "data.seq_len=128")
     code, run = train(folder, start, *longer, "data.micro_batch_size=1", stage="extended")
     assert code == 0
     exported = json.loads((run / "hf" / "config.json").read_text())
     assert exported["max_position_embeddings"] == 128 and exported["rope_theta"] == 8e6
-    # Before step 1 there are two losses over the same held-out rows: of the checkpoint with its own rope_theta ...
+    # Before step 1 there are two losses over the same held-out rows: of the checkpoint with its own rope_theta, in
+    # documents of its own length, ...
     same = train(folder, start, *longer, "model.config.rope_theta=10000.0", "data.micro_batch_size=1", stage="same")[1]
     before = curve(run, "val/heldout/source_loss")[0]
-    assert before == curve(same, "val/heldout/loss")[0] == curve(same, "val/heldout/source_loss")[0]
-    # ... and of the one that training uses.
-    assert curve(run, "val/heldout/loss")[0] != before
+    assert before == curve(same, "val/heldout/source_loss")[0]
+    # ... and with those that training uses.
+    assert len({before, curve(run, "val/heldout/loss")[0], curve(same, "val/heldout/loss")[0]}) == 3
     assert curve(run)[1] != curve(same)[1]
+    short = train(folder, start, stage="short")[1]
+    assert curve(short, "val/heldout/source_loss")[0] == curve(short, "val/heldout/loss")[0]
     summary = json.loads((run / "summary.json").read_text())["validation"]["heldout"]
     assert (summary["initial_loss"], summary["source_loss"]) == (curve(run, "val/heldout/loss")[0], before)
     said = closing_words(run)
     assert f"before training {summary['initial_loss']:.4f} ({plain}/hf as it is {before:.4f})" in said
-    assert "as it is" not in closing_words(same)
+    assert "as it is" not in closing_words(short)
+
+
+def test_a_dense_checkpoint_goes_on_under_a_layout_with_all_it_came_with(folder: Path, plain: Path, capsys) -> None:
+    """A Qwen2 with a chat template, twice trained on; heads that lose the first block are warned of, once."""
+    torch.manual_seed(0)
+    sizes = json.loads((plain / "hf" / "config.json").read_text())
+    sizes |= {"model_type": "qwen2", "attention_layout": "dense", "qkv_bias": True}
+    dense = Transformer(ModelConfig.from_hf_dict(sizes))
+    start = save_pretrained(dense, dense.config, folder / "dense", plain / "hf" / "tokenizer.json", torch.float32)
+    (start / "chat_template.jinja").write_text("{{ messages }}")
+    (start / "generation_config.json").write_text('{"temperature": 0.6}')
+    layout, short = (
+        "model.config={attention_layout: W1-inter, block_size: 16}",
+        ("trainer.max_steps=3", "trainer.strategy=zero_3"),
+    )
+    code, run = train(folder, f"model.init_from={start}", layout, *short, stage="converted")
+    assert code == 0
+    values = json.loads((run / "summary.json").read_text())["validation"]["heldout"]
+    assert values["source_loss"] != values["initial_loss"]
+    [warning] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: heads trained")]
+    assert f"heldout {values['source_loss']:.4f} -> {values['initial_loss']:.4f}" in warning
+    assert "attention_layout=W1-inter" in warning and "model.config.attention_layout='W1+sink1-inter'" in warning
+    code, more = train(
+        folder, f"model.init_from={run}/hf", "model.config={rope_theta: 2e4}", "trainer.max_steps=3", stage="more"
+    )
+    assert code == 0 and "warning: heads trained" not in capsys.readouterr().out
+    for hf in (run / "hf", more / "hf"):
+        assert json.loads((hf / "config.json").read_text())["qkv_bias"] is True
+        assert (hf / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert json.loads((hf / "generation_config.json").read_text()) == {"temperature": 0.6}
 
 
 def test_training_on_keeps_what_a_foreign_checkpoint_came_with(folder: Path, plain: Path, capsys) -> None:

@@ -45,6 +45,22 @@ def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on
         assert (value - expected[name]).abs().max() < 1e-5, name
 
 
+def test_two_ranks_whose_weights_are_sharded_start_from_a_folder_as_one_does(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "start")
+    recipe["trainer"] |= {"strategy": "zero_3", "max_steps": 3}
+    path = write_recipe(tmp_path, recipe)
+    assert main([str(path), "trainer.strategy=auto"]) == 0
+    runs = tmp_path / "runs" / "tiny"
+    init_from = f"model.init_from={runs}/start/hf"
+    assert main([str(path), init_from, "run.stage=one"]) == 0
+    process = start(path, *TWO, init_from, "run.stage=two")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for column in ("train/loss", "val/heldout/loss"):
+        assert curve(runs / "two", column) == pytest.approx(curve(runs / "one", column), rel=1e-5), column
+    assert curve(runs / "one", "val/heldout/loss")[0] == curve(runs / "start", "val/heldout/loss")[3]
+
+
 @pytest.mark.parametrize("strategy", [pytest.param("zero_1", marks=pytest.mark.nightly), "zero_3"])
 def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str) -> None:
     """Three steps of one micro-batch each are no whole number of windows of two or six; held-out sets stay the same."""

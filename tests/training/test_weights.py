@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from s2.model import ModelConfig, Transformer
 from s2.model.hf import FOLDER_KIND, load_pretrained, save_pretrained
-from s2.training.weights import check_same_tokens, export, load_into
+from s2.training.weights import check_same_tokens, cut_batch, export, load_into, sink_warning
 from tests.eval.small_checkpoint import make_checkpoint
 
 
@@ -77,3 +77,39 @@ def test_an_export_appears_whole_and_leaves_a_folder_of_others_beside_it(tmp_pat
     export(trained, trained.config, folder, checkpoint / "tokenizer.json")
     assert (tmp_path / "run" / "hf.partial.1" / "mine.txt").read_text() == "mine"
     assert FOLDER_KIND in (folder / ".s2-folder.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("borders", "cut"), [(None, [0, 4, 8, 10, 14, 18, 20]), ([0, 3, 3, 10, 20, 20], [0, 3, 7, 10, 14, 18, 20])]
+)
+def test_documents_are_cut_to_what_a_model_reads(borders: list[int] | None, cut: list[int]) -> None:
+    batch = {"input_ids": torch.zeros(2, 10, dtype=torch.int64), "labels": torch.zeros(2, 10, dtype=torch.int64)}
+    if borders is not None:
+        batch["cu_seqlens"] = torch.tensor(borders, dtype=torch.int32)
+    after = cut_batch(batch, 4)
+    assert after["cu_seqlens"].tolist() == cut and after["cu_seqlens"].dtype == torch.int32
+    assert after["labels"] is batch["labels"] and cut_batch(batch, 10)["cu_seqlens"].tolist()[-1] == 20
+
+
+@pytest.mark.parametrize(
+    ("layout", "better"),
+    [
+        ("L8V16", "L8V16+sink1"),
+        ("W4+dense0", "W4+sink1+dense0"),
+        ("L8V4<64V16-inter", "L8V4<64V16+sink1-inter"),
+        ("dense|L1V2", "dense|L1V2+sink1"),
+        ("W16+sink2|L8V16", "W16+sink2|L8V16+sink1"),
+        ("L8V4<64+sink1+dense1", None),
+        ("dense", None),
+    ],
+)
+def test_a_layout_that_takes_the_first_block_from_dense_weights_is_warned_of(layout: str, better: str | None) -> None:
+    dense = model().config
+    sparse = dense.replace(attention_layout=layout)
+    said = sink_warning(dense, sparse, {"long": 3.25}, {"long": 3.5})
+    if better is None:
+        assert said == ""
+    else:
+        assert "long 3.2500 -> 3.5000" in said and f"model.config.attention_layout='{better}'" in said
+        assert sink_warning(dense, dense.replace(attention_layout=better), {}, {}) == ""
+        assert sink_warning(sparse, sparse, {}, {}) == ""

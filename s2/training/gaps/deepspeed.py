@@ -125,6 +125,19 @@ class OrderedReduction:
 
 
 @contextmanager
+def whole_modules() -> Iterator[None]:
+    """Have modules that are made meanwhile keep their parameters whole, also inside of `deepspeed.zero.Init`, where
+    each would be sharded at once and show no shape."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    partition_parameters.shutdown_init_context()
+    try:
+        yield
+    finally:
+        partition_parameters.restore_init_context()
+
+
+@contextmanager
 def universal_load(engine: Any) -> Iterator[None]:
     """Let `engine.load_checkpoint` read the universal format, and mend what it gets wrong.
 
