@@ -34,6 +34,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's ZeRO-3 puts a function of its own over `F.linear` and leaves it there."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """Of a test's own draws."""
