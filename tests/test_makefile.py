@@ -39,7 +39,7 @@ def test_stages_are_measured_by_a_gate_before_the_next_begins(recipe, tmp_path):
             before = Path(init_from).parent.name
             assert before in gates and stage["run"]["gate"] == "required"
             assert str(gates[name].base) == init_from
-        longest = stage["model"]["config"]["max_position_embeddings"]
+        longest = stage["data"]["init_args"]["seq_len"]
         assert max(check.length for check in (*gates[name].loss, *gates[name].needle)) == longest
         said = make("-n", "gate", f"RECIPE={recipe}", f"CKPT=runs/{recipe}/{name}/hf")
         assert f"eval.gate --ckpt runs/{recipe}/{name}/hf --config recipes/{recipe}/gates/{name}.yaml" in said
