@@ -9,14 +9,13 @@ package (`pip install gguf`).
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2 import ending
+from s2 import ending, files
 from s2.model.config import ModelConfig
 from s2.model.hf import save_pretrained
 
@@ -39,9 +38,9 @@ def convert(source: Path, folder: Path) -> Path:
     values = model.config.to_dict()
     values.pop("quantization_config", None)  # the weights are not quantised any more
     config = ModelConfig.from_hf_dict(values, str(source))
-    with tempfile.TemporaryDirectory() as beside:
+    with files.temporary_folder() as beside:
         tokenizer.save_pretrained(beside)
-        return save_pretrained(model.state_dict(), config, folder, Path(beside, "tokenizer.json"), dtype=torch.float32)
+        return save_pretrained(model.state_dict(), config, folder, beside / "tokenizer.json", dtype=torch.float32)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
