@@ -1,5 +1,5 @@
 # Every target makes the environment it needs first (test-gpu takes the one at hand); `make help` lists them.
-#   RECIPE=demo|1.3b|7b   TO=<extension stage>   CKPT=<Hugging Face folder>   GPUS=<per node>   ARGS="key=value ..."
+#   RECIPE=demo|1.3b|7b|smollm2|llama3.1-8b   TO=<extension stage>   CKPT=<Hugging Face folder>   GPUS=<per node>   ARGS="key=value ..."
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
