@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.sweep import Sweep, wilson
+from eval.sweep import Sweep, student, wilson
 
 _Z = 1.959964  # two-sided 95 %
 
@@ -77,7 +77,8 @@ def paired_means(first: Mapping[str, float], second: Mapping[str, float]) -> Dif
     each = np.array([second[name] - first[name] for name in first if name in second])
     if each.size < 2:
         return None
-    return _normal(float(each.mean()), float(each.std(ddof=1)) / math.sqrt(each.size), True)
+    half = student(each.size - 1) * float(each.std(ddof=1)) / math.sqrt(each.size)
+    return Difference(float(each.mean()), float(each.mean()) - half, float(each.mean()) + half, True)
 
 
 def _normal(value: float, error: float, is_paired: bool) -> Difference:

@@ -36,6 +36,7 @@ from eval.grid import SAMPLES, parse_length
 from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
 from eval.positions import DOCUMENTS
+from eval.results import threshold
 from eval.suite import Row, rows_of
 from s2 import ending, files
 from s2.recipe import load_recipe
@@ -262,9 +263,8 @@ def describe(gate: dict[str, Any]) -> str:
         name = " ".join(str(check[key]) for key in ("check", "task", "metric", "kind", "length") if key in check)
         if check["check"] == "loss":
             name += f", positions {check['from']} to {check.get('to', check['length'])}"
-        limit = next(f"{key} {check[key]:g}" for key in ("max", "max_rise", "min", "max_drop") if key in check)
-        limit += f" of {check['base']:.4g}" if "base" in check else ""
-        lines.append(f"| {name} | {check['value']:.4g} | {limit} | {'passed' if check['passed'] else 'missed'} |")
+        verdict = "passed" if check["passed"] else "missed"
+        lines.append(f"| {name} | {check['value']:.4g} | {threshold(check)} | {verdict} |")
     return "\n".join(lines)
 
 

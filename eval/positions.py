@@ -30,6 +30,7 @@ from eval.heldout import find_heldout, read_texts
 from eval.needle import check_lengths
 from eval.results import checksum_of
 from eval.samples import Evaluation, Sample
+from eval.sweep import student
 from s2 import ending
 from s2.model.hf import load_config
 
@@ -86,18 +87,6 @@ def _mean(values: list[float], tokens: int) -> dict[str, Any]:
         "documents": len(values), "tokens": int(tokens), "loss": round(mean, 5), "interval": interval,
         "perplexity": perplexity,
     }  # fmt: skip
-
-
-def student(freedom: int) -> float:
-    """Two-sided 95 % point of Student's t: tabulated up to 4 degrees of freedom, above by an expansion in 1/freedom
-    (Abramowitz and Stegun, 26.7.5), which is within 0.2 %."""
-    if freedom < 5:
-        return (12.7062, 4.3027, 3.1824, 2.7764)[freedom - 1]
-    z, n = statistics.NormalDist().inv_cdf(0.975), float(freedom)
-    return (
-        z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-    )  # fmt: skip
 
 
 def describe(summary: dict[str, Any]) -> str:

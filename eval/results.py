@@ -87,6 +87,12 @@ def _is_replaced_by(file: Path, results: dict[str, Any]) -> bool:
         return False
 
 
+def threshold(check: dict[str, Any]) -> str:
+    """Of a check in gate.json, in words, with the base checkpoint's figure where it is compared with that."""
+    key = next(key for key in ("max", "max_rise", "min", "max_drop") if check.get(key) is not None)
+    return f"{key} {check[key]:g}" + (f" of {check['base']:.4g}" if check.get("base") is not None else "")
+
+
 def checksum_of(source: Path) -> str | None:
     """A checksum of a file or of a shard folder's manifest; None for other folders and patterns."""
     file = source / "manifest.json" if source.is_dir() else source

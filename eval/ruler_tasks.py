@@ -119,13 +119,24 @@ class Maker:
         random.Random(0).shuffle(words)
         return words
 
+    @cached_property
+    def pairs(self) -> list[str]:
+        """Made-up words of two: lists of a million tokens take more different ones than a million tokens of text."""
+        rng = random.Random(1)
+        pairs = {rng.choice(self.words) + rng.choice(self.words) for _ in range(_PAIRS)} if self.words else set()
+        return sorted(pairs - set(self.words))
+
     def draw(self, rng: random.Random, count: int) -> list[str]:
-        if count > len(self.words):
-            raise ValueError(
-                f"haystack {self.haystack.source}: {count} different words are needed and it has {len(self.words)};"
-                " give a longer one with --haystack FILE"
-            )
-        return rng.sample(self.words, count)
+        """Different words in random order, those of the haystack first."""
+        words = rng.sample(self.words, min(count, len(self.words)))
+        if (missing := count - len(words)) > 0:
+            if missing > len(self.pairs):
+                raise ValueError(
+                    f"haystack {self.haystack.source}: {count} different words are needed and it has {len(words)};"
+                    " give a longer one with --haystack FILE"
+                )
+            words += rng.sample(self.pairs, missing)
+        return words
 
     def repeated(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """`size` tokens of a few sentences over and over, and where one begins or they end."""
@@ -253,6 +264,7 @@ def _names(rng: random.Random, count: int, letters: int, alphabet: str) -> list[
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
+_PAIRS = 200_000  # a list of a million tokens has fewer words
 _COMMON = 10
 
 
@@ -272,7 +284,7 @@ def _common_words(maker: Maker, room: _Room, rng: random.Random) -> Question:
     size = room.left(len(example), len(begin), len(end))
     often, seldom = (6, 1) if is_short else (30, 3)
     most = size // 2 // seldom  # a number and a word take two tokens at least
-    words = maker.draw(rng, min(_COMMON + most, len(maker.words)))
+    words = maker.draw(rng, _COMMON + most)
     costs = [len(maker.encode(f" {word}")) for word in words]
     common, total, items = words[:_COMMON], often * sum(costs[:_COMMON]), often * _COMMON
     total += sum(len(maker.encode(f" {n}.")) for n in range(1, items + 1))
@@ -283,8 +295,6 @@ def _common_words(maker: Maker, room: _Room, rng: random.Random) -> Question:
         if total + more > size:
             break
         total, items, others = total + more, items + seldom, others + 1
-    else:
-        maker.draw(rng, _COMMON + most)  # says that the haystack has too few words
     listed = common * often + words[_COMMON : _COMMON + others] * seldom
     filled = maker.encode("\n")[-1:] * (size - total)
     return Question(maker.join(example, begin, numbered(_shuffled(rng, listed)), filled, end), common)

@@ -254,8 +254,10 @@ def begin(final: Path, kind: str) -> Path:
     what somebody else put there moves aside, which is said."""
     partial = partial_of(final)
     try:
-        remove_folder(partial)
+        is_gone = remove_folder(partial)
     except NotOursError:
+        is_gone = False
+    if not is_gone:
         _make_way(partial)
     return make_folder(partial, kind)
 
@@ -273,7 +275,7 @@ def publish(partial: Path, final: Path) -> None:
         _sync(path)
     if os.path.lexists(final) and kind_of(final) != kind:
         _make_way(final)
-    elif not remove_folder(final):
+    elif final.is_symlink() or not remove_folder(final):
         move_aside(final)
     os.replace(partial, final)
     _sync_folder(final.parent)
@@ -350,7 +352,7 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, checksums
 
 
 def _make_way(path: Path) -> None:
-    print(f"{path} was not written by this program, or has lost its mark; it is now {move_aside(path)}")
+    print(f"{path} is not this program's, or others have written to it; it is now {move_aside(path)}")
 
 
 def _mark(folder: Path, kind: str, **more: Any) -> None:

@@ -94,7 +94,7 @@ def lock(folder: Path, *, wait: bool = False) -> Lock:
     while True:
         stream = _open(folder)
         taken, holder = _take(stream), _read(folder / LOCK)
-        is_dead = taken and _is_here(holder)
+        is_dead = _is_here(holder) and (taken or (taken is None and not os.path.exists(f"/proc/{holder['pid']}")))
         if is_dead or (taken is not False and not _is_renewed(folder, holder, say=not said)):
             break
         stream.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -47,13 +46,13 @@ def _light_files(plan: Plan) -> Iterator[Path]:
 
 
 def unpack(plan: Plan, source: Path) -> list[str]:
-    """Add the arms of a tar file to what is there and return the new files. Of an arm that has finished
-    stages here, these and all files that are there stay as they are.
+    """Add the arms of a tar file to what is there and return the new files. What is there of an arm
+    that has a finished stage or a checkpoint here stays as it is.
 
     Raises ValueError for a file that is no such tar, holds other arms than the plan or names outside of its folder.
     """
     arms, added = {arm.name for arm in plan.arms}, []
-    finished = {(job.arm, job.stage) for jobs in plan.jobs().values() for job in jobs if job.is_done}
+    finished = {job.arm for jobs in plan.jobs().values() for job in jobs if job.is_done}
     try:
         with tarfile.open(source) as tar:
             for entry in tar.getmembers():
@@ -63,8 +62,8 @@ def unpack(plan: Plan, source: Path) -> list[str]:
                 if parts[0] not in arms:
                     raise ValueError(f"{source}: {parts[0]!r} is no arm of {plan.name} ({', '.join(sorted(arms))})")
                 target = Path(plan.root, *parts)
-                stage = re.sub(r"\.(run\.json|log|yaml)$", "", parts[1])
-                if (parts[0], stage) in finished or (target.exists() and parts[0] in {arm for arm, _ in finished}):
+                has_begun = any(Path(plan.root, parts[0]).glob("*/checkpoints/step-*"))
+                if target.exists() and (parts[0] in finished or has_begun):
                     continue
                 content = tar.extractfile(entry)
                 with files.whole(target) as stream:

@@ -63,15 +63,15 @@ def attention_ms(config: ModelConfig, length: int) -> dict[str, float]:
 
         out = attend()
         times = {"backward_ms": lambda out=out: out.backward(grad, retain_graph=True)}
-        total["backward_ms"] += count * _median(do_bench, times["backward_ms"])
+        total["backward_ms"] += count * _median(do_bench, times["backward_ms"], grad_to_none=[q, k, v])
         with torch.no_grad():
             total["forward_ms"] += count * _median(do_bench, attend)
             total["decode_ms"] += count * _median(do_bench, lambda attend=attend: attend(1))
     return total
 
 
-def _median(bench: Any, function: Any) -> float:
-    return float(bench(function, warmup=50, rep=200, return_mode="median"))
+def _median(bench: Any, function: Any, **options: Any) -> float:
+    return float(bench(function, warmup=50, rep=200, return_mode="median", **options))
 
 
 def measure(config: ModelConfig, length: int) -> dict[str, Any]:

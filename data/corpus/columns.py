@@ -127,7 +127,7 @@ def _condition(column: str, wanted: Any) -> Callable[[Any], bool]:
 def _bound(key: str, bound: Any) -> tuple[Any, Any]:
     if _is_number(bound) and not isinstance(bound, bool) and not math.isnan(bound):
         return bound, bound
-    if (span := _span(bound)) is None:
+    if isinstance(bound, date) or (span := _span(bound)) is None:  # dates are text in settings
         raise SettingError(key, f"{bound!r} is neither a number nor a date such as 2024-01-31")
     return span
 

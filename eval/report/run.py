@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run:
     results = results_folder(folder)
     folder = results.parent
     weights = next((place for place in (folder / "hf", folder) if (place / "config.json").is_file()), None)
-    now = fingerprint(weights) if weights else None
+    now = fingerprint(weights) if weights and any(weights.glob("*.safetensors")) else None  # of results brought here
     recipe = load_recipe(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     found: dict[str, Any] = {kind: {} for kind in ("lm", "needle", "ruler", "positions")}
     left_out = []
@@ -185,7 +185,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 def _environment(folder: Path) -> dict[str, Any]:
     """environment.json, or what the queue that started the run has written beside its folder."""
-    beside = folder.with_name(f"{folder.name}.json")
+    beside = folder.with_name(f"{folder.name}.run.json")
     if (folder / "environment.json").is_file() or not beside.is_file():
         return _object(folder / "environment.json")
     content = read_json(beside)

@@ -9,6 +9,7 @@ from typing import Any
 from eval.differences import Difference, of_means, of_questions, paired_means, questions
 from eval.grid import format_length
 from eval.report.run import Run, Scores
+from eval.results import threshold
 from eval.sweep import SCORE_NAMES, wilson
 from s2.tables import markdown
 
@@ -240,8 +241,8 @@ def gate(runs: Sequence[Run]) -> str:
         for check in run.gate.get("checks", ()):
             what = " ".join(str(check[key]) for key in ("check", "kind", "task", "metric") if check.get(key))
             place = format_length(check["length"]) if check.get("length") else ""
-            span = f", {check['from']:,} to {check['to']:,}" if "from" in check else ""
-            limit = f"at least {check['min']:g}" if "min" in check else f"at most {check.get('max', math.nan):g}"
+            span = f", {check['from']:,} to {check.get('to') or check['length']:,}" if "from" in check else ""
+            limit = threshold(check)
             passed = "passed" if check.get("passed") else "**not passed**"
             rows.append([run.name, what, place + span, f"{check['value']:.3f}", limit, passed])
     return markdown(["run", "check", "length, positions", "value", "limit", ""], rows)

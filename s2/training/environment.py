@@ -39,10 +39,13 @@ def environment() -> dict[str, Any]:
 
 def record_environment(folder: Path) -> None:
     """Write environment.json of a run; what earlier processes of it wrote stays there under `earlier`."""
-    before = {}
+    earlier = []
     if (folder / _FILE).is_file():
-        before = files.read_json(folder / _FILE)
-    earlier = [*before.pop("earlier", []), before] if before else []
+        try:
+            before = files.read_json(folder / _FILE)
+            earlier = [*before.pop("earlier", []), before]
+        except (ValueError, TypeError, AttributeError) as error:
+            print(f"{folder / _FILE} cannot be read ({error}); it is now {files.move_aside(folder / _FILE).name}")
     files.write_json(folder / _FILE, environment() | {"earlier": earlier})
 
 

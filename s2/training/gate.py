@@ -46,11 +46,15 @@ def _objection(folder: Path, file: Path) -> str:
     command = f"make gate RECIPE={folder.parent.parent.name} CKPT={folder}"
     if not file.is_file():
         return f"{folder} has not been measured, {file} is missing; run `{command}`"
-    gate = read_json(file)
-    if gate.get("fingerprint") != fingerprint(folder):
+    try:
+        gate = read_json(file)
+        checks, passed, measured = gate["checks"], gate["passed"], gate["fingerprint"]
+        missed = [check for check in checks if not check["passed"]]
+        found = [", ".join(f"{key} {check[key]}" for key in _SAID if check.get(key) is not None) for check in missed]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{file} is no record of a gate ({error}); run `{command}`"
+    if found or not passed or not checks:
+        return f"{folder} has not passed its gate ({file}): {'; '.join(found) or 'it has no check'}"
+    if measured != fingerprint(folder):
         return f"{file} is of other weights than {folder} has now; run `{command}`"
-    missed = [check for check in gate.get("checks", ()) if not check.get("passed")]
-    if gate.get("passed") and not missed:
-        return ""
-    found = (", ".join(f"{key} {check[key]}" for key in _SAID if check.get(key) is not None) for check in missed)
-    return f"{folder} has not passed its gate ({file}): {'; '.join(found)}"
+    return ""

@@ -145,7 +145,7 @@ class Stage:
         with lock(run.folder) if trainer.is_global_zero else nullcontext() as self.checkpoint.lock:
             ending.keep_crashes_in(run.folder / "logs")
             resume = self._resume_from()
-            if resume is None and (init_from := self.config.model.init_from):
+            if resume is None and trainer.is_global_zero and (init_from := self.config.model.init_from):
                 self._say(check_gate(init_from, run.gate))
             self._say(self.report())
             if trainer.is_global_zero:
@@ -185,7 +185,7 @@ class Stage:
         """What the recipe says differently since a checkpoint was written."""
         if (before := run_folder.read_meta(checkpoint).get("recipe")) is None:
             return  # written by a version that did not keep it
-        found = [line for line in differences(before, self.resolved) if line[0] != "run.resume"]
+        found = [line for line in differences(before, self.resolved) if line[0] not in ("run.resume", "run.gate")]
         if found:
             what = "changed since then, " + ("and not trained with" if finished else "from here on in force")
             advice = "; train it anew with run.resume=never or another run.stage" if finished else ""

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(kind: str, environment: dict[str, str], step: Step) -> int:
-    """Pretrain or extend."""
+    """Pretrain or extend, then measure the stage's gate, if the recipe has one."""
     source = recipe_path(kind, environment)
     arguments = words("ARGS", environment)
     check_environment(environment)
@@ -72,6 +72,10 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
         print(f"note: {remark}", flush=True)
     environment["S2_JOB_RECORD"] = str(record.folder)
     code = step.run(nodes, tasks, cpus, command, environment)
+    gate = source.parent / "gates" / source.name
+    if code == ending.DONE and gate.is_file():  # for the next stage, which may wait for this job
+        command = ["-m", "eval.gate", "--ckpt", str(run / "hf"), "--config", str(gate)]
+        code = step.run(1, 1, cpus, command, environment)
     if code in (ending.DONE, ending.STOPPED) or not made_way(code, environment):
         return code  # the trainer has said what it has to say
     idle = record.idle_starts(progress_of(run))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eval.checkpoint import Checkpoint, bos_of
-from eval.positions import buckets, losses, main, student, summarise
+from eval.positions import buckets, losses, main, summarise
+from eval.sweep import student
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 

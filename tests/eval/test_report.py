@@ -13,6 +13,7 @@ from eval.report.__main__ import main
 from eval.report.glance import glance
 from eval.report.page import missing
 from eval.report.run import labels, read_run, read_runs
+from eval.sweep import student
 from s2.files import write_json
 from s2.model.config import ModelConfig
 from s2.model.flops import matmul_parameters
@@ -53,7 +54,7 @@ def test_both_pages_have_every_section_and_the_html_needs_no_other_file(tmp_path
     assert not re.search(r"(href|src)=\"(?!#|data:)|@import|url\(", page)
     links = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
     assert len(links) == 7 and all((tmp_path / link).stat().st_size > 1000 for link in links)
-    assert "| demo/b | needle | 512 | 0.500 | at least 0.9 | **not passed** |" in text
+    assert "| demo/b | needle | 512 | 0.500 | min 0.9 | **not passed** |" in text
 
 
 def test_a_page_that_somebody_else_wrote_is_not_replaced(tmp_path):
@@ -111,6 +112,7 @@ def test_results_of_other_weights_are_left_out_and_named(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
     (run / "hf").mkdir()
     (run / "hf" / "config.json").write_text(json.dumps(ModelConfig(**MODEL).to_hf_dict()))
+    (run / "hf" / "model.safetensors").write_bytes(b"weights")
     now = fingerprint(run / "hf")
     write_results(run / "results" / "needle.json", {(512, 0): 0.5}, fingerprint="earlier")
     write_results(run / "results" / "needle-n1.json", {(512, 0): 1.0}, n=1, fingerprint=now)
@@ -121,6 +123,35 @@ def test_results_of_other_weights_are_left_out_and_named(tmp_path):
     (said,) = missing([found])
     assert "- Left out of demo/a: needle.json (of other weights than the run has now)" in said
     assert "- Left out of demo/a: ruler.json (not finished)" in said
+
+
+def test_results_brought_here_without_their_weights_are_taken(tmp_path):
+    run = make_run(tmp_path / "demo" / "a")
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").write_text(json.dumps(ModelConfig(**MODEL).to_hf_dict()))
+    write_results(run / "results" / "needle.json", {(512, 0): 0.5}, fingerprint="of the weights there")
+    (found,) = read_runs([run])
+    assert list(found.needle) == ["needle"] and not found.left_out
+
+
+def test_a_gate_is_read_as_it_is_written(tmp_path):
+    run = make_run(tmp_path / "demo" / "a")
+    checks = [
+        {"check": "loss", "length": 8192, "from": 0, "max_rise": 0.02, "value": 3.0, "base": 2.99, "passed": True},
+        {
+            "check": "needle",
+            "kind": "single",
+            "length": 8192,
+            "max_drop": 0.02,
+            "value": 0.9,
+            "base": 1.0,
+            "passed": False,
+        },
+    ]
+    write_json(run / "results" / "gate.json", {"kind": "gate", "passed": False, "checks": checks})
+    text = scores.gate(read_runs([run]))
+    assert "| loss | 8k, 0 to 8,192 | 3.000 | max_rise 0.02 of 2.99 | passed |" in text
+    assert "| needle | 8k | 0.900 | max_drop 0.02 of 1 | **not passed** |" in text
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
@@ -231,7 +262,7 @@ def test_the_record_beside_a_run_says_where_it_was_made(tmp_path):
     run = make_run(tmp_path / "demo" / "a")
     record = {"device": "NVIDIA H200", "commit": "abc123", "versions": {"torch": "2.13"}, "command": ["python", "x y"]}
     record["earlier"] = [record | {"commit": "abc122"}]
-    write_json(tmp_path / "demo" / "a.json", record)
+    write_json(tmp_path / "demo" / "a.run.json", record)
     write_json(run / "results" / "suite.json", {"parts": [{"command": "python -m eval.needle --ckpt a"}]})
     text = rates.environment(read_runs([run]))[0]
     for row in (
@@ -328,7 +359,7 @@ def test_tasks_with_logged_documents_are_paired(tmp_path):
         logged = [{"doc_id": i, "prompt_hash": str(i), "acc": float(i < right)} for i in range(20)]
         write_json(run / "results" / "lm-piqa.json", lm_results(right / 20) | {"samples": {"piqa": logged}})
     text = "\n".join(scores.downstream(read_runs(runs)))
-    half = 1.959964 * (5 * 15 / 20 / 19 / 20) ** 0.5  # five of twenty documents differ, all in one direction
+    half = student(19) * (5 * 15 / 20 / 19 / 20) ** 0.5  # five of twenty documents differ, all in one direction
     assert (
         f"<br>**+0.250 (+{0.25 - half:.2f} to +{0.25 + half:.2f})**" in text and "(demo/b paired by document)" in text
     )

@@ -183,6 +183,20 @@ def test_a_job_that_never_trains_a_step_is_not_requeued_for_ever(repository, mon
     assert said[2].startswith("stopped: 3 starts of job 17 in a row ended before a step was trained")
 
 
+@pytest.mark.parametrize(("trained", "commands"), [(0, ["s2.training.cli", "eval.gate"]), (2, ["s2.training.cli"])])
+def test_a_finished_stage_is_measured_for_the_one_that_waits_for_it(repository, monkeypatch, trained, commands):
+    (repository / "recipes/demo/gates").mkdir()
+    (repository / "recipes/demo/gates/pretrain.yaml").write_text("needle: [{length: 512, min: 0.9}]\n")
+    seen = []
+    step = job.Step(raises=False)
+    monkeypatch.setattr(step, "run", lambda *a: seen.append(a[3]) or (trained if len(seen) == 1 else 2))
+    monkeypatch.setattr(job, "made_way", lambda *_: False)
+    assert job.train("pretrain", JOB | {"RECIPE": "demo"}, step) == 2  # of the gate, or of the training
+    assert [command[1] for command in seen] == commands
+    if not trained:
+        assert seen[1][2:] == ["--ckpt", "runs/demo/pretrain/hf", "--config", "recipes/demo/gates/pretrain.yaml"]
+
+
 def test_starting_over_happens_once_a_job_and_not_at_every_restart(repository, monkeypatch):
     commands = []
     for restart in range(2):

@@ -27,3 +27,11 @@ def test_without_git_there_is_no_commit(path, monkeypatch):
     monkeypatch.delenv("S2_COMMIT", raising=False)
     monkeypatch.setenv("PATH", path)
     assert environment.environment()["commit"] is None
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"earlier": 5}'])
+def test_a_record_that_cannot_be_read_moves_aside_and_stops_nothing(tmp_path, text):
+    (tmp_path / "environment.json").write_text(text)
+    environment.record_environment(tmp_path)
+    assert read_json(tmp_path / "environment.json")["earlier"] == []
+    assert (tmp_path / "environment.json.1").read_text() == text

@@ -62,6 +62,22 @@ def test_both_the_sum_and_the_checks_have_to_say_so(checkpoint: Path, more: dict
         check_gate(str(checkpoint), "required")
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"checks": null}', '{"checks": [5], "passed": true, "fingerprint": ""}']
+)
+def test_a_damaged_record_counts_as_none(checkpoint: Path, text: str) -> None:
+    write_gate(checkpoint, True).write_text(text)
+    with pytest.raises(GateError, match="is no record of a gate"):
+        check_gate(str(checkpoint), "required")
+    assert check_gate(str(checkpoint), "ignore").startswith("run.gate=ignore: ")
+
+
+def test_a_gate_without_a_check_is_not_passed(checkpoint: Path) -> None:
+    write_gate(checkpoint, **{"passed": True})
+    with pytest.raises(GateError, match="it has no check"):
+        check_gate(str(checkpoint), "required")
+
+
 def test_a_gate_of_other_weights_does_not_count(checkpoint: Path) -> None:
     write_gate(checkpoint, True)
     config = json.loads((checkpoint / "config.json").read_text())
