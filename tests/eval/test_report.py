@@ -151,7 +151,7 @@ def test_a_gate_is_read_as_it_is_written(tmp_path):
     write_json(run / "results" / "gate.json", {"kind": "gate", "passed": False, "checks": checks})
     text = scores.gate(read_runs([run]))
     assert "| loss | 8k, 0 to 8,192 | 3.000 | max_rise 0.02 of 2.99 | passed |" in text
-    assert "| needle | 8k | 0.900 | max_drop 0.02 of 1 | **not passed** |" in text
+    assert "| needle single | 8k | 0.900 | max_drop 0.02 of 1 | **not passed** |" in text
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
