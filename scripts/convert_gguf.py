@@ -20,15 +20,27 @@ from s2.model.config import ModelConfig
 from s2.model.hf import save_pretrained
 
 
+_SCALED_ROPE = ("rope_freqs.weight", ".rope.scaling.factor")  # a tensor of Llama 3.1, a key of linear and yarn
+_HEADER = 64 << 20  # bytes with all keys, the vocabulary among them, and the names of all tensors
+
+
 def convert(source: Path, folder: Path) -> Path:
     """Write `folder` from a GGUF file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: `gguf` is not installed, the file is no GGUF, or it holds no model that can be taken.
+        ValueError: `gguf` is not installed, the file is no GGUF, or it holds no model that can be taken, or one whose RoPE
+            would be lost.
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such GGUF file")
+    with source.open("rb") as stream:
+        header = stream.read(_HEADER)
+    if scaled := [name for name in _SCALED_ROPE if name.encode() in header]:
+        raise ValueError(
+            f"{source}: its RoPE is scaled ({scaled[0]}), which transformers does not read from GGUF; take the original"
+            " Hugging Face folder"
+        )
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)

@@ -52,3 +52,10 @@ def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"wrong.gguf: "):  # without the package, that it is missing
         convert(tmp_path / "wrong.gguf", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "llama.rope.scaling.factor"])
+def test_rope_that_would_be_lost_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "scaled.gguf").write_bytes(b"GGUF" + 5000 * b"0" + name.encode())
+    with pytest.raises(ValueError, match=r"scaled.gguf: its RoPE is scaled"):
+        convert(tmp_path / "scaled.gguf", tmp_path / "hf")
