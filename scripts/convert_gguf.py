@@ -19,7 +19,6 @@ from s2 import ending, files
 from s2.model.config import ModelConfig
 from s2.model.hf import save_pretrained
 
-
 _SCALED_ROPE = ("rope_freqs.weight", ".rope.scaling.factor")  # a tensor of Llama 3.1, a key of linear and yarn
 _HEADER = 64 << 20  # bytes with all keys, the vocabulary among them, and the names of all tensors
 
@@ -29,8 +28,8 @@ def convert(source: Path, folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: `gguf` is not installed, the file is no GGUF, or it holds no model that can be taken, or one whose RoPE
-            would be lost.
+        ValueError: `gguf` is not installed, the file is no GGUF, or it holds no model that can be taken, or one whose
+            RoPE would be lost.
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such GGUF file")
