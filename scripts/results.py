@@ -21,12 +21,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from results_collect import collect
 from results_pack import pack, unpack
 from results_page import shards, write
 from results_plan import Job, Plan, load_plan
-from results_queue import Queue, environment, shown, status
+from results_queue import Queue, shown, status
 
 from data.prepare.run import prepare
 from data.prepare.spec import PrepareSpec
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.data_only:
             return ending.DONE
         launched = shown(["python", "scripts/results.py", *(sys.argv[1:] if argv is None else argv)])
-        about = {"experiment": plan.name, "launched": launched, **environment(), "data": shards(data_folders(plan))}
+        about = {"experiment": plan.name, "launched": launched, **_machine(), "data": shards(data_folders(plan))}
         left = None if args.minutes is None else args.minutes - (time.monotonic() - began) / 60
         queue = Queue(jobs, gpus, left, about, lambda line: print(line, flush=True))
         queue.run()
@@ -159,6 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if queue.left:
         raise Unfinished(f"stopped with {', '.join(queue.left)} unfinished; the same command goes on")
     return ending.DONE
+
+
+def _machine() -> dict[str, Any]:
+    from s2.training.environment import environment  # torch, which --status and --dry-run do without
+
+    here = environment()
+    return {"commit": here["commit"] or "unknown", "versions": here["versions"], "device": here["device"]}
 
 
 def _root(plan: Plan) -> Path:

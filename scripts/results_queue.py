@@ -14,7 +14,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from s2.recipe import dump_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVING = 60.0  # seconds before the end in which running processes save, and after which they are killed
-VERSIONS = ("torch", "triton", "lightning", "deepspeed", "transformers", "lm_eval")
 _LEFT_BY_LIGHTNING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
 
 
@@ -162,22 +160,6 @@ def last_line(log: Path) -> str:
     """The last line of a log, which says how a command ended."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return f"{log} ends: {lines[-1]}" if lines else f"{log} is empty"
-
-
-def environment() -> dict[str, Any]:
-    """What the figures of a run depend on beside its recipe."""
-    import torch
-
-    versions: dict[str, str | None] = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["the CPU"]
-    commit = os.environ.get("S2_COMMIT") or git.stdout.strip() or "unknown"
-    return {"commit": commit, "versions": versions, "device": names[0]}
 
 
 def status(arms: Mapping[str, Sequence[Job]]) -> list[list[str]]:

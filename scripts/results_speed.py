@@ -17,32 +17,12 @@ import torch
 
 from eval.grid import parse_length
 from s2 import ending, files
-from s2.attention import HeadRule, s2_attention
+from s2.attention import s2_attention
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
+from s2.model.layouts import kv_bytes_per_token
 
 _BYTES = 2  # of a number in bfloat16
-
-
-def kept_blocks(rule: HeadRule, num_blocks: int) -> torch.Tensor:
-    """Bool [num_blocks]: key blocks that the newest query block or a later one sees."""
-    block = torch.arange(num_blocks)
-    age = num_blocks - 1 - block
-    keep = (age < rule.local) | (block < rule.sinks)
-    for level in rule.levels:
-        keep |= (block % level.stride == level.residue) & (age < level.end)
-    return keep
-
-
-def kv_bytes_per_token(config: ModelConfig, length: int) -> float:
-    """Bytes of keys and values in bfloat16 that a context of `length` tokens needs, over `length`."""
-    layout, kv_heads = config.layout, config.num_key_value_heads
-    heads, blocks = layout.ruled_heads(kv_heads), -(-length // config.block_size)
-    kept = 0
-    for pattern, rotation in zip(layout.patterns, layout.rotations, strict=True):
-        rules = torch.stack([kept_blocks(rule, blocks) for rule in pattern.rules(heads, layer=rotation)])
-        kept += int(rules.view(kv_heads, -1, blocks).any(1).sum())  # a KV head is kept for all of its query heads
-    return kept * config.block_size * 2 * config.head_dim * _BYTES / length
 
 
 def attention_ms(config: ModelConfig, length: int) -> dict[str, float]:

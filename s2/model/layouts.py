@@ -7,6 +7,8 @@ from itertools import groupby
 
 import torch
 
+from s2.attention import HeadRule
+
 from .config import ModelConfig
 
 
@@ -46,18 +48,27 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def kv_bytes_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Bytes of bf16 keys and values that the next token sees after `seq_len` tokens, all layers together, for each of
-    those tokens: dense layers need all, a sparse head its sinks, its window and every V-th block.
+    """Bytes of bf16 keys and values that the next token or a later one sees after `seq_len` tokens, all layers
+    together, for each of those tokens: dense layers need all, a sparse head its sinks, its window and every V-th block.
 
-    What a cache that drops the rest would hold; blocks that come back where strides do not nest are not counted, and
-    `s2.inference.cache` holds everything (`seq_len` within the first block gives that).
+    What a cache that drops the rest would hold; `s2.inference.cache` holds everything (`seq_len` within the first block
+    gives that).
     """
     layout, kv_heads = config.layout, config.num_key_value_heads
     num_blocks = -(-seq_len // config.block_size)
-    keys = torch.arange(num_blocks)
     kept = 0
     for pattern, rotation in zip(layout.patterns, layout.distinct_rotations(kv_heads), strict=True):
         rules = pattern.rules(layout.ruled_heads(kv_heads), layer=rotation)
-        seen = torch.stack([rule.visible(num_blocks - 1 - keys, keys) for rule in rules])
+        seen = torch.stack([_kept_blocks(rule, num_blocks) for rule in rules])
         kept += int(seen.view(kv_heads, -1, num_blocks).any(1).sum())  # a KV head keeps what any of its queries sees
     return kept / num_blocks * 2 * config.head_dim * 2
+
+
+def _kept_blocks(rule: HeadRule, num_blocks: int) -> torch.Tensor:
+    """Bool [num_blocks]: key blocks that the newest query block or a later one sees."""
+    block = torch.arange(num_blocks)
+    age = num_blocks - 1 - block
+    keep = (age < rule.local) | (block < rule.sinks)
+    for level in rule.levels:
+        keep |= (block % level.stride == level.residue) & (age < level.end)
+    return keep

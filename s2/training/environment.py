@@ -15,7 +15,7 @@ import torch
 
 from s2 import files
 
-_PACKAGES = ("torch", "triton", "lightning", "deepspeed", "transformers")
+_PACKAGES = ("torch", "triton", "lightning", "deepspeed", "transformers", "lm_eval")
 _FILE = "environment.json"
 
 
