@@ -70,10 +70,16 @@ def text(plan: Plan, results: Row, pictures: Mapping[str, str], heatmaps: Sequen
     for part, title in PARTS.items():
         stages = dict.fromkeys(row["stage"] for row in results["figures"] if row["part"] == part)
         for stage in stages:
-            rows = [row for row in results["figures"] if (row["part"], row["stage"]) == (part, stage)]
+            rows = _shown([row for row in results["figures"] if (row["part"], row["stage"]) == (part, stage)])
             parts += [f"## {title}{f', after {stage}' if stage else ''}", *_tables(rows, results, share)]
     parts += ["## Data", data_table(results), "## Commands", _commands(results)]
     return "\n\n".join([*filter(None, parts), SIGNATURE]) + "\n"
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """What of a part stands in its tables: of losses by position, ranges of the longest length alone."""
+    longest = max((row["length"] or 0 for row in rows), default=0)
+    return [r for r in rows if r["part"] != "positions" or r["task"] == "loss" or r["length"] == longest]
 
 
 def _state(plan: Plan, results: Row) -> list[str]:
@@ -141,6 +147,8 @@ def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
         )
     if rows[0]["part"] in ("training", "positions"):
         notes.append("0.01 nats per token are 1 % of perplexity.")
+    if rows[0]["part"] == "positions":
+        notes.append("Ranges of the shorter lengths are in the picture and in results.json.")
     counts = sorted({row["n"] for row in rows if row["n"]})
     if counts and rows[0]["part"] != "training":
         notes.append(f"n = {counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "") + " a figure.")
@@ -244,8 +252,10 @@ def _positions(results: Row, logs: Row) -> Any:
     panels = list(dict.fromkeys((row["stage"], row["length"]) for row in rows))[:4]
     if not panels:
         return None
-    figure, axes = _figure(len(panels))
-    for panel, (stage, length) in zip(axes, panels, strict=True):
+    figure, axes = _figure(2 if len(panels) > 1 else 1, (len(panels) + 1) // 2)
+    for panel in axes[len(panels) :]:
+        panel.remove()
+    for panel, (stage, length) in zip(axes, panels, strict=False):
         for arm in results["arms"]:
             here = [r for r in rows if (r["arm"], r["stage"], r["length"]) == (arm, stage, length)]
             ends = [int(r["task"].split("-")[-1]) for r in here]
@@ -281,6 +291,9 @@ def _quality_and_speed(results: Row, logs: Row) -> Any:
                 panel.scatter(times[arm], y, color=f"C{number % 10}")
                 panel.annotate(arm, (times[arm], y), textcoords="offset points", xytext=(5, 3), fontsize=8)
         panel.set(xscale="log", xlabel="attention of all layers, forward and backward (ms)", ylabel=label)
+        panel.set_xlim(0.85 * min(times.values()), 1.25 * max(times.values()))  # room for the last name
+        if part == "needle":
+            panel.set_ylim(-0.03, 1.03)
         panel.grid(alpha=0.3)
     return figure
 
