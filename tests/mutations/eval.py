@@ -84,6 +84,12 @@ MUTANTS = (
         ("test_results.py",),
     ),
     Mutant(
+        "stop_sequences_of_several_tokens_are_read_at_the_end_alone", "eval",
+        "            is_enough=is_enough,\n        )\n        return",
+        "        )\n        return",
+        ("test_adapter.py::test_a_stop_sequence_of_several_tokens_ends_generation",),
+    ),
+    Mutant(
         "the_haystack_holds_the_frame_of_documents", "eval",
         "tokens = tokens[:-1] if tokens and tokens[-1] in frame else tokens",
         "tokens = tokens[:-1] if tokens and len(frame) > 2 else tokens",
