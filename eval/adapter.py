@@ -27,7 +27,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-from tqdm import tqdm
 
 from eval.arguments import DTYPES
 from eval.checkpoint import ASK_EVERY, Checkpoint, memory_for
@@ -35,6 +34,7 @@ from eval.encoding import PromptEncoder
 from eval.results import Answers
 from eval.sampling import MAX_NEW_TOKENS, Sampling
 from s2.inference.generate import generate
+from s2.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class S2LM(TemplateLM):
                 )
             rows.append(self._fit([*context, *continuation], self.max_length + 1, "request")[:-1])
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # memory runs out at once or not at all
-        with tqdm(total=len(rows), disable=disable_tqdm, desc="loglikelihood", unit="request") as bar:
+        with progress("loglikelihood", len(rows), "request", quiet=disable_tqdm) as bar:
             while order:
                 size = self._rows_of(len(rows[order[0]]))
                 batch, order = order[:size], order[size:]
@@ -257,7 +257,7 @@ class S2LM(TemplateLM):
             prompts.append(self._fit(tokens, room, "prompt"))
             groups[options, len(prompts[-1])].append(i)
         generators = {options: options.generator(self._device) for options, _ in groups}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="request") as bar:
+        with progress("generate_until", len(requests), "request", quiet=disable_tqdm) as bar:
             for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
                 rows = self._rows_of(length + options.max_new_tokens)
                 for first in range(0, len(members), rows):

@@ -34,6 +34,7 @@ from eval.results import Answers, Conditions, write_results
 from eval.task_manager import CorrectedTasks
 from s2 import ending
 from s2.files import require_writable, temporary_folder
+from s2.progress import no_bars_in_logs
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 OWN_TASKS = ("s2_heldout", "s2_passkey")
@@ -110,7 +111,7 @@ def evaluate(
         lm.overflow.clear()
         identity = {"fingerprint": lm.checkpoint.fingerprint}
         lm.answers = None if unfinished is None else Answers(unfinished, conditions.name, identity)
-        with nullcontext() if lm.answers is None else closing(lm.answers):
+        with no_bars_in_logs(), nullcontext() if lm.answers is None else closing(lm.answers):
             results = lm_eval.simple_evaluate(
                 lm,
                 tasks=list(tasks),
