@@ -81,6 +81,26 @@ def paired_means(first: Mapping[str, float], second: Mapping[str, float]) -> Dif
     return Difference(float(each.mean()), float(each.mean()) - half, float(each.mean()) + half, True)
 
 
+def of_documents(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
+    """Of numbers by document (`eval.documents`), where both have the same ones: Agresti and Min's interval of right and
+    wrong answers, Student's of others. None where the documents differ or are fewer than two."""
+    if not first or first.keys() != second.keys():
+        return None
+    is_binary = {*first.values(), *second.values()} <= {0.0, 1.0}
+    return paired(first, second) if is_binary else paired_means(first, second)
+
+
+def mean_of(each: Sequence[Difference]) -> Difference:
+    """Of the mean over parts that are independent of each other, such as tasks: the distances from the differences to
+    the ends of their intervals are added in squares (Zou and Donner, Statistics in Medicine 2008), which keeps them
+    uneven where they are. Paired where all parts are."""
+    count = len(each)
+    value = math.fsum(part.value for part in each) / count
+    low = value - math.hypot(*(part.value - part.low for part in each)) / count
+    high = value + math.hypot(*(part.high - part.value for part in each)) / count
+    return Difference(value, low, high, all(part.paired for part in each))
+
+
 def _normal(value: float, error: float, is_paired: bool) -> Difference:
     return Difference(value, value - _Z * error, value + _Z * error, is_paired)
 

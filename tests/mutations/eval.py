@@ -90,6 +90,24 @@ MUTANTS = (
         ("test_adapter.py::test_a_stop_sequence_of_several_tokens_ends_generation",),
     ),
     Mutant(
+        "documents_are_named_without_what_was_asked", "eval",
+        'for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash")] for row in rows',
+        'for key in ("doc_id",)] for row in rows',
+        ("test_documents.py",),
+    ),
+    Mutant(
+        "a_perplexity_moves_the_wrong_way", "eval",
+        "return [value * (1 - (row - mean)) for row in rows]",
+        "return [value * (1 + (row - mean)) for row in rows]",
+        ("test_documents.py",),
+    ),
+    Mutant(
+        "the_mean_over_tasks_needs_whole_tasks", "eval",
+        'if task in whole and kind in ("acc", "acc_norm") and is_better:',
+        'if task in whole and kind in ("acc", "acc_norm") and is_better and limit is None:',
+        ("test_report_tasks.py",),
+    ),
+    Mutant(
         "the_haystack_holds_the_frame_of_documents", "eval",
         "tokens = tokens[:-1] if tokens and tokens[-1] in frame else tokens",
         "tokens = tokens[:-1] if tokens and len(frame) > 2 else tokens",
