@@ -108,6 +108,24 @@ MUTANTS = (
         ("test_report_tasks.py",),
     ),
     Mutant(
+        "texts_that_a_normalizer_makes_longer_are_skipped", "eval",
+        "return normalizer is not None and 1 + of_a_byte * len(normalizer.normalize_str(text).encode()) >= count",
+        "return False",
+        ("test_positions.py",),
+    ),
+    Mutant(
+        "added_tokens_of_one_byte_are_forgotten", "eval",
+        "of_a_byte = 2 if any(",
+        "of_a_byte = 1 if any(",
+        ("test_positions.py",),
+    ),
+    Mutant(
+        "every_document_is_encoded", "eval",
+        "if not may(text, shortest - len(head)):",
+        "if not may(text, 0):",
+        ("test_positions.py::test_documents_that_cannot_be_long_enough_are_not_encoded",),
+    ),
+    Mutant(
         "the_haystack_holds_the_frame_of_documents", "eval",
         "tokens = tokens[:-1] if tokens and tokens[-1] in frame else tokens",
         "tokens = tokens[:-1] if tokens and len(frame) > 2 else tokens",
