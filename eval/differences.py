@@ -29,6 +29,10 @@ class Difference:
         """Whether the interval leaves 0 out."""
         return self.low > 0 or self.high < 0
 
+    def scaled(self, factor: float) -> Difference:
+        """In another unit, so many of which are one of this."""
+        return Difference(factor * self.value, factor * self.low, factor * self.high, self.paired)
+
     def as_json(self) -> dict[str, Any]:
         interval = [round(self.low, 4), round(self.high, 4)]
         return {"difference": self.value, "interval": interval, "interval_kind": "95 %", "paired": self.paired}
@@ -118,6 +122,20 @@ def questions(content: Mapping[str, Any], score: str, **where: Any) -> dict[str,
             # earlier files have no digest of the prompt: settings and what was hidden tell prompts apart
             prompt = sample.get("prompt") or f"{settings} {sample.get('needles')}"
             found[f"{sample.get('id')} {prompt}"] = float(sample["scores"][score])
+    return found
+
+
+def losses_by_document(
+    content: Mapping[str, Any], length: int, low: int = 0, high: int | None = None
+) -> dict[str, float]:
+    """Mean loss of each document of that length in a result file of `eval.positions`, over the buckets from `low` to
+    `high` (None: to the end). A document's name changes with its tokens."""
+    found = {}
+    for sample in content.get("samples", ()):
+        if sample.get("length") == length:
+            rows = [row for row in sample["losses"] if low <= row[0] and (high is None or row[1] <= high)]
+            if count := sum(row[2] for row in rows):
+                found[f"{sample['id']} {sample.get('prompt')}"] = sum(row[2] * row[3] for row in rows) / count
     return found
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from eval.differences import Difference, of_means, of_questions, paired_means, questions
+from eval.differences import Difference, losses_by_document, of_means, of_questions, paired_means, questions
 from eval.grid import format_length
 from eval.report.run import Run, Scores
 from eval.results import threshold
@@ -105,7 +105,7 @@ def positions(runs: Sequence[Run], stem: str) -> list[str]:
         spans = dict.fromkeys((b["from"], b["to"]) for t in tables for b in t.get(length, ()))
         for low, high in ((None, None), *spans):
             values = [_loss(scores, length, low, high) for scores in found]
-            each = [_by_document(scores, length, low, high) for scores in found]
+            each = [losses_by_document(s.content, length, low or 0, high) if s else {} for s in found]
             differences = [_document_difference(each[0], other) for other in each]
             label = "all" if low is None else f"{low:,} to {high:,}"
             table.add((format_length(length), label), values, differences)
@@ -135,17 +135,6 @@ def _loss(scores: Scores | None, length: int, low: int | None, high: int | None)
             for row in rows:
                 return with_interval(row["loss"], *row["interval"]) if row.get("interval") else f"{row['loss']:.3f}"
     return None
-
-
-def _by_document(scores: Scores | None, length: int, low: int | None, high: int | None) -> dict[str, float]:
-    """Mean loss of each document, named by its prompt."""
-    found = {}
-    for sample in scores.content.get("samples", ()) if scores else ():
-        if sample.get("length") == length:
-            rows = [row for row in sample["losses"] if low is None or low <= row[0] < high]
-            if count := sum(row[2] for row in rows):
-                found[f"{sample['id']} {sample.get('prompt')}"] = sum(row[2] * row[3] for row in rows) / count
-    return found
 
 
 def _document_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:

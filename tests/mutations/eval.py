@@ -126,6 +126,12 @@ MUTANTS = (
         ("test_positions.py::test_documents_that_cannot_be_long_enough_are_not_encoded",),
     ),
     Mutant(
+        "arms_are_compared_without_their_pairs", "scripts",
+        "if found := of_documents(base.samples, figure.samples):",
+        "if found := of_documents({}, figure.samples):",
+        ("test_experiment_figures.py",),
+    ),
+    Mutant(
         "the_haystack_holds_the_frame_of_documents", "eval",
         "tokens = tokens[:-1] if tokens and tokens[-1] in frame else tokens",
         "tokens = tokens[:-1] if tokens and len(frame) > 2 else tokens",

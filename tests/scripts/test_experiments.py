@@ -1,4 +1,4 @@
-"""Experiments as commands: plans, the queue of runs, carried results, differences and the page."""
+"""Experiments as commands: plans, the queue of runs, carried results and the page."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import results  # noqa: E402
-import results_collect  # noqa: E402
-import results_speed  # noqa: E402
-from results_collect import Figure, at_equal, difference  # noqa: E402
 from results_pack import pack, unpack  # noqa: E402
 from results_plan import load_plan  # noqa: E402
 from results_queue import Queue, status  # noqa: E402
@@ -246,88 +243,6 @@ def test_told_to_stop_it_has_its_runs_save_and_what_does_not_end_is_killed(tmp_p
     assert not (tmp_path / "runs/later").exists()
 
 
-# ---------------------------------------------------------------- figures
-
-
-def figure(value, samples=(), questions="", **more):
-    return Figure("train", "needle", "single", 8192, "exact", value, samples=dict(enumerate(samples)),
-                  questions=questions, **more)  # fmt: skip
-
-
-def test_the_same_questions_are_compared_one_by_one():
-    ours, base = figure(0.75, [1, 1, 1, 0], "q"), figure(0.5, [1, 1, 0, 0], "q")
-    assert difference(ours, base) == {"difference": 0.25, "stderr": pytest.approx(0.25), "paired": True, "n": 4}
-    other = figure(0.5, [1, 1, 0, 0], "r", stderr=0.3)
-    apart = difference(figure(0.75, [1, 1, 1, 0], "q", interval=[0.75 - 0.4 * 1.959964, 0.75 + 0.4 * 1.959964]), other)
-    assert apart["stderr"] == pytest.approx(0.5) and not apart["paired"]
-    assert difference(figure(0.75), other)["stderr"] is None
-
-
-def test_losses_are_compared_at_as_many_tokens_and_after_as_many_minutes():
-    slow = [{"step": i, "tokens": 100 * i, "seconds": 60.0 * i, "train/loss": 10 - 0.01 * i} for i in range(1, 201)]
-    fast = [row | {"seconds": row["seconds"] / 2} for row in slow]
-    slow = slow[:100]  # stopped by time
-    slow[-1]["val/books/loss"] = fast[99]["val/books/loss"] = 3.0
-    fast[-1]["val/books/loss"] = 2.0
-    found = {arm: {f.task: f.value for f in figures} for arm, figures in at_equal({"s": slow, "f": fast}, "t").items()}
-    assert found["s"]["train loss at 0.0 M tokens"] == found["f"]["train loss at 0.0 M tokens"]
-    assert found["f"]["train loss at 100.0 minutes"] < found["s"]["train loss at 100.0 minutes"] - 0.9
-    assert found["s"]["held-out books at step 100"] == found["f"]["held-out books at step 100"] == 3.0
-
-
-def test_what_evaluations_write_is_read(tmp_path):
-    folder = tmp_path / "a" / "train" / "results"
-    folder.mkdir(parents=True)
-    common = {"settings": {}, "conditions": {"prompts": "0f"}}
-    positions = common | {
-        "kind": "positions",
-        "samples": [
-            {"id": f"64/{i}", "length": 64, "losses": [[0, 32, 32, 4.0 + i], [32, 64, 32, 2.0]]} for i in (0, 1)
-        ],
-        "summary": {"lengths": [{
-            "length": 64, "documents": 2, "loss": 3.25, "interval": [3.0, 3.5],
-            "buckets": [{"from": 0, "to": 32, "documents": 2, "loss": 4.5, "interval": None},
-                        {"from": 32, "to": 64, "documents": 2, "loss": 2.0, "interval": None}],
-        }]},
-    }  # fmt: skip
-    needle = common | {
-        "kind": "needle",
-        "samples": [{"id": f"64/0/{i}", "length": 64, "depth": 0, "scores": {"exact": i}} for i in (0.0, 1.0)],
-        "summary": {"exact": {}},
-    }
-    ruler = common | {
-        "kind": "ruler",
-        "samples": [{"id": f"vt/64/{i}", "task": "vt", "length": 64, "scores": {"match": i / 2}} for i in (1, 2)],
-        "summary": {
-            "tasks": [{"task": "vt", "length": 64, "metric": "all", "score": 75.0, "n": 2, "interval": [20, 95]}],
-            "lengths": [{"length": 64, "score": 75.0, "n": 2, "interval": [20, 95]}],
-        },
-    }
-    lm = {"s2": {}, "results": {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1}},
-          "n-samples": {"piqa": {"effective": 30}}, "higher_is_better": {"piqa": {"acc": True}}}  # fmt: skip
-    found = {}
-    for name, content in (("positions", positions), ("needle", needle), ("ruler", ruler), ("lm-piqa", lm), ("x", [1])):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-        for each in results_collect.evaluation_figures(folder / f"{name}.json"):
-            found[each.key[1:]] = each
-    assert found["positions", "loss", 64, "nats/token"].samples == {"64/0": 3.0, "64/1": 3.5}
-    assert found["positions", "loss 0-32", 64, "nats/token"].samples == {"64/0": 4.0, "64/1": 5.0}
-    assert found["needle", "single", 64, "exact"].value == 0.5
-    assert found["needle", "single", 64, "exact"].interval == pytest.approx((0.0945, 0.9055), abs=1e-3)
-    assert found["ruler", "vt", 64, "score"].samples == {"vt/64/1": 50.0, "vt/64/2": 100.0}
-    assert found["tasks", "piqa", None, "acc"].n == 30
-    assert {each.questions for each in found.values()} == {"0f", ""}
-
-
-def test_keys_and_values_are_counted_that_some_query_sees_or_will_see():
-    config = ModelConfig(**MODEL | {"num_attention_heads": 2, "attention_layout": "L2V2+sink1", "num_hidden_layers": 1})
-    # 8 blocks, two heads of 8 (hidden 32 / 2 heads = 16): residues 0 and 1; the last 2, and the first
-    expected = (len({0, 2, 4, 6, 7}) + len({0, 1, 3, 5, 6, 7})) * 16 * 2 * 16 * 2 / 128
-    assert results_speed.kv_bytes_per_token(config, 128) == expected
-    dense = config.replace(attention_layout="dense")
-    assert results_speed.kv_bytes_per_token(dense, 128) == 2 * 16 * 2 * 2
-
-
 # ---------------------------------------------------------------- carrying results, and the page
 
 
@@ -380,7 +295,7 @@ def test_the_page_is_made_of_what_is_there_and_names_what_is_missing(tmp_path, c
         results.main([str(path), "--output", str(page)])
     text = (page / "README.md").read_text()
     assert "1 of 3 arms" in text and "- bad: missing work" in text
-    assert "1.000 (0.676 to 1.000) [+0.5 ± 0.19*]" in text
+    assert "1.000 (0.676 to 1.000) [+0.5 (+0.039 to +0.76)*]" in text
     found = json.loads((page / "results.json").read_text())
     assert {row["arm"]: row["n"] for row in found["figures"]} == {"good": 8, "base": 8}
     assert (page / "work-needle.png").is_file()
