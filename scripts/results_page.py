@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from results_collect import SETTLED
-from results_plan import Plan
-from results_queue import shown
+from results_plan import Plan, shown
 
 from data.shards.reader import TokenShards
 from eval.grid import format_length

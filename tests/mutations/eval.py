@@ -126,6 +126,24 @@ MUTANTS = (
         ("test_positions.py::test_documents_that_cannot_be_long_enough_are_not_encoded",),
     ),
     Mutant(
+        "a_finished_command_stays_done_when_it_changes", "scripts",
+        "return None if words == self.command else _where_they_differ(words, self.command)",
+        "return None",
+        ("test_experiments.py",),
+    ),
+    Mutant(
+        "carried_records_are_not_looked_at", "scripts",
+        "if entry.name in records and not stays(parts):",
+        "if False:",
+        ("test_experiments.py",),
+    ),
+    Mutant(
+        "only_the_arms_that_run_are_looked_at", "scripts",
+        "for job in (job for each in plan.jobs().values() for job in each):",
+        "for job in (job for each in jobs.values() for job in each):",
+        ("test_experiments.py",),
+    ),
+    Mutant(
         "arms_are_compared_without_their_pairs", "scripts",
         "if found := of_documents(base.samples, figure.samples):",
         "if found := of_documents({}, figure.samples):",
