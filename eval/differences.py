@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.sweep import Sweep, student, wilson
-
-_Z = 1.959964  # two-sided 95 %
+from eval.sweep import Z95, Sweep, student, wilson
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Differenc
     if not each.size:
         raise ValueError("no question in common")
     n, total = each.size + 2, each.sum()
-    half = _Z * math.sqrt(max(0.0, (each**2).sum() + 1 - total**2 / n)) / n
+    half = Z95 * math.sqrt(max(0.0, (each**2).sum() + 1 - total**2 / n)) / n
     return Difference(float(each.mean()), max(-1.0, total / n - half), min(1.0, total / n + half), True)
 
 
@@ -106,7 +104,7 @@ def mean_of(each: Sequence[Difference]) -> Difference:
 
 
 def _normal(value: float, error: float, is_paired: bool) -> Difference:
-    return Difference(value, value - _Z * error, value + _Z * error, is_paired)
+    return Difference(value, value - Z95 * error, value + Z95 * error, is_paired)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

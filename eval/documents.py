@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from eval.samples import digest
+from eval.sweep import Z95, wilson
 
 _DIGITS = 6  # of the numbers that are kept
 _ALIKE = 1e-4  # how far a figure made of them may be from the table's
@@ -101,6 +102,17 @@ def _numbers(value: float, rows: Sequence[Any]) -> list[float] | None:
 
 def _perplexity(mean: float) -> float:
     return math.exp(-mean) if mean > -700 else math.inf
+
+
+def interval(results: Mapping[str, Any], task: str, metric: str) -> tuple[float, float] | None:
+    """95 % of a figure: Wilson's interval of right and wrong answers, which is not sure of all right ones either; of
+    others what lm-eval's standard error gives, None without one."""
+    numbers, value = of(results, task, metric), results["results"][task][metric]
+    if numbers and {*numbers.values()} <= {0.0, 1.0}:
+        return wilson(value, len(numbers))
+    name, _, filtered = metric.partition(",")
+    error = results["results"][task].get(f"{name}_stderr,{filtered}")
+    return (value - Z95 * error, value + Z95 * error) if isinstance(error, int | float) else None
 
 
 def whole_tasks(results: Mapping[str, Any]) -> list[str]:

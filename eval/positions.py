@@ -27,7 +27,7 @@ from eval import samples
 from eval.arguments import new_parser, path
 from eval.checkpoint import Checkpoint, bos_of, memory_for
 from eval.grid import format_length, listed, name_of, parse_lengths
-from eval.heldout import find_heldout, read_texts
+from eval.heldout import CHARS_A_TOKEN, find_heldout, read_texts
 from eval.needle import check_lengths
 from eval.results import checksum_of
 from eval.samples import Evaluation, Sample
@@ -139,8 +139,8 @@ def read_documents(
     head, may = [] if bos is None else [bos], may_have(tokenizer)
 
     def encode(text: str) -> list[int]:
-        # a token has seldom more than 16 characters: of a whole book a short length needs the beginning alone
-        return (head + tokenizer.encode(text[: 64 * longest], add_special_tokens=False).ids)[: longest + 1]
+        begin = text[: CHARS_A_TOKEN * longest]  # of a whole book
+        return (head + tokenizer.encode(begin, add_special_tokens=False).ids)[: longest + 1]
 
     found: dict[int, list] = {length: [] for length in sorted(lengths)}
     most, skipped = 0, ""

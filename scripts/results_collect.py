@@ -26,13 +26,12 @@ from eval.differences import (
     of_questions,
     questions,
 )
-from eval.sweep import wilson
+from eval.sweep import Z95, wilson
 from s2 import files
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
 from s2.training.metrics import read_metrics
 
-Z = 1.959964  # two-sided 95 %
 SETTLED = 2  # logged rows at the start whose rate says nothing: they compile
 Key = tuple[str, str, str, int | None, str]  # stage, part, task, length, metric
 
@@ -70,7 +69,7 @@ class Figure:
         """The standard error, from the interval where that is all there is."""
         if self.stderr is not None or not self.interval:
             return self.stderr
-        return (self.interval[1] - self.interval[0]) / (2 * Z)
+        return (self.interval[1] - self.interval[0]) / (2 * Z95)
 
 
 def difference(figure: Figure, base: Figure) -> dict[str, Any]:
@@ -231,7 +230,7 @@ def _tasks(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
             error = error if isinstance(error, float) else None
             n = content.get("n-samples", {}).get(task, {}).get("effective")
             better = "higher" if content.get("higher_is_better", {}).get(task, {}).get(metric, True) else "lower"
-            interval = None if error is None else [value - Z * error, value + Z * error]
+            interval = documents.interval(content, task, name)
             yield Figure(
                 stage, "tasks", task, None, metric, value, n, interval, error, better,
                 samples=documents.of(content, task, name), in_group=task not in whole,

@@ -8,6 +8,7 @@ import pytest
 
 from eval import documents
 from eval.differences import mean_of, of_documents, paired, paired_means
+from eval.sweep import wilson
 from s2.files import write_json
 
 
@@ -97,6 +98,14 @@ def test_a_group_has_the_documents_of_its_tasks_where_its_figure_is_their_mean()
     content["results"]["g"] = {"acc,none": (0.5 + 5 / 6) / 2}  # of the tasks, whatever their sizes
     assert documents.of(content, "g", "acc,none") == {}
     assert documents.whole_tasks(content) == ["g"]
+
+
+def test_answers_that_are_all_right_are_not_certain():
+    content = results(t=(samples([1] * 10), {"acc,none": 1.0, "acc_stderr,none": 0.0}))
+    assert documents.interval(content, "t", "acc,none") == wilson(1.0, 10)
+    content["results"]["t"] |= {"f1,none": 0.5, "f1_stderr,none": 0.1, "other,none": 0.5, "other_stderr,none": "N/A"}
+    assert documents.interval(content, "t", "f1,none") == pytest.approx((0.5 - 0.1959964, 0.5 + 0.1959964))
+    assert documents.interval(content, "t", "other,none") is None
 
 
 def test_files_that_keep_samples_alone_are_read_too():

@@ -53,6 +53,10 @@ def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_
     monkeypatch.setattr("eval.checkpoint.load_pretrained", None)
     again, _ = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
     assert again["rows"] == first["rows"]
+    table = tmp_path / first["parts"][-1]["file"]
+    table.write_text(json.dumps(kept | {"s2": kept["s2"] | {"lm_eval": "0.1"}}))
+    with pytest.raises(TypeError, match="not callable"):  # a table of another lm-eval is made anew
+        run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ MUTANTS = (
     ),
     Mutant(
         "wilson_is_walds_interval", "eval",
-        "/ n + (_Z / (2 * n)) ** 2) / shrink",
+        "/ n + (Z95 / (2 * n)) ** 2) / shrink",
         "/ n) / shrink",
         ("eval/test_sweep.py",),
     ),
@@ -142,6 +142,18 @@ MUTANTS = (
         "for job in (job for each in plan.jobs().values() for job in each):",
         "for job in (job for each in jobs.values() for job in each):",
         ("test_experiments.py",),
+    ),
+    Mutant(
+        "a_table_of_other_data_is_current", "eval",
+        "checksum_of(Path(source)) == checksum for source, checksum in content.items()",
+        "Path(source).name for source in content",
+        ("test_results.py",),
+    ),
+    Mutant(
+        "all_right_answers_are_certain", "eval",
+        "if numbers and {*numbers.values()} <= {0.0, 1.0}:",
+        "if numbers and {*numbers.values()} < {0.0}:",
+        ("test_documents.py",),
     ),
     Mutant(
         "arms_are_compared_without_their_pairs", "scripts",
