@@ -27,14 +27,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-from tqdm import tqdm
 
 from eval.arguments import DTYPES
-from eval.checkpoint import Checkpoint, memory_for
+from eval.checkpoint import ASK_EVERY, Checkpoint, memory_for
 from eval.encoding import PromptEncoder
 from eval.results import Answers
 from eval.sampling import MAX_NEW_TOKENS, Sampling
 from s2.inference.generate import generate
+from s2.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class S2LM(TemplateLM):
                 )
             rows.append(self._fit([*context, *continuation], self.max_length + 1, "request")[:-1])
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # memory runs out at once or not at all
-        with tqdm(total=len(rows), disable=disable_tqdm, desc="loglikelihood", unit="request") as bar:
+        with progress("loglikelihood", len(rows), "request", quiet=disable_tqdm) as bar:
             while order:
                 size = self._rows_of(len(rows[order[0]]))
                 batch, order = order[:size], order[size:]
@@ -257,7 +257,7 @@ class S2LM(TemplateLM):
             prompts.append(self._fit(tokens, room, "prompt"))
             groups[options, len(prompts[-1])].append(i)
         generators = {options: options.generator(self._device) for options, _ in groups}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="request") as bar:
+        with progress("generate_until", len(requests), "request", quiet=disable_tqdm) as bar:
             for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
                 rows = self._rows_of(length + options.max_new_tokens)
                 for first in range(0, len(members), rows):
@@ -278,6 +278,15 @@ class S2LM(TemplateLM):
         ends = self.checkpoint.eos_ids
         eos_text = self.checkpoint.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         stops = handle_stop_sequences(list(options.until), eos=eos_text)
+
+        def read(row: list[int]) -> str:
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            return self.checkpoint.tokenizer.decode(row[:end], skip_special_tokens=True)
+
+        def is_enough(new: torch.Tensor) -> list[bool]:  # a stop sequence of several tokens is in the text alone
+            rows = new.tolist() if new.shape[1] % ASK_EVERY == 0 else [[]] * len(new)
+            return [any(stop and stop in text for stop in stops) for text in map(read, rows)]
+
         output = generate(
             self.checkpoint.model,
             torch.tensor(prompts, device=self._device),
@@ -287,13 +296,9 @@ class S2LM(TemplateLM):
             top_k=options.top_k,
             eos_token_id=[*ends, *self._tokens_that_stop(tuple(stops))],
             generator=generator,
+            is_enough=is_enough,
         )
-        texts = []
-        for row in output.tolist():
-            end = next((i for i, token in enumerate(row) if token in ends), len(row))
-            text = self.checkpoint.tokenizer.decode(row[:end], skip_special_tokens=True)
-            texts.append(postprocess_generated_text(text, stops, None))
-        return texts
+        return [postprocess_generated_text(read(row), stops, None) for row in output.tolist()]
 
     def _tokens_that_stop(self, stops: tuple[str, ...]) -> list[int]:
         """Tokens that contain a stop sequence, so that generation need not go on after it."""

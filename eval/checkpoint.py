@@ -21,7 +21,7 @@ from s2.model.loss import chunk_rows
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
 
-_ASK_EVERY = 8  # new tokens between questions whether they are enough
+ASK_EVERY = 8  # new tokens between questions whether they are enough
 _PREFILL_CHUNK = 1 << 18  # tokens of each row that are fed at once before a continuation: bounds activations
 
 
@@ -161,13 +161,12 @@ class Checkpoint:
         """
         lengths = [max_new_tokens] * len(rows)
 
-        def is_enough(new: Tensor) -> bool:
-            if is_done is None or new.shape[1] % _ASK_EVERY:
-                return False
-            for i, tokens in enumerate(new.tolist()):
-                if lengths[i] == max_new_tokens and is_done(i, tokens):
-                    lengths[i] = len(tokens)
-            return all(length < max_new_tokens for length in lengths)
+        def is_enough(new: Tensor) -> list[bool]:
+            if is_done is not None and new.shape[1] % ASK_EVERY == 0:
+                for i, tokens in enumerate(new.tolist()):
+                    if lengths[i] == max_new_tokens and is_done(i, tokens):
+                        lengths[i] = len(tokens)
+            return [length < max_new_tokens for length in lengths]
 
         input_ids = torch.tensor(rows, device=self.device)
         new = generate(

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.sweep import Sweep, student, wilson
-
-_Z = 1.959964  # two-sided 95 %
+from eval.sweep import Z95, Sweep, student, wilson
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,10 @@ class Difference:
     def is_sure(self) -> bool:
         """Whether the interval leaves 0 out."""
         return self.low > 0 or self.high < 0
+
+    def scaled(self, factor: float) -> Difference:
+        """In another unit, so many of which are one of this."""
+        return Difference(factor * self.value, factor * self.low, factor * self.high, self.paired)
 
     def as_json(self) -> dict[str, Any]:
         interval = [round(self.low, 4), round(self.high, 4)]
@@ -54,7 +56,7 @@ def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Differenc
     if not each.size:
         raise ValueError("no question in common")
     n, total = each.size + 2, each.sum()
-    half = _Z * math.sqrt(max(0.0, (each**2).sum() + 1 - total**2 / n)) / n
+    half = Z95 * math.sqrt(max(0.0, (each**2).sum() + 1 - total**2 / n)) / n
     return Difference(float(each.mean()), max(-1.0, total / n - half), min(1.0, total / n + half), True)
 
 
@@ -81,8 +83,28 @@ def paired_means(first: Mapping[str, float], second: Mapping[str, float]) -> Dif
     return Difference(float(each.mean()), float(each.mean()) - half, float(each.mean()) + half, True)
 
 
+def of_documents(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
+    """Of numbers by document (`eval.documents`), where both have the same ones: Agresti and Min's interval of right and
+    wrong answers, Student's of others. None where the documents differ or are fewer than two."""
+    if not first or first.keys() != second.keys():
+        return None
+    is_binary = {*first.values(), *second.values()} <= {0.0, 1.0}
+    return paired(first, second) if is_binary else paired_means(first, second)
+
+
+def mean_of(each: Sequence[Difference]) -> Difference:
+    """Of the mean over parts that are independent of each other, such as tasks: the distances from the differences to
+    the ends of their intervals are added in squares (Zou and Donner, Statistics in Medicine 2008), which keeps them
+    uneven where they are. Paired where all parts are."""
+    count = len(each)
+    value = math.fsum(part.value for part in each) / count
+    low = value - math.hypot(*(part.value - part.low for part in each)) / count
+    high = value + math.hypot(*(part.high - part.value for part in each)) / count
+    return Difference(value, low, high, all(part.paired for part in each))
+
+
 def _normal(value: float, error: float, is_paired: bool) -> Difference:
-    return Difference(value, value - _Z * error, value + _Z * error, is_paired)
+    return Difference(value, value - Z95 * error, value + Z95 * error, is_paired)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -98,6 +120,20 @@ def questions(content: Mapping[str, Any], score: str, **where: Any) -> dict[str,
             # earlier files have no digest of the prompt: settings and what was hidden tell prompts apart
             prompt = sample.get("prompt") or f"{settings} {sample.get('needles')}"
             found[f"{sample.get('id')} {prompt}"] = float(sample["scores"][score])
+    return found
+
+
+def losses_by_document(
+    content: Mapping[str, Any], length: int, low: int = 0, high: int | None = None
+) -> dict[str, float]:
+    """Mean loss of each document of that length in a result file of `eval.positions`, over the buckets from `low` to
+    `high` (None: to the end). A document's name changes with its tokens."""
+    found = {}
+    for sample in content.get("samples", ()):
+        if sample.get("length") == length:
+            rows = [row for row in sample["losses"] if low <= row[0] and (high is None or row[1] <= high)]
+            if count := sum(row[2] for row in rows):
+                found[f"{sample['id']} {sample.get('prompt')}"] = sum(row[2] * row[3] for row in rows) / count
     return found
 
 

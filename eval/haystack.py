@@ -16,6 +16,8 @@ from functools import cached_property
 import numpy as np
 from tokenizers import Tokenizer
 
+from eval.heldout import CHARS_A_TOKEN
+
 # Ends of sentences: with white space behind them (Latin, Cyrillic, Greek, Armenian, Arabic, Devanagari, Ethiopic,
 # Khmer, Burmese, Tibetan), and of scripts that write none (Chinese, Japanese). Up to two closing signs may follow.
 _SPACED = ".!?\u2026\u0589\u061f\u06d4\u0964\u0965\u1362\u1367\u17d4\u104b\u0f0d"
@@ -59,7 +61,8 @@ class Haystack:
         for text in texts:
             if total >= max_tokens:
                 break
-            encoding = tokenizer.encode(text.strip(), add_special_tokens=False)
+            text = text.strip()[: CHARS_A_TOKEN * (max_tokens - total)]
+            encoding = tokenizer.encode(text, add_special_tokens=False)
             if not encoding.ids:  # nothing, or nothing that the tokenizer's normalizer leaves
                 continue
             if total:
@@ -68,7 +71,7 @@ class Haystack:
                 total += len(separator)
             offsets = np.array(encoding.offsets, dtype=np.int64)
             whole = np.concatenate([[True], offsets[1:, 0] >= offsets[:-1, 1]])
-            starts.append(total + _sentence_starts(text.strip(), offsets[:, 0], whole))
+            starts.append(total + _sentence_starts(text, offsets[:, 0], whole))
             between.append(whole)
             tokens.append(np.array(encoding.ids, dtype=np.int32))
             total += len(encoding.ids)

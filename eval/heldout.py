@@ -10,6 +10,8 @@ from data.corpus.sources import Source
 from data.shards import TokenShards
 from s2.model.tokenizer_files import read_tokenizer
 
+CHARS_A_TOKEN = 64  # a token has seldom more than 16 characters: so many are enough for as many tokens as are wanted
+
 
 def find_heldout(checkpoint: str | Path) -> Path:
     """The held-out shards of a run's checkpoint: runs/<recipe>/data/heldout for runs/<recipe>/<stage>/hf.

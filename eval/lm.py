@@ -25,6 +25,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
+from eval import documents
 from eval.adapter import S2LM
 from eval.arguments import DTYPES, new_parser, path
 from eval.checkpoint import check_checkpoint, results_folder
@@ -34,6 +35,7 @@ from eval.results import Answers, Conditions, write_results
 from eval.task_manager import CorrectedTasks
 from s2 import ending
 from s2.files import require_writable, temporary_folder
+from s2.progress import no_bars_in_logs
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 OWN_TASKS = ("s2_heldout", "s2_passkey")
@@ -55,7 +57,8 @@ def evaluate(
     log_samples: bool = False,
     unfinished: Path | None = None,
 ) -> dict[str, Any]:
-    """Run tasks by their lm-eval names and return lm-eval's results, with our header under `s2`.
+    """Run tasks by their lm-eval names and return lm-eval's results, with our header under `s2` and each document's
+    scores under `documents` (`eval.documents`).
 
     Stock tasks read the hub, or local files under `data_dir` (see `eval.local_tasks`). `metadata` reaches
     the tasks that build their data themselves, e.g. {"max_seq_lengths": [4096]} for lm-eval's RULER. Where
@@ -110,17 +113,20 @@ def evaluate(
         lm.overflow.clear()
         identity = {"fingerprint": lm.checkpoint.fingerprint}
         lm.answers = None if unfinished is None else Answers(unfinished, conditions.name, identity)
-        with nullcontext() if lm.answers is None else closing(lm.answers):
+        with no_bars_in_logs(), nullcontext() if lm.answers is None else closing(lm.answers):
             results = lm_eval.simple_evaluate(
                 lm,
                 tasks=list(tasks),
                 num_fewshot=num_fewshot,
                 limit=limit,
                 task_manager=manager,
-                log_samples=log_samples,
+                log_samples=True,
                 metadata=for_tasks,
             )
     assert results is not None
+    results["documents"] = documents.kept(results)
+    if not log_samples:
+        del results["samples"]
     results["s2"] = {
         **lm.checkpoint.describe(),
         **conditions.describe(),
@@ -224,7 +230,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-tokens", type=int, default=16384, help="tokens of a batch; lower it where memory is full")
     add("--device", help="default: the GPU if there is one")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--log-samples", action="store_true", help="write every document's answer into the JSON too")
+    add("--log-samples", action="store_true", help="keep documents and answers in the JSON, not scores alone")
     # fmt: on
     return parser.parse_args(argv)
 

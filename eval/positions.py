@@ -15,18 +15,19 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from eval import samples
 from eval.arguments import new_parser, path
 from eval.checkpoint import Checkpoint, bos_of, memory_for
 from eval.grid import format_length, listed, name_of, parse_lengths
-from eval.heldout import find_heldout, read_texts
+from eval.heldout import CHARS_A_TOKEN, find_heldout, read_texts
 from eval.needle import check_lengths
 from eval.results import checksum_of
 from eval.samples import Evaluation, Sample
@@ -133,26 +134,53 @@ def read_documents(
 
     Raises ValueError for a length that no document has.
     """
-    bos = bos_of(checkpoint.tokenizer)
-    head, longest = [] if bos is None else [bos], max(lengths)
+    tokenizer, longest = checkpoint.tokenizer, max(lengths)
+    bos = bos_of(tokenizer)
+    head, may = [] if bos is None else [bos], may_have(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        begin = text[: CHARS_A_TOKEN * longest]  # of a whole book
+        return (head + tokenizer.encode(begin, add_special_tokens=False).ids)[: longest + 1]
+
     found: dict[int, list] = {length: [] for length in sorted(lengths)}
-    most = 0
+    most, skipped = 0, ""
     for number, text in enumerate(read_texts(source, column)):
-        # a token has seldom more than 16 characters: of a whole book a short length needs the beginning alone
-        begin = text[: 64 * longest]
-        tokens = (head + checkpoint.tokenizer.encode(begin, add_special_tokens=False).ids)[: longest + 1]
+        shortest = next(length for length, kept in found.items() if len(kept) < n)
+        if not may(text, shortest - len(head)):  # most documents of a corpus
+            skipped = max(skipped, text, key=len)
+            continue
+        tokens = encode(text)
         most = max(most, len(tokens))
         for length, kept in found.items():
             if len(tokens) >= length and len(kept) < n:
                 kept.append((number, tokens))
-        if all(len(kept) == n for kept in found.values()):
+        if len(found[longest]) == n:  # and so of each shorter length
             break
     if missing := [length for length, kept in found.items() if not kept]:
+        most = max(most, len(encode(skipped)))
         raise ValueError(
             f"--lengths {missing[0]}: no document of {source} has so many tokens (the longest: {most:,}); name longer"
             " ones with --documents FILE"
         )
     return found
+
+
+def may_have(tokenizer: Tokenizer) -> Callable[[str, int], bool]:
+    """A function that says, without encoding it, whether a text may have so many tokens.
+
+    A token stands for at least a byte of what the normalizer makes of the text; one more may stand before it, and
+    before each stretch between added tokens.
+    """
+    added = (token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special)
+    of_a_byte = 2 if any(len(content.encode()) < 2 for content in added) else 1
+    normalizer = tokenizer.normalizer
+
+    def may(text: str, count: int) -> bool:
+        if 1 + of_a_byte * len(text.encode()) >= count:
+            return True
+        return normalizer is not None and 1 + of_a_byte * len(normalizer.normalize_str(text).encode()) >= count
+
+    return may
 
 
 def command(argv: Sequence[str]) -> Path:

@@ -87,6 +87,17 @@ def _is_replaced_by(file: Path, results: dict[str, Any]) -> bool:
         return False
 
 
+def is_current(file: Path) -> bool:
+    """Whether a table is there that the same command would make again: of this lm-eval, on data that is as it was."""
+    if not file.is_file():
+        return False
+    results = read_json(file)
+    content = results["s2_files"]["content"]
+    return results["s2"]["lm_eval"] == version("lm_eval") and all(
+        checksum_of(Path(source)) == checksum for source, checksum in content.items()
+    )
+
+
 def threshold(check: dict[str, Any]) -> str:
     """Of a check in gate.json, in words, with the base checkpoint's figure where it is compared with that."""
     key = next(key for key in ("max", "max_rise", "min", "max_drop") if check.get(key) is not None)

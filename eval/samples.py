@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from eval.arguments import DTYPES, path
 from eval.checkpoint import Checkpoint, check_checkpoint, results_folder
 from s2 import files
 from s2.ending import FailureError
 from s2.model.hf import load_config
+from s2.progress import progress
 
 _WRITE_EVERY_SECONDS = 5.0
 _FORMER = {"kind": "single", "shared_haystack": False}  # settings that files of earlier versions do not name
@@ -119,9 +119,7 @@ def collect(
         files.write_json(own_file, results)
 
     try:
-        with tqdm(
-            total=missing, desc=header["kind"], unit="sample", disable=part is not None and part.index > 0
-        ) as bar:
+        with progress(header["kind"], missing, "sample", quiet=part is not None and part.index > 0) as bar:
             for batch in todo:
                 for record in compute(batch):
                     kept[record["id"]] = record

@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import lm, needle, positions, ruler, samples
+from eval import documents, lm, needle, positions, ruler, samples
 from eval.arguments import new_parser, path
 from eval.checkpoint import Checkpoint
 from eval.grid import default_lengths, format_length, parse_lengths
 from eval.heldout import find_heldout
 from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
+from eval.results import is_current
 from s2 import ending, files
 from s2.model.hf import load_config
 
@@ -36,7 +37,6 @@ PARTS: dict[str, Callable[[Sequence[str]], Path]] = {
     "needle": needle.command,
     "lm": lm.command,
 }
-_Z = 1.959964
 
 Row = dict[str, Any]
 
@@ -74,7 +74,7 @@ def _lm_rows(task: str, results: dict[str, Any]) -> list[Row]:
             continue
         stderr = values.get(f"{metric}_stderr,{filtered}")
         stderr = stderr if isinstance(stderr, int | float) else None
-        interval = None if stderr is None else [round(value - _Z * stderr, 5), round(value + _Z * stderr, 5)]
+        interval = [round(end, 5) for end in documents.interval(results, task, name) or ()] or None
         row = _row("lm", task, None, metric, value, count, interval, better.get(metric, True))
         rows.append(row | {"stderr": stderr})
     return rows
@@ -217,7 +217,7 @@ def command(argv: Sequence[str]) -> Path:
         shown = f"python -m eval.{part} {shlex.join(words)}"
         started = time.monotonic()
         old = known.get(shown)
-        if part == "lm" and old and (output / old["file"]).is_file():  # it alone does not know itself what is done
+        if part == "lm" and old and is_current(output / old["file"]):  # it alone does not know itself what is done
             result, seconds = output / old["file"], old["seconds"]
         else:
             print(f"\n{shown}", flush=True)

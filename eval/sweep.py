@@ -31,7 +31,7 @@ SCORE_NAMES = {
 _COLUMNS = ("context_length", "depth_percent", "score")  # of published rows
 _OWN = ("length", "depth", "score")
 _KINDS = {list: "a list", dict: "an object", float: "a number"}
-_Z = 1.959964  # two-sided 95 %
+Z95 = 1.959964  # two-sided 95 %
 
 
 def student(freedom: int) -> float:
@@ -51,9 +51,9 @@ def wilson(mean: float, n: float) -> tuple[float, float]:
 
     Exact in its assumptions for scores of 0 and 1; wider than need be for scores between.
     """
-    shrink = 1 + _Z**2 / n
-    centre = (mean + _Z**2 / (2 * n)) / shrink
-    half = _Z * math.sqrt(max(0.0, mean * (1 - mean)) / n + (_Z / (2 * n)) ** 2) / shrink
+    shrink = 1 + Z95**2 / n
+    centre = (mean + Z95**2 / (2 * n)) / shrink
+    half = Z95 * math.sqrt(max(0.0, mean * (1 - mean)) / n + (Z95 / (2 * n)) ** 2) / shrink
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

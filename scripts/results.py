@@ -26,8 +26,8 @@ from typing import Any
 from results_collect import collect
 from results_pack import pack, unpack
 from results_page import shards, write
-from results_plan import Job, Plan, load_plan
-from results_queue import Queue, shown, status
+from results_plan import Job, Plan, load_plan, shown
+from results_queue import Queue, status
 
 from data.prepare.run import prepare
 from data.prepare.spec import PrepareSpec
@@ -106,7 +106,7 @@ def show(jobs: Mapping[str, Sequence[Job]], gpus: int) -> None:
         left += 0 if job.is_done else job.minutes
         state = "done" if job.is_done else f"{job.minutes:g} min"
         layout = ((job.recipe or {}).get("model") or {}).get("config", {}).get("attention_layout", "")
-        rows.append([job.arm, job.stage, state, layout or shown(["python", *job.words[1:]])[:100]])
+        rows.append([job.arm, job.stage, state, layout or shown(job.words)[:100]])
     print(markdown(["arm", "stage", "minutes", "layout, or command"], rows))
     print(f"{left:g} minutes on one GPU are left, {left / gpus:.0f} on {gpus}")
 
@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.export:
         print(f"{args.export}: {pack(plan, args.export)} files")
         return ending.DONE
+    for job in (job for each in plan.jobs().values() for job in each):
+        job.check_done()  # of arms that are not run now too: the page shows them
     if args.add:
         with lock(_root(plan)):
             print(f"{len(unpack(plan, args.add))} new files in {plan.root}")

@@ -1,13 +1,12 @@
 """What the runs of an experiment have left, as one table of figures: each with n, interval and standard error as far as
 its source has them, and with the difference from the baseline arm.
 
-A difference of two arms that were asked the same questions is taken question by question (`paired`); of others its
-standard error follows from those of the two.
+A difference of two arms that were asked the same questions is taken question by question (`paired`), of others from
+what is known of each (`eval.differences`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +16,34 @@ from typing import Any
 
 from results_plan import Job
 
+from eval import documents
+from eval.differences import (
+    Difference,
+    losses_by_document,
+    mean_of,
+    of_documents,
+    of_means,
+    of_questions,
+    questions,
+)
+from eval.sweep import Z95, wilson
 from s2 import files
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
 from s2.training.metrics import read_metrics
 
-Z = 1.959964  # two-sided 95 %
 SETTLED = 2  # logged rows at the start whose rate says nothing: they compile
 Key = tuple[str, str, str, int | None, str]  # stage, part, task, length, metric
 
 
 @dataclass
 class Figure:
-    """A number of an arm. samples: by question, where the source has them; questions: what they are, for pairing."""
+    """A number of an arm.
+
+    samples: by question, where the source has them; a question's name says what was asked. whole: what a right answer
+    counts, of a mean of scores in 0..1; None of other numbers. parts: the figures that this is the mean of. in_group:
+    whether another task's figure is made of this one.
+    """
 
     stage: str
     part: str
@@ -42,7 +56,9 @@ class Figure:
     stderr: float | None = None
     better: str = "higher"
     samples: dict[str, float] = field(default_factory=dict, repr=False)
-    questions: str = field(default="", repr=False)
+    whole: float | None = None
+    parts: Sequence[Figure] = field(default=(), repr=False)
+    in_group: bool = False
 
     @property
     def key(self) -> Key:
@@ -53,19 +69,29 @@ class Figure:
         """The standard error, from the interval where that is all there is."""
         if self.stderr is not None or not self.interval:
             return self.stderr
-        return (self.interval[1] - self.interval[0]) / (2 * Z)
+        return (self.interval[1] - self.interval[0]) / (2 * Z95)
 
 
 def difference(figure: Figure, base: Figure) -> dict[str, Any]:
-    """`figure` less `base`, with standard error and whether the same questions were compared one by one."""
-    shared = sorted(figure.samples.keys() & base.samples.keys())
-    if figure.questions and figure.questions == base.questions and len(shared) > 1:
-        each = [figure.samples[name] - base.samples[name] for name in shared]
-        error = statistics.stdev(each) / math.sqrt(len(each))
-        return {"difference": figure.value - base.value, "stderr": error, "paired": True, "n": len(shared)}
-    errors = (figure.error, base.error)
-    joint = math.hypot(*errors) if None not in errors else None  # type: ignore[arg-type]
-    return {"difference": figure.value - base.value, "stderr": joint, "paired": False, "n": None}
+    """`figure` less `base` with its interval, whether the same questions were compared one by one, and how many."""
+    if (found := _less(figure, base)) is None:
+        return {"difference": figure.value - base.value, "interval": None, "paired": False, "n": None}
+    return {**found.as_json(), "n": len(figure.samples) or None if found.paired else None}
+
+
+def _less(figure: Figure, base: Figure) -> Difference | None:
+    if figure.whole is not None:
+        found = of_questions(base.samples, figure.samples)
+        return found and found.scaled(figure.whole)
+    if found := of_documents(base.samples, figure.samples):
+        return found
+    if [part.key for part in figure.parts] == [part.key for part in base.parts]:
+        each = [_less(*pair) for pair in zip(figure.parts, base.parts, strict=True)]
+        if each and None not in each:
+            return mean_of([part for part in each if part is not None])
+    if figure.error is None or base.error is None:
+        return None
+    return of_means(base.value, base.error, figure.value, figure.error)
 
 
 # ---------------------------------------------------------------- of one arm
@@ -156,62 +182,45 @@ def evaluation_figures(file: Path) -> list[Figure]:
         return []
     read = {"needle": _needle, "ruler": _ruler, "positions": _positions}.get(str(content.get("kind")))
     if read is not None and "summary" in content:
-        asked = content.get("conditions", {}).get("prompts") or json.dumps(content["settings"], sort_keys=True)
-        found = list(read(content, stage))
-        for figure in found:
-            figure.questions = asked
-        return found
+        return list(read(content, stage))
     return list(_tasks(content, stage)) if "results" in content and "s2" in content else []
 
 
 def _needle(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
     kind = content["settings"].get("kind", "single")
     for metric, summary in content["summary"].items():
-        samples: dict[int, dict[str, float]] = {}
-        for each in content["samples"]:
-            samples.setdefault(each["length"], {})[each["id"]] = each["scores"][metric]
-        for length, scores in samples.items():
-            known: dict[str, Any] = next((row for row in summary.get("lengths", []) if row["length"] == length), {})
-            interval = known.get("interval") or _wilson(statistics.fmean(scores.values()), len(scores))
-            mean = statistics.fmean(scores.values())
-            yield Figure(stage, "needle", kind, length, metric, mean, len(scores), interval, samples=scores)
+        known = {row["length"]: row.get("interval") for row in summary.get("lengths", [])}
+        for length in dict.fromkeys(each["length"] for each in content["samples"]):
+            scores = questions(content, metric, length=length)
+            mean, n = statistics.fmean(scores.values()), len(scores)
+            interval = known.get(length) or wilson(mean, n)
+            yield Figure(stage, "needle", kind, length, metric, mean, n, interval, samples=scores, whole=1.0)
 
 
 def _ruler(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
-    for row in content["summary"]["tasks"]:
-        found = {
-            each["id"]: 100 * each["scores"]["match"]
-            for each in content["samples"]
-            if (each["task"], each["length"]) == (row["task"], row["length"])
-        }
-        score, n, interval = row["score"], row["n"], row["interval"]
-        yield Figure(stage, "ruler", row["task"], row["length"], "score", score, n, interval, samples=found)
-    for row in content["summary"]["lengths"]:
-        same = [each for each in content["samples"] if each["length"] == row["length"]]
-        scores = {each["id"]: 100 * each["scores"]["match"] for each in same}
-        score, n, interval = row["score"], row["n"], row["interval"]
-        yield Figure(stage, "ruler", "all tasks", row["length"], "score", score, n, interval, samples=scores)
+    for row in [*content["summary"]["tasks"], *content["summary"]["lengths"]]:
+        own = {"task": row["task"]} if "task" in row else {}
+        found = questions(content, "match", length=row["length"], **own)
+        task, length, score, n = row.get("task", "all tasks"), row["length"], row["score"], row["n"]
+        yield Figure(
+            stage, "ruler", task, length, "score", score, n, row["interval"], samples=found, whole=100.0
+        )  # fmt: skip
 
 
 def _positions(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
     """Loss of the whole length, and by position: task `loss` and `loss <from>-<to>`."""
     for row in content["summary"]["lengths"]:
-        documents = [each for each in content["samples"] if each["length"] == row["length"]]
         for bucket in ({"from": 0, "to": row["length"], **row}, *row["buckets"]):
             low, high = bucket["from"], bucket["to"]
-            samples = {}
-            for each in documents:
-                inside = [(n, loss) for begin, end, n, loss in each["losses"] if low <= begin and end <= high]
-                if count := sum(n for n, _ in inside):
-                    samples[each["id"]] = sum(n * loss for n, loss in inside) / count
             task = "loss" if bucket.get("buckets") else f"loss {low}-{high}"
             yield Figure(
                 stage, "positions", task, row["length"], "nats/token", bucket["loss"], bucket["documents"],
-                bucket["interval"], better="lower", samples=samples,
+                bucket["interval"], better="lower", samples=losses_by_document(content, row["length"], low, high),
             )  # fmt: skip
 
 
 def _tasks(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
+    whole = documents.whole_tasks(content)
     for task, values in content["results"].items():
         for name, value in values.items():
             metric, _, filtered = name.partition(",")
@@ -221,28 +230,27 @@ def _tasks(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
             error = error if isinstance(error, float) else None
             n = content.get("n-samples", {}).get(task, {}).get("effective")
             better = "higher" if content.get("higher_is_better", {}).get(task, {}).get(metric, True) else "lower"
-            interval = None if error is None else [value - Z * error, value + Z * error]
-            yield Figure(stage, "tasks", task, None, metric, value, n, interval, error, better)
+            interval = documents.interval(content, task, name)
+            yield Figure(
+                stage, "tasks", task, None, metric, value, n, interval, error, better,
+                samples=documents.of(content, task, name), in_group=task not in whole,
+            )  # fmt: skip
 
 
 def _mean_of_tasks(figures: Sequence[Figure]) -> Iterator[Figure]:
-    """Accuracy averaged over the tasks of each stage, of a task that has both kinds the length-normalized one."""
+    """Accuracy averaged over the tasks of each stage, of a task that has both kinds the length-normalized one; a group
+    counts as one task."""
     stages: dict[str, dict[str, Figure]] = {}
     for metric in ("acc", "acc_norm"):
-        for each in (f for f in figures if f.part == "tasks" and f.metric == metric):
+        for each in (f for f in figures if f.part == "tasks" and f.metric == metric and not f.in_group):
             stages.setdefault(each.stage, {})[each.task] = each
     for stage, tasks in stages.items():
         if (count := len(tasks)) > 1:
             errors = [each.error for each in tasks.values() if each.error is not None]
             error = math.hypot(*errors) / count if len(errors) == count else None
             mean = statistics.fmean(each.value for each in tasks.values())
-            yield Figure(stage, "tasks", f"mean of {count}", None, "acc_norm or acc", mean, stderr=error)
-
-
-def _wilson(mean: float, n: int) -> tuple[float, float]:
-    from eval.sweep import wilson
-
-    return wilson(mean, n)
+            parts = [tasks[task] for task in sorted(tasks)]
+            yield Figure(stage, "tasks", f"mean of {count}", None, "acc_norm or acc", mean, stderr=error, parts=parts)
 
 
 # ---------------------------------------------------------------- of all arms
@@ -271,7 +279,7 @@ def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str
                 mean = statistics.fmean(losses.values())
                 figure = Figure(stage, "training", task, None, "nats/token", mean, len(losses), None, error, "lower")
                 if column == "tokens":  # the same steps, and so the same batches
-                    figure.samples, figure.questions = losses, f"steps of {stage}"
+                    figure.samples = losses
                 found[arm].append(figure)
     names = {key.split("/")[1] for rows in logs.values() for row in rows for key in row if key.startswith("val/")}
     for name in sorted(names):

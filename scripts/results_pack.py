@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -49,10 +50,18 @@ def unpack(plan: Plan, source: Path) -> list[str]:
     """Add the arms of a tar file to what is there and return the new files. What is there of an arm
     that has a finished stage or a checkpoint here stays as it is.
 
-    Raises ValueError for a file that is no such tar, holds other arms than the plan or names outside of its folder.
+    Raises ValueError, before anything is added, for a file that is no such tar, holds other arms than the plan or names
+    outside of its folder, or a stage that was finished with another recipe or command than the plan has.
     """
     arms, added = {arm.name for arm in plan.arms}, []
-    finished = {job.arm for jobs in plan.jobs().values() for job in jobs if job.is_done}
+    jobs = [job for each in plan.jobs().values() for job in each]
+    finished = {job.arm for job in jobs if job.is_done}
+    records = {f"{job.arm}/{job.record_file.name}": job for job in jobs}
+
+    def stays(parts: tuple[str, ...]) -> bool:
+        has_begun = any(Path(plan.root, parts[0]).glob("*/checkpoints/step-*"))
+        return Path(plan.root, *parts).exists() and (parts[0] in finished or has_begun)
+
     try:
         with tarfile.open(source) as tar:
             for entry in tar.getmembers():
@@ -61,12 +70,16 @@ def unpack(plan: Plan, source: Path) -> list[str]:
                     raise ValueError(f"{source}: {entry.name!r} is no file of an arm")
                 if parts[0] not in arms:
                     raise ValueError(f"{source}: {parts[0]!r} is no arm of {plan.name} ({', '.join(sorted(arms))})")
-                target = Path(plan.root, *parts)
-                has_begun = any(Path(plan.root, parts[0]).glob("*/checkpoints/step-*"))
-                if target.exists() and (parts[0] in finished or has_begun):
+                if entry.name in records and not stays(parts):
+                    content = tar.extractfile(entry)
+                    record = json.loads(content.read() if content else b"{}")
+                    records[entry.name].check_record(record, f"{source}: {entry.name}")
+            for entry in tar.getmembers():
+                parts = PurePosixPath(entry.name).parts
+                if stays(parts):
                     continue
                 content = tar.extractfile(entry)
-                with files.whole(target) as stream:
+                with files.whole(Path(plan.root, *parts)) as stream:
                     stream.write(content.read() if content else b"")
                 added.append(entry.name)
     except tarfile.TarError as error:

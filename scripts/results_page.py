@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from results_collect import SETTLED
-from results_plan import Plan
-from results_queue import shown
+from results_plan import Plan, shown
 
 from data.shards.reader import TokenShards
 from eval.grid import format_length
@@ -142,8 +141,8 @@ def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
     notes = []
     if any("from_baseline" in row for row in rows):
         notes.append(
-            f"In brackets: difference from {results['baseline']} ± its standard error, * where the same questions were "
-            "compared one by one."
+            f"In brackets: difference from {results['baseline']} with its 95 % interval, * where the same questions "
+            "were compared one by one."
         )
     if rows[0]["part"] in ("training", "positions"):
         notes.append("0.01 nats per token are 1 % of perplexity.")
@@ -169,8 +168,8 @@ def _cell(row: Row | None) -> str:
         value += f" ({_number(row['interval'][0])} to {_number(row['interval'][1])})"
     if (base := row.get("from_baseline")) is None or row["part"] == "speed":
         return value
-    error = "" if base["stderr"] is None else f" ± {base['stderr']:.2g}{'*' if base['paired'] else ''}"
-    return f"{value} [{base['difference']:+.3g}{error}]"
+    within = " ({:+.2g} to {:+.2g})".format(*base["interval"]) if base["interval"] else ""
+    return f"{value} [{base['difference']:+.3g}{within}{'*' if base['paired'] else ''}]"
 
 
 def _number(value: float) -> str:

@@ -26,10 +26,11 @@ of its own.
 from __future__ import annotations
 
 import glob
+import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,7 +136,7 @@ class Plan(Settings):
             recipe = {**recipe, "run": run}
             apply_overrides(recipe, _filled([*stage.overrides, *arm.overrides], values, where))
         words, leaves = (_filled(list(each), values, where) for each in (stage.command, stage.leaves))
-        command = [sys.executable if word == "python" else str(word) for word in words]
+        command = [str(word) for word in words]
         minutes = float(arm.minutes.get(stage.name, stage.minutes))
         return Job(arm.name, stage.name, folder, recipe, command, tuple(leaves), minutes)
 
@@ -147,6 +148,7 @@ class Job:
     Attributes:
         folder: <root>/<arm>; there <stage>.run.json is the record, <stage>.log what was said, <stage>.yaml the recipe.
         recipe: of a stage that trains, as it is trained.
+        command: of other stages; the word `python` stands for this interpreter.
     """
 
     arm: str
@@ -156,6 +158,10 @@ class Job:
     command: list[str]
     leaves: tuple[str, ...]
     minutes: float
+
+    @property
+    def root(self) -> str:
+        return str(self.folder.parent)
 
     @property
     def record_file(self) -> Path:
@@ -171,8 +177,8 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """The command line."""
-        return self.command or [sys.executable, "-m", "s2.training.cli", str(self.recipe_file)]
+        """The command line, as records keep it."""
+        return self.command or ["python", "-m", "s2.training.cli", str(self.recipe_file)]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -189,8 +195,7 @@ class Job:
         return all(glob.glob(pattern) for pattern in self.leaves)
 
     def check(self) -> None:
-        """Raises ValueError, FileNotFoundError for a recipe that cannot be trained, and for a finished stage that was
-        run with another one: figures of two settings do not go under one name."""
+        """Raises ValueError, FileNotFoundError for a recipe that cannot be trained, and as `check_done`."""
         if self.recipe is not None:
             read_stage(self.recipe, self.recipe_file)
             model = self.recipe.get("model") or {}
@@ -202,12 +207,65 @@ class Job:
                 raise FileNotFoundError(
                     f"{where}.init_from={source} has no config.json; name a Hugging Face folder with `inputs`"
                 )
-        if self.is_done and (changed := differences(self.record.get("recipe"), self.recipe)):
-            key, old, new = changed[0]
-            raise ValueError(
-                f"{self.record_file}: this stage is finished with {key}={old!r}, and the plan says {new!r}; give the "
-                f"arm another name, or the plan another root"
-            )
+        self.check_done()
+
+    def check_done(self) -> None:
+        """Raises ValueError for a stage that was finished with another recipe or command: figures of two settings do
+        not go under one name."""
+        if self.is_done:
+            self.check_record(self.record, str(self.record_file))
+
+    def check_record(self, record: Mapping[str, Any], source: str) -> None:
+        """Raises ValueError, naming what differs, for a record of a stage that ended well with another recipe or
+        command than the plan has now. Which interpreter it was, and in which root, is all the same."""
+        if record.get("exit_code") != 0 or not (changed := self._changed(record)):
+            return
+        raise ValueError(
+            f"{source}: arm {self.arm}, stage {self.stage} is finished with {changed[0]}, and the plan says "
+            f"{changed[1]}; give the arm another name, or the plan another root"
+        )
+
+    def _changed(self, record: Mapping[str, Any]) -> tuple[str, str] | None:
+        """What a record says and what the plan says, where they differ."""
+        recipe, words = (_moved(record.get(key), record.get("root"), self.root) for key in ("recipe", "command"))
+        if (recipe is None) != (self.recipe is None):
+            old, new = ("a command" if each is None else "a training recipe" for each in (recipe, self.recipe))
+            return old, new
+        if self.recipe is not None:
+            found = differences(recipe, self.recipe)
+            return (f"{found[0][0]}={found[0][1]!r}", repr(found[0][2])) if found else None
+        # records of earlier versions name the interpreter by its path
+        pairs = zip_longest(words or (), self.command)
+        words = ["python" if new == "python" and re.fullmatch(r".*/python[\d.]*", old or "") else old
+                 for old, new in pairs if old is not None]  # fmt: skip
+        return None if words == self.command else _where_they_differ(words, self.command)
+
+
+def _moved(value: Any, old: str | None, new: str) -> Any:
+    """What a record says, as it would be in another root; earlier versions do not record theirs."""
+    if isinstance(value, dict):
+        return {key: _moved(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, old, new) for item in value]
+    if old is None or not isinstance(value, str):
+        return value
+    return re.sub(rf"(?<![\w.\-/]){re.escape(old)}(?![\w.\-])", lambda _: new, value)
+
+
+def _where_they_differ(old: Sequence[str], new: Sequence[str]) -> tuple[str, str]:
+    """The words of two commands between those that they begin and end with alike; a value with its option."""
+    same = list(takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+    begin = len(same) - (bool(same) and same[-1][0].startswith("-"))
+    ends = zip(reversed(old[begin:]), reversed(new[begin:]), strict=False)
+    end = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
+    first, second = (shown(words[begin : len(words) - end]) or "nothing there" for words in (old, new))
+    return f"`{first}`", f"`{second}`"
+
+
+def shown(words: Sequence[str]) -> str:
+    """A command as it is typed."""
+    return " ".join(word if word.replace("/", "").replace(".", "").replace("-", "").replace("_", "").isalnum()
+                    else json.dumps(word) for word in words)  # fmt: skip
 
 
 def load_plan(name: str, overrides: Sequence[str] = ()) -> Plan:

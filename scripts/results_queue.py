@@ -7,10 +7,10 @@ SIGINT, or because the time is over) every process is sent SIGTERM, and what has
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,8 +115,10 @@ class Queue:
         with job.log_file.open("ab") as log:
             log.write(f"\n$ {' '.join(job.words)}\n".encode())
             log.flush()
-            process = subprocess.Popen(job.words, stdout=log, stderr=log, env=env, start_new_session=True)
-        record = {"arm": job.arm, "stage": job.stage, "command": job.words, "recipe": job.recipe, **self.about}
+            words = [sys.executable if word == "python" else word for word in job.words]
+            process = subprocess.Popen(words, stdout=log, stderr=log, env=env, start_new_session=True)
+        record = {"arm": job.arm, "stage": job.stage, "root": job.root, "command": job.words, "recipe": job.recipe}
+        record |= self.about
         began = {"began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": process.pid, "gpu": gpu}
         record["attempts"] = [*job.record.get("attempts", []), began]
         files.write_json(job.record_file, record)
@@ -171,13 +173,21 @@ def status(arms: Mapping[str, Sequence[Job]]) -> list[list[str]]:
             tries = record.get("attempts", [])
             state = "waiting"
             if job.is_done:
-                state = f"done in {record['seconds'] / 60:.1f} min"
+                state = f"done in {record['seconds'] / 60:.1f} min{_otherwise(job)}"
             elif tries and "exit_code" not in tries[-1]:
                 state = f"running since {tries[-1]['began'][11:16]}" if _is_alive(tries[-1]["pid"]) else "killed"
             elif tries:
                 state = "stopped" if tries[-1]["exit_code"] == STOPPED else f"exit code {tries[-1]['exit_code']}"
             rows.append([arm, job.stage, state, _progress(job)])
     return rows
+
+
+def _otherwise(job: Job) -> str:
+    try:
+        job.check_done()
+    except ValueError:
+        return ", otherwise than the plan says now"
+    return ""
 
 
 def _progress(job: Job) -> str:
@@ -204,9 +214,3 @@ def _is_alive(pid: int) -> bool:
         return True
     except ProcessLookupError:
         return False
-
-
-def shown(words: Sequence[str]) -> str:
-    """A command as it is typed."""
-    return " ".join(word if word.replace("/", "").replace(".", "").replace("-", "").replace("_", "").isalnum()
-                    else json.dumps(word) for word in words)  # fmt: skip

@@ -11,11 +11,10 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from tqdm import tqdm
-
 from data.corpus.parts import Part, row_groups
 from data.corpus.readers import PACKS, Document, OnBad, stop
 from data.corpus.sources import Limit, Source
+from s2.progress import progress
 
 READ = 2  # bytes that are looked at for each byte of the sample; a source that has no more on disk is read whole
 _STRETCH, _PLACES = 4 << 20, 64  # of a larger one, up to that many bytes at each of at least as many places
@@ -41,7 +40,7 @@ def sample_texts(
     by_size = sorted(range(len(sources)), key=lambda i: sum(part.size for part in parts[i]))
     for done, i in enumerate(by_size):
         reservoir = _Reservoir(max(1, left // (len(sources) - done)), seed)
-        with tqdm(desc=f"tokenizer sample: {sources[i].label}", unit="B", unit_scale=True, disable=None) as bar:
+        with progress(f"tokenizer sample: {sources[i].label}", None, "B", scaled=True) as bar:
             for document in _looked_at(sources[i], parts[i], reservoir.size, on_bad):
                 bar.update(len(document.text))
                 if not is_heldout(document.id):

@@ -7,7 +7,6 @@ when it does.
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -17,13 +16,12 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from tqdm import tqdm
-
 from data.corpus.parts import Part
 from data.corpus.sources import Limit
 from data.prepare.part import Task
 from data.prepare.spec import PrepareSpec
 from s2 import ending
+from s2.progress import Progress, progress
 
 Results = Generator[tuple[Task, Any], None, None]
 Work = Callable[[Task], Any]
@@ -32,7 +30,7 @@ Work = Callable[[Task], Any]
 class Workers:
     """Runs `work(task)` for many tasks; use `workers` to make one."""
 
-    def __init__(self, executor: ProcessPoolExecutor | None, size: int, bar: "tqdm[Any]"):
+    def __init__(self, executor: ProcessPoolExecutor | None, size: int, bar: Progress):
         self.size, self._executor, self._bar = size, executor, bar
         self._running: set[Future[Any]] = set()
 
@@ -88,7 +86,7 @@ def workers(what: str, spec: PrepareSpec, parts: Sequence[list[Part]]) -> Iterat
     total = sum(sizes) if all(Limit.of(source).is_none for source in spec.sources) else None
     cores = spec.workers or len(os.sched_getaffinity(0))
     processes = max(1, min(cores, len(sizes) // 4))
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+    with progress(what, total, "B", scaled=True) as bar:
         if processes == 1:
             yield Workers(None, 1, bar)
             return

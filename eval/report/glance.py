@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.differences import questions
 from eval.grid import format_length
-from eval.report import rates, scores, settings
+from eval.report import rates, scores, settings, tasks
 from eval.report.run import Run, Scores
 from eval.sweep import wilson
 
@@ -33,10 +33,10 @@ def glance(runs: Sequence[Run]) -> list[list[str]]:
     for name, length in _cells(run.ruler for run in runs):
         label = f"RULER at {format_length(length)}"
         rows.append((label + _if_several(name, (run.ruler for run in runs)), partial(_ruler, name, length)))
-    if means := scores.mean_accuracy(runs):
-        count = len(scores.accuracies(runs)[0])
+    if found := tasks.mean_accuracy(runs):
+        what, means = found
         by_name = dict(zip((run.name for run in runs), means, strict=True))
-        rows.append((f"accuracy, mean of {count} task{'s' * (count > 1)}", lambda run: by_name[run.name]))
+        rows.append((f"accuracy, {what}", lambda run: by_name[run.name]))
     rows += [("tokens/s a device", lambda run: rates.rate(run) and f"{rates.rate(run):,.0f}"), ("time", rates.hours)]
     if longest := max((run.model.max_position_embeddings for run in runs if run.model), default=0):
         rows.append((f"KV cache a token at {format_length(longest)}", partial(rates.kv_cache, longest)))

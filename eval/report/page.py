@@ -14,7 +14,7 @@ import numpy as np
 from eval import differences, heatmap
 from eval.grid import format_lengths
 from eval.panels import Panel, draw_panels
-from eval.report import curves, figures, layouts, rates, scores, settings
+from eval.report import curves, figures, layouts, rates, scores, settings, tasks
 from eval.report.glance import glance, stems, which
 from eval.report.html import to_html
 from eval.report.run import Run
@@ -95,7 +95,7 @@ def _sections(page: Page, runs: Sequence[Run]) -> None:
     if any(run.gate for run in runs):
         page.add("## Gate to the next stage", scores.gate(runs))
     if any(run.lm for run in runs):
-        page.add("## Downstream tasks", *scores.downstream(runs))
+        page.add("## Downstream tasks", *tasks.downstream(runs))
     if any(run.log or run.summary for run in runs):
         page.add("## Speed and memory", *rates.speed(runs))
     page.add("## Environment", *rates.environment(runs))

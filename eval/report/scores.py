@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from eval.differences import Difference, of_means, of_questions, paired_means, questions
+from eval.differences import Difference, losses_by_document, of_means, of_questions, paired_means, questions
 from eval.grid import format_length
 from eval.report.run import Run, Scores
 from eval.results import threshold
@@ -14,11 +14,6 @@ from eval.sweep import SCORE_NAMES, wilson
 from s2.tables import markdown
 
 DASH = "-"
-# What lm-eval results record beside the conditions under which they hold.
-_ABOUT = {
-    *("checkpoint", "fingerprint", "attention_layout", "block_size", "max_position_embeddings"),
-    *("tasks", "num_fewshot", "cut_inputs", "remarks"),
-}
 
 
 class Comparison:
@@ -110,7 +105,7 @@ def positions(runs: Sequence[Run], stem: str) -> list[str]:
         spans = dict.fromkeys((b["from"], b["to"]) for t in tables for b in t.get(length, ()))
         for low, high in ((None, None), *spans):
             values = [_loss(scores, length, low, high) for scores in found]
-            each = [_by_document(scores, length, low, high) for scores in found]
+            each = [losses_by_document(s.content, length, low or 0, high) if s else {} for s in found]
             differences = [_document_difference(each[0], other) for other in each]
             label = "all" if low is None else f"{low:,} to {high:,}"
             table.add((format_length(length), label), values, differences)
@@ -140,17 +135,6 @@ def _loss(scores: Scores | None, length: int, low: int | None, high: int | None)
             for row in rows:
                 return with_interval(row["loss"], *row["interval"]) if row.get("interval") else f"{row['loss']:.3f}"
     return None
-
-
-def _by_document(scores: Scores | None, length: int, low: int | None, high: int | None) -> dict[str, float]:
-    """Mean loss of each document, named by its prompt."""
-    found = {}
-    for sample in scores.content.get("samples", ()) if scores else ():
-        if sample.get("length") == length:
-            rows = [row for row in sample["losses"] if low is None or low <= row[0] < high]
-            if count := sum(row[2] for row in rows):
-                found[f"{sample['id']} {sample.get('prompt')}"] = sum(row[2] * row[3] for row in rows) / count
-    return found
 
 
 def _document_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
@@ -246,123 +230,3 @@ def gate(runs: Sequence[Run]) -> str:
             passed = "passed" if check.get("passed") else "**not passed**"
             rows.append([run.name, what, place + span, f"{check['value']:.3f}", limit, passed])
     return markdown(["run", "check", "length, positions", "value", "limit", ""], rows)
-
-
-# --- downstream tasks -------------------------------------------------------------------------------------------------
-
-
-def downstream(runs: Sequence[Run]) -> list[str]:
-    """A row a task, metric and set of conditions, with lm-eval's standard errors; the mean of accuracies at the end.
-
-    A run's results of one metric under several conditions stand in rows of their own, which say what differs; results
-    of the first documents alone always do.
-    """
-    found: dict[tuple[str, str, str], list[tuple[int, dict[str, str], _Metric]]] = {}
-    for column, run in enumerate(runs):
-        for scores in run.lm.values():
-            conditions = {key: str(value) for key, value in scores.content["s2"].items() if key not in _ABOUT}
-            for key, metric in _metrics(scores.content):
-                found.setdefault(key, []).append((column, conditions, metric))
-    table = Comparison(runs, "task", "n-shot", "metric", "conditions")
-    for key, values in found.items():
-        differing = {"limit"} if any(c.get("limit", "None") != "None" for _, c, _ in values) else set()
-        for column, conditions, _ in values:
-            others = [other for c, other, _ in values if c == column]
-            differing |= {name for name in conditions if len({other.get(name) for other in others}) > 1}
-        rows: dict[str, list[_Metric | None]] = {}
-        for column, conditions, metric in values:
-            said = ", ".join(f"{name} {conditions.get(name, '?')}" for name in sorted(differing))
-            rows.setdefault(said.replace("limit None", "no limit"), [None] * len(runs))[column] = metric
-        for said, row in rows.items():
-            table.add(
-                (*key, said),
-                [None if metric is None else str(metric) for metric in row],
-                [_less(row[0], other) for other in row],
-            )
-    means = accuracies(runs)
-    if means and len(means[0]) > 1:
-        rows_ = [_mean_metric(list(each.values())) for each in means]
-        label = (f"mean of {len(means[0])}", "", "acc_norm, else acc", "")
-        table.add(label, [str(metric) for metric in rows_], [_less(rows_[0], other) for other in rows_])
-    said_of = [f"- {run.name}, {_conditions(scores.content)}" for run in runs for scores in run.lm.values()]
-    return [*table.parts(item="document"), "\n".join(said_of)]
-
-
-class _Metric:
-    """A value with its standard error, and the value of each document where those were logged."""
-
-    def __init__(self, value: float, error: float | None, documents: Mapping[str, float] | None = None) -> None:
-        self.value, self.error, self.documents = value, error, documents or {}
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f}" + (f" ± {self.error:.4f}" if self.error is not None else "")
-
-
-def _less(first: _Metric | None, second: _Metric | None) -> Difference | float | None:
-    if first is None or second is None or first is second:
-        return None
-    if first.documents and first.documents.keys() == second.documents.keys():
-        return paired_means(first.documents, second.documents)
-    if first.error is None or second.error is None:
-        return second.value - first.value
-    return of_means(first.value, first.error, second.value, second.error)
-
-
-def accuracies(runs: Sequence[Run]) -> list[dict[str, _Metric]]:
-    """Accuracy by task of each run (length-normalized where there is that), of whole tasks that every run has; [] where
-    there are none."""
-    found = []
-    for run in runs:
-        best: dict[str, tuple[bool, _Metric]] = {}
-        for scores in run.lm.values():
-            for (task, _, name), metric in _metrics(scores.content):
-                if scores.content["s2"].get("limit") is None and name.rstrip(" ↑↓") in ("acc", "acc_norm"):
-                    best[task] = max(
-                        best.get(task, (False, metric)), (name.startswith("acc_norm"), metric), key=lambda e: e[0]
-                    )
-        found.append({task: metric for task, (_, metric) in best.items()})
-    shared = [task for task in found[0] if all(task in each for each in found)] if found else []
-    return [{task: each[task] for task in shared} for each in found] if shared else []
-
-
-def mean_accuracy(runs: Sequence[Run]) -> list[str] | None:
-    """The mean over tasks of each run, with its standard error and the number of tasks."""
-    means = accuracies(runs)
-    return [str(_mean_metric(list(each.values()))) for each in means] if means else None
-
-
-def _mean_metric(metrics: Sequence[_Metric]) -> _Metric:
-    errors = [metric.error for metric in metrics]
-    error = None if None in errors else math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
-    return _Metric(sum(metric.value for metric in metrics) / len(metrics), error)
-
-
-def _metrics(results: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], _Metric]]:
-    """((task, shots, metric), value) of every metric; an arrow says which way is better."""
-    for task, values in results["results"].items():
-        shots = str(results.get("n-shot", {}).get(task, ""))
-        for key, value in values.items():
-            name, _, filtered = key.partition(",")
-            if isinstance(value, float) and not name.endswith("_stderr"):
-                error = values.get(f"{name}_stderr,{filtered}")
-                label = name if filtered in ("", "none") else f"{name} ({filtered})"
-                better = (results.get("higher_is_better", {}).get(task) or {}).get(name)
-                label += "" if better is None else " ↑" if better else " ↓"
-                logged = (results.get("samples") or {}).get(task, [])
-                documents = {_document(s): float(s[name]) for s in logged if isinstance(s.get(name), int | float)}
-                is_mean = documents and math.isclose(sum(documents.values()) / len(documents), value, abs_tol=1e-6)
-                yield (
-                    (task, shots, label),
-                    _Metric(value, error if isinstance(error, float) else None, documents if is_mean else None),
-                )
-
-
-def _document(sample: Mapping[str, Any]) -> str:
-    return f"{sample.get('doc_id')} {sample.get('prompt_hash')} {sample.get('target_hash')} {sample.get('filter')}"
-
-
-def _conditions(results: dict[str, Any]) -> str:
-    about = results["s2"]
-    said = {"max_length": "max_length", "bos": "BOS", "limit": "limit", "dtype": "dtype"}
-    known = [f"{name} {about[key] or 'none'}" for key, name in said.items() if key in about]
-    return f"{', '.join(about['tasks'])}: {', '.join(known)}, cut inputs: {about.get('cut_inputs', 'unknown')}"

@@ -24,7 +24,7 @@ def generate(
     top_k: int = 0,
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
-    is_enough: Callable[[Tensor], bool] | None = None,
+    is_enough: Callable[[Tensor], Sequence[bool]] | None = None,
 ) -> Tensor:
     """Continue a batch of prompts of one length.
 
@@ -35,13 +35,14 @@ def generate(
         temperature: 0 takes the likeliest token, otherwise logits are divided by it and a token is drawn.
         top_p: draw only from the likeliest tokens that together reach this probability (nucleus sampling,
             arXiv 1904.09751). With `top_k`, of those.
-        eos_token_id: one or several ids that end a row. Rows that ended are filled with the id that ended
-            them; generation stops early when all have. None never stops.
+        eos_token_id: one or several ids that end a row; None: none does. Rows that ended are filled with their last
+            token; generation stops early when all have.
         top_k: draw only from so many of the likeliest tokens, and those as likely as the last of them; 0 from all.
         generator: random numbers for the draw, on the model's device.
         prefill_chunk: feed the prompt in pieces of so many tokens, which bounds activation memory at long
             context.
-        is_enough: is asked after each token whether the new ones `[B, n]` are all that is wanted.
+        is_enough: is asked after each token, of the new ones `[B, n]`, which rows need no more. A row for which it once
+            said so counts as ended.
 
     Returns:
         int64 `[B, n]`, the new tokens only, `n <= max_new_tokens`.
@@ -67,9 +68,12 @@ def generate(
         if tokens:
             token = torch.where(ended, tokens[-1], token)
         tokens.append(token)
-        ended = ended | torch.isin(token, stop_ids)
-        is_over = len(tokens) == max_new_tokens or (stop and bool(ended.all()))
-        if is_over or (is_enough is not None and is_enough(torch.stack(tokens, dim=1))):
+        if stop:
+            ended |= torch.isin(token, stop_ids)
+        if is_enough is not None:
+            ended |= torch.tensor(is_enough(torch.stack(tokens, dim=1)), device=ended.device)
+        # without either no row ends, and the device need not be waited for
+        if len(tokens) == max_new_tokens or ((stop or is_enough is not None) and bool(ended.all())):
             return torch.stack(tokens, dim=1)
         logits = model(token[:, None], cache=cache, logits_to_keep=1)
 

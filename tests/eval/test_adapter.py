@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,35 @@ def test_answers_of_other_weights_are_not_used(tmp_path):
     first.close()
     assert Answers(tmp_path, "table", {"fingerprint": "one"}).get("loglikelihood", ("a", "b")) == ((-1.0, True), None)
     assert len(Answers(tmp_path, "table", {"fingerprint": "two"})) == 0
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that grows by one with each token that generation draws."""
+    module, drawn = sys.modules["s2.inference.generate"], list[int]()  # the package has a function of this name
+    draw = module._draw
+    monkeypatch.setattr(module, "_draw", lambda *args: drawn.append(1) or draw(*args))
+    return drawn
+
+
+def test_a_batch_ends_when_each_row_has_ended_or_is_enough(folder, tmp_path, steps):
+    """A row that said the end of text need not be told that it is enough."""
+    shutil.copytree(folder, tmp_path / "hf")
+    checkpoint = S2LM(folder, device="cpu").checkpoint
+    rows = [checkpoint.tokenizer.encode(prose(4, seed)).ids[:15] for seed in (1, 2)]
+    first, second = checkpoint.generate(rows, 3)
+    assert first[1] not in (first[0], *second)
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": [1, first[1]]}))
+    steps.clear()
+    said = S2LM(tmp_path / "hf", device="cpu").checkpoint.generate(rows, 100, lambda i, tokens: i == 1)
+    assert said[0] == first[:1] and said[1][:3] == second and len(said[1]) == len(steps) == 8
+
+
+def test_a_stop_sequence_of_several_tokens_ends_generation(lm, steps):
+    [text] = generate(lm, {"max_gen_toks": 40, "until": []})
+    tokens = lm.tok_encode(text, add_special_tokens=False)
+    stop = lm.checkpoint.tokenizer.decode(tokens[2:5])
+    assert not lm._tokens_that_stop((stop,)) and stop in text
+    steps.clear()
+    assert generate(lm, {"max_gen_toks": 40, "until": [stop]}) == [text.split(stop)[0]]
+    assert len(steps) == 8

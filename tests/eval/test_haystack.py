@@ -28,6 +28,19 @@ def build(haystack, tokenizer, **options):
     return build_prompt(haystack, tokenizer, 0, **{"length": 400, "depth": 50, "seed": "s", **options})
 
 
+def test_of_a_text_that_is_longer_than_the_haystack_the_beginning_is_encoded(tokenizer):
+    class Counting:
+        def encode(self, text, **options):
+            sizes.append(len(text))
+            return tokenizer.encode(text, **options)
+
+    sizes, book = [], prose(3000, 1)
+    found = Haystack.from_texts([book, book], Counting(), "book", 1000)
+    whole = Haystack.from_texts([book], tokenizer, "book")
+    assert max(sizes) == 64_000 < len(book) and found.tokens.tolist() == whole.tokens[:1000].tolist()
+    assert found.starts.tolist() == [start for start in whole.starts if start < 1000]
+
+
 @pytest.mark.parametrize("length", [300, 301, 417, 1024])
 @pytest.mark.parametrize("needles,distractors", [(1, 0), (2, 3)])
 def test_prompt_has_exactly_the_length_asked_for(haystack, tokenizer, length, needles, distractors):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from data.corpus.tokenizer import TextTokenizer
 from data.shards import ShardWriter, write_manifest
+from eval import documents
 from eval.lm import S2LM, evaluate, main, stock_tasks, table
 from eval.local_tasks import write_local_tasks
 from tests.eval.small_checkpoint import make_checkpoint, prose
@@ -231,11 +233,32 @@ def test_local_results_carry_stock_names_prompts_and_versions(lm, local_data):
     assert len(results["samples"]["piqa"]) == 6 and results["versions"]["piqa"] == 1.0
 
 
+def test_two_models_have_the_same_documents_where_they_were_asked_the_same(lm, local_data, tmp_path):
+    """Whichever the weights; other data has other ones."""
+    shuffled = tmp_path / "piqa"
+    shuffled.mkdir()
+    with gzip.open(local_data / "piqa" / "validation.jsonl.gz", "rt") as stream:
+        (shuffled / "validation.jsonl").write_text("".join(reversed(stream.readlines())))
+    other = make_checkpoint(tmp_path / "hf", "dense")
+
+    def asked(model, data_dir=local_data):
+        found = evaluate(model, ["piqa"], data_dir=data_dir, limit=4)
+        numbers = documents.of(found, "piqa", "acc_norm,none")
+        assert len(numbers) == 4 and set(numbers.values()) <= {0.0, 1.0}
+        assert math.fsum(numbers.values()) / 4 == found["results"]["piqa"]["acc_norm,none"]
+        return numbers.keys()
+
+    ours = asked(lm)
+    assert ours == asked(S2LM(other, device="cpu"))
+    assert not ours & asked(lm, data_dir=tmp_path)
+
+
 def test_a_group_reads_its_subjects_from_one_file(lm, local_data, tmp_path):
     results = evaluate(lm, ["mmlu_humanities"], data_dir=local_data, limit=1, num_fewshot=0, log_samples=True)
     assert len(results["samples"]) == 13
     for task, samples in results["samples"].items():
         assert samples[0]["doc"]["question"] == f"{task.removeprefix('mmlu_')} 0?"
+    assert len(documents.of(results, "mmlu_humanities", "acc,none")) == 13
     assert "mmlu_humanities" in results["groups"] and "|Groups" in table(results).replace("|  Groups", "|Groups")
 
 
@@ -316,7 +339,8 @@ def heldout(sparse):
 
 def test_without_tasks_the_command_line_runs_our_own_and_prints_the_table(sparse, lm, heldout, tmp_path, capsys):
     main(["--ckpt", str(sparse), "--output", str(tmp_path), "--device", "cpu"])
-    printed = capsys.readouterr().out
+    printed, log = capsys.readouterr()
+    assert "\r" not in log  # no bars, lm-eval's own included
     files = [Path(line) for line in printed.splitlines()[-2:]]
     assert [file.suffix for file in files] == [".json", ".md"] and files[0].parent == tmp_path
     assert files[0].name.startswith("lm-s2_heldout+s2_passkey-")
@@ -333,6 +357,11 @@ def test_without_tasks_the_command_line_runs_our_own_and_prints_the_table(sparse
     ):
         assert expected in written
     results = json.loads(files[0].read_text())
+    assert "samples" not in results  # texts are not kept, numbers are
+    for task, metric in [("s2_heldout", "word_perplexity,none"), ("s2_passkey", "acc_256,none")]:
+        numbers = documents.of(results, task, metric)
+        assert len(numbers) == (len(heldout) if task == "s2_heldout" else 20)
+        assert math.fsum(numbers.values()) / len(numbers) == pytest.approx(results["results"][task][metric], rel=1e-4)
     total = sum(lm.loglikelihood_rolling(requests(*[(text,) for text in heldout]), disable_tqdm=True))
     num_bytes = sum(len(text.encode()) for text in heldout)
     bits = results["results"]["s2_heldout"]["bits_per_byte,none"]

@@ -2,13 +2,15 @@
 
 import json
 import math
+import random
 import statistics
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from eval.checkpoint import Checkpoint, bos_of
-from eval.positions import buckets, losses, main, summarise
+from eval.checkpoint import Checkpoint, bos_of, load_tokenizer
+from eval.positions import buckets, losses, main, may_have, summarise
 from eval.sweep import student
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
@@ -68,6 +70,63 @@ def test_only_documents_of_the_length_are_read_each_from_its_one_bos_on(folder, 
     tokens = [bos_of(checkpoint.tokenizer), *checkpoint.tokenizer.encode(text, add_special_tokens=False).ids][:256]
     sample = next(sample for sample in results["samples"] if sample["id"] == "256/2")
     assert sample["losses"] == losses(checkpoint, [tokens])[0]
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The texts that are encoded."""
+    texts: list[str] = []
+
+    class Counting:
+        def __init__(self, tokenizer):
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self._tokenizer, name)
+
+        def encode(self, text, **options):
+            texts.append(text)
+            return self._tokenizer.encode(text, **options)
+
+    monkeypatch.setattr("eval.checkpoint.load_tokenizer", lambda folder: Counting(load_tokenizer(folder)))
+    return texts
+
+
+def test_documents_that_cannot_be_long_enough_are_not_encoded(folder, tmp_path, encoded):
+    texts = [prose(60, i) if i % 10 == 3 else prose(1, i) for i in range(40)]
+    (tmp_path / "books.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
+    results = run(folder, tmp_path / "books.jsonl", tmp_path, "--lengths", "100,200", "--n", "3")
+    names = [f"{length}/{i}" for length in (100, 200) for i in (3, 13, 23)]
+    assert [sample["id"] for sample in results["samples"]] == names
+    assert [text for text in encoded if text in texts] == [texts[3], texts[13], texts[23]]
+    with pytest.raises(ValueError, match=r"--lengths 10240: .*\(the longest: \d{3,4}\)"):
+        run(folder, tmp_path / "books.jsonl", tmp_path, "--lengths", "10k", "--beyond")
+
+
+def tokenizers():
+    """Of bytes, and what makes more tokens of a text than it has characters or bytes."""
+    ours = Tokenizer(models.BPE())
+    ours.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ours.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    growing = Tokenizer.from_str(ours.to_str())
+    growing.normalizer = normalizers.NFKC()  # makes 18 characters of one of three bytes
+    marking = Tokenizer.from_str(ours.to_str())
+    marking.add_tokens(["-"])  # and the prefix after each
+    return {"bytes": ours, "growing": growing, "marking": marking}
+
+
+@pytest.mark.parametrize("which", ["bytes", "growing", "marking"])
+def test_no_document_is_skipped_that_is_long_enough(which, seed):
+    tokenizer = tokenizers()[which]
+    rng, may = random.Random(seed), may_have(tokenizer)
+    tight = []
+    for alphabet in ("a", "ab ", "大 ", "\ufdfa", "-a", "a-\ufdfa 大"):
+        for size in (0, 1, 7, 40):
+            text = "".join(rng.choices(alphabet, k=size))
+            count = len(tokenizer.encode(text, add_special_tokens=False).ids)
+            assert may(text, count), (text, count)
+            tight.append(not may(text, 2 * count + 2))
+    assert which == "marking" or any(tight)
 
 
 def test_every_figure_has_n_perplexity_and_an_interval_over_documents():

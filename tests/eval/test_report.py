@@ -13,12 +13,11 @@ from eval.report.__main__ import main
 from eval.report.glance import glance
 from eval.report.page import missing
 from eval.report.run import labels, read_run, read_runs
-from eval.sweep import student
 from s2.files import write_json
 from s2.model.config import ModelConfig
 from s2.model.flops import matmul_parameters
 from s2.model.hf import fingerprint
-from tests.eval.runs import MODEL, RECIPE, lm_results, make_run, write_positions, write_ruler
+from tests.eval.runs import MODEL, RECIPE, make_run, write_positions, write_ruler
 from tests.eval.sweeps import write_results
 
 
@@ -344,38 +343,3 @@ def test_losses_by_position_are_paired_over_documents(tmp_path):
     write_positions(two / "results" / "positions.json", shift=0.25)
     text = "\n".join(scores.positions(read_runs([one, two]), "positions"))
     assert "| 128 | 64 to 128 | 4.000 (3.00 to 5.00) | 4.250 (3.00 to 5.00)<br>**+0.250 (+0.25 to +0.25)** |" in text
-
-
-def test_tasks_stand_side_by_side_with_the_error_of_their_difference(tmp_path):
-    text = "\n".join(scores.downstream(read_runs(pair(tmp_path, acc=0.3))))
-    error = 1.959964 * 0.0123 * 2**0.5
-    assert f"| piqa | 5 | acc ↑ | 0.2000 ± 0.0123 | 0.3000 ± 0.0123<br>**+0.100 (+{0.1 - error:.2f} to" in text
-    assert "demo/a, piqa: max_length 1024, BOS yes (<|bos|>), limit none, cut inputs: none" in text
-
-
-def test_tasks_with_logged_documents_are_paired(tmp_path):
-    runs = pair(tmp_path)
-    for run, right in zip(runs, (5, 10), strict=True):
-        logged = [{"doc_id": i, "prompt_hash": str(i), "acc": float(i < right)} for i in range(20)]
-        write_json(run / "results" / "lm-piqa.json", lm_results(right / 20) | {"samples": {"piqa": logged}})
-    text = "\n".join(scores.downstream(read_runs(runs)))
-    half = student(19) * (5 * 15 / 20 / 19 / 20) ** 0.5  # five of twenty documents differ, all in one direction
-    assert (
-        f"<br>**+0.250 (+{0.25 - half:.2f} to +{0.25 + half:.2f})**" in text and "(demo/b paired by document)" in text
-    )
-
-
-@pytest.mark.parametrize("about,said", [({"limit": 5}, "limit 5"), ({"max_length": 2048}, "max_length 2048")])
-def test_results_under_several_conditions_say_what_differs(tmp_path, about, said):
-    one, two = pair(tmp_path, acc=0.3)
-    (one / "results" / "lm-piqa-2.json").write_text(json.dumps(lm_results(0.8, **about)))
-    text = scores.downstream(read_runs([one, two]))[0]
-    usual = {"limit 5": "no limit", "max_length 2048": "max_length 1024"}[said]
-    assert f"| piqa | 5 | acc ↑ | {usual} | 0.2000 ± 0.0123 | 0.3000 ± 0.0123<br>" in text
-    assert f"| piqa | 5 | acc ↑ | {said} | 0.8000 ± 0.0123 | - |" in text
-
-
-def test_runs_of_different_lengths_stand_in_one_row(tmp_path):
-    one, two = pair(tmp_path)
-    (two / "results" / "lm-piqa.json").write_text(json.dumps(lm_results(0.4, max_length=2048)))
-    assert "| piqa | 5 | acc ↑ | 0.2000 ± 0.0123 | 0.4000 ± 0.0123<br>" in scores.downstream(read_runs([one, two]))[0]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import runpy
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from eval import lm as module
 from eval.checkpoint import results_folder
 from eval.lm import S2LM, evaluate, main
-from eval.results import Conditions, write_results
+from eval.results import Conditions, checksum_of, is_current, write_results
 from tests.eval.small_checkpoint import make_checkpoint
 
 
@@ -77,6 +78,21 @@ def test_results_of_other_weights_or_data_move_aside_and_the_same_are_replaced(t
         "lm-a-0.md.3",  # its samples would be lost; before it the same conditions, replaced
     ]
     assert (tmp_path / "lm-a-0.md.3").read_text() == "table 3"
+
+
+def test_a_table_of_other_data_or_another_lm_eval_is_not_current(tmp_path):
+    data = tmp_path / "test.jsonl"
+    data.write_text("{}\n")
+    name = "lm-a-0"
+
+    def write(lm_eval=None):
+        about = {"fingerprint": "one", "lm_eval": lm_eval or version("lm_eval")}
+        content = {str(data): checksum_of(data), "of-the-hub": None}
+        return write_results(tmp_path, {"s2": about, "s2_files": {"name": name, "content": content}}, "table")[0]
+
+    assert is_current(file := write()) and not is_current(tmp_path / "lm-b-0.json")
+    data.write_text("{}\n{}\n")
+    assert not is_current(file) and is_current(write()) and not is_current(write("0.4"))
 
 
 def test_text_without_spaces_has_an_infinite_perplexity_per_word_and_finite_bits_per_byte(folder, tmp_path, capsys):

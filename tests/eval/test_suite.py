@@ -45,12 +45,18 @@ def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_
     }.items():
         assert rows[key]["n"] == n and len(rows[key]["interval"]) == 2
     assert rows["positions", "loss", 512, "nats/token"]["higher_is_better"] is False
+    kept = json.loads((tmp_path / first["parts"][-1]["file"]).read_text())
+    assert len(kept["documents"]["s2_passkey"]["scores"]["acc,none"]) == 40 and "samples" not in kept
     for line in ("| needle, passkey (exact) |", "| RULER mean (%) |", "| loss (nats/token) |", "| s2_passkey | acc |"):
         assert line in text
     monkeypatch.setattr(lm, "S2LM", None)  # nothing is evaluated again
     monkeypatch.setattr("eval.checkpoint.load_pretrained", None)
     again, _ = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
     assert again["rows"] == first["rows"]
+    table = tmp_path / first["parts"][-1]["file"]
+    table.write_text(json.dumps(kept | {"s2": kept["s2"] | {"lm_eval": "0.1"}}))
+    with pytest.raises(TypeError, match="not callable"):  # a table of another lm-eval is made anew
+        run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
 
 
 @pytest.mark.parametrize(

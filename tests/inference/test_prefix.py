@@ -45,5 +45,19 @@ def test_a_pass_that_fails_leaves_only_what_is_known_to_be_held(model):
 def test_generation_ends_where_it_is_enough_with_the_same_tokens(model):
     prompt = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
     whole = generate(model, prompt, 12)
-    some = generate(model, prompt, 12, is_enough=lambda new: new.shape[1] == 5)
+    some = generate(model, prompt, 12, is_enough=lambda new: [new.shape[1] == 5] * 2)
     assert some.tolist() == whole[:, :5].tolist()
+
+
+@pytest.mark.parametrize("enough_at", [2, 8])
+def test_generation_ends_when_each_row_has_ended_or_is_enough(model, enough_at):
+    """One row ends by itself, of the other somebody has enough: neither goes on for the other's sake."""
+    prompt = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
+    whole = generate(model, prompt, 12).tolist()
+    [stop] = [token for token in whole[0][4:5] if token not in whole[0][:4] + whole[1]]
+    some = generate(
+        model, prompt, 12, eos_token_id=stop, is_enough=lambda new: [False, new.shape[1] == enough_at]
+    ).tolist()
+    length = max(5, enough_at)
+    assert len(some[0]) == length and some[0] == whole[0][:5] + [stop] * (length - 5)
+    assert some[1][:enough_at] == whole[1][:enough_at]

@@ -85,8 +85,14 @@ MUTANTS = (
     ),
     Mutant(
         "rows_that_ended_go_on", "s2/inference",
-        "ended = ended | torch.isin(token, stop_ids)",
+        "ended |= torch.isin(token, stop_ids)",
         "ended = torch.isin(token, stop_ids[:0])",
         ("test_generate.py",),
+    ),
+    Mutant(
+        "rows_that_are_enough_wait_for_those_that_ended", "s2/inference",
+        "ended |= torch.tensor(is_enough(torch.stack(tokens, dim=1)), device=ended.device)",
+        "ended |= all(is_enough(torch.stack(tokens, dim=1)))",
+        ("test_prefix.py::test_generation_ends_when_each_row_has_ended_or_is_enough",),
     ),
 )  # fmt: skip

@@ -1,10 +1,9 @@
-"""Experiments as commands: plans, the queue of runs, carried results, differences and the page."""
+"""Experiments as commands: plans, the queue of runs, carried results and the page."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import tarfile
@@ -20,9 +19,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import results  # noqa: E402
-import results_collect  # noqa: E402
-import results_speed  # noqa: E402
-from results_collect import Figure, at_equal, difference  # noqa: E402
 from results_pack import pack, unpack  # noqa: E402
 from results_plan import load_plan  # noqa: E402
 from results_queue import Queue, status  # noqa: E402
@@ -62,9 +58,9 @@ def write_plan(folder: Path, body: str, arms: list[dict], **more) -> Path:
     return path
 
 
-def run(path: Path, minutes: float | None = None, gpus: tuple = (None,), only: tuple = ()) -> Queue:
+def run(path: Path, minutes: float | None = None, gpus: tuple = (None,), only: tuple = (), overrides=()) -> Queue:
     about = {"launched": "results.py", "commit": "abc", "versions": {"torch": "9"}, "device": "the CPU", "data": {}}
-    queue = Queue(load_plan(str(path)).jobs(only), gpus, minutes, about, lambda line: None, pause=0.02)
+    queue = Queue(load_plan(str(path), overrides).jobs(only), gpus, minutes, about, lambda line: None, pause=0.02)
     queue.run()
     return queue
 
@@ -87,7 +83,7 @@ def test_overrides_of_a_stage_hold_for_all_arms_and_an_arms_for_its_own(tmp_path
 def test_inputs_stand_in_commands_and_lists_are_spliced(tmp_path):
     arms = [{"name": "a"}, {"name": "b", "inputs": {"word": ["{where}", 2], "where": "{arm}/hf"}}]
     jobs = load_plan(str(write_plan(tmp_path, "", arms))).jobs()
-    assert jobs["a"][0].command[-1] == "go" and jobs["a"][0].command[0] == sys.executable
+    assert jobs["a"][0].command[-1] == "go" and jobs["a"][0].command[0] == "python"
     assert jobs["b"][0].command[-2:] == [f"{tmp_path}/runs/b/hf", "2"]
 
 
@@ -165,15 +161,60 @@ def test_what_is_finished_is_not_run_again(tmp_path):
     assert record["exit_code"] == 0 and record["commit"] == "abc" and record["command"][-1] == "go"
 
 
-def test_a_finished_stage_that_the_plan_now_says_otherwise_is_refused(tmp_path):
+def test_a_recipe_that_is_finished_and_now_another_is_refused(tmp_path):
     path = write_plan(tmp_path, "", [{"name": "a"}], stages=[{"name": "train", "recipe": RECIPE}])
     job = load_plan(str(path)).jobs()["a"][0]
     (job.folder / "train").mkdir(parents=True)
     (job.folder / "train" / "summary.json").write_text("{}")
     job.record_file.write_text(json.dumps({"exit_code": 0, "recipe": job.recipe}))
     job.check()
+    moved = load_plan(str(path), ["root=elsewhere"]).jobs()["a"][0]
+    job.record_file.write_text(json.dumps({"exit_code": 0, "recipe": moved.recipe, "root": "elsewhere"}))
+    job.check()
     with pytest.raises(ValueError, match=r"finished with trainer.max_steps=4, and the plan says 9"):
         load_plan(str(path), ["stages.0.recipe.trainer.max_steps=9"]).jobs()["a"][0].check()
+
+
+def changed_command(path: Path, *words: str) -> list[str]:
+    """Overrides with which the stage's command ends in other words."""
+    command = yaml.safe_load(path.read_text())["stages"][0]["command"]
+    return [f"stages.0.command={json.dumps([*command, *words])}"]
+
+
+def test_a_command_that_is_finished_and_now_another_is_refused(tmp_path):
+    path = write_plan(tmp_path, LEAVE, [{"name": "a"}, {"name": "b"}])
+    run(path, only=("a",))
+    where = r"a/work.run.json: arm a, stage work is finished with"
+    page, limit = ["--output", str(tmp_path / "page")], changed_command(path, "--limit", "5")
+    for overrides, sentence in (
+        (["inputs.word=stop"], rf"{where} `go`, and the plan says `stop`; give the arm another name"),
+        (limit, rf"{where} `nothing there`, and the plan says `--limit 5`"),
+    ):
+        for more in ([], ["--only", "b"], ["--page"], ["--dry-run"]):
+            with pytest.raises(ValueError, match=sentence):
+                results.main([str(path), *overrides, *more, *page])
+    assert not (tmp_path / "runs/b").exists() and not (tmp_path / "page").exists()
+    assert status(load_plan(str(path), ["inputs.word=stop"]).jobs())[0][2].endswith("otherwise than the plan says now")
+    (tmp_path / "runs/a/work").mkdir()
+    (tmp_path / "runs/a/work/summary.json").write_text("{}")
+    stages = [{"name": "work", "recipe": RECIPE}]
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"stages": stages}))
+    with pytest.raises(ValueError, match=f"{where} a command, and the plan says a training recipe"):
+        load_plan(str(path)).jobs()["a"][0].check()
+
+
+@pytest.mark.parametrize("interpreter", ["python", "/elsewhere/.venv/bin/python3.11", sys.executable])
+def test_another_interpreter_is_no_other_command(tmp_path, interpreter):
+    path = write_plan(tmp_path, LEAVE, [{"name": "a"}])
+    run(path)
+    file = tmp_path / "runs/a/work.run.json"
+    record = json.loads(file.read_text())
+    assert record["command"][0] == "python"
+    file.write_text(json.dumps(record | {"command": [interpreter, *record["command"][1:]]}))
+    load_plan(str(path)).jobs()["a"][0].check()
+    with pytest.raises(ValueError, match=r"finished with `--limit 5`, and the plan says `--limit 6`"):
+        file.write_text(json.dumps(record | {"command": [interpreter, *record["command"][1:], "--limit", "5"]}))
+        load_plan(str(path), changed_command(path, "--limit", "6")).jobs()["a"][0].check()
 
 
 def test_a_stopped_run_goes_on_and_a_failed_arm_does_not_hold_up_the_others(tmp_path):
@@ -246,108 +287,39 @@ def test_told_to_stop_it_has_its_runs_save_and_what_does_not_end_is_killed(tmp_p
     assert not (tmp_path / "runs/later").exists()
 
 
-# ---------------------------------------------------------------- figures
-
-
-def figure(value, samples=(), questions="", **more):
-    return Figure("train", "needle", "single", 8192, "exact", value, samples=dict(enumerate(samples)),
-                  questions=questions, **more)  # fmt: skip
-
-
-def test_the_same_questions_are_compared_one_by_one():
-    ours, base = figure(0.75, [1, 1, 1, 0], "q"), figure(0.5, [1, 1, 0, 0], "q")
-    assert difference(ours, base) == {"difference": 0.25, "stderr": pytest.approx(0.25), "paired": True, "n": 4}
-    other = figure(0.5, [1, 1, 0, 0], "r", stderr=0.3)
-    apart = difference(figure(0.75, [1, 1, 1, 0], "q", interval=[0.75 - 0.4 * 1.959964, 0.75 + 0.4 * 1.959964]), other)
-    assert apart["stderr"] == pytest.approx(0.5) and not apart["paired"]
-    assert difference(figure(0.75), other)["stderr"] is None
-
-
-def test_losses_are_compared_at_as_many_tokens_and_after_as_many_minutes():
-    slow = [{"step": i, "tokens": 100 * i, "seconds": 60.0 * i, "train/loss": 10 - 0.01 * i} for i in range(1, 201)]
-    fast = [row | {"seconds": row["seconds"] / 2} for row in slow]
-    slow = slow[:100]  # stopped by time
-    slow[-1]["val/books/loss"] = fast[99]["val/books/loss"] = 3.0
-    fast[-1]["val/books/loss"] = 2.0
-    found = {arm: {f.task: f.value for f in figures} for arm, figures in at_equal({"s": slow, "f": fast}, "t").items()}
-    assert found["s"]["train loss at 0.0 M tokens"] == found["f"]["train loss at 0.0 M tokens"]
-    assert found["f"]["train loss at 100.0 minutes"] < found["s"]["train loss at 100.0 minutes"] - 0.9
-    assert found["s"]["held-out books at step 100"] == found["f"]["held-out books at step 100"] == 3.0
-
-
-def test_what_evaluations_write_is_read(tmp_path):
-    folder = tmp_path / "a" / "train" / "results"
-    folder.mkdir(parents=True)
-    common = {"settings": {}, "conditions": {"prompts": "0f"}}
-    positions = common | {
-        "kind": "positions",
-        "samples": [
-            {"id": f"64/{i}", "length": 64, "losses": [[0, 32, 32, 4.0 + i], [32, 64, 32, 2.0]]} for i in (0, 1)
-        ],
-        "summary": {"lengths": [{
-            "length": 64, "documents": 2, "loss": 3.25, "interval": [3.0, 3.5],
-            "buckets": [{"from": 0, "to": 32, "documents": 2, "loss": 4.5, "interval": None},
-                        {"from": 32, "to": 64, "documents": 2, "loss": 2.0, "interval": None}],
-        }]},
-    }  # fmt: skip
-    needle = common | {
-        "kind": "needle",
-        "samples": [{"id": f"64/0/{i}", "length": 64, "depth": 0, "scores": {"exact": i}} for i in (0.0, 1.0)],
-        "summary": {"exact": {}},
-    }
-    ruler = common | {
-        "kind": "ruler",
-        "samples": [{"id": f"vt/64/{i}", "task": "vt", "length": 64, "scores": {"match": i / 2}} for i in (1, 2)],
-        "summary": {
-            "tasks": [{"task": "vt", "length": 64, "metric": "all", "score": 75.0, "n": 2, "interval": [20, 95]}],
-            "lengths": [{"length": 64, "score": 75.0, "n": 2, "interval": [20, 95]}],
-        },
-    }
-    lm = {"s2": {}, "results": {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1}},
-          "n-samples": {"piqa": {"effective": 30}}, "higher_is_better": {"piqa": {"acc": True}}}  # fmt: skip
-    found = {}
-    for name, content in (("positions", positions), ("needle", needle), ("ruler", ruler), ("lm-piqa", lm), ("x", [1])):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-        for each in results_collect.evaluation_figures(folder / f"{name}.json"):
-            found[each.key[1:]] = each
-    assert found["positions", "loss", 64, "nats/token"].samples == {"64/0": 3.0, "64/1": 3.5}
-    assert found["positions", "loss 0-32", 64, "nats/token"].samples == {"64/0": 4.0, "64/1": 5.0}
-    assert found["needle", "single", 64, "exact"].value == 0.5
-    assert found["needle", "single", 64, "exact"].interval == pytest.approx((0.0945, 0.9055), abs=1e-3)
-    assert found["ruler", "vt", 64, "score"].samples == {"vt/64/1": 50.0, "vt/64/2": 100.0}
-    assert found["tasks", "piqa", None, "acc"].n == 30
-    assert {each.questions for each in found.values()} == {"0f", ""}
-
-
-def test_keys_and_values_are_counted_that_some_query_sees_or_will_see():
-    config = ModelConfig(**MODEL | {"num_attention_heads": 2, "attention_layout": "L2V2+sink1", "num_hidden_layers": 1})
-    # 8 blocks, two heads of 8 (hidden 32 / 2 heads = 16): residues 0 and 1; the last 2, and the first
-    expected = (len({0, 2, 4, 6, 7}) + len({0, 1, 3, 5, 6, 7})) * 16 * 2 * 16 * 2 / 128
-    assert results_speed.kv_bytes_per_token(config, 128) == expected
-    dense = config.replace(attention_layout="dense")
-    assert results_speed.kv_bytes_per_token(dense, 128) == 2 * 16 * 2 * 2
-
-
 # ---------------------------------------------------------------- carrying results, and the page
 
 
+def here_and_there(tmp_path: Path) -> list[list[str]]:
+    """Overrides with which a plan is another machine's."""
+    return [[f"root={tmp_path}/{name}/runs"] for name in ("here", "there")]
+
+
 def test_results_are_carried_without_weights_and_merged_into_what_is_there(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    for folder in (here, there):
-        folder.mkdir()
     body = LEAVE + "\nfor name in ('work/hf/m.safetensors', 'work/checkpoints/x', 'work/summary.json'):\n" + (
         "    (folder / name).parent.mkdir(parents=True, exist_ok=True)\n    (folder / name).write_text(sys.argv[2])\n"
     )  # fmt: skip
-    arms = [{"name": "a"}, {"name": "b"}]
-    plans = [load_plan(str(write_plan(folder, body, arms))) for folder in (here, there)]
-    run(here / "plan.yaml", only=("a",))
-    run(there / "plan.yaml", only=("a", "b"))
-    assert pack(plans[1], tmp_path / "b.tar.gz") == 10
-    (here / "runs/a/work/summary.json").write_text("mine")
-    added = unpack(plans[0], tmp_path / "b.tar.gz")
+    path, (here, there) = write_plan(tmp_path, body, [{"name": "a"}, {"name": "b"}]), here_and_there(tmp_path)
+    plan = load_plan(str(path), here)
+    run(path, only=("a",), overrides=here)
+    run(path, only=("a", "b"), overrides=there)
+    assert pack(load_plan(str(path), there), tmp_path / "b.tar.gz") == 10
+    (tmp_path / "here/runs/a/work/summary.json").write_text("mine")
+    added = unpack(plan, tmp_path / "b.tar.gz")
     assert sorted(added) == [f"b/{name}" for name in ("calls", "out", "work.log", "work.run.json", "work/summary.json")]
-    assert all(jobs[0].is_done for jobs in plans[0].jobs().values())
-    assert (here / "runs/a/work/summary.json").read_text() == "mine"
+    assert all(jobs[0].is_done for jobs in plan.jobs().values())
+    plan.jobs()["b"][0].check()  # run with another root
+    assert (tmp_path / "here/runs/a/work/summary.json").read_text() == "mine"
+
+
+def test_carried_results_of_another_command_are_refused_before_any_is_added(tmp_path):
+    path, (here, there) = write_plan(tmp_path, LEAVE, [{"name": "a"}, {"name": "b"}]), here_and_there(tmp_path)
+    run(path, overrides=there)
+    pack(load_plan(str(path), there), tmp_path / "x.tar.gz")
+    sentence = r"x.tar.gz: a/work.run.json: arm a, stage work is finished with `go`, and the plan says `stop`"
+    with pytest.raises(ValueError, match=sentence):
+        unpack(load_plan(str(path), [*here, "inputs.word=stop"]), tmp_path / "x.tar.gz")
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize("name", ["../a/x", "/a/x", "other/x", "x"])
@@ -380,7 +352,7 @@ def test_the_page_is_made_of_what_is_there_and_names_what_is_missing(tmp_path, c
         results.main([str(path), "--output", str(page)])
     text = (page / "README.md").read_text()
     assert "1 of 3 arms" in text and "- bad: missing work" in text
-    assert "1.000 (0.676 to 1.000) [+0.5 ± 0.19*]" in text
+    assert "1.000 (0.676 to 1.000) [+0.5 (+0.039 to +0.76)*]" in text
     found = json.loads((page / "results.json").read_text())
     assert {row["arm"]: row["n"] for row in found["figures"]} == {"good": 8, "base": 8}
     assert (page / "work-needle.png").is_file()
@@ -388,101 +360,3 @@ def test_the_page_is_made_of_what_is_there_and_names_what_is_missing(tmp_path, c
     with pytest.raises(ValueError, match=r"README.md was not written by this program"):
         results.main([str(path), "--page", "--output", str(page)])
     assert results.main([str(path), "--status"]) == 0 and "done in" in capsys.readouterr().out
-
-
-SMALL = """
-name: small
-root: runs/small
-baseline: dense
-inputs: {data: runs/small-data, tokenizer: START/tokenizer.json}
-data:
-  corpus:
-    output: "{data}/corpus"
-    sources: [{path: python-env, max_bytes: 600_000}]
-    tokenizer: {path: "{tokenizer}"}
-    heldout_fraction: 0.3
-  retrieval:
-    output: "{data}/retrieval"
-    sources:
-      - path: retrieval
-        retrieval: {documents: 60, facts: [2, 4], filler: "{data}/corpus/train", chars: [600, 900]}
-    tokenizer: {path: "{tokenizer}"}
-    heldout_fraction: 0.0
-stages:
-  - name: train
-    recipe: &recipe
-      seed_everything: 1
-      run: {tokens_per_step: 1024, validate_every: 4, checkpoint_every: 4, keep_checkpoints: 1}
-      model:
-        config: {vocab_size: 2048, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, block_size: 16,
-                 num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512,
-                 tie_word_embeddings: true}
-      data:
-        class_path: data.datamodule.PackedDataModule
-        init_args: &data
-          seq_len: 512
-          micro_batch_size: 2
-          num_workers: 0
-          mixture:
-            - {path: "{data}/corpus/train", weight: 0.75}
-            - {path: "{data}/retrieval/train", weight: 0.25}
-          validation: [{name: all, path: "{data}/corpus/heldout", max_windows: 4}]
-      trainer: {accelerator: cpu, devices: 1, strategy: zero_1, max_steps: 8, log_every_n_steps: 1}
-  - name: extend
-    recipe:
-      <<: *recipe
-      model: {init_from: "{arm}/train/hf", config: {max_position_embeddings: 1024, rope_theta: 4.0e+4}}
-      data: {class_path: data.datamodule.PackedDataModule, init_args: {<<: *data, seq_len: 1024, micro_batch_size: 1}}
-      trainer: {accelerator: cpu, devices: 1, strategy: zero_1, max_steps: 4, log_every_n_steps: 1}
-  - name: needle
-    command: [python, -m, eval.needle, --ckpt, "{arm}/extend/hf", --output, "{arm}/extend/results", --haystack,
-              "{data}/corpus/heldout", --lengths, "512,1k", --depths, "3", --n, "2", --no-generate]
-    leaves: ["{arm}/extend/results/needle*.json"]
-  - name: speed
-    command: [python, ROOT/scripts/results_speed.py, --config, "{arm}/extend/hf", --length, 8k, --output,
-              "{arm}/speed.json"]
-    leaves: ["{arm}/speed.json"]
-arms:
-  - {name: dense}
-  - {name: sparse, overrides: [model.config.attention_layout=L2V2+sink1]}
-"""
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(900)
-def test_an_experiment_runs_from_data_to_page_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("plan.yaml").write_text(
-        SMALL.replace("START", str(ROOT / "recipes/demo/start")).replace("ROOT", str(ROOT))
-    )  # fmt: skip
-    assert results.main(["plan.yaml", "--data-only"]) == 0
-
-    def stop():  # once the dense arm has taken a step
-        log = Path("runs/small/dense/train/logs/metrics.csv")
-        until = time.monotonic() + 300
-        while time.monotonic() < until and not (log.is_file() and log.read_text().count("\n") > 2):
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop, daemon=True)
-    thread.start()
-    with pytest.raises(results.Unfinished, match="dense, sparse unfinished"):
-        results.main(["plan.yaml", "--output", "page"])
-    thread.join()
-    assert json.loads(Path("runs/small/dense/train.run.json").read_text())["exit_code"] == 75
-    assert results.main(["plan.yaml", "--output", "page"]) == 0
-    assert "continuing from" in Path("runs/small/dense/train.log").read_text()
-    found = json.loads(Path("page/results.json").read_text())
-    assert not found["missing"]
-    figures = {(row["arm"], row["stage"], row["task"], row["length"]): row for row in found["figures"]}
-    for arm in ("dense", "sparse"):
-        assert found["arms"][arm]["summaries"]["train"]["step"] == 8
-        assert figures[arm, "extend", "single", 1024]["n"] == 6
-        assert figures[arm, "", "KV needed per token", 8192]["value"] > 0
-    assert figures["sparse", "extend", "single", 1024]["from_baseline"]["paired"]
-    text = Path("page/README.md").read_text()
-    assert re.search(r"in the training tokens: train [23]\d%; extend 25%\.", text)
-    assert {path.name for path in Path("page").glob("*.png")} >= {
-        "curves.png",
-        "extend-needle-512+1k-d3-n2-heldout-no-generate.png",
-    }

@@ -1,0 +1,156 @@
+"""What an experiment's arms have left, as figures with differences: the same questions one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import results_collect
+import results_speed
+from results_collect import Figure, at_equal, difference
+
+from s2.model.config import ModelConfig
+
+MODEL = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "attention_layout": "L1V2", "block_size": 16,
+}  # fmt: skip
+
+
+def figure(value, samples=(), asked="q", **more):
+    named = {f"{asked}{i}": float(score) for i, score in enumerate(samples)}
+    return Figure("train", "needle", "single", 8192, "exact", value, samples=named, **more)
+
+
+def test_the_same_questions_are_compared_one_by_one():
+    ours, base = figure(0.75, [1, 1, 1, 0], whole=1.0), figure(0.5, [1, 1, 0, 0], whole=1.0)
+    # Agresti and Min: one of 4 pairs differs and 2 are added; 1/6 -+ 1.959964 sqrt(1 + 1 - 1/6) / 6
+    expected = {"difference": 0.25, "interval": [-0.2756, 0.609], "interval_kind": "95 %", "paired": True, "n": 4}
+    assert difference(ours, base) == expected
+    percent = [figure(100 * each.value, [*each.samples.values()], whole=100.0) for each in (ours, base)]
+    assert difference(*percent) == expected | {"difference": 25.0, "interval": [-27.5634, 60.8967]}
+    # losses: 0.1, 0.2 and 0.3 more: Student's t of 2 degrees of freedom, 4.3027 * 0.1 / sqrt(3)
+    loss = difference(figure(2.2, [1.1, 2.2, 3.3]), figure(2.0, [1, 2, 3]))
+    assert loss["paired"] and loss["interval"] == [round(0.2 - 0.24842, 4), round(0.2 + 0.24842, 4)]
+
+
+def test_other_questions_are_compared_by_what_is_known_of_each():
+    apart = difference(figure(0.8, [1] * 56 + [0] * 14, whole=1.0), figure(0.6, [1] * 48 + [0] * 32, "r", whole=1.0))
+    assert apart["interval"] == [0.0524, 0.3339] and not apart["paired"] and apart["n"] is None  # Newcombe's example
+    some = difference(figure(0.75, [1, 1, 1, 0], whole=1.0), figure(0.5, [1, 0], whole=1.0))
+    assert not some["paired"]  # one has more of them
+    known = figure(0.75, interval=[0.75 - 0.4 * 1.959964, 0.75 + 0.4 * 1.959964])
+    errors = difference(known, figure(0.5, stderr=0.3))
+    assert errors["interval"] == [round(0.25 - 0.5 * 1.959964, 4), round(0.25 + 0.5 * 1.959964, 4)]
+    assert difference(figure(0.75), figure(0.5, stderr=0.3))["interval"] is None
+
+
+def lm_results(rights, digest="d", groups=()):
+    """lm-eval's results of tasks of ten documents, so many of which are right."""
+    return {
+        "s2": {},
+        "results": {task: {"acc,none": right / 10, "acc_stderr,none": 0.1} for task, right in rights.items()},
+        "documents": {
+            task: {"digest": digest, "scores": {"acc,none": [int(i < right) for i in range(10)]}}
+            for task, right in rights.items()
+        },
+        "group_subtasks": dict(groups),
+    }
+
+
+def test_tasks_and_their_mean_are_paired_by_document(tmp_path):
+    def figures(name, content):
+        file = tmp_path / name / "train" / "results" / "lm-x.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+        found = results_collect.evaluation_figures(file)
+        return {each.task: each for each in [*found, *results_collect._mean_of_tasks(found)]}
+
+    ours, base = figures("a", lm_results({"piqa": 8, "arc": 5})), figures("b", lm_results({"piqa": 5, "arc": 5}))
+    one, other = (difference(ours[task], base[task]) for task in ("piqa", "arc"))
+    assert one["paired"] and one["n"] == 10 and one["interval"] == [-0.0444, 0.5444]  # 3/12 -+ 1.96 sqrt(4 - 9/12) / 12
+    mean = difference(ours["mean of 2"], base["mean of 2"])
+    assert mean["difference"] == 0.15 and mean["paired"]
+    ends = zip(*([abs(end - each["difference"]) for end in each["interval"]] for each in (one, other)), strict=True)
+    low, high = (math.hypot(*pair) / 2 for pair in ends)
+    assert mean["interval"] == pytest.approx([0.15 - low, 0.15 + high], abs=2e-4)
+    apart = figures("c", lm_results({"piqa": 5, "arc": 5}, "e"))
+    assert not difference(ours["piqa"], apart["piqa"])["paired"]
+    assert not difference(ours["mean of 2"], apart["mean of 2"])["paired"]
+    grouped = {"mmlu": 7, "mmlu_law": 8, "mmlu_art": 6, "arc": 5}
+    found = figures("d", lm_results(grouped, groups={"mmlu": ["mmlu_law", "mmlu_art"]}))
+    assert found["mean of 2"].value == 0.6  # a group counts once
+
+
+def test_losses_are_compared_at_as_many_tokens_and_after_as_many_minutes():
+    slow = [{"step": i, "tokens": 100 * i, "seconds": 60.0 * i, "train/loss": 10 - 0.01 * i} for i in range(1, 201)]
+    fast = [row | {"seconds": row["seconds"] / 2} for row in slow]
+    slow = slow[:100]  # stopped by time
+    slow[-1]["val/books/loss"] = fast[99]["val/books/loss"] = 3.0
+    fast[-1]["val/books/loss"] = 2.0
+    found = {arm: {f.task: f.value for f in figures} for arm, figures in at_equal({"s": slow, "f": fast}, "t").items()}
+    assert found["s"]["train loss at 0.0 M tokens"] == found["f"]["train loss at 0.0 M tokens"]
+    assert found["f"]["train loss at 100.0 minutes"] < found["s"]["train loss at 100.0 minutes"] - 0.9
+    assert found["s"]["held-out books at step 100"] == found["f"]["held-out books at step 100"] == 3.0
+
+
+def test_what_evaluations_write_is_read(tmp_path):
+    folder = tmp_path / "a" / "train" / "results"
+    folder.mkdir(parents=True)
+    common = {"settings": {}, "conditions": {"prompts": "0f"}}
+    positions = common | {
+        "kind": "positions",
+        "samples": [
+            {"id": f"64/{i}", "length": 64, "prompt": "ab"[i], "losses": [[0, 32, 32, 4.0 + i], [32, 64, 32, 2.0]]}
+            for i in (0, 1)
+        ],
+        "summary": {"lengths": [{
+            "length": 64, "documents": 2, "loss": 3.25, "interval": [3.0, 3.5],
+            "buckets": [{"from": 0, "to": 32, "documents": 2, "loss": 4.5, "interval": None},
+                        {"from": 32, "to": 64, "documents": 2, "loss": 2.0, "interval": None}],
+        }]},
+    }  # fmt: skip
+    needle = common | {
+        "kind": "needle",
+        "samples": [{"id": f"64/0/{i}", "length": 64, "depth": 0, "scores": {"exact": i}} for i in (0.0, 1.0)],
+        "summary": {"exact": {}},
+    }
+    ruler = common | {
+        "kind": "ruler",
+        "samples": [
+            {"id": f"vt/64/{i}", "task": "vt", "length": 64, "prompt": "p", "scores": {"match": i / 2}} for i in (1, 2)
+        ],
+        "summary": {
+            "tasks": [{"task": "vt", "length": 64, "metric": "all", "score": 75.0, "n": 2, "interval": [20, 95]}],
+            "lengths": [{"length": 64, "score": 75.0, "n": 2, "interval": [20, 95]}],
+        },
+    }
+    lm = {"s2": {}, "results": {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1}},
+          "n-samples": {"piqa": {"effective": 30}}, "higher_is_better": {"piqa": {"acc": True}}}  # fmt: skip
+    found = {}
+    for name, content in (("positions", positions), ("needle", needle), ("ruler", ruler), ("lm-piqa", lm), ("x", [1])):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+        for each in results_collect.evaluation_figures(folder / f"{name}.json"):
+            found[each.key[1:]] = each
+    assert found["positions", "loss", 64, "nats/token"].samples == {"64/0 a": 3.0, "64/1 b": 3.5}
+    assert found["positions", "loss 0-32", 64, "nats/token"].samples == {"64/0 a": 4.0, "64/1 b": 5.0}
+    assert found["needle", "single", 64, "exact"].value == 0.5
+    assert found["needle", "single", 64, "exact"].interval == pytest.approx((0.0945, 0.9055), abs=1e-3)
+    assert found["ruler", "vt", 64, "score"].samples == {"vt/64/1 p": 0.5, "vt/64/2 p": 1.0}
+    assert found["tasks", "piqa", None, "acc"].n == 30
+    assert found["ruler", "all tasks", 64, "score"].samples == found["ruler", "vt", 64, "score"].samples
+
+
+def test_keys_and_values_are_counted_that_some_query_sees_or_will_see():
+    config = ModelConfig(**MODEL | {"num_attention_heads": 2, "attention_layout": "L2V2+sink1", "num_hidden_layers": 1})
+    # 8 blocks, two heads of 8 (hidden 32 / 2 heads = 16): residues 0 and 1; the last 2, and the first
+    expected = (len({0, 2, 4, 6, 7}) + len({0, 1, 3, 5, 6, 7})) * 16 * 2 * 16 * 2 / 128
+    assert results_speed.kv_bytes_per_token(config, 128) == expected
+    dense = config.replace(attention_layout="dense")
+    assert results_speed.kv_bytes_per_token(dense, 128) == 2 * 16 * 2 * 2
