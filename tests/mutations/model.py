@@ -42,9 +42,9 @@ MUTANTS = (
         ("test_loss.py",),
     ),
     Mutant(
-        "decoding_starts_at_position_zero", "s2/model",
-        "first = 0 if cache is None else cache.length",
-        "first = 0",
+        "decoding_starts_at_position_zero", "s2/inference",
+        "before + added, first[:, None] + token)",
+        "before + added, first[:1, None] * 0 + token)",
         ("test_generate.py",),
     ),
     Mutant(
@@ -79,9 +79,39 @@ MUTANTS = (
     ),
     Mutant(
         "cache_overwrites_its_last_token", "s2/inference",
-        "self._length += num_tokens",
-        "self._length += max(num_tokens - 1, 1)",
+        "self._lengths.copy_(self._begun.after)",
+        "self._lengths.copy_(self._begun.after - (self._begun.num_tokens > 1))",
         ("test_generate.py",),
+    ),
+    Mutant(
+        "a_ring_has_no_room_for_the_block_that_a_step_begins", "s2/attention",
+        "min(members, -(-(region.far + spare) // region.stride))",
+        "min(members, -(-region.far // region.stride))",
+        ("test_regions.py", "test_cache.py"),
+    ),
+    Mutant(
+        "a_chunk_forgets_the_block_that_it_begins_in", "s2/inference",
+        "return slice(begin, begin + start % self.block_size)",
+        "return slice(begin, begin)",
+        ("test_cache.py",),
+    ),
+    Mutant(
+        "padding_is_kept", "s2/inference",
+        "(token < (step.after - step.before)[:, None, None])",
+        "(token < step.num_tokens)",
+        ("test_cache.py",),
+    ),
+    Mutant(
+        "rings_are_taken_back_to_any_length", "s2/attention",
+        "return block if block >= self.first else None",
+        "return None",
+        ("test_cache.py", "test_regions.py"),
+    ),
+    Mutant(
+        "rows_of_a_batch_stand_at_the_positions_of_the_first", "s2/inference",
+        "first = before[:1] if len(set(self._held)) == 1 else before",
+        "first = before[:1]",
+        ("test_generate.py", "test_cache.py"),
     ),
     Mutant(
         "rows_that_ended_go_on", "s2/inference",
