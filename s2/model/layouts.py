@@ -52,8 +52,8 @@ def kv_bytes_per_token(config: ModelConfig, seq_len: int) -> float:
     """Bytes of bf16 keys and values that the next token or a later one sees after `seq_len` tokens, all layers
     together, for each of those tokens: dense layers need all, a sparse head its sinks, its window and every V-th block.
 
-    What `s2.inference.cache` needs of its slots, which have room for a block or two more a head and for no token fewer
-    than their heads' largest (`seq_len` within the first block gives what a dense cache holds).
+    `s2.inference.KVCache` has room for a block or two more in each ring (`seq_len` within the first block gives what a
+    dense model keeps).
     """
     layout, kv_heads = config.layout, config.num_key_value_heads
     num_blocks = -(-seq_len // config.block_size)
