@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2.attention import Pattern
-from s2.attention.decode import MAX_STEP
+from s2.attention.decode import MAX_TOKENS
 from s2.attention.regions import HeadGroup, lay_out, whole_group
 from s2.model.config import ModelConfig
 from s2.model.layouts import ranges
@@ -49,7 +49,7 @@ class KVCache:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        slack: int = MAX_STEP,
+        slack: int = MAX_TOKENS,
         keep_all: bool = False,
     ) -> None:
         if batch_size < 1 or max_length < 1:
@@ -63,7 +63,7 @@ class KVCache:
             raise ValueError(f"slack={slack} must be a number of tokens, 0 or more")
         self._max_length, self._block_size = max_length, config.block_size
         kv_heads = config.num_key_value_heads
-        num_blocks, spare = -(-max_length // config.block_size), -(-max(slack, MAX_STEP) // config.block_size)
+        num_blocks, spare = -(-max_length // config.block_size), -(-max(slack, MAX_TOKENS) // config.block_size)
         groups: dict[tuple[Pattern, int], list[tuple[HeadGroup, Tensor]]] = {}
         self._layers: list[LayerStore] = []
         for pattern, rotation in zip(config.layout, config.layout.distinct_rotations(kv_heads), strict=True):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.decode import MAX_STEP, decode_attention
+from s2.attention.decode import MAX_TOKENS, decode_attention
 from s2.attention.grammar import UNBOUNDED
 from s2.attention.regions import HeadGroup, held_blocks, slots_of
 
@@ -53,7 +53,7 @@ class Step:
 
     @cached_property
     def is_decode(self) -> bool:
-        return self.num_tokens <= MAX_STEP and min(self.counts) == self.num_tokens
+        return self.num_tokens <= MAX_TOKENS and min(self.counts) == self.num_tokens
 
     @cached_property
     def chunks(self) -> list[tuple[int, slice | list[int], int]]:
@@ -137,7 +137,8 @@ class _Part:
         """As `LayerStore.attend`, of the group's heads."""
         if step.is_decode and not self.group.is_whole:
             self._write_few(step, k, v)
-            return decode_attention(q, self.k, self.v, self.table, step.after, self.block_size, q.shape[-1] ** -0.5)
+            scale = q.shape[-1] ** -0.5
+            return decode_attention(q, self.k, self.v, self.table, step.after, block=self.block_size, scale=scale)
         if self.group.is_in_order:
             self.write(step, k, v)
         if len(step.chunks) == 1:  # rows without new tokens give what nobody uses

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2.attention import Pattern
+from s2.attention import Pattern, s2_attention
+from s2.attention.decode_sdpa import masked_decode
 from s2.attention.grammar import UNBOUNDED
 from s2.attention.regions import Region, held_blocks, lay_out, regions_of, slots_of
 from tests.attention.test_pattern import rule_patterns
@@ -106,3 +107,32 @@ def test_unused_rows_of_a_table_hold_nothing(length):
     lengths = torch.tensor([length], dtype=torch.int32)
     for a, b in zip(held_blocks(table, lengths, 4, 16), held_blocks(group.table, lengths, 4, 16), strict=True):
         assert torch.equal(a, b)
+
+
+@settings(max_examples=25, deadline=None)
+@given(layers(), st.integers(1, 8), st.integers(1, 3), st.integers(0, 1 << 20))
+def test_a_decode_step_is_attention_over_the_whole_context(layer, tokens, group_size, seed):
+    pattern, heads, rotation, num_blocks, _ = layer
+    num_blocks = min(num_blocks, 40)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(min(tokens, BLOCK), num_blocks * BLOCK + 1, (2,), generator=generator).tolist()
+    for group in lay_out(pattern, heads, rotation, num_blocks):
+        members = slice(group.begin, group.end)
+        size = group.end - group.begin
+        held = torch.full((2, 2, size, group.num_blocks * BLOCK, 8), 1e4)  # keys and values; what is not seen is large
+        queries, wanted = [], []
+        for row, length in enumerate(lengths):
+            kv = torch.randn(2, 1, length, heads, 8, generator=generator)
+            q = torch.randn(1, length, heads * group_size, 8, generator=generator)
+            out = s2_attention(q, *kv, pattern, rotation=rotation, backend="reference").unflatten(2, (heads, -1))
+            wanted.append(out[0, -tokens:, members].flatten(1, 2))
+            queries.append(q.unflatten(2, (heads, -1))[0, -tokens:, members].flatten(1, 2))
+            for begin in range(0, length, 5):  # as they come
+                position = torch.arange(begin, min(begin + 5, length))
+                slots = slots_of(group.table, position[None], BLOCK)[0]  # [H, R, S]
+                for head in range(size):
+                    new = kv[:, 0, position, group.begin + head]
+                    held[:, row, head, slots[head]] = new[:, None].expand(-1, slots.shape[1], -1, -1)
+        inputs = torch.stack(queries), *held, group.table, torch.tensor(lengths, dtype=torch.int32)
+        out = masked_decode(*inputs, block=BLOCK, scale=8**-0.5)
+        torch.testing.assert_close(out, torch.stack(wanted), atol=2e-6, rtol=1e-4)

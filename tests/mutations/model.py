@@ -99,7 +99,7 @@ MUTANTS = (
         "a_token_of_a_step_sees_those_behind_it", "s2/attention",
         "(distance > 0)[..., None] | (offset <= (position % block)",
         "(distance > 0)[..., None] | (offset <= (position[:, -1:] % block)",
-        ("test_cache.py::test_any_calls_give_attention_over_the_whole_context",),
+        ("test_regions.py::test_a_decode_step_is_attention_over_the_whole_context",),
     ),
     Mutant(
         "sinks_are_a_ring", "s2/attention",
