@@ -23,7 +23,9 @@ class PrefixCache:
     def __init__(self, model: Transformer, batch_size: int, max_length: int) -> None:
         self._model, self.batch_size = model, batch_size
         weight = model.model.embed_tokens.weight
-        self._cache = KVCache(model.config, batch_size, max_length, device=weight.device, dtype=weight.dtype)
+        self._cache = KVCache(  # the next batch may begin to differ anywhere
+            model.config, batch_size, max_length, device=weight.device, dtype=weight.dtype, keep_all=True
+        )
         self._held = weight.new_empty((batch_size, 0), dtype=torch.int64)
         self.computed = 0  # tokens of each row, over all batches
 

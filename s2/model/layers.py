@@ -9,7 +9,7 @@ Shapes: B batch, S sequence, T = B * S packed tokens, E hidden size, H heads, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +28,20 @@ class Cache(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence held so far."""
+        """Tokens held of the longest sequence."""
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new k, v `[B, S, Hkv, D]` and return all of them `[B, length + S, Hkv, D]`."""
+    @property
+    def positions(self) -> Tensor:
+        """Of the tokens of the call that has begun, `[B or 1, S]`."""
 
-    def advance(self, num_tokens: int) -> None:
-        """All layers have appended `num_tokens`."""
+    def begin(self, batch_size: int, num_tokens: int, counts: Sequence[int] | None = None) -> None:
+        """A call with so many new tokens of each sequence, of which `counts[b]` are real."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, rotation: int) -> Tensor:
+        """Attention of a layer's new tokens to what is held and to their own k, v `[B, S, Hkv, D]`, which are kept."""
+
+    def advance(self) -> None:
+        """All layers have attended."""
 
 
 class Linear(nn.Linear):
@@ -106,8 +113,9 @@ class Attention(nn.Module):
         if cu_seqlens is not None:
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [T, H, D]
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        out = s2_attention(q, k, v, self.pattern, rotation=self.rotation, cu_seqlens=cu_seqlens)
+            out = cache.attend(self.layer, q, k, v, self.pattern, self.rotation)
+        else:
+            out = s2_attention(q, k, v, self.pattern, rotation=self.rotation, cu_seqlens=cu_seqlens)
         return self.o_proj(out.reshape(B, S, -1))
 
 

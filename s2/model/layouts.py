@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 
 from s2.attention import HeadRule
+from s2.attention.regions import regions_of
 
 from .config import ModelConfig
 
@@ -51,8 +52,8 @@ def kv_bytes_per_token(config: ModelConfig, seq_len: int) -> float:
     """Bytes of bf16 keys and values that the next token or a later one sees after `seq_len` tokens, all layers
     together, for each of those tokens: dense layers need all, a sparse head its sinks, its window and every V-th block.
 
-    What a cache that drops the rest would hold; `s2.inference.cache` holds everything (`seq_len` within the first block
-    gives that).
+    `s2.inference.KVCache` has room for a block or two more in each ring (`seq_len` within the first block gives what a
+    dense model keeps).
     """
     layout, kv_heads = config.layout, config.num_key_value_heads
     num_blocks = -(-seq_len // config.block_size)
@@ -67,8 +68,8 @@ def kv_bytes_per_token(config: ModelConfig, seq_len: int) -> float:
 def _kept_blocks(rule: HeadRule, num_blocks: int) -> torch.Tensor:
     """Bool [num_blocks]: key blocks that the newest query block or a later one sees."""
     block = torch.arange(num_blocks)
-    age = num_blocks - 1 - block
-    keep = (age < rule.local) | (block < rule.sinks)
-    for level in rule.levels:
-        keep |= (block % level.stride == level.residue) & (age < level.end)
+    keep = torch.zeros(num_blocks, dtype=torch.bool)
+    for region in regions_of(rule):
+        holds = (block % region.stride == region.residue) & (region.first <= block) & (block < region.last)
+        keep |= holds & (num_blocks - 1 - block < region.far)
     return keep

@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, T = B * S packed tokens, E hidden size, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast, overload
 
 import torch
@@ -44,9 +45,10 @@ class Decoder(nn.Module):
         B, S = input_ids.shape
         if cu_seqlens is not None:
             positions = document_positions(cu_seqlens, B * S).view(B, S)
+        elif cache is not None:
+            positions = cache.positions  # [B or 1, S]
         else:
-            first = 0 if cache is None else cache.length
-            positions = torch.arange(first, first + S, device=input_ids.device)[None]  # [1, S]
+            positions = torch.arange(S, device=input_ids.device)[None]  # [1, S]
         rotations = {rope: rope(positions) for rope in dict.fromkeys(self.ropes)}
         x = self.embed_tokens(input_ids)
         for block in self.blocks:
@@ -105,13 +107,13 @@ class Transformer(nn.Module):
     @overload
     def forward(
         self, input_ids: Tensor, *, labels: None = None, cu_seqlens: Tensor | None = None,
-        cache: Cache | None = None, logits_to_keep: int = 0,
+        cache: Cache | None = None, logits_to_keep: int = 0, lengths: Sequence[int] | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward(
         self, input_ids: Tensor, *, labels: Tensor, cu_seqlens: Tensor | None = None, cache: None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int = 0, lengths: None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def forward(
@@ -122,6 +124,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int = 0,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the loss when labels are given.
 
@@ -132,8 +135,10 @@ class Transformer(nn.Module):
             cu_seqlens: int32 `[n + 1]`, document borders over the flattened B * S tokens (0 first, B * S
                 last, repeats allowed). Attention stays within documents and positions restart in each. Every
                 row start must be a border.
-            cache: earlier keys and values; `input_ids` continue them and are appended.
+            cache: earlier keys and values; `input_ids` continue them and are kept.
             logits_to_keep: compute logits of the last so many positions only (0: of all).
+            lengths: real tokens of each row, the longest S; padding stands behind them and is not kept. The last
+                positions are then those of the real tokens; what a row has too few of is any number.
 
         Returns:
             Logits `[B, S or logits_to_keep, V]`, fp32 (fp64 of an fp64 model), or (summed loss in nats, fp32 scalar;
@@ -143,10 +148,16 @@ class Transformer(nn.Module):
             ValueError: a row (with the cache before it) beyond max_position_embeddings, shapes or options
                 that do not fit together.
         """
-        self._check(input_ids, labels, cu_seqlens, cache, logits_to_keep)
+        self._check(input_ids, labels, cu_seqlens, cache, logits_to_keep, lengths)
+        if cache is not None:
+            cache.begin(input_ids.shape[0], input_ids.shape[1], lengths)
         hidden = self.model(input_ids, cu_seqlens, cache)
         if cache is not None:
-            cache.advance(input_ids.shape[1])
+            cache.advance()
+        if lengths is not None and logits_to_keep:
+            last = [range(length - logits_to_keep, length) for length in lengths]
+            index = torch.tensor(last, device=hidden.device).clamp(min=0)
+            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
         return self.lm_head(hidden[:, -logits_to_keep:], labels)
 
     def _check(
@@ -156,6 +167,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None,
         cache: Cache | None,
         logits_to_keep: int,
+        lengths: Sequence[int] | None,
     ) -> None:
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids must be [B, S] with at least one token, got {list(input_ids.shape)}")
@@ -165,6 +177,10 @@ class Transformer(nn.Module):
             raise ValueError("labels cannot be combined with cache or logits_to_keep")
         if cu_seqlens is not None and cache is not None:
             raise ValueError("cu_seqlens cannot be combined with cache: a cache holds one document a row")
+        if lengths is not None and (labels is not None or cu_seqlens is not None):
+            raise ValueError("lengths cannot be combined with labels or cu_seqlens, which say what is real themselves")
+        if lengths is not None and (len(lengths) != len(input_ids) or not 0 <= max(lengths) <= input_ids.shape[1]):
+            raise ValueError(f"lengths={list(lengths)} do not fit input_ids {list(input_ids.shape)}")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 (all) or more")
         length = input_ids.shape[1] + (0 if cache is None else cache.length)

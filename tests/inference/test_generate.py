@@ -31,7 +31,7 @@ def tokens(*shape):
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("layout", ["dense", "L2V4+dense1", "L1V3-inter", "W2"])
+@pytest.mark.parametrize("layout", ["dense", "L2V4+dense1", "L1V3-inter", "W2", "L1V2<4V4+sink1", "dense|L1V3"])
 @pytest.mark.parametrize("pieces", [[100] + [1] * 20, [1] * 40, [16, 3, 61, 40]], ids=["decode", "tokens", "chunks"])
 def test_cached_forward_equals_full_forward(layout, pieces):
     model = build(layout)
@@ -42,6 +42,59 @@ def test_cached_forward_equals_full_forward(layout, pieces):
         expected = model(ids)
     assert cache.length == ids.shape[1]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+SCALED = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("chunk", [None, 7, 40])
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("dense", {}),
+        ("L1V4+sink1+dense1", {"rope_scaling": {"dense": SCALED, "sparse": None}}),
+        ("L1V2<4V4+sink1", {"qk_norm": True}),
+        ("L1V3-inter", {"block_size": 32, "max_position_embeddings": 300}),
+        ("W1|L1V3", {"num_hidden_layers": 2}),
+    ],
+)
+def test_rows_of_several_lengths_are_continued_as_if_alone(layout, changes, chunk):
+    model = build(layout, **changes)
+    lengths = [33, 100, 64, 1]
+    prompts = [tokens(1, length)[0] + i for i, length in enumerate(lengths)]
+    prompts = [prompt % 61 for prompt in prompts]
+    new = generate(model, prompts, 40, prefill_chunk=chunk)
+    padded = torch.stack([torch.nn.functional.pad(prompt, (0, 110 - len(prompt)), value=60) for prompt in prompts])
+    assert torch.equal(generate(model, padded, 40, prefill_chunk=chunk, lengths=torch.tensor(lengths)), new)
+    for prompt, row in zip(prompts, new, strict=True):
+        assert torch.equal(generate(model, prompt[None], 40)[0], row)
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    model, ids = build(), tokens(2, 20)
+    for lengths in ([20], [20, 21], [0, 20], [20, 20, 20]):
+        with pytest.raises(ValueError, match=r"lengths=\[.*must be 2 numbers from 1 to 20"):
+            generate(model, ids, 5, lengths=lengths)
+    for prompts in ([], [ids], [ids[0], ids[:1]]):
+        with pytest.raises(ValueError, match=r"input_ids must be \[B, S\], with lengths, or prompts \[S\] one by one"):
+            generate(model, prompts, 5)
+    with pytest.raises(ValueError, match=r"145 prompt tokens and max_new_tokens=20 make 165"):
+        generate(model, [ids[0], tokens(1, 145)[0]], 20)
+    assert generate(model, tokens(2, 200), 20, lengths=[5, 140]).shape == (2, 20), "padding takes no room"
+    with pytest.raises(ValueError, match="lengths cannot be combined with labels or cu_seqlens"):
+        model(ids, labels=ids, lengths=[20, 3])
+    with pytest.raises(ValueError, match=r"lengths=\[20, 21\] do not fit input_ids \[2, 20\]"):
+        model(ids, lengths=[20, 21])
+
+
+def test_the_last_positions_of_rows_of_several_lengths_are_those_of_their_tokens():
+    model, ids = build(), tokens(2, 30)
+    with torch.no_grad():
+        whole = model(ids)
+        for cache in (None, KVCache(model.config, 2, 40)):
+            last = model(ids, lengths=[30, 17], logits_to_keep=3, cache=cache)
+            torch.testing.assert_close(last, torch.stack([whole[0, 27:], whole[1, 14:17]]), atol=1e-5, rtol=1e-4)
+    assert cache.lengths == (30, 17)
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
@@ -157,7 +210,7 @@ def test_cache_refuses_what_does_not_fit_and_can_be_cut_back():
     with pytest.raises(ValueError, match="161 tokens is longer than max_position_embeddings=160"):
         KVCache(model.config, 1, 161)
     cache = KVCache(model.config, 2, 40)
-    assert cache.num_bytes == 2 * 3 * 2 * 40 * 2 * 8 * 4
+    assert cache.layer_bytes[1] == 2 * 2 * 48 * 2 * 8 * 4  # whole blocks
     with torch.no_grad():
         with pytest.raises(ValueError, match="41 tokens do not fit in a cache of max_length=40"):
             model(tokens(2, 41), cache=cache)

@@ -42,10 +42,10 @@ MUTANTS = (
         ("test_loss.py",),
     ),
     Mutant(
-        "decoding_starts_at_position_zero", "s2/model",
-        "first = 0 if cache is None else cache.length",
-        "first = 0",
-        ("test_generate.py",),
+        "decoding_starts_at_position_zero", "s2/inference",
+        "before + added, first[:, None] + token)",
+        "before + added, first[:1, None] * 0 + token)",
+        ("test_generate.py::test_cached_forward_equals_full_forward",),
     ),
     Mutant(
         "layers_share_the_residues_of_the_first", "s2/model",
@@ -79,9 +79,45 @@ MUTANTS = (
     ),
     Mutant(
         "cache_overwrites_its_last_token", "s2/inference",
-        "self._length += num_tokens",
-        "self._length += max(num_tokens - 1, 1)",
-        ("test_generate.py",),
+        "self._lengths.copy_(self._begun.after)",
+        "self._lengths.copy_(self._begun.after - (self._begun.num_tokens > 1))",
+        ("test_generate.py::test_cached_forward_equals_full_forward",),
+    ),
+    Mutant(
+        "a_ring_has_no_room_for_the_block_that_a_step_begins", "s2/attention",
+        "min(members, -(-(region.far + spare) // region.stride))",
+        "min(members, -(-region.far // region.stride))",
+        ("test_regions.py::test_each_query_finds_each_key_that_it_sees_once_and_not_overwritten",),
+    ),
+    Mutant(
+        "a_chunk_forgets_the_block_that_it_begins_in", "s2/inference",
+        "return slice(begin, begin + start % self.block_size)",
+        "return slice(begin, begin)",
+        ("test_cache.py::test_any_calls_give_attention_over_the_whole_context",),
+    ),
+    Mutant(
+        "a_token_of_a_step_sees_those_behind_it", "s2/attention",
+        "(distance > 0)[..., None] | (offset <= (position % block)",
+        "(distance > 0)[..., None] | (offset <= (position[:, -1:] % block)",
+        ("test_regions.py::test_a_decode_step_is_attention_over_the_whole_context",),
+    ),
+    Mutant(
+        "sinks_are_a_ring", "s2/attention",
+        "newest = (torch.minimum(newest, last - 1) - residue)",
+        "newest = (newest + 0 * last - residue)",
+        ("test_regions.py::test_each_query_finds_each_key_that_it_sees_once_and_not_overwritten",),
+    ),
+    Mutant(
+        "rings_are_taken_back_to_any_length", "s2/attention",
+        "return block if block >= self.first else None",
+        "return None",
+        ("test_cache.py::test_slack_can_be_taken_back_at_any_time_and_no_less_than_what_rings_hold",),
+    ),
+    Mutant(
+        "rows_of_a_batch_stand_at_the_positions_of_the_first", "s2/inference",
+        "first = before[:1] if len(set(self._held)) == 1 else before",
+        "first = before[:1]",
+        ("test_generate.py::test_rows_of_several_lengths_are_continued_as_if_alone",),
     ),
     Mutant(
         "rows_that_ended_go_on", "s2/inference",

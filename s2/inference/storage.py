@@ -1,0 +1,223 @@
+"""Keys and values of one layer: written into the slots of their regions, and attended to.
+
+How a layer attends depends on the call (`Step`):
+
+- a prompt, with nothing before it: by `s2_attention` on its own keys and values, which are then written;
+- a decode step: its few tokens are written, and see the slots by `decode_attention`;
+- a further chunk: by `s2_attention` on what the slots hold and its own keys and values, one behind the other, under the
+  block mask that says what is seen of them; then they are written. Keys in order (dense layers) need no mask.
+
+Shapes: B sequences, S new tokens, Hq query heads, H KV heads, R regions, C slots, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s2.attention import Pattern, s2_attention
+from s2.attention.decode import MAX_TOKENS, decode_attention
+from s2.attention.grammar import UNBOUNDED
+from s2.attention.regions import HeadGroup, held_blocks, slots_of
+
+
+@dataclass
+class Step:
+    """The new tokens of one call, alike for all layers.
+
+    Attributes:
+        num_tokens: S, of each row; those behind a row's count are padding.
+        starts, counts: of each sequence, its tokens before and its new ones.
+        before, after: its tokens before and with the new ones, int32 `[B]` on the device.
+        positions: of the tokens, int64 `[B, S]`, or `[1, S]` where all sequences have the same.
+        memo: what layers share.
+    """
+
+    num_tokens: int
+    starts: list[int]
+    counts: list[int]
+    before: Tensor
+    after: Tensor
+    positions: Tensor
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def is_prompt(self) -> bool:
+        return not any(self.starts)
+
+    @cached_property
+    def is_decode(self) -> bool:
+        return self.num_tokens <= MAX_TOKENS and min(self.counts) == self.num_tokens
+
+    @cached_property
+    def chunks(self) -> list[tuple[int, slice | list[int], int]]:
+        """Sequences that get tokens, by where these begin: where, which, and the most that one of them gets."""
+        rows: dict[int, list[int]] = {}
+        for row, (start, count) in enumerate(zip(self.starts, self.counts, strict=True)):
+            if count:
+                rows.setdefault(start, []).append(row)
+        return [(start, _index(members), max(self.counts[row] for row in members)) for start, members in rows.items()]
+
+
+def _index(rows: list[int]) -> slice | list[int]:
+    """Of rows in order: neighbours need not be copied."""
+    neighbours = slice(rows[0], rows[-1] + 1)
+    return neighbours if len(rows) == neighbours.stop - neighbours.start else rows
+
+
+class LayerStore:
+    """What a cache holds of a layer.
+
+    Args:
+        pattern, rotation: what the layer attends by.
+        groups: where each head's keys stand (`lay_out`), and the tables on the device.
+        batch_size, head_dim: B and D.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        rotation: int,
+        groups: Sequence[tuple[HeadGroup, Tensor]],
+        batch_size: int,
+        head_dim: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.pattern, self.rotation = pattern, rotation
+        self.parts = []
+        for group, table in groups:
+            shape = (batch_size, group.end - group.begin, group.num_blocks * pattern.block_size, head_dim)
+            # zeros, since what is not seen is multiplied by 0
+            k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            self.parts.append(
+                _Part(pattern if group.is_whole else None, rotation, pattern.block_size, group, table, k, v)
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(part.k.nbytes + part.v.nbytes for part in self.parts)
+
+    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the new tokens `[B, S, Hq, D]` see of their own keys and values `[B, S, H, D]`, which are kept, and of
+        those before."""
+        if step.is_prompt:
+            out = s2_attention(q, k, v, self.pattern, rotation=self.rotation)
+            for part in self.parts:
+                part.write(step, k[:, :, part.heads], v[:, :, part.heads])
+            return out
+        q = q.unflatten(2, (k.shape[2], -1))  # [B, S, H, Hq / H, D]
+        seen = [
+            part.attend(step, q[:, :, part.heads].flatten(2, 3), k[:, :, part.heads], v[:, :, part.heads])
+            for part in self.parts
+        ]
+        return seen[0] if len(seen) == 1 else torch.cat(seen, dim=2)
+
+
+class _Part:
+    """Slots of the heads of a group: `k` and `v` `[B, H, C, D]`. `pattern` is what they attend by where the regions do
+    not say it (`HeadGroup.is_whole`)."""
+
+    def __init__(
+        self, pattern: Pattern | None, rotation: int, block_size: int, group: HeadGroup, table: Tensor, k: Tensor,
+        v: Tensor,
+    ) -> None:  # fmt: skip
+        self.pattern, self.rotation, self.block_size = pattern, rotation, block_size
+        self.group, self.table, self.k, self.v = group, table, k, v
+        self.heads = slice(group.begin, group.end)
+
+    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `LayerStore.attend`, of the group's heads."""
+        if step.is_decode and not self.group.is_whole:
+            self._write_few(step, k, v)
+            scale = q.shape[-1] ** -0.5
+            return decode_attention(q, self.k, self.v, self.table, step.after, block=self.block_size, scale=scale)
+        if self.group.is_in_order:
+            self.write(step, k, v)
+        if len(step.chunks) == 1:  # rows without new tokens give what nobody uses
+            out = self._attend_chunk(step, q, k, v, step.chunks[0][0], self.k, self.v)
+        else:
+            out = q.new_zeros(q.shape)
+            for start, rows, count in step.chunks:
+                new_q, new_k, new_v = (x[rows, :count] for x in (q, k, v))
+                old_k, old_v = self.k[rows], self.v[rows]
+                out[rows, :count] = self._attend_chunk(step, new_q, new_k, new_v, start, old_k, old_v)
+        if not self.group.is_in_order:
+            self.write(step, k, v)
+        return out
+
+    def _attend_chunk(
+        self, step: Step, q: Tensor, k: Tensor, v: Tensor, start: int, old_k: Tensor, old_v: Tensor
+    ) -> Tensor:
+        """Of sequences with `start` tokens before these."""
+        if self.group.is_in_order:
+            k, v = (x[:, :, : start + q.shape[1]].transpose(1, 2) for x in (old_k, old_v))
+            pattern = self.pattern or Pattern(self.block_size)
+            return s2_attention(q, k, v, pattern, rotation=self.rotation)
+        begun = self._begun(start)
+        k, v = (
+            torch.cat([old.transpose(1, 2), old[:, :, begun].transpose(1, 2), new], dim=1)
+            for old, new in ((old_k, k), (old_v, v))
+        )
+        key = self.group, start, q.shape[1]
+        if key not in step.memo:
+            step.memo[key] = self._pattern_of_chunk(start, q.shape[1])
+        return s2_attention(q, k, v, step.memo[key])
+
+    def _begun(self, start: int) -> slice:
+        """Where the tokens stand that are in the same block as token `start`, before it."""
+        block = start // self.block_size
+        region = next(region for region in self.group.regions[0] if region.near == 0 and region.holds(block))
+        begin = region.begin + region.place(block) * self.block_size
+        return slice(begin, begin + start % self.block_size)
+
+    def _pattern_of_chunk(self, start: int, num_tokens: int) -> Pattern:
+        """What the tokens from `start` on see of the slots, followed by the blocks from that of `start` on."""
+        size, table, slots = self.block_size, self.group.table, self.group.num_blocks
+        first, lengths = start // size, torch.tensor([start], dtype=torch.int32, device="cpu")
+        held, near, far = held_blocks(table, lengths, slots, size)
+        held = torch.where(held[0] < first, held[0], UNBOUNDED)  # [H, n]; the block of `start` follows
+        block = torch.arange(first, (start + num_tokens - 1) // size + 1, dtype=torch.int32, device="cpu")
+        distance = block[:, None] - held[:, None]  # [H, queries, n]
+        of_slots = (near[:, None] <= distance) & (distance < far[:, None])
+        _, _, stride, residue, begin, end, near, far = table[:, :, None, None].unbind(-1)  # [H, R, 1, 1]
+        distance = block[:, None] - block  # [queries, keys]
+        holds = (block % stride == residue) & (begin <= block) & (block < end)
+        of_blocks = (holds & (near <= distance) & (distance < far)).any(1)
+        rows = torch.cat([of_slots, of_blocks], dim=2)
+        return Pattern.from_mask(F.pad(rows, (0, 0, slots, 0)), block_size=size)
+
+    @torch.no_grad()
+    def write(self, step: Step, k: Tensor, v: Tensor) -> None:
+        """Keep of the new keys and values what later queries see."""
+        if self.group.is_in_order:
+            for start, rows, count in step.chunks:
+                for store, new in ((self.k, k), (self.v, v)):
+                    store[rows, :, start : start + count] = new[rows, :count].transpose(1, 2)
+            return
+        held, _, _ = held_blocks(self.table, step.after, self.group.num_blocks, self.block_size)
+        offset = torch.arange(self.block_size, device=held.device)
+        token = (held[..., None].long() * self.block_size + offset).flatten(2)  # [B, H, C]
+        token = token - step.before[:, None, None]
+        is_new = ((token >= 0) & (token < (step.after - step.before)[:, None, None]))[..., None]
+        token = token.clamp(0, step.num_tokens - 1)[..., None].expand(-1, -1, -1, k.shape[-1])
+        for store, new in ((self.k, k), (self.v, v)):
+            store.copy_(torch.where(is_new, new.transpose(1, 2).gather(2, token), store))
+
+    @torch.no_grad()
+    def _write_few(self, step: Step, k: Tensor, v: Tensor) -> None:
+        """`write`, of as many tokens in each sequence; what it takes depends on their number alone."""
+        if self.group not in step.memo:
+            B, H = self.k.shape[:2]
+            rows, heads = torch.arange(B, device=k.device), torch.arange(H, device=k.device)
+            slots = slots_of(self.table, step.positions, self.block_size)  # [B, H, R, S]
+            step.memo[self.group] = rows[:, None, None, None], heads[:, None, None], slots
+        for store, new in ((self.k, k), (self.v, v)):
+            store[step.memo[self.group]] = new.transpose(1, 2)[:, :, None]

@@ -1,0 +1,275 @@
+"""The shrinking cache: what it gives is attention over the whole context, whatever the pattern, the calls and the
+lengths; it holds as many bytes as it says; it goes back as far as its rings do."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2.attention import s2_attention
+from s2.inference import KVCache
+from s2.model import ModelConfig, Transformer
+
+LAYOUTS = [
+    "dense", "W1", "W3+sink1", "L2V4", "L1V3+sink2", "L2V5", "L1V2<6V4", "L2V3<7", "L1V2<4V6<9", "L2V2<6V3+sink1",
+    "dense|L1V3", "L1V4+sink1|W2", "dense|W1|L1V2|L2V3",
+]  # fmt: skip
+
+
+def config_of(layout, *, heads=4, kv_heads=2, layers=1, block_size=16, longest=8000, **more):
+    return ModelConfig(
+        **{
+            "vocab_size": 61, "hidden_size": 8 * heads, "intermediate_size": 32, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8, "initializer_range": 0.2,
+            "max_position_embeddings": longest, "attention_layout": layout, "block_size": block_size, **more,
+        }
+    )  # fmt: skip
+
+
+def new_cache(*args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return KVCache(*args, **options)
+
+
+class Feed:
+    """Random q, k and v of a layer, fed to a cache in calls, each compared with attention over the whole context."""
+
+    def __init__(self, config, lengths, **options):
+        self.config, self.cache = config, new_cache(config, len(lengths), max(lengths), **options)
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        generator = torch.Generator().manual_seed(1)
+        self.qkv = [
+            torch.randn(len(lengths), max(lengths), h, config.head_dim, generator=generator) for h in (heads, kv, kv)
+        ]
+        rotations = config.layout.distinct_rotations(kv)
+        self.layers = [(config.layout[i], rotations[i]) for i in range(len(rotations))]
+        self.wanted = [
+            s2_attention(*self.qkv, pattern, rotation=rotation, backend="reference")
+            for pattern, rotation in self.layers
+        ]
+
+    def call(self, counts):
+        starts = self.cache.lengths
+        width = max(counts)
+        self.cache.begin(len(counts), width, None if min(counts) == width else counts)
+        new = [torch.full((len(counts), width, *x.shape[2:]), 9.0) for x in self.qkv]
+        for x, whole in zip(new, self.qkv, strict=True):
+            for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                x[row, :count] = whole[row, start : start + count]
+        for layer, (pattern, rotation) in enumerate(self.layers):
+            out = self.cache.attend(layer, *new, pattern, rotation)
+            for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                wanted = self.wanted[layer][row, start : start + count]
+                torch.testing.assert_close(out[row, :count], wanted, atol=2e-6, rtol=1e-4)
+        self.cache.advance()
+
+
+@st.composite
+def feeds(draw):
+    """A layer and, for each call, the new tokens of each sequence."""
+    block_size = draw(st.sampled_from([16, 16, 32, 64]))
+    layout = draw(st.sampled_from(LAYOUTS))
+    kv_heads = layout.count("|") + 1 if "|" in layout else draw(st.integers(1, 3))
+    group, batch = draw(st.sampled_from([1, 2])), draw(st.integers(1, 3))
+    border = st.integers(1, 6).map(lambda blocks: blocks * block_size)
+    prompt = st.builds(lambda length, more: max(1, length + more), border, st.integers(-2, 2))
+    calls = []
+    for _ in range(draw(st.integers(1, 7))):
+        kind = draw(st.sampled_from(["alike", "mixed", "step", "tokens"]))
+        if kind == "tokens":
+            calls += [[1] * batch] * draw(st.integers(1, 2 * block_size))
+        elif kind == "mixed":
+            calls.append([draw(prompt) if draw(st.booleans()) else 0 for _ in range(batch - 1)] + [draw(prompt)])
+        else:
+            calls.append([draw(prompt if kind == "alike" else st.integers(1, 8))] * batch)
+    return config_of(layout, heads=kv_heads * group, kv_heads=kv_heads, block_size=block_size, layers=2), calls
+
+
+def feed_all(drawn):
+    config, calls = drawn
+    feed = Feed(config, [sum(row) for row in zip(*calls, strict=True)])
+    for counts in calls:
+        feed.call(counts)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(feeds())
+def test_any_calls_give_attention_over_the_whole_context(drawn):
+    feed_all(drawn)
+
+
+def test_a_sequence_that_gets_no_tokens_keeps_what_it_has():
+    for layout in ("dense", "L1V3"):
+        feed_all((config_of(layout), [[40, 35], [0, 40], [50, 20], [1, 1]]))
+
+
+@pytest.mark.nightly
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(feeds())
+def test_many_calls_give_attention_over_the_whole_context(drawn):
+    feed_all(drawn)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "4*L1V4|4*W2"])
+def test_a_long_continuation_of_prompts_of_several_lengths(layout):
+    per_head = layout.count("|") + 1 if "|" in layout else 2
+    config = config_of(layout, heads=8, kv_heads=2 if "*" in layout else per_head, layers=3)
+    feed = Feed(config, [300, 245, 231])
+    feed.call([100, 45, 31])
+    for step in itertools.chain([1] * 80, [3, 8, 5, 1, 7] * 5):
+        feed.call([step] * 3)
+
+
+def test_a_cache_with_one_rule_a_query_head_keeps_everything_and_says_so():
+    config = config_of("2*dense|2*L1V4", layers=2)
+    with pytest.warns(UserWarning, match=r"'2\*dense\|2\*L1V4': layers 0-1 have one rule a query head"):
+        cache = KVCache(config, 1, 100)
+    assert cache.whole_layers == (0, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert KVCache(config_of("dense|L1V4"), 1, 100).whole_layers == ()
+        assert KVCache(config_of("L1V4-inter", layers=3), 1, 100, keep_all=True).whole_layers == (0, 2)
+
+
+def tensors_of(value, found=None):
+    """Every tensor that an object holds."""
+    found = {} if found is None else found
+    if isinstance(value, torch.Tensor):
+        found[id(value)] = value
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            tensors_of(each, found)
+    elif isinstance(value, dict):
+        tensors_of(list(value.values()), found)
+    elif type(value).__module__.startswith("s2.inference"):
+        tensors_of(vars(value), found)
+    return found.values()
+
+
+@pytest.mark.parametrize("layout", ["dense", "L2V4+sink1-inter", "dense|L1V3", "2*dense|2*W2"])
+def test_bytes_are_those_of_the_tensors_that_it_holds(layout):
+    cache = new_cache(config_of(layout, layers=3), 2, 300, dtype=torch.bfloat16)
+    assert cache.num_bytes == sum(x.untyped_storage().nbytes() for x in tensors_of(cache))
+    assert len(cache.layer_bytes) == 3 and 0 < cache.num_bytes - sum(cache.layer_bytes) < 500
+    if layout == "dense":
+        assert cache.layer_bytes == (2 * 2 * 304 * 2 * 8 * 2,) * 3  # keys and values of whole blocks
+
+
+@pytest.mark.parametrize("spec", ["L8V16", "L8V16+sink1", "L4V24", "L1V15", "W16", "L8V12+sink1"])
+def test_bytes_at_128k_are_sinks_window_and_strides(spec):
+    config = config_of(spec, kv_heads=4, block_size=64, longest=1 << 17)
+    cache = KVCache(config, 1, 1 << 17, device="meta", dtype=torch.bfloat16)
+    rule = config.layout[0].rules(4)[0]
+    strided = (1 << 17) / rule.levels[0].stride if rule.levels else 0
+    tokens = (rule.sinks + rule.local) * 64 + strided
+    spare = 64 if rule.levels else 128
+    assert tokens <= cache.layer_bytes[0] / (4 * 2 * 8 * 2) <= max(1.03 * tokens, tokens + spare)
+
+
+def test_slack_can_be_taken_back_at_any_time_and_no_less_than_what_rings_hold():
+    for layout, slack in itertools.product(("W2", "L2V4+sink1", "L1V2<5", "L2V3<6V9-inter"), (8, 40)):
+        feed = Feed(config_of(layout, layers=2), [300], slack=slack)
+        for end, count in ((3, 3), (100, 97), (107, 7), (151, 44), (153, 2), (240, 87), (241, 1)):
+            feed.call([count])
+            oldest = feed.cache.oldest_length
+            assert feed.cache.length == end and oldest <= max(0, end - slack)
+            if oldest > 1:
+                with pytest.raises(ValueError, match=f"cannot truncate to {oldest - 1} tokens.*context of {oldest} "):
+                    feed.cache.truncate(oldest - 1)
+            back = end - max(oldest, end - 50)
+            feed.cache.truncate(end - back)
+            for piece in [1] * min(back, 9) + [back - 9] * (back > 9):  # what was there before, and nothing else
+                feed.call([piece])
+        feed.cache.truncate(0)
+        assert feed.cache.oldest_length == 0
+        feed.call([50])
+        with pytest.raises(ValueError, match="cannot truncate to 51 tokens: the cache holds 50"):
+            feed.cache.truncate(51)
+
+
+def test_a_cache_that_keeps_all_goes_back_to_any_length():
+    feed = Feed(config_of("L1V3+sink1-inter", layers=2), [200, 170], keep_all=True)
+    feed.call([150, 120])
+    for length in (140, 3, 101):
+        feed.cache.truncate(length)
+        assert feed.cache.lengths == (length, min(length, 120)) and feed.cache.oldest_length == 0
+        feed.call([150 - length, 120 - min(length, 120)])
+    assert feed.cache.layer_bytes[0] == feed.cache.layer_bytes[1]
+
+
+def test_truncating_leaves_shorter_sequences_as_they_are():
+    feed = Feed(config_of("W2"), [60, 40])
+    feed.call([50, 20])
+    feed.cache.truncate(45)
+    assert feed.cache.lengths == (45, 20)
+    feed.call([8, 8])
+
+
+def test_what_does_not_fit_is_refused_and_the_cache_unharmed():
+    feed = Feed(config_of("L2V4"), [120, 100])
+    feed.call([90, 70])
+    for counts, words in (
+        ([31, 1], "121 tokens do not fit in a cache of max_length=120"),
+        ([5], "made for 2 sequences, got 1"),
+        ([5, 6, 6], "made for 2 sequences, got 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            feed.cache.begin(len(counts), max(counts), counts)
+    for counts in ([5, -1], [5, 4], [7, 2], [6]):
+        with pytest.raises(ValueError, match=r"lengths=.*must be 2 numbers of new tokens, the largest of them 6"):
+            feed.cache.begin(2, 6, counts)
+    with pytest.raises(ValueError, match="no call has begun"):
+        feed.cache.advance()
+    feed.call([30, 30])
+
+
+def test_a_layer_that_attends_otherwise_than_the_cache_was_made_for_is_named():
+    feed = Feed(config_of("L2V4", layers=2), [20])
+    feed.cache.begin(1, 20)
+    with pytest.raises(ValueError, match=r"layer 1 attends by W2 \(rotation 0\).*made for L2V4 \(rotation 1\)"):
+        feed.cache.attend(1, *feed.qkv, config_of("W2").layout[0], 0)
+
+
+def test_a_failed_call_that_overwrote_what_is_seen_is_not_continued():
+    feed = Feed(config_of("W2", layers=2), [200])
+    feed.call([100])
+    for count in (8, 60):
+        feed.cache.begin(1, count)  # and one layer of two is done
+        feed.cache.attend(0, *(x[:, 100 : 100 + count] for x in feed.qkv), *feed.layers[0])
+        if count == 8:
+            feed.call([2])  # the ring has room for them
+            feed.cache.truncate(100)
+    with pytest.raises(ValueError, match=r"overwritten keys before token 128 .* has 100 tokens: truncate\(0\)"):
+        feed.call([1])
+    feed.cache.truncate(0)
+    feed.call([100])
+
+
+class Waits(TorchDispatchMode):
+    """Fails where the host would wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+            torch.ops.aten.equal, torch.ops.aten.unique_consecutive,
+        ), func  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [None, [50, 21]])
+def test_a_decode_step_does_not_wait_for_the_device(lengths):
+    config = config_of("L1V3+sink1-inter", layers=3)
+    model = Transformer(config).eval()
+    ids = torch.randint(61, (2, 60), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(config, 2, 60)
+    with torch.inference_mode():
+        model(ids[:, :50], cache=cache, lengths=lengths)
+        with Waits():
+            for width in (1, 1, 4):
+                model(ids[:, :width], cache=cache, logits_to_keep=1)
+    assert cache.lengths == ((56, 56) if lengths is None else (56, 27))
