@@ -143,20 +143,6 @@ class Transformer(nn.Module):
             ValueError: a row (with the cache before it) beyond max_position_embeddings, shapes or options
                 that do not fit together.
         """
-        self._check(input_ids, labels, cu_seqlens, cache, logits_to_keep)
-        hidden = self.model(input_ids, cu_seqlens, cache)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return self.lm_head(hidden[:, -logits_to_keep:], labels)
-
-    def _check(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None,
-        cu_seqlens: Tensor | None,
-        cache: Cache | None,
-        logits_to_keep: int,
-    ) -> None:
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids must be [B, S] with at least one token, got {list(input_ids.shape)}")
         if labels is not None and labels.shape != input_ids.shape:
@@ -173,6 +159,10 @@ class Transformer(nn.Module):
                 f"a row of {length} tokens is longer than max_position_embeddings="
                 f"{self.config.max_position_embeddings}; shorten it or load the model with a larger value"
             )
+        hidden = self.model(input_ids, cu_seqlens, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return self.lm_head(hidden[:, -logits_to_keep:], labels)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, e.g. after building on the meta device and `to_empty`."""
