@@ -154,18 +154,13 @@ class ModelConfig(Settings):
             return ()
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, list) else (self.eos_token_id,)
 
-    def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Trainable parameters; a tied head counts once.
-
-        Args:
-            embeddings: False leaves the embedding table out where it is only looked up. What remains is what takes
-                part in matrix multiplications (and norms): the N of the usual 6N FLOPs.
-        """
+    def num_parameters(self) -> int:
+        """Trainable parameters; a tied head counts once."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         vectors = 2 * self.hidden_size
         vectors += self.qkv_bias * (heads + 2 * kv_heads) * self.head_dim + self.qk_norm * 2 * self.head_dim
         blocks = self.num_hidden_layers * (self.layer_matrices + vectors)
-        tables = 1 if self.tie_word_embeddings or not embeddings else 2
+        tables = 1 if self.tie_word_embeddings else 2
         return blocks + self.hidden_size + tables * self.vocab_size * self.hidden_size
 
     @property
