@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fnmatch
 import glob
+import hashlib
 import json
 import os
 import re
@@ -305,11 +306,8 @@ def point(link: Path, target: str) -> None:
 
 def checksum(path: Path) -> str:
     """XXH3 (128 bits) of a file: finds damage at the speed of the disk; it is no defence against forgery."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def inventory(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
