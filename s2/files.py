@@ -107,12 +107,17 @@ def read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    return parse_json(path, text)
+
+
+def parse_json(path: Path, text: str, line: int | None = None) -> Any:
+    """The value of JSON that stands in a file, or in this line of it. Raises ValueError as `read_json`."""
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        raise ValueError(f"{path}, line {line or error.lineno}: not valid JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
