@@ -122,6 +122,15 @@ def parse_json(path: Path, text: str, line: int | None = None) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, or none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def require_writable(folder: Path) -> None:
     """Refuse a folder that results cannot be written to, before they are worked out; it is made if it is missing.
     Raises OSError that names the folder and what is in the way."""
@@ -184,7 +193,7 @@ def adopt(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
 
 def kind_of(folder: Path) -> str | None:
     """What a marked folder holds; None where there is no mark that can be read."""
-    return _read_mark(folder).get("kind")
+    return (read_record(folder / MARK) or {}).get("kind")
 
 
 def require_marked(folder: Path) -> str:
@@ -222,7 +231,7 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
         shutil.rmtree(folder)  # `make_folder` was killed between making and marking it
         return True
     require_marked(folder)
-    listed = _read_mark(folder).get("files")
+    listed = (read_record(folder / MARK) or {}).get("files")
     if listed is None and not patterns and not is_link:
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
         os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
@@ -361,14 +370,6 @@ def _make_way(path: Path) -> None:
 def _mark(folder: Path, kind: str, **more: Any) -> None:
     note = "made by s2-recipes, which may remove from this folder what it wrote there"
     write_json(folder / MARK, {"kind": kind, "note": note, **more})
-
-
-def _read_mark(folder: Path) -> dict[str, Any]:
-    try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return mark if isinstance(mark, dict) else {}
 
 
 def _finite(value: Any) -> Any:
