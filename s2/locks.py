@@ -138,9 +138,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _open(folder: Path) -> IO[str]:
-    stream = (folder / LOCK).open("a+", encoding="utf-8")
-    fcntl.fcntl(stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    return stream
+    return (folder / LOCK).open("a+", encoding="utf-8")
 
 
 def _write(stream: IO[str], record: dict[str, Any]) -> None:
