@@ -69,7 +69,8 @@ def unpaired(first: float, first_n: float, second: float, second_n: float) -> Di
 
 def of_means(first: float, first_error: float, second: float, second_error: float) -> Difference:
     """Of two independent means with their standard errors."""
-    return _normal(second - first, math.hypot(first_error, second_error), False)
+    value, half = second - first, _Z * math.hypot(first_error, second_error)
+    return Difference(value, value - half, value + half, False)
 
 
 def paired_means(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
@@ -79,10 +80,6 @@ def paired_means(first: Mapping[str, float], second: Mapping[str, float]) -> Dif
         return None
     half = student(each.size - 1) * float(each.std(ddof=1)) / math.sqrt(each.size)
     return Difference(float(each.mean()), float(each.mean()) - half, float(each.mean()) + half, True)
-
-
-def _normal(value: float, error: float, is_paired: bool) -> Difference:
-    return Difference(value, value - _Z * error, value + _Z * error, is_paired)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
