@@ -121,12 +121,8 @@ class ModelConfig(Settings):
         if self.qkv_bias and self.qk_norm:
             raise ValueError("qkv_bias=True and qk_norm=True: no Hugging Face class has both; choose one")
         validate_rope_scaling(self.rope_scaling, "ModelConfig")
-        ids = {
-            "bos_token_id": [] if self.bos_token_id is None else [self.bos_token_id],
-            "eos_token_id": self.eos_token_ids,
-        }
-        for key, tokens in ids.items():
-            if not all(0 <= token < self.vocab_size for token in tokens):
+        for key, tokens in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            if any(token is not None and token >= self.vocab_size for token in tokens):
                 raise ValueError(f"{key}={getattr(self, key)} must be below vocab_size={self.vocab_size}, or null")
         # a wrong layout stops here, not at the first batch
         self.layout.check_heads(self.num_attention_heads, self.num_key_value_heads)
