@@ -183,12 +183,11 @@ def check_folder(folder: Path, kind: str) -> None:
         raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
 
 
-def adopt(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
+def adopt(folder: Path, kind: str, names: Iterable[str]) -> None:
     """Mark a folder that the caller knows as the program's by its content, as earlier versions left it; `names` are
-    those of the files in it that the program wrote, None of a folder that goes on being written."""
+    those of the files in it that the program wrote."""
     if kind_of(folder) != kind:
-        sizes = None if names is None else {name: (folder / name).stat().st_size for name in names}
-        _mark(folder, kind, **({} if sizes is None else {"files": sizes}))
+        _mark(folder, kind, files={name: (folder / name).stat().st_size for name in names})
 
 
 def kind_of(folder: Path) -> str | None:
