@@ -32,10 +32,6 @@ class LockedError(ValueError):
     """Another process is at work in the folder."""
 
 
-class LockLostError(FailureError):
-    """Another process has taken this one's lock, believing it dead (it was suspended, or its disk did not answer)."""
-
-
 class Lock:
     """A lock that is held; made by `lock`, and released at the end of a `with`."""
 
@@ -53,8 +49,8 @@ class Lock:
         self.release()
 
     def check(self) -> None:
-        """Raise LockLostError where another process has taken the lock over; a lock file that somebody has removed is
-        put back."""
+        """Raise FailureError where another process has taken the lock over, believing this one dead (it was suspended,
+        or its disk did not answer); a lock file that somebody has removed is put back."""
         if not (self.folder / LOCK).exists():
             stream = _open(self.folder)
             if _take(stream) is False or read_record(self.folder / LOCK):
@@ -64,7 +60,7 @@ class Lock:
                 removed, self._stream = self._stream, stream
                 removed.close()
         if (holder := read_record(self.folder / LOCK)) != self._record:
-            raise LockLostError(f"{self.folder}: the lock was taken by {describe(holder)}")
+            raise FailureError(f"{self.folder}: the lock was taken by {describe(holder)}")
 
     def release(self) -> None:
         """Give the folder free; the empty lock file stays, since to remove it would be a race."""
