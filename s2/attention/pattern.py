@@ -294,13 +294,14 @@ class Pattern:
                 return num_layers
         return None
 
-    def density(self, seq_len: int, num_kv_heads: int, *, layer: int = 0) -> float:
+    def density(self, seq_len: int, num_kv_heads: int | None = None, *, layer: int = 0) -> float:
         """Visible query-key token pairs over causal pairs `S (S + 1) / 2`, averaged over heads."""
         if not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"seq_len={seq_len!r} must be a positive whole number")
         if self.is_dense:
             return 1.0
-        pairs = sum(self.visible_pairs(seq_len, num_kv_heads, layer=layer)) / num_kv_heads
+        heads = num_kv_heads or self._own_heads()
+        pairs = sum(self.visible_pairs(seq_len, heads, layer=layer)) / heads
         return pairs / (seq_len * (seq_len + 1) / 2)
 
     def visible_pairs(self, seq_len: int, num_kv_heads: int, *, layer: int = 0) -> list[int]:
@@ -320,6 +321,10 @@ class Pattern:
         blocks = {rule: _kept_blocks(rule, query) - 1 for rule in set(rules)}  # without the diagonal block
         pairs = {rule: int((below * rows * size + diagonal).sum()) for rule, below in blocks.items()}
         return [pairs[rule] for rule in rules]
+
+    def _own_heads(self) -> int:
+        """The head count of patterns that have one; else as many as show every residue."""
+        return self.mask.shape[0] if self.mask is not None else len(self.heads) or self.max_stride
 
     # ---------------------------------------------------------------- naming
 

@@ -191,7 +191,7 @@ def test_equal_patterns_are_equal_and_keys_tell_others_apart():
         (lambda: Pattern.parse("L4V8", block_size=48), "block_size=48"),
         (lambda: Pattern.parse("L4V8").block_mask(4, 0), "num_kv_heads=0"),
         (lambda: Pattern.parse("L4V8").block_mask(-1, 1), "num_blocks=-1"),
-        (lambda: Pattern.parse("L4V8").density(0, 1), "seq_len=0"),
+        (lambda: Pattern.parse("L4V8").density(0), "seq_len=0"),
         (lambda: Pattern.from_ranges(4, [(2, 3)]), "distance 3"),
         (lambda: Pattern.from_ranges(4, [(2, 8)], sinks=-1), "sinks=-1"),
         (lambda: Pattern.from_mask(torch.ones(2, 3, 4, dtype=torch.bool)), "[2, 3, 4]"),
