@@ -266,6 +266,23 @@ class Pattern:
             return self.mask[:, :num_blocks, :num_blocks].expand(num_kv_heads, -1, -1).clone()
         return torch.stack([rule.mask(num_blocks) for rule in self.rules(num_kv_heads, layer=layer)])
 
+    def is_kv_efficient(
+        self, num_blocks: int | None = None, num_kv_heads: int | None = None, *, layer: int = 0
+    ) -> bool:
+        """Whether each key block is attended by one contiguous run of query blocks, starting at itself.
+
+        Without `num_blocks` the answer holds at every length (strides nest); with it, for that many blocks exactly.
+        """
+        num_kv_heads = num_kv_heads or self._own_heads()
+        if num_blocks is None:
+            if self.mask is None:
+                return all(rule.is_nested for rule in self.rules(num_kv_heads, layer=layer))
+            num_blocks = self.mask.shape[1]
+        mask = self.block_mask(num_blocks, num_kv_heads, layer=layer)
+        # a key that comes back: not visible for query i - 1 (or i == key) yet visible for a later one
+        came_back = mask[:, 1:] & ~mask[:, :-1]
+        return not bool(torch.tril(came_back, diagonal=0).any())
+
     def union_coverage(self, num_blocks: int, num_kv_heads: int, *, layer: int = 0, num_layers: int = 1) -> float:
         """Share of the causal block pairs that some head keeps in `num_layers` consecutive layers from `layer`.
 

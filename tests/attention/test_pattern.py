@@ -76,7 +76,7 @@ def test_density_at_128k_matches_the_known_figures():
     heads=st.integers(1, 9),
     layer=st.integers(0, 3),
 )
-def test_under_strides_that_nest_a_key_is_seen_by_one_run_of_queries(local, strides, sinks, heads, layer):
+def test_kv_efficiency_closed_form_agrees_with_the_definition(local, strides, sinks, heads, layer):
     ends = [local + 3, None] if len(strides) == 2 else [None]
     pattern = Pattern.from_ranges(local, list(zip(strides, ends, strict=False)), sinks=sinks)
     num_blocks = 60
@@ -87,7 +87,15 @@ def test_under_strides_that_nest_a_key_is_seen_by_one_run_of_queries(local, stri
             seen = mask[h, b:, b]
             run = int(seen.int().cumprod(0).sum())
             contiguous &= int(seen.sum()) == run
-    assert contiguous or not all(rule.is_nested for rule in pattern.rules(heads, layer=layer))
+    assert pattern.is_kv_efficient(num_blocks, heads, layer=layer) == contiguous
+    if pattern.is_kv_efficient():
+        assert contiguous, "nested strides must be KV-efficient at every length"
+
+
+def test_a_random_mask_is_not_kv_efficient():
+    mask = torch.zeros(1, 6, 6, dtype=torch.bool)
+    mask[0, [1, 4], 1] = True
+    assert not Pattern.from_mask(mask).is_kv_efficient()
 
 
 @pytest.mark.parametrize(("stride", "heads"), [(4, 4), (24, 32), (15, 16), (16, 32), (3, 7)])
