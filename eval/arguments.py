@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,3 +19,13 @@ def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
+
+
+def without(argv: Sequence[str], *options: str) -> list[str]:
+    """The arguments but for some options and their values, which stand behind them or after a `=`."""
+    kept, skip = [], False
+    for argument in argv:
+        is_named = argument.split("=")[0] in options
+        kept += [] if skip or is_named else [argument]
+        skip = is_named and "=" not in argument
+    return kept

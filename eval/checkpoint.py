@@ -124,11 +124,6 @@ class Checkpoint:
         return fingerprint(self.folder)
 
     @cached_property
-    def bos_id(self) -> int | None:
-        """The token that opens every document, None where the tokenizer adds none."""
-        return bos_of(self.tokenizer)
-
-    @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a text: those of config.json, then what generation_config.json adds."""
         ids = list(self.config.eos_token_ids)

@@ -71,7 +71,8 @@ def unpaired(first: float, first_n: float, second: float, second_n: float) -> Di
 
 def of_means(first: float, first_error: float, second: float, second_error: float) -> Difference:
     """Of two independent means with their standard errors."""
-    return _normal(second - first, math.hypot(first_error, second_error), False)
+    value, half = second - first, Z95 * math.hypot(first_error, second_error)
+    return Difference(value, value - half, value + half, False)
 
 
 def paired_means(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
@@ -101,10 +102,6 @@ def mean_of(each: Sequence[Difference]) -> Difference:
     low = value - math.hypot(*(part.value - part.low for part in each)) / count
     high = value + math.hypot(*(part.high - part.value for part in each)) / count
     return Difference(value, low, high, all(part.paired for part in each))
-
-
-def _normal(value: float, error: float, is_paired: bool) -> Difference:
-    return Difference(value, value - Z95 * error, value + Z95 * error, is_paired)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

@@ -178,13 +178,8 @@ def _difference(sweeps: Sequence[Sweep], results: Sequence[Path], score: str) ->
 
 def _require_ours(numbers: Path) -> None:
     """Refuse to replace a file that is no picture's numbers, such as results under a like name. Raises ValueError."""
-    if numbers.is_file():
-        try:
-            content = files.read_json(numbers)
-        except ValueError:
-            content = None
-        if not isinstance(content, dict) or content.get("kind") not in _KINDS:
-            raise ValueError(f"{numbers} is where the picture's numbers go, and another file; choose another --output")
+    if numbers.is_file() and (files.read_record(numbers) or {}).get("kind") not in _KINDS:
+        raise ValueError(f"{numbers} is where the picture's numbers go, and another file; choose another --output")
 
 
 def _numbers(option: str, text: str | None, parse: Callable[[str], Any]) -> list[Any]:

@@ -55,8 +55,7 @@ def compare(
 
     Raises ValueError for a checkpoint with sparse layers, or tasks that score no likelihood.
     """
-    layout = load_config(check_checkpoint(folder)).layout
-    if not all(pattern.is_dense for pattern in layout.patterns):
+    if not load_config(check_checkpoint(folder)).is_dense:
         raise ValueError(f"checkpoint {folder}: it has sparse layers, which lm-eval's hf model does not know")
     check_tasks(tasks, data_dir)
     both = _Both(folder, batch_size)

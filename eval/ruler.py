@@ -16,6 +16,7 @@ it runs, the same command goes on from it, and `--processes` and `--part` split 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,12 +92,7 @@ def _percent(mean: float, n: int, equal: float) -> dict[str, Any]:
 
 def _longest(lengths: Sequence[dict[str, Any]], holds: Any) -> int | None:
     """The last length of those before the first for which it does not hold."""
-    longest = None
-    for row in lengths:
-        if not holds(row):
-            break
-        longest = row["length"]
-    return longest
+    return max((row["length"] for row in itertools.takewhile(holds, lengths)), default=None)
 
 
 def describe(summary: dict[str, Any]) -> str:

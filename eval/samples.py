@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from eval.arguments import DTYPES, path
+from eval.arguments import DTYPES, path, without
 from eval.checkpoint import Checkpoint, check_checkpoint, results_folder
 from s2 import files
 from s2.ending import FailureError
@@ -322,7 +322,7 @@ def split(name: str, argv: Sequence[str], args: argparse.Namespace) -> None:
     gpus = torch.cuda.device_count() if args.device is None else 0
     if 0 < gpus < count:
         raise ValueError(f"--processes {count}: there are {gpus} GPUs here")
-    command = [sys.executable, "-m", f"eval.{name}", *_without(argv, "--processes")]
+    command = [sys.executable, "-m", f"eval.{name}", *without(argv, "--processes")]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     running = []
     for i in range(count):
@@ -345,12 +345,3 @@ def split(name: str, argv: Sequence[str], args: argparse.Namespace) -> None:
                 process.terminate()
         for process in running:
             process.wait()
-
-
-def _without(argv: Sequence[str], option: str) -> list[str]:
-    kept, skip = [], False
-    for argument in argv:
-        if not skip and argument != option and not argument.startswith(f"{option}="):
-            kept.append(argument)
-        skip = argument == option
-    return kept

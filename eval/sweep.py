@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from s2.files import parse_json
+
 SCORE_NAMES = {
     "exact": "teacher-forced exact match",
     "partial": "teacher-forced token accuracy",
@@ -244,27 +246,16 @@ def _parse(file: Path) -> Any:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except (ValueError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{file}: not UTF-8 text, or damaged gzip data ({error})") from None
-    if not text.strip():
-        raise ValueError(f"{file}: the file is empty")
     try:
-        content = _loads(file, text)
+        content = parse_json(file, text)
     except ValueError as error:
         if "Extra data" not in str(error):
             raise
         lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return [(f"{file}, line {n}", _loads(file, line, n)) for n, line in lines]
+        return [(f"{file}, line {n}", parse_json(file, line, n)) for n, line in lines]
     return (
         [(f"{file}, row {i}", row) for i, row in enumerate(content, start=1)] if isinstance(content, list) else content
     )
-
-
-def _loads(file: Path, text: str, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {line or error.lineno}: not valid JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
 
 
 def _samples(file: Path, results: dict[str, Any], score: str) -> _Part:

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fnmatch
 import glob
+import hashlib
 import json
 import os
 import re
@@ -106,14 +107,28 @@ def read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    return parse_json(path, text)
+
+
+def parse_json(path: Path, text: str, line: int | None = None) -> Any:
+    """The value of JSON that stands in a file, or in this line of it. Raises ValueError as `read_json`."""
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        raise ValueError(f"{path}, line {line or error.lineno}: not valid JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, or none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def require_writable(folder: Path) -> None:
@@ -168,17 +183,16 @@ def check_folder(folder: Path, kind: str) -> None:
         raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
 
 
-def adopt(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
+def adopt(folder: Path, kind: str, names: Iterable[str]) -> None:
     """Mark a folder that the caller knows as the program's by its content, as earlier versions left it; `names` are
-    those of the files in it that the program wrote, None of a folder that goes on being written."""
+    those of the files in it that the program wrote."""
     if kind_of(folder) != kind:
-        sizes = None if names is None else {name: (folder / name).stat().st_size for name in names}
-        _mark(folder, kind, **({} if sizes is None else {"files": sizes}))
+        _mark(folder, kind, files={name: (folder / name).stat().st_size for name in names})
 
 
 def kind_of(folder: Path) -> str | None:
     """What a marked folder holds; None where there is no mark that can be read."""
-    return _read_mark(folder).get("kind")
+    return (read_record(folder / MARK) or {}).get("kind")
 
 
 def require_marked(folder: Path) -> str:
@@ -216,7 +230,7 @@ def remove_folder(folder: Path, *patterns: str) -> bool:
         shutil.rmtree(folder)  # `make_folder` was killed between making and marking it
         return True
     require_marked(folder)
-    listed = _read_mark(folder).get("files")
+    listed = (read_record(folder / MARK) or {}).get("files")
     if listed is None and not patterns and not is_link:
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.s2-tmp")
         os.replace(folder, doomed)  # gone at once: what a kill leaves half-removed has no name that anybody looks for
@@ -305,11 +319,8 @@ def point(link: Path, target: str) -> None:
 
 def checksum(path: Path) -> str:
     """XXH3 (128 bits) of a file: finds damage at the speed of the disk; it is no defence against forgery."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def inventory(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
@@ -358,14 +369,6 @@ def _make_way(path: Path) -> None:
 def _mark(folder: Path, kind: str, **more: Any) -> None:
     note = "made by s2-recipes, which may remove from this folder what it wrote there"
     write_json(folder / MARK, {"kind": kind, "note": note, **more})
-
-
-def _read_mark(folder: Path) -> dict[str, Any]:
-    try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return mark if isinstance(mark, dict) else {}
 
 
 def _finite(value: Any) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, TypeGuard
 
 from s2.ending import FailureError
+from s2.files import read_record
 
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between two renewals
@@ -29,10 +30,6 @@ _ORPHANS = 5.0  # seconds in which the children of a dead holder have let go of 
 
 class LockedError(ValueError):
     """Another process is at work in the folder."""
-
-
-class LockLostError(FailureError):
-    """Another process has taken this one's lock, believing it dead (it was suspended, or its disk did not answer)."""
 
 
 class Lock:
@@ -52,18 +49,18 @@ class Lock:
         self.release()
 
     def check(self) -> None:
-        """Raise LockLostError where another process has taken the lock over; a lock file that somebody has removed is
-        put back."""
+        """Raise FailureError where another process has taken the lock over, believing this one dead (it was suspended,
+        or its disk did not answer); a lock file that somebody has removed is put back."""
         if not (self.folder / LOCK).exists():
             stream = _open(self.folder)
-            if _take(stream) is False or _read(self.folder / LOCK):
+            if _take(stream) is False or read_record(self.folder / LOCK):
                 stream.close()  # the next has come in between
             else:
                 _write(stream, self._record)
                 removed, self._stream = self._stream, stream
                 removed.close()
-        if (holder := _read(self.folder / LOCK)) != self._record:
-            raise LockLostError(f"{self.folder}: the lock was taken by {describe(holder)}")
+        if (holder := read_record(self.folder / LOCK)) != self._record:
+            raise FailureError(f"{self.folder}: the lock was taken by {describe(holder)}")
 
     def release(self) -> None:
         """Give the folder free; the empty lock file stays, since to remove it would be a race."""
@@ -93,7 +90,7 @@ def lock(folder: Path, *, wait: bool = False) -> Lock:
     deadline = time.monotonic() + _ORPHANS
     while True:
         stream = _open(folder)
-        taken, holder = _take(stream), _read(folder / LOCK)
+        taken, holder = _take(stream), read_record(folder / LOCK)
         is_dead = _is_here(holder) and (taken or (taken is None and not os.path.exists(f"/proc/{holder['pid']}")))
         if is_dead or (taken is not False and not _is_renewed(folder, holder, say=not said)):
             break
@@ -109,7 +106,7 @@ def lock(folder: Path, *, wait: bool = False) -> Lock:
             print(f"{folder}: {describe(holder)} is at work there; waiting", file=sys.stderr, flush=True)
             said = True
         time.sleep(0.5)
-    if before := _read(folder / LOCK):
+    if before := read_record(folder / LOCK):
         print(f"{folder}: taking over from {describe(before)}, which is gone", file=sys.stderr, flush=True)
     return Lock(folder, stream)
 
@@ -137,9 +134,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _open(folder: Path) -> IO[str]:
-    stream = (folder / LOCK).open("a+", encoding="utf-8")
-    fcntl.fcntl(stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    return stream
+    return (folder / LOCK).open("a+", encoding="utf-8")
 
 
 def _write(stream: IO[str], record: dict[str, Any]) -> None:
@@ -165,15 +160,6 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """The record in a lock file; None where there is none, or none that can be read."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _take(stream: IO[str]) -> bool | None:
@@ -207,6 +193,6 @@ def _is_renewed(folder: Path, record: dict[str, Any] | None, *, say: bool) -> bo
         print(f"{folder}: looking whether {describe(record)} is still at work", file=sys.stderr, flush=True)
     while time.monotonic() < until:
         time.sleep(0.5)
-        if file.stat().st_mtime_ns != seen or _read(file) != record:
-            return _read(file) is not None
+        if file.stat().st_mtime_ns != seen or read_record(file) != record:
+            return read_record(file) is not None
     return False

@@ -66,12 +66,13 @@ def dense_entries() -> list[Entry]:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Forward:
     gqa = q.shape[2] != k.shape[2]
+    return partial(_heads_first, F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=gqa)
 
-    def forward() -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
-    return forward
+def _heads_first(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """A call of a function that takes `[B, H, S, D]`."""
+    inputs = (x.transpose(1, 2) for x in (q, k, v))
+    return attend(*inputs, **options).transpose(1, 2)
 
 
 def s2_entry(spec: str, pattern: Pattern, backend: str, asked: str = "") -> Entry:
@@ -154,12 +155,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, tile: tuple[int,
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     options = {"BLOCK_M": FLEX_ROWS, "BLOCK_N": 64} if tile[1] == 64 else None
     gqa = q.shape[2] != k.shape[2]
-
-    def forward() -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(*heads_first, block_mask=mask, enable_gqa=gqa, kernel_options=options).transpose(1, 2)
-
-    return forward
+    return partial(_heads_first, compiled, q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=options)
 
 
 def flex_mask(

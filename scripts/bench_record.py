@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from eval.arguments import without
 from s2 import files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,19 +54,13 @@ def new_record(
 ) -> Record:
     """A record with nothing measured yet: the command without the places that it writes to, versions of `packages`, the
     working tree's commit where none is given, and `more`."""
-    words: list[str] = []
-    skip = False
-    for word in argv:
-        is_place = word.split("=")[0] in PLACES
-        words += [] if skip or is_place else [word]
-        skip = is_place and "=" not in word
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     here = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "machine": machine,
         "date": datetime.date.today().isoformat(),
         "commit": commit or here or "unknown",
-        "command": shlex.join(["python", f"scripts/{script}.py", *words]),
+        "command": shlex.join(["python", f"scripts/{script}.py", *without(argv, *PLACES)]),
         "versions": {name: version(name) for name in packages},
         **more,
     }

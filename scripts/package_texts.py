@@ -17,7 +17,6 @@ import itertools
 import json
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -106,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise FileExistsError(f"--output {output}: there is one already")
     output.parent.mkdir(parents=True, exist_ok=True)
     digest, count = hashlib.sha256(), 0
-    with tempfile.TemporaryDirectory() as folder, files.whole(output) as file:
-        wheels = download(PACKAGES, Path(folder))
+    with files.temporary_folder() as folder, files.whole(output) as file:
+        wheels = download(PACKAGES, folder)
         with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed:
             for document in itertools.chain.from_iterable(map(documents, wheels)):
                 line = f"{json.dumps(document)}\n".encode()

@@ -14,11 +14,7 @@ from typing import Any
 from s2.settings import SettingError
 
 
-class RowError(ValueError):
-    """A file that cannot be read as what it claims to be; the message names the file and the place in it."""
-
-
-class BadRowError(RowError):
+class BadRowError(ValueError):
     """One row that is not as it has to be; the rows after it can be read.
 
     file, place (`line 7`), reason: what the message says.

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +44,10 @@ class File(NamedTuple):
         return [plain(self.name), self.size, self.mtime_ns] == [recorded[key] for key in ("name", "size", "mtime_ns")]
 
 
-def plain(name: str) -> str:
-    """A file name as any text file can hold it: bytes that are not UTF-8 become "?"."""
-    return name.encode(errors="replace").decode()
+def plain(text: str) -> str:
+    """A text as any file can hold it: bytes of a file name that are not UTF-8 and lone surrogates of broken JSON
+    escapes become "?"."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,6 @@ class Part:
     span: tuple[int, int] | None
     size: int
     number: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Part":

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.corpus.columns import BadRowError, Columns, RowError, WrongValueError, find
+from data.corpus.columns import BadRowError, Columns, WrongValueError, find
 from data.corpus.remote import SourceError, open_remote
 
 PACKS = (".gz", ".zst", ".bz2", ".xz")
@@ -103,16 +103,16 @@ def json_rows(file: str | Path, span: tuple[int, int] | None = None, on_bad: OnB
     except _BROKEN as error:
         if _is_foreign(error):
             raise
-        raise RowError(f"{file}: broken after line {number} ({error})") from error
+        raise ValueError(f"{file}: broken after line {number} ({error})") from error
 
 
 def _refuse_other_json(file: str | Path, stream: Any) -> None:
-    """Raise RowError for JSON that is not by lines, before a line of many gigabytes is read."""
+    """Raise ValueError for JSON that is not by lines, before a line of many gigabytes is read."""
     head = stream.peek(_BUFFER).removeprefix(_BOM).lstrip()
     if head.startswith(b"[") or head.split(b"\n", 1)[0].rstrip() == b"{":
         found = "an array" if head.startswith(b"[") else "an object of several lines"
         convert = "jq -c '.[]'" if head.startswith(b"[") else "jq -c ."
-        raise RowError(
+        raise ValueError(
             f"{file}, line 1: expected a JSON object on each line, and this begins {found};"
             f" `{convert} FILE > FILE.jsonl` makes JSON lines of it"
         )
@@ -144,9 +144,9 @@ def parquet_rows(file: str | Path, columns: Columns, span: tuple[int, int] | Non
     with open_parquet(file) as table:
         kinds = {column: parquet_type(table.schema_arrow, column) for column in columns.names}
         if (kind := kinds[columns.text]) is None:
-            raise RowError(f"{file} has {no_column(columns.text, table.schema_arrow.names)}")
+            raise ValueError(f"{file} has {no_column(columns.text, table.schema_arrow.names)}")
         if not _holds_text(kind):
-            raise RowError(f"{file}: column {columns.text!r} is of type {kind}, expected text")
+            raise ValueError(f"{file}: column {columns.text!r} is of type {kind}, expected text")
         found = [column for column, kind in kinds.items() if kind is not None]
         first, last = span or (0, table.num_row_groups)
         number = sum(table.metadata.row_group(i).num_rows for i in range(first))
@@ -158,7 +158,7 @@ def parquet_rows(file: str | Path, columns: Columns, span: tuple[int, int] | Non
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and _is_foreign(error):
                 raise
-            raise RowError(f"{file}: broken after row {number} ({error})") from error
+            raise ValueError(f"{file}: broken after row {number} ({error})") from error
 
 
 def parquet_type(schema: Any, column: str) -> Any:
@@ -198,7 +198,7 @@ def _rows_at_once(table: Any) -> int:
 
 
 def open_parquet(file: str | Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`, local or remote. Raises RowError for what is none."""
+    """A `pyarrow.parquet.ParquetFile`, local or remote. Raises ValueError for what is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -206,7 +206,7 @@ def open_parquet(file: str | Path) -> Any:
     try:
         return pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
     except pa.ArrowInvalid as error:
-        raise RowError(f"{file}: not a parquet file, or a truncated one ({error})") from error
+        raise ValueError(f"{file}: not a parquet file, or a truncated one ({error})") from error
 
 
 def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[Document]:
@@ -217,7 +217,7 @@ def read_text(file: str | Path, row_id: str, skipped: Counter[str]) -> Iterator[
     except _BROKEN as error:
         if _is_foreign(error):
             raise
-        raise RowError(f"{file}: broken ({error})") from error
+        raise ValueError(f"{file}: broken ({error})") from error
     if b"\0" in content:
         skipped["binary"] += 1
         return

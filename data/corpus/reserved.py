@@ -25,11 +25,6 @@ _DIFFERENCES = {
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def settings_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a tokenizer.json says."""
-    return json.loads(tokenizer.to_str())
-
-
 def text_encoder(settings: Mapping[str, Any], frame: Collection[int]) -> Tokenizer:
     """A tokenizer as it is used on text: without the tokens `frame` and special tokens in it, without truncation,
     padding, and tokens that a post-processor adds.

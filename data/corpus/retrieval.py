@@ -162,9 +162,7 @@ class _Filler:
         return found
 
 
-@lru_cache(maxsize=4)
-def _filler(folder: str) -> _Filler:
-    return _Filler(folder)
+_filler = lru_cache(maxsize=4)(_Filler)
 
 
 def _sentence(wording: str, fact: dict[str, str]) -> str:

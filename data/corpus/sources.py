@@ -18,7 +18,7 @@ from typing import Any, Literal
 from data.corpus import folders, readers
 from data.corpus.columns import Columns, find
 from data.corpus.folders import TEXT_SUFFIXES, Format, Found, NamedFile
-from data.corpus.parts import Part, divide, divide_made
+from data.corpus.parts import Part, divide, divide_made, plain
 from data.corpus.readers import Document, OnBad, stop
 from data.corpus.remote import hub_files
 from data.corpus.retrieval import Retrieval, read_retrieval
@@ -217,10 +217,10 @@ class Source(Settings):
                 if len(row.text) < min_chars:
                     skipped["short"] += 1
                     continue
-                text = _valid(row.text)
-                if text is not row.text:
+                text = plain(row.text)
+                if text != row.text:
                     skipped[LOST] += len(_SURROGATE.findall(row.text))
-                yield Document(text, _valid(f"{label}/{row.id}"), _valid(row.url))
+                yield Document(text, plain(f"{label}/{row.id}"), plain(row.url))
 
     def documents(self) -> Iterator[Document]:
         """All documents in order, whatever `max_bytes` and `max_documents` say. Raises as `parts`, `probe`, `read`."""
@@ -275,17 +275,6 @@ class Source(Settings):
         return Path(url).relative_to(Path(self.path.removeprefix("hf://")).absolute()).as_posix()
 
 
-def _valid(text: str) -> str:
-    """Lone surrogates of broken JSON escapes become "?"; everything else comes back as it was."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return _SURROGATE.sub("?", text)
-    return text
-
-
 @dataclass
 class Limit:
     """The limits of a source (None: there is none) and what has been taken of it: bytes of text, documents.
@@ -330,7 +319,4 @@ class Limit:
 
     def within(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The documents that are taken."""
-        for document in documents:
-            if not self.takes(len(document.text.encode())):
-                return
-            yield document
+        return itertools.takewhile(lambda document: self.takes(len(document.text.encode())), documents)

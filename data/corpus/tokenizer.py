@@ -4,6 +4,7 @@ The file's SHA-256 is the tokenizer's identity; shards record it, so tokens of t
 """
 
 import hashlib
+import json
 import os
 import re
 from array import array
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data.corpus.reserved import drops_characters, not_kept, settings_of, text_encoder, unknown_id
+from data.corpus.reserved import drops_characters, not_kept, text_encoder, unknown_id
 from s2.files import whole, write_text
 from s2.settings import Check, Positive, SettingError, Settings
 
@@ -111,7 +112,7 @@ class TextTokenizer:
                 " set `eos` to the token that ends a text"
             )
         self.eos_id = eos_id
-        settings = settings_of(self._tokenizer)
+        settings = json.loads(self._tokenizer.to_str())
         self.unk_id = unknown_id(settings)
         self._drops_characters = drops_characters(settings)
         try:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,14 +181,10 @@ def _encode(task: Task) -> dict[str, Any]:
         for batch, tokens in encoded(ahead(batches(documents)), tokenizer, skipped):
             sizes = [len(document.text.encode()) for document in batch]
             held = [spec.place(document.id) < task.below for document in batch]
+            columns: tuple[list[Any], ...] = (tokens, sizes, [each.id for each in batch], [each.url for each in batch])
             for split, writer in writers.items():
-                chosen = [i for i, is_held in enumerate(held) if is_held == (split == "heldout")]
-                writer.add(
-                    [tokens[i] for i in chosen],
-                    [sizes[i] for i in chosen],
-                    [batch[i].id for i in chosen],
-                    [batch[i].url for i in chosen],
-                )
+                chosen = [is_held == (split == "heldout") for is_held in held]
+                writer.add(*(list(compress(column, chosen)) for column in columns))
             totals.update(documents=len(batch), tokens=sum(map(len, tokens)), bytes=sum(sizes))
         read = task.files_read()
         write_arrays(task.file(".counts.npz"), {split: writer.counts for split, writer in writers.items()})

@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         sources = [
-            {"revision": revision, "parts": [part.to_json() for part in parts]}
+            {"revision": revision, "parts": [asdict(part) for part in parts]}
             for parts, revision in zip(self.sources, self.revisions, strict=True)
         ]
         return {"settings": self.settings, "part_bytes": self.part_bytes, "sources": sources}

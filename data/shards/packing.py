@@ -49,21 +49,21 @@ class Packing:
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> Packing:
-    """Pack documents of `lengths` tokens (int64 [n], each at least 1) into windows of `seq_len` inputs.
+    """Pack documents of `lengths` tokens (int64 [n], n and each at least 1) into windows of `seq_len` inputs.
 
     A pure function. Within a window pieces are in the order of their documents, so neighbours on disk are read as one.
     """
     ends = np.cumsum(lengths)
-    groups = np.searchsorted(ends, np.arange(GROUP_TOKENS, ends[-1] if len(ends) else 0, GROUP_TOKENS))
+    groups = np.searchsorted(ends, np.arange(GROUP_TOKENS, ends[-1], GROUP_TOKENS))
     edges = np.unique([0, *groups, len(lengths)])
     packed = [_pack_group(lengths[a:b], seq_len, first=int(a)) for a, b in itertools.pairwise(edges)]
     offsets = np.cumsum([0, *(len(p.document) for p in packed)])
     borders = [p.borders[:-1] + offset for p, offset in zip(packed, offsets[:-1], strict=True)]
     return Packing(
         np.concatenate([*borders, offsets[-1:]]).astype(np.int64),
-        _join([p.document for p in packed], _narrow(len(lengths))),
-        _join([p.start for p in packed], _narrow(lengths.max(initial=0))),
-        _join([p.length for p in packed], np.int32),
+        np.concatenate([p.document for p in packed]).astype(_narrow(len(lengths)), copy=False),
+        np.concatenate([p.start for p in packed]).astype(_narrow(lengths.max()), copy=False),
+        np.concatenate([p.length for p in packed]),
         seq_len,
     )
 
@@ -185,7 +185,3 @@ def _ranges(counts: np.ndarray) -> np.ndarray:
 def _narrow(most: int) -> type:
     """The integer type for a corpus of that size: these arrays are the memory that a large corpus takes."""
     return np.int32 if most < 1 << 31 else np.int64
-
-
-def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype=dtype)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -44,16 +43,14 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._file: Any = None  # of the shard that is open, as `files.whole` makes it
         self._stream: Any = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, *about: Any) -> None:
         if kind is None:
             if self._stream is not None:
                 self._close_shard()
             return
         if self._stream is not None:
             self._stream = None
-            self._file.__exit__(kind, error, trace)
+            self._file.__exit__(kind, *about)
         files.remove_files(self.folder, *(f"{self.prefix}-*{end}" for end in _ENDS), f".{self.prefix}-*.s2-tmp")
 
     def add(

@@ -57,7 +57,7 @@ def settings(runs: Sequence[Run]) -> list[str]:
         ("batch", _batch),
         ("learning rate", _schedule),
         ("precision, strategy", _precision),
-        ("data", _mixture),
+        ("data", lambda run: "<br>".join(f"{share:.1%} {label}" for label, share in _shares(run))),
         ("synthetic retrieval documents", synthetic),
         ("seeds", seeds),
     ]
@@ -150,10 +150,6 @@ def _precision(run: Run) -> str | None:
 def seeds(run: Run) -> str | None:
     """Of everything, and of the order of the data."""
     return f"{_key(run, 'seed_everything')}, data {run.data.get('seed', 0)}" if run.recipe else None
-
-
-def _mixture(run: Run) -> str | None:
-    return "<br>".join(f"{share:.1%} {label}" for label, share in _shares(run)) or None
 
 
 def _shares(run: Run) -> list[tuple[str, float]]:

@@ -121,12 +121,8 @@ class ModelConfig(Settings):
         if self.qkv_bias and self.qk_norm:
             raise ValueError("qkv_bias=True and qk_norm=True: no Hugging Face class has both; choose one")
         validate_rope_scaling(self.rope_scaling, "ModelConfig")
-        ids = {
-            "bos_token_id": [] if self.bos_token_id is None else [self.bos_token_id],
-            "eos_token_id": self.eos_token_ids,
-        }
-        for key, tokens in ids.items():
-            if not all(0 <= token < self.vocab_size for token in tokens):
+        for key, tokens in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            if any(token is not None and token >= self.vocab_size for token in tokens):
                 raise ValueError(f"{key}={getattr(self, key)} must be below vocab_size={self.vocab_size}, or null")
         # a wrong layout stops here, not at the first batch
         self.layout.check_heads(self.num_attention_heads, self.num_key_value_heads)
@@ -154,18 +150,13 @@ class ModelConfig(Settings):
             return ()
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, list) else (self.eos_token_id,)
 
-    def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Trainable parameters; a tied head counts once.
-
-        Args:
-            embeddings: False leaves the embedding table out where it is only looked up. What remains is what takes
-                part in matrix multiplications (and norms): the N of the usual 6N FLOPs.
-        """
+    def num_parameters(self) -> int:
+        """Trainable parameters; a tied head counts once."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         vectors = 2 * self.hidden_size
         vectors += self.qkv_bias * (heads + 2 * kv_heads) * self.head_dim + self.qk_norm * 2 * self.head_dim
         blocks = self.num_hidden_layers * (self.layer_matrices + vectors)
-        tables = 1 if self.tie_word_embeddings or not embeddings else 2
+        tables = 1 if self.tie_word_embeddings else 2
         return blocks + self.hidden_size + tables * self.vocab_size * self.hidden_size
 
     @property

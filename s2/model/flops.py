@@ -33,7 +33,8 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 def attention_flops_per_token(config: ModelConfig, seq_len: int, *, executed: bool) -> float:
     """FLOPs of all layers' attention (scores, weighted values), forward and backward, for each token."""
-    _check_length(seq_len)
+    if not isinstance(seq_len, int) or seq_len < 1:
+        raise ValueError(f"seq_len={seq_len!r} must be a positive whole number")
     layers = float(config.num_hidden_layers)
     if executed:
         layers *= config.layout.density(seq_len, config.num_key_value_heads)
@@ -69,8 +70,3 @@ def model_flops_utilization(
     if peak_flops <= 0:
         raise ValueError(f"peak_flops={peak_flops!r} must be positive")
     return flops_per_token(config, seq_len, executed=executed) * tokens_per_second / peak_flops
-
-
-def _check_length(seq_len: int) -> None:
-    if not isinstance(seq_len, int) or seq_len < 1:
-        raise ValueError(f"seq_len={seq_len!r} must be a positive whole number")

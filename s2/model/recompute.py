@@ -41,12 +41,8 @@ def run_checkpointed(function: Callable[..., Any], mode: str, narrow: int, *args
         return function(*args)
     if mode == "full":
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-    contexts = partial(_selective_contexts, narrow)
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, narrow))
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-def _selective_contexts(narrow: int) -> Any:
-    return create_selective_checkpoint_contexts(partial(_policy, narrow))
 
 
 def _policy(narrow: int, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import Block, Cache, Embedding, Linear, RMSNorm
+from .layers import Block, Cache, Embedding, Linear
 from .loss import chunked_cross_entropy, wide_logits
 from .recompute import CHECKPOINT_MODES, CheckpointMode
 from .rope import RotaryEmbedding, document_positions
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, i, pattern, rotations[i]) for i, pattern in enumerate(config.layout.patterns)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ropes = _ropes(config)
 
     @property
@@ -194,7 +194,7 @@ class Transformer(nn.Module):
         """Draw all weights anew, e.g. after building on the meta device and `to_empty`."""
         for module in self.modules():
             tied = module is self.lm_head and self.config.tie_word_embeddings
-            if isinstance(module, Linear | Embedding | RMSNorm | LMHead) and not tied:
+            if isinstance(module, Linear | Embedding | nn.RMSNorm | LMHead) and not tied:
                 module.reset_parameters()
 
     def tie_weights(self) -> None:

@@ -16,10 +16,6 @@ _SAID = (
 )
 
 
-class GateError(ValueError):
-    """A stage would go on from a checkpoint that has not passed its gate."""
-
-
 def check_gate(init_from: str, gate: str) -> str:
     """A line about the gate of `init_from` (runs/<recipe>/<stage>/hf), empty where it has none and needs none.
 
@@ -27,7 +23,7 @@ def check_gate(init_from: str, gate: str) -> str:
         gate: `run.gate`.
 
     Raises:
-        GateError: gate is "required" and there is no gate.json of these very weights in which all checks are passed;
+        ValueError: gate is "required" and there is no gate.json of these very weights in which all checks are passed;
             names the check that is not, or the command that measures them.
     """
     folder = Path(init_from)
@@ -38,7 +34,7 @@ def check_gate(init_from: str, gate: str) -> str:
     if not wrong:
         return f"{folder} has passed its gate ({file})"
     if gate == "required":
-        raise GateError(f"run.gate=required: {wrong}; run.gate=ignore goes on all the same")
+        raise ValueError(f"run.gate=required: {wrong}; run.gate=ignore goes on all the same")
     return f"run.gate=ignore: {wrong}"
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from s2 import ending
 from s2.model.config import ModelConfig
 
 GIB = 2**30
@@ -112,12 +111,6 @@ def memory_of(module: Any, data: Any, trainer: Any, precision: str | None = None
         checkpointing=module.activation_checkpointing,
         offload_optimizer=getattr(strategy, "offloads_optimizer", False),
     )
-
-
-class OutOfMemoryError(MemoryError):
-    """Training needs more memory than there is."""
-
-    exit_code = ending.OUT_OF_MEMORY
 
 
 def is_out_of_memory(error: BaseException, *, device_is_full: bool) -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import csv
 import io
 import resource
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,8 +155,7 @@ def peak_memory_gib(device: Any) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated(device) / 2**30
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def clock(seconds: float) -> str:

@@ -125,7 +125,7 @@ class Stage:
 
         Raises:
             ValueError, OSError: of the run folder, the disk or the checkpoint; nothing was trained then.
-            Preempted, DivergedError, DamagedError, OutOfMemoryError: see `saving`, `guard`, `run_folder`, `memory`.
+            Preempted, DivergedError, DamagedError, MemoryError: see `saving`, `guard`, `run_folder`, `memory`.
         """
         run, trainer = self.run, self.trainer
         if run.resume == "auto" and run_folder.is_finished(run, trainer.max_steps):
@@ -198,7 +198,7 @@ class Stage:
         except BaseException as error:
             full = memory.device_is_full()  # before what holds it is let go
             if memory.is_out_of_memory(error, device_is_full=full):
-                error = memory.OutOfMemoryError(memory.advice(self.module, self.data, self.trainer))
+                error = MemoryError(memory.advice(self.module, self.data, self.trainer))
             gaps.end_helpers(self.trainer)
             if gaps.was_interrupted(error):
                 raise KeyboardInterrupt from None

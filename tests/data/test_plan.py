@@ -1,6 +1,6 @@
 """Plans of interrupted preparations: parts stay what they were, as far as their files do."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from data.corpus.sources import Source
 from data.prepare.plan import _plan
@@ -18,7 +18,7 @@ def files(parts):
 def planned_again(folder, old):
     """Numbers and parts of a plan for the files as they are now."""
     asked = spec(folder / "*.jsonl", folder / "out")
-    begun = {"revision": None, "parts": [{**part.to_json(), "number": number} for number, part in old]}
+    begun = {"revision": None, "parts": [{**asdict(part), "number": number} for number, part in old]}
     plan = _plan(asked, {}, {"part_bytes": 1000, "sources": [begun]})
     return [(part.number, part) for part in plan.sources[0]]
 

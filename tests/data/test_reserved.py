@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data.corpus.reserved import settings_of, text_encoder
+from data.corpus.reserved import text_encoder
 from data.corpus.tokenizer import DROPPED, UNKNOWN, TextTokenizer, save_tokenizer_json
 
 LETTERS = list("</s>abcde|tx ")
@@ -146,5 +146,5 @@ def test_what_a_tokenizer_never_keeps_is_named(tmp_path):
 
 def test_an_encoder_with_no_reserved_token_is_the_tokenizer(tmp_path):
     tokenizer = bpe()
-    encoder = text_encoder(settings_of(tokenizer), [])
+    encoder = text_encoder(json.loads(tokenizer.to_str()), [])
     assert encoder.encode(TEXT).ids == tokenizer.encode(TEXT).ids

@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "a_lock_of_another_host_is_taken", "s2/locks.py",
-        "return _read(file) is not None\n    return False",
+        "return read_record(file) is not None\n    return False",
         "return False\n    return False",
         ("test_locks.py",),
     ),
