@@ -188,32 +188,37 @@ def block_mask(rules: tuple[Rule, ...], query: Tensor, key: Tensor) -> Tensor:
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], block_size: int, scale: float) -> Tensor:
     """q `[B, Sq, Hq, D]`, k and v `[B, Skv, Hkv, D]` -> `[B, Sq, Hq, D]`; some queries at a time, also backward."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), *(x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
-    length, keys = q.shape[2], k.shape[2]
+    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(len(rules) // x.shape[2], 1) for x in (k, v))
+    length, keys, group = q.shape[2], k.shape[2], q.shape[1] // len(rules)
     if set(rules) == {_DENSE} and length in (1, keys):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scale)
-        return out.transpose(1, 2)
-    rules = tuple(rule for rule in rules for _ in range(q.shape[1] // len(rules)))
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scale).transpose(1, 2)
+    k, v = (F.pad(x, (0, 0, 0, -keys % block_size)).unflatten(2, (-1, block_size)) for x in (k, v))
     step = max(1, MOST_SCORES // (q.shape[0] * q.shape[1] * keys))
     pieces = []
     for begin in range(0, length, step):
-        end = min(begin + step, length)
-        inputs = q[:, :, begin:end], k[:, :, : keys - length + end], v[:, :, : keys - length + end]
+        inputs = q[:, :, begin : begin + step], k, v, rules, keys - length + begin, scale
         if torch.is_grad_enabled() and length > step:
-            pieces.append(checkpoint(_attend_masked, *inputs, rules, block_size, scale, use_reentrant=False))
+            pieces.append(checkpoint(_attend_piece, *inputs, use_reentrant=False))
         else:
-            pieces.append(_attend_masked(*inputs, rules, block_size, scale))
+            pieces.append(_attend_piece(*inputs))
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], size: int, scale: float) -> Tensor:
-    key = torch.arange(k.shape[2], device=q.device)
-    query = key[-q.shape[2] :]
-    first = int(k.shape[2] - q.shape[2]) // size
-    blocks = torch.arange(-(-k.shape[2] // size), device=q.device)
-    mask = block_mask(rules, blocks[first:], blocks)
-    mask = mask[:, query // size - first][:, :, key // size] & (key <= query[:, None])
+def _attend_piece(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], first: int, scale: float) -> Tensor:
+    """Queries `[B, Hq, n, D]` from position `first` on, and of blocks of keys `[B, H, blocks, size, D]` those that any
+    of them sees; H heads have a rule."""
+    size, group = k.shape[3], q.shape[1] // len(rules)
+    query = torch.arange(first, first + q.shape[2], device=q.device)
+    block = torch.arange((first + q.shape[2] - 1) // size + 1, device=q.device)
+    seen = block_mask(rules, block[first // size :], block)  # [H, nq, nk]
+    used = seen.any(dim=1)
+    chosen = used.int().sort(dim=1, descending=True, stable=True).indices[:, : int(used.sum(dim=1).max())]
+    k, v = (x[:, torch.arange(len(rules))[:, None], chosen].flatten(2, 3) for x in (k, v))
+    key = (chosen[..., None] * size + torch.arange(size, device=q.device)).flatten(1)
+    seen = seen.gather(2, chosen[:, None].expand(-1, seen.shape[1], -1)).repeat_interleave(size, dim=2)
+    mask = seen[:, query // size - first // size] & (key[:, None] <= query[:, None])
+    k, v, mask = (x.repeat_interleave(group, dim=-3) for x in (k, v, mask))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
 
 
@@ -230,7 +235,7 @@ class Batch:
     def __init__(self, mask: Tensor | None = None) -> None:
         self.starts: list[int] | None = None  # None: no row has padding on its left
         self.ends: list[int] | None = None
-        self._borders: tuple[Tensor, Tensor | None] | None = None
+        self._borders: list[Tensor | None] = []
         if mask is None:
             return
         if mask.dim() != 2:
@@ -242,35 +247,39 @@ class Batch:
         one_run = (mask == (column >= start[:, None]) & (column < end[:, None])).all(dim=1)
         starts, self.ends, whole = torch.stack([start, end, one_run]).tolist()
         if not all(whole):
-            raise ValueError(
-                "attention_mask has padding between the tokens of a row; pad on one side, for generation on the left"
-            )
+            raise ValueError("attention_mask has padding between tokens; pad on one side, for generation on the left")
         self.starts = starts if any(starts) else None
 
-    def borders(self, position_ids: Tensor | None, rows: int) -> Tensor | None:
+    def borders(self, position_ids: Tensor | None, rows: int, num_keys: int) -> Tensor | None:
         """Of packed documents, int32 `[n + 1]` over the tokens of all rows; None where each row is one document."""
-        if position_ids is None:
-            return None
-        if self._borders is None or self._borders[0] is not position_ids:
-            self._borders = position_ids, self._find_borders(position_ids, rows)
-        return self._borders[1]
+        if not self._borders:  # the same in all layers
+            self._borders = [None if position_ids is None else self._find_borders(position_ids, rows, num_keys)]
+        return self._borders[0]
 
-    def _find_borders(self, position_ids: Tensor, rows: int) -> Tensor | None:
+    def _find_borders(self, position_ids: Tensor, rows: int, num_keys: int) -> Tensor | None:
         position_ids = position_ids.expand(rows, -1)
+        starts = torch.tensor(self.starts or [0], device=position_ids.device)
+        length = position_ids.shape[1]
+        if length < num_keys:
+            if (position_ids[:, 0] < num_keys - length - starts).any():
+                raise ValueError(
+                    f"position_ids of fewer tokens than the {num_keys - length} in the cache: padding needs an "
+                    f"attention_mask, and packed documents cannot be continued"
+                )
+            return None
         restart = position_ids[:, 1:] - position_ids[:, :-1] != 1
         if self.ends is not None:
-            column = torch.arange(1, position_ids.shape[1], device=restart.device)
-            starts, ends = (torch.tensor(x, device=restart.device)[:, None] for x in (self.starts or [0], self.ends))
-            restart = restart & (column > starts) & (column < ends)
+            column = torch.arange(1, length, device=restart.device)
+            ends = torch.tensor(self.ends, device=restart.device)
+            restart = restart & (column > starts[:, None]) & (column < ends[:, None])
         if not restart.any():
             return None
         if self.starts is not None:
             raise ValueError("position_ids of packed documents with padding on the left; pad them on the right")
         if (position_ids[:, 1:][restart] != 0).any():
             raise ValueError("position_ids must grow by 1 from token to token, or begin again at 0 with a new document")
-        first = torch.ones((rows, 1), dtype=torch.bool, device=restart.device)
-        begins = torch.cat([first, restart], dim=1).flatten().nonzero().flatten()
-        return torch.cat([begins, begins.new_tensor([position_ids.numel()])]).int()
+        begins = F.pad(restart, (1, 0), value=True).flatten().nonzero().flatten()
+        return F.pad(begins, (0, 1), value=position_ids.numel()).int()
 
 
 def batch_mask(
@@ -314,9 +323,7 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     batch = attention_mask if isinstance(attention_mask, Batch) else Batch(attention_mask)
-    borders = None
-    if q.shape[1] == k.shape[1]:
-        borders = cu_seq_lens_q if cu_seq_lens_q is not None else batch.borders(position_ids, q.shape[0])
+    borders = batch.borders(position_ids, q.shape[0], k.shape[1]) if cu_seq_lens_q is None else cu_seq_lens_q
     if borders is not None:
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         return _attend(module, scale, *tokens, borders=borders.int()).view(q.shape), None
@@ -332,8 +339,8 @@ def attention_forward(
 
 def _check(module: Any, key: Tensor, dropout: float, options: dict[str, Any]) -> None:
     config = module.config
-    if getattr(config, "attention_layout", None) is None:
-        raise ValueError(f"the attention {NAME!r} needs config.attention_layout, for example 'L8V16', and block_size")
+    if None in (getattr(config, "attention_layout", None), getattr(config, "block_size", None)):
+        raise ValueError(f"the attention {NAME!r} needs config.attention_layout ('L8V16') and config.block_size")
     if key.shape[1] != config.num_key_value_heads:
         raise ValueError(
             f"{key.shape[1]} KV heads of {config.num_key_value_heads}: tensor parallelism would change which blocks a "
@@ -381,42 +388,23 @@ AttentionMaskInterface.register(NAME, batch_mask)
 # ---------------------------------------------------------------- model
 
 
-class _RopeOfKind:
-    """Attention that takes the cosines and sines of its layer's kind, where there are two."""
-
-    kind = "sparse"
-
-    def forward(self, hidden_states: Tensor, position_embeddings: Any, **kwargs: Any) -> Any:
-        if isinstance(position_embeddings, dict):
-            position_embeddings = position_embeddings[self.kind]
-        return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)  # type: ignore[misc]
-
-
-class S2LlamaAttention(_RopeOfKind, LlamaAttention):
-    """Of a Llama."""
-
-
-class S2Qwen2Attention(_RopeOfKind, Qwen2Attention):
-    """With biases."""
-
-
-class S2Qwen3Attention(_RopeOfKind, Qwen3Attention):
-    """With norms of queries and keys."""
-
-
-class RopeByKind(nn.Module):
+class RopeByKind(nn.ModuleDict):
     """Cosines and sines of the dense and of the sparse layers, `{kind: (cos, sin)}`."""
 
     def __init__(self, config: S2LlamaConfig) -> None:
         super().__init__()
-        self.kinds = nn.ModuleDict()
         for kind, rope in (config.rope_by_kind or {}).items():
             own = copy.deepcopy(config)
             own.rope_parameters = dict(rope)
-            self.kinds[kind] = LlamaRotaryEmbedding(own)
+            self[kind] = LlamaRotaryEmbedding(own)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        return {kind: rope(x, position_ids) for kind, rope in self.kinds.items()}
+        return {kind: rope(x, position_ids) for kind, rope in self.items()}
+
+
+def _take_rope(kind: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What an attention of a layer of this kind is given, from what all are."""
+    return args, kwargs | {"position_embeddings": kwargs["position_embeddings"][kind]}
 
 
 class S2LlamaForCausalLM(LlamaForCausalLM):
@@ -433,11 +421,13 @@ class S2LlamaForCausalLM(LlamaForCausalLM):
             raise ValueError("qkv_bias and qk_norm are both true; no class of transformers has both")
         rules = layout_rules(*_sizes(config))
         super().__init__(config)
-        made: Any = S2Qwen2Attention if config.qkv_bias else S2Qwen3Attention if config.qk_norm else S2LlamaAttention
-        if made is not S2LlamaAttention or config.rope_by_kind:
-            for index, layer in enumerate(self.model.layers):
+        made: Any = Qwen2Attention if config.qkv_bias else Qwen3Attention if config.qk_norm else LlamaAttention
+        for index, layer in enumerate(self.model.layers):
+            if made is not LlamaAttention:
                 layer.self_attn = made(config, index)
-                layer.self_attn.kind = "dense" if set(rules[index]) == {_DENSE} else "sparse"
+            if config.rope_by_kind:
+                take = functools.partial(_take_rope, "dense" if set(rules[index]) == {_DENSE} else "sparse")
+                layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)
         if config.rope_by_kind:
             self.model.rotary_emb = RopeByKind(config)
         self.post_init()

@@ -119,7 +119,7 @@ def test_our_folder_opens_with_either_import_first(imports, export):
         from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
         import torch
         small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
-        llama = LlamaForCausalLM(LlamaConfig(**small, attention_layout="W1", attn_implementation="s2"))
+        llama = LlamaForCausalLM(LlamaConfig(**small, attention_layout="W1", block_size=16, attn_implementation="s2"))
         assert llama(torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, 9)
         assert AutoConfig.from_pretrained(sys.argv[1]).attention_layout
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1])

@@ -176,7 +176,7 @@ def test_packed_documents_by_borders_are_apart(tmp_path, path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients_are_ours(checkpointing, tmp_path, path, monkeypatch):
-    ours = build(tie_word_embeddings=True, qk_norm=True)
+    ours = build(tie_word_embeddings=True, qk_norm=True, rope_scaling=BY_KIND)
     theirs = opened(ours, tmp_path).train()
     if checkpointing:
         monkeypatch.setattr(modeling, "MOST_SCORES", 6 * 100 * 30)
@@ -249,7 +249,10 @@ def test_any_llama_attends_by_a_layout_of_its_config():
     theirs = LlamaForCausalLM(config).eval()
     with pytest.raises(ValueError, match=r"config\.attention_layout"):
         theirs(tokens(1, 50))
-    theirs.config.attention_layout, theirs.config.block_size = "L1V3+dense1", 16
+    theirs.config.attention_layout = "L1V3+dense1"
+    with pytest.raises(ValueError, match=r"config\.block_size"):
+        theirs(tokens(1, 50))
+    theirs.config.block_size = 16
     ours = Transformer(ModelConfig.from_hf_dict({**theirs.config.to_dict(), "model_type": "s2_llama"}))
     ours.load_state_dict(theirs.state_dict())
     assert_close(theirs(tokens(2, 100)).logits, ours(tokens(2, 100)))
@@ -274,7 +277,7 @@ def test_another_attention_is_refused_whenever_it_is_asked_for(name, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])}, "padding between the tokens"),
+        ({"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])}, "padding between tokens"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, r"\[1, 1, 6, 6\]"),
         ({"attention_mask": torch.ones(1, 9).long()}, "an attention_mask of 9 for 6 tokens"),
         ({"position_ids": torch.tensor([[0, 1, 2, 7, 8, 9]])}, "position_ids must grow by 1"),
@@ -288,6 +291,19 @@ def test_masks_and_positions_that_no_pattern_fits_are_refused(given, message, tm
     theirs = opened(build(), tmp_path)
     with pytest.raises(ValueError, match=message):
         theirs(tokens(1, 6), **given)
+
+
+@torch.no_grad()
+def test_a_cache_is_continued_by_tokens_of_one_document_alone(tmp_path):
+    theirs = opened(build(), tmp_path)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    cache = theirs(tokens(1, 6), position_ids=positions).past_key_values
+    with pytest.raises(ValueError, match="fewer tokens than the 6 in the cache"):
+        theirs(tokens(1, 1), position_ids=torch.tensor([[3]]), past_key_values=cache)
+    ours, ids, shift = build(), tokens(2, 40), 5  # a shift of all positions turns nothing
+    cache = theirs(ids[:, :33], position_ids=torch.arange(33)[None] + shift).past_key_values
+    rest = theirs(ids[:, 33:], position_ids=torch.arange(33, 40)[None] + shift, past_key_values=cache)
+    assert_close(rest.logits, ours(ids)[:, 33:])
 
 
 def test_a_cache_of_fixed_size_is_refused(tmp_path):
