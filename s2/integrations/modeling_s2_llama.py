@@ -1,6 +1,6 @@
 """A hybrid (sparse and dense layers) Llama for transformers: its config, its attention, its model.
 
-The file goes into every exported folder, so that it opens without the package it comes from:
+The file (Apache-2.0) goes into every exported folder, so that it opens without the package it comes from:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -436,4 +436,6 @@ class S2LlamaForCausalLM(LlamaForCausalLM):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         if self.config._attn_implementation != NAME:  # somebody has set it since
             raise ValueError(_no_other(self.config._attn_implementation))
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True is not supported: no probabilities are kept")
         return super().forward(*args, **kwargs)

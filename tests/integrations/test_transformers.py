@@ -326,8 +326,10 @@ def test_a_config_that_is_no_model_is_refused_when_it_is_built(changes, message)
         modeling.S2LlamaForCausalLM(modeling.S2LlamaConfig(**{**build().config.to_hf_dict(), **changes}))
 
 
-def test_dropout_and_heads_of_one_rank_are_refused(tmp_path):
+def test_probabilities_dropout_and_heads_of_one_rank_are_refused(tmp_path):
     theirs = opened(build(), tmp_path)
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        theirs.generate(tokens(1, 6), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
     theirs.train().model.layers[0].self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
         theirs(tokens(1, 6))
