@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from s2.attention import LayerLayout
 from s2.files import read_json
+from s2.integrations import HF_MODELING
 from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
 
 from .rope import rope_of_kind, scales_by_kind, validate_rope_scaling
@@ -41,6 +42,10 @@ _WINDOW = 4096  # tokens, where a Mistral or Qwen config.json with a window does
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # A sparse model has a type of its own, so that no library opens it as a dense Llama without a word.
 _SPARSE_TYPE = "s2_llama"
+_AUTO_MAP = {  # classes in the modeling file of the folder, for those who trust it
+    "AutoConfig": f"{HF_MODELING.stem}.S2LlamaConfig",
+    "AutoModelForCausalLM": f"{HF_MODELING.stem}.S2LlamaForCausalLM",
+}
 # Where a class of transformers is called by name in spite of that, it refuses an attention that nobody has registered.
 _SPARSE_ATTENTION = "s2_attention"
 _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why nothing else
@@ -196,9 +201,10 @@ class ModelConfig(Settings):
         """`config.json`; where every layer is dense that of a Hugging Face Llama, Qwen2 or Qwen3, readable by
         transformers 4.x and 5.x.
 
-        With sparse layers `model_type` is "s2_llama", which `AutoModel` does not know, and `attn_implementation` is
-        "s2_attention", for which transformers 5.x stops where its Llama class is called by name (4.x only warns that
-        the types differ). RoPE is written twice: `rope_theta` and `rope_scaling` (4.x), `rope_parameters` (5.x).
+        With sparse layers `model_type` is "s2_llama" and `auto_map` names the classes in the folder's modeling file
+        (`s2.integrations.HF_MODELING`); `attn_implementation` is "s2_attention", for which transformers 5.x stops where
+        its Llama class is called by name (4.x only warns that the types differ). RoPE is written twice: `rope_theta`
+        and `rope_scaling` (4.x), `rope_parameters` (5.x).
         """
         parts = {"qkv_bias": self.qkv_bias, "qk_norm": self.qk_norm}
         name = next(name for name, family in _FAMILIES.items() if family.parts == parts)
@@ -220,7 +226,7 @@ class ModelConfig(Settings):
             values["attention_bias"] = False
         if not self.is_dense:
             values |= {"architectures": ["S2LlamaForCausalLM"], "model_type": _SPARSE_TYPE}
-            values["attn_implementation"] = _SPARSE_ATTENTION
+            values |= {"auto_map": _AUTO_MAP, "attn_implementation": _SPARSE_ATTENTION}
         elif name != "llama":
             values["use_sliding_window"] = False
         return values
@@ -298,7 +304,8 @@ def _check_window(values: Mapping[str, Any], longest: int, source: str) -> None:
 def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[float, dict[str, Any] | None]:
     """`rope_theta` and `rope_scaling` from either spelling. Where both are present they are read as transformers reads
     them: `rope_scaling` wins, and a theta inside wins over one outside."""
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    # by kind of layer transformers cannot say it: our class for it has a key of its own
+    rope = values.get("rope_by_kind") or values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"{source}: rope_scaling={rope!r} must be null or a mapping with a rope_type")
     scaling = dict(rope)

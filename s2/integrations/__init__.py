@@ -1,0 +1,5 @@
+"""Other libraries' doors to this one. Importing this package imports none of them."""
+
+from pathlib import Path
+
+HF_MODELING = Path(__file__).with_name("modeling_s2_llama.py")  # goes into every exported folder with sparse layers

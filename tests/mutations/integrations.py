@@ -1,0 +1,77 @@
+"""What other libraries get."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+_MODELING = "s2/integrations/modeling_s2_llama.py"
+
+MUTANTS = (
+    Mutant(
+        "residues_stand_still_from_layer_to_layer", _MODELING,
+        "(head + turn * num_heads) % widest",
+        "head % widest",
+        ("test_modeling_rules.py",),
+    ),
+    Mutant(
+        "levels_begin_at_the_window", _MODELING,
+        "begin = end\n    if local < 1:",
+        "pass\n    if local < 1:",
+        ("test_modeling_rules.py",),
+    ),
+    Mutant(
+        "queries_of_a_later_piece_take_the_first_blocks", _MODELING,
+        "seen = block_mask(rules, block[first // size :], block)",
+        "seen = block_mask(rules, block[: len(block) - first // size], block)",
+        ("test_modeling_rules.py",),
+    ),
+    Mutant(
+        "the_backward_keeps_all_scores", _MODELING,
+        "if torch.is_grad_enabled() and length > step:",
+        "if False:",
+        ("test_modeling_rules.py::test_plain_attention_never_holds_the_scores_of_all_queries",),
+    ),
+    Mutant(
+        "blocks_count_from_the_padding", _MODELING,
+        "self.starts = starts if any(starts) else None",
+        "self.starts = None",
+        ("test_transformers.py::test_generation_of_a_batch_padded_on_the_left_gives_each_prompts_own_tokens",),
+    ),
+    Mutant(
+        "packed_documents_see_each_other", _MODELING,
+        "if not restart.any():",
+        "if True:",
+        ("test_transformers.py::test_packed_documents_by_position_are_apart_forward_and_backward",),
+    ),
+    Mutant(
+        "dense_layers_rotate_as_sparse_ones", _MODELING,
+        'functools.partial(_take_rope, "dense" if',
+        'functools.partial(_take_rope, "sparse" if',
+        ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
+    ),
+    Mutant(
+        "another_attention_is_taken", _MODELING,
+        "if self.config._attn_implementation != NAME:",
+        "if self.config._attn_implementation is None:",
+        ("test_transformers.py::test_another_attention_is_refused_whenever_it_is_asked_for",),
+    ),
+    Mutant(
+        "a_dense_export_keeps_the_modeling_file", "s2/model/hf.py",
+        '"model*.safetensors", HF_MODELING.name)',
+        '"model*.safetensors")',
+        ("test_transformers.py::"
+         "test_a_dense_export_is_a_plain_llama_and_leaves_no_modeling_file_of_an_earlier_one",),
+    ),
+    Mutant(
+        "rope_by_kind_is_lost_on_the_way_back", "s2/model/config.py",
+        'rope = values.get("rope_by_kind") or values',
+        "rope = values",
+        ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
+    ),
+    Mutant(
+        "steps_are_taken_before_the_module_has_run", "s2/integrations/lazy.py",
+        "self._loader.exec_module(module)\n        _take(module.__name__, module)",
+        "_take(module.__name__, module)\n        self._loader.exec_module(module)",
+        ("test_lazy.py::test_a_step_is_taken_behind_a_module_that_is_imported_later_and_at_once_for_one_that_is_there",),
+    ),
+)  # fmt: skip
