@@ -8,9 +8,9 @@ from eval import parity
 from tests.eval.small_checkpoint import make_checkpoint
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_likelihoods_are_those_of_lm_evals_own_model_on_the_export(tmp_path, adds_bos):
-    folder = make_checkpoint(tmp_path / "hf", layout="dense", max_length=512, adds_bos=adds_bos)
+@pytest.mark.parametrize(("layout", "adds_bos"), [("dense", True), ("dense", False), ("L1V3+sink1+dense1", True)])
+def test_likelihoods_are_those_of_lm_evals_own_model_on_the_export(tmp_path, layout, adds_bos):
+    folder = make_checkpoint(tmp_path / "hf", layout=layout, max_length=512, adds_bos=adds_bos)
     command = ["--ckpt", str(folder), "--tasks", "s2_passkey", "--output", str(tmp_path / "out"), "--limit", "24"]
     parity.main([*command, "--tolerance", "1e-4"])
     found = json.loads((tmp_path / "out/parity.json").read_text())
@@ -19,9 +19,3 @@ def test_likelihoods_are_those_of_lm_evals_own_model_on_the_export(tmp_path, add
     assert len({row["ours"] for row in found["requests"]}) == 24
     with pytest.raises(ValueError, match=r"parity\.json: s2_passkey differ by more than 0"):
         parity.main([*command, "--tolerance", "0"])
-
-
-def test_sparse_layers_cannot_be_compared(tmp_path):
-    folder = make_checkpoint(tmp_path / "hf")
-    with pytest.raises(ValueError, match="it has sparse layers"):
-        parity.main(["--ckpt", str(folder), "--tasks", "s2_passkey", "--output", str(tmp_path / "out")])
