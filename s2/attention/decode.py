@@ -126,19 +126,24 @@ def held_positions(table: Tensor, lengths: Tensor, num_slots: int, block: int) -
     return position, bounds[0], bounds[1]
 
 
+def visible_slots(table: Tensor, lengths: Tensor, num_slots: int, block: int, tokens: int) -> Tensor:
+    """Which slots the last `tokens` queries of each sequence see: bool `[B, H, S, C]`."""
+    key, near, far = held_positions(table, lengths, num_slots, block)
+    query = lengths.long()[:, None] - tokens + torch.arange(tokens, device=lengths.device)  # [B, S]
+    key, query = key[:, :, None], query[:, None, :, None]
+    distance = query.div(block, rounding_mode="floor") - key // block
+    return (key >= 0) & (key <= query) & (distance >= near[:, None]) & (distance < far[:, None])
+
+
 def reference_decode(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, *, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The definition: a masked softmax over all slots, in float64 for float64 inputs, else in float32."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    tokens, group = q.shape[1], q.shape[2] // k.shape[1]
-    key, near, far = held_positions(table, lengths, k.shape[2], block)
-    query = lengths.long()[:, None] - tokens + torch.arange(tokens, device=q.device)  # [B, S]
-    key, query = key[:, :, None], query[:, None, :, None]
-    distance = query.div(block, rounding_mode="floor") - key // block  # [B, H, S, C]
-    seen = (key >= 0) & (key <= query) & (distance >= near[:, None]) & (distance < far[:, None])
-    held = (key >= 0).squeeze(2)[..., None]
-    keys, values = (torch.where(held, x, 0).to(compute).repeat_interleave(group, dim=1) for x in (k, v))
+    group = q.shape[2] // k.shape[1]
+    seen = visible_slots(table, lengths, k.shape[2], block, q.shape[1])
+    used = seen.any(dim=2)[..., None]  # others may hold NaN
+    keys, values = (torch.where(used, x, 0).to(compute).repeat_interleave(group, dim=1) for x in (k, v))
     seen = seen.repeat_interleave(group, dim=1)  # [B, Hq, S, C]
     scores = torch.einsum("bshd,bhcd->bhsc", q.to(compute), keys) * scale
     empty = ~seen.any(dim=-1)

@@ -22,6 +22,7 @@ from .config import (
 from .decode import attention_decode
 from .forward import LOG2E
 
+_FEWEST_SEQUENCES = 32  # that a kernel for several is compiled for: smaller batches share it
 
 @dataclass(frozen=True)
 class Workspace:
@@ -97,7 +98,7 @@ def _grid(
         "ROWS": rows,
         "STORED": stored,
         "ROW_TILES": row_tiles,
-        "BATCH": 0 if splits == 1 else triton.next_power_of_2(batch),
+        "BATCH": 0 if splits == 1 else 1 if batch == 1 else max(_FEWEST_SEQUENCES, triton.next_power_of_2(batch)),
         "LEAST": LEAST_DECODE_TILES,
         "CHUNK": merge_chunk(stored, width),
         "STAGES": config.num_stages,
