@@ -115,6 +115,12 @@ def test_every_block_size_with_rings_that_wrap(block):
     assert_kernel(DecodeCase(Pattern.parse("L2V3+sink1", block), (9 * block + 5,), 1, 2, 1, 64), torch.float16, 2)
 
 
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("shift", range(4))
+def test_tiles_of_several_blocks_wrap_at_any_of_them(block, shift):
+    assert_kernel(DecodeCase(Pattern.parse("W9", block), ((20 + 3 * shift) * block + 5,), 1, 1, 1, 32))
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
 def test_every_head_dimension(head_dim):
     assert_kernel(DecodeCase(Pattern.parse("L2V3", 16), (130,), 1, 2, 1, head_dim), torch.float16, 1)

@@ -24,6 +24,7 @@ from .forward import LOG2E
 
 _FEWEST_SEQUENCES = 32  # that a kernel for several is compiled for: smaller batches share it
 
+
 @dataclass(frozen=True)
 class Workspace:
     """What programs of a launch hand over to each other. It serves launches on one stream, one after the other, of any
