@@ -133,6 +133,48 @@ def test_bad_arguments_are_named(words, named, capsys):
     assert named in capsys.readouterr().err
 
 
+def test_a_run_writes_all_rows_and_leaves_out_what_has_no_time(monkeypatch, tmp_path):
+    words = [
+        "--heads",
+        "2/1",
+        "--batches",
+        "2",
+        "--lengths",
+        "64,192",
+        "--layouts",
+        "dense,L1V2",
+        "--output",
+        str(tmp_path),
+    ]
+    args = bench_decode.parse_arguments(words)
+    args.device = "cpu"
+    clock = iter([0.0, *range(7, 100)])  # the start, and a second before each row
+    for module, name, stand_in in (
+        (bench_decode, "parse_arguments", lambda: args),
+        (bench_decode, "machine_limits", lambda *_: {"copy_tb_s": 4.0}),
+        (bench_decode, "graph_ms", lambda call, _: call() is None or 0.002),
+        (bench_decode, "COLD_BYTES", 1 << 16),
+        (decode_calls, "COLD_BYTES", 1 << 16),
+        (bench_decode, "perf_counter", lambda: next(clock)),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_name", lambda: "GPU 9"),
+        (torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30)),
+        (sys, "argv", ["bench_decode.py", *words]),
+    ):
+        monkeypatch.setattr(module, name, stand_in)
+    args.seconds = 11.0
+    bench_decode.main()
+    (page,) = tmp_path.glob("*-gpu-9-decode.md")
+    found = json.loads(page.with_suffix(".json").read_text())["rows"]
+    assert [(row["seq_len"], row["name"], row["status"]) for row in found] == [
+        (64, "SDPA", "ok"), (64, "dense", "ok"), (64, "L1V2", "ok"),
+        (192, "SDPA", "ok"), (192, "dense", "ok"), (192, "L1V2", "skipped"),
+    ]  # fmt: skip
+    assert found[0]["bytes"] == 2 * 2 * 64 * 128 * 2 and found[0]["us"] == pytest.approx(2.0)
+    assert found[0]["share"] == pytest.approx(found[0]["bytes"] / 2e6 / 4.0)
+    assert "no time left" in page.read_text()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_decode.py"])
