@@ -35,6 +35,7 @@ METHOD = (
     f"{COLD_BYTES >> 20} MB of keys or all that are there, so that they come from memory",
     "read: keys and values that the layout shows the token; share: of the rate of a copy in the same process, "
     "whose bytes count as they are read and as they are written",
+    "mixed: sequences of the length down to a sixteenth of it, each shorter by the same factor",
     "SDPA: torch's attention to all keys of the length, by the kernel in its note; over SDPA: its time over ours",
 )
 
@@ -49,7 +50,7 @@ def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
 
 def measure(shape: Shape, pool: Tensor, copy_tb_s: float, timing: Timing) -> Row:
     """The row of a shape; what goes wrong is a note in it."""
-    row = blank_row(shape.layout, shape.length, FIGURES)
+    row = blank_row(shape.name, shape.length, FIGURES)
     row |= {"heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "bytes": bytes_of(shape)}
     with noted(row, "us"), torch.inference_mode():
         calls = calls_of(shape, pool)
@@ -74,7 +75,7 @@ def table(rows: list[Row]) -> str:
             body.append([*at, row["status"], read, "-", "-", "-", row["note"]])
             continue
         base = dense_us.get((row["heads"], row["batch"], row["seq_len"]))
-        over = "-" if base is None or row["name"] == "SDPA" else f"{base / row['us']:.2f}"
+        over = "-" if base is None or row["name"] == "SDPA" or "mixed" in row["name"] else f"{base / row['us']:.2f}"
         rate = f"{row['bytes'] / row['us'] / 1e6:.2f}"
         body.append([*at, f"{row['us']:,.1f}", read, rate, f"{row['share']:.2f}", over, row["note"]])
     return markdown(header, body, numbers=(1, 2, *range(4, 9)))
@@ -89,6 +90,8 @@ def shapes(args: argparse.Namespace) -> Iterator[Shape]:
     for heads, batch, length in itertools.product(args.heads, args.batches, args.lengths):
         for layout in ("SDPA", *args.layouts):
             yield Shape(*heads, batch, length, layout)
+        for layout in args.mixed if batch > 1 else []:
+            yield Shape(*heads, batch, length, layout, mixed=True)
 
 
 # ---------------------------------------------------------------- the run
@@ -125,6 +128,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batches", type=sizes, default=[1, 16, 32], help="sequences (default 1,16,32)")
     add("--lengths", type=sizes, default=[8192, 32768, 131072], help="tokens of each (default 8192,32768,131072)")
     add("--layouts", type=layouts, default=["dense", "L8V16+sink1", "L1V15"], help="what is kept (default %(default)s)")
+    add(
+        "--mixed",
+        type=layouts,
+        default=["L8V16+sink1"],
+        help="also with sequences of mixed lengths (default L8V16+sink1)",
+    )
     add("--heads", type=head_counts, default=[(32, 8), (32, 32), (16, 16)], help="default 32/8,32/32,16/16")
     add("--check", action="store_true", help="first compare with the definition")
     add("--seconds", type=float, default=160.0, help="rows that do not begin within it are left out (default 160)")
@@ -163,7 +172,7 @@ def main() -> None:
     path = args.output / stem(record)
     for shape in shapes(args):
         if perf_counter() - begin > args.seconds:
-            row = blank_row(shape.layout, shape.length, FIGURES) | {"status": "skipped", "note": "no time left"}
+            row = blank_row(shape.name, shape.length, FIGURES) | {"status": "skipped", "note": "no time left"}
             row |= {"heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "bytes": bytes_of(shape)}
         else:
             row = measure(shape, pool, record["limits"]["copy_tb_s"], Timing(20, 40))

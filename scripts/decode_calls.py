@@ -36,6 +36,18 @@ class Shape:
     layout: str
     head_dim: int = 128
     block: int = 64
+    mixed: bool = False  # sequences of several lengths
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout}, mixed" if self.mixed else self.layout
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the sequences: all alike, or falling to a sixteenth, each by the same factor."""
+        if not self.mixed:
+            return [self.length] * self.batch
+        return [max(1, round(self.length * 16 ** (-n / (self.batch - 1)))) for n in range(self.batch)]
 
     @property
     def kept(self) -> str:
@@ -69,8 +81,9 @@ def visible_tokens(heads: list[list[list[int]]], length: int, block: int) -> int
     newest = (length - 1) // block
     total = 0
     for _, _, stride, residue, first, last, near, far in itertools.chain.from_iterable(heads):
-        seen = range(max(first, newest - far + 1), min(last - 1, newest - near) + 1)
-        total += sum(min(block, length - j * block) for j in seen if j % stride == residue)
+        low = max(first, newest - far + 1, 0)
+        seen = range(low + (residue - low) % stride, min(last - 1, newest - near) + 1, stride)
+        total += len(seen) * block - (max(0, (seen[-1] + 1) * block - length) if seen else 0)
     return total
 
 
@@ -84,7 +97,8 @@ def table_of(heads: list[list[list[int]]], device: str) -> Tensor:
 def bytes_of(shape: Shape) -> int:
     """Of the keys and values that a call has to read."""
     heads, _ = kept_regions(shape.kept, shape.kv_heads, shape.length, shape.block)
-    return 2 * DTYPE.itemsize * shape.head_dim * shape.batch * visible_tokens(heads, shape.length, shape.block)
+    tokens = sum(visible_tokens(heads, length, shape.block) for length in shape.lengths)
+    return 2 * DTYPE.itemsize * shape.head_dim * tokens
 
 
 def copies_of(shape: Shape, held: int, room: int) -> int:
@@ -111,7 +125,7 @@ def calls_of(shape: Shape, pool: Tensor) -> list[Callable[[], Tensor]]:
     if shape.layout == "SDPA":
         return [partial(dense, q.transpose(1, 2), *pair.unbind()) for pair in pairs]
     table = table_of(heads, pool.device)
-    lengths = torch.full((shape.batch,), shape.length, dtype=torch.int32, device=pool.device)
+    lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=pool.device)
     settings = {"block": shape.block, "scale": shape.head_dim**-0.5}
     workspace = decode_workspace(q, pairs[0][0], block=shape.block)
     return [

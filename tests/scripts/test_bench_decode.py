@@ -34,6 +34,12 @@ def test_bytes_are_those_of_the_keys_that_the_layout_shows(layout):
         assert decode_calls.bytes_of(shape) == int(tokens.sum()) * 3 * 32 * 2 * 2
 
 
+def test_mixed_lengths_fall_to_a_sixteenth():
+    shape = Shape(8, 4, 5, 1600, "dense", 32, 64, mixed=True)
+    assert shape.lengths == [1600, 800, 400, 200, 100] and shape.name == "dense, mixed"
+    assert decode_calls.bytes_of(shape) == 4 * 3100 * 32 * 2 * 2
+
+
 def test_calls_go_around_as_many_keys_as_a_cache_does_not_hold():
     small, large = Shape(32, 8, 1, 8192, "L1V15"), Shape(32, 32, 32, 131072, "SDPA")
     assert decode_calls.copies_of(large, 1 << 35, 1 << 35) == 1
@@ -110,8 +116,9 @@ def test_shapes_are_all_that_was_asked_for():
         ["--heads", "32/8,4/4", "--batches", "1,2", "--lengths", "64", "--layouts", "W2"]
     )
     found = [(s.heads, s.kv_heads, s.batch, s.length, s.layout) for s in bench_decode.shapes(args)]
-    assert found[:3] == [(32, 8, 1, 64, "SDPA"), (32, 8, 1, 64, "W2"), (32, 8, 2, 64, "SDPA")] and len(found) == 8
-    assert len(list(bench_decode.shapes(bench_decode.parse_arguments([])))) == 3 * 3 * 3 * 4
+    assert found[:3] == [(32, 8, 1, 64, "SDPA"), (32, 8, 1, 64, "W2"), (32, 8, 2, 64, "SDPA")] and len(found) == 10
+    assert found[-1] == (4, 4, 2, 64, "L8V16+sink1")
+    assert len(list(bench_decode.shapes(bench_decode.parse_arguments([])))) == 3 * 3 * (3 * 4 + 2)
     whole = bench_decode.pool_size(bench_decode.parse_arguments([]), 140 << 30)
     assert whole == 2 * 32 * 32 * 131072 * 128, "the largest dense keys"
     assert bench_decode.pool_size(bench_decode.parse_arguments([]), 40 << 30) == int(0.9 * (40 << 30)) // 2
@@ -168,7 +175,9 @@ def test_a_run_writes_all_rows_and_leaves_out_what_has_no_time(monkeypatch, tmp_
     found = json.loads(page.with_suffix(".json").read_text())["rows"]
     assert [(row["seq_len"], row["name"], row["status"]) for row in found] == [
         (64, "SDPA", "ok"), (64, "dense", "ok"), (64, "L1V2", "ok"),
-        (192, "SDPA", "ok"), (192, "dense", "ok"), (192, "L1V2", "skipped"),
+        (64, "L8V16+sink1, mixed", "ok"),
+        (192, "SDPA", "ok"), (192, "dense", "skipped"), (192, "L1V2", "skipped"),
+        (192, "L8V16+sink1, mixed", "skipped"),
     ]  # fmt: skip
     assert found[0]["bytes"] == 2 * 2 * 64 * 128 * 2 and found[0]["us"] == pytest.approx(2.0)
     assert found[0]["share"] == pytest.approx(found[0]["bytes"] / 2e6 / 4.0)
