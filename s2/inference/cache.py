@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class KVCache:
         self._held = [0] * batch_size  # the same on the host
         self._written = [0] * batch_size  # the most tokens each sequence has had: rings are overwritten up to there
         self._step: Step | None = None
+        self._kept: dict[Any, Any] = {}
         if self.whole_layers and not keep_all:
             warnings.warn(
                 f"attention_layout {config.attention_layout!r}: layers {ranges(self.whole_layers)} have one rule a "
@@ -162,7 +164,7 @@ class KVCache:
         before = self._lengths.clone()
         first = before[:1] if len(set(self._held)) == 1 else before
         token = torch.arange(num_tokens, device=before.device)
-        self._step = Step(num_tokens, list(self._held), new, before, before + added, first[:, None] + token)
+        self._step = Step(num_tokens, list(self._held), new, before, before + added, first[:, None] + token, self._kept)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, rotation: int) -> Tensor:
         """What the new tokens of a layer see, `[B, S, Hq, D]`, of their own keys and values `[B, S, H, D]`, which are

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.decode import MAX_TOKENS, decode_attention
+from s2.attention.decode import MAX_TOKENS, decode_attention, decode_workspace
 from s2.attention.grammar import UNBOUNDED
 from s2.attention.regions import HeadGroup, held_blocks, slots_of
 
@@ -36,6 +36,7 @@ class Step:
         starts, counts: of each sequence, its tokens before and its new ones.
         before, after: its tokens before and with the new ones, int32 `[B]` on the device.
         positions: of the tokens, int64 `[B, S]`, or `[1, S]` where all sequences have the same.
+        kept: what calls share.
         memo: what layers share.
     """
 
@@ -45,6 +46,7 @@ class Step:
     before: Tensor
     after: Tensor
     positions: Tensor
+    kept: dict[Any, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -137,8 +139,13 @@ class _Part:
         """As `LayerStore.attend`, of the group's heads."""
         if step.is_decode and not self.group.is_whole:
             self._write_few(step, k, v)
-            scale = q.shape[-1] ** -0.5
-            return decode_attention(q, self.k, self.v, self.table, step.after, block=self.block_size, scale=scale)
+            shapes = q.shape, self.k.shape
+            if shapes not in step.kept:
+                step.kept[shapes] = decode_workspace(q, self.k, block=self.block_size) if q.is_cuda else None
+            return decode_attention(
+                q, self.k, self.v, self.table, step.after, block=self.block_size, scale=q.shape[-1] ** -0.5,
+                workspace=step.kept[shapes],
+            )  # fmt: skip
         if self.group.is_in_order:
             self.write(step, k, v)
         if len(step.chunks) == 1:  # rows without new tokens give what nobody uses

@@ -154,4 +154,49 @@ _HOPPER_HOST = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*_TRITON, *_HOPPER_HOST)
+_DECODE = (
+    Mutant(
+        "decode_rings_do_not_wrap", f"{KERNELS}/triton/decode_plan.py",
+        "return tl.where(slot >= end, slot - slots, slot)",
+        "return tl.where(slot >= end, end - slots, slot)",
+        ("test_decode.py::test_tiles_of_several_blocks_wrap_at_any_of_them",),
+    ),
+    Mutant(
+        "decode_sees_a_token_to_come", f"{KERNELS}/triton/decode.py",
+        "offset % BLOCK)[None, :] <= position[:, None]",
+        "offset % BLOCK)[None, :] <= position[:, None] + 1",
+        ("test_decode.py::test_new_tokens_on_both_sides_of_a_border",),
+    ),
+    Mutant(
+        "decode_drops_the_end_of_the_window", f"{KERNELS}/triton/decode_plan.py",
+        "edge_tokens = tl.maximum(end - edge, 0) * BLOCK",
+        "edge_tokens = tl.minimum(end - edge, 0) * BLOCK",
+        ("test_decode.py::test_new_tokens_on_both_sides_of_a_border",),
+    ),
+    Mutant(
+        "decode_reads_what_is_not_written", f"{KERNELS}/triton/decode_plan.py",
+        "tokens = tl.maximum((high - rest) * BLOCK - missing, 0)",
+        "tokens = tl.maximum((high - rest) * BLOCK, 0)",
+        ("test_decode_plan.py::test_only_the_queries_own_block_is_masked",),
+    ),
+    Mutant(
+        "decode_merges_from_the_last_part_on", f"{KERNELS}/triton/decode.py",
+        "partials, logs, program - part * step, step,",
+        "partials, logs, program, step,",
+        ("test_decode.py::test_empty_sequences_give_zeros_and_the_others_what_they_give_alone",),
+    ),
+    Mutant(
+        "decode_leaves_the_counter", f"{KERNELS}/triton/decode.py",
+        "tl.store(counter, 0)",
+        "tl.store(counter, 1)",
+        ("test_decode.py::test_every_block_size_with_rings_that_wrap",),
+    ),
+    Mutant(
+        "decode_parts_in_turn_for_all", f"{KERNELS}/triton/decode_plan.py",
+        "share = tl.min(tl.where(needed <= programs, share, MANY), 0)",
+        "share = tl.max(tl.where(needed <= programs, share, 0), 0)",
+        ("test_decode_plan.py::test_programs_go_to_sequences_by_their_length",),
+    ),
+)  # fmt: skip
+
+MUTANTS = (*_TRITON, *_DECODE, *_HOPPER_HOST)

@@ -90,3 +90,63 @@ def backward_kv_config(head_dim: int, itemsize: int, capability: tuple[int, int]
     if head_dim > 128:
         return TileConfig(32, 64, 8, 2)
     return TileConfig(64, 128, 8, 2)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    block_n: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+    per_processor: int  # programs that a multiprocessor runs at once
+
+
+FEWEST_DECODE_ROWS = 16  # of a matrix instruction
+LEAST_DECODE_TILES = 4  # of a program that shares a sequence: below, a merge costs more than it saves
+MERGED_ELEMENTS = 8192  # that a merge reads at once
+MERGED_BYTES = 256 << 10  # that one program should merge at most
+
+
+def decode_config(head_dim: int, itemsize: int, capability: tuple[int, int]) -> DecodeConfig:
+    """Tiles of 8 to 32 KB: with those on their way two programs a multiprocessor, or one of d 256, keep memory busy."""
+    if itemsize == 4:
+        return DecodeConfig(32, 8, 2, 1)
+    if small_shared_memory(capability):
+        return DecodeConfig(32 if head_dim > 128 else 64, 4, 2, 1)
+    if head_dim > 128:
+        return DecodeConfig(64, 8, 3, 1)
+    return DecodeConfig(64, 4, 4 if head_dim <= 64 else 3, 2)
+
+
+def max_decode_rows(head_dim: int, itemsize: int) -> int:
+    """Rows of a program. float32 products run on ordinary units, where a tall tile does not fit the registers."""
+    if itemsize == 4:
+        return FEWEST_DECODE_ROWS
+    return 32 if head_dim > 128 else 64
+
+
+def merge_chunk(stored: int, width: int) -> int:
+    """Parts that a merge of so many rows and columns reads at once. Beside the sums of many rows there is room for
+    fewer."""
+    elements = MERGED_ELEMENTS if stored <= FEWEST_DECODE_ROWS else MERGED_ELEMENTS // 2
+    return min(64, max(1, elements // (stored * width)))
+
+
+def decode_splits(heads: int, batch: int, slots: int, row_bytes: int, config: DecodeConfig, processors: int) -> int:
+    """Programs a sequence and KV head that fill a GPU of so many multiprocessors.
+
+    Args:
+        heads: KV heads, each as often as its rows fill programs.
+        batch, slots: sequences, and what a head holds for each.
+        row_bytes: what a program hands over to a merge.
+    """
+    pairs, room = heads * batch, processors * config.per_processor
+    most = max(1, slots // (config.block_n * LEAST_DECODE_TILES))
+    most = min(most, max(-(-processors // pairs), MERGED_BYTES // row_bytes))
+    # several sequences may differ in length: of one program each the longest would hold up the others
+    least = min(2, most) if batch > 1 and pairs < 4 * room else 1
+
+    def value(splits: int) -> float:
+        waves = -(-pairs * splits // room)
+        return pairs * splits / (room * waves) - 0.05 * waves  # how full the waves are, and what each begins with
+
+    return max(range(least, most + 1), key=value)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..index import load_rule
-from .tiles import add_product, load_parts, product, rescaled, store_parts, visible, zero_parts
+from .tiles import add_product, load_parts, product, rescaled, softmax_step, store_parts, visible, zero_parts
 from .walk import locate_queries, locate_rows, walk_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -19,22 +19,15 @@ def _key_step(
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of keys to the softmax of the rows: a step of `walk_keys`."""
-    acc, row_max, row_sum = state
     exists = key < kv_len if MASKED else True
     scores = product(rows[0], load_parts(k_rows, exists, D, D0, D1, MASKED))
     if MASKED:
         seen = visible(position[:, None], key[None, :], rule, BLOCK, LEVELS, SINKS, LISTS)
         scores = tl.where(seen, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    finite_max = new_max
-    if MASKED:
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen nothing yet
-    probs = tl.exp2(scores * scale_log2 - finite_max[:, None])
-    rescale = tl.exp2(row_max - finite_max)
-    row_sum = row_sum * rescale + tl.sum(probs, 1)
+    probs, rescale, row_max, row_sum = softmax_step(scores, state[1], state[2], scale_log2, MASKED)
     v = load_parts(v_rows, exists, D, D0, D1, MASKED)
-    acc = add_product(rescaled(acc, rescale[:, None]), probs.to(v[0].dtype), v)
-    return acc, new_max, row_sum
+    acc = add_product(rescaled(state[0], rescale[:, None]), probs.to(v[0].dtype), v)
+    return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "num_packs", "list_stride"])

@@ -1,0 +1,142 @@
+"""Host side of the decode kernel: grid, workspace and launch, all from shapes: a captured CUDA graph may be replayed
+with other lengths."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .config import (
+    FEWEST_DECODE_ROWS,
+    LEAST_DECODE_TILES,
+    decode_config,
+    decode_splits,
+    max_decode_rows,
+    merge_chunk,
+    split_head_dim,
+)
+from .decode import attention_decode
+from .forward import LOG2E
+
+_FEWEST_SEQUENCES = 32  # that a kernel for several is compiled for: smaller batches share it
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What programs of a launch hand over to each other. It serves launches on one stream, one after the other, of any
+    shapes that need no more of it.
+
+    Attributes:
+        partials: float32, outputs of the programs' rows.
+        logs: float32, their log-sum-exps.
+        arrivals: int32, zero between launches.
+    """
+
+    partials: Tensor
+    logs: Tensor
+    arrivals: Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Of calls with one shape. `programs` times `stored` rows go through the workspace, if `splits` is above 1."""
+
+    programs: int
+    splits: int
+    stored: int
+    pairs: int
+    constants: dict[str, int]
+    num_warps: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, block: int, splits: int | None = None) -> Grid:
+        """`splits`: programs a sequence and KV head, if not the best for the device."""
+        return _grid(tuple(q.shape), tuple(k.shape), q.dtype, q.device, block, splits)
+
+    def workspace(self, device: torch.device) -> Workspace:
+        programs = self.programs if self.splits > 1 else 0
+        rows = programs * self.stored
+        return Workspace(
+            torch.empty(rows * self.constants["D"], dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device),
+            torch.zeros(self.pairs if programs else 0, dtype=torch.int32, device=device),
+        )
+
+
+@functools.lru_cache(maxsize=512)
+def _grid(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, block: int,
+    splits: int | None,
+) -> Grid:  # fmt: skip
+    batch, tokens, num_heads, head_dim = q_shape
+    kv_heads, slots = k_shape[1:3]
+    group = num_heads // kv_heads
+    capability, processors = (9, 0), 4  # of the interpreter
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+    config = decode_config(head_dim, dtype.itemsize, capability)
+    stored = triton.next_power_of_2(group * tokens)
+    rows = max(FEWEST_DECODE_ROWS, min(stored, max_decode_rows(head_dim, dtype.itemsize)))
+    row_tiles, stored = -(-group * tokens // rows), min(stored, rows)
+    pairs = batch * kv_heads * row_tiles
+    splits = splits or decode_splits(kv_heads * row_tiles, batch, slots, stored * head_dim * 4, config, processors)
+    d0, d1 = split_head_dim(head_dim, dtype.itemsize, capability)
+    width = triton.next_power_of_2(head_dim)
+    constants = {
+        "TOKENS": tokens,
+        "GROUP": group,
+        "D": head_dim,
+        "D0": d0,
+        "D1": d1,
+        "WIDTH": width,
+        "BLOCK": block,
+        "TILE": config.block_n,
+        "ROWS": rows,
+        "STORED": stored,
+        "ROW_TILES": row_tiles,
+        "BATCH": 0 if splits == 1 else 1 if batch == 1 else max(_FEWEST_SEQUENCES, triton.next_power_of_2(batch)),
+        "LEAST": LEAST_DECODE_TILES,
+        "CHUNK": merge_chunk(stored, width),
+        "STAGES": config.num_stages,
+    }
+    return Grid(pairs * splits, splits, stored, pairs, constants, config.num_warps)
+
+
+def run_decode(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, block: int, scale: float,
+    workspace: Workspace | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q `[B, S, Hq, D]`, k/v `[B, H, C, D]`, table `[H, R, 8]` -> out `[B, S, Hq, D]`, lse `[B, S, Hq]`.
+
+    Raises:
+        ValueError: the workspace is too small, or the head dimension is not supported.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    grid = Grid.of(q, k, block, splits)
+    if workspace is None:
+        workspace = grid.workspace(q.device)
+    elif grid.splits > 1 and (
+        len(workspace.logs) < grid.programs * grid.stored
+        or len(workspace.partials) < grid.programs * grid.stored * q.shape[3]
+        or len(workspace.arrivals) < grid.pairs
+    ):
+        raise ValueError(
+            f"the workspace holds {len(workspace.logs)} rows, but q {list(q.shape)} and k {list(k.shape)} need "
+            f"{grid.programs * grid.stored} of {q.shape[3]}: make it with decode_workspace for these shapes"
+        )
+    attention_decode[(grid.programs,)](
+        q, k, v, out, lse, table, lengths, workspace.partials, workspace.logs, workspace.arrivals,
+        q.shape[0], k.shape[1], grid.splits, scale * LOG2E.value,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        REGIONS=table.shape[1], **grid.constants, num_warps=grid.num_warps,
+    )  # fmt: skip
+    return out, lse
