@@ -65,7 +65,7 @@ def decode_attention(
         q: `[B, S, Hq, D]`, S at most 8: the queries of tokens `lengths - S` to `lengths - 1`. Those of a sequence with
             fewer tokens come first and see nothing.
         k, v: `[B, H, C, D]`, in any layout whose last dimension is dense; those of the new tokens are in it. Slots that
-            hold no token may have any content.
+            hold no token may have any content, by "sdpa" any finite one.
         table: int32 `[H, R, 8]`, the regions of each head (`FIELDS`).
         lengths: int32 `[B]`, tokens of each sequence with the new ones; at most as many as the regions are made for.
         block: tokens in a block.

@@ -73,6 +73,16 @@ def test_the_definition_is_that_of_s2_attention(case, seed):
     wanted, wanted_lse = (x.to(DEVICE) for x in case.exact(whole))
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(lse, wanted_lse)
+    finite = [x.nan_to_num() if x.is_floating_point() else x for x in given]
+    sdpa = decode_attention(*finite, block=case.pattern.block_size, scale=case.scale, backend="sdpa")
+    torch.testing.assert_close(sdpa, wanted)
+
+
+def test_sdpa_gives_no_log_sum_exp():
+    case = DecodeCase(Pattern.parse("L2V3+sink1", 16), (40,), 1, 2, 1, 32)
+    given, _ = case.inputs(torch.float32, DEVICE, 3)
+    with pytest.raises(ValueError, match="'sdpa' gives no log-sum-exp"):
+        decode_attention(*given, block=16, scale=case.scale, return_lse=True, backend="sdpa")
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

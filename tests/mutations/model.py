@@ -43,8 +43,8 @@ MUTANTS = (
     ),
     Mutant(
         "decoding_starts_at_position_zero", "s2/inference",
-        "before + added, first[:, None] + token)",
-        "before + added, first[:1, None] * 0 + token)",
+        "before + added, first[:, None] + token, self._kept)",
+        "before + added, first[:1, None] * 0 + token, self._kept)",
         ("test_generate.py::test_cached_forward_equals_full_forward",),
     ),
     Mutant(
