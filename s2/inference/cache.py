@@ -171,13 +171,22 @@ class KVCache:
         kept, and of those before.
 
         Raises:
-            ValueError: the layer attends by another pattern than the cache was made for.
+            ValueError: the layer attends by another pattern, or has other keys, than the cache was made for.
         """
+        if layer >= len(self._layers):
+            raise ValueError(f"layer {layer} attends, but the cache was made for {len(self._layers)} layers")
         store = self._layers[layer]
         if pattern != store.pattern or rotation != store.rotation:
             raise ValueError(
-                f"layer {layer} attends by {pattern} (rotation {rotation}), but the cache was made for {store.pattern} "
-                f"(rotation {store.rotation}); make one from the configuration that the model attends by"
+                f"layer {layer} attends by {pattern} (rotation {rotation}) in blocks of {pattern.block_size}, but the "
+                f"cache was made for {store.pattern} (rotation {store.rotation}) in blocks of "
+                f"{store.pattern.block_size}; make one from the configuration that the model attends by"
+            )
+        if (k.shape[2], k.shape[3], k.dtype) != store.keys:
+            heads, dim, dtype = store.keys
+            raise ValueError(
+                f"layer {layer} has {k.shape[2]} KV heads of {k.shape[3]} in {k.dtype}, but the cache was made for "
+                f"{heads} of {dim} in {dtype}; make one from the model's configuration, with its dtype"
             )
         return store.attend(self._begun, q, k, v)
 

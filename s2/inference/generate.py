@@ -74,7 +74,7 @@ def generate(
         if stop:
             ended |= torch.isin(token, stop_ids)
         if is_enough is not None:
-            ended |= torch.tensor(is_enough(torch.stack(tokens, dim=1)), device=ended.device)
+            ended |= _enough(is_enough(torch.stack(tokens, dim=1)), ended)
         # without either no row ends, and the device need not be waited for
         if len(tokens) == max_new_tokens or ((stop or is_enough is not None) and bool(ended.all())):
             return torch.stack(tokens, dim=1)
@@ -142,6 +142,14 @@ def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generato
         drawn = torch.multinomial(ranked, 1, generator=generator)
         return order.gather(1, drawn).squeeze(1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def _enough(said: Sequence[bool] | Tensor, ended: Tensor) -> Tensor:
+    """What `is_enough` returned, as `ended` is."""
+    enough = torch.as_tensor(said, dtype=torch.bool, device=ended.device)
+    if enough.shape != ended.shape:
+        raise ValueError(f"is_enough gave {list(enough.shape)} for {len(ended)} rows; it must say it of each row")
+    return enough
 
 
 def _check(model: Transformer, prompts: list[int], max_new_tokens: int, prefill_chunk: int | None) -> None:

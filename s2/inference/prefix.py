@@ -31,13 +31,22 @@ class PrefixCache:
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, logits_to_keep: int) -> Tensor:
-        """Logits `[B, logits_to_keep, V]` of the last positions of rows `[B, S]`."""
+        """Logits `[B, logits_to_keep, V]` of the last positions of rows `[B, S]`.
+
+        Raises:
+            ValueError: another number of rows, longer ones than there is room for, or fewer tokens than logits to keep.
+        """
+        if len(input_ids) != self.batch_size or not 1 <= logits_to_keep <= input_ids.shape[1]:
+            raise ValueError(
+                f"rows {list(input_ids.shape)} with logits_to_keep={logits_to_keep} do not fit: there must be "
+                f"{self.batch_size} rows, and of each at least one logit and no more than it has tokens"
+            )
         shorter = min(self._held.shape[1], input_ids.shape[1] - logits_to_keep)
         differs = (self._held[:, :shorter] != input_ids[:, :shorter]).any(0).nonzero()
         shared = int(differs[0]) if len(differs) else shorter
         self._cache.truncate(shared)
         self._held = input_ids[:, :shared]
         logits = self._model(input_ids[:, shared:], cache=self._cache, logits_to_keep=logits_to_keep)
-        self._held = input_ids
+        self._held = input_ids.clone()  # callers may write into theirs
         self.computed += input_ids.shape[1] - shared
         return logits

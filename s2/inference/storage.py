@@ -103,6 +103,11 @@ class LayerStore:
             )
 
     @property
+    def keys(self) -> tuple[int, int, torch.dtype]:
+        """KV heads, head dimension and dtype of the keys."""
+        return sum(part.k.shape[1] for part in self.parts), self.parts[0].k.shape[3], self.parts[0].k.dtype
+
+    @property
     def num_bytes(self) -> int:
         """Of keys and values."""
         return sum(part.k.nbytes + part.v.nbytes for part in self.parts)

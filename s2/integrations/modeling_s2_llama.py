@@ -80,6 +80,11 @@ class S2LlamaConfig(LlamaConfig):
             raise ValueError(_no_other(asked))
         super().__post_init__(**kwargs, attn_implementation=NAME)
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if key == "rope_by_kind" and value:
+            self.rope_parameters = dict(value["dense"])
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "attn_implementation": MARK}
 
@@ -419,6 +424,10 @@ class S2LlamaForCausalLM(LlamaForCausalLM):
             raise ValueError("config.json lacks attention_layout; dense would be a guess")
         if config.qkv_bias and config.qk_norm:
             raise ValueError("qkv_bias and qk_norm are both true; no class of transformers has both")
+        by_kind: Any = config.rope_by_kind
+        rope: Any = config.rope_parameters
+        if by_kind and {**rope, **by_kind["dense"]} != rope:
+            raise ValueError(f"rope_parameters={rope} would be ignored; assign rope_by_kind, which is {by_kind}")
         rules = layout_rules(*_sizes(config))
         super().__init__(config)
         made: Any = Qwen2Attention if config.qkv_bias else Qwen3Attention if config.qk_norm else LlamaAttention

@@ -27,8 +27,8 @@ class Cache(Protocol):
     """Keys and values of earlier tokens (`s2.inference.cache.KVCache`)."""
 
     @property
-    def length(self) -> int:
-        """Tokens held of the longest sequence."""
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held of each sequence."""
 
     @property
     def positions(self) -> Tensor:

@@ -135,7 +135,7 @@ class Transformer(nn.Module):
             cu_seqlens: int32 `[n + 1]`, document borders over the flattened B * S tokens (0 first, B * S
                 last, repeats allowed). Attention stays within documents and positions restart in each. Every
                 row start must be a border.
-            cache: earlier keys and values; `input_ids` continue them and are kept.
+            cache: earlier keys and values; `input_ids` continue them and are kept. No gradients go through it.
             logits_to_keep: compute logits of the last so many positions only (0: of all).
             lengths: real tokens of each row, the longest S; padding stands behind them and is not kept. The last
                 positions are then those of the real tokens; what a row has too few of is any number.
@@ -149,6 +149,9 @@ class Transformer(nn.Module):
                 that do not fit together.
         """
         self._check(input_ids, labels, cu_seqlens, cache, logits_to_keep, lengths)
+        if cache is not None and torch.is_grad_enabled():  # gradients would lack what goes through the cache
+            with torch.no_grad():
+                return self.forward(input_ids, cache=cache, logits_to_keep=logits_to_keep, lengths=lengths)
         if cache is not None:
             cache.begin(input_ids.shape[0], input_ids.shape[1], lengths)
         hidden = self.model(input_ids, cu_seqlens, cache)
@@ -179,11 +182,14 @@ class Transformer(nn.Module):
             raise ValueError("cu_seqlens cannot be combined with cache: a cache holds one document a row")
         if lengths is not None and (labels is not None or cu_seqlens is not None):
             raise ValueError("lengths cannot be combined with labels or cu_seqlens, which say what is real themselves")
-        if lengths is not None and (len(lengths) != len(input_ids) or not 0 <= max(lengths) <= input_ids.shape[1]):
+        if lengths is not None and (
+            len(lengths) != len(input_ids) or not 0 <= min(lengths) <= max(lengths) <= input_ids.shape[1]
+        ):
             raise ValueError(f"lengths={list(lengths)} do not fit input_ids {list(input_ids.shape)}")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 (all) or more")
-        length = input_ids.shape[1] + (0 if cache is None else cache.length)
+        real = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
+        length = max(real) if cache is None else max(map(sum, zip(real, cache.lengths, strict=False)))
         if length > self.config.max_position_embeddings:
             raise ValueError(
                 f"a row of {length} tokens is longer than max_position_embeddings="

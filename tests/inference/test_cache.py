@@ -273,3 +273,45 @@ def test_a_decode_step_does_not_wait_for_the_device(lengths):
             for width in (1, 1, 4):
                 model(ids[:, :width], cache=cache, logits_to_keep=1)
     assert cache.lengths == ((56, 56) if lengths is None else (56, 27))
+
+
+@pytest.mark.parametrize("layout", ["dense", "W2"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_heads": 1}, r"layer 0 has 2 KV heads of 8 in torch.float32, but .* for 1 of 8 in torch.float32"),
+        ({"kv_heads": 4}, r"layer 0 has 2 KV heads of 8 .* for 4 of 8"),
+        ({"head_dim": 4}, r"layer 0 has 2 KV heads of 8 .* for 2 of 4"),
+        ({"layers": 1}, "layer 1 attends, but the cache was made for 1 layers"),
+        ({"block_size": 32}, "in blocks of 16, but the cache was made for .* in blocks of 32"),
+        ({"dtype": torch.bfloat16}, r"in torch.float32, but .* in torch.bfloat16"),
+    ],
+)
+def test_a_cache_made_for_another_model_is_refused_at_once(layout, changes, message):
+    model, dtype = Transformer(config_of(layout, layers=2)), changes.get("dtype")
+    other = config_of(layout, **{"layers": 2} | {key: value for key, value in changes.items() if key != "dtype"})
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, 40, dtype=torch.int64), cache=KVCache(other, 2, 80, dtype=dtype))
+
+
+def test_the_longest_context_bounds_each_sequence_and_not_the_padding():
+    model = Transformer(config_of("L2V4", longest=160)).eval()
+    ids = torch.randint(61, (2, 110), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 2, 160)
+    model(ids[:, :100], cache=cache, lengths=[100, 10])
+    logits = model(torch.stack([ids[0].roll(-100), ids[1].roll(-10)])[:, :100], cache=cache, lengths=[10, 100])
+    assert cache.lengths == (110, 110)
+    with torch.no_grad():
+        torch.testing.assert_close(logits[1], model(ids)[1, 10:], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="a row of 161 tokens is longer than max_position_embeddings=160"):
+        model(ids[:, :51], cache=cache)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_nobody_takes_gradients_that_lack_what_goes_through_a_cache(checkpointing):
+    model = Transformer(config_of("L2V4", layers=2))
+    model.set_activation_checkpointing(checkpointing)
+    cache = KVCache(model.config, 1, 80)
+    for _ in range(2):
+        assert not model(torch.zeros(1, 40, dtype=torch.int64), cache=cache).requires_grad
+    assert model(torch.zeros(1, 40, dtype=torch.int64)).requires_grad

@@ -85,6 +85,8 @@ def test_lengths_that_do_not_fit_are_refused():
         model(ids, labels=ids, lengths=[20, 3])
     with pytest.raises(ValueError, match=r"lengths=\[20, 21\] do not fit input_ids \[2, 20\]"):
         model(ids, lengths=[20, 21])
+    with pytest.raises(ValueError, match=r"lengths=\[20, -1\] do not fit input_ids \[2, 20\]"):
+        model(ids, lengths=[20, -1])
 
 
 def test_the_last_positions_of_rows_of_several_lengths_are_those_of_their_tokens():

@@ -61,3 +61,32 @@ def test_generation_ends_when_each_row_has_ended_or_is_enough(model, enough_at):
     length = max(5, enough_at)
     assert len(some[0]) == length and some[0] == whole[0][:5] + [stop] * (length - 5)
     assert some[1][:enough_at] == whole[1][:enough_at]
+
+
+def test_rows_that_the_caller_overwrites_are_computed_anew(model):
+    rows = torch.randint(97, (2, 60), generator=torch.Generator().manual_seed(1))
+    cached = PrefixCache(model, 2, 60)
+    cached(rows, logits_to_keep=1)
+    rows[:, 30] = (rows[:, 30] + 1) % 97
+    with torch.inference_mode():
+        torch.testing.assert_close(cached(rows, 1), model(rows, logits_to_keep=1), rtol=1e-4, atol=1e-4)
+    assert cached.computed == 60 + 30
+
+
+@pytest.mark.parametrize(("shape", "keep"), [((2, 3), 5), ((2, 3), 0), ((1, 9), 1), ((3, 9), 1)])
+def test_rows_that_do_not_fit_a_prefix_cache_are_refused(model, shape, keep):
+    cached = PrefixCache(model, 2, 60)
+    cached(torch.zeros(2, 9, dtype=torch.int64), logits_to_keep=1)
+    with pytest.raises(ValueError, match=rf"rows \[{shape[0]}, {shape[1]}\] with logits_to_keep={keep} do not fit"):
+        cached(torch.zeros(shape, dtype=torch.int64), logits_to_keep=keep)
+
+
+def test_what_is_enough_is_said_of_each_row(model):
+    prompt = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
+    whole = generate(model, prompt, 6)
+    for said in ([True], [True] * 3, True):
+        with pytest.raises(ValueError, match=r"is_enough gave \[.*\] for 2 rows"):
+            generate(model, prompt, 6, is_enough=lambda new, said=said: said)
+    for said in (torch.tensor([True, False]), [1, 0]):
+        some = generate(model, prompt, 6, is_enough=lambda new, said=said: said)
+        assert torch.equal(some[1], whole[1]) and set(some[0].tolist()) == {int(whole[0, 0])}

@@ -326,6 +326,19 @@ def test_a_config_that_is_no_model_is_refused_when_it_is_built(changes, message)
         modeling.S2LlamaForCausalLM(modeling.S2LlamaConfig(**{**build().config.to_hf_dict(), **changes}))
 
 
+def test_a_rope_beside_those_by_kind_of_layer_is_refused(tmp_path):
+    ours = build(rope_scaling=BY_KIND)
+    opened(ours, tmp_path)
+    with pytest.raises(ValueError, match=r"rope_parameters=.*500.* would be ignored.*assign rope_by_kind"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    linear = {"rope_type": "linear", "factor": 3.0, "rope_theta": 300.0}
+    changed = {"dense": linear, "sparse": {"rope_type": "default", "rope_theta": 500.0}}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, rope_by_kind=changed)
+    wanted = load_pretrained(tmp_path, overrides={"rope_scaling": changed})
+    with torch.no_grad():
+        assert_close(theirs(tokens(1, 100)).logits, wanted(tokens(1, 100)))
+
+
 def test_probabilities_dropout_and_heads_of_one_rank_are_refused(tmp_path):
     theirs = opened(build(), tmp_path)
     with pytest.raises(ValueError, match="output_attentions=True"):

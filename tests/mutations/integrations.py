@@ -74,4 +74,10 @@ MUTANTS = (
         "_take(module.__name__, module)\n        self._loader.exec_module(module)",
         ("test_lazy.py::test_a_step_is_taken_behind_a_module_that_is_imported_later_and_at_once_for_one_that_is_there",),
     ),
+    Mutant(
+        "a_rope_beside_those_by_kind_is_ignored", _MODELING,
+        'if by_kind and {**rope, **by_kind["dense"]} != rope:',
+        "if False:",
+        ("test_transformers.py::test_a_rope_beside_those_by_kind_of_layer_is_refused",),
+    ),
 )  # fmt: skip

@@ -127,8 +127,38 @@ MUTANTS = (
     ),
     Mutant(
         "rows_that_are_enough_wait_for_those_that_ended", "s2/inference",
-        "ended |= torch.tensor(is_enough(torch.stack(tokens, dim=1)), device=ended.device)",
-        "ended |= all(is_enough(torch.stack(tokens, dim=1)))",
+        "ended |= _enough(is_enough(torch.stack(tokens, dim=1)), ended)",
+        "ended |= _enough(is_enough(torch.stack(tokens, dim=1)), ended).all()",
         ("test_prefix.py::test_generation_ends_when_each_row_has_ended_or_is_enough",),
+    ),
+    Mutant(
+        "one_answer_ends_every_row", "s2/inference",
+        "if enough.shape != ended.shape:",
+        "if False:",
+        ("test_prefix.py::test_what_is_enough_is_said_of_each_row",),
+    ),
+    Mutant(
+        "a_prefix_changes_with_the_rows_of_the_caller", "s2/inference",
+        "self._held = input_ids.clone()",
+        "self._held = input_ids",
+        ("test_prefix.py::test_rows_that_the_caller_overwrites_are_computed_anew",),
+    ),
+    Mutant(
+        "a_cache_takes_keys_of_other_shapes", "s2/inference",
+        "if (k.shape[2], k.shape[3], k.dtype) != store.keys:",
+        "if False:",
+        ("test_cache.py::test_a_cache_made_for_another_model_is_refused_at_once",),
+    ),
+    Mutant(
+        "padding_counts_towards_the_longest_context", "s2/model/transformer.py",
+        "zip(real, cache.lengths, strict=False)",
+        "zip([max(real)] * len(real), cache.lengths, strict=False)",
+        ("test_cache.py::test_the_longest_context_bounds_each_sequence_and_not_the_padding",),
+    ),
+    Mutant(
+        "gradients_lack_what_goes_through_a_cache", "s2/model/transformer.py",
+        "if cache is not None and torch.is_grad_enabled():",
+        "if False:",
+        ("test_cache.py::test_nobody_takes_gradients_that_lack_what_goes_through_a_cache",),
     ),
 )  # fmt: skip
