@@ -8,7 +8,10 @@ from eval import parity
 from tests.eval.small_checkpoint import make_checkpoint
 
 
-@pytest.mark.parametrize(("layout", "adds_bos"), [("dense", True), ("dense", False), ("L1V3+sink1+dense1", True)])
+@pytest.mark.parametrize(
+    ("layout", "adds_bos"),
+    [("dense", False), pytest.param("dense", True, marks=pytest.mark.nightly), ("L1V3+sink1+dense1", True)],
+)
 def test_likelihoods_are_those_of_lm_evals_own_model_on_the_export(tmp_path, layout, adds_bos):
     folder = make_checkpoint(tmp_path / "hf", layout=layout, max_length=512, adds_bos=adds_bos)
     command = ["--ckpt", str(folder), "--tasks", "s2_passkey", "--output", str(tmp_path / "out"), "--limit", "24"]

@@ -47,7 +47,9 @@ def test_cached_forward_equals_full_forward(layout, pieces):
 SCALED = {"rope_type": "linear", "factor": 4.0}
 
 
-@pytest.mark.parametrize("chunk", [None, 7, 40])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(None, marks=pytest.mark.nightly), 7, pytest.param(40, marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [

@@ -132,7 +132,7 @@ def test_the_arms_of_a_shipped_experiment_differ_in_their_attention_alone(name, 
              "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(ModelConfig(**shape).to_hf_dict()))
     (tmp_path / "tokenizer.json").write_bytes((ROOT / "recipes/demo/start/tokenizer.json").read_bytes())
-    plan = load_plan(name, [f"inputs.checkpoint={tmp_path}"])
+    plan = load_plan(name, [f"inputs.checkpoint={tmp_path}", f"root={tmp_path / 'runs'}"])
     jobs = plan.jobs()
     assert all(spec.seed is not None for spec in plan.specs.values())
     for job in (job for each in jobs.values() for job in each):
