@@ -67,8 +67,8 @@ def download(packages: Sequence[str], folder: Path) -> list[Path]:
 def documents(wheel: Path) -> Iterator[dict[str, str]]:
     """The folders of one wheel: `text`, and `id`, the folder's path, numbered where it makes several documents."""
     with zipfile.ZipFile(wheel) as archive:
-        names = sorted(each.filename for each in archive.infolist() if _is_text(each))
-        for folder, group in itertools.groupby(sorted(names, key=_place), key=lambda name: str(_place(name)[0])):
+        names = sorted((each.filename for each in archive.infolist() if _is_text(each)), key=_place)
+        for folder, group in itertools.groupby(names, key=lambda name: _place(name)[0]):
             for number, text in enumerate(_joined(archive, group)):
                 if len(text) in DOCUMENT_CHARS:
                     yield {"id": f"{folder}:{number}", "text": text}
@@ -103,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = parser.parse_args(argv).output
     if output.exists():
         raise FileExistsError(f"--output {output}: there is one already")
-    output.parent.mkdir(parents=True, exist_ok=True)
     digest, count = hashlib.sha256(), 0
     with files.temporary_folder() as folder, files.whole(output) as file:
         wheels = download(PACKAGES, folder)
