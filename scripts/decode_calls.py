@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 
 from s2.attention import Pattern
 from s2.attention.decode import decode_attention, decode_workspace, reference_decode
-from s2.attention.grammar import UNBOUNDED
+from s2.attention.regions import HeadGroup, lay_out
 from s2.ending import FailureError
 
 COLD_BYTES = 256 << 20  # calls go around keys of so many bytes, several times what an L2 cache holds
@@ -50,54 +50,34 @@ class Shape:
         return [max(1, round(self.length * 16 ** (-n / (self.batch - 1)))) for n in range(self.batch)]
 
     @property
-    def kept(self) -> str:
-        """The layout of the keys that are there."""
-        return "dense" if self.layout == "SDPA" else self.layout
+    def group(self) -> HeadGroup:
+        """The keys that are there."""
+        return kept("dense" if self.layout == "SDPA" else self.layout, self.kv_heads, self.length, self.block)
 
 
 # ---------------------------------------------------------------- what is kept
 
 
-def kept_regions(layout: str, kv_heads: int, length: int, block: int) -> tuple[list[list[list[int]]], int]:
-    """Rows of each head's regions (see `s2.attention.decode`) for sequences of up to `length` tokens, and the slots of
-    the head with most. Windows and levels that end have a block to spare, which the new token may begin."""
-    num_blocks = -(-length // block)
-    heads, most = [], 0
-    for rule in Pattern.parse(layout, block).rules(kv_heads):
-        sinks = min(rule.sinks, num_blocks)
-        rows = [[0, sinks, 1, 0, 0, sinks, 0, UNBOUNDED]] if sinks else []
-        begin, near = sinks * block, 0
-        for stride, residue, far in ((1, 0, rule.local), *((x.stride, x.residue, x.end) for x in rule.levels)):
-            capacity = min(-(-far // stride) + 1, -(-num_blocks // stride))
-            rows.append([begin, capacity, stride, residue, sinks, UNBOUNDED, near, min(far, UNBOUNDED)])
-            begin, near = begin + capacity * block, far
-        heads.append(rows)
-        most = max(most, begin)
-    return heads, most
+def kept(layout: str, kv_heads: int, length: int, block: int) -> HeadGroup:
+    """What a cache has of a layer's heads for sequences of up to `length` tokens."""
+    (group,) = lay_out(Pattern.parse(layout, block), kv_heads, 0, -(-length // block))
+    return group
 
 
-def visible_tokens(heads: list[list[list[int]]], length: int, block: int) -> int:
+def visible_tokens(group: HeadGroup, length: int, block: int) -> int:
     """Keys that the last of `length` tokens sees, over all heads."""
     newest = (length - 1) // block
     total = 0
-    for _, _, stride, residue, first, last, near, far in itertools.chain.from_iterable(heads):
+    for _, _, stride, residue, first, last, near, far in itertools.chain.from_iterable(group.regions):
         low = max(first, newest - far + 1, 0)
         seen = range(low + (residue - low) % stride, min(last - 1, newest - near) + 1, stride)
         total += len(seen) * block - (max(0, (seen[-1] + 1) * block - length) if seen else 0)
     return total
 
 
-def table_of(heads: list[list[list[int]]], device: str) -> Tensor:
-    regions = max(map(len, heads))
-    return torch.tensor(
-        [[*rows, *[[0] * 8] * (regions - len(rows))] for rows in heads], dtype=torch.int32, device=device
-    )
-
-
 def bytes_of(shape: Shape) -> int:
     """Of the keys and values that a call has to read."""
-    heads, _ = kept_regions(shape.kept, shape.kv_heads, shape.length, shape.block)
-    tokens = sum(visible_tokens(heads, length, shape.block) for length in shape.lengths)
+    tokens = sum(visible_tokens(shape.group, length, shape.block) for length in shape.lengths)
     return 2 * DTYPE.itemsize * shape.head_dim * tokens
 
 
@@ -112,8 +92,7 @@ def copies_of(shape: Shape, held: int, room: int) -> int:
 
 def calls_of(shape: Shape, pool: Tensor) -> list[Callable[[], Tensor]]:
     """Calls to time, each with keys and values of its own from the pool's random numbers."""
-    heads, slots = kept_regions(shape.kept, shape.kv_heads, shape.length, shape.block)
-    slots = shape.length if shape.layout == "SDPA" else slots
+    slots = shape.length if shape.layout == "SDPA" else shape.group.num_blocks * shape.block
     size = (shape.batch, shape.kv_heads, slots, shape.head_dim)
     held = 2 * shape.batch * shape.kv_heads * slots * shape.head_dim
     if held > len(pool):
@@ -124,7 +103,7 @@ def calls_of(shape: Shape, pool: Tensor) -> list[Callable[[], Tensor]]:
     pairs = [pool[n * held : (n + 1) * held].view(2, *size) for n in range(copies_of(shape, held, len(pool)))]
     if shape.layout == "SDPA":
         return [partial(dense, q.transpose(1, 2), *pair.unbind()) for pair in pairs]
-    table = table_of(heads, pool.device)
+    table = shape.group.table.to(pool.device)
     lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=pool.device)
     settings = {"block": shape.block, "scale": shape.head_dim**-0.5}
     workspace = decode_workspace(q, pairs[0][0], block=shape.block)
@@ -151,14 +130,14 @@ def chosen_kernel(q: Tensor, k: Tensor, v: Tensor) -> str:
 def check(shape: Shape, device: str) -> float:
     """Relative RMSE to the definition of sequences up to the shape's length, one new token and four. FailureError: more
     than rounding explains."""
-    heads, slots = kept_regions(shape.kept, shape.kv_heads, shape.length, shape.block)
+    slots = shape.group.num_blocks * shape.block
     k, v = (torch.randn(3, shape.kv_heads, slots, shape.head_dim, dtype=DTYPE, device=device) for _ in range(2))
     lengths = torch.tensor([shape.length, shape.length // 3, 1], dtype=torch.int32, device=device)
     settings = {"block": shape.block, "scale": shape.head_dim**-0.5}
     worst = 0.0
     for tokens in (1, 4):
         q = torch.randn(3, tokens, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
-        given = (table_of(heads, device), lengths)
+        given = (shape.group.table.to(device), lengths)
         out = decode_attention(q, k, v, *given, backend="triton", **settings).float()
         wanted, _ = reference_decode(*(x.float() for x in (q, k, v)), *given, **settings)
         error = float((out - wanted).norm() / wanted.norm())

@@ -27,8 +27,8 @@ from torch import Tensor
 from .decode_sdpa import masked_decode
 from .kernels.triton.decode_launch import Grid, Workspace, run_decode
 from .pattern import BLOCK_SIZES
+from .regions import Region
 
-FIELDS = ("begin", "capacity", "stride", "residue", "first", "last", "near", "far")
 MAX_TOKENS = 8  # new ones of a call: they lie in two blocks at most
 BACKENDS = ("reference", "sdpa", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,7 +66,7 @@ def decode_attention(
             fewer tokens come first and see nothing.
         k, v: `[B, H, C, D]`, in any layout whose last dimension is dense; those of the new tokens are in it. Slots that
             hold no token may have any content, by "sdpa" any finite one.
-        table: int32 `[H, R, 8]`, the regions of each head (`FIELDS`).
+        table: int32 `[H, R, 8]`, the regions of each head (`s2.attention.regions.Region`).
         lengths: int32 `[B]`, tokens of each sequence with the new ones; at most as many as the regions are made for.
         block: tokens in a block.
         scale: factor of the scores, usually D ** -0.5.
@@ -193,7 +193,7 @@ def _check(
     if not scale > 0:
         raise ValueError(f"scale={scale!r} must be positive")
     regions = max(1, table.shape[1]) if table.dim() == 3 else 1
-    shapes = {"table [H, R, 8]": (table, [k.shape[1], regions, len(FIELDS)]), "lengths [B]": (lengths, [batch])}
+    shapes = {"table [H, R, 8]": (table, [k.shape[1], regions, len(Region._fields)]), "lengths [B]": (lengths, [batch])}
     for name, (x, shape) in shapes.items():
         if x.dtype != torch.int32 or list(x.shape) != shape or x.device != q.device or not x.is_contiguous():
             raise ValueError(

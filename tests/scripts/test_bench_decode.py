@@ -24,12 +24,11 @@ LAYOUTS = ("dense", "L8V16+sink1", "L1V15", "W3", "L2V2<5V4+sink2", "L1V3<7")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_are_those_of_the_keys_that_the_layout_shows(layout):
     for block, length in ((16, 16 * 41 + 5), (64, 64 * 30), (64, 1)):
-        heads, slots = decode_calls.kept_regions(layout, 4, length, block)
-        table, lengths = decode_calls.table_of(heads, "cpu"), torch.tensor([length], dtype=torch.int32)
-        seen = visible_slots(table, lengths, slots, block, 1)
+        group, lengths = decode_calls.kept(layout, 4, length, block), torch.tensor([length], dtype=torch.int32)
+        seen = visible_slots(group.table, lengths, group.num_blocks * block, block, 1)
         num_blocks = -(-length // block)
         tokens = Pattern.parse(layout, block).block_mask(num_blocks, 4)[:, -1].repeat_interleave(block, 1)[:, :length]
-        assert seen.sum() == tokens.sum() == decode_calls.visible_tokens(heads, length, block)
+        assert seen.sum() == tokens.sum() == decode_calls.visible_tokens(group, length, block)
         shape = Shape(8, 4, 3, length, layout, 32, block)
         assert decode_calls.bytes_of(shape) == int(tokens.sum()) * 3 * 32 * 2 * 2
 
