@@ -267,34 +267,52 @@ def _positions(results: Row, logs: Row) -> Any:
 
 
 def _quality_and_speed(results: Row, logs: Row) -> Any:
-    """Held-out loss, and needles found, against the time of all layers' attention forward and backward."""
-    names = ("arm", "part", "task", "stage", "length", "metric")
-    value = {tuple(row[name] for name in names): row["value"] for row in results["figures"]}
+    """Held-out loss as a difference from the baseline, and needles found, at the longest length trained on, against the
+    time of all layers' attention forward and backward; with their intervals."""
     times: dict[str, float] = {}
-    for (arm, _, task, _, _, _), ms in value.items():
-        if task in ("attention forward", "attention backward"):
-            times[arm] = times.get(arm, 0.0) + ms
-    kinds: Iterable[tuple[str, str, str]] = (("positions", "loss", "nats/token"), ("needle", "single", "exact"))
-    chosen = []
-    for part, task, metric in kinds:
-        keys = [k for k in value if (k[1], k[2], k[5]) == (part, task, metric) and k[0] in times]
-        if keys:
-            stage, length = max(((k[3], k[4]) for k in keys), key=lambda pair: pair[1])
-            chosen.append((f"{part} {task} at {format_length(length)} ({metric})", stage, length, (part, task, metric)))
+    for row in results["figures"]:
+        if row["task"] in ("attention forward", "attention backward"):
+            times[row["arm"]] = times.get(row["arm"], 0.0) + row["value"]
+    kinds = {("positions", "loss", "nats/token"): "held-out loss", ("needle", "single", "exact"): "needle, single"}
+    chosen = [(rows, name) for kind, name in kinds.items() if (rows := _longest_trained(results, kind, times))]
     if not chosen:
         return None
     figure, axes = _figure(len(chosen))
-    for panel, (label, stage, length, (part, task, metric)) in zip(axes, chosen, strict=True):
+    for panel, (rows, name) in zip(axes, chosen, strict=True):
+        label = f"{name} at {format_length(rows[0]['length'])} ({rows[0]['metric']})"
+        is_loss = rows[0]["part"] == "positions" and any(row.get("from_baseline") for row in rows)
         for number, arm in enumerate(times):
-            if (y := value.get((arm, part, task, stage, length, metric))) is not None:
-                panel.scatter(times[arm], y, color=f"C{number % 10}")
-                panel.annotate(arm, (times[arm], y), textcoords="offset points", xytext=(5, 3), fontsize=8)
-        panel.set(xscale="log", xlabel="attention of all layers, forward and backward (ms)", ylabel=label)
+            for row in (row for row in rows if row["arm"] == arm):
+                y, interval = row["value"], row.get("interval")
+                if is_loss:
+                    difference = row.get("from_baseline") or {"difference": 0.0}
+                    y, interval = difference["difference"], difference.get("interval")
+                bars = [[max(0.0, y - interval[0])], [max(0.0, interval[1] - y)]] if interval else None
+                panel.errorbar(times[arm], y, bars, fmt="o", capsize=3, color=f"C{number % 10}")
+                panel.annotate(arm, (times[arm], y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        panel.set(xscale="log", xlabel="attention of all layers, forward and backward (ms)",
+                  ylabel=f"{label}, difference from {results['baseline']}" if is_loss else label)  # fmt: skip
         panel.set_xlim(0.85 * min(times.values()), 1.25 * max(times.values()))  # room for the last name
-        if part == "needle":
+        if rows[0]["part"] == "needle":
             panel.set_ylim(-0.03, 1.03)
         panel.grid(alpha=0.3)
     return figure
+
+
+def _longest_trained(results: Row, kind: tuple[str, str, str], arms: Iterable[str]) -> list[Row]:
+    """Figures of a kind, of all arms, at the longest length that some arm has been trained on; where all are beyond it,
+    at the shortest."""
+    found = [
+        row for row in results["figures"] if (row["part"], row["task"], row["metric"]) == kind and row["arm"] in arms
+    ]
+
+    def rank(row: Row) -> tuple[bool, int]:
+        recipe = results["arms"][row["arm"]]["stages"].get(row["stage"], {}).get("recipe") or {}
+        trained = recipe.get("model", {}).get("config", {}).get("max_position_embeddings", row["length"])
+        return row["length"] <= trained, row["length"] if row["length"] <= trained else -row["length"]
+
+    best = max(found, key=rank, default=None)
+    return [row for row in found if best and (row["stage"], row["length"]) == (best["stage"], best["length"])]
 
 
 def _heatmaps(plan: Plan, output: Path) -> list[str]:

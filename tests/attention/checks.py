@@ -134,8 +134,9 @@ def assert_correct(
         if exact[name].numel() == 0:
             continue
         error = (actual[name].double() - exact[name]).abs()
-        # float32 sums of thousands of terms differ by their order: a few units in the last place of the largest value
-        rounding = 2e-6 * exact[name].abs().max() if dtype == torch.float32 else 0.0
+        # float32 sums differ by their order: of n terms by sqrt(n) half units in the last place of the largest value
+        terms = max(case.q_len * case.heads // case.kv_heads, case.kv_len)
+        rounding = max(2e-6, 6e-8 * terms**0.5) * exact[name].abs().max() if dtype == torch.float32 else 0.0
         bound = 2 * (plain[name].double() - exact[name]).abs().max() + small + rounding
         label = f"{name} of {case} in {dtype}"
         assert not actual[name].isnan().any(), f"NaN in {label}"

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import results_collect
+import results_page
 import results_speed
 from results_collect import Figure, at_equal, difference
 
@@ -154,3 +155,39 @@ def test_keys_and_values_are_counted_that_some_query_sees_or_will_see():
     assert results_speed.kv_bytes_per_token(config, 128) == expected
     dense = config.replace(attention_layout="dense")
     assert results_speed.kv_bytes_per_token(dense, 128) == 2 * 16 * 2 * 2
+
+
+@pytest.mark.parametrize(("layout", "length", "tokens"), [
+    ("dense", 1, {1}), ("dense", 128, {128}), ("L2V2+sink1", 1, {1}), ("L2V2+sink1", 128, {5 * 16, 6 * 16}),
+])  # fmt: skip
+def test_the_decode_step_that_is_timed_sees_what_a_cache_of_that_length_keeps(layout, length, tokens):
+    config = ModelConfig(**MODEL | {"num_attention_heads": 2, "attention_layout": layout, "num_hidden_layers": 2})
+    step = results_speed.DecodeStep(config.replace(max_position_embeddings=16), length, "cpu")
+    step.new[0].zero_()  # all that is seen has the same weight, and only the new value is not zero
+    for out in [*step(), *step()]:
+        seen = (step.new[2] / out).float().mean(dim=-1).flatten()
+        assert set(seen.round().int().tolist()) == tokens
+    assert step.cache.lengths == (length - 1,)
+
+
+def test_the_bytes_of_the_cache_are_those_of_its_rings_and_lists():
+    config = ModelConfig(**MODEL | {"attention_layout": "L2V2+sink1", "num_hidden_layers": 1})
+    for length in (128, 4096):
+        row = results_speed.measure(config, length)
+        assert row["kv_bytes_per_token"] <= row["cache_bytes_per_token"]
+    assert row["cache_bytes_per_token"] == pytest.approx(row["kv_bytes_per_token"], rel=0.05)
+
+
+@pytest.mark.parametrize(("lengths", "chosen"), [((64, 128, 256), 128), ((32, 64), 64), ((512, 256), 256)])
+def test_quality_is_drawn_at_the_longest_length_that_was_trained_on(lengths, chosen):
+    stages = {"short": {"recipe": {"model": {"config": {"max_position_embeddings": 64}}}},
+              "long": {"recipe": {"model": {"config": {"max_position_embeddings": 128}}}}, "speed": {}}  # fmt: skip
+    rows = [
+        {"arm": arm, "stage": stage, "part": "needle", "task": "single", "metric": "exact", "length": length}
+        for arm in ("a", "b", "untimed") for stage in ("short", "long") for length in lengths
+    ]  # fmt: skip
+    results = {"arms": dict.fromkeys(("a", "b", "untimed"), {"stages": stages}), "figures": rows}
+    found = results_page._longest_trained(results, ("needle", "single", "exact"), ("a", "b"))
+    assert {(row["arm"], row["length"]) for row in found} == {("a", chosen), ("b", chosen)}
+    assert len({row["stage"] for row in found}) == 1
+    assert results_page._longest_trained(results, ("needle", "multi", "exact"), ("a", "b")) == []
