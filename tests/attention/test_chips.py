@@ -60,7 +60,7 @@ for kind, function in (
     ("chip", "element", "head_dim", "block"),
     [
         (80, "bf16", 128, 64),
-        (89, "fp32", 64, 16),
+        pytest.param(89, "fp32", 64, 16, marks=pytest.mark.nightly),
         pytest.param(86, "bf16", 128, 64, marks=pytest.mark.nightly),
         pytest.param(86, "bf16", 256, 64, marks=pytest.mark.nightly),
         pytest.param(90, "bf16", 96, 16, marks=pytest.mark.nightly),

@@ -98,6 +98,7 @@ def command(output, corpora, *more):
     ]
 
 
+@pytest.mark.nightly
 def test_killed_parent_takes_its_workers_along_and_another_run_finishes(corpora):
     for name in "ab":
         for file in (corpora / name).iterdir():

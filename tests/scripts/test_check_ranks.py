@@ -14,12 +14,13 @@ from tests.training.processes import LEFT_BY_LIGHTNING
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("cases", "ways"),
     [
         ("zero_2-small", "mixed"),  # one rank compiled, the other eager
-        pytest.param("zero_3-selective", "mixed", marks=pytest.mark.nightly),
-        pytest.param("zero_1-small,zero_3,zero_3-selective,zero_3-full", "eager", marks=pytest.mark.nightly),
+        ("zero_3-selective", "mixed"),
+        ("zero_1-small,zero_3,zero_3-selective,zero_3-full", "eager"),
     ],
 )
 def test_ranks_agree(cases: str, ways: str) -> None:

@@ -139,6 +139,7 @@ def test_a_run_killed_anywhere_in_saving_goes_on(
     assert not list((run / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.nightly
 def test_two_ranks_killed_and_damaged_go_on(folder: Path, reference: Path, seed: int) -> None:
     recipe = write_recipe(folder, tiny_recipe(folder, "two"))
     two = (CONSTANT, "trainer.devices=2", "data.micro_batch_size=1")

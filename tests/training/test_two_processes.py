@@ -45,6 +45,7 @@ def test_uneven_masks_on_two_ranks_give_the_loss_of_one_rank_and_the_run_goes_on
         assert (value - expected[name]).abs().max() < 1e-5, name
 
 
+@pytest.mark.nightly
 def test_two_ranks_whose_weights_are_sharded_start_from_a_folder_as_one_does(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "start")
     recipe["trainer"] |= {"strategy": "zero_3", "max_steps": 3}
@@ -61,7 +62,8 @@ def test_two_ranks_whose_weights_are_sharded_start_from_a_folder_as_one_does(tmp
     assert curve(runs / "one", "val/heldout/loss")[0] == curve(runs / "start", "val/heldout/loss")[3]
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("zero_1", marks=pytest.mark.nightly), "zero_3"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("strategy", ["zero_1", "zero_3"])
 def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str) -> None:
     """Three steps of one micro-batch each are no whole number of windows of two or six; held-out sets stay the same."""
     recipe = tiny_recipe(tmp_path, "one")
@@ -84,6 +86,7 @@ def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str
             assert values == pytest.approx(curve(expected, column), rel=1e-4), (column, micro_batch_size)
 
 
+@pytest.mark.nightly
 def test_weights_gathered_ahead_do_not_disturb_selective_checkpointing(tmp_path: Path) -> None:
     """After a validation DeepSpeed knows which weights come next, and gathers them ahead in the first forward of
     training, but not when that forward is recomputed."""
