@@ -4,8 +4,8 @@ How a layer attends depends on the call (`Step`):
 
 - a prompt, with nothing before it: by `s2_attention` on its own keys and values, which are then written;
 - a decode step: its few tokens are written, and see the slots by `decode_attention`;
-- a further chunk: by `s2_attention` on what the slots hold and its own keys and values, one behind the other, under the
-  block mask that says what is seen of them; then they are written. Keys in order (dense layers) need no mask.
+- a further chunk: by `s2_attention` on what the slots hold, in the order of the chunk's frame (`s2.attention.chunks`),
+  and its own keys and values behind it; then they are written. Keys in order (dense layers) are attended to in place.
 
 Shapes: B sequences, S new tokens, Hq query heads, H KV heads, R regions, C slots, D head dimension.
 """
@@ -18,12 +18,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from s2.attention import Pattern, s2_attention
+from s2.attention.chunks import frame_of
 from s2.attention.decode import MAX_TOKENS, decode_attention, decode_workspace
-from s2.attention.grammar import UNBOUNDED
 from s2.attention.regions import HeadGroup, held_blocks, slots_of
 
 
@@ -94,13 +93,12 @@ class LayerStore:
     ) -> None:
         self.pattern, self.rotation = pattern, rotation
         self.parts = []
+        total = sum(group.end - group.begin for group, _ in groups)
         for group, table in groups:
             shape = (batch_size, group.end - group.begin, group.num_blocks * pattern.block_size, head_dim)
             # zeros, since what is not seen is multiplied by 0
             k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-            self.parts.append(
-                _Part(pattern if group.is_whole else None, rotation, pattern.block_size, group, table, k, v)
-            )
+            self.parts.append(_Part(pattern, rotation, total, group, table, k, v))
 
     @property
     def keys(self) -> tuple[int, int, torch.dtype]:
@@ -129,14 +127,13 @@ class LayerStore:
 
 
 class _Part:
-    """Slots of the heads of a group: `k` and `v` `[B, H, C, D]`. `pattern` is what they attend by where the regions do
-    not say it (`HeadGroup.is_whole`)."""
+    """Slots of the heads of a group: `k` and `v` `[B, H, C, D]`. `pattern` and `rotation` are the layer's, `total` the
+    number of its KV heads."""
 
     def __init__(
-        self, pattern: Pattern | None, rotation: int, block_size: int, group: HeadGroup, table: Tensor, k: Tensor,
-        v: Tensor,
-    ) -> None:  # fmt: skip
-        self.pattern, self.rotation, self.block_size = pattern, rotation, block_size
+        self, pattern: Pattern, rotation: int, total: int, group: HeadGroup, table: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        self.pattern, self.rotation, self.total, self.block_size = pattern, rotation, total, pattern.block_size
         self.group, self.table, self.k, self.v = group, table, k, v
         self.heads = slice(group.begin, group.end)
 
@@ -171,40 +168,23 @@ class _Part:
         """Of sequences with `start` tokens before these."""
         if self.group.is_in_order:
             k, v = (x[:, :, : start + q.shape[1]].transpose(1, 2) for x in (old_k, old_v))
-            pattern = self.pattern or Pattern(self.block_size)
+            pattern = self.pattern if self.group.is_whole else Pattern(self.block_size)  # dense
             return s2_attention(q, k, v, pattern, rotation=self.rotation)
-        begun = self._begun(start)
-        k, v = (
-            torch.cat([old.transpose(1, 2), old[:, :, begun].transpose(1, 2), new], dim=1)
-            for old, new in ((old_k, k), (old_v, v))
-        )
-        key = self.group, start, q.shape[1]
+        key = self.group, start
         if key not in step.memo:
-            step.memo[key] = self._pattern_of_chunk(start, q.shape[1])
-        return s2_attention(q, k, v, step.memo[key])
+            frame = frame_of(self.pattern, self.total, self.rotation, self.group, start)
+            step.memo[key] = frame.pattern, torch.tensor(frame.slots, dtype=torch.int64).to(q.device, non_blocking=True)
+        pattern, slots = step.memo[key]
+        before = slots.shape[1] * self.block_size - -start % self.block_size
+        k, v = (torch.cat([self._kept(old, slots)[:, :before], new], dim=1) for old, new in ((old_k, k), (old_v, v)))
+        return s2_attention(
+            q, k, v, pattern, rotation=self.rotation, head_offset=self.group.begin, total_kv_heads=self.total
+        )
 
-    def _begun(self, start: int) -> slice:
-        """Where the tokens stand that are in the same block as token `start`, before it."""
-        block = start // self.block_size
-        region = next(region for region in self.group.regions[0] if region.near == 0 and region.holds(block))
-        begin = region.begin + region.place(block) * self.block_size
-        return slice(begin, begin + start % self.block_size)
-
-    def _pattern_of_chunk(self, start: int, num_tokens: int) -> Pattern:
-        """What the tokens from `start` on see of the slots, followed by the blocks from that of `start` on."""
-        size, table, slots = self.block_size, self.group.table, self.group.num_blocks
-        first, lengths = start // size, torch.tensor([start], dtype=torch.int32, device="cpu")
-        held, near, far = held_blocks(table, lengths, slots, size)
-        held = torch.where(held[0] < first, held[0], UNBOUNDED)  # [H, n]; the block of `start` follows
-        block = torch.arange(first, (start + num_tokens - 1) // size + 1, dtype=torch.int32, device="cpu")
-        distance = block[:, None] - held[:, None]  # [H, queries, n]
-        of_slots = (near[:, None] <= distance) & (distance < far[:, None])
-        _, _, stride, residue, begin, end, near, far = table[:, :, None, None].unbind(-1)  # [H, R, 1, 1]
-        distance = block[:, None] - block  # [queries, keys]
-        holds = (block % stride == residue) & (begin <= block) & (block < end)
-        of_blocks = (holds & (near <= distance) & (distance < far)).any(1)
-        rows = torch.cat([of_slots, of_blocks], dim=2)
-        return Pattern.from_mask(F.pad(rows, (0, 0, slots, 0)), block_size=size)
+    def _kept(self, store: Tensor, slots: Tensor) -> Tensor:
+        """Blocks of slots `[H, n]` of keys or values `[B, H, C, D]`, as `[B, n * block_size, H, D]`."""
+        head = torch.arange(len(slots), device=store.device)[:, None]
+        return store.unflatten(2, (-1, self.block_size))[:, head, slots].flatten(2, 3).transpose(1, 2)
 
     @torch.no_grad()
     def write(self, step: Step, k: Tensor, v: Tensor) -> None:

@@ -186,7 +186,7 @@ def test_quality_is_drawn_at_the_longest_length_that_was_trained_on(lengths, cho
         {"arm": arm, "stage": stage, "part": "needle", "task": "single", "metric": "exact", "length": length}
         for arm in ("a", "b", "untimed") for stage in ("short", "long") for length in lengths
     ]  # fmt: skip
-    results = {"arms": dict.fromkeys(("a", "b", "untimed"), {"stages": stages}), "figures": rows}
+    results = {"arms": {arm: {"stages": stages} for arm in ("a", "b", "untimed")}, "figures": rows}
     found = results_page._longest_trained(results, ("needle", "single", "exact"), ("a", "b"))
     assert {(row["arm"], row["length"]) for row in found} == {("a", chosen), ("b", chosen)}
     assert len({row["stage"] for row in found}) == 1
