@@ -42,8 +42,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: C
 
 
 def _backward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; arguments as of `run_backward`, the last a `Call`."""
-    run = hopper_launch.run_backward if rest[-1].backend == "hopper" else run_backward
+    """Gradients of q, k and v; arguments as of `run_backward`, the last a `Call`. For queries at the end of longer keys
+    only Triton has kernels."""
+    is_late = q.shape[-3] != rest[0].shape[-3]
+    run = hopper_launch.run_backward if rest[-1].backend == "hopper" and not is_late else run_backward
     return _run(run, q, *rest)
 
 

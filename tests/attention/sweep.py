@@ -84,7 +84,11 @@ def draw_case(seed: int, backend: str, kind: str, block: int, head_dim: int, pac
         tokens = borders[-1]
         return Case(pattern, tokens, tokens, kv_heads * group, kv_heads, cu_seqlens=borders, **shape)
     tokens = min(int(2 ** rng.uniform(0, 12)), max_tokens)
-    return Case(pattern, tokens, tokens, kv_heads * group, kv_heads, batch=batch, **shape)
+    queries = tokens
+    if rng.random() < 0.3:  # the last of longer keys
+        fewest = support._FEWEST_QUERIES if backend == "hopper" else 1
+        queries = rng.randint(min(fewest, tokens), tokens)
+    return Case(pattern, queries, tokens, kv_heads * group, kv_heads, batch=batch, **shape)
 
 
 def main(arguments: list[str] | None = None) -> int:

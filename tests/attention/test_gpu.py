@@ -135,6 +135,21 @@ def hopper_grid():
 
 
 @hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_queries_at_the_end_of_longer_keys_on_hopper(block, head_dim):
+    """Whatever their first one's place in a block; with as many sinks as a chunk's frame has."""
+    size = max(block, 64)
+    for n, (spec, before) in enumerate(
+        itertools.product(("L2V5+sink1", "L3V4+sink9", "dense"), (1, size, 5 * size + 17))
+    ):
+        case = Case(
+            Pattern.parse(spec, block), 256 + 97 * n, before + 256 + 97 * n, 8, 2, head_dim, batch=2, rotation=n % 3
+        )
+        assert_correct(case, torch.bfloat16, backend="hopper", device="cuda", seed=n)
+
+
+@hopper
 @pytest.mark.parametrize(("dtype", "head_dim", "block", "spec", "packed"), list(hopper_grid()))
 def test_hopper_within_bounds(dtype, head_dim, block, spec, packed):
     pattern = Pattern.parse(spec, block)

@@ -8,6 +8,7 @@ HOPPER = "s2/attention/kernels/hopper"
 SHORT = "test_gpu_short.py::test_"
 _FORWARD = (f"{SHORT}forward",)
 _TWO_PASSES, _ONE_PASS = (f"{SHORT}two_passes",), (f"{SHORT}one_pass",)
+_LATE = ("test_gpu.py::test_queries_at_the_end_of_longer_keys_on_hopper",)
 _ROWS = (f"{SHORT}documents",)
 
 MUTANTS = (
@@ -22,6 +23,24 @@ MUTANTS = (
         "return is_seen ? row + lane_row % TOKENS - tile.keys[entry] : -1;",
         "return is_seen ? row + lane_row % TOKENS - tile.keys[entry] + 1 : -1;",
         _FORWARD, gpu=True,
+    ),
+    Mutant(
+        "cuda_late_tiles_begin_with_the_first_key", HOPPER,
+        "if (LATE) m_block += problem.first_m_block;",
+        "",
+        _LATE, gpu=True,
+    ),
+    Mutant(
+        "cuda_rows_before_the_first_query_leave_statistics", HOPPER,
+        "(!LATE || own % TOKENS >= held.rows_before)",
+        "true",
+        _LATE, gpu=True,
+    ),
+    Mutant(
+        "cuda_late_queries_are_those_of_earlier_places", HOPPER,
+        "row_of(next.m_block + c, pack_gqa) - keys_before(problem);",
+        "row_of(next.m_block + c, pack_gqa) - keys_before(problem) / TOKENS * TOKENS;",
+        _LATE, gpu=True,
     ),
     Mutant(
         "cuda_output_is_not_rescaled", HOPPER,

@@ -90,10 +90,22 @@ MUTANTS = (
         ("test_regions.py::test_each_query_finds_each_key_that_it_sees_once_and_not_overwritten",),
     ),
     Mutant(
-        "a_chunk_forgets_the_block_that_it_begins_in", "s2/inference",
-        "return slice(begin, begin + start % self.block_size)",
-        "return slice(begin, begin)",
+        "a_chunk_forgets_the_block_that_it_begins_in", "s2/attention",
+        "*range(first, newest + 1)]",
+        "*range(first, newest)]",
         ("test_cache.py::test_any_calls_give_attention_over_the_whole_context",),
+    ),
+    Mutant(
+        "a_chunk_sees_the_place_of_a_block_that_a_head_does_not_have", "s2/attention",
+        "heads[head].ranges, len(seen))",
+        "heads[head].ranges, first - left_out)",
+        ("test_chunks.py::test_a_chunk_sees_of_its_frame_what_it_sees_of_the_context",),
+    ),
+    Mutant(
+        "a_chunk_reads_rings_that_were_overwritten_before_tokens_were_taken_back", "s2/attention",
+        "region = max(holding, key=lambda region: region.far, default=None)",
+        "region = min(holding, key=lambda region: region.far, default=None)",
+        ("test_cache.py::test_slack_can_be_taken_back_at_any_time_and_no_less_than_what_rings_hold",),
     ),
     Mutant(
         "a_token_of_a_step_sees_those_behind_it", "s2/attention",

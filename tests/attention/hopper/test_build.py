@@ -113,8 +113,11 @@ class Build:
         return f"{self.kernel}-d{self.head_dim}-{self.element}-{constants}"
 
 
-def _constants(levels: int, sinks: bool, block: int = 64, packed: bool = False, **others: bool) -> dict[str, int]:
-    return {"LEVELS": levels, "SINKS": sinks, "BLOCK": block, "PACKED": packed, **others}
+def _constants(
+    levels: int, sinks: bool, block: int = 64, packed: bool = False, late: bool = False, **others: bool
+) -> dict[str, int]:
+    own = {"LEVELS": levels, "SINKS": sinks, "BLOCK": block, "PACKED": packed, **others}
+    return own | {"LATE": True} if late else own
 
 
 FORWARD = [
@@ -131,6 +134,9 @@ FORWARD = [
     Build("forward", 64, _constants(2, True, block=16, packed=True)),
     Build("forward", 64, _constants(0, False, block=128), element="fp16"),
     Build("forward", 64, _constants(2, False, packed=True)),
+    Build("forward", 128, _constants(1, True, late=True)),
+    Build("forward", 128, _constants(2, True, block=16, late=True), element="fp16"),
+    Build("forward", 64, _constants(0, False, block=256, late=True)),
 ]
 QUERY = [
     Build("backward_q", 128, _constants(1, False), spills=48),
@@ -182,7 +188,8 @@ def _cuda(build: Build, folder: Path) -> tuple[str, dict[str, int]]:
     constants, element = build.constants, {"bf16": torch.bfloat16, "fp16": torch.float16}[build.element]
     rules = RuleSchedule(torch.empty(0), [], constants["LEVELS"], constants["SINKS"])
     problem = Problem(
-        rules, constants["BLOCK"], 1.0, 1, 64, 4, 1, build.head_dim, element, torch.device("cpu"), constants["PACKED"]
+        rules, constants["BLOCK"], 1.0, 1, 64, 4, 1, build.head_dim, element, torch.device("cpu"), constants["PACKED"],
+        int(constants.get("LATE", 0)),
     )  # fmt: skip
     if build.kernel == "forward":
         kernel = forward.kernel_of(problem)

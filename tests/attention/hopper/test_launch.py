@@ -288,6 +288,27 @@ def test_the_forward_gets_its_problem(launches, dim, block, dtype):
         assert (own.swizzle, own.element) == (128, dtype)
 
 
+@pytest.mark.parametrize(("dim", "block", "group"), [(64, 32, 4), (128, 64, 1), (128, 256, 3), (64, 16, 8)])
+@pytest.mark.parametrize("before", [1, 63, 64, 1000])
+def test_tiles_of_queries_at_the_end_of_longer_keys(launches, dim, block, group, before):
+    """They begin with the m_block of the first query and end with that of the last."""
+    length, kv_heads = 300, 2
+    q, k = torch.randn(1, length, kv_heads * group, dim).half(), torch.randn(1, before + length, kv_heads, dim).half()
+    launch.run_forward(q, k, k, None, call_with(Pattern.parse("L2V5+sink1", block), kv_heads))
+    forward, ((params, _),) = last(Forward), launches.forward
+    tokens, consumers, shape = min(block, 64), forward.kernel.constants["CONSUMERS"], params.problem
+    assert forward.kernel.constants["LATE"] and (shape.length, shape.offset) == (length, before)
+    assert [each.shape[2] for each in (forward.maps.q, forward.maps.k, forward.maps.v)] == [
+        length,
+        *[before + length] * 2,
+    ]
+    share = group // max(64 // block, 1)  # m_blocks of the same rows
+    held = range(shape.first_m_block, shape.first_m_block + shape.tiles_per_head * consumers)
+    rows = [m_block // share * tokens for m_block in held]
+    assert rows[0] <= before < rows[0] + tokens and held[0] % share == 0
+    assert rows[-1] + tokens >= before + length > rows[-consumers]
+
+
 def test_packed_calls_pass_their_documents(launches):
     pattern = Pattern.parse("L1V15")
     for borders in ([0, 300, 1000], [0, *range(1, 1001)], [0, 1000]):

@@ -90,8 +90,9 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, head_dim,
         levels = rng.randint(schedule.num_levels, MAX_LEVELS)
         sinks = schedule.has_sinks or rng.random() < 0.5
         share = rng.choice((1, 1, 2, 3, 4, 8))
-        starts = list(range(0, len(mask) * share, consumers))
-        for box in sorted({0, starts[-1], *rng.sample(starts, min(len(starts), 12))}):
+        first = rng.choice((0, 0, rng.randrange(len(mask))))  # the unit of the first query
+        starts = list(range(first * share, len(mask) * share, consumers))
+        for box in sorted({starts[0], starts[-1], *rng.sample(starts, min(len(starts), 12))}):
             cases[levels, sinks].append((box, share, length, schedule.rows[head], mask, pattern))
     for (levels, sinks), own in cases.items():
         program = compile_plans(tmp_path, block, levels, sinks, consumers)

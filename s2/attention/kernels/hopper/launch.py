@@ -38,8 +38,8 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, call: Call, packed: bool) -> Plan:
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    """q `[B, S, Hq, D]`, k/v `[B, S, Hkv, D]` -> out and lse `[B, Hq, S]`; packed `[T, H, D]` with int32 `cu_seqlens`
-    -> lse `[Hq, T]`."""
+    """q `[B, Sq, Hq, D]`, k/v `[B, Skv, Hkv, D]` -> out and lse `[B, Hq, Sq]`; packed `[T, H, D]` with int32
+    `cu_seqlens` -> lse `[Hq, T]`."""
     if cu_seqlens is not None and cu_seqlens.shape[0] == 1:  # no document
         return q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
     q, k, v = align16(q), align16(k), align16(v)

@@ -22,7 +22,8 @@ MAX_KEPT = 512  # of what is kept for a shape of call
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One shape of call on q `[B, S, Hq, D]` and k, v `[B, S, Hkv, D]`; a packed call is a batch of one."""
+    """One shape of call on q `[B, S, Hq, D]` and k, v `[B, offset + S, Hkv, D]`; a packed call is a batch of one, and
+    only the forward takes an offset."""
 
     rules: schedule.RuleSchedule
     block_size: int
@@ -35,6 +36,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     packed: bool
+    offset: int = 0
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, call: Call, packed: bool) -> Problem:
@@ -42,7 +44,7 @@ class Problem:
         batch, length, num_heads, head_dim = q.shape
         return cls(
             rules, call.pattern.block_size, call.softmax_scale, batch, length, num_heads, k.shape[2], head_dim, q.dtype,
-            q.device, packed,
+            q.device, packed, k.shape[1] - length,
         )  # fmt: skip
 
     @property
@@ -71,7 +73,8 @@ class Problem:
     @property
     def macros(self) -> dict[str, int]:
         """Constants that kernels in CUDA C++ are compiled with."""
-        own = {"D": self.head_dim, "PACKED": self.packed, "BF16": self.dtype == torch.bfloat16}
+        own = {"D": self.head_dim, "PACKED": self.packed, "LATE": self.offset > 0}
+        own["BF16"] = self.dtype == torch.bfloat16
         return own | {name: self.constants[name] for name in ("BLOCK", "LEVELS", "SINKS")}
 
 

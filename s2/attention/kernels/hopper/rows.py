@@ -48,7 +48,8 @@ class RowKernel:
         self.kernel, self.problem, self.num_sms = kernel, problem, problem.num_sms
         self.consumers = kernel.threads // 128 - 1
         self.pack_gqa = problem.group // problem.heads_per_tile  # m_blocks of the same rows, which share key tiles
-        m_blocks = -(-problem.length // problem.tokens_per_tile)
+        tokens, first = problem.tokens_per_tile, problem.offset // problem.tokens_per_tile
+        m_blocks = -(-(problem.offset + problem.length) // tokens) - first
         tiles_per_head = -(-m_blocks * self.pack_gqa // self.consumers)  # of a KV head
         num_tiles = tiles_per_head * problem.batch * problem.kv_heads
         self.grid = self.num_sms if problem.packed else min(num_tiles, self.num_sms)
@@ -58,6 +59,7 @@ class RowKernel:
         shape = self.params.problem
         shape.table = problem.rules.table.data_ptr()
         shape.length, shape.kv_heads, shape.group = problem.length, problem.kv_heads, problem.group
+        shape.offset, shape.first_m_block = problem.offset, first * self.pack_gqa
         shape.tiles_per_head, shape.num_tiles = tiles_per_head, num_tiles
         shape.together = self._together(tiles_per_head)
         self.maps = Maps(self.params, problem, q, k, v, other)

@@ -14,6 +14,8 @@ from . import forward
 from .problem import TILE, heads_per_tile
 
 _SMALLEST_BLOCK = 16
+_FEWEST_QUERIES = 256  # a tile has 192 or 256 rows
+_TOO_FEW = f"it takes as many queries as keys, or at least {_FEWEST_QUERIES}"
 _NVRTC = (
     13  # the version that kernels are built and checked with; ptxas 12.8 has made wrong code (`gluon.common.opaque`)
 )
@@ -32,8 +34,8 @@ def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -
         return "it takes head dimensions 64 and 128"
     if q.numel() == 0:
         return "there are no queries"
-    if not packed and q.shape[1] != k.shape[1]:
-        return "it takes as many queries as keys"
+    if not packed and q.shape[1] != k.shape[1] and q.shape[1] < _FEWEST_QUERIES:
+        return _TOO_FEW
     if pattern.block_size < _SMALLEST_BLOCK or q.shape[-2] // k.shape[-2] % heads_per_tile(pattern.block_size):
         return "blocks of 32 and 16 need a multiple of 2 and 4 query heads to a KV head"
     if not _has_closed_form(pattern.key):

@@ -75,11 +75,12 @@ DEVICE void products(float (&acc)[D / 2], const unsigned (&probs)[16], unsigned 
     accumulate(acc, probs, values, add);
 }
 
-// Rows that are worked on: where they are in shared memory, where their statistics begin, tokens to the document's end.
+// Rows that are worked on: where they are in shared memory, where their statistics begin, tokens to the document's end,
+// rows before the first query.
 struct Held {
     int place;
     unsigned statistics;
-    int rows_left;
+    int rows_left, rows_before;
 };
 
 // Normalises the output of a warp's 16 rows and leaves it in the shared memory of the rows; stores the log-sum-exp.
@@ -116,7 +117,7 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int own = lane_row + 8 * r;
-            if (own % TOKENS < held.rows_left)
+            if (own % TOKENS < held.rows_left && (!LATE || own % TOKENS >= held.rows_before))
                 params.lse[held.statistics + own / TOKENS * tokens + own % TOKENS] = (top[r] + log2_fast(sum[r])) * LN2;
         }
     }
@@ -182,8 +183,9 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             const Tile& tile = next.tile();
             held.place = consumer * ROW_SLOTS + place.index;
             held.statistics = (tile.batch * params.problem.kv_heads * params.problem.group + tile.head[consumer]) *
-                                  params.problem.length + tile.begin + next.row;
+                                  params.problem.length + tile.begin + next.row - keys_before(params.problem);
             held.rows_left = tile.length - next.row;
+            held.rows_before = keys_before(params.problem) - next.row;
         }
         keys.advance();
 

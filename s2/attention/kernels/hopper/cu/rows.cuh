@@ -8,8 +8,11 @@
 // Blocks smaller than 64 need several query heads to a KV head. The rows of an m_block are then one query block of
 // 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
 //
-// Constants: those of `plan.cuh`, D, PACKED, STAGES, ROW_SLOTS (tiles whose rows are held), ROW_PARTS (2: q comes with
-// dO).
+// Rows are counted by their places in the sequence. Where the queries are the last of longer keys (LATE), the first
+// m_block may begin before them: TMA reads those rows as zeros and does not store them.
+//
+// Constants: those of `plan.cuh`, D, PACKED, LATE, STAGES, ROW_SLOTS (tiles whose rows are held), ROW_PARTS (2: q comes
+// with dO).
 #pragma once
 
 #include "hopper.cuh"
@@ -66,6 +69,9 @@ DEVICE void init_barriers(Shared& shared) {
     barrier_init_fence();
 }
 
+// Keys before the first query.
+DEVICE int keys_before(const Problem& problem) { return LATE ? problem.offset : 0; }
+
 // First query head of an m_block.
 DEVICE int first_head(int m_block, int kv_head, int group, int pack_gqa) {
     return kv_head * group + remainder(m_block, pack_gqa) * (ROWS / TOKENS);
@@ -91,7 +97,8 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             head = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
         }
         nth = tiles_per_head - 1 - nth;
-        int m_block = nth * CONSUMERS, begin = 0, length = problem.length, first_m_block = 0;
+        int m_block = nth * CONSUMERS, begin = 0, length = problem.length + keys_before(problem), first_m_block = 0;
+        if (LATE) m_block += problem.first_m_block;
         if (PACKED) {
             const int* entry = problem.documents + 4 + 4 * nth;
             m_block = entry[0];
@@ -186,7 +193,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q
                 const int row = row_of(done.m_block + c, pack_gqa);
                 if (STORES && is_mover && (!PACKED || row + TOKENS <= done.length)) {
                     const int head = first_head(done.m_block + c, done.kv_head, group, pack_gqa);
-                    store_box(out, rows, done.begin + row, head, done.batch);
+                    store_box(out, rows, done.begin + row - keys_before(problem), head, done.batch);
                     tma_store_commit();
                     tma_store_wait();
                 }
@@ -195,7 +202,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q
                 const unsigned full = shared_address(&shared.rows_full[own]);
                 barrier_expect(full, ROW_PARTS * BOX_BYTES);
                 const auto& next = tiles[0];
-                const int token = next.begin + row_of(next.m_block + c, pack_gqa);
+                const int token = next.begin + row_of(next.m_block + c, pack_gqa) - keys_before(problem);
                 const int head = first_head(next.m_block + c, next.kv_head, group, pack_gqa);
                 load_box(rows, q, full, token, head, next.batch);
                 if (ROW_PARTS > 1) load_box(rows + BOX_BYTES, dout, full, token, head, next.batch);
