@@ -132,8 +132,11 @@ def test_the_largest_share_of_any_batch_is_close_to_an_even_one(seed):
         (8, 1, 64, 1),
         (32, 1, 131072, 8),
         (8, 16, 131072, 2),
-        (32, 16, 131072, 2),  # one would fill the GPU, but sequences may differ in length
-        (32, 64, 131072, 1),
+        (8, 32, 32768, 8),  # two waves would end unevenly
+        (32, 16, 131072, 8),
+        (32, 32, 8192, 2),  # one would fill the GPU, but sequences may differ in length
+        (32, 64, 131072, 3),
+        (32, 256, 8192, 1),
     ],
 )
 def test_splits_fill_the_gpu(heads, batch, slots, splits):

@@ -139,14 +139,20 @@ def decode_splits(heads: int, batch: int, slots: int, row_bytes: int, config: De
         batch, slots: sequences, and what a head holds for each.
         row_bytes: what a program hands over to a merge.
     """
-    pairs, room = heads * batch, processors * config.per_processor
+    pairs, room, tiles = heads * batch, processors * config.per_processor, slots / config.block_n
     most = max(1, slots // (config.block_n * LEAST_DECODE_TILES))
     most = min(most, max(-(-processors // pairs), MERGED_BYTES // row_bytes))
     # several sequences may differ in length: of one program each the longest would hold up the others
     least = min(2, most) if batch > 1 and pairs < 4 * room else 1
 
-    def value(splits: int) -> float:
-        waves = -(-pairs * splits // room)
-        return pairs * splits / (room * waves) - 0.05 * waves  # how full the waves are, and what each begins with
+    def time(splits: int) -> float:
+        """In what a tile takes where the GPU is full (2 us for 32 KB on an H200): a program begins with as much, few
+        run up to five times as fast, and the end of few waves is uneven (12 % of two, measured)."""
+        full, rest = divmod(pairs * splits, room)
+        spent = full * (1 + tiles / splits)
+        if rest:
+            spent += 1 + tiles / splits * max(rest / room, 0.2)
+        waves = full + (rest > 0)
+        return spent * (1 + 0.48 / waves**2) if waves > 1 else spent
 
-    return max(range(least, most + 1), key=value)
+    return min(range(most, least - 1, -1), key=lambda splits: round(time(splits), 6))
