@@ -39,7 +39,7 @@ from s2.tables import markdown
 TITLES = {
     "curves": "Training loss over tokens and over minutes",
     "positions": "Held-out loss by position",
-    "speed": "Quality at the longest length trained on against the time of all layers' attention at the longest one timed",
+    "speed": "Quality at the longest length trained on against the time of all layers' attention",
 }
 
 
