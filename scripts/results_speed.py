@@ -53,7 +53,7 @@ def _median(bench: Any, function: Any, **options: Any) -> float:
 
 
 class DecodeStep:
-    """The attention of all layers to the keys that a cache holds of `length` tokens, for the last of them. Its time does
+    """The attention of all layers to keys that a cache holds of `length` tokens, for the last of them. Its time does
     not depend on what they are: zeros, but for the last."""
 
     def __init__(self, config: ModelConfig, length: int, device: str):
