@@ -1,7 +1,8 @@
 """Running a trained model: the KV cache and text generation."""
 
 from .cache import KVCache
-from .generate import generate
+from .generate import generate, stream
+from .graph import DecodeGraph
 from .prefix import PrefixCache
 
-__all__ = ["KVCache", "PrefixCache", "generate"]
+__all__ = ["DecodeGraph", "KVCache", "PrefixCache", "generate", "stream"]
