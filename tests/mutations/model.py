@@ -132,6 +132,42 @@ MUTANTS = (
         ("test_prefix.py::test_generation_ends_when_each_row_has_ended_or_is_enough",),
     ),
     Mutant(
+        "a_stop_string_is_cut_before_one_that_begins_sooner", "s2/inference",
+        "if found < len(text) and found <= begun:",
+        "if found < len(text):",
+        ("test_detokenize.py",),
+    ),
+    Mutant(
+        "the_beginning_of_a_stop_string_is_shown", "s2/inference",
+        "shown = min(found, begun)",
+        "shown = found",
+        ("test_detokenize.py",),
+    ),
+    Mutant(
+        "half_a_character_is_shown", "s2/inference",
+        "sure = text.removesuffix(_INCOMPLETE)",
+        "sure = text",
+        ("test_detokenize.py",),
+    ),
+    Mutant(
+        "runs_of_byte_tokens_are_shown_while_they_may_become_invalid", "s2/inference",
+        "if not self._decoder.is_adding or token in self._decoder.bytes:",
+        "if not self._decoder.is_adding:",
+        ("test_detokenize.py",),
+    ),
+    Mutant(
+        "special_tokens_are_context_for_the_next", "s2/inference",
+        "            return \"\"\n        if self._decoder.tokenizer.id_to_token(token) is None:",
+        "            pass\n        if self._decoder.tokenizer.id_to_token(token) is None:",
+        ("test_detokenize.py",),
+    ),
+    Mutant(
+        "rows_go_on_behind_a_stop_string", "s2/inference",
+        "        if self._text.is_stopped:\n            reason = \"stop\"",
+        "        if self._text.is_stopped and self._left == 0:\n            reason = \"stop\"",
+        ("test_text.py", "test_adapter.py::test_a_stop_sequence_of_several_tokens_ends_generation"),
+    ),
+    Mutant(
         "a_captured_step_has_the_positions_of_rows_of_one_length", "s2/inference",
         "self._open(num_tokens, [num_tokens] * len(self._held), stand_alike=False)",
         "self._open(num_tokens, [num_tokens] * len(self._held), stand_alike=len(set(self._held)) == 1)",
