@@ -74,10 +74,10 @@ class _Asked:
         }
 
     def summary(self) -> str:
-        count = len(self.token_ids)
+        record = self.record()
         return (
-            f"{count} tokens after {len(self.ids)} in {self.seconds:.2f} s, {count / max(self.seconds, 1e-9):.1f} "
-            f"tokens/s; ended by {self.reason}"
+            f"{record['tokens']} tokens (prompt: {record['prompt_tokens']}) in {self.seconds:.2f} s, "
+            f"{record['tokens_per_second']:.1f} tokens/s, ended by {self.reason}"
         )
 
 

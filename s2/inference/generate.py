@@ -147,7 +147,7 @@ def _stream(
         cache = KVCache(model.config, batch, width + max_new_tokens - 1, device=weight.device, dtype=weight.dtype)
     step = decode_step(model, cache, max_new_tokens, graph)
     logits = _prefill(model, cache, input_ids, prompts, prefill_chunk or width)
-    said = torch.empty((batch, max_new_tokens if is_enough else 0), dtype=torch.int64, device="cpu")
+    said = torch.empty((batch, 0 if is_enough is None else max_new_tokens), dtype=torch.int64, device="cpu")
     ended = [False] * batch
     held: tuple[Tensor, Tensor] | None = None  # which rows have ended, and the token that each repeats
     for count in range(1, max_new_tokens + 1):
@@ -158,11 +158,11 @@ def _stream(
         if ends or is_enough is not None:
             ended = [was or index in ends for was, index in zip(ended, drawn.ids, strict=True)]
             if is_enough is not None:
-                said[:, count - 1] = torch.tensor(drawn.ids)
+                said[:, count - 1] = torch.tensor(drawn.ids, device="cpu")
                 ended = _either(ended, is_enough(said[:, :count]))
             drawn.ended = tuple(ended)
             if ended != before:
-                held = torch.tensor(ended).to(token.device, non_blocking=True), token
+                held = torch.tensor(ended, device="cpu").to(token.device, non_blocking=True), token
         yield drawn
         if all(ended) or count == max_new_tokens:
             return
@@ -234,7 +234,7 @@ def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generato
 
 def _either(ended: list[bool], said: Sequence[bool] | Tensor) -> list[bool]:
     """The rows that have ended, with those of which `is_enough` said so."""
-    enough = torch.as_tensor(said, dtype=torch.bool)
+    enough = torch.as_tensor(said, dtype=torch.bool, device="cpu")
     if enough.shape != (len(ended),):
         raise ValueError(f"is_enough gave {list(enough.shape)} for {len(ended)} rows; it must say it of each row")
     return [was or is_now for was, is_now in zip(ended, enough.tolist(), strict=True)]

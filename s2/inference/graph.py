@@ -97,15 +97,18 @@ class DecodeGraph:
             raise ValueError("the cache is empty: feed the prompts before the first decode step")
         new = self._cache.reserve(*tokens.shape)
         self._tokens.copy_(tokens)
-        if self._replay is None and self._warm == WARM_UP:
-            self._replay = self._capture(self._run)
-        if self._replay is None:
-            self._warm += 1
-            logits = self._run()
-        else:
-            logits = self._replay()
+        with torch.cuda.device_of(self._tokens):  # whose stream captures and replays
+            logits = self._next()
         self._cache.commit(new)
         return logits
+
+    def _next(self) -> Tensor:
+        if self._replay is None and self._warm < WARM_UP:
+            self._warm += 1
+            return self._run()
+        if self._replay is None:
+            self._replay = self._capture(self._run)
+        return self._replay()
 
     def _run(self) -> Tensor:
         return self._model(self._tokens, cache=_OnDevice(self._cache))

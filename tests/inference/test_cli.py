@@ -42,13 +42,13 @@ def test_one_prompt_is_streamed(run, folder, monkeypatch):
     streamed = [args[0] for args, options in pieces if options.get("end") == ""]
     assert len(streamed) == 12 and "".join(streamed) == said.text
     assert all(options["flush"] for args, options in pieces)
-    assert "--prompt: 12 tokens after 4 in" in pieces[-1][0][0]
+    assert "--prompt: 12 tokens (prompt: 4) in" in pieces[-1][0][0]
 
 
 def test_text_alone_goes_to_standard_output(run, folder):
     code, out, err = run("--prompt", "The old river", "--stop", "zzz")
     assert (code, out) == (0, continue_texts(folder, ["The old river"], 12)[0].text + "\n")
-    assert "tokens/s; ended by length" in err
+    assert "tokens/s, ended by length" in err
 
 
 def test_a_line_of_json_for_each_prompt_in_their_order(run, folder, tmp_path, monkeypatch):

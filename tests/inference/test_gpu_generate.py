@@ -160,3 +160,15 @@ def test_layers_that_keep_everything_decode_eagerly():
     with pytest.raises(ValueError, match="graph=True: layers"):
         generate(model, prompts, 60, cache=cache, graph=True)
     assert generate(model, prompts, 60, cache=cache).shape == (3, 60)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("graph", [False, True])
+def test_another_gpu_than_the_current_one_generates_the_same(graph):
+    model = build("L2V4+sink1-inter")
+    prompts = [torch.randint(128, (length,), device="cuda") for length in LENGTHS]
+    expected = generate(model, prompts, 60, graph=graph)
+    model.to("cuda:1")
+    assert torch.equal(
+        generate(model, [prompt.to("cuda:1") for prompt in prompts], 60, graph=graph), expected.to("cuda:1")
+    )
