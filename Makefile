@@ -27,7 +27,7 @@ STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origi
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend gate eval suite needle report results bench clean
+.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend gate generate eval suite needle report results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -82,6 +82,9 @@ measure = if [ -f recipes/$(RECIPE)/gates/$(1).yaml ] && [ -d runs/$(RECIPE)/$(1
 gate: setup ## CKPT against the thresholds of CONFIG (default: recipes/RECIPE/gates/<stage>.yaml), into gate.json; stages with run.gate=required begin only from what has passed
 	$(BIN)/python -m eval.gate --ckpt $(CKPT) --config $(or $(CONFIG),recipes/$(RECIPE)/gates/$(notdir $(patsubst %/hf,%,$(CKPT))).yaml) $(ARGS)
 
+generate: setup ## continue PROMPT="some text" with CKPT, without PROMPT standard input: ARGS="--max-new-tokens 200 --temperature 0.7 --chat"
+	@$(BIN)/python -m s2.inference.cli --ckpt $(CKPT) $(if $(filter command,$(firstword $(origin PROMPT))),--prompt "$$PROMPT") $(ARGS)
+
 eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap (HELDOUT=<text or shards> of a checkpoint of others)
 	@test -z '$(EVAL_DATA)' -o -n '$(TASKS)' || { echo 'error: EVAL_DATA=$(EVAL_DATA) needs TASKS=<stock tasks>'; exit 2; }
 	$(BIN)/python -m eval.lm --ckpt $(CKPT) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) \
@@ -110,9 +113,9 @@ test: setup ## the test suite, no GPU needed (WORKERS processes)
 test-all: setup ## the same with its nightly tests, and ten random cases of damage and kills
 	S2_RANDOM_CASES=10 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not gpu' $(ARGS)
 
-test-gpu: ## the tests of attention and of the KV cache on a CUDA device, with the environment at hand (PYTHON=...) or .venv
+test-gpu: ## the tests of attention, KV cache and generation on a CUDA device, with the environment at hand (PYTHON=...) or .venv
 	$(AT_HAND) -m pytest -q -n $(WORKERS) --dist worksteal \
-		tests/attention tests/model/test_triton_op.py tests/inference/test_gpu_cache.py $(ARGS)
+		tests/attention tests/model/test_triton_op.py tests/inference/test_gpu_cache.py tests/inference/test_gpu_generate.py $(ARGS)
 
 verify: ## check the attention of every recipe, or of RECIPE, on this machine's GPU, with the environment at hand or .venv
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(AT_HAND) scripts/verify.py $(if $(filter command environment,$(firstword $(origin RECIPE))),$(RECIPE)) $(ARGS)

@@ -91,7 +91,8 @@ def decode_attention(
     if backend == "reference":
         out, lse = reference_decode(q, k, v, table, lengths, block=block, scale=scale)
     else:
-        out, lse = run_decode(q, k, v, table, lengths, block, scale, workspace)
+        with torch.cuda.device_of(q):  # kernels are launched on the current device
+            out, lse = run_decode(q, k, v, table, lengths, block, scale, workspace)
     return (out, lse) if return_lse else out
 
 
