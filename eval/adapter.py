@@ -17,7 +17,6 @@ Differences from lm-eval's own Hugging Face model, all of them on purpose:
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,15 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences
 
-from eval.arguments import DTYPES
-from eval.checkpoint import ASK_EVERY, Checkpoint, memory_for
+from eval.checkpoint import Checkpoint
 from eval.encoding import PromptEncoder
 from eval.results import Answers
 from eval.sampling import MAX_NEW_TOKENS, Sampling
-from s2.inference.generate import generate
+from s2.arguments import DTYPES
+from s2.inference.folder import memory_for
+from s2.inference.text import continue_texts
 from s2.progress import progress
 
 log = logging.getLogger(__name__)
@@ -271,43 +271,21 @@ class S2LM(TemplateLM):
                     bar.update(len(batch))
         return results
 
-    @torch.inference_mode()
     def _generate_batch(
         self, prompts: list[list[int]], options: Sampling, generator: torch.Generator | None
     ) -> list[str]:
-        ends = self.checkpoint.eos_ids
         eos_text = self.checkpoint.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-        stops = handle_stop_sequences(list(options.until), eos=eos_text)
-
-        def read(row: list[int]) -> str:
-            end = next((i for i, token in enumerate(row) if token in ends), len(row))
-            return self.checkpoint.tokenizer.decode(row[:end], skip_special_tokens=True)
-
-        def is_enough(new: torch.Tensor) -> list[bool]:  # a stop sequence of several tokens is in the text alone
-            rows = new.tolist() if new.shape[1] % ASK_EVERY == 0 else [[]] * len(new)
-            return [any(stop and stop in text for stop in stops) for text in map(read, rows)]
-
-        output = generate(
-            self.checkpoint.model,
-            torch.tensor(prompts, device=self._device),
+        said = continue_texts(
+            self.checkpoint,
+            prompts,
             options.max_new_tokens,
+            stop=[stop for stop in handle_stop_sequences(list(options.until), eos=eos_text) if stop],
             temperature=options.temperature,
             top_p=options.top_p,
             top_k=options.top_k,
-            eos_token_id=[*ends, *self._tokens_that_stop(tuple(stops))],
             generator=generator,
-            is_enough=is_enough,
         )
-        return [postprocess_generated_text(read(row), stops, None) for row in output.tolist()]
-
-    def _tokens_that_stop(self, stops: tuple[str, ...]) -> list[int]:
-        """Tokens that contain a stop sequence, so that generation need not go on after it."""
-        return [i for i, text in enumerate(self._token_texts) if any(stop and stop in text for stop in stops)]
-
-    @cached_property
-    def _token_texts(self) -> list[str]:
-        tokens = [[i] for i in range(self.checkpoint.config.vocab_size)]
-        return self.checkpoint.tokenizer.decode_batch(tokens, skip_special_tokens=False)
+        return [each.text for each in said]
 
     def _memory_for(self, rows: int, width: int) -> Any:
         smaller = f"lower --batch-tokens, now {self.batch_tokens}" if rows > 1 else "lower --max-length"

@@ -1,63 +1,32 @@
-"""Texts, questions with answers and chats as token ids of a checkpoint.
+"""Questions with their answers, and lm-eval's chats, as token ids of a checkpoint."""
 
-Token ids are those of tokenizer.json, as in training. Text that spells a special token is text, except in prompts that
-a chat template has written.
-"""
+from collections.abc import Sequence
 
-from functools import cached_property
-from typing import Any, cast
-
-from tokenizers import Tokenizer
-
-from eval.checkpoint import Checkpoint, bos_of
+from s2.inference.encoding import Message, TextEncoder
+from s2.inference.folder import ModelFolder
 
 
-class PromptEncoder:
-    """Encodes for one checkpoint.
+class PromptEncoder(TextEncoder):
+    """Encodes for one checkpoint, as `TextEncoder` does.
 
-    Args:
-        checkpoint: whose tokenizer, special ids and chat template are used.
-        add_bos_token: put BOS before every text; None: as the tokenizer does.
     Raises:
         ValueError: BOS is asked of a checkpoint without one, or there is no end-of-text token.
     """
 
-    def __init__(self, checkpoint: Checkpoint, add_bos_token: bool | None = None) -> None:
-        self._checkpoint = checkpoint
-        own = bos_of(checkpoint.tokenizer)
-        self.bos_id = checkpoint.config.bos_token_id if own is None else own
-        self.add_bos_token = own is not None if add_bos_token is None else add_bos_token
-        if self.add_bos_token and self.bos_id is None:
-            raise ValueError(f"add_bos_token: the checkpoint {checkpoint.folder} has no BOS token")
+    def __init__(self, checkpoint: ModelFolder, add_bos_token: bool | None = None) -> None:
+        super().__init__(checkpoint, add_bos_token)
         if not checkpoint.eos_ids:
             raise ValueError(f"{checkpoint.folder}/config.json has no eos_token_id; lm-eval needs one")
-        self.tokenizer = checkpoint.tokenizer
 
     @property
     def prefix_id(self) -> int:
         """What stands before a text that has nothing before it: BOS, or else the end of another text."""
-        return self._checkpoint.eos_ids[0] if self.bos_id is None else self.bos_id
+        return self.folder.eos_ids[0] if self.bos_id is None else self.bos_id
 
     def bos_setting(self) -> str:
         """For the line above a table: what stands before every text."""
         token = self.tokenizer.id_to_token(self.prefix_id)
         return f"yes ({token})" if self.add_bos_token else f"no (empty contexts and rolling windows begin with {token})"
-
-    def encode(self, text: str, with_bos: bool | None = None) -> list[int]:
-        """Token ids, with BOS in front (None: as set), unless the text itself starts with it."""
-        tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
-        size = self._checkpoint.config.vocab_size
-        if tokens and max(tokens) >= size:  # a special token of a chat template, or `load_tokenizer` had refused it
-            token = self.tokenizer.id_to_token(max(tokens))
-            raise ValueError(
-                f"the chat template writes {token!r}, for which the model of {size} tokens has no embedding"
-            )
-        wanted = self.add_bos_token if with_bos is None else with_bos
-        return [self.bos_id, *tokens] if wanted and self.bos_id is not None and tokens[:1] != [self.bos_id] else tokens
-
-    def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens included."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def pair(self, context: str, answer: str) -> tuple[list[int], list[int]]:
         """Tokens of a context (at least one) and of its answer (at least one).
@@ -94,22 +63,8 @@ class PromptEncoder:
                 return tokens
         raise ValueError(f"{asked} shares a token with its context, and cannot be tokenized without it")
 
-    def chat(self, history: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """The checkpoint's chat template as transformers fills it in. From then on special tokens in a text are read
-        as such, because the template writes them."""
-        if self.tokenizer is self._checkpoint.tokenizer:
-            self.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-            self.tokenizer.encode_special_tokens = False
-        text = self._templates.apply_chat_template(
-            history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return cast("str", text)
-
-    @cached_property
-    def _templates(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(self._checkpoint.folder))
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The chat template filled in. From then on special tokens in a text are read as such, because the template
+        writes them."""
+        self.tokenizer = self.reads_special
+        return super().chat(messages, add_generation_prompt)

@@ -30,8 +30,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from eval import lm, needle, positions, samples
-from eval.arguments import DTYPES, new_parser, path
-from eval.checkpoint import Checkpoint, check_checkpoint, results_folder
+from eval.checkpoint import Checkpoint, results_folder
 from eval.grid import SAMPLES, parse_length
 from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
@@ -39,6 +38,8 @@ from eval.positions import DOCUMENTS
 from eval.results import threshold
 from eval.suite import Row, rows_of
 from s2 import ending, files
+from s2.arguments import DTYPES, new_parser, path
+from s2.inference.folder import check_folder
 from s2.recipe import load_recipe
 
 Length = Annotated[int, BeforeValidator(lambda value: parse_length(str(value)))]
@@ -158,9 +159,9 @@ def check_gate(
     """
     started = time.monotonic()
     config = GateConfig.load(config_file)
-    output = output or results_folder(check_checkpoint(folder))
+    output = output or results_folder(check_folder(folder))
     if config.base:
-        check_checkpoint(config.base)
+        check_folder(config.base)
     about = Checkpoint.open(folder, "cpu")
     lengths = [*(check.length for check in config.loss), *(check.length for check in config.needle)]
     check_lengths(lengths or [1], about.max_length)
@@ -269,7 +270,7 @@ def describe(gate: dict[str, Any]) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("gate", __doc__)
+    parser = new_parser("eval.gate", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
@@ -284,7 +285,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     options = [*_named("device", args.device), *_named("dtype", args.dtype)]
-    output = args.output or results_folder(check_checkpoint(args.ckpt))
+    output = args.output or results_folder(check_folder(args.ckpt))
     gate = check_gate(args.ckpt, args.config, output, options)
     print(f"{describe(gate)}\n{output / FILE}", flush=True)
     if missed := [check for check in gate["checks"] if not check["passed"]]:

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from eval.arguments import new_parser, path
 from eval.differences import Difference, of_sweeps
 from eval.grid import format_lengths, parse_length
 from eval.panels import PICTURES, Panel, check_picture, draw_panels
 from eval.sweep import SCORE_NAMES, Sweep, describe, read_sweep
 from s2 import ending, files
+from s2.arguments import new_parser, path
 
 _MOST_PANELS = 6
 _AXES = ("context length (tokens)", "depth of the needle")
@@ -114,7 +114,7 @@ def _difference_panel(sweeps: Sequence[Sweep], titles: Sequence[str], difference
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser("heatmap", __doc__)
+    parser = new_parser("eval.heatmap", __doc__)
     add = parser.add_argument
     add("results", nargs="+", type=path, help="results of eval.needle, rows of a published sweep, or folders of such")
     add("--output", type=path, help="picture to write (.png, .pdf, .svg); without, the last name given is the picture")

@@ -27,14 +27,15 @@ from lm_eval.utils import make_table
 
 from eval import documents
 from eval.adapter import S2LM
-from eval.arguments import DTYPES, new_parser, path
-from eval.checkpoint import check_checkpoint, results_folder
+from eval.checkpoint import results_folder
 from eval.heldout import find_heldout
 from eval.local_tasks import LocalTasks, write_local_tasks
 from eval.results import Answers, Conditions, write_results
 from eval.task_manager import CorrectedTasks
 from s2 import ending
+from s2.arguments import DTYPES, new_parser, path
 from s2.files import require_writable, temporary_folder
+from s2.inference.folder import check_folder
 from s2.progress import no_bars_in_logs
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -208,7 +209,7 @@ def _metadata(text: str) -> dict[str, Any]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser("lm", __doc__)
+    parser = new_parser("eval.lm", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
@@ -238,7 +239,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def command(argv: Sequence[str] | None = None) -> Path:
     """What the command line does; the JSON file of the results."""
     args = _arguments(argv)
-    check_checkpoint(args.ckpt)
+    check_folder(args.ckpt)
     tasks = list(dict.fromkeys(name for part in args.tasks.split(",") if (name := part.strip())))
     check_amounts(args.limit, args.num_fewshot, check_tasks(tasks, args.data_dir))
     if args.heldout and "s2_heldout" not in tasks:

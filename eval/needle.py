@@ -30,8 +30,7 @@ import torch
 from tokenizers import Tokenizer
 
 from eval import samples
-from eval.arguments import new_parser, path
-from eval.checkpoint import Checkpoint, bos_of
+from eval.checkpoint import Checkpoint
 from eval.grid import (
     DEPTHS,
     SAMPLES,
@@ -50,6 +49,8 @@ from eval.needle_prompts import KINDS, MAX_SHIFT, Needle, Prompt, build_prompt, 
 from eval.samples import Part, Sample
 from eval.sweep import SCORE_NAMES, describe, read_sweep
 from s2 import ending, files
+from s2.arguments import new_parser, path
+from s2.inference.folder import bos_of
 from s2.model.hf import load_config
 
 HAYSTACK_TOKENS = 1 << 20
@@ -244,7 +245,7 @@ def _say(reader: Checkpoint, tokenizer: Tokenizer, tokens: list[int], needle: Ne
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("needle", __doc__)
+    parser = new_parser("eval.needle", __doc__)
     samples.add_arguments(parser)
     add = parser.add_argument
     # fmt: off

@@ -19,10 +19,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from eval.adapter import S2LM
-from eval.arguments import new_parser, path
-from eval.checkpoint import check_checkpoint, results_folder
+from eval.checkpoint import results_folder
 from eval.lm import check_tasks, evaluate
 from s2 import ending, files
+from s2.arguments import new_parser, path
+from s2.inference.folder import check_folder
 
 TOLERANCE = 1e-3  # of a request's summed log-likelihood
 
@@ -67,7 +68,7 @@ def compare(
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("parity", __doc__)
+    parser = new_parser("eval.parity", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--ckpt", type=path, required=True, help="Hugging Face folder")
@@ -83,7 +84,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(sys.argv[1:] if argv is None else argv)
-    output = args.output or results_folder(check_checkpoint(args.ckpt))
+    output = args.output or results_folder(check_folder(args.ckpt))
     files.require_writable(output)
     found = compare(args.ckpt, args.tasks.split(","), args.limit, args.data_dir, args.batch_size)
     files.write_json(output / "parity.json", found)

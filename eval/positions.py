@@ -24,8 +24,7 @@ import torch
 from tokenizers import Tokenizer
 
 from eval import samples
-from eval.arguments import new_parser, path
-from eval.checkpoint import Checkpoint, bos_of, memory_for
+from eval.checkpoint import Checkpoint
 from eval.grid import format_length, listed, name_of, parse_lengths
 from eval.heldout import CHARS_A_TOKEN, find_heldout, read_texts
 from eval.needle import check_lengths
@@ -33,6 +32,8 @@ from eval.results import checksum_of
 from eval.samples import Evaluation, Sample
 from eval.sweep import student
 from s2 import ending
+from s2.arguments import new_parser, path
+from s2.inference.folder import bos_of, memory_for
 from s2.model.hf import load_config
 
 DOCUMENTS = 50
@@ -109,7 +110,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("positions", __doc__)
+    parser = new_parser("eval.positions", __doc__)
     samples.add_arguments(parser)
     add = parser.add_argument
     # fmt: off

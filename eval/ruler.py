@@ -24,8 +24,6 @@ from statistics import fmean
 from typing import Any
 
 from eval import samples
-from eval.arguments import new_parser, path
-from eval.checkpoint import bos_of, memory_for
 from eval.grid import default_lengths, format_length, listed, name_of, parse_lengths
 from eval.haystack import Haystack
 from eval.heldout import find_heldout, read_texts
@@ -34,6 +32,8 @@ from eval.ruler_tasks import TASKS, Maker, Reading, match
 from eval.samples import Evaluation, Sample
 from eval.sweep import wilson
 from s2 import ending
+from s2.arguments import new_parser, path
+from s2.inference.folder import bos_of, memory_for
 from s2.model.hf import load_config
 
 SAMPLES = 20
@@ -116,7 +116,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("ruler", __doc__)
+    parser = new_parser("eval.ruler", __doc__)
     samples.add_arguments(parser)
     add = parser.add_argument
     # fmt: off

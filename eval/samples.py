@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from eval.arguments import DTYPES, path, without
-from eval.checkpoint import Checkpoint, check_checkpoint, results_folder
+from eval.checkpoint import Checkpoint, results_folder
 from s2 import files
+from s2.arguments import DTYPES, path, without
 from s2.ending import FailureError
+from s2.inference.folder import check_folder
 from s2.model.hf import load_config
 from s2.progress import progress
 
@@ -285,7 +286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> Path:
     """The folder or file of the results. Raises ValueError or FileNotFoundError before anything is computed."""
-    check_checkpoint(args.ckpt)
+    check_folder(args.ckpt)
     for name in ("processes", "batch_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")

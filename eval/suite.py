@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from eval import documents, lm, needle, positions, ruler, samples
-from eval.arguments import new_parser, path
 from eval.checkpoint import Checkpoint
 from eval.grid import default_lengths, format_length, parse_lengths
 from eval.heldout import find_heldout
@@ -29,6 +28,7 @@ from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
 from eval.results import is_current
 from s2 import ending, files
+from s2.arguments import new_parser, path
 from s2.model.hf import load_config
 
 PARTS: dict[str, Callable[[Sequence[str]], Path]] = {
@@ -131,7 +131,7 @@ def _cell(row: Row, n: bool = True) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("suite", __doc__)
+    parser = new_parser("eval.suite", __doc__)
     samples.add_arguments(parser)
     add = parser.add_argument
     # fmt: off

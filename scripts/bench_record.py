@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eval.arguments import without
 from s2 import files
+from s2.arguments import without
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("--output", "--work")  # options that a record does not repeat

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.arguments import new_parser, path
 from eval.checkpoint import results_folder
 from eval.report.front import draw_front
 from eval.report.page import write
 from eval.report.run import read_runs
 from s2 import ending
+from s2.arguments import new_parser, path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = new_parser("report", __doc__)
+    parser = new_parser("eval.report", __doc__)
     parser.add_argument("runs", nargs="+", type=path, help="run folders: runs/demo/pretrain runs/demo/extend-2k")
     parser.add_argument(
         "--output", type=path, help=".html to write, .md beside it (for one run: its results/report.html)"

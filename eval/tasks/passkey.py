@@ -5,8 +5,8 @@ from typing import Any
 
 import datasets
 
-from eval.checkpoint import load_tokenizer
 from eval.needle_prompts import FILLER
+from s2.inference.folder import load_tokenizer
 
 LENGTHS = tuple(2**power for power in range(8, 21))
 

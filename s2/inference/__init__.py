@@ -1,7 +1,19 @@
-"""Running a trained model: the KV cache and text generation."""
+"""Running a trained model: the KV cache, generation, and texts from a folder."""
 
 from .cache import KVCache
-from .generate import generate
+from .folder import ModelFolder
+from .generate import generate, stream
+from .graph import DecodeGraph
 from .prefix import PrefixCache
+from .text import continue_texts, stream_texts
 
-__all__ = ["KVCache", "PrefixCache", "generate"]
+__all__ = [
+    "DecodeGraph",
+    "KVCache",
+    "ModelFolder",
+    "PrefixCache",
+    "continue_texts",
+    "generate",
+    "stream",
+    "stream_texts",
+]

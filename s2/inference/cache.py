@@ -89,6 +89,12 @@ class KVCache:
                 stacklevel=2,
             )
 
+    @classmethod
+    def bytes_for(cls, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype) -> int:
+        """`num_bytes` of such a cache, without making it."""
+        with warnings.catch_warnings(action="ignore"):
+            return cls(config, batch_size, max_length, device="meta", dtype=dtype).num_bytes
+
     @property
     def length(self) -> int:
         """Tokens held of the longest sequence."""
@@ -135,6 +141,17 @@ class KVCache:
         them.
 
         Raises:
+            ValueError: as `reserve`.
+        """
+        new = self.reserve(batch_size, num_tokens, counts)
+        self._open(num_tokens, new, stand_alike=len(set(self._held)) == 1)
+
+    def reserve(self, batch_size: int, num_tokens: int, counts: Sequence[int] | None = None) -> list[int]:
+        """What the host does of `begin`: it checks that the tokens have room, and returns the new ones of each
+        sequence, which `commit` takes. A call that was captured in a CUDA graph (`s2.inference.graph`) is replayed
+        between the two.
+
+        Raises:
             ValueError: another batch size than the cache's, no room, counts that do not fit, or a call before that
                 failed with keys overwritten that these tokens see.
         """
@@ -157,12 +174,19 @@ class KVCache:
                     f"{lost[0]}, which has {self._held[lost[0]]} tokens: truncate(0) and feed the prompts again"
                 )
         self._written = [max(pair) for pair in zip(self._written, ends, strict=True)]
-        is_uniform = counts is None or min(new) == num_tokens
+        return new
+
+    def begin_on_device(self, num_tokens: int) -> None:
+        """What the device does of `begin`, with as many new tokens of each sequence, whatever their lengths are. No
+        value of the host goes into it, so that it can be captured."""
+        self._open(num_tokens, [num_tokens] * len(self._held), stand_alike=False)
+
+    def _open(self, num_tokens: int, new: list[int], *, stand_alike: bool) -> None:
         added: int | Tensor = num_tokens
-        if not is_uniform:
+        if min(new) < num_tokens:
             added = torch.tensor(new, dtype=torch.int32).to(self._lengths.device, non_blocking=True)
         before = self._lengths.clone()
-        first = before[:1] if len(set(self._held)) == 1 else before
+        first = before[:1] if stand_alike else before
         token = torch.arange(num_tokens, device=before.device)
         self._step = Step(num_tokens, list(self._held), new, before, before + added, first[:, None] + token, self._kept)
 
@@ -192,9 +216,18 @@ class KVCache:
 
     def advance(self) -> None:
         """All layers have attended: the new tokens count as held."""
+        new = self._begun.counts
+        self.advance_on_device()
+        self.commit(new)
+
+    def advance_on_device(self) -> None:
+        """What the device does of `advance`."""
         self._lengths.copy_(self._begun.after)
-        self._held = [sum(pair) for pair in zip(self._begun.starts, self._begun.counts, strict=True)]
         self._step = None
+
+    def commit(self, new: Sequence[int]) -> None:
+        """What the host does of `advance`: so many more tokens of each sequence, of `reserve`, are held."""
+        self._held = [sum(pair) for pair in zip(self._held, new, strict=True)]
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on, e.g. to decode several continuations of one prompt. Shorter sequences

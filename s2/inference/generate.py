@@ -1,8 +1,9 @@
-"""Text generation: prefill the prompt, then decode token by token from the cache."""
+"""Generation: prefill the prompts, then decode token by token from the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from s2.model.transformer import Transformer
 
 from .cache import KVCache
+from .graph import decode_step
+
+IsEnough = Callable[[Tensor], Sequence[bool] | Tensor]
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     input_ids: Tensor | Sequence[Tensor],
@@ -26,7 +29,9 @@ def generate(
     top_k: int = 0,
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
-    is_enough: Callable[[Tensor], Sequence[bool]] | None = None,
+    is_enough: IsEnough | None = None,
+    cache: KVCache | None = None,
+    graph: bool | None = None,
 ) -> Tensor:
     """Continue a batch of prompts, each as if it were alone.
 
@@ -44,41 +49,124 @@ def generate(
         generator: random numbers for the draw, on the model's device.
         prefill_chunk: feed the prompt in pieces of so many tokens, which bounds activation memory at long
             context.
-        is_enough: is asked after each token, of the new ones `[B, n]`, which rows need no more. A row for which it once
-            said so counts as ended.
+        is_enough: is asked after each token, of the new ones `[B, n]` on the host, which rows need no more. A row for
+            which it once said so counts as ended.
+        cache: the prompts continue what it holds; by default a new one. As `stream` leaves it.
+        graph: whether decode steps are captured in a CUDA graph and replayed (`s2.inference.graph`); None: where it is
+            possible and `max_new_tokens` are enough for it.
 
     Returns:
         int64 `[B, n]`, the new tokens only, `n <= max_new_tokens`.
 
     Raises:
-        ValueError: prompt and new tokens exceed max_position_embeddings, or an option is out of range.
+        ValueError: prompt and new tokens exceed max_position_embeddings or the cache, an option is out of range, or
+            `graph` is True and none is possible.
+    """
+    steps = stream(
+        model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, lengths=lengths, top_k=top_k,
+        generator=generator, prefill_chunk=prefill_chunk, is_enough=is_enough, cache=cache, graph=graph,
+    )  # fmt: skip
+    return torch.stack([drawn.tokens for drawn in steps], dim=1)
+
+
+class Drawn:
+    """One new token of each row.
+
+    Attributes:
+        tokens: int64 `[B]`, on the model's device. A row that ended before has its last token once more.
+        ended: of each row, whether it has ended, with this token or before.
+    """
+
+    def __init__(self, tokens: Tensor, ended: Sequence[bool]) -> None:
+        self.tokens, self.ended = tokens, tuple(ended)
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """`tokens` on the host. Waits for the device, unless it was asked already whether rows end."""
+        return self.tokens.tolist()
+
+
+def stream(
+    model: Transformer,
+    input_ids: Tensor | Sequence[Tensor],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    top_k: int = 0,
+    generator: torch.Generator | None = None,
+    prefill_chunk: int | None = None,
+    is_enough: IsEnough | None = None,
+    cache: KVCache | None = None,
+    graph: bool | None = None,
+) -> Iterator[Drawn]:
+    """`generate`, token by token, with its arguments. The next token is computed when it is asked for; the host waits
+    for the device once a token where rows can end, else never.
+
+    Closing the iterator before its end, or an exception out of it, leaves the model as it was. A `cache` of the
+    caller's then holds, as it does after the end, of each row what it held before, the prompt and all new tokens but
+    the last one (a row that had ended: its last token as often as others went on); `truncate` takes back what is too
+    much. If a prompt or a token failed while it was computed, the cache holds what it held before that piece; where
+    keys that this needs were overwritten, the next call says so.
+
+    Raises:
+        ValueError: as `generate`; what the arguments say by themselves before the iterator is returned.
     """
     check_sampling(temperature, top_p, top_k)
     input_ids, prompts = _padded(input_ids, lengths)
-    _check(model, prompts, max_new_tokens, prefill_chunk)
-    batch, prompt = input_ids.shape
-    weight = model.model.embed_tokens.weight
-    stop = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    stop_ids = torch.tensor(stop, dtype=input_ids.dtype, device=input_ids.device)
-    # the last token drawn is never fed back
-    cache = KVCache(model.config, batch, prompt + max_new_tokens - 1, device=weight.device, dtype=weight.dtype)
-    logits = _prefill(model, cache, input_ids, prompts, prefill_chunk or prompt)
+    _check(model, prompts, max_new_tokens, prefill_chunk, cache)
+    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
-    tokens: list[Tensor] = []
-    ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-    while True:
-        token = _draw(logits[:, -1], temperature, top_p, top_k, generator)
-        if tokens:
-            token = torch.where(ended, tokens[-1], token)
-        tokens.append(token)
-        if stop:
-            ended |= torch.isin(token, stop_ids)
-        if is_enough is not None:
-            ended |= _enough(is_enough(torch.stack(tokens, dim=1)), ended)
-        # without either no row ends, and the device need not be waited for
-        if len(tokens) == max_new_tokens or ((stop or is_enough is not None) and bool(ended.all())):
-            return torch.stack(tokens, dim=1)
-        logits = model(token[:, None], cache=cache, logits_to_keep=1)
+    def draw(logits: Tensor) -> Tensor:
+        return _draw(logits, temperature, top_p, top_k, generator)
+
+    return _stream(
+        model, input_ids, prompts, max_new_tokens, draw, frozenset(ends), prefill_chunk, is_enough, cache, graph
+    )
+
+
+@torch.inference_mode()
+def _stream(
+    model: Transformer,
+    input_ids: Tensor,
+    prompts: list[int],
+    max_new_tokens: int,
+    draw: Callable[[Tensor], Tensor],
+    ends: frozenset[int],
+    prefill_chunk: int | None,
+    is_enough: IsEnough | None,
+    cache: KVCache | None,
+    graph: bool | None,
+) -> Iterator[Drawn]:
+    batch, width = input_ids.shape
+    if cache is None:
+        weight = model.model.embed_tokens.weight
+        # the last token drawn is never fed back
+        cache = KVCache(model.config, batch, width + max_new_tokens - 1, device=weight.device, dtype=weight.dtype)
+    step = decode_step(model, cache, max_new_tokens, graph)
+    logits = _prefill(model, cache, input_ids, prompts, prefill_chunk or width)
+    said = torch.empty((batch, max_new_tokens if is_enough else 0), dtype=torch.int64, device="cpu")
+    ended = [False] * batch
+    held: tuple[Tensor, Tensor] | None = None  # which rows have ended, and the token that each repeats
+    for count in range(1, max_new_tokens + 1):
+        token = draw(logits[:, -1])
+        if held is not None:
+            token = torch.where(*held, token)
+        drawn, before = Drawn(token, ended), ended
+        if ends or is_enough is not None:
+            ended = [was or index in ends for was, index in zip(ended, drawn.ids, strict=True)]
+            if is_enough is not None:
+                said[:, count - 1] = torch.tensor(drawn.ids)
+                ended = _either(ended, is_enough(said[:, :count]))
+            drawn.ended = tuple(ended)
+            if ended != before:
+                held = torch.tensor(ended).to(token.device, non_blocking=True), token
+        yield drawn
+        if all(ended) or count == max_new_tokens:
+            return
+        logits = step(token[:, None])
 
 
 def _padded(input_ids: Tensor | Sequence[Tensor], lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, list[int]]:
@@ -144,15 +232,17 @@ def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generato
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
-def _enough(said: Sequence[bool] | Tensor, ended: Tensor) -> Tensor:
-    """What `is_enough` returned, as `ended` is."""
-    enough = torch.as_tensor(said, dtype=torch.bool, device=ended.device)
-    if enough.shape != ended.shape:
+def _either(ended: list[bool], said: Sequence[bool] | Tensor) -> list[bool]:
+    """The rows that have ended, with those of which `is_enough` said so."""
+    enough = torch.as_tensor(said, dtype=torch.bool)
+    if enough.shape != (len(ended),):
         raise ValueError(f"is_enough gave {list(enough.shape)} for {len(ended)} rows; it must say it of each row")
-    return enough
+    return [was or is_now for was, is_now in zip(ended, enough.tolist(), strict=True)]
 
 
-def _check(model: Transformer, prompts: list[int], max_new_tokens: int, prefill_chunk: int | None) -> None:
+def _check(
+    model: Transformer, prompts: list[int], max_new_tokens: int, prefill_chunk: int | None, cache: KVCache | None
+) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if prefill_chunk is not None and prefill_chunk < 1:
@@ -162,4 +252,15 @@ def _check(model: Transformer, prompts: list[int], max_new_tokens: int, prefill_
         raise ValueError(
             f"{max(prompts)} prompt tokens and max_new_tokens={max_new_tokens} make {total}, more than "
             f"max_position_embeddings={longest}; shorten the prompt or load the model with a larger value"
+        )
+    if cache is None:
+        return
+    if len(cache.lengths) != len(prompts):
+        raise ValueError(f"the cache was made for {len(cache.lengths)} sequences, and there are {len(prompts)} prompts")
+    # the last token drawn is never fed back
+    total = max(map(sum, zip(cache.lengths, prompts, strict=True))) + max_new_tokens - 1
+    if total > cache.max_length:
+        raise ValueError(
+            f"what the cache holds, the prompt and max_new_tokens={max_new_tokens} make {total} tokens to keep, more "
+            f"than its max_length={cache.max_length}; make a longer one or truncate it"
         )

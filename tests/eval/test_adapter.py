@@ -279,7 +279,7 @@ def test_a_stop_sequence_of_several_tokens_ends_generation(lm, steps):
     [text] = generate(lm, {"max_gen_toks": 40, "until": []})
     tokens = lm.tok_encode(text, add_special_tokens=False)
     stop = lm.checkpoint.tokenizer.decode(tokens[2:5])
-    assert not lm._tokens_that_stop((stop,)) and stop in text
+    assert stop in text
     steps.clear()
     assert generate(lm, {"max_gen_toks": 40, "until": [stop]}) == [text.split(stop)[0]]
-    assert len(steps) == 8
+    assert len(steps) == 5

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from eval.checkpoint import load_tokenizer
 from eval.haystack import Haystack
 from eval.needle_prompts import MAX_SHIFT, build_prompt
+from s2.inference.folder import load_tokenizer
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from eval import samples
-from eval.checkpoint import Checkpoint, bos_of, load_tokenizer, results_folder
+from eval.checkpoint import Checkpoint, results_folder
 from eval.grid import Grid, default_lengths, parse_depths, parse_lengths, result_stem
 from eval.haystack import Haystack
 from eval.needle import Prompts, main, run_sweep, score
 from eval.needle_prompts import KINDS, build_prompt, filler
 from eval.samples import place_in
+from s2.inference.folder import bos_of, load_tokenizer
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 

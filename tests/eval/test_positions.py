@@ -9,9 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from eval.checkpoint import Checkpoint, bos_of, load_tokenizer
+from eval.checkpoint import Checkpoint
 from eval.positions import buckets, losses, main, may_have, summarise
 from eval.sweep import student
+from s2.inference.folder import bos_of, load_tokenizer
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 
@@ -88,7 +89,7 @@ def encoded(monkeypatch):
             texts.append(text)
             return self._tokenizer.encode(text, **options)
 
-    monkeypatch.setattr("eval.checkpoint.load_tokenizer", lambda folder: Counting(load_tokenizer(folder)))
+    monkeypatch.setattr("s2.inference.folder.load_tokenizer", lambda folder: Counting(load_tokenizer(folder)))
     return texts
 
 

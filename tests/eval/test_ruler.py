@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from eval.checkpoint import load_tokenizer
 from eval.haystack import Haystack
 from eval.ruler import main, plan, summarise
 from eval.ruler_tasks import TASKS, Maker, Reading, match
+from s2.inference.folder import load_tokenizer
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 NEW = {"vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # tokens of the answer; of the others 128

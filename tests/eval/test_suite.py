@@ -50,7 +50,7 @@ def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_
     for line in ("| needle, passkey (exact) |", "| RULER mean (%) |", "| loss (nats/token) |", "| s2_passkey | acc |"):
         assert line in text
     monkeypatch.setattr(lm, "S2LM", None)  # nothing is evaluated again
-    monkeypatch.setattr("eval.checkpoint.load_pretrained", None)
+    monkeypatch.setattr("s2.inference.folder.load_pretrained", None)
     again, _ = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
     assert again["rows"] == first["rows"]
     table = tmp_path / first["parts"][-1]["file"]

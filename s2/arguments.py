@@ -1,4 +1,4 @@
-"""What the command lines of the evaluations have in common."""
+"""What command lines of the project have in common."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def new_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m eval.<name>`, described by the first paragraph of its module."""
-    return argparse.ArgumentParser(prog=f"python -m eval.{name}", description=(doc or "").split("\n\n")[0])
+    """The parser of `python -m <name>`, described by the first paragraph of its module."""
+    return argparse.ArgumentParser(prog=f"python -m {name}", description=(doc or "").split("\n\n")[0])
 
 
 def path(text: str) -> Path:

@@ -1,0 +1,132 @@
+"""Text of tokens that come one by one: what no later token changes, up to the first stop string.
+
+The text of a row is what the tokenizer makes of all its tokens, special ones left out, before the first place where any
+of its stop strings begins. `RowText` gives the same in pieces: a piece never ends in half a character, nor in what may
+become a stop string.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+_INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet
+# Decoders under which a further token only adds to the text; the others (of BERT, CTC) may change what came before.
+_ADDING = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace")
+
+
+class TextDecoder:
+    """What a tokenizer's tokens mean for a text that grows.
+
+    Attributes:
+        special: ids of special tokens, by what they are spelled.
+        bytes: ids of tokens that stand for one byte (`<0x0A>`). A run of them is decoded as a whole: one that is
+            invalid takes valid characters before it along.
+        is_adding: whether the text of some tokens begins with that of the first of them. If not, there is no text
+            before the last token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {index: token.content for index, token in added.items() if token.special}
+        decoders = _parts(json.loads(tokenizer.to_str())["decoder"])
+        types = [each["type"] for each in decoders]
+        # replacing once all are one text, it would look across tokens
+        fused = types.index("Fuse") if "Fuse" in types else len(types)
+        self.is_adding = "Replace" not in types[fused:] and all(map(_adds, decoders))
+        names = [f"<0x{byte:02X}>" for byte in range(256)] if "ByteFallback" in types else []
+        ids = (tokenizer.token_to_id(name) for name in names)
+        self.bytes = frozenset(index for index in ids if index is not None)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def stops_in(self, token: int, stops: Sequence[str]) -> bool:
+        """Whether a special token, which no text shows, is spelled with a stop string in it."""
+        return any(stop in self.special.get(token, "") for stop in stops)
+
+
+def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:  # tokens are joined by spaces
+        return []
+    return [part for each in decoder["decoders"] for part in _parts(each)] if "decoders" in decoder else [decoder]
+
+
+def _adds(decoder: dict[str, Any]) -> bool:
+    return decoder["type"] in _ADDING or (decoder["type"] == "Strip" and decoder["stop"] == 0)
+
+
+class RowText:
+    """The text of one row, in pieces.
+
+    Args:
+        decoder: of the model's tokenizer.
+        stops: texts that end it, none of them empty.
+
+    Attributes:
+        is_stopped: a stop string, or a special token that is spelled with one, has come: nothing is added any more.
+    """
+
+    def __init__(self, decoder: TextDecoder, stops: Sequence[str] = ()) -> None:
+        self._decoder, self._stops = decoder, tuple(stops)
+        self._longest = max(map(len, self._stops), default=0)
+        self._tokens: list[int] = []  # the last ones of which all is known, and those behind them
+        self._context = 0  # how many the former are
+        self._known = 0  # characters of the text of all of them that are known
+        self._held = ""  # known text that may begin a stop string
+        self.is_stopped = False
+
+    def add(self, token: int) -> str:
+        """What one more token makes sure of the text."""
+        if self.is_stopped:
+            return ""
+        if token in self._decoder.special:
+            if self._decoder.stops_in(token, self._stops):
+                rest = self.finish()
+                self.is_stopped = True
+                return rest
+            return ""
+        if self._decoder.tokenizer.id_to_token(token) is None:  # an embedding may have more rows than there are tokens
+            return ""
+        self._tokens.append(token)
+        if not self._decoder.is_adding or token in self._decoder.bytes:
+            return ""
+        text = self._decoder.decode(self._tokens)
+        # of bytes at the end that may become a character, decoders make one sign
+        sure = text.removesuffix(_INCOMPLETE)
+        new = sure[self._known :]
+        self._known += len(new)
+        if sure == text:
+            del self._tokens[: self._context]
+            self._context, self._known = len(self._tokens), len(self._decoder.decode(self._tokens))
+        return self._show(new, is_last=False)
+
+    def finish(self) -> str:
+        """The rest of the text: no token follows."""
+        if self.is_stopped:
+            return ""
+        new = self._decoder.decode(self._tokens)[self._known :]
+        self._tokens, self._context, self._known = [], 0, 0
+        return self._show(new, is_last=True)
+
+    def _show(self, new: str, is_last: bool) -> str:
+        text = self._held + new
+        found = min((at for at in map(text.find, self._stops) if at >= 0), default=len(text))
+        # a longer stop string that begins before the one that was found would come first
+        nearest = range(max(0, len(text) - self._longest + 1), len(text) if not is_last else 0)
+        begun = next((at for at in nearest if self._may_stop(text[at:])), len(text))
+        if found < len(text) and found <= begun:
+            self.is_stopped, self._held = True, ""
+            return text[:found]
+        shown = min(found, begun)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def _may_stop(self, text: str) -> bool:
+        """Whether the text is the beginning of a stop string."""
+        return any(stop.startswith(text) for stop in self._stops)

@@ -1,0 +1,146 @@
+"""The decode step, from tokens to logits, as a CUDA graph: captured once, replayed for each token.
+
+A small model decodes as fast as the host can launch some twenty kernels a layer; a replay launches them all at once. On
+the device nothing but the cache's memory says how many tokens there are, so that one graph serves every length; the
+host counts along (`KVCache.reserve`, `commit`) and never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from s2.attention.decode import MAX_TOKENS
+from s2.model.layouts import ranges
+from s2.model.transformer import Transformer
+
+from .cache import KVCache
+
+LEAST_TOKENS = 32  # new tokens from which on a capture pays
+WARM_UP = 2  # steps that run eagerly: kernels are compiled, and libraries make their workspaces
+
+Step = Callable[[Tensor], Tensor]
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+
+def decode_step(model: Transformer, cache: KVCache, new_tokens: int, graph: bool | None) -> Step:
+    """What makes logits `[B, 1, V]` of tokens `[B, 1]`, by a graph or eagerly.
+
+    Args:
+        model, cache: of which the step is.
+        new_tokens: how many will be asked for.
+        graph: None takes a graph where one is possible and `new_tokens` are enough for it.
+
+    Raises:
+        ValueError: `graph` is True, and none is possible.
+    """
+    reason = obstacle(model.model.embed_tokens.weight.device, cache)
+    if graph and reason:
+        raise ValueError(f"graph=True: {reason}")
+    if graph or (graph is None and not reason and new_tokens >= LEAST_TOKENS):
+        return DecodeGraph(model, cache)
+    return lambda tokens: model(tokens, cache=cache, logits_to_keep=1)
+
+
+def obstacle(device: torch.device, cache: KVCache) -> str | None:
+    """Why there can be no graph of the decode step; None if there can."""
+    if device.type != "cuda":
+        return f"the model is on {device}, and a CUDA graph needs it on a GPU"
+    if cache.whole_layers:
+        return (
+            f"layers {ranges(cache.whole_layers)} keep every token although their pattern sees fewer, and attend to "
+            "them by kernels whose launch depends on the length; leave graph at None or False"
+        )
+    return None
+
+
+class DecodeGraph:
+    """Decode steps of a model with a cache: the first ones run eagerly, then one is captured, the others replay it.
+
+    Args:
+        model: on its device; its weights stay where they are.
+        cache: with the prompts in it. Whatever else is done with it between steps (`truncate`, further prompts) counts.
+        num_tokens: new tokens of each sequence in a step, at most 8: several to check what a smaller model proposes.
+        capture: makes of a call one that does on the device what the first did, whatever the host has changed since.
+
+    Raises:
+        ValueError: no graph is possible (`obstacle`), or `num_tokens` out of range.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, num_tokens: int = 1, *, capture: Capture | None = None
+    ) -> None:
+        weight = model.model.embed_tokens.weight
+        if capture is None and (reason := obstacle(weight.device, cache)):
+            raise ValueError(f"no CUDA graph: {reason}")
+        if not 1 <= num_tokens <= MAX_TOKENS:
+            raise ValueError(f"num_tokens={num_tokens} must be 1 to {MAX_TOKENS}, as a decode step takes them")
+        self._model, self._cache, self._capture = model, cache, capture or _capture
+        shape = len(cache.lengths), num_tokens
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=weight.device)
+        self._warm = 0
+        self._replay: Callable[[], Tensor] | None = None
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, num_tokens, V]` after tokens `[B, num_tokens]`, which count as held from then on. The next step
+        overwrites them.
+
+        Raises:
+            ValueError: another shape, an empty cache, or no room in it.
+        """
+        if tokens.shape != self._tokens.shape:
+            raise ValueError(f"tokens {list(tokens.shape)} must be {list(self._tokens.shape)}, as the step was made")
+        if not self._cache.length:
+            raise ValueError("the cache is empty: feed the prompts before the first decode step")
+        new = self._cache.reserve(*tokens.shape)
+        self._tokens.copy_(tokens)
+        if self._replay is None and self._warm == WARM_UP:
+            self._replay = self._capture(self._run)
+        if self._replay is None:
+            self._warm += 1
+            logits = self._run()
+        else:
+            logits = self._replay()
+        self._cache.commit(new)
+        return logits
+
+    def _run(self) -> Tensor:
+        return self._model(self._tokens, cache=_OnDevice(self._cache))
+
+
+class _OnDevice:
+    """A cache (`s2.model.layers.Cache`) whose host does not count: what can be captured of it."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self.attend = cache.attend
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self._cache.lengths
+
+    @property
+    def positions(self) -> Tensor:
+        return self._cache.positions
+
+    def begin(self, batch_size: int, num_tokens: int, counts: Sequence[int] | None = None) -> None:
+        self._cache.begin_on_device(num_tokens)
+
+    def advance(self) -> None:
+        self._cache.advance_on_device()
+
+
+def _capture(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    # other threads may allocate meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

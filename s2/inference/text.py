@@ -1,0 +1,163 @@
+"""Texts continued by the model of a Hugging Face folder: prompts to tokens, tokens to text, stop strings.
+
+folder = ModelFolder.load("runs/1.3b/extend-32k/hf")
+for said in continue_texts(folder, ["The river", "Once upon a time"], 100, stop=["\n\n"]):
+    print(said.text, said.reason)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .detokenize import RowText
+from .encoding import Message, TextEncoder
+from .folder import ModelFolder
+from .generate import stream
+
+Reason = Literal["eos", "stop", "length"]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class Piece(NamedTuple):
+    """What a step adds to a row.
+
+    Attributes:
+        text: what is sure of it: never half a character, nor what may become a stop string.
+        tokens: the new token; none where the row had ended before.
+        reason: why the row has ended, None while it goes on.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    reason: Reason | None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a row was continued with.
+
+    Attributes:
+        text: of the tokens, without special ones, up to the first stop string.
+        tokens: all that were drawn, with the one that ended the row.
+        reason: "eos", a token that ends texts; "stop", a stop string; "length", max_new_tokens.
+        prompt_tokens: how many the prompt has, BOS included.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    reason: Reason
+    prompt_tokens: int
+
+
+def continue_texts(
+    folder: ModelFolder, prompts: Sequence[Prompt], max_new_tokens: int, *, stop: Sequence[str] = (), **options: Any
+) -> list[Continuation]:
+    """`stream_texts`, with its arguments, to the end."""
+    ids = encode_prompts(folder, prompts)
+    rows = zip(*stream_texts(folder, ids, max_new_tokens, stop=stop, **options), strict=True)
+    return [
+        Continuation(
+            "".join(piece.text for piece in row),
+            tuple(token for piece in row for token in piece.tokens),
+            cast(Reason, row[-1].reason),
+            len(prompt),
+        )
+        for prompt, row in zip(ids, rows, strict=True)
+    ]
+
+
+def stream_texts(
+    folder: ModelFolder, prompts: Sequence[Prompt], max_new_tokens: int, *, stop: Sequence[str] = (), **options: Any
+) -> Iterator[list[Piece]]:
+    """Continue prompts side by side; of each step a piece for each row. The pieces of a row make its text, and those of
+    the last step have a reason each.
+
+    With a tokenizer whose tokens change the text before them (BERT's), a row's text comes with its last piece, and stop
+    strings cut it without ending it sooner.
+
+    Args:
+        folder: the model, the tokenizer and the tokens that end a text.
+        prompts: texts; token ids, taken as they are; or chats, lists of messages with `role` and `content`, which go
+            through the folder's chat template.
+        max_new_tokens: of each row.
+        stop: a row ends before the first of these texts. A special token that is spelled with one ends it too.
+        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, prefill_chunk, graph.
+
+    Raises:
+        ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.
+    """
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop={stop!r} must be a list of texts, none of them empty")
+    return _stream_texts(folder, encode_prompts(folder, prompts), max_new_tokens, stop, options)
+
+
+def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, with exactly one BOS where the tokenizer puts one.
+
+    Raises:
+        ValueError: no prompt, one without a token; as `TextEncoder`.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts={prompts!r} must be a list with at least one prompt")
+    encoder = TextEncoder(folder)
+    ids = [_encode(encoder, prompt) for prompt in prompts]
+    if not all(ids):
+        raise ValueError(f"prompt {ids.index([]) + 1} of {len(ids)} is empty: there is no token to continue")
+    return ids
+
+
+def _encode(encoder: TextEncoder, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return encoder.encode(prompt)
+    if prompt and isinstance(prompt[0], Mapping):
+        return encoder.encode_chat(cast(Sequence[Message], prompt))
+    return list(cast(Sequence[int], prompt))
+
+
+def cache_size(folder: ModelFolder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Bytes of the KV cache that prompts and new tokens take side by side."""
+    # the last token drawn is never fed back
+    return KVCache.bytes_for(folder.config, len(prompts), max(map(len, prompts)) + max_new_tokens - 1, folder.dtype)
+
+
+def _stream_texts(
+    folder: ModelFolder, prompts: list[list[int]], max_new_tokens: int, stop: Sequence[str], options: dict[str, Any]
+) -> Iterator[list[Piece]]:
+    rows = [_Row(RowText(folder.decoder, stop), folder.eos_ids, max_new_tokens) for _ in prompts]
+
+    def have_ended(new: Tensor) -> list[bool]:
+        return [row.add(token) for row, token in zip(rows, new[:, -1].tolist(), strict=True)]
+
+    ids = [torch.tensor(prompt, device=folder.device) for prompt in prompts]
+    for _ in stream(folder.model, ids, max_new_tokens, is_enough=have_ended, **options):
+        yield [row.piece for row in rows]
+
+
+class _Row:
+    """A row while it is continued; `piece` is what the last token added."""
+
+    def __init__(self, text: RowText, eos_ids: Sequence[int], max_new_tokens: int) -> None:
+        self._text, self._eos_ids, self._left = text, eos_ids, max_new_tokens
+        self.piece = Piece("", (), None)
+
+    def add(self, token: int) -> bool:
+        """Whether the row has ended, with this token or before."""
+        if self.piece.reason is not None:
+            self.piece = Piece("", (), self.piece.reason)
+            return True
+        self._left -= 1
+        is_eos = token in self._eos_ids
+        text = "" if is_eos else self._text.add(token)
+        reason: Reason | None = "eos" if is_eos else "length" if self._left == 0 else None
+        if reason is not None:
+            text += self._text.finish()
+        if self._text.is_stopped:
+            reason = "stop"
+        self.piece = Piece(text, (token,), reason)
+        return reason is not None
