@@ -27,6 +27,7 @@ FLOORS = [
     ["s2"],  # its __init__.py, which registers with transformers
     ["s2.model.*", "s2.model"],
     ["s2.inference.*", "s2.inference"],
+    ["s2.integrations.vllm.*", "s2.integrations.vllm"],
     ["data.*", "data"],
     ["s2.training.*", "s2.training"],
     ["eval.*", "eval"],

@@ -163,15 +163,7 @@ def _visible_keys(call: Call, kv_heads: int, seq_len: int) -> int:
     block = call.pattern.block_size
     if call.pattern.mask is not None:
         return seq_len
-    blocks = -(-seq_len // block)
-    most = 0
-    for rule in set(call.rules(kv_heads)):
-        seen, begin = min(rule.local, blocks) + rule.sinks, rule.local
-        for level in rule.levels:
-            seen += max(0, min(level.end, blocks) - begin) // level.stride + 1
-            begin = level.end
-        most = max(most, min(seen, blocks))
-    return most * block
+    return block * max(rule.most_visible(-(-seq_len // block)) for rule in set(call.rules(kv_heads)))
 
 
 # ---------------------------------------------------------------- the definition
