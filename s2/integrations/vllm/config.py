@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from s2.attention.schedule import MAX_LEVELS, has_closed_form
 from s2.model.config import ModelConfig
 
 
@@ -32,6 +33,11 @@ class ServingConfig(VerifyAndUpdateConfig):
             raise ValueError(
                 f"config.json: attention_layout={config.attention_layout!r} has a rule for each of {heads} query heads,"
                 f" but serving takes one for each of {config.num_key_value_heads} KV heads"
+            )
+        if odd := [pattern for pattern in config.layout if not has_closed_form(pattern)]:
+            raise ValueError(
+                f"config.json: attention_layout={config.attention_layout!r}: serving takes up to {MAX_LEVELS} stride "
+                f"levels, whose strides divide each other, not {odd[0]}"
             )
         cache.block_size, cache.user_specified_block_size = config.block_size, True
 
