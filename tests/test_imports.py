@@ -21,13 +21,14 @@ FLOORS = [
     ["s2.attention.*"],
     ["s2.attention.kernels", "s2.attention.kernels.*"],
     ["s2.attention.kernels.hopper.*", "s2.attention.kernels.hopper"],
-    ["s2.attention.op", "s2.attention.decode"],
+    ["s2.attention.op", "s2.attention.decode", "s2.attention.paged"],
     ["s2.attention"],
     ["s2.integrations.*", "s2.integrations"],
     ["s2"],  # its __init__.py, which registers with transformers
     ["s2.model.*", "s2.model"],
     ["s2.inference.*", "s2.inference"],
-    ["s2.integrations.megatron.*", "s2.integrations.megatron"],  # it knows the model, unlike its neighbours
+    ["s2.integrations.megatron.*", "s2.integrations.megatron"],  # these know the model, unlike their neighbours
+    ["s2.integrations.vllm.*", "s2.integrations.vllm"],
     ["data.*", "data"],
     ["s2.training.*", "s2.training"],
     ["eval.*", "eval"],

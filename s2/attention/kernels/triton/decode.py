@@ -26,7 +26,7 @@ from .tiles import (
 
 
 @triton.jit
-def _key_step(
+def key_step(
     state, queries, k_rows, v_rows, exists, seen, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _walk_share(
             k_rows, v_rows = consecutive_rows(k, slot, stride_kt, TILE), consecutive_rows(v, slot, stride_vt, TILE)
         else:
             k_rows, v_rows = gathered_rows(k, slot, stride_kt), gathered_rows(v, slot, stride_vt)
-        state = _key_step(state, queries, k_rows, v_rows, True, True, scale_log2, D, D0, D1, False)
+        state = key_step(state, queries, k_rows, v_rows, True, True, scale_log2, D, D0, D1, False)
     for n in tl.range(tl.maximum(begin - num_full, 0), end - num_full, num_stages=1):
         index, found = find_tile(n, masked)
         _, start, region_end, slots, member, tokens, stride, residue, near, far = found
@@ -74,12 +74,12 @@ def _walk_share(
         exists = offset < tokens
         seen = exists[None, :] & (distance >= near) & (distance < far) & causal
         k_rows, v_rows = gathered_rows(k, slot, stride_kt), gathered_rows(v, slot, stride_vt)
-        state = _key_step(state, queries, k_rows, v_rows, exists, seen, scale_log2, D, D0, D1, True)
+        state = key_step(state, queries, k_rows, v_rows, exists, seen, scale_log2, D, D0, D1, True)
     return state
 
 
 @triton.jit
-def _merge(
+def merge(
     partials, logs, first, step, parts, valid,
     D: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,7 @@ def attention_decode(
             merged_rows = first_row + stored // GROUP * (kv_heads * GROUP) + stored % GROUP
             step, column = kv_heads * ROW_TILES, tl.arange(0, WIDTH)
             exists = stored < TOKENS * GROUP
-            merged, merged_log = _merge(
+            merged, merged_log = merge(
                 partials, logs, program - part * step, step, parts, exists, D, WIDTH, STORED, CHUNK
             )
             tl.store(lse + merged_rows, merged_log * LN2, mask=exists)

@@ -1,0 +1,24 @@
+"""vLLM serves our exports with sparse layers (`model_type` s2_llama): model, attention over pages, and a KV cache that
+frees the pages that no later query sees.
+
+vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. Written for vLLM
+0.24; nothing of vLLM is imported before that.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURE = "S2LlamaForCausalLM"
+
+
+def register() -> None:
+    """Makes the model, the attention backend and the kind of cache known to vLLM. Calling it again changes nothing."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from . import cache, config
+
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = config.ServingConfig
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.backend.PagedBackend")
+    cache.register()

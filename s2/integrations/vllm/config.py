@@ -1,0 +1,61 @@
+"""What vLLM's configuration has to be for our models, and what of it keeps the whole cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from s2.attention.schedule import MAX_LEVELS, has_closed_form
+from s2.model.config import ModelConfig
+
+
+class ServingConfig(VerifyAndUpdateConfig):
+    """Called by vLLM before anything is built."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Pages hold a block of the attention each.
+
+        Raises:
+            ValueError: the model or an option that is not supported; says which.
+        """
+        config, cache = model_config(vllm_config.model_config.hf_config), vllm_config.cache_config
+        if cache.user_specified_block_size and cache.block_size != config.block_size:
+            raise ValueError(
+                f"--block-size={cache.block_size}, but config.json has block_size={config.block_size}: pages must hold "
+                f"one block of the attention; leave --block-size out"
+            )
+        if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+            raise ValueError(f"--kv-cache-dtype={cache.cache_dtype} is not supported: leave it out")
+        heads = config.layout.ruled_heads(config.num_key_value_heads)
+        if heads != config.num_key_value_heads:
+            raise ValueError(
+                f"config.json: attention_layout={config.attention_layout!r} has a rule for each of {heads} query heads,"
+                f" but serving takes one for each of {config.num_key_value_heads} KV heads"
+            )
+        if odd := [pattern for pattern in config.layout if not has_closed_form(pattern)]:
+            raise ValueError(
+                f"config.json: attention_layout={config.attention_layout!r}: serving takes up to {MAX_LEVELS} stride "
+                f"levels, whose strides divide each other, not {odd[0]}"
+            )
+        cache.block_size, cache.user_specified_block_size = config.block_size, True
+
+
+def model_config(hf_config: Any) -> ModelConfig:
+    """Ours, of what transformers read from config.json."""
+    return ModelConfig.from_hf_dict(hf_config.to_dict())
+
+
+def keeps_all(vllm_config: Any) -> str | None:
+    """Why every page of every layer is kept until its request ends; None: pages are freed."""
+    parallel = vllm_config.parallel_config
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return "the hybrid KV cache manager is disabled"
+    if parallel.tensor_parallel_size > 1:
+        return "with tensor parallelism vLLM wants the same cache on every rank, but ranks hold other heads"
+    if vllm_config.speculative_config is not None:
+        return "with speculative decoding tokens are taken back"
+    if vllm_config.kv_transfer_config is not None:
+        return "KV connectors do not know pages with holes"
+    return None

@@ -1,0 +1,222 @@
+"""vLLM's memory manager with pages that are freed: what every query of every step sees is there, with prefixes found
+again, pages used anew and requests that come and go; and no more is held than is said."""
+
+import dataclasses
+import itertools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from s2.attention import LayerLayout, Pattern
+
+pytest.importorskip("vllm.v1.core.kv_cache_manager", reason="needs vLLM 0.24")
+
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.request import Request
+
+from s2.integrations.vllm import cache
+from s2.integrations.vllm.cache import ShardedSpec
+
+BLOCK, STEP, LONGEST = 16, 96, 1024
+KV_HEADS = 3
+
+
+def vllm_config(pages):
+    """As far as the memory manager reads it."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=LONGEST, original_max_model_len=LONGEST),
+        cache_config=SimpleNamespace(num_gpu_blocks_override=pages, enable_prefix_caching=True),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=STEP, disable_hybrid_kv_cache_manager=False),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        kv_transfer_config=None,
+        speculative_config=None,
+    )
+
+
+def spec_of(rule):
+    size = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16}
+    if rule.is_dense:
+        return FullAttentionSpec(**size)
+    return ShardedSpec(**size, rule=rule, max_num_batched_tokens=STEP)
+
+
+def groups_of(layout, num_layers, pages):
+    """`(manager, rule of each group)`, as vLLM makes them of a model's layers."""
+    cache.register()
+    parsed, specs, rules = LayerLayout.parse(layout, num_layers, BLOCK), {}, {}
+    for layer, (pattern, rotation) in enumerate(zip(parsed.patterns, parsed.rotations, strict=True)):
+        for head, rule in enumerate(pattern.rules(KV_HEADS, layer=rotation)):
+            name = f"model.layers.{layer}.self_attn.attn.kv_head{head}"
+            specs[name], rules[name] = spec_of(rule), rule
+    (config,) = get_kv_cache_configs(vllm_config(pages), [specs], [1 << 40])
+    manager = KVCacheManager(
+        config, LONGEST, scheduler_block_size=BLOCK, hash_block_size=BLOCK, max_num_batched_tokens=STEP
+    )
+    found = []
+    for group in config.kv_cache_groups:
+        assert len({rules[name] for name in group.layer_names}) == 1, "heads of one rule share a table"
+        found.append(rules[group.layer_names[0]])
+    assert sum(len(group.layer_names) for group in config.kv_cache_groups) == KV_HEADS * num_layers
+    return manager, found
+
+
+class Server:
+    """Schedules as vLLM does and keeps in `memory` what stands in each page: the tokens up to its end, and its group.
+    Pages are written token by token, so that a page with a hole in it shows."""
+
+    def __init__(self, manager, rules):
+        init_none_hash(sha256)
+        self.manager, self.rules, self.memory, self.number = manager, rules, {}, itertools.count()
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+
+    def request(self, tokens):
+        parameters = SamplingParams(max_tokens=LONGEST)
+        return Request(f"r{next(self.number)}", list(tokens), parameters, None, block_hasher=self.hasher)
+
+    def begin(self, request, most=STEP):
+        """The first step of a request: how many tokens were found, or None where there is no room."""
+        found, count = self.manager.get_computed_blocks(request)
+        new = min(most, request.num_tokens - count)
+        got = self.manager.allocate_slots(request, new, count, found, full_sequence_must_fit=True)
+        if got is None:
+            return None
+        request.num_computed_tokens = count
+        self.run(request, new)
+        return count
+
+    def go_on(self, request, most=STEP):
+        new = min(most, request.num_tokens - request.num_computed_tokens)
+        if self.manager.allocate_slots(request, new) is None:
+            return False
+        self.run(request, new)
+        return True
+
+    def run(self, request, new):
+        begin, tokens = request.num_computed_tokens, tuple(request.all_token_ids)
+        tables = self.manager.get_block_ids(request.request_id)
+        for group, (table, rule) in enumerate(zip(tables, self.rules, strict=True)):
+            for position in range(begin, begin + new):
+                page = table[position // BLOCK]
+                assert page != 0, "new tokens have pages"
+                slots = self.memory.setdefault(page, {})
+                slots[position % BLOCK] = (group, tokens[: position + 1])
+            mask = rule.mask(-(-(begin + new) // BLOCK))
+            for query in range(begin // BLOCK, -(-(begin + new) // BLOCK)):
+                for block in mask[query].nonzero()[:, 0].tolist():
+                    for position in range(block * BLOCK, min((block + 1) * BLOCK, begin + new)):
+                        held = self.memory.get(table[block], {}).get(position % BLOCK)
+                        assert held == (group, tokens[: position + 1]), (rule, query, block)
+        request.num_computed_tokens += new
+        self.check_memory(request)
+
+    def check_memory(self, request):
+        blocks = self.manager.get_blocks(request.request_id).blocks
+        for pages, manager in zip(blocks, self.manager.coordinator.single_type_managers, strict=True):
+            if isinstance(manager.kv_cache_spec, ShardedSpec):
+                held = sum(not page.is_null for page in pages)
+                assert held <= manager.kv_cache_spec.most_pages(request.num_tokens)
+
+
+LAYOUTS = ("L2V3+dense1", "L1V5-inter", "L2V4", "L1V2<6V4+sink1", "W3+sink1", "dense|W2|L1V3", "L2V6+sink2+dense0,3")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_queries_see_is_there(layout, seed):
+    draw = random.Random(seed)
+    server = Server(*groups_of(layout, 4, pages=700))
+    prefixes = [[draw.randrange(99) for _ in range(draw.choice([100, 200, 320]))] for _ in range(3)]
+    running, found, refused = [], 0, 0
+    for _ in range(120):
+        if len(running) < 4:
+            prompt = draw.choice(prefixes)[: draw.choice([80, 176, 320])] + [
+                draw.randrange(99) for _ in range(draw.randrange(90))
+            ]
+            request = server.request(prompt)
+            count = server.begin(request, draw.choice([STEP, 33]))
+            if count is None:
+                refused += 1
+            else:
+                running.append(request)
+                found += count
+        for request in list(running):
+            if request.num_computed_tokens == request.num_tokens:
+                request.append_output_token_ids(draw.randrange(99))
+            if not server.go_on(request, draw.choice([STEP, 16, 50])) or draw.random() < 0.08:
+                server.manager.free(request)
+                running.remove(request)
+    assert found > 0, "prefixes were found"
+    for request in running:
+        server.manager.free(request)
+    assert server.manager.block_pool.get_num_free_blocks() == 699, "all pages but the null page are free again"
+
+
+def test_a_long_request_holds_what_its_last_queries_see_and_frees_the_rest():
+    manager, rules = groups_of("L2V4+dense0", 4, pages=2000)
+    server = Server(manager, rules)
+    request = server.request(range(1000))
+    server.begin(request)
+    while request.num_computed_tokens < 1000:
+        server.go_on(request)
+    manager.remove_skipped_blocks(request.request_id, 1000)
+    for pages, rule in zip(manager.get_blocks(request.request_id).blocks, rules, strict=True):
+        seen = rule.mask(63)[62].tolist()
+        assert [not page.is_null for page in pages] == seen, rule
+
+
+def test_a_request_is_admitted_whose_keys_were_never_there_all_at_once():
+    layout, kept = "L1V8", 3 * 4 * ((64 - 1) // 8 + 2 + STEP // BLOCK + 1)
+    manager, rules = groups_of(layout, 4, pages=kept + 1)
+    assert kept < len(rules) * 64, "fewer pages than there are blocks of all groups"
+    server = Server(manager, rules)
+    request = server.request(range(LONGEST))
+    assert server.begin(request) == 0
+    while request.num_computed_tokens < LONGEST:
+        assert server.go_on(request), "no page is missing on the way"
+
+
+@pytest.mark.parametrize("spec", ["L2V3", "W3", "L1V2<6V4+sink1", "L1V9+sink2"])
+def test_the_longest_prefix_whose_seen_pages_are_there(spec, seed):
+    rule = Pattern.parse(spec, BLOCK).rules(2)[1]
+    draw, most = random.Random(seed), 40
+    for _ in range(200):
+        there = [draw.random() < draw.choice([0.3, 0.9, 1.0]) or rule.reach(b) > most for b in range(most)]
+        for _ in range(draw.randrange(3)):
+            there[draw.randrange(most)] = False
+        pages = [SimpleNamespace(number=b) for b in range(most)]
+        pool = SimpleNamespace(
+            null_block=None, get_cached_block=lambda b, groups, t=there, p=pages: [p[b]] * len(groups) if t[b] else None
+        )
+        limit = draw.randrange(most * BLOCK)
+        hits = cache.ShardedManager.find_longest_cache_hit(
+            range(most), limit, [0, 3], pool, spec_of(rule), False, alignment_tokens=BLOCK
+        )
+        mask = rule.mask(most + 1)
+        fitting = [n for n in range(limit // BLOCK + 1) if all(there[b] for b in range(n) if mask[n, b])]
+        assert len(hits[0]) == len(hits[1]) == max(fitting)
+        seen = mask[len(hits[0]), : len(hits[0])].tolist()
+        assert hits[0] == hits[1] == [pages[b] if see else None for b, see in enumerate(seen)]
+
+
+def test_eagle_and_context_parallelism_are_refused():
+    spec = spec_of(Pattern.parse("L2V3", BLOCK).rules(3)[0])
+    with pytest.raises(NotImplementedError, match="EAGLE"):
+        cache.ShardedManager.find_longest_cache_hit([], 0, [0], None, spec, True, alignment_tokens=BLOCK)
+
+
+def test_layers_that_attend_alike_share_tables_and_dense_ones_have_their_own():
+    _, rules = groups_of("L2V3+dense1", 4, pages=300)  # three residues of three layers, and three heads of one layer
+    assert len(rules) == 4 and sum(rule.is_dense for rule in rules) == 1
+
+
+def test_a_spec_says_what_a_page_takes_and_how_many_a_request():
+    spec = spec_of(Pattern.parse("L2V4+sink1", BLOCK).rules(3)[0])
+    assert spec.page_size_bytes == 2 * BLOCK * 8 * 2
+    assert spec.most_pages(40) == 3, "never more than there are blocks"
+    assert spec.most_pages(100 * BLOCK) == 2 + 1 + -(-98 // 4) + STEP // BLOCK + 1
+    assert spec != dataclasses.replace(spec, rule=Pattern.parse("L2V4+sink1", BLOCK).rules(3)[2])
