@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .grammar import UNBOUNDED
 from .pattern import HeadRule, Pattern
 from .regions import HeadGroup, Region
@@ -23,15 +25,15 @@ class Frame:
     """What stands before a chunk.
 
     Attributes:
-        pattern: by which the chunk's queries see the sequence; of all KV heads of the layer.
-        blocks: of each head of the group the key blocks that stand there, one after the other; -1 where there is none,
-            which no query sees.
-        slots: where the group keeps them, in blocks of slots; any block for -1.
+        pattern: by which the chunk's queries see the sequence: of each head of the group, at its place in the layer.
+        blocks: int64 `[H, n]`, of each head of the group the key blocks that stand there, one after the other; -1 where
+            there is none, which no query sees.
+        slots: int64 `[H, n]`, where the group keeps them, in blocks of slots; any block for -1.
     """
 
     pattern: Pattern
-    blocks: tuple[tuple[int, ...], ...]
-    slots: tuple[tuple[int, ...], ...]
+    blocks: np.ndarray
+    slots: np.ndarray
 
 
 def frame_of(pattern: Pattern, num_kv_heads: int, rotation: int, group: HeadGroup, length: int) -> Frame:
@@ -42,39 +44,36 @@ def frame_of(pattern: Pattern, num_kv_heads: int, rotation: int, group: HeadGrou
         group: some of its KV heads, laid out by `regions.lay_out`, not in order.
     """
     size = pattern.block_size
-    rules = pattern.rules(num_kv_heads, layer=rotation)
+    rules = pattern.rules(num_kv_heads, layer=rotation)[group.begin : group.end]
     newest = (length - 1) // size
-    left_out, first = _left_out(rules[group.begin], length // size)
-    heads = list(pattern.heads or (pattern,) * num_kv_heads)
-    rows: list[list[int]] = []
-    for head in range(group.begin, group.end):
-        seen = _seen_by_all(rules[head], first) if left_out else list(range(first))
-        holes = first - left_out - len(seen)
-        rows.append([*seen, *[-1] * holes, *range(first, newest + 1)])
-        if left_out:
-            heads[head] = Pattern(size, heads[head].local, heads[head].ranges, len(seen))
-    places = [
-        [_place(block, regions, newest, size) for block in row]
-        for row, regions in zip(rows, group.regions, strict=True)
-    ]
-    blocks = tuple(
-        tuple(b if at >= 0 else -1 for b, at in zip(*pair, strict=True)) for pair in zip(rows, places, strict=True)
-    )
-    same = len(set(heads)) == 1
-    slots = tuple(tuple(max(at, 0) for at in row) for row in places)
-    return Frame(heads[0] if same else Pattern.per_head(heads), blocks, slots)
+    left_out, first = _left_out(rules[0], length // size)
+    blocks = np.full((len(rules), newest + 1 - left_out), -1)
+    blocks[:, first - left_out :] = np.arange(first, newest + 1)
+    own = (pattern.heads or (pattern,) * num_kv_heads)[group.begin : group.end]
+    heads = []
+    for row, rule, head in zip(blocks, rules, own, strict=True):
+        seen = _seen_by_all(rule, first) if left_out else np.arange(first)
+        row[: len(seen)] = seen
+        heads.append(Pattern(size, head.local, head.ranges, len(seen)) if left_out else head)
+    places = np.stack([_places(*each, newest, size) for each in zip(blocks, group.regions, strict=True)])
+    if len(set(heads)) > 1:  # the rules of other heads do not matter
+        heads = [heads[0]] * group.begin + heads + [heads[0]] * (num_kv_heads - group.end)
+        return Frame(Pattern.per_head(heads), np.where(places >= 0, blocks, -1), places.clip(min=0))
+    return Frame(heads[0], np.where(places >= 0, blocks, -1), places.clip(min=0))
 
 
-def _place(block: int, regions: Sequence[Region], newest: int, block_size: int) -> int:
-    """The block of slots that has a block after `newest` has been begun; -1 where none has. Of the regions that hold it
-    the one that is seen furthest: where tokens have been taken back, rings may have lost more than `newest` tells, but
-    then nothing that some query sees by them."""
-    holding = [region for region in regions if block >= 0 and region.holds(block)]
-    region = max(holding, key=lambda region: region.far, default=None)
-    lost = region.overwritten(newest) if region else None
-    if region is None or (lost is not None and block <= lost):
-        return -1
-    return region.begin // block_size + region.place(block)
+def _places(blocks: np.ndarray, regions: Sequence[Region], newest: int, block_size: int) -> np.ndarray:
+    """The blocks of slots that have these blocks after `newest` has been begun; -1 where none has. Of the regions that
+    hold one it is the one that is seen furthest: where tokens have been taken back, rings may have lost more than
+    `newest` tells, but then nothing that some query sees by them."""
+    places = np.full_like(blocks, -1)
+    for region in sorted(regions, key=lambda region: region.far):
+        lost = region.overwritten(newest)
+        place = region.begin // block_size + (blocks - region.residue) // region.stride % region.capacity
+        place = np.where(blocks > (-1 if lost is None else lost), place, -1)
+        holds = (blocks % region.stride == region.residue) & (region.first <= blocks) & (blocks < region.last)
+        places = np.where(holds & (blocks >= 0), place, places)
+    return places
 
 
 def _left_out(rule: HeadRule, block: int) -> tuple[int, int]:
@@ -102,11 +101,10 @@ def _left_out(rule: HeadRule, block: int) -> tuple[int, int]:
     return times * period, first(times * period)
 
 
-def _seen_by_all(rule: HeadRule, before: int) -> list[int]:
+def _seen_by_all(rule: HeadRule, before: int) -> np.ndarray:
     """Blocks before `before` that all queries from a reach behind it on see."""
-    found = list(range(rule.sinks))
+    found = [np.arange(rule.sinks)]
     if rule.levels and rule.levels[-1].end >= UNBOUNDED:
         last = rule.levels[-1]
-        begin = rule.sinks + (last.residue - rule.sinks) % last.stride
-        found += range(begin, before, last.stride)
-    return found
+        found.append(np.arange(rule.sinks + (last.residue - rule.sinks) % last.stride, before, last.stride))
+    return np.concatenate(found)

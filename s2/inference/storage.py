@@ -173,7 +173,7 @@ class _Part:
         key = self.group, start
         if key not in step.memo:
             frame = frame_of(self.pattern, self.total, self.rotation, self.group, start)
-            step.memo[key] = frame.pattern, torch.tensor(frame.slots, dtype=torch.int64).to(q.device, non_blocking=True)
+            step.memo[key] = frame.pattern, torch.from_numpy(frame.slots).to(q.device, non_blocking=True)
         pattern, slots = step.memo[key]
         before = slots.shape[1] * self.block_size - -start % self.block_size
         k, v = (torch.cat([self._kept(old, slots)[:, :before], new], dim=1) for old, new in ((old_k, k), (old_v, v)))
