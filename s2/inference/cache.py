@@ -26,8 +26,8 @@ from .storage import LayerStore, Step
 class KVCache:
     """Keys and values of up to `max_length` tokens of each of `batch_size` sequences.
 
-    `model(input_ids, cache=cache)` feeds it: `begin`, `attend` in each layer, `advance`. No call waits for the device:
-    how many tokens each sequence has is known on the host too.
+    `model(input_ids, cache=cache)` feeds it: `begin`, `attend` in each layer, `advance`. Decode steps do not
+    wait for the device: how many tokens each sequence has is known on the host too.
 
     Args:
         config: the model's, for its layers, KV heads and layout.

@@ -102,6 +102,7 @@ class DecodeConfig:
 
 FEWEST_DECODE_ROWS = 16  # of a matrix instruction
 LEAST_DECODE_TILES = 4  # of a program that shares a sequence: below, a merge costs more than it saves
+TILE_BYTES = 32 << 10  # keys and values of a tile, about
 MERGED_ELEMENTS = 8192  # that a merge reads at once
 MERGED_BYTES = 256 << 10  # that one program should merge at most
 
@@ -146,12 +147,14 @@ def decode_splits(heads: int, batch: int, slots: int, row_bytes: int, config: De
     least = min(2, most) if batch > 1 and pairs < 4 * room else 1
 
     def time(splits: int) -> float:
-        """In what a tile takes where the GPU is full (2 us for 32 KB on an H200): a program begins with as much, few
-        run up to five times as fast, and the end of few waves is uneven (12 % of two, measured)."""
+        """In what a tile takes where the GPU is full (2 us for 32 KB on an H200): a program begins with as much, and
+        hands over what it found; few run up to five times as fast, and the end of few waves is uneven (12 % of two,
+        measured)."""
         full, rest = divmod(pairs * splits, room)
-        spent = full * (1 + tiles / splits)
+        fixed = 1 + (2 * row_bytes / TILE_BYTES if splits > 1 else 0.0)
+        spent = full * (fixed + tiles / splits)
         if rest:
-            spent += 1 + tiles / splits * max(rest / room, 0.2)
+            spent += fixed + tiles / splits * max(rest / room, 0.2)
         waves = full + (rest > 0)
         return spent * (1 + 0.48 / waves**2) if waves > 1 else spent
 
