@@ -39,9 +39,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, Tq]`, float32), by the kernels of
     `call.backend`, which the caller has checked to take it."""
-    if call.backend == "hopper":
-        return _run(hopper_launch.run_forward, q, k, v, cu_seqlens, call)
-    return _run(run_forward, q, k, v, cu_seqlens, cu_seqlens_k, call)
+    run = hopper_launch.run_forward if call.backend == "hopper" else run_forward
+    return _run(run, q, k, v, cu_seqlens, cu_seqlens_k, call)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

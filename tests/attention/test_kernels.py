@@ -50,9 +50,13 @@ def cases(draw, max_tokens=150, dims=(64, 80, 96, 128, 256)):
         borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
         tokens = max(borders[-1], 1)
         borders = (*borders[:-1], tokens)
+        more = draw(st.one_of(st.none(), st.lists(st.sampled_from([0, 0, 9, 30]), min_size=4, max_size=4)))
+        borders_k = more and (0, *(n + sum(more[: i + 1]) for i, n in enumerate(borders[1:])))
+        keys = borders_k[-1] if borders_k else tokens
         return Case(
-            pattern, tokens, tokens, kv_heads * group, kv_heads, head_dim, cu_seqlens=borders, rotation=rotation
-        )
+            pattern, tokens, keys, kv_heads * group, kv_heads, head_dim, cu_seqlens=borders, rotation=rotation,
+            cu_seqlens_k=borders_k,
+        )  # fmt: skip
     kv_len = draw(st.integers(1, max_tokens))
     q_len = draw(st.sampled_from([1, max(1, kv_len // 3), kv_len]))
     return Case(
@@ -72,8 +76,12 @@ def test_sdpa_matches_the_definition(case, seed):
     inputs = case.inputs(torch.float64, DEVICE, seed)
     exact = run(case, inputs, torch.float64, "reference")
     q, k, v = (x.requires_grad_() for x in inputs[:3])
-    borders = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE) if case.cu_seqlens else None
-    out = s2_attention(q, k, v, case.pattern, cu_seqlens=borders, rotation=case.rotation, backend="sdpa")
+    borders, borders_k = (
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) if x else None for x in (case.cu_seqlens, case.cu_seqlens_k)
+    )
+    out = s2_attention(
+        q, k, v, case.pattern, cu_seqlens=borders, cu_seqlens_k=borders_k, rotation=case.rotation, backend="sdpa"
+    )
     torch.testing.assert_close(out, exact["out"])
     grads = torch.autograd.grad(out, (q, k, v), inputs[3])
     wanted = run(case, [*inputs[:4], torch.zeros_like(inputs[4])], torch.float64, "reference")

@@ -75,7 +75,23 @@ def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
     assert not support.supports(q.float(), q, q, pattern, False)
     assert not support.supports(q, q, q, Pattern.parse("L1V3", 32), False)
     assert not support.supports(q[:, -4:], q, q, pattern, False)  # fewer queries than keys
+    many = torch.empty(300, 2, 128, device=DEVICE, dtype=torch.bfloat16)
+    assert support.supports(many, many, many, pattern, True, late=True)
+    assert not support.supports(many[:100], many, many, pattern, True, late=True)
     assert not support.supports(q.expand(3, -1, -1, -1), q, q, pattern, False)  # TMA does not read stride 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_of_queries_at_the_end_of_longer_keys_are_triton_s(late, monkeypatch):
+    from s2.attention.kernels.hopper import launch
+
+    monkeypatch.setattr(launch, "run_forward", lambda *inputs: op.run_forward(*inputs))
+    monkeypatch.setattr(launch, "run_backward", lambda q, k, v, *rest: (q * 0 + 7, k, v))
+    q, k, v, borders, borders_k = make_documents("late" if late else "packed")
+    settings = SETTINGS[:-1]
+    out, _ = attention_forward(q, k, v, borders, borders_k, *settings, "hopper")
+    (dq,) = torch.autograd.grad(out.sum(), q)
+    assert (dq == 7).all() != late
 
 
 @pytest.mark.parametrize("spec", ["L1V3+sink1", "dense"])

@@ -35,8 +35,8 @@ def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, l
         return "it takes head dimensions 64 and 128"
     if q.numel() == 0:
         return "there are no queries"
-    if late:
-        return "packed queries at the end of longer keys"
+    if late and (q.shape[0] < _FEWEST_QUERIES or k.numel() == 0):
+        return _TOO_FEW
     if not packed and q.shape[1] != k.shape[1] and q.shape[1] < _FEWEST_QUERIES:
         return _TOO_FEW
     if pattern.block_size < _SMALLEST_BLOCK or q.shape[-2] // k.shape[-2] % heads_per_tile(pattern.block_size):
@@ -51,9 +51,9 @@ def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, l
     return ""
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
+def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, late: bool = False) -> bool:
     """Whether there is no `objection`."""
-    return not objection(q, k, v, pattern, packed)
+    return not objection(q, k, v, pattern, packed, late)
 
 
 def on_hopper(x: Tensor) -> bool:
