@@ -9,6 +9,7 @@ import torch
 
 from s2.attention import Pattern, s2_attention
 from s2.attention.kernels.hopper import one_pass as one_pass_host
+from tests.attention.checks import assert_rows_close
 from tests.attention.test_varlen import MISFITS, NAMES, borders_of, draw, results
 
 pytestmark = pytest.mark.gpu
@@ -194,8 +195,10 @@ def test_documents_with_longer_keys_are_as_each_alone(backend, block, dim, spec,
             continue
         alone = [q[None, rows], k[None, columns], v[None, columns], dout[None, rows]]
         for name, wanted in results(*alone, pattern, None, "triton").items():
-            wanted = wanted[0].mT if name == "lse" else wanted[0]
-            torch.testing.assert_close(own[name], wanted, rtol=2**-6, atol=8e-3, msg=name)
+            if name == "lse":
+                torch.testing.assert_close(own[name], wanted[0].mT, rtol=1e-3, atol=2e-3)
+            else:
+                assert_rows_close(own[name], wanted[0])
 
 
 @ON_BOTH
