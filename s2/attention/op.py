@@ -24,7 +24,7 @@ from .kernels.hopper import support as hopper_support
 from .kernels.triton.launch import run_backward, run_forward
 from .modes import apply_function, is_plain, without_autocast
 from .pattern import Pattern
-from .reference import check_borders, reference_attention
+from .reference import check_borders, check_lengths, reference_attention
 from .sdpa import dense_attention, masked_attention
 
 BACKENDS = ("reference", "sdpa", "triton", "hopper")
@@ -34,19 +34,23 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # ---------------------------------------------------------------- kernels
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, T]`, float32), by the kernels of
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Output (shape of q) and log-sum-exp (`[B, Hq, Sq]`, packed `[Hq, Tq]`, float32), by the kernels of
     `call.backend`, which the caller has checked to take it."""
     run = hopper_launch.run_forward if call.backend == "hopper" else run_forward
-    return _run(run, q, k, v, cu_seqlens, call)
+    return _run(run, q, k, v, cu_seqlens, cu_seqlens_k, call)
 
 
-def _backward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; arguments as of `run_backward`, the last a `Call`. For queries at the end of longer keys
-    only Triton has kernels."""
-    is_late = q.shape[-3] != rest[0].shape[-3]
-    run = hopper_launch.run_backward if rest[-1].backend == "hopper" and not is_late else run_backward
-    return _run(run, q, *rest)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; arguments as of `run_backward`. For queries at the end of longer keys only Triton has
+    kernels."""
+    *tensors, cu_seqlens_k, call = arguments
+    is_late = tensors[0].shape[-3] != tensors[1].shape[-3] or cu_seqlens_k is not None
+    if call.backend == "hopper" and not is_late:
+        return _run(hopper_launch.run_backward, *tensors, call)
+    return _run(run_backward, *arguments)
 
 
 def _run(kernels: Callable[..., Any], q: Tensor, *rest: Any) -> Any:
@@ -66,12 +70,13 @@ def _is_elsewhere(x: Tensor) -> bool:
 
 _library = torch.library.Library("s2", "DEF")
 _library.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {SCHEMA}) -> (Tensor, Tensor)",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
+    f"{SCHEMA}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
-    f"Tensor? cu_seqlens, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? cu_seqlens, Tensor? cu_seqlens_k, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 attention_forward = torch.ops.s2.attention_forward.default
@@ -79,13 +84,13 @@ attention_backward = torch.ops.s2.attention_backward.default
 
 
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
-def _forward_op(q, k, v, cu_seqlens, *settings):
-    return _forward(q, k, v, cu_seqlens, call_of(*settings))
+def _forward_op(q, k, v, cu_seqlens, cu_seqlens_k, *settings):
+    return _forward(q, k, v, cu_seqlens, cu_seqlens_k, call_of(*settings))
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _backward_op(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings):
-    return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, call_of(*settings))
+def _backward_op(q, k, v, out, lse, dout, dlse, cu_seqlens, cu_seqlens_k, *settings):
+    return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, cu_seqlens_k, call_of(*settings))
 
 
 @torch.library.register_fake("s2::attention_forward", lib=_library)
@@ -101,8 +106,8 @@ def _backward_shapes(q, k, v, *rest):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, cu_seqlens_k, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
     ctx.set_materialize_grads(False)
 
 
@@ -110,8 +115,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple:
     """Of the arguments of `_forward` or, where `ctx` comes from the op, of `attention_forward`."""
     dout, dlse = gradients
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    none = (None,) * (1 + len(ctx.settings))
+    q, k, v, out, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+    none = (None,) * (2 + len(ctx.settings))
     if dout is None and dlse is None:
         return None, None, None, *none
     if dout is None:
@@ -120,7 +125,7 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple:
     settings = ctx.settings
     if isinstance(settings[0], Call):
         run, settings = (_backward, settings) if is_plain(q, k, v, dout) else (run, settings[0].settings)
-    return *run(q, k, v, out, lse, dout, dlse, cu_seqlens, *settings), *none
+    return *run(q, k, v, out, lse, dout, dlse, cu_seqlens, cu_seqlens_k, *settings), *none
 
 
 torch.library.register_autograd("s2::attention_forward", _gradients, setup_context=_save, lib=_library)
@@ -147,16 +152,16 @@ _attend = apply_function(_Attention)
 @overload
 def s2_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, rotation: int = 0, cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None, return_lse: Literal[False] = False, head_offset: int = 0,
-    total_kv_heads: int | None = None, backend: str | None = None, layer: int | None = None,
+    cu_seqlens_k: Tensor | None = None, softmax_scale: float | None = None, return_lse: Literal[False] = False,
+    head_offset: int = 0, total_kv_heads: int | None = None, backend: str | None = None, layer: int | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def s2_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, rotation: int = 0, cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None, return_lse: Literal[True], head_offset: int = 0,
-    total_kv_heads: int | None = None, backend: str | None = None, layer: int | None = None,
+    cu_seqlens_k: Tensor | None = None, softmax_scale: float | None = None, return_lse: Literal[True],
+    head_offset: int = 0, total_kv_heads: int | None = None, backend: str | None = None, layer: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -168,6 +173,7 @@ def s2_attention(
     *,
     rotation: int = 0,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     head_offset: int = 0,
@@ -178,8 +184,8 @@ def s2_attention(
     """Causal attention under a block pattern, differentiable in q, k, v (and through the log-sum-exp).
 
     Args:
-        q: `[B, Sq, Hq, D]`, or packed `[T, Hq, D]` with `cu_seqlens`.
-        k: `[B, Skv, Hkv, D]`, or packed `[T, Hkv, D]`. `Hkv` divides `Hq`. `Skv >= Sq`: the queries are the last
+        q: `[B, Sq, Hq, D]`, or packed `[Tq, Hq, D]` with `cu_seqlens`.
+        k: `[B, Skv, Hkv, D]`, or packed `[Tk, Hkv, D]`. `Hkv` divides `Hq`. `Skv >= Sq`: the queries are the last
             `Sq` positions (decoding, chunked prefill).
         v: as `k`.
         pattern: which blocks each KV head sees. A pattern with one rule (or mask) per *query* head is accepted too;
@@ -187,13 +193,16 @@ def s2_attention(
         rotation: turns residues where there are fewer KV heads than the stride, so that layers which follow each other
             are complete together (`LayerLayout.rotations`).
         cu_seqlens: int32 `[n + 1]`, borders of packed documents: 0 first, then never falling (repeats are empty
-            documents), T at most. Blocks and residues count from the start of each document, and no document depends
+            documents), Tq at most. Blocks and residues count from the start of each document, and no document depends
             on what stands beside it, NaN included. Tokens behind the last border (padding to a static shape) belong to
             none: there the output and the gradients are 0 and the log-sum-exp is -inf, whatever q, k, v hold. int64
             borders, slices of tables and borders on another device are copied first. Borders on a GPU are not waited
             for: if they do not fit, the whole output and all gradients are NaN.
+        cu_seqlens_k: int32 `[n + 1]`, borders of the documents' keys, Tk at most (default: `cu_seqlens`, with Tk = Tq).
+            A document has at least as many keys as queries, and its queries are the last ones; it may have none. All
+            that is said of `cu_seqlens` holds here too; the gradients of keys that no query sees are 0.
         softmax_scale: default `1 / sqrt(D)`.
-        return_lse: also return the log-sum-exp of the scaled scores, `[B, Hq, Sq]` or packed `[Hq, T]`, in float32
+        return_lse: also return the log-sum-exp of the scaled scores, `[B, Hq, Sq]` or packed `[Hq, Tq]`, in float32
             (float64 for the reference on float64); -inf where a query sees no key.
         head_offset: global index of the first KV head held here, under tensor or sequence parallelism.
         total_kv_heads: KV heads of the whole layer (default: those held here). Patterns use global head indices.
@@ -228,10 +237,18 @@ def s2_attention(
         rotation = layer
     key = call = None
     plain = is_plain(q, k, v) if cu_seqlens is None else is_plain(q, k, v, cu_seqlens)
+    if cu_seqlens_k is not None:
+        if cu_seqlens_k is cu_seqlens and q.shape[0] == k.shape[0]:
+            cu_seqlens_k = None
+        elif plain:
+            plain = is_plain(cu_seqlens_k)
     if plain and type(pattern) is Pattern:
-        borders = None
+        borders: tuple | None = None
         if cu_seqlens is not None:  # their number changes from batch to batch
             borders = (cu_seqlens.dtype, cu_seqlens.device, cu_seqlens.dim(), cu_seqlens.numel() > 0)
+        if cu_seqlens_k is not None:
+            alike = cu_seqlens is not None and cu_seqlens_k.shape == cu_seqlens.shape
+            borders = (borders, cu_seqlens_k.dtype, cu_seqlens_k.device, alike)
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
             k.device, v.device, pattern.key, rotation, softmax_scale, return_lse, head_offset, total_kv_heads, backend,
@@ -239,7 +256,7 @@ def s2_attention(
         )  # fmt: skip
         call = _CHECKED.get(key)
     if call is None:
-        _check(q, k, v, pattern, cu_seqlens, rotation, head_offset, total_kv_heads, backend)
+        _check(q, k, v, pattern, cu_seqlens, cu_seqlens_k, rotation, head_offset, total_kv_heads, backend)
         kv_heads = k.shape[-2]
         total = kv_heads if total_kv_heads is None else total_kv_heads
         group = q.shape[-2] // kv_heads
@@ -251,30 +268,33 @@ def s2_attention(
         scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
         if not scale > 0:
             raise ValueError(f"softmax_scale={softmax_scale!r} must be positive")
-        backend = _choose(backend, q, k, v, pattern, cu_seqlens is not None, return_lse)
+        backend = _choose(backend, q, k, v, pattern, cu_seqlens is not None, return_lse, late=cu_seqlens_k is not None)
         call = Call(pattern, rotation, head_offset, total, scale, backend)
         if plain:
             call = call_of(*call.settings)
             if key is not None and pattern.mask is None:
                 remember(_CHECKED, key, call)
-    elif cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        check_borders(cu_seqlens.tolist(), q.shape[0])
+    elif cu_seqlens is not None and (cu_seqlens.device.type == "cpu" or cu_seqlens_k is not None):
+        _check_borders(cu_seqlens, cu_seqlens_k, q, k)
     if call.backend in ("triton", "hopper"):
         if cu_seqlens is not None:
             cu_seqlens = _as_kernels_read(cu_seqlens, q)
+        if cu_seqlens_k is not None:
+            cu_seqlens_k = _as_kernels_read(cu_seqlens_k, k)
         if not plain:
-            out, lse = attention_forward(q, k, v, cu_seqlens, *call.settings)
+            out, lse = attention_forward(q, k, v, cu_seqlens, cu_seqlens_k, *call.settings)
         elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = _attend(q, k, v, cu_seqlens, call)
+            out, lse = _attend(q, k, v, cu_seqlens, cu_seqlens_k, call)
         else:
-            out, lse = _forward(q, k, v, cu_seqlens, call)
+            out, lse = _forward(q, k, v, cu_seqlens, cu_seqlens_k, call)
         return (out, lse) if return_lse else out
     with without_autocast(q):
         if call.backend == "dense":
             return dense_attention(q, k, v, call.softmax_scale)
         if call.backend == "sdpa" and not return_lse:
-            return masked_attention(q, k, v, cu_seqlens, call)
-        out, lse = reference_attention(q, k, v, cu_seqlens, call)  # torch's SDPA does not return the log-sum-exp
+            return masked_attention(q, k, v, cu_seqlens, cu_seqlens_k, call)
+        # torch's SDPA does not return the log-sum-exp
+        out, lse = reference_attention(q, k, v, cu_seqlens, cu_seqlens_k, call)
     return (out, lse) if return_lse else out
 
 
@@ -287,13 +307,13 @@ def _warn_of_layer() -> None:
 
 
 def _choose(
-    backend: str | None, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, return_lse: bool
+    backend: str | None, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, return_lse: bool, late: bool
 ) -> str:
     """What runs for the caller's `backend` (`Call.backend`). ValueError: it does not take the call."""
     if backend is None and _prefers_dense_kernel(q, k, pattern, packed, return_lse):
         return "dense"
     if backend in (None, "hopper"):
-        objection = hopper_support.objection(q, k, v, pattern, packed=packed)
+        objection = hopper_support.objection(q, k, v, pattern, packed=packed, late=late)
         if not objection:
             return "hopper"
         if backend == "hopper":
@@ -331,6 +351,7 @@ def _check(
     v: Tensor,
     pattern: Pattern,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     rotation: int,
     head_offset: int,
     total_kv_heads: int | None,
@@ -340,6 +361,10 @@ def _check(
         raise ValueError(f"backend {backend!r} does not exist; use one of {BACKENDS} or None")
     if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be an int32 tensor of document borders, got {type(cu_seqlens).__name__}")
+    if cu_seqlens_k is not None and not isinstance(cu_seqlens_k, Tensor):
+        raise ValueError(f"cu_seqlens_k must be an int32 tensor of document borders, got {type(cu_seqlens_k).__name__}")
+    if cu_seqlens_k is not None and cu_seqlens is None:
+        raise ValueError("cu_seqlens_k needs cu_seqlens, the borders of the queries")
     if q.dtype not in (torch.float64, *_KERNEL_DTYPES):
         raise ValueError(f"q, k and v must be float64, float32, float16 or bfloat16, got {q.dtype}")
     if rotation < 0:
@@ -373,15 +398,24 @@ def _check(
                 f"{q.shape[1]} queries cannot be the last of {k.shape[1]} keys: k must be at least as long"
             )
     else:
-        if q.shape[0] != k.shape[0]:
-            raise ValueError(f"packed q has {q.shape[0]} tokens but k and v have {k.shape[0]}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        if q.shape[0] != k.shape[0] and cu_seqlens_k is None:
             raise ValueError(
-                f"cu_seqlens must be int32 [n + 1] document borders, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+                f"packed q has {q.shape[0]} tokens but k and v have {k.shape[0]}: queries at the end of longer keys "
+                "need cu_seqlens_k"
             )
-        # those on a GPU would have to be awaited: the kernels check them (`kernels.triton.documents`)
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_borders(cu_seqlens.tolist(), q.shape[0])
+        for name, borders in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+            if borders is None:
+                continue
+            if borders.dim() != 1 or borders.shape[0] < 1 or borders.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"{name} must be int32 [n + 1] document borders, got {borders.dtype} {list(borders.shape)}"
+                )
+        if cu_seqlens_k is not None and cu_seqlens_k.shape[0] != cu_seqlens.shape[0]:
+            raise ValueError(
+                f"cu_seqlens has {cu_seqlens.shape[0] - 1} documents but cu_seqlens_k has {cu_seqlens_k.shape[0] - 1}"
+            )
+        if not torch.compiler.is_compiling():
+            _check_borders(cu_seqlens, cu_seqlens_k, q, k)
     if head_offset < 0:
         raise ValueError(f"head_offset={head_offset} must be 0 or more")
     if head_offset > 0 and total_kv_heads is None:
@@ -392,8 +426,20 @@ def _check(
         )
 
 
-def _as_kernels_read(cu_seqlens: Tensor, q: Tensor) -> Tensor:
-    """Borders as int32, one after the other, beside q."""
-    if cu_seqlens.dtype == torch.int64:  # what int32 does not hold must not become a border that fits
-        cu_seqlens = cu_seqlens.clamp(-1, q.shape[0] + 1)
-    return cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
+def _check_borders(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Of borders on the CPU. Those on a GPU would have to be awaited: the kernels check them
+    (`kernels.triton.documents`)."""
+    of_queries = of_keys = None
+    if cu_seqlens.device.type == "cpu":
+        of_queries = check_borders(cu_seqlens.tolist(), q.shape[0])
+    if cu_seqlens_k is not None and cu_seqlens_k.device.type == "cpu":
+        of_keys = check_borders(cu_seqlens_k.tolist(), k.shape[0], "cu_seqlens_k")
+    if of_queries is not None and of_keys is not None:
+        check_lengths(of_queries, of_keys)
+
+
+def _as_kernels_read(borders: Tensor, x: Tensor) -> Tensor:
+    """Borders of x as int32, one after the other, beside it."""
+    if borders.dtype == torch.int64:  # what int32 does not hold must not become a border that fits
+        borders = borders.clamp(-1, x.shape[0] + 1)
+    return borders.to(device=x.device, dtype=torch.int32).contiguous()

@@ -5,6 +5,7 @@ and the fastest dense kernel the device has for dense ones.
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,18 +53,20 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Te
 
 
 def masked_attention(
-    q: Tensor,  # [B, Sq, Hq, D] or [T, Hq, D]
+    q: Tensor,  # [B, Sq, Hq, D] or [Tq, Hq, D]
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     call: Call,
 ) -> Tensor:
     """Attention output with an explicit token mask. Packed documents are attended one by one."""
     if cu_seqlens is None:
         return _attend(q, k, v, call)
     if torch.compiler.is_compiling():
-        return _attend_packed(q, k, v, cu_seqlens, call)
-    out = torch.cat([_attend(*document, call)[0] for document in documents_of(cu_seqlens, q, k, v)])
+        return _attend_packed(q, k, v, cu_seqlens, cu_seqlens_k, call)
+    documents = documents_of(cu_seqlens, cu_seqlens_k, q, k, v)
+    out = torch.cat([_attend(*document, call)[0] for document in documents])
     return torch.cat([out, q.new_zeros(q.shape[0] - out.shape[0], *q.shape[1:])])
 
 
@@ -78,25 +81,59 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     return _attend_masked(q, k, v, mask, call)
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, call: Call) -> Tensor:
+def _attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, call: Call
+) -> Tensor:
     """All documents at once, `[T, H, D]`, for torch.compile: a graph cannot depend on where the borders are. It takes a
     mask over all pairs of tokens. Rows behind the last border are zero, and borders that do not fit give NaN, as does a
     document with NaN or Inf in q, k or v, which keeps its neighbours from it: 0 times NaN is NaN."""
-    cu_seqlens = cu_seqlens.to(q.device).contiguous()
-    token = torch.arange(q.shape[0], device=q.device, dtype=cu_seqlens.dtype)
-    inside = token < cu_seqlens[-1]
-    never_falls = (cu_seqlens.cummax(0).values == cu_seqlens).all()
-    fits = (cu_seqlens[0] == 0) & never_falls & (cu_seqlens[-1] <= q.shape[0])
-    document = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
-    together = document[:, None] == document  # [T, T]
-    position = torch.where(inside, token - cu_seqlens[document], 0).clamp(0, q.shape[0] - 1)
-    bad = ~torch.stack([x.isfinite().flatten(1).all(dim=1) for x in (q, k, v)]).all(dim=0) & inside
-    spoiled = (together & bad).any(dim=1) | ~fits
-    mask = _mask_of(call, q.shape[0], k.shape[1], q)
-    mask = mask[:, position[:, None], position] & together  # [Hkv, T, T]
-    q, k, v = (torch.where(x.isfinite() & inside[:, None, None], x, 0.0)[None] for x in (q, k, v))
-    out = torch.where(inside[:, None, None], _attend_masked(q, k, v, mask, call)[0], 0.0)
+    rows = keys = _Side.of(cu_seqlens, q)
+    fits = rows.fits
+    if cu_seqlens_k is not None:
+        keys = _Side.of(cu_seqlens_k, k)
+        fits = fits & keys.fits & (rows.lengths <= keys.lengths).all()
+    bad = rows.documents_with(_is_bad(q) & rows.inside) | keys.documents_with((_is_bad(k) | _is_bad(v)) & keys.inside)
+    spoiled = bad[rows.document] | ~fits
+    before = (keys.lengths - rows.lengths)[rows.document]  # keys before the first query
+    row = torch.where(rows.inside, rows.position + before, 0).clamp(0, k.shape[0] - 1)
+    # keys of documents without queries, which may be longer than a mask, are hidden whatever their position
+    key = torch.where((rows.lengths > 0)[keys.document], keys.position, 0).clamp(0, k.shape[0] - 1)
+    mask = _mask_of(call, k.shape[0], k.shape[1], q)
+    mask = mask[:, row[:, None], key] & (rows.document[:, None] == keys.document)  # [Hkv, Tq, Tk]
+    q = torch.where(q.isfinite() & rows.inside[:, None, None], q, 0.0)[None]
+    k, v = (torch.where(x.isfinite() & keys.inside[:, None, None], x, 0.0)[None] for x in (k, v))
+    out = torch.where(rows.inside[:, None, None], _attend_masked(q, k, v, mask, call)[0], 0.0)
     return torch.where(spoiled[:, None, None], float("nan"), out)
+
+
+def _is_bad(x: Tensor) -> Tensor:
+    """Which tokens of `[T, H, D]` have NaN or Inf."""
+    return ~x.isfinite().flatten(1).all(dim=1)
+
+
+class _Side(NamedTuple):
+    """Where packed tokens are."""
+
+    inside: Tensor  # bool [T]: in some document
+    document: Tensor  # int [T]
+    position: Tensor  # int [T], in the document
+    lengths: Tensor  # int [n + 1], of documents; the last, behind the last border, has 0
+    fits: Tensor  # bool: the borders begin with 0, never fall and end in time
+
+    @classmethod
+    def of(cls, borders: Tensor, x: Tensor) -> _Side:
+        """For x `[T, H, D]`."""
+        borders = borders.to(x.device).contiguous()
+        token = torch.arange(x.shape[0], device=x.device, dtype=borders.dtype)
+        never_falls = (borders.cummax(0).values == borders).all()
+        fits = (borders[0] == 0) & never_falls & (borders[-1] <= x.shape[0])
+        document = (torch.searchsorted(borders, token, right=True, out_int32=True) - 1).clamp(min=0)
+        lengths = (borders.roll(-1) - borders).clamp(min=0)  # `diff` would make a graph for a single document
+        return cls(token < borders[-1], document, token - borders[document], lengths, fits)
+
+    def documents_with(self, tokens: Tensor) -> Tensor:
+        """bool `[n + 1]`: which have one of the tokens that are marked."""
+        return torch.zeros_like(self.lengths).index_add(0, self.document, tokens.to(self.lengths.dtype)) > 0
 
 
 def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: Call) -> Tensor:

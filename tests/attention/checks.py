@@ -28,6 +28,7 @@ class Case:
     rotation: int = 0
     head_offset: int = 0
     total_kv_heads: int | None = None
+    cu_seqlens_k: tuple[int, ...] | None = None
 
     @property
     def pattern_heads(self) -> int:
@@ -67,13 +68,12 @@ def run(case: Case, inputs: list[Tensor], dtype: torch.dtype, backend: str | Non
     """Output, lse and the gradients of sum(out * dout) + sum(lse * dlse)."""
     q, k, v = (x.detach().clone().to(dtype).requires_grad_() for x in inputs[:3])
     dout, dlse = inputs[3].to(dtype), inputs[4]
-    borders = None
-    if case.cu_seqlens:
-        borders = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=q.device)
+    borders, borders_k = (
+        torch.tensor(x, dtype=torch.int32, device=q.device) if x else None for x in (case.cu_seqlens, case.cu_seqlens_k)
+    )
     out, lse = s2_attention(
-        q, k, v, case.pattern,
-        cu_seqlens=borders, rotation=case.rotation, head_offset=case.head_offset, total_kv_heads=case.total_kv_heads,
-        return_lse=True, backend=backend,
+        q, k, v, case.pattern, cu_seqlens=borders, cu_seqlens_k=borders_k, rotation=case.rotation,
+        head_offset=case.head_offset, total_kv_heads=case.total_kv_heads, return_lse=True, backend=backend,
     )  # fmt: skip
     seen = torch.isfinite(lse)
     lse = torch.where(seen, lse, torch.zeros_like(lse))
@@ -91,8 +91,9 @@ def same_dtype(case: Case, inputs: list[Tensor], dtype: torch.dtype) -> dict[str
     dout, dlse = inputs[3].to(dtype), inputs[4]
     borders = case.cu_seqlens or (0, case.q_len)
     outs, lses = [], []
-    for begin, end in itertools.pairwise(borders):
-        qd, kd, vd = (x[None, begin:end] for x in (q, k, v)) if case.cu_seqlens else (q, k, v)
+    borders_k = case.cu_seqlens_k or case.cu_seqlens or (0, case.kv_len)
+    for (begin, end), (first, last) in zip(itertools.pairwise(borders), itertools.pairwise(borders_k), strict=True):
+        qd, kd, vd = (q[None, begin:end], k[None, first:last], v[None, first:last]) if case.cu_seqlens else (q, k, v)
         group = case.heads // case.kv_heads
         own = call_with(
             case.pattern, case.pattern_heads, case.rotation, head_offset=case.head_offset, total=case.total_kv_heads

@@ -13,9 +13,11 @@ not end the sweep; the exit status is 1 then.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import time
+from typing import Any
 from unittest import mock
 
 import torch
@@ -78,11 +80,21 @@ def draw_case(seed: int, backend: str, kind: str, block: int, head_dim: int, pac
     if kind != "mixed" and rng.random() < 0.3:  # some heads of a wider layer
         offset = rng.randint(0, 5)
         total = offset + kv_heads + rng.randint(0, 5)
-    shape = {"head_dim": head_dim, "rotation": rng.randint(0, 3), "head_offset": offset, "total_kv_heads": total}
+    shape: dict[str, Any] = {
+        "head_dim": head_dim,
+        "rotation": rng.randint(0, 3),
+        "head_offset": offset,
+        "total_kv_heads": total,
+    }
     if packed:
         borders = draw_borders(rng, max_tokens)
-        tokens = borders[-1]
-        return Case(pattern, tokens, tokens, kv_heads * group, kv_heads, cu_seqlens=borders, **shape)
+        tokens = keys = borders[-1]
+        shape["cu_seqlens"] = borders
+        if rng.random() < 0.4 and (backend == "triton" or tokens >= support._FEWEST_QUERIES):  # the last of longer keys
+            more = itertools.accumulate(rng.choice((0, 1, rng.randint(0, max_tokens // 4))) for _ in borders[1:])
+            borders_k = (0, *(border + n for border, n in zip(borders[1:], more, strict=True)))
+            keys, shape["cu_seqlens_k"] = borders_k[-1], borders_k
+        return Case(pattern, tokens, keys, kv_heads * group, kv_heads, **shape)
     tokens = min(int(2 ** rng.uniform(0, 12)), max_tokens)
     queries = tokens
     if rng.random() < 0.3:  # the last of longer keys

@@ -12,10 +12,11 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from s2.attention.kernels.triton import backward, config, forward
+from s2.attention.kernels.triton import backward, config, documents, forward
 
 LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-INT32 = ("table", "key_offsets", "key_blocks", "query_offsets", "query_blocks", "documents")
+INT32 = ("table", "key_offsets", "key_blocks", "query_offsets", "query_blocks", "documents", "cu_seqlens", "others",
+         "tiles")
 
 
 def compile_for(chip, function, constants, tile, element):
@@ -23,7 +24,7 @@ def compile_for(chip, function, constants, tile, element):
     for name in function.arg_names:
         if name in constants:
             types[name] = "constexpr"
-        elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
+        elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "rows0", "rows1", "rows2"):
             types[name] = "*" + element
         elif name in ("lse", "delta", "dlse"):
             types[name] = "*fp32"
@@ -38,9 +39,11 @@ def compile_for(chip, function, constants, tile, element):
 
 
 chip, element, head_dim, block = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+late = sys.argv[5] == "True"
 capability, itemsize = divmod(chip, 10), 4 if element == "fp32" else 2
 d0, d1 = config.split_head_dim(head_dim, itemsize, capability)
-common = dict(TABLE=8, D=head_dim, D0=d0, D1=d1, BLOCK=block, LEVELS=1, SINKS=True, LISTS=False, PACKED=True)
+common = dict(TABLE=8, D=head_dim, D0=d0, D1=d1, BLOCK=block, LEVELS=1, SINKS=True, LISTS=False, PACKED=True,
+              LATE=late)
 for kind, function in (
     ("forward", forward.attention_forward),
     ("backward_q", backward.attention_backward_q),
@@ -53,22 +56,26 @@ for kind, function in (
     shared = compile_for(chip, function, constants, tile, element).metadata.shared
     print(kind, tile, shared)
     assert shared <= LIMIT[chip], f"{kind} {tile}: {shared} bytes of shared memory, the chip has {LIMIT[chip]}"
+for side in ("queries", "keys") if late else ("both",):
+    constants = dict(TILE=64, BLOCK=block, EXTRA=2, SIDE=side, SCANNED=256)
+    compile_for(chip, documents.attention_tiles, constants, tile, element)
 """
 
 
 @pytest.mark.parametrize(
-    ("chip", "element", "head_dim", "block"),
+    ("chip", "element", "head_dim", "block", "late"),
     [
-        (80, "bf16", 128, 64),
-        pytest.param(89, "fp32", 64, 16, marks=pytest.mark.nightly),
-        pytest.param(86, "bf16", 128, 64, marks=pytest.mark.nightly),
-        pytest.param(86, "bf16", 256, 64, marks=pytest.mark.nightly),
-        pytest.param(90, "bf16", 96, 16, marks=pytest.mark.nightly),
-        pytest.param(90, "bf16", 256, 128, marks=pytest.mark.nightly),
+        (80, "bf16", 128, 64, True),
+        pytest.param(80, "bf16", 128, 64, False, marks=pytest.mark.nightly),
+        pytest.param(89, "fp32", 64, 16, False, marks=pytest.mark.nightly),
+        pytest.param(86, "bf16", 128, 64, False, marks=pytest.mark.nightly),
+        pytest.param(86, "bf16", 256, 64, False, marks=pytest.mark.nightly),
+        pytest.param(90, "bf16", 96, 16, True, marks=pytest.mark.nightly),
+        pytest.param(90, "bf16", 256, 128, False, marks=pytest.mark.nightly),
     ],
 )
-def test_configuration_fits_the_chip(chip, element, head_dim, block):
+def test_configuration_fits_the_chip(chip, element, head_dim, block, late):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    arguments = [sys.executable, "-c", CHILD, str(chip), element, str(head_dim), str(block)]
+    arguments = [sys.executable, "-c", CHILD, str(chip), element, str(head_dim), str(block), str(late)]
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]

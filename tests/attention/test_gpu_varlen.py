@@ -9,6 +9,7 @@ import torch
 
 from s2.attention import Pattern, s2_attention
 from s2.attention.kernels.hopper import one_pass as one_pass_host
+from tests.attention.checks import assert_rows_close
 from tests.attention.test_varlen import MISFITS, NAMES, borders_of, draw, results
 
 pytestmark = pytest.mark.gpu
@@ -141,3 +142,94 @@ def test_larger_batches_than_a_grid_has_rows(backend):
                 strict=True)  # fmt: skip
     for whole, part in pairs:
         torch.testing.assert_close(whole[-1:], part, atol=2e-2, rtol=2e-2)
+
+
+# ---------------------------------------------------------------- queries at the end of longer keys
+
+LATE_QUERIES = [1, 0, 200, 65, 300, 7, 0, 129, 64]
+LATE_KEYS = [1000, 70, 200, 640, 301, 7, 0, 1030, 128]
+ON_BOTH = pytest.mark.parametrize("backend", ["triton", pytest.param("hopper", marks=hopper)])
+
+
+def draw_late(padding, heads, kv_heads, dim, dtype):
+    """With as many queries, and twice as many keys, behind the last border."""
+    tokens, keys = sum(LATE_QUERIES) + padding, sum(LATE_KEYS) + 2 * padding
+    q, k, v, dout = draw(keys, heads, kv_heads, dim, dtype, "cuda")
+    return [q[:tokens].clone(), k, v, dout[:tokens].clone()]
+
+
+def late_results(tensors, pattern, backend):
+    dirty = torch.full((1 << 26,), float("nan"), device="cuda")
+    del dirty  # what results are allocated in
+    borders, borders_k = borders_of(LATE_QUERIES, "cuda"), borders_of(LATE_KEYS, "cuda")
+    return results(*tensors, pattern, borders, backend, cu_seqlens_k=borders_k)
+
+
+def late_pieces(found):
+    """Of each document by name, `[tokens, ...]`."""
+    named = {name: pieces(found, name, LATE_KEYS if name in ("dk", "dv") else LATE_QUERIES) for name in NAMES}
+    return [{name: named[name][n] for name in NAMES} for n in range(len(LATE_QUERIES))]
+
+
+@ON_BOTH
+@pytest.mark.parametrize(("block", "dim", "spec", "dtype"), list(hopper_cases()))
+def test_documents_with_longer_keys_are_as_each_alone(backend, block, dim, spec, dtype):
+    """Also where what belongs to no document, and keys of documents without queries, are NaN."""
+    pattern, padding, group = Pattern.parse(spec, block), 77, max(2, 64 // block)
+    tensors = draw_late(padding, 2 * group, 2, dim, dtype)
+    q, k, v, dout = tensors
+    for x in (q, dout):
+        x[-padding:] = float("nan")
+    for x in (k, v):
+        x[-2 * padding :] = x[1000:1070] = float("nan")
+    found = late_results(tensors, pattern, backend)
+    for name in NAMES:
+        behind = (found[name].T if name == "lse" else found[name])[-padding:]
+        assert (behind == (float("-inf") if name == "lse" else 0)).all(), name
+    begin = first = 0
+    for queries, keys, own in zip(LATE_QUERIES, LATE_KEYS, late_pieces(found), strict=True):
+        rows, columns = slice(begin, begin + queries), slice(first, first + keys)
+        begin, first = begin + queries, first + keys
+        if not queries:
+            assert not own["dk"].any() and not own["dv"].any()
+            continue
+        alone = [q[None, rows], k[None, columns], v[None, columns], dout[None, rows]]
+        for name, wanted in results(*alone, pattern, None, "triton").items():
+            if name == "lse":
+                torch.testing.assert_close(own[name], wanted[0].mT, rtol=1e-3, atol=2e-3)
+            else:
+                assert_rows_close(own[name], wanted[0])
+
+
+@ON_BOTH
+@pytest.mark.parametrize(("block", "dim", "spec", "dtype"), list(hopper_cases())[::2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_documents_with_longer_keys_do_not_see_nan_next_door(backend, block, dim, spec, dtype, bad):
+    pattern, group = Pattern.parse(spec, block), max(2, 64 // block)
+    tensors = draw_late(0, 2 * group, 2, dim, dtype)
+    before = late_pieces(late_results(tensors, pattern, backend))
+    for odd in (1, 0):  # every second document, then the others
+        poisoned = [x.clone() for x in tensors]
+        for x, lengths in zip(poisoned, (LATE_QUERIES, LATE_KEYS, LATE_KEYS, LATE_QUERIES), strict=True):
+            for n, own in enumerate(x.split(lengths)):
+                if n % 2 == odd:
+                    own.fill_(bad)
+        after = late_pieces(late_results(poisoned, pattern, backend))
+        for n, name in itertools.product(range(len(LATE_QUERIES)), NAMES):
+            assert n % 2 == odd or torch.equal(after[n][name], before[n][name]), (n, name)
+
+
+@ON_BOTH
+@pytest.mark.parametrize(
+    ("borders", "borders_k"),
+    [
+        ([0, 100, 301], [0, 300, 500]), ([0, 100, 300], [0, 300, 601]), ([0, 100, 300], [0, 99, 600]),
+        ([0, 100, 300], [0, 450, 600]), ([0, 100, 300], [1, 300, 600]), ([0, 100, 90], [0, 300, 600]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_borders_of_keys_that_do_not_fit_give_nan(backend, borders, borders_k):
+    q, k, v, dout = draw(600, 4, 2, 128, torch.bfloat16, "cuda")
+    borders, borders_k = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (borders, borders_k))
+    found = results(q[:300], k, v, dout[:300], Pattern.parse("L1V3"), borders, backend, cu_seqlens_k=borders_k)
+    assert all(found[name].isnan().all() for name in NAMES)

@@ -40,7 +40,8 @@ def patterns(draw, heads, query_heads, blocks):
 
 
 @st.composite
-def cases(draw, max_tokens=150, dims=(64, 80, 96, 128, 256)):
+def cases(draw, max_tokens=150, dims=(64, 80, 96, 128, 256), late=False):
+    """`late`: packed queries may be the last of longer keys."""
     kv_heads, group = draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 3, 4, 8]))
     pattern = draw(patterns(kv_heads, kv_heads * group, -(-max_tokens // 16)))
     head_dim = draw(st.sampled_from(dims))
@@ -50,9 +51,13 @@ def cases(draw, max_tokens=150, dims=(64, 80, 96, 128, 256)):
         borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
         tokens = max(borders[-1], 1)
         borders = (*borders[:-1], tokens)
+        more = draw(st.none() | st.lists(st.sampled_from([0, 9, 50]), min_size=4, max_size=4)) if late else None
+        borders_k = more and (0, *(n + sum(more[: i + 1]) for i, n in enumerate(borders[1:])))
+        keys = borders_k[-1] if borders_k else tokens
         return Case(
-            pattern, tokens, tokens, kv_heads * group, kv_heads, head_dim, cu_seqlens=borders, rotation=rotation
-        )
+            pattern, tokens, keys, kv_heads * group, kv_heads, head_dim, cu_seqlens=borders, rotation=rotation,
+            cu_seqlens_k=borders_k,
+        )  # fmt: skip
     kv_len = draw(st.integers(1, max_tokens))
     q_len = draw(st.sampled_from([1, max(1, kv_len // 3), kv_len]))
     return Case(
@@ -67,13 +72,17 @@ def test_triton_matches_the_definition(case, dtype, seed):
 
 
 @settings(max_examples=40, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
-@given(case=cases(), seed=st.integers(0, 1 << 20))
+@given(case=cases(late=True), seed=st.integers(0, 1 << 20))
 def test_sdpa_matches_the_definition(case, seed):
     inputs = case.inputs(torch.float64, DEVICE, seed)
     exact = run(case, inputs, torch.float64, "reference")
     q, k, v = (x.requires_grad_() for x in inputs[:3])
-    borders = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE) if case.cu_seqlens else None
-    out = s2_attention(q, k, v, case.pattern, cu_seqlens=borders, rotation=case.rotation, backend="sdpa")
+    borders, borders_k = (
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) if x else None for x in (case.cu_seqlens, case.cu_seqlens_k)
+    )
+    out = s2_attention(
+        q, k, v, case.pattern, cu_seqlens=borders, cu_seqlens_k=borders_k, rotation=case.rotation, backend="sdpa"
+    )
     torch.testing.assert_close(out, exact["out"])
     grads = torch.autograd.grad(out, (q, k, v), inputs[3])
     wanted = run(case, [*inputs[:4], torch.zeros_like(inputs[4])], torch.float64, "reference")

@@ -19,25 +19,36 @@ def make(tokens=40, heads=2, kv_heads=1, dim=32, grad=True, packed=False):
     return [torch.randn(shape(h), device=DEVICE, requires_grad=grad) for h in (heads, kv_heads, kv_heads)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed):
-    q, k, v = make(packed=packed)
-    borders = torch.tensor([0, 7, 40], dtype=torch.int32, device=DEVICE) if packed else None
-    torch.library.opcheck(attention_forward, (q, k, v, borders, *SETTINGS))
-    out, lse = attention_forward(q, k, v, borders, *SETTINGS)
+def make_documents(kind):
+    """q, k, v and the borders of queries and of keys: not packed, packed, or queries at the end of longer keys."""
+    q, k, v = make(packed=kind != "unpacked")
+    borders, late = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 7, 40], [0, 3, 25]))
+    if kind == "late":
+        return q.detach()[:25].requires_grad_(), k, v, late, borders
+    return q, k, v, borders if kind == "packed" else None, None
+
+
+KINDS = ["unpacked", "packed", "late"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind):
+    q, k, v, *borders = make_documents(kind)
+    torch.library.opcheck(attention_forward, (q, k, v, *borders, *SETTINGS))
+    out, lse = attention_forward(q, k, v, *borders, *SETTINGS)
     inputs = [x.detach() for x in (q, k, v, out, lse, out)]
-    torch.library.opcheck(attention_backward, (*inputs, None, borders, *SETTINGS))
+    torch.library.opcheck(attention_backward, (*inputs, None, *borders, *SETTINGS))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph_and_gives_the_same_gradients(packed):
-    borders = torch.tensor([0, 7, 40], dtype=torch.int32, device=DEVICE) if packed else None
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_in_one_graph_and_gives_the_same_gradients(kind):
+    q, k, v, borders, borders_k = make_documents(kind)
 
     def loss(q, k, v):
-        out, lse = s2_attention(q * 2, k, v, PATTERN, cu_seqlens=borders, return_lse=True, backend="triton")
+        how = {"cu_seqlens": borders, "cu_seqlens_k": borders_k, "backend": "triton"}
+        out, lse = s2_attention(q * 2, k, v, PATTERN, return_lse=True, **how)
         return out.square().sum() + lse.sum()
 
-    q, k, v = make(packed=packed)
     eager = torch.autograd.grad(loss(q, k, v), (q, k, v))
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(q, k, v), (q, k, v))
@@ -64,7 +75,22 @@ def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
     assert not support.supports(q.float(), q, q, pattern, False)
     assert not support.supports(q, q, q, Pattern.parse("L1V3", 32), False)
     assert not support.supports(q[:, -4:], q, q, pattern, False)  # fewer queries than keys
+    many = torch.empty(300, 2, 128, device=DEVICE, dtype=torch.bfloat16)
+    assert support.supports(many, many, many, pattern, True, late=True)
+    assert not support.supports(many[:100], many, many, pattern, True, late=True)
     assert not support.supports(q.expand(3, -1, -1, -1), q, q, pattern, False)  # TMA does not read stride 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_of_queries_at_the_end_of_longer_keys_are_triton_s(late, monkeypatch):
+    from s2.attention.kernels.hopper import launch
+
+    monkeypatch.setattr(launch, "run_forward", lambda *inputs: op.run_forward(*inputs))
+    monkeypatch.setattr(launch, "run_backward", lambda q, k, v, *rest: (q * 0 + 7, k, v))
+    q, k, v, borders, _ = make_documents("packed")  # as many queries as keys, with those behind the last border
+    out, _ = attention_forward(q, k, v, borders // 2, borders if late else None, *SETTINGS[:-1], "hopper")
+    (dq,) = torch.autograd.grad(out.sum(), q)
+    assert (dq == 7).all() != late
 
 
 @pytest.mark.parametrize("spec", ["L1V3+sink1", "dense"])
@@ -165,6 +191,10 @@ def shaped(*shape, dtype=torch.float32):
 BORDERS = torch.tensor([0, 4, 8], dtype=torch.int32)
 
 
+def late_call(cu_seqlens, cu_seqlens_k=BORDERS):
+    s2_attention(shaped(8, 2, 16), *[shaped(9, 2, 16)] * 2, PATTERN, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+
+
 @pytest.mark.parametrize(
     ("call", "names"),
     [
@@ -195,6 +225,13 @@ BORDERS = torch.tensor([0, 4, 8], dtype=torch.int32)
         (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS.flip(0)), "[8, 4, 0]"),
         (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=torch.tensor([0, 5, 3, 8])), "[0, 5, 3, 8]"),
         (lambda: s2_attention(*[shaped(8, 2, 16)] * 3, PATTERN, cu_seqlens=BORDERS.float()), "float32"),
+        (lambda: s2_attention(shaped(8, 2, 16), *[shaped(9, 2, 16)] * 2, PATTERN, cu_seqlens=BORDERS), "cu_seqlens_k"),
+        (lambda: late_call(None), "cu_seqlens_k needs cu_seqlens"),
+        (lambda: late_call(BORDERS, cu_seqlens_k=[0, 4, 9]), "cu_seqlens_k must be an int32 tensor"),
+        (lambda: late_call(BORDERS, cu_seqlens_k=BORDERS.float()), "cu_seqlens_k must be int32 [n + 1]"),
+        (lambda: late_call(BORDERS, cu_seqlens_k=BORDERS[:2]), "cu_seqlens has 2 documents but cu_seqlens_k has 1"),
+        (lambda: late_call(BORDERS, cu_seqlens_k=BORDERS + 1), "cu_seqlens_k must begin with 0"),
+        (lambda: late_call(BORDERS, cu_seqlens_k=BORDERS // 2), "document 0 has 4 queries"),
         (lambda: s2_attention(*[shaped(1, 8, 2, 12)] * 3, PATTERN, backend="triton"), "head_dim=12"),
         (
             lambda: s2_attention(*[shaped(1, 8, 2, 16, dtype=torch.float64)] * 3, PATTERN, backend="triton"),
@@ -282,6 +319,15 @@ def test_calls_are_checked_once(backend, packed, monkeypatch):
     if packed and DEVICE == "cpu":
         with pytest.raises(ValueError, match="never fall"):
             s2_attention(q, k, v, PATTERN, cu_seqlens=cu_seqlens.flip(0), backend=backend)
+        how = {"cu_seqlens": cu_seqlens, "backend": backend}
+        s2_attention(q, k, v, PATTERN, cu_seqlens_k=cu_seqlens.clone(), **how)
+        number = len(checked)
+        s2_attention(q, k, v, PATTERN, cu_seqlens_k=cu_seqlens.clone(), **how)
+        assert len(checked) == number
+        with pytest.raises(ValueError, match="cannot be the last of its 0 keys"):
+            s2_attention(q, k, v, PATTERN, cu_seqlens_k=cu_seqlens * 0, **how)
+        with pytest.raises(ValueError, match="has 3 documents but cu_seqlens_k has 2"):
+            s2_attention(q, k, v, PATTERN, cu_seqlens_k=cu_seqlens[:-1], **how)
     with pytest.raises(ValueError, match="softmax_scale"):
         s2_attention(q, k, v, PATTERN, cu_seqlens=cu_seqlens, backend=backend, softmax_scale=0.0)
 

@@ -18,6 +18,12 @@ def test_a_seed_draws_the_same_case_and_cases_differ():
     assert all(borders[0] == 0 and list(borders) == sorted(borders) for borders in packed)
     assert any(a == b for borders in packed for a, b in itertools.pairwise(borders)), "no empty document"
     assert any(c.q_len % TILE for c in drawn) and all(1 <= c.q_len <= 2000 for c in drawn)
+    longer = [c for c in drawn if c.cu_seqlens_k]
+    assert 3 < len(longer) < len(packed), "packed queries at the end of longer keys"
+    for c in longer:
+        assert c.kv_len == c.cu_seqlens_k[-1] and len(c.cu_seqlens_k) == len(c.cu_seqlens)
+        pairs = zip(itertools.pairwise(c.cu_seqlens), itertools.pairwise(c.cu_seqlens_k), strict=True)
+        assert all(end - begin <= last - first for (begin, end), (first, last) in pairs)
 
 
 def test_cases_of_the_hopper_kernels_are_such_as_they_take(monkeypatch):
@@ -26,9 +32,11 @@ def test_cases_of_the_hopper_kernels_are_such_as_they_take(monkeypatch):
         kind, block = sweep.KINDS[seed % len(sweep.KINDS)], sweep.BLOCKS[seed // 7 % len(sweep.BLOCKS)]
         dim = (64, 128)[seed // 120]
         case = sweep.draw_case(seed, "hopper", kind, block, dim, seed % 2 == 0, 300)
-        shape = (case.q_len,) if case.cu_seqlens else (case.batch, case.q_len)
-        q, k = (torch.empty(*shape, heads, dim, dtype=torch.float16) for heads in (case.heads, case.kv_heads))
-        assert support.supports(q, k, k, case.pattern, packed=bool(case.cu_seqlens))
+        batch = () if case.cu_seqlens else (case.batch,)
+        sizes = ((case.q_len, case.heads), (case.kv_len, case.kv_heads))
+        q, k = (torch.empty(*batch, *size, dim, dtype=torch.float16) for size in sizes)
+        late = case.cu_seqlens_k is not None
+        assert support.supports(q, k, k, case.pattern, packed=bool(case.cu_seqlens), late=late)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="small cases in Triton's interpreter")

@@ -66,6 +66,24 @@ _PATTERNS = (
 
 _OP = (
     Mutant(
+        "more_queries_than_keys_are_taken", ATTENTION,
+        "if end - begin > last - first:",
+        "if False:",
+        ("test_varlen.py::test_borders_of_keys_that_do_not_fit_are_refused_where_they_can_be_read",),
+    ),
+    Mutant(
+        "compiled_sdpa_puts_queries_first", ATTENTION,
+        "before = (keys.lengths - rows.lengths)[rows.document]",
+        "before = (keys.lengths - rows.lengths)[rows.document] * 0",
+        ("test_varlen.py::test_compiled_documents_with_longer_keys_keep_to_themselves",),
+    ),
+    Mutant(
+        "hopper_gradients_of_longer_packed_keys", ATTENTION,
+        "is_late = tensors[0].shape[-3] != tensors[1].shape[-3] or cu_seqlens_k is not None",
+        "is_late = tensors[0].shape[-3] != tensors[1].shape[-3]",
+        ("test_op.py::test_gradients_of_queries_at_the_end_of_longer_keys_are_triton_s",),
+    ),
+    Mutant(
         "reference_hides_the_diagonal", ATTENTION,
         "return kept & (key[None, :] <= query[:, None])",
         "return kept & (key[None, :] < query[:, None])",
@@ -99,14 +117,14 @@ _OP = (
     ),
     Mutant(
         "packed_mask_crosses_borders", ATTENTION,
-        "together = document[:, None] == document  # [T, T]",
-        "together = document[:, None] >= document  # [T, T]",
+        "(rows.document[:, None] == keys.document)",
+        "(rows.document[:, None] >= keys.document)",
         ("test_op.py::test_packed_sdpa_compiles_to_one_graph_for_all_borders",),
     ),
     Mutant(
         "compiled_positions_run_across_documents", ATTENTION,
-        "position = torch.where(inside, token - cu_seqlens[document], 0)",
-        "position = torch.where(inside, token, 0)",
+        "return cls(token < borders[-1], document, token - borders[document], lengths, fits)",
+        "return cls(token < borders[-1], document, token, lengths, fits)",
         ("test_op.py::test_packed_sdpa_compiles_to_one_graph_for_all_borders",),
     ),
     Mutant(

@@ -9,6 +9,7 @@ SHORT = "test_gpu_short.py::test_"
 _FORWARD = (f"{SHORT}forward",)
 _TWO_PASSES, _ONE_PASS = (f"{SHORT}two_passes",), (f"{SHORT}one_pass",)
 _LATE = ("test_gpu.py::test_queries_at_the_end_of_longer_keys_on_hopper",)
+_LATE_DOCUMENTS = ("test_gpu_varlen.py::test_documents_with_longer_keys_are_as_each_alone",)
 _ROWS = (f"{SHORT}documents",)
 
 MUTANTS = (
@@ -26,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         "cuda_late_tiles_begin_with_the_first_key", HOPPER,
-        "if (LATE) m_block += problem.first_m_block;",
+        "m_block += problem.first_m_block;",
         "",
         _LATE, gpu=True,
     ),
@@ -38,9 +39,33 @@ MUTANTS = (
     ),
     Mutant(
         "cuda_late_queries_are_those_of_earlier_places", HOPPER,
-        "row_of(next.m_block + c, pack_gqa) - keys_before(problem);",
-        "row_of(next.m_block + c, pack_gqa) - keys_before(problem) / TOKENS * TOKENS;",
+        "const int token = next.begin + row_of(next.m_block + c, pack_gqa);",
+        "const int token = next.begin / TOKENS * TOKENS + row_of(next.m_block + c, pack_gqa);",
         _LATE, gpu=True,
+    ),
+    Mutant(
+        "cuda_documents_overwrite_the_queries_before_them", HOPPER,
+        "(row + TOKENS <= done.length && (!LATE || row >= done.before))",
+        "(row + TOKENS <= done.length)",
+        _LATE_DOCUMENTS, gpu=True,
+    ),
+    Mutant(
+        "cuda_ragged_rows_overwrite_the_queries_before_them", HOPPER,
+        "if (own % TOKENS < rows_left && (!LATE || own % TOKENS >= rows_before))",
+        "if (own % TOKENS < rows_left)",
+        _LATE_DOCUMENTS, gpu=True,
+    ),
+    Mutant(
+        "cuda_first_ragged_rows_are_left_to_nobody", HOPPER,
+        "(held.rows_left >= TOKENS && (!LATE || held.rows_before <= 0))",
+        "(held.rows_left >= TOKENS)",
+        _LATE_DOCUMENTS, gpu=True,
+    ),
+    Mutant(
+        "cuda_ragged_rows_before_the_first_token_wrap", HOPPER,
+        "const unsigned first = held.statistics + before;",
+        "const unsigned first = held.statistics;",
+        _LATE_DOCUMENTS, gpu=True,
     ),
     Mutant(
         "cuda_output_is_not_rescaled", HOPPER,
@@ -94,8 +119,8 @@ MUTANTS = (
     ),
     Mutant(
         "cuda_documents_are_stored_over_their_neighbours", HOPPER,
-        "if (STORES && is_mover && (!PACKED || row + TOKENS <= done.length)) {",
-        "if (STORES && is_mover) {",
+        "(row + TOKENS <= done.length && (!LATE || row >= done.before))",
+        "(!LATE || row >= done.before)",
         _ROWS, gpu=True,
     ),
     Mutant(

@@ -7,6 +7,7 @@ from .mutant import Mutant
 KERNELS, HOPPER = "s2/attention/kernels", "s2/attention/kernels/hopper"
 GROUPED = "test_kernels.py::test_grouped_query_heads_share_the_pattern_of_their_kv_head"
 FOLLOWS_LEVELS = "test_kernels.py::test_every_block_size"
+LONGER_KEYS = "test_varlen.py::test_documents_with_longer_keys_are_as_each_alone"
 NEXT_DOOR = "test_varlen.py::test_documents_do_not_see_nan_next_door"
 PADDING = "test_varlen.py::test_rows_behind_the_last_border_are_zero_and_nobody_reads_them"
 
@@ -97,8 +98,8 @@ _TRITON = (
     ),
     Mutant(
         "triton_documents_begin_at_the_first_token", KERNELS,
-        "return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)",
-        "return tl.load(entry) * 0, tl.load(entry + 1), tl.load(entry + 2)",
+        "begin, length = tl.load(entry), tl.load(entry + 1)",
+        "begin, length = tl.load(entry) * 0, tl.load(entry + 1)",
         ("test_kernels.py::test_packed_equals_separate", NEXT_DOOR),
     ),
     Mutant(
@@ -125,9 +126,45 @@ _TRITON = (
         "unit = tl.where(index < skip, index, skip + (past // keep) * ratio + past % keep)",
         (FOLLOWS_LEVELS,),
     ),
+    Mutant(
+        "triton_late_tiles_are_as_many_as_queries_fill", KERNELS,
+        "return first, tl.where(length > 0, (other + TILE - 1) // TILE - first, 0)",
+        "return first, tl.where(length > 0, (length + TILE - 1) // TILE, 0)",
+        (LONGER_KEYS,),
+    ),
+    Mutant(
+        "triton_documents_may_have_fewer_keys_than_queries", KERNELS,
+        'too_few = other < length if SIDE == "queries" else length < other',
+        "too_few = other < 0",
+        ("test_varlen.py::test_borders_of_keys_that_do_not_fit_give_nan_where_they_cannot_be_read",),
+    ),
+    Mutant(
+        "triton_keys_are_looked_for_at_the_queries_place", f"{KERNELS}/triton/forward.py",
+        "k += batch * stride_kb + kv_begin * stride_kt + kv_head * stride_kh",
+        "k += batch * stride_kb + begin * stride_kt + kv_head * stride_kh",
+        (LONGER_KEYS,),
+    ),
+    Mutant(
+        "triton_lists_of_keys_without_queries_are_read", KERNELS,
+        "list_end = tl.where(q_len > 0, list_end, list_begin)",
+        "list_end = tl.where(q_len >= 0, list_end, list_begin)",
+        (LONGER_KEYS,),
+    ),
 )  # fmt: skip
 
 _HOPPER_HOST = (
+    Mutant(
+        "hopper_late_tables_forget_the_keys_before_the_queries", HOPPER,
+        "tl.store(entry + 3, q_begin - before + lane * 0, mask=exists)",
+        "tl.store(entry + 3, q_begin + lane * 0, mask=exists)",
+        ("hopper/test_launch.py::test_the_table_of_documents_with_longer_keys",),
+    ),
+    Mutant(
+        "hopper_late_tables_have_room_for_whole_m_blocks_alone", HOPPER,
+        "most_m_blocks = problem.length // tokens + 2 * count",
+        "most_m_blocks = problem.length // tokens + count",
+        ("hopper/test_launch.py::test_the_table_of_documents_with_longer_keys_has_room",),
+    ),
     Mutant(
         "hopper_residue_off_by_one", HOPPER,
         "return divide(maximum(bound - residue + stride - 1, 0), stride);",

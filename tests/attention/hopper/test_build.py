@@ -137,6 +137,10 @@ FORWARD = [
     Build("forward", 128, _constants(1, True, late=True)),
     Build("forward", 128, _constants(2, True, block=16, late=True), element="fp16"),
     Build("forward", 64, _constants(0, False, block=256, late=True)),
+    Build("forward", 128, _constants(1, True, packed=True, late=True)),
+    Build("forward", 128, _constants(2, True, block=16, packed=True, late=True), element="fp16"),
+    Build("forward", 64, _constants(2, False, block=32, packed=True, late=True)),
+    Build("forward", 64, _constants(0, True, block=256, packed=True, late=True), element="fp16"),
 ]
 QUERY = [
     Build("backward_q", 128, _constants(1, False), spills=48),
@@ -189,7 +193,7 @@ def _cuda(build: Build, folder: Path) -> tuple[str, dict[str, int]]:
     rules = RuleSchedule(torch.empty(0), [], constants["LEVELS"], constants["SINKS"])
     problem = Problem(
         rules, constants["BLOCK"], 1.0, 1, 64, 4, 1, build.head_dim, element, torch.device("cpu"), constants["PACKED"],
-        int(constants.get("LATE", 0)),
+        late=constants.get("LATE", False),
     )  # fmt: skip
     if build.kernel == "forward":
         kernel = forward.kernel_of(problem)

@@ -126,7 +126,7 @@ def run(pattern, length=1000, heads=8, kv_heads=4, dim=128, batch=2, dlse=False,
     if cu_seqlens is not None:
         q, k, v = q[0], k[0], v[0]
     settings = (cu_seqlens, call_with(pattern, kv_heads))
-    out, lse = launch.run_forward(q, k, v, *settings)
+    out, lse = launch.run_forward(q, k, v, cu_seqlens, None, settings[1])
     assert out.shape == q.shape
     assert lse.shape == ((batch, heads, length) if cu_seqlens is None else (heads, length))
     gradients = launch.run_backward(q, k, v, out, lse, out, lse if dlse else None, *settings)
@@ -232,7 +232,7 @@ def test_views_and_unaligned_gradients(launches):
     k = torch.randn(1, 4, 500, 128, dtype=torch.bfloat16).transpose(1, 2)  # heads first
     v = torch.randn(v.numel() + 1, dtype=v.dtype)[1:].view(v.shape)  # 2 bytes off
     settings = (None, call_with(Pattern.parse("L1V3"), 4))
-    out, lse = launch.run_forward(q, k, v, *settings)
+    out, lse = launch.run_forward(q, k, v, None, *settings)
     dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)  # 2 bytes off
     gradients = launch.run_backward(q, k, v, out, lse, dout, torch.ones(()).expand(lse.shape), *settings)
     assert all(x.is_contiguous() for x in (out, *gradients))
@@ -262,7 +262,7 @@ def test_the_forward_gets_its_problem(launches, dim, block, dtype):
     whole = torch.randn(batch, length, 2, kv_heads, dim, dtype=dtype)
     q, (k, v) = torch.randn(batch, length, heads, dim, dtype=dtype), whole.unbind(2)
     pattern = Pattern.parse("L2V5+sink1", block)
-    out, lse = launch.run_forward(q, k, v, None, call_with(pattern, kv_heads))
+    out, lse = launch.run_forward(q, k, v, None, None, call_with(pattern, kv_heads))
     forward = last(Forward)
     ((params, arguments),) = launches.forward
     a_box, tokens = max(64 // block, 1), min(block, 64)
@@ -294,7 +294,7 @@ def test_tiles_of_queries_at_the_end_of_longer_keys(launches, dim, block, group,
     """They begin with the m_block of the first query and end with that of the last."""
     length, kv_heads = 300, 2
     q, k = torch.randn(1, length, kv_heads * group, dim).half(), torch.randn(1, before + length, kv_heads, dim).half()
-    launch.run_forward(q, k, k, None, call_with(Pattern.parse("L2V5+sink1", block), kv_heads))
+    launch.run_forward(q, k, k, None, None, call_with(Pattern.parse("L2V5+sink1", block), kv_heads))
     forward, ((params, _),) = last(Forward), launches.forward
     tokens, consumers, shape = min(block, 64), forward.kernel.constants["CONSUMERS"], params.problem
     assert forward.kernel.constants["LATE"] and (shape.length, shape.offset) == (length, before)
@@ -357,7 +357,7 @@ def test_threads_do_not_mix_their_calls(launches, monkeypatch):
     def call():
         own = [x.clone() for x in (q, k, v)]
         for _ in range(5):
-            out, lse = launch.run_forward(*own, None, call_with(Pattern.parse("W3"), 4))
+            out, lse = launch.run_forward(*own, None, None, call_with(Pattern.parse("W3"), 4))
             calls.append((*(x.data_ptr() for x in (*own, out)), out, lse))
 
     threads = [threading.Thread(target=call) for _ in range(4)]
@@ -536,3 +536,60 @@ def test_the_table_of_packed_work_has_room(spec, block, consumers, share):
         assert num_tiles == sum(-(-(-(-n // box) * share) // consumers) for n in lengths) <= documents.most_tiles
         assert 0 < num_pairs <= len(documents.table) - 1 - documents.most_tiles
         assert sum(-(-n // box) for n in lengths) <= documents.m_blocks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
+@pytest.mark.parametrize(("block", "consumers", "share"), [(16, 3, 1), (64, 4, 8), (256, 3, 2), (32, 4, 3)])
+def test_the_table_of_documents_with_longer_keys(block, consumers, share):
+    queries, keys = [1, 0, 64, 65, 0, 200, 2, 1], [1000, 70, 64, 640, 0, 301, 129, 1]
+    tokens, num_tokens, num_keys = min(block, 64), sum(queries) + 9, sum(keys) + 5
+    borders, borders_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys))
+    q, k = (torch.randn(1, n, 4, 64, dtype=torch.bfloat16) for n in (num_tokens, num_keys))
+    own = Problem.of(q, k, call_with(Pattern.parse("L1V15", block), 4), packed=True, late=True)
+    fill = unowned(q[0], lse=torch.zeros(4, num_tokens))
+    wanted = []
+    for n, length, begin, first in zip(queries, keys, borders.tolist(), borders_k.tolist(), strict=False):
+        before = length - n
+        m_blocks = range(before // tokens * share, -(-length // tokens) * share if n else 0)
+        wanted += [[m_block, first, length, begin - before, before] for m_block in m_blocks[::consumers]]
+    documents = Documents.late(STREAM, own, consumers, borders, borders_k, num_keys, fill, share)
+    assert documents.table[0] == len(wanted) <= documents.most_tiles
+    assert documents.table[4 : 4 + 5 * len(wanted)].view(-1, 5).tolist() == wanted
+    assert not q[0, -9:].any() and q[0, :-9].any()
+    for misfit, misfit_k in ((borders, borders_k.flip(0)), (borders_k, borders), (borders, borders_k + 6)):
+        table = Documents.late(STREAM, own, consumers, misfit, misfit_k, num_keys, fill, share).table
+        assert table[0] == 0 and q.isnan().all()
+        q.zero_()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the table's kernel in Triton's interpreter")
+@pytest.mark.parametrize(("block", "consumers", "share"), [(16, 3, 1), (64, 4, 8)])
+def test_the_table_of_documents_with_longer_keys_has_room(block, consumers, share):
+    for queries, before in ([[1] * 30, [63] * 30], [[2] * 30, [63] * 30], [[66] * 9, [127] * 9], [[700], [13]]):
+        keys = [n + more for n, more in zip(queries, before, strict=True)]
+        borders, borders_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys))
+        q, k = (torch.randn(1, sum(lengths), 1, 64, dtype=torch.bfloat16) for lengths in (queries, keys))
+        own = Problem.of(q, k, call_with(Pattern.parse("W3", block), 1), packed=True, late=True)
+        documents = Documents.late(STREAM, own, consumers, borders, borders_k, sum(keys), unowned(q[0]), share)
+        assert 0 < documents.table[0] <= documents.most_tiles
+        assert len(documents.table) == 4 + 5 * documents.most_tiles
+
+
+def test_documents_with_longer_keys_reach_the_forward(launches):
+    q, k = torch.randn(400, 8, 128, dtype=torch.bfloat16), torch.randn(1000, 4, 128, dtype=torch.bfloat16)
+    settings = call_with(Pattern.parse("L1V15"), 4)
+    for keys, lengths in ((k, [0, 300, 1000]), (k[:400], [0, 100, 400])):  # as many keys do not make it another kernel
+        borders, borders_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 100, 400], lengths))
+        launch.run_forward(q, keys, keys, borders, borders_k, settings)
+        (name, kernel, own), (params, arguments) = launches.gluon[-1], launches.forward[-1]
+        own = dict(zip(parameters(kernel)[0], own, strict=True))
+        assert name == "late_documents" and kernel.grid[0] > own["num_documents"] == 2
+        assert (own["num_tokens"], own["num_keys"], own["width0"], own["num_heads"]) == (400, len(keys), 8 * 128, 8)
+        assert (own["cu_seqlens"].tolist(), own["cu_seqlens_k"].tolist()) == ([0, 100, 400], lengths)
+        assert (own["rows0"].data_ptr(), own["lse"].data_ptr()) == (params.out_rows, params.lse)
+        assert params.problem.documents == own["documents"].data_ptr() and params.problem.length == 400
+        constants = last(Forward).kernel.constants
+        assert constants["PACKED"] and constants["LATE"] and arguments[1] == 132
+        assert [each.shape[2] for each in (last(Forward).maps.q, last(Forward).maps.k)] == [400, len(keys)]
+    launch.run_forward(q, k[:400], k[:400], borders, None, settings)
+    assert not last(Forward).kernel.constants["LATE"] and launches.gluon[-1][0] == "attention_documents"

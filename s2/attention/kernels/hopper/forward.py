@@ -24,14 +24,19 @@ class Forward(RowKernel):
         super().__init__(kernel_of(problem), params.Forward, "out", problem, q, k, v)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None, fill: Fill | None
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None, fill: Fill | None,
+    ) -> None:  # fmt: skip
         """Packed documents come with the results to `fill` where no document is."""
         device = self.problem.device
         stream = driver.current_stream(device.index)
         counter = counter_of(device, stream)
         documents = None
-        if cu_seqlens is not None:
+        if cu_seqlens is not None and cu_seqlens_k is not None and fill is not None:
+            documents = Documents.late(
+                stream, self.problem, self.consumers, cu_seqlens, cu_seqlens_k, k.shape[1], fill, self.pack_gqa
+            )
+        elif cu_seqlens is not None:
             documents = Documents.of(stream, self.problem, self.consumers, cu_seqlens, fill, self.pack_gqa)
         with self.lock:
             self.move(q, k, v, out, documents, counter)

@@ -31,15 +31,17 @@ class Plan(NamedTuple):
         return self.kernels.get(kind) or self.kernels.setdefault(kind, kind(self.problem, q, k, v))
 
 
-def plan_of(q: Tensor, k: Tensor, v: Tensor, call: Call, packed: bool) -> Plan:
-    """Kept with the call, the oldest goes first."""
-    key = (q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, packed)
-    return call.plans.get(key) or remember(call.plans, key, Plan(Problem.of(q, k, call, packed), {}))
+def plan_of(q: Tensor, k: Tensor, v: Tensor, call: Call, packed: bool, late: bool = False) -> Plan:
+    """Kept with the call, the oldest goes first. `late`: packed queries at the end of longer keys."""
+    key = (q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, packed, late)
+    return call.plans.get(key) or remember(call.plans, key, Plan(Problem.of(q, k, call, packed, late), {}))
 
 
-def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    """q `[B, Sq, Hq, D]`, k/v `[B, Skv, Hkv, D]` -> out and lse `[B, Hq, Sq]`; packed `[T, H, D]` with int32
-    `cu_seqlens` -> lse `[Hq, T]`."""
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """q `[B, Sq, Hq, D]`, k/v `[B, Skv, Hkv, D]` -> out and lse `[B, Hq, Sq]`; packed `[Tq, Hq, D]`, `[Tk, Hkv, D]`
+    with int32 borders -> lse `[Hq, Tq]`."""
     if cu_seqlens is not None and cu_seqlens.shape[0] == 1:  # no document
         return q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
     q, k, v = align16(q), align16(k), align16(v)
@@ -50,7 +52,8 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     lse = lse[0] if packed else lse
     fill = unowned(out, lse=lse) if packed else None
-    plan_of(q, k, v, call, packed).kernel(Forward, q, k, v)(q, k, v, out, lse, cu_seqlens, fill)
+    plan = plan_of(q, k, v, call, packed, cu_seqlens_k is not None)
+    plan.kernel(Forward, q, k, v)(q, k, v, out, lse, cu_seqlens, cu_seqlens_k, fill)
     return out, lse
 
 

@@ -32,10 +32,10 @@ Problem = _struct(
     "Problem",
     """
     const int* table;               // rules [heads, TABLE]
-    const int* documents;           // packed: tiles of documents, see `varlen.attention_documents`
+    const int* documents;           // packed: tiles of documents, see `varlen.attention_documents`, `late_documents`
     int* counter;                   // 0, and 0 again at the end
     int length, kv_heads, group;
-    int offset, first_m_block;      // keys before the first query, and the m_block that it is in
+    int offset, first_m_block;      // not packed: keys before the first query, and the m_block that it is in
     int tiles_per_head, num_tiles;  // of a KV head, and in all
     int together;                   // KV heads at the end whose tiles are done together, longest first
 """,

@@ -22,8 +22,8 @@ MAX_KEPT = 512  # of what is kept for a shape of call
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One shape of call on q `[B, S, Hq, D]` and k, v `[B, offset + S, Hkv, D]`; a packed call is a batch of one, and
-    only the forward takes an offset."""
+    """One shape of call on q `[B, S, Hq, D]` and k, v `[B, offset + S, Hkv, D]`; a packed call is a batch of one, with
+    as many keys as there are. Only the forward takes `late` calls, those whose queries are the last of longer keys."""
 
     rules: schedule.RuleSchedule
     block_size: int
@@ -37,14 +37,17 @@ class Problem:
     device: torch.device
     packed: bool
     offset: int = 0
+    late: bool = False
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, call: Call, packed: bool) -> Problem:
+    def of(cls, q: Tensor, k: Tensor, call: Call, packed: bool, late: bool = False) -> Problem:
+        """`late`: of packed documents, which do not show it."""
         rules = schedule.rule_schedule(call, k.shape[2], q.device)
         batch, length, num_heads, head_dim = q.shape
+        offset = 0 if packed else k.shape[1] - length
         return cls(
             rules, call.pattern.block_size, call.softmax_scale, batch, length, num_heads, k.shape[2], head_dim, q.dtype,
-            q.device, packed, k.shape[1] - length,
+            q.device, packed, offset, late or offset > 0,
         )  # fmt: skip
 
     @property
@@ -73,7 +76,7 @@ class Problem:
     @property
     def macros(self) -> dict[str, int]:
         """Constants that kernels in CUDA C++ are compiled with."""
-        own = {"D": self.head_dim, "PACKED": self.packed, "LATE": self.offset > 0}
+        own = {"D": self.head_dim, "PACKED": self.packed, "LATE": self.late}
         own["BF16"] = self.dtype == torch.bfloat16
         return own | {name: self.constants[name] for name in ("BLOCK", "LEVELS", "SINKS")}
 

@@ -21,8 +21,9 @@ _NVRTC = (
 )
 
 
-def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> str:
-    """Why the kernels do not take this call; empty if they do. Warns once where NVRTC is missing."""
+def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, late: bool = False) -> str:
+    """Why the kernels do not take this call; empty if they do. `late`: packed queries at the end of longer keys. Warns
+    once where NVRTC is missing."""
     # texts are constant, since torch.compile goes through here
     if not on_hopper(q):
         return "it runs on devices of compute capability 9.0 (sm_90)"
@@ -34,6 +35,8 @@ def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -
         return "it takes head dimensions 64 and 128"
     if q.numel() == 0:
         return "there are no queries"
+    if late and (q.shape[0] < _FEWEST_QUERIES or k.numel() == 0):
+        return _TOO_FEW
     if not packed and q.shape[1] != k.shape[1] and q.shape[1] < _FEWEST_QUERIES:
         return _TOO_FEW
     if pattern.block_size < _SMALLEST_BLOCK or q.shape[-2] // k.shape[-2] % heads_per_tile(pattern.block_size):
@@ -48,9 +51,9 @@ def objection(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -
     return ""
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool) -> bool:
+def supports(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: bool, late: bool = False) -> bool:
     """Whether there is no `objection`."""
-    return not objection(q, k, v, pattern, packed)
+    return not objection(q, k, v, pattern, packed, late)
 
 
 def on_hopper(x: Tensor) -> bool:

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton.documents import Fill, fill_unowned, fillers, misfits
+from ..triton.documents import Fill, fill_unowned, fillers, load_document, misfits
 from .n_blocks import KEYS, count_tiles
 from .problem import MAX_KEPT, TILE, Problem, contiguous16
 from .triton_launcher import Launch
+
+LATE_WORDS = tl.constexpr(5)  # of an entry of `late_documents`
 
 
 @triton.jit
@@ -169,6 +171,62 @@ def _store_entries(to, lane, mask, first, begin, length, m_blocks):
     tl.store(entry + 3, m_blocks + lane * 0, mask=mask)
 
 
+@triton.jit
+def _late_tiles(q_len, kv_len, M_BLOCKS: tl.constexpr, PACK_GQA: tl.constexpr, TOKENS: tl.constexpr):
+    """Of documents: the first m_block with a query, and the tiles from there on."""
+    first = (kv_len - q_len) // TOKENS
+    m_blocks = ((kv_len + TOKENS - 1) // TOKENS - first) * PACK_GQA
+    return first * PACK_GQA, tl.where(q_len > 0, (m_blocks + M_BLOCKS - 1) // M_BLOCKS, 0)
+
+
+@triton.jit(do_not_specialize=["width0", "width1", "width2", "num_heads", "num_documents", "num_tokens", "num_keys"])
+def late_documents(
+    cu_seqlens, cu_seqlens_k, documents, rows0, rows1, rows2, lse, width0, width1, width2, num_heads, num_documents,
+    num_tokens, num_keys,
+    M_BLOCKS: tl.constexpr, PACK_GQA: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The same table for queries at the end of longer keys, without items: four words, of which the first is the number
+    of tiles, and for each tile of M_BLOCKS m_blocks of TOKENS tokens
+
+        first m_block, from that of the document's first key on | first key of the document | number of its keys |
+        first query less the keys before it | these keys
+    """
+    document = tl.program_id(0)
+    tiles, bad = 0, 0
+    for start in range(0, num_documents, WIDTH):
+        lane = start + tl.arange(0, WIDTH)
+        begin, end = load_document(cu_seqlens, lane, lane < num_documents)
+        first, last = load_document(cu_seqlens_k, lane, lane < num_documents)
+        wrong = misfits(begin, end, num_tokens) | misfits(first, last, num_keys) | (last - first < end - begin)
+        bad = tl.maximum(bad, tl.max(wrong.to(tl.int32), 0))
+        _, own_tiles = _late_tiles(end - begin, last - first, M_BLOCKS, PACK_GQA, TOKENS)
+        tiles += tl.sum(tl.where(lane < document, own_tiles, 0), 0)
+    is_bad = (bad > 0) | (tl.load(cu_seqlens) != 0) | (tl.load(cu_seqlens_k) != 0)
+    if document >= num_documents:
+        fill_unowned(
+            rows0, rows1, rows2, lse, width0, width1, width2, num_heads, tl.load(cu_seqlens + num_documents),
+            num_tokens, is_bad, document - num_documents, tl.num_programs(0) - num_documents,
+        )  # fmt: skip
+    elif is_bad:
+        tl.store(documents, 0)
+    else:
+        q_begin, k_begin = tl.load(cu_seqlens + document), tl.load(cu_seqlens_k + document)
+        q_len = tl.load(cu_seqlens + document + 1) - q_begin
+        kv_len = tl.load(cu_seqlens_k + document + 1) - k_begin
+        first_m_block, own_tiles = _late_tiles(q_len, kv_len, M_BLOCKS, PACK_GQA, TOKENS)
+        if document == num_documents - 1:
+            tl.store(documents, tiles + own_tiles)
+        for start in range(0, own_tiles, WIDTH):
+            lane = start + tl.arange(0, WIDTH)
+            entry, exists = documents + 4 + LATE_WORDS * (tiles + lane), lane < own_tiles
+            before = kv_len - q_len
+            tl.store(entry, first_m_block + lane * M_BLOCKS, mask=exists)
+            tl.store(entry + 1, k_begin + lane * 0, mask=exists)
+            tl.store(entry + 2, kv_len + lane * 0, mask=exists)
+            tl.store(entry + 3, q_begin - before + lane * 0, mask=exists)
+            tl.store(entry + 4, before + lane * 0, mask=exists)
+
+
 # ---------------------------------------------------------------- host
 
 
@@ -199,6 +257,15 @@ def _table_launch(
         "WIDTH": 256,
     }  # fmt: skip
     return Launch(attention_documents, (count + fillers(device), 1, 1), constants, (types, device))
+
+
+@functools.lru_cache(MAX_KEPT)
+def _late_launch(
+    count: int, consumers: int, pack_gqa: int, tokens: int, types: tuple[torch.dtype, ...], device: torch.device
+) -> Launch:
+    """The same for `late_documents`."""
+    constants = {"M_BLOCKS": consumers, "PACK_GQA": pack_gqa, "TOKENS": tokens, "WIDTH": 256}
+    return Launch(late_documents, (count + fillers(device), 1, 1), constants, (types, device))
 
 
 @dataclass(frozen=True)
@@ -243,3 +310,19 @@ class Documents:
         numbers = (count, length, most_tiles, columns.segment_rows, sinks, *columns.strides)
         launch(stream, contiguous16(cu_seqlens), table, *fill, *numbers)
         return cls(table, most_tiles, length // tokens + -(-count // _DOCUMENTS) * _DOCUMENTS)
+
+    @classmethod
+    def late(
+        cls, stream: int, problem: Problem, consumers: int, cu_seqlens: Tensor, cu_seqlens_k: Tensor, num_keys: int,
+        fill: Fill, pack_gqa: int,
+    ) -> Documents:  # fmt: skip
+        """Of queries at the end of longer keys, of which there are `num_keys`; without items."""
+        count, tokens = cu_seqlens.shape[0] - 1, problem.tokens_per_tile
+        most_m_blocks = problem.length // tokens + 2 * count  # of a document the first and the last may be ragged
+        most_tiles = (most_m_blocks * pack_gqa + count * (consumers - 1)) // consumers
+        table = torch.empty(4 + LATE_WORDS.value * most_tiles, dtype=torch.int32, device=problem.device)
+        types = tuple(x.dtype for x in fill[:4])
+        launch = _late_launch(count, consumers, pack_gqa, tokens, types, problem.device)
+        borders = contiguous16(cu_seqlens), contiguous16(cu_seqlens_k)
+        launch(stream, *borders, table, *fill, count, problem.length, num_keys)
+        return cls(table, most_tiles, most_m_blocks)

@@ -87,10 +87,11 @@ def attention_backward_q(
     TABLE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, STAGES: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     tokens: tl.constexpr = BLOCK_M // PACK
-    begin, q_len, kv_len, tile, program_head, batch = locate_queries(
-        documents, q_len, kv_len, num_tiles, num_packs, tokens, PACKED
+    begin, kv_begin, q_len, kv_len, tile, program_head, batch = locate_queries(
+        documents, q_len, kv_len, num_tiles, num_packs, tokens, PACKED, LATE
     )
     if PACKED:  # noqa: SIM102 (known when the kernel is compiled)
         if q_len <= 0:
@@ -100,8 +101,8 @@ def attention_backward_q(
     position, token, valid, head = locate_rows(program_head, tile, q_len, kv_len, BLOCK_M, PACK)
     q += batch * stride_qb + (begin + token) * stride_qt + head * stride_qh
     dout += batch * stride_ob + (begin + token) * stride_ot + head * stride_oh
-    k += batch * stride_kb + begin * stride_kt + kv_head * stride_kh
-    v += batch * stride_vb + begin * stride_vt + kv_head * stride_vh
+    k += batch * stride_kb + kv_begin * stride_kt + kv_head * stride_kh
+    v += batch * stride_vb + kv_begin * stride_vt + kv_head * stride_vh
     rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)
     scale_log2 = scale * LOG2E
 
@@ -154,18 +155,18 @@ def attention_backward_kv(
     TABLE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     # heads vary fastest: all heads start with their longest columns
     kv_head, tile, batch = locate_program(kv_heads, num_tiles)
     kv_head = kv_head.to(tl.int64)
     if PACKED:
-        begin, q_len, tile = locate_tile(documents, tile)
-        kv_len = q_len
-        if q_len <= 0:
+        begin, q_len, tile, kv_begin, kv_len = locate_tile(documents, tile, LATE)
+        if kv_len <= 0:
             return
-        begin = begin.to(tl.int64)
+        begin, kv_begin = begin.to(tl.int64), kv_begin.to(tl.int64)
     else:
-        begin = 0
+        begin, kv_begin = 0, 0
     rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)
     offset = kv_len - q_len  # position of the first query
     num_blocks = tl.cdiv(kv_len, BLOCK)
@@ -201,8 +202,8 @@ def attention_backward_kv(
                 lane_block = member(lane_index, candidate, rule, LEVELS)
         key = tl.where(lane_index <= last_index, lane_block * BLOCK + within, NEVER)
 
-    k += batch * stride_kb + begin * stride_kt + kv_head * stride_kh
-    v += batch * stride_vb + begin * stride_vt + kv_head * stride_vh
+    k += batch * stride_kb + kv_begin * stride_kt + kv_head * stride_kh
+    v += batch * stride_vb + kv_begin * stride_vt + kv_head * stride_vh
     q += batch * stride_qb + begin * stride_qt + kv_head * group * stride_qh
     dout += batch * stride_ob + begin * stride_ot + kv_head * group * stride_oh
     statistics = batch * stride_lb + kv_head * group * stride_lh + begin
@@ -218,8 +219,12 @@ def attention_backward_kv(
 
     if LISTS:
         per_block: tl.constexpr = BLOCK // BLOCK_M
-        list_begin = tl.load(query_offsets + kv_head * list_stride + key_block)
-        list_end = tl.load(query_offsets + kv_head * list_stride + key_block + 1)
+        # lists reach as far as documents that have queries
+        listed = tl.where(q_len > 0, key_block, 0) if LATE else key_block
+        list_begin = tl.load(query_offsets + kv_head * list_stride + listed)
+        list_end = tl.load(query_offsets + kv_head * list_stride + listed + 1)
+        if LATE:
+            list_end = tl.where(q_len > 0, list_end, list_begin)
         num_masked = (list_end - list_begin) * per_block
     else:
         # visible to some row of the tile: [run_begin, run_end); to all: [full_begin, full_end), in query tokens
@@ -265,7 +270,7 @@ def attention_backward_kv(
             D, D0, D1, BLOCK, BLOCK_M, LEVELS, SINKS, LISTS, True,
         )  # fmt: skip
 
-    dk += batch * stride_gkb + begin * stride_gkt + kv_head * stride_gkh
-    dv += batch * stride_gvb + begin * stride_gvt + kv_head * stride_gvh
+    dk += batch * stride_gkb + kv_begin * stride_gkt + kv_head * stride_gkh
+    dv += batch * stride_gvb + kv_begin * stride_gvt + kv_head * stride_gvh
     store_parts(gathered_rows(dk, key, stride_gkt), exists, dk_acc, scale, D, D0, D1)
     store_parts(gathered_rows(dv, key, stride_gvt), exists, dv_acc, 1.0, D, D0, D1)

@@ -40,12 +40,13 @@ def attention_forward(
     TABLE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, STAGES: tl.constexpr,
     LEVELS: tl.constexpr, SINKS: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     # q [B, Sq, Hq, D], k/v [B, Skv, Hkv, D] -> out [B, Sq, Hq, D], lse [B, Hq, Sq]; packed: B = 1, S = T, documents the
-    # table of tiles
+    # table of tiles, LATE: those of queries at the end of longer keys
     tokens: tl.constexpr = BLOCK_M // PACK
-    begin, q_len, kv_len, tile, program_head, batch = locate_queries(
-        documents, q_len, kv_len, num_tiles, num_packs, tokens, PACKED
+    begin, kv_begin, q_len, kv_len, tile, program_head, batch = locate_queries(
+        documents, q_len, kv_len, num_tiles, num_packs, tokens, PACKED, LATE
     )
     if PACKED:  # noqa: SIM102 (known when the kernel is compiled)
         if q_len <= 0:
@@ -54,8 +55,8 @@ def attention_forward(
 
     position, token, valid, head = locate_rows(program_head, tile, q_len, kv_len, BLOCK_M, PACK)
     q += batch * stride_qb + (begin + token) * stride_qt + head * stride_qh
-    k += batch * stride_kb + begin * stride_kt + kv_head * stride_kh
-    v += batch * stride_vb + begin * stride_vt + kv_head * stride_vh
+    k += batch * stride_kb + kv_begin * stride_kt + kv_head * stride_kh
+    v += batch * stride_vb + kv_begin * stride_vt + kv_head * stride_vh
     rule = load_rule(table + kv_head * TABLE, LEVELS, SINKS)
 
     queries = load_parts(q, valid, D, D0, D1, True)

@@ -21,10 +21,12 @@ class _Plan:
     """What the kernels of a call share: the pattern as a table or as block lists, and constants. q `[B, Sq, Hq, D]`,
     k `[B, Skv, Hkv, D]`."""
 
-    def __init__(self, call: Call, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
+    def __init__(
+        self, call: Call, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+    ) -> None:
         self.q_len, self.kv_len, self.group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-        self.cu_seqlens, self.size = cu_seqlens, call.pattern.block_size
-        self.num_blocks = -(-self.kv_len // self.size)
+        self.cu_seqlens, self.cu_seqlens_k, self.size = cu_seqlens, cu_seqlens_k, call.pattern.block_size
+        self.num_blocks = max(1, -(-self.kv_len // self.size))
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
         self.chip = (q.shape[3], q.element_size(), capability)
         self.lists = not schedule.has_closed_form(call.pattern)
@@ -48,15 +50,19 @@ class _Plan:
             "SINKS": sinks,
             "LISTS": self.lists,
             "PACKED": cu_seqlens is not None,
+            "LATE": cu_seqlens_k is not None,
         }
 
     def _listed_blocks(self, call: Call) -> int:
         """Blocks of the lists. Packed documents may be shorter than all the tokens: where these exceed a mask,
-        `cu_seqlens` is read."""
+        borders are read."""
         mask = call.pattern.mask
         if mask is None or self.cu_seqlens is None or self.num_blocks <= mask.shape[1]:
             return self.num_blocks
-        longest = -(-int(self.cu_seqlens.diff().max()) // self.size)
+        lengths = self.cu_seqlens.diff()
+        if self.cu_seqlens_k is not None:
+            lengths = self.cu_seqlens_k.diff() * (lengths > 0)
+        longest = -(-int(lengths.max()) // self.size)
         if longest > mask.shape[1]:
             raise ValueError(f"the block mask covers {mask.shape[1]} blocks but a document has {longest}")
         return mask.shape[1]
@@ -72,12 +78,22 @@ class _Plan:
         if self.lists and block_m // pack > self.size:  # a tile must stay inside one query block
             block_m = self.size * pack
         if self.cu_seqlens is not None:
-            return block_m, pack, *document_tiles(self.cu_seqlens, self.q_len, block_m // pack, fill=fill)
+            keys = None if self.cu_seqlens_k is None else (self.cu_seqlens_k, self.kv_len)
+            return block_m, pack, *document_tiles(self.cu_seqlens, self.q_len, block_m // pack, fill=fill, keys=keys)
         # few queries (decoding) do not pay for a tall tile
         rows = max(16, 1 << (self.q_len * pack - 1).bit_length())
         block_m = min(block_m, max(rows, pack))
         tokens = block_m // pack
         return block_m, pack, None, -(-self.kv_len // tokens) - (self.kv_len - self.q_len) // tokens
+
+    def key_tiles(self, block_n: int, extra: int, fill: Fill | None) -> tuple[Tensor | None, int]:
+        """`(table of tiles, num_tiles)` of the kernel that walks keys."""
+        if self.cu_seqlens is None:
+            return None, -(-self.num_blocks * self.size // block_n) + extra
+        borders, queries = self.cu_seqlens, None
+        if self.cu_seqlens_k is not None:
+            borders, queries = self.cu_seqlens_k, (self.cu_seqlens, self.q_len)
+        return document_tiles(borders, self.kv_len, block_n, block=self.size, extra=extra, fill=fill, queries=queries)
 
 
 def _batch(cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -94,15 +110,18 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:-1]]
 
 
-def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    """q `[B, Sq, Hq, D]`, k/v `[B, Skv, Hkv, D]` -> out, lse `[B, Hq, Sq]`; packed `[T, H, D]` -> lse `[Hq, T]`."""
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """q `[B, Sq, Hq, D]`, k/v `[B, Skv, Hkv, D]` -> out, lse `[B, Hq, Sq]`; packed `[Tq, Hq, D]`, `[Tk, Hkv, D]` -> lse
+    `[Hq, Tq]`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32, device=q.device)
     if out.numel() == 0 or (cu_seqlens is not None and len(cu_seqlens) == 1):  # no document
         return out.zero_(), lse.fill_(float("-inf"))
     fill = None if cu_seqlens is None else unowned(out, lse=lse)
     q, k, v, out_rows, row_lse = _batch(cu_seqlens, *map(_unit_stride, (q, k, v)), out, lse)
-    plan = _Plan(call, q, k, cu_seqlens)
+    plan = _Plan(call, q, k, cu_seqlens, cu_seqlens_k)
     config = plan.config(forward_config)
     block_m, pack, documents, num_tiles = plan.query_tiles(config.block_m, fill)
     num_packs = q.shape[2] // pack
@@ -118,7 +137,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, call
 
 def run_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    cu_seqlens: Tensor | None, call: Call,
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from those of the output and (if used) of the log-sum-exp. Bitwise repeatable."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -128,7 +147,7 @@ def run_backward(
     q, k, v, out, dout, lse, row_dlse, grad_q, grad_k, grad_v = _batch(cu_seqlens, *given, dq, dk, dv)
     batch, q_len, num_heads, _ = q.shape
     kv_heads = k.shape[2]
-    plan = _Plan(call, q, k, cu_seqlens)
+    plan = _Plan(call, q, k, cu_seqlens, cu_seqlens_k)
 
     delta = torch.empty_like(lse)
     backward.attention_delta[(-(-q_len // _DELTA_ROWS) * num_heads * batch,)](
@@ -139,19 +158,21 @@ def run_backward(
     config = plan.config(backward_kv_config)
     block_m, block_n = min(config.block_m, plan.size) if plan.lists else config.block_m, config.block_n
     extra = plan.levels + 1 if block_n > plan.size else 0
-    documents, num_tiles = q, -(-plan.num_blocks * plan.size // block_n) + extra
-    if cu_seqlens is not None:
+    fill, fill_q = None, None
+    if cu_seqlens_k is not None:  # each with the borders of its own rows
+        fill, fill_q = unowned(dk, dv), unowned(dq)
+    elif cu_seqlens is not None:
         fill = unowned(dq, dk, dv)
-        documents, num_tiles = document_tiles(cu_seqlens, q_len, block_n, block=plan.size, extra=extra, fill=fill)
+    documents, num_tiles = plan.key_tiles(block_n, extra, fill)
     backward.attention_backward_kv[(kv_heads * num_tiles * batch,)](
         q, k, v, dout, lse, delta, grad_k, grad_v, *plan.of_keys,
-        documents, q_len, plan.kv_len, call.softmax_scale, num_tiles, kv_heads, plan.group,
+        q if documents is None else documents, q_len, plan.kv_len, call.softmax_scale, num_tiles, kv_heads, plan.group,
         *_strides(q, k, v, dout, lse, grad_k, grad_v),
         BLOCK_M=block_m, BLOCK_N=block_n, STAGES=config.num_stages, **plan.constants, num_warps=config.num_warps,
     )  # fmt: skip
 
     config = plan.config(backward_q_config)
-    block_m, pack, tiles, num_tiles = plan.query_tiles(config.block_m)
+    block_m, pack, tiles, num_tiles = plan.query_tiles(config.block_m, fill_q)
     num_packs = num_heads // pack
     backward.attention_backward_q[(num_tiles * num_packs * batch,)](
         q, k, v, dout, lse, delta, grad_q, *plan.of_queries,

@@ -24,15 +24,17 @@ def locate_program(inner, middle):
 
 
 @triton.jit
-def locate_queries(documents, q_len, kv_len, num_tiles, num_packs, TOKENS: tl.constexpr, PACKED: tl.constexpr):
-    """Of a program: first token of its document, queries and keys there (0: nothing to do), tile, head of its packs,
-    and batch. The longest rows come first."""
+def locate_queries(
+    documents, q_len, kv_len, num_tiles, num_packs, TOKENS: tl.constexpr, PACKED: tl.constexpr, LATE: tl.constexpr
+):  # fmt: skip
+    """Of a program: first query and first key of its document, queries and keys there (0: nothing to do), tile, head of
+    its packs, and batch. The longest rows come first."""
     nth, program_head, batch = locate_program(num_tiles, num_packs)
     if PACKED:
-        begin, length, tile = locate_tile(documents, num_tiles - 1 - nth)
-        return begin.to(tl.int64), length, length, tile, program_head, batch
+        q_begin, q_len, tile, kv_begin, kv_len = locate_tile(documents, num_tiles - 1 - nth, LATE)
+        return q_begin.to(tl.int64), kv_begin.to(tl.int64), q_len, kv_len, tile, program_head, batch
     else:
-        return 0, q_len, kv_len, (kv_len - q_len) // TOKENS + num_tiles - 1 - nth, program_head, batch
+        return 0, 0, q_len, kv_len, (kv_len - q_len) // TOKENS + num_tiles - 1 - nth, program_head, batch
 
 
 @triton.jit

@@ -238,7 +238,7 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
         pin(dq);
         if (is_first_lane) barrier_arrive(keys_empty + 8 * stage);
         const float factor[2] = {params.scale, params.scale};
-        store_rows(dq, factor, params.dq, m_block.row, m_block.rows_left, params.problem);
+        store_rows(dq, factor, params.dq, m_block.row, m_block.rows_left, 0, params.problem);
         // partial n_blocks at the end that others see
         skip_stages(next.skip, ring, keys_full, keys_empty, values_full, values_empty);
         next.skip = 0;

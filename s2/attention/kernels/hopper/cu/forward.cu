@@ -94,7 +94,7 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
     }
     const float factor[2] = {inverse(sum[0]), inverse(sum[1])};
     const int tokens = params.problem.length;
-    if (!PACKED || held.rows_left >= TOKENS) {
+    if (!PACKED || (held.rows_left >= TOKENS && (!LATE || held.rows_before <= 0))) {
         const int matrix_row = lane_row / 16 * 16 + lane % 16, half = lane / 16;
 #pragma unroll
         for (int j = 0; j < D / 8; j += 2) {
@@ -105,11 +105,13 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
                            pack(x[4] * factor[0], x[5] * factor[0]), pack(x[6] * factor[1], x[7] * factor[1]));
         }
         fence_async_shared();
-    } else {  // a packed document ends among these rows
-        const int head = held.statistics / tokens, token = held.statistics % tokens;
+    } else {  // a packed document's queries begin or end among these rows
+        const int before = LATE ? maximum(held.rows_before, 0) : 0;
+        const unsigned first = held.statistics + before;  // of the first query
+        const int head = first / tokens, token = static_cast<int>(first % tokens) - before;
         const int heads = params.problem.kv_heads * params.problem.group;
         store_rows(acc, factor, params.out_rows, static_cast<long long>(token) * heads + head, held.rows_left,
-                   params.problem);
+                   held.rows_before, params.problem);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(done);
@@ -183,9 +185,9 @@ DEVICE void consume(Shared& shared, const Params& params, int consumer) {
             const Tile& tile = next.tile();
             held.place = consumer * ROW_SLOTS + place.index;
             held.statistics = (tile.batch * params.problem.kv_heads * params.problem.group + tile.head[consumer]) *
-                                  params.problem.length + tile.begin + next.row - keys_before(params.problem);
+                                  params.problem.length + first_row(tile) + next.row;
             held.rows_left = tile.length - next.row;
-            held.rows_before = keys_before(params.problem) - next.row;
+            held.rows_before = keys_before(tile) - next.row;
         }
         keys.advance();
 

@@ -9,7 +9,8 @@
 // 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
 //
 // Rows are counted by their places in the sequence. Where the queries are the last of longer keys (LATE), the first
-// m_block may begin before them: TMA reads those rows as zeros and does not store them.
+// m_block may begin before them: TMA reads those rows as zeros and does not store them. In packed documents it reads
+// those of the document before, which nobody stores.
 //
 // Constants: those of `plan.cuh`, D, PACKED, LATE, STAGES, ROW_SLOTS (tiles whose rows are held), ROW_PARTS (2: q comes
 // with dO).
@@ -21,13 +22,17 @@
 constexpr int BOX_BYTES = ROWS * D * 2;  // of rows, keys or values
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int PLANNED = 2;               // tiles whose plans are held: the one at work and the next
+constexpr int WORDS = LATE ? 5 : 4;      // of an entry of the table of packed work
 
 // What the other warps need to know of a tile.
 struct Tile {
     int index;                            // -1 after the last
     int num_partial, num_full;                     // key tiles
     int batch, kv_head, m_block;              // the first m_block, see `row_of`
-    int begin, length, first_m_block;     // of the document; m_blocks before it
+    int begin, length, first_m_block;     // of the document (of its keys); m_blocks before it
+#if LATE
+    int first_row, before;                // where its first key would be among the queries; keys before the first query
+#endif
     int row[CONSUMERS], head[CONSUMERS];  // the first ones of a consumer's m_block
     int seen[CONSUMERS];                  // bits of the entries of `keys` that it sees
     int keys[WARP];                       // first keys of the entries of the partial ones
@@ -69,8 +74,23 @@ DEVICE void init_barriers(Shared& shared) {
     barrier_init_fence();
 }
 
-// Keys before the first query.
-DEVICE int keys_before(const Problem& problem) { return LATE ? problem.offset : 0; }
+// Where the row at the first place of a tile's document is, or would be, among the queries.
+DEVICE int first_row(const Tile& tile) {
+#if LATE
+    return tile.first_row;
+#else
+    return tile.begin;
+#endif
+}
+
+// Keys of the document before its first query.
+DEVICE int keys_before(const Tile& tile) {
+#if LATE
+    return tile.before;
+#else
+    return 0;
+#endif
+}
 
 // First query head of an m_block.
 DEVICE int first_head(int m_block, int kv_head, int group, int pack_gqa) {
@@ -97,14 +117,24 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             head = divide(alone, tiles_per_head) + index - alone - nth * problem.together;
         }
         nth = tiles_per_head - 1 - nth;
-        int m_block = nth * CONSUMERS, begin = 0, length = problem.length + keys_before(problem), first_m_block = 0;
-        if (LATE) m_block += problem.first_m_block;
+        int m_block = nth * CONSUMERS, begin = 0, length = problem.length, first_m_block = 0, before = 0, first_row = 0;
+        if (LATE) {
+            m_block += problem.first_m_block;
+            before = problem.offset;
+            length += before;
+            first_row = -before;
+        }
         if (PACKED) {
-            const int* entry = problem.documents + 4 + 4 * nth;
+            const int* entry = problem.documents + 4 + WORDS * nth;
             m_block = entry[0];
             begin = entry[1];
             length = entry[2];
-            first_m_block = entry[3];
+            if (LATE) {
+                first_row = entry[3];
+                before = entry[4];
+            } else {
+                first_m_block = entry[3];
+            }
         }
         const int batch = divide(head, problem.kv_heads), kv_head = head - batch * problem.kv_heads;
         const Rule rule = load_rule(problem.table + kv_head * TABLE);
@@ -134,6 +164,10 @@ DEVICE void plan_tiles(Shared& shared, const Problem& problem) {
             tile.begin = begin;
             tile.length = length;
             tile.first_m_block = first_m_block;
+#if LATE
+            tile.first_row = first_row;
+            tile.before = before;
+#endif
             tile.far = plan.far;
             tile.near = plan.near;
             tile.sinks = plan.sinks;
@@ -159,7 +193,7 @@ DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, 
 }
 
 // Loads the rows of the tiles in turn, and dO with two parts. With STORES also stores what the consumers leave in their
-// place, but for m_blocks in which a packed document ends: those they store themselves.
+// place, but for m_blocks in which a packed document's queries begin or end: those they store themselves.
 template <bool STORES>
 DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q, const TensorMap* dout,
                       const TensorMap* out) {
@@ -168,7 +202,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q
     Position<PLANNED> slot;
     Position<ROW_SLOTS> place;
     struct {
-        int m_block, kv_head, batch, begin, length;
+        int m_block, kv_head, batch, begin, length, before;
     } tiles[ROW_SLOTS + 1] = {};  // those held, oldest last, after the one that comes
     int held = 0, ending = ROW_SLOTS;
     while (ending > 0) {
@@ -177,7 +211,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q
             barrier_wait(shared_address(&shared.tile_full[slot.index]), slot.phase);
             const Tile& tile = shared.tiles[slot.index];
             exists = tile.index >= 0;
-            tiles[0] = {tile.m_block, tile.kv_head, tile.batch, tile.begin, tile.length};
+            tiles[0] = {tile.m_block, tile.kv_head, tile.batch, first_row(tile), tile.length, keys_before(tile)};
             __syncwarp();
             if (is_mover) barrier_arrive(shared_address(&shared.tile_empty[slot.index]));
             slot.advance();
@@ -191,9 +225,9 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q
                 barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
                 const auto& done = tiles[ROW_SLOTS];
                 const int row = row_of(done.m_block + c, pack_gqa);
-                if (STORES && is_mover && (!PACKED || row + TOKENS <= done.length)) {
+                if (STORES && is_mover && (!PACKED || (row + TOKENS <= done.length && (!LATE || row >= done.before)))) {
                     const int head = first_head(done.m_block + c, done.kv_head, group, pack_gqa);
-                    store_box(out, rows, done.begin + row - keys_before(problem), head, done.batch);
+                    store_box(out, rows, done.begin + row, head, done.batch);
                     tma_store_commit();
                     tma_store_wait();
                 }
@@ -202,7 +236,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q
                 const unsigned full = shared_address(&shared.rows_full[own]);
                 barrier_expect(full, ROW_PARTS * BOX_BYTES);
                 const auto& next = tiles[0];
-                const int token = next.begin + row_of(next.m_block + c, pack_gqa) - keys_before(problem);
+                const int token = next.begin + row_of(next.m_block + c, pack_gqa);
                 const int head = first_head(next.m_block + c, next.kv_head, group, pack_gqa);
                 load_box(rows, q, full, token, head, next.batch);
                 if (ROW_PARTS > 1) load_box(rows + BOX_BYTES, dout, full, token, head, next.batch);
@@ -387,10 +421,10 @@ DEVICE void mask(float (&x)[32], const Visits& visit, int lane_row, int column, 
     }
 }
 
-// Stores a warp's 16 rows of a result, each times a factor, to [B, S, H, D], as far as there are tokens: `rows_left`.
-// `first`: the place of the m_block's first row in [B, S, H].
+// Stores a warp's 16 rows of a result, each times a factor, to [B, S, H, D], as far as there are tokens: those from
+// `rows_before` on (with LATE), `rows_left` in all. `first`: the place of the m_block's first row in [B, S, H].
 DEVICE void store_rows(const float (&x)[D / 2], const float (&factor)[2], void* to, long long first, int rows_left,
-                       const Problem& problem) {
+                       int rows_before, const Problem& problem) {
     const int heads = problem.kv_heads * problem.group, lane = threadIdx.x % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -417,7 +451,8 @@ DEVICE void store_rows(const float (&x)[D / 2], const float (&factor)[2], void* 
                 a[i] = lane / 2 ? other : b[i];
                 a[i + 2] = lane / 2 ? b[i + 2] : other;
             }
-            if (own % TOKENS < rows_left) row[j + lane] = make_uint4(a[0], a[1], a[2], a[3]);
+            if (own % TOKENS < rows_left && (!LATE || own % TOKENS >= rows_before))
+                row[j + lane] = make_uint4(a[0], a[1], a[2], a[3]);
         }
     }
 }
