@@ -187,7 +187,7 @@ def _reference(q: Tensor, pages: Pages, seq_lens: Tensor, cu_seqlens_q: Tensor, 
             position = seen[h].nonzero()[:, 0]
             page = table[b, position // block].long()
             k[position, h], v[position, h] = keys[page, position % block], values[page, position % block]
-        found, found_lse = reference_attention(q[None, begin:end], k[None], v[None], None, call)
+        found, found_lse = reference_attention(q[None, begin:end], k[None], v[None], None, None, call)
         out[begin:end], lse[begin:end] = found[0], found_lse[0].T
     return lse
 
