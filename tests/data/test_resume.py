@@ -1,7 +1,11 @@
 """Stop and resume through a real Lightning trainer: batches go on as in an uninterrupted run."""
 
 import json
+import subprocess
+import sys
 import warnings
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.datamodule import PackedDataModule
 from tests.data.shard_factory import VOCAB_SIZE, random_documents, write_shards
+
+ROOT = Path(__file__).parents[2]
 
 
 class Recorder(LightningModule):
@@ -40,26 +46,23 @@ class Recorder(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+def data_of(folder, **overrides):
+    settings = {
+        "seq_len": 16,
+        "micro_batch_size": 3,
+        "mixture": [{"path": str(folder / "long"), "weight": 2}, {"path": str(folder / "short"), "weight": 1}],
+        "validation": [{"name": "heldout", "path": str(folder / "heldout")}],
+        "num_workers": 0,
+    }
+    return PackedDataModule(**settings | overrides)
+
+
 @pytest.fixture
 def make_data(tmp_path):
     write_shards(tmp_path / "long", random_documents([900] * 4, seed=1))
     write_shards(tmp_path / "short", random_documents([30] * 60, seed=2))
     write_shards(tmp_path / "heldout", random_documents([100] * 3, seed=3))
-
-    def make(**overrides):
-        settings = {
-            "seq_len": 16,
-            "micro_batch_size": 3,
-            "mixture": [
-                {"path": str(tmp_path / "long"), "weight": 2},
-                {"path": str(tmp_path / "short"), "weight": 1},
-            ],
-            "validation": [{"name": "heldout", "path": str(tmp_path / "heldout")}],
-            "num_workers": 0,
-        }
-        return PackedDataModule(**settings | overrides)
-
-    return make
+    return partial(data_of, tmp_path)
 
 
 def make_trainer(folder, max_steps, *callbacks, **overrides):
@@ -152,14 +155,23 @@ def test_resume_of_a_resume_and_another_micro_batch_size(tmp_path, make_data):
     assert [position for position, _ in third.seen] == [9, 12]
 
 
+# in a process of its own: a fork of one that has used gloo hangs
+TWO_PROCESSES = """
+import pathlib, sys
+from tests.data.test_resume import Recorder, data_of, fit, make_trainer
+
+folder = pathlib.Path(sys.argv[1])
+trainer = make_trainer(folder, 5, devices=2, strategy="ddp_fork")
+fit(trainer, Recorder(log=folder), data_of(folder), ckpt_path=folder / "one.ckpt")
+"""
+
+
 def test_two_processes_continue_what_one_began(tmp_path, make_data):
     file = tmp_path / "one.ckpt"
     fit(make_trainer(tmp_path, 3, SaveAt("on_train_end", 2, file)), Recorder(), make_data())
     alone = Recorder()
     fit(make_trainer(tmp_path, 7), alone, make_data(), ckpt_path=file)
-    model = Recorder(log=tmp_path)
-    trainer = make_trainer(tmp_path, 5, devices=2, strategy="ddp_spawn")  # a fork of a process that has used gloo hangs
-    fit(trainer, model, make_data(), ckpt_path=file)
+    subprocess.run([sys.executable, "-c", TWO_PROCESSES, str(tmp_path)], cwd=ROOT, check=True, timeout=200)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     together = [tuple(batch) for pair in zip(*ranks, strict=True) for batch in pair]
     assert together == alone.seen

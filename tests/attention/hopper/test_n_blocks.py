@@ -148,9 +148,9 @@ def call_tile(schedule, head, level, tile, length, block, segment, segment_rows,
 @pytest.mark.parametrize(
     ("pattern", "a_tile"),
     gated(1, [
+        (Pattern.parse("L2V5+sink1", 128), 2),
         (Pattern.from_ranges(2, [(3, 7), (9, 20)], sinks=1, block_size=32), 2),
         (Pattern.parse("L1V3"), 4),
-        (Pattern.parse("L2V5+sink1", 128), 2),
         (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2),
     ]),
     ids=str,
