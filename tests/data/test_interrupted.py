@@ -44,7 +44,7 @@ def run(step):
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-step, output = 0, values["output"]
+step, stride, output = int(sys.argv[2]), int(sys.argv[3]), values["output"]
 while True:
     values["output"] = f"{output}/{step}"
     code = run(step)
@@ -53,12 +53,13 @@ while True:
     assert code == -signal.SIGKILL, code
     assert not (pathlib.Path(values["output"]) / "train" / "manifest.json").exists()
     assert run(None) == 0
-    step += 1
+    step += stride
 print(step)
 """
 
 
-def test_killed_at_any_step_it_goes_on_and_ends_the_same(corpora):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.nightly)])  # every third step, or each
+def test_killed_at_any_step_it_goes_on_and_ends_the_same(corpora, stride, seed):
     values = {
         "output": str(corpora / "killed"),
         "sources": [{"path": str(corpora / name / "*.jsonl"), "name": name} for name in "ab"],
@@ -71,11 +72,12 @@ def test_killed_at_any_step_it_goes_on_and_ends_the_same(corpora):
     prepare(PrepareSpec.parse(values | {"output": str(corpora / "whole")}))
     whole = identities(corpora / "whole")
     result = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EVERY_STEP, json.dumps(values)], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-c", KILLED_AT_EVERY_STEP, json.dumps(values), str(seed % stride), str(stride)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     outputs = list((corpora / "killed").iterdir())
-    assert len(outputs) > 20
+    assert len(outputs) > 20 // stride
     for output in outputs:
         assert identities(output) == whole, output
         assert {f.name for f in output.iterdir()} == {"train", "heldout", "tokenizer.json", ".lock"}

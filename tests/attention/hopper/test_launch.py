@@ -518,7 +518,7 @@ def test_layers_with_the_same_rules_share_a_plan(launches, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "block", "consumers", "share"),
     [
-        ("L1V15", 16, 3, 1),
+        pytest.param("L1V15", 16, 3, 1, marks=pytest.mark.nightly),
         ("L1V3+sink40", 64, 4, 8),
         pytest.param("L2V5+sink1", 32, 4, 8, marks=pytest.mark.nightly),
         pytest.param("dense", 256, 3, 1, marks=pytest.mark.nightly),

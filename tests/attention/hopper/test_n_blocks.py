@@ -212,7 +212,7 @@ def test_sinks_are_divided_like_the_other_long_columns():
 
 @pytest.mark.parametrize(
     ("pattern", "a_tile", "direct"),
-    gated(2, [
+    gated(1, [
         (Pattern.parse("L2V5+sink1", 128), 2, True),
         (Pattern.from_ranges(2, [(20, 4)], block_size=16), 4, False),
         (Pattern.parse("L1V7"), 4, False),
@@ -370,7 +370,7 @@ def packed_columns(schedule, narrowest: int, segment_rows: int) -> PackedColumns
 
 @pytest.mark.parametrize(
     ("pattern", "narrowest"),
-    gated(2, [
+    gated(1, [
         (Pattern.from_ranges(2, [(2, 5), (4, None)], sinks=1), 2),
         (Pattern.parse("L2V5+sink3", 16), 1),
         (Pattern.parse("dense"), 0),
