@@ -24,7 +24,7 @@ from .kernels.hopper import support as hopper_support
 from .kernels.triton.launch import run_backward, run_forward
 from .modes import apply_function, is_plain, without_autocast
 from .pattern import Pattern
-from .reference import check_borders, check_lengths, reference_attention
+from .reference import check_documents, reference_attention
 from .sdpa import dense_attention, masked_attention
 
 BACKENDS = ("reference", "sdpa", "triton", "hopper")
@@ -70,13 +70,13 @@ def _is_elsewhere(x: Tensor) -> bool:
 
 _library = torch.library.Library("s2", "DEF")
 _library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
-    f"{SCHEMA}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {SCHEMA}, Tensor? cu_seqlens_k=None) -> "
+    "(Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
-    f"Tensor? cu_seqlens, Tensor? cu_seqlens_k, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? cu_seqlens, {SCHEMA}, Tensor? cu_seqlens_k=None) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 attention_forward = torch.ops.s2.attention_forward.default
@@ -84,13 +84,17 @@ attention_backward = torch.ops.s2.attention_backward.default
 
 
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
-def _forward_op(q, k, v, cu_seqlens, cu_seqlens_k, *settings):
-    return _forward(q, k, v, cu_seqlens, cu_seqlens_k, call_of(*settings))
+def _forward_op(q, k, v, cu_seqlens, *rest):
+    return _forward(q, k, v, cu_seqlens, *_made_of(*rest))
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _backward_op(q, k, v, out, lse, dout, dlse, cu_seqlens, cu_seqlens_k, *settings):
-    return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, cu_seqlens_k, call_of(*settings))
+def _backward_op(q, k, v, out, lse, dout, dlse, cu_seqlens, *rest):
+    return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *_made_of(*rest))
+
+
+def _made_of(pattern, rotation, offset, total, scale, backend, cu_seqlens_k=None):
+    return cu_seqlens_k, call_of(pattern, rotation, offset, total, scale, backend)
 
 
 @torch.library.register_fake("s2::attention_forward", lib=_library)
@@ -103,6 +107,10 @@ def _forward_shapes(q, k, v, cu_seqlens, *settings):
 @torch.library.register_fake("s2::attention_backward", lib=_library)
 def _backward_shapes(q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_op(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, (*inputs[:4], inputs[-1], *inputs[4:-1]), output)  # the borders of keys are the op's last
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -121,14 +129,15 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple:
         return None, None, None, *none
     if dout is None:
         dout = torch.zeros_like(out)
-    run: Callable[..., tuple] = attention_backward
-    settings = ctx.settings
+    tensors, settings = (q, k, v, out, lse, dout, dlse, cu_seqlens), ctx.settings
     if isinstance(settings[0], Call):
-        run, settings = (_backward, settings) if is_plain(q, k, v, dout) else (run, settings[0].settings)
-    return *run(q, k, v, out, lse, dout, dlse, cu_seqlens, cu_seqlens_k, *settings), *none
+        if is_plain(q, k, v, dout):
+            return *_backward(*tensors, cu_seqlens_k, *settings), *none
+        settings = settings[0].settings
+    return *attention_backward(*tensors, *settings, cu_seqlens_k), *none
 
 
-torch.library.register_autograd("s2::attention_forward", _gradients, setup_context=_save, lib=_library)
+torch.library.register_autograd("s2::attention_forward", _gradients, setup_context=_save_op, lib=_library)
 
 
 class _Attention(torch.autograd.Function):
@@ -275,14 +284,14 @@ def s2_attention(
             if key is not None and pattern.mask is None:
                 remember(_CHECKED, key, call)
     elif cu_seqlens is not None and (cu_seqlens.device.type == "cpu" or cu_seqlens_k is not None):
-        _check_borders(cu_seqlens, cu_seqlens_k, q, k)
+        check_documents(cu_seqlens, cu_seqlens_k, q, k)
     if call.backend in ("triton", "hopper"):
         if cu_seqlens is not None:
             cu_seqlens = _as_kernels_read(cu_seqlens, q)
         if cu_seqlens_k is not None:
             cu_seqlens_k = _as_kernels_read(cu_seqlens_k, k)
         if not plain:
-            out, lse = attention_forward(q, k, v, cu_seqlens, cu_seqlens_k, *call.settings)
+            out, lse = attention_forward(q, k, v, cu_seqlens, *call.settings, cu_seqlens_k)
         elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             out, lse = _attend(q, k, v, cu_seqlens, cu_seqlens_k, call)
         else:
@@ -415,7 +424,7 @@ def _check(
                 f"cu_seqlens has {cu_seqlens.shape[0] - 1} documents but cu_seqlens_k has {cu_seqlens_k.shape[0] - 1}"
             )
         if not torch.compiler.is_compiling():
-            _check_borders(cu_seqlens, cu_seqlens_k, q, k)
+            check_documents(cu_seqlens, cu_seqlens_k, q, k)
     if head_offset < 0:
         raise ValueError(f"head_offset={head_offset} must be 0 or more")
     if head_offset > 0 and total_kv_heads is None:
@@ -424,18 +433,6 @@ def _check(
         raise ValueError(
             f"heads {head_offset} to {head_offset + kv_heads - 1} do not fit in total_kv_heads={total_kv_heads}"
         )
-
-
-def _check_borders(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> None:
-    """Of borders on the CPU. Those on a GPU would have to be awaited: the kernels check them
-    (`kernels.triton.documents`)."""
-    of_queries = of_keys = None
-    if cu_seqlens.device.type == "cpu":
-        of_queries = check_borders(cu_seqlens.tolist(), q.shape[0])
-    if cu_seqlens_k is not None and cu_seqlens_k.device.type == "cpu":
-        of_keys = check_borders(cu_seqlens_k.tolist(), k.shape[0], "cu_seqlens_k")
-    if of_queries is not None and of_keys is not None:
-        check_lengths(of_queries, of_keys)
 
 
 def _as_kernels_read(borders: Tensor, x: Tensor) -> Tensor:

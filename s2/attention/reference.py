@@ -88,6 +88,18 @@ def _shown(borders: list[int]) -> str:
     return f"{borders}" if len(borders) <= 20 else f"{borders[:10]} ... {borders[-10:]}"
 
 
+def check_documents(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """ValueError: borders on the CPU that do not fit the tokens or each other. Those on a GPU would have to be awaited:
+    the kernels check them (`kernels.triton.documents`)."""
+    of_queries = of_keys = None
+    if cu_seqlens.device.type == "cpu":
+        of_queries = check_borders(cu_seqlens.tolist(), q.shape[0])
+    if cu_seqlens_k is not None and cu_seqlens_k.device.type == "cpu":
+        of_keys = check_borders(cu_seqlens_k.tolist(), k.shape[0], "cu_seqlens_k")
+    if of_queries is not None and of_keys is not None:
+        check_lengths(of_queries, of_keys)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[2] // k.shape[2]

@@ -12,7 +12,7 @@ a line for each prompt instead:
     seconds              from the beginning of its batch, prefill included, to the end of this prompt
     tokens_per_second    tokens / seconds
 
-What is drawn at a temperature depends on the seed and on the prompts of the batch.
+What is drawn at a temperature depends on the seed, and on the prompts of the batch and of those before it.
 """
 
 from __future__ import annotations
@@ -201,7 +201,12 @@ def _prompts(args: argparse.Namespace, folder: ModelFolder) -> list[_Asked]:
 def _texts(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """The prompts, and what gave them."""
     for i, text in enumerate(args.prompt):
-        yield f"--prompt {i + 1}" if len(args.prompt) > 1 else "--prompt", text
+        name = f"--prompt {i + 1}" if len(args.prompt) > 1 else "--prompt"
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes that are no UTF-8 come as halves of characters
+            raise ValueError(f"{name}: not a text in UTF-8 ({error.reason})") from None
+        yield name, text
     files = args.prompt_file
     if not files and not args.prompt:
         if sys.stdin.isatty():

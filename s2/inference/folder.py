@@ -91,8 +91,11 @@ class ModelFolder:
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a text: those of config.json, then what generation_config.json adds."""
-        more = self._generation.get("eos_token_id") or []
-        return tuple(dict.fromkeys([*self.config.eos_token_ids, *(more if isinstance(more, list) else [more])]))
+        said = self._generation.get("eos_token_id")
+        more = [] if said is None else said if isinstance(said, list) else [said]
+        if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in more):
+            raise ValueError(f"{self.folder / _GENERATION}: eos_token_id={said!r} must be token ids")
+        return tuple(dict.fromkeys([*self.config.eos_token_ids, *more]))
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -102,6 +105,9 @@ class ModelFolder:
         if not said.get("do_sample"):
             return {"temperature": 0.0}
         named = {key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None}
+        for key, value in named.items():
+            if isinstance(value, bool) or not isinstance(value, int if key == "top_k" else (int, float)):
+                raise ValueError(f"{self.folder / _GENERATION}: {key}={value!r} must be a number")
         return {"temperature": 1.0} | named
 
     @cached_property

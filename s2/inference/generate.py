@@ -117,7 +117,9 @@ def stream(
     check_sampling(temperature, top_p, top_k)
     input_ids, prompts = _padded(input_ids, lengths)
     _check(model, prompts, max_new_tokens, prefill_chunk, cache)
-    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id, device="cpu").flatten().tolist()
+    if any(isinstance(index, float) for index in ends):
+        raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids")
 
     def draw(logits: Tensor) -> Tensor:
         return _draw(logits, temperature, top_p, top_k, generator)
@@ -217,8 +219,8 @@ def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generato
     """One token for each row of logits `[B, V]`, int64 `[B]`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # the greatest is 0, so that no temperature is too low to divide by
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    # the greatest is 0: divided by the least that float32 and its reciprocal hold it is the only one left
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
@@ -226,7 +228,7 @@ def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generato
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)
         before = ranked.cumsum(dim=-1) - ranked  # probability of all likelier tokens
-        ranked = ranked.masked_fill(before >= top_p, 0.0)
+        ranked[:, 1:] = ranked[:, 1:].masked_fill(before[:, 1:] >= top_p, 0.0)  # the likeliest stays
         drawn = torch.multinomial(ranked, 1, generator=generator)
         return order.gather(1, drawn).squeeze(1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)

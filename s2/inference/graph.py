@@ -8,6 +8,7 @@ host counts along (`KVCache.reserve`, `commit`) and never waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class DecodeGraph:
             raise ValueError(f"no CUDA graph: {reason}")
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise ValueError(f"num_tokens={num_tokens} must be 1 to {MAX_TOKENS}, as a decode step takes them")
-        self._model, self._cache, self._capture = model, cache, capture or _capture
+        self._model, self._cache, self._capture = model, cache, capture or partial(_capture, device=weight.device)
         shape = len(cache.lengths), num_tokens
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=weight.device)
         self._warm = 0
@@ -136,10 +137,10 @@ class _OnDevice:
         self._cache.advance_on_device()
 
 
-def _capture(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     graph = torch.cuda.CUDAGraph()
-    # other threads may allocate meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # torch's own stream for captures is that of the first device used; other threads may allocate meanwhile
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         result = call()
 
     def replay() -> Tensor:

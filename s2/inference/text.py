@@ -101,7 +101,7 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
     """Token ids of each prompt, with exactly one BOS where the tokenizer puts one.
 
     Raises:
-        ValueError: no prompt, one without a token; as `TextEncoder`.
+        ValueError: no prompt, one without a token or with one that the model does not have; as `TextEncoder`.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts={prompts!r} must be a list with at least one prompt")
@@ -109,6 +109,13 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
     ids = [_encode(encoder, prompt) for prompt in prompts]
     if not all(ids):
         raise ValueError(f"prompt {ids.index([]) + 1} of {len(ids)} is empty: there is no token to continue")
+    for i, row in enumerate(ids):
+        if not 0 <= min(row) <= max(row) < folder.config.vocab_size:
+            wrong = next(index for index in row if not 0 <= index < folder.config.vocab_size)
+            raise ValueError(
+                f"prompt {i + 1} of {len(ids)} has token {wrong}, and {folder.folder} has tokens 0 to "
+                f"{folder.config.vocab_size - 1}"
+            )
     return ids
 
 

@@ -155,13 +155,14 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.begin(input_ids.shape[0], input_ids.shape[1], lengths)
         hidden = self.model(input_ids, cu_seqlens, cache)
-        if cache is not None:
-            cache.advance()
         if lengths is not None and logits_to_keep:
             last = [range(length - logits_to_keep, length) for length in lengths]
             index = torch.tensor(last, device=hidden.device).clamp(min=0)
             hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.lm_head(hidden[:, -logits_to_keep:], labels)
+        result = self.lm_head(hidden[:, -logits_to_keep:], labels)
+        if cache is not None:
+            cache.advance()  # the last thing: what failed before has not been fed
+        return result
 
     def _check(
         self,

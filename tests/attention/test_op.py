@@ -33,11 +33,16 @@ KINDS = ["unpacked", "packed", "late"]
 
 @pytest.mark.parametrize("kind", ["unpacked", pytest.param("packed", marks=pytest.mark.nightly), "late"])
 def test_opcheck(kind):
-    q, k, v, *borders = make_documents(kind)
-    torch.library.opcheck(attention_forward, (q, k, v, *borders, *SETTINGS))
-    out, lse = attention_forward(q, k, v, *borders, *SETTINGS)
+    q, k, v, borders, borders_k = make_documents(kind)
+    settings = (
+        borders,
+        *SETTINGS,
+        *([] if borders_k is None else [borders_k]),
+    )  # programs of before have no such argument
+    torch.library.opcheck(attention_forward, (q, k, v, *settings))
+    out, lse = attention_forward(q, k, v, *settings)
     inputs = [x.detach() for x in (q, k, v, out, lse, out)]
-    torch.library.opcheck(attention_backward, (*inputs, None, *borders, *SETTINGS))
+    torch.library.opcheck(attention_backward, (*inputs, None, *settings))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,7 +93,7 @@ def test_gradients_of_queries_at_the_end_of_longer_keys_are_triton_s(late, monke
     monkeypatch.setattr(launch, "run_forward", lambda *inputs: op.run_forward(*inputs))
     monkeypatch.setattr(launch, "run_backward", lambda q, k, v, *rest: (q * 0 + 7, k, v))
     q, k, v, borders, _ = make_documents("packed")  # as many queries as keys, with those behind the last border
-    out, _ = attention_forward(q, k, v, borders // 2, borders if late else None, *SETTINGS[:-1], "hopper")
+    out, _ = attention_forward(q, k, v, borders // 2, *SETTINGS[:-1], "hopper", borders if late else None)
     (dq,) = torch.autograd.grad(out.sum(), q)
     assert (dq == 7).all() != late
 

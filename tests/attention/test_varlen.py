@@ -112,7 +112,7 @@ def test_borders_that_do_not_fit_give_nan_where_they_cannot_be_read(borders):
     """As on a GPU: the kernels find out, and touch nothing that is not theirs."""
     q, k, v, dout = draw(100)
     cu_seqlens = torch.tensor(borders, dtype=torch.int64, device=DEVICE).clamp(-1, 101).int()
-    settings = (cu_seqlens, None, PATTERNS[0].key, 0, 0, 1, 0.1, "triton")
+    settings = (cu_seqlens, PATTERNS[0].key, 0, 0, 1, 0.1, "triton")
     out, lse = torch.ops.s2.attention_forward(q, k, v, *settings)
     gradients = torch.ops.s2.attention_backward(q, k, v, out, lse, dout, None, *settings)
     assert all(x.isnan().all() for x in (out, lse, *gradients))
@@ -336,7 +336,7 @@ def test_borders_of_keys_that_do_not_fit_give_nan_where_they_cannot_be_read(bord
     borders, borders_k = (
         torch.tensor(x, dtype=torch.int64, device=DEVICE).clamp(-1, 101).int() for x in (borders, borders_k)
     )
-    settings = (borders, borders_k, PATTERNS[0].key, 0, 0, 1, 0.1, "triton")
+    settings = (borders, PATTERNS[0].key, 0, 0, 1, 0.1, "triton", borders_k)
     out, lse = torch.ops.s2.attention_forward(q, k, v, *settings)
     gradients = torch.ops.s2.attention_backward(q, k, v, out, lse, dout, None, *settings)
     assert all(x.isnan().all() for x in (out, lse, *gradients)), text

@@ -114,6 +114,7 @@ def change(folder, name):
         ("no folder", ["--prompt", "a"], "hf: no such folder"),
         ("no tokenizer", ["--prompt", "a"], "hf: tokenizer.json is missing"),
         ("", ["--prompt", ""], "--prompt: the prompt is empty"),
+        ("", ["--prompt", "a\udcff"], "--prompt: not a text in UTF-8"),
         ("", ["--prompt", "a", "--prompt", ""], "--prompt 2: the prompt is empty"),
         ("", ["--prompt", "a " * 300], r"--prompt: 30\d tokens and --max-new-tokens 12 make 31\d, more than max_pos"),
         ("", ["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: no such file"),

@@ -1,5 +1,6 @@
 """Cached decoding equals the full forward on sparse layouts; generation repeats, stops and refuses."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,6 +184,24 @@ def test_rows_stop_at_eos_and_generation_when_all_have():
     for row, unstopped, end in zip(new.tolist(), free.tolist(), ends, strict=True):
         assert row[: end + 1] == unstopped[: end + 1]
         assert set(row[end:]) == {unstopped[end]}
+
+
+def test_ends_may_be_given_as_any_whole_numbers():
+    model, prompt = build(), tokens(1, 20)
+    free = generate(model, prompt, 12)[0]
+    end = int(free[3])
+    expected = generate(model, prompt, 12, eos_token_id=end)
+    assert expected.shape[1] < 12
+    for given in (torch.tensor(end), torch.tensor([end]), np.int64(end), [np.int64(end)]):
+        assert torch.equal(generate(model, prompt, 12, eos_token_id=given), expected)
+    with pytest.raises(ValueError, match=r"eos_token_id=1\.5 must be token ids"):
+        generate(model, prompt, 12, eos_token_id=1.5)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-46}, {"temperature": 1.0, "top_p": 1e-46}])
+def test_what_float32_rounds_to_nothing_takes_the_likeliest(options):
+    model, prompt = build(), tokens(2, 20)
+    assert torch.equal(generate(model, prompt, 8, **options), generate(model, prompt, 8))
 
 
 def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():

@@ -108,17 +108,18 @@ def test_an_error_while_a_row_is_read_leaves_the_cache_with_all_but_the_last_tok
     assert torch.equal(generate(model, whole[:, 4:5], 15, cache=cache), whole[:, 5:])
 
 
-def test_an_error_in_the_model_leaves_the_cache_as_it_was_before_that_token(model, prompts, monkeypatch):
+@pytest.mark.parametrize("where", ["model.layers.1.mlp", "lm_head"])
+def test_an_error_in_the_model_leaves_the_cache_as_it_was_before_that_token(model, prompts, monkeypatch, where):
     cache, whole = new_cache(model), generate(model, prompts, 20)
     steps = stream(model, prompts, 20, cache=cache)
     for _ in range(4):
         next(steps)
 
-    def fails(x):
+    def fails(*inputs):
         raise torch.OutOfMemoryError("full")
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(model.model.blocks[1].mlp, "forward", fails)
+        patch.setattr(model.get_submodule(where), "forward", fails)
         next(steps)
     assert cache.lengths == tuple(length + 3 for length in PROMPTS)
     assert torch.equal(generate(model, whole[:, 3:4], 16, cache=cache), whole[:, 4:])

@@ -119,6 +119,11 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
     opened = changed(generation_config__json=said)
     assert opened.sampling == {"temperature": 0.6, "top_p": 0.9} and opened.eos_ids == (1, 5)
     assert changed(generation_config__json={"do_sample": True}).sampling == {"temperature": 1.0}
+    assert changed(generation_config__json={"eos_token_id": 0}).eos_ids == (1, 0)
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id='x' must be token ids"):
+        changed(generation_config__json={"eos_token_id": "x"}).eos_ids  # noqa: B018
+    with pytest.raises(ValueError, match=r"generation_config\.json: temperature='0\.7' must be a number"):
+        changed(generation_config__json={"do_sample": True, "temperature": "0.7"}).sampling  # noqa: B018
     (opened.folder / "generation_config.json").unlink()
     bare = ModelFolder.open(opened.folder, "cpu")
     assert bare.sampling == {"temperature": 0.0} and bare.eos_ids == (1,)
@@ -130,6 +135,8 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
         ([], {}, "at least one prompt"),
         ("the river", {}, "prompts='the river' must be a list"),
         (["a", []], {}, "prompt 2 of 2 is empty"),
+        (["a", [3, 1_000_000]], {}, "prompt 2 of 2 has token 1000000"),
+        ([[-1, 3]], {}, "prompt 1 of 1 has token -1"),
         (["a"], {"stop": "x"}, "stop='x' must be a list of texts"),
         (["a"], {"stop": ["x", ""]}, "none of them empty"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0"),

@@ -73,8 +73,8 @@ MUTANTS = (
     ),
     Mutant(
         "nucleus_takes_one_more", "s2/inference",
-        "ranked = ranked.masked_fill(before >= top_p, 0.0)",
-        "ranked = ranked.masked_fill(before - ranked >= top_p, 0.0)",
+        "masked_fill(before[:, 1:] >= top_p, 0.0)",
+        "masked_fill((before - ranked)[:, 1:] >= top_p, 0.0)",
         ("test_generate.py",),
     ),
     Mutant(

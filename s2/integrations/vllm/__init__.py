@@ -7,11 +7,24 @@ vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in 
 
 from __future__ import annotations
 
+import warnings
+
+VERSION = "0.24."  # of vLLM: what is built on changes from one to the next
 ARCHITECTURE = "S2LlamaForCausalLM"
 
 
 def register() -> None:
-    """Makes the model, the attention backend and the kind of cache known to vLLM. Calling it again changes nothing."""
+    """Makes the model, the attention backend and the kind of cache known to vLLM. Calling it again changes nothing. A
+    vLLM of another version is left as it is, with a warning: it serves all models but ours."""
+    import vllm
+
+    if not vllm.__version__.startswith(VERSION):
+        warnings.warn(
+            f"vLLM {vllm.__version__} does not get the plugin of s2-attention, which is written for {VERSION}x: models "
+            f"of type s2_llama cannot be served",
+            stacklevel=2,
+        )
+        return
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

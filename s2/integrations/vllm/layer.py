@@ -39,7 +39,7 @@ class HeadCache(nn.Module, AttentionLayerBase):
         self.kv_cache = torch.tensor([])
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if layer_name in layers:
-            raise ValueError(f"Duplicate layer name: {layer_name}")
+            raise ValueError(f"two layers are called {layer_name}")
         layers[layer_name] = self
 
     def get_attn_backend(self) -> type[PagedBackend]:
