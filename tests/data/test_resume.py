@@ -1,6 +1,7 @@
 """Stop and resume through a real Lightning trainer: batches go on as in an uninterrupted run."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.datamodule import PackedDataModule
 from tests.data.shard_factory import VOCAB_SIZE, random_documents, write_shards
+from tests.training.processes import LEFT_BY_LIGHTNING
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,7 +173,9 @@ def test_two_processes_continue_what_one_began(tmp_path, make_data):
     fit(make_trainer(tmp_path, 3, SaveAt("on_train_end", 2, file)), Recorder(), make_data())
     alone = Recorder()
     fit(make_trainer(tmp_path, 7), alone, make_data(), ckpt_path=file)
-    subprocess.run([sys.executable, "-c", TWO_PROCESSES, str(tmp_path)], cwd=ROOT, check=True, timeout=200)
+    inherited = {key: value for key, value in os.environ.items() if key not in LEFT_BY_LIGHTNING}
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=inherited, check=True, timeout=200)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     together = [tuple(batch) for pair in zip(*ranks, strict=True) for batch in pair]
     assert together == alone.seen
