@@ -106,7 +106,7 @@ def decode_ms(model: Transformer, cache: KVCache) -> float:
 
 
 def bytes_a_sequence(config: ModelConfig, length: int) -> int:
-    return KVCache(config, 1, length + STEPS + WARM_UP + 1, device="meta", dtype=DTYPE).num_bytes
+    return KVCache.bytes_for(config, 1, length + STEPS + WARM_UP + 1, DTYPE)
 
 
 def largest_batch(config: ModelConfig, length: int, free: int, total: int, most: int) -> int:

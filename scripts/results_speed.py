@@ -93,7 +93,6 @@ def _random(config: ModelConfig, tokens: int, device: str) -> list[torch.Tensor]
 
 def measure(config: ModelConfig, length: int) -> dict[str, Any]:
     """The figures of one layout."""
-    cache = KVCache(config.replace(max_position_embeddings=length), 1, length, device="meta", dtype=_DTYPE)
     row: dict[str, Any] = {
         "kind": "speed",
         "attention_layout": config.attention_layout,
@@ -101,7 +100,8 @@ def measure(config: ModelConfig, length: int) -> dict[str, Any]:
         "length": length,
         "density": config.layout.density(length, config.num_key_value_heads),
         "kv_bytes_per_token": kv_bytes_per_token(config, length),
-        "cache_bytes_per_token": cache.num_bytes / length,
+        "cache_bytes_per_token": KVCache.bytes_for(config.replace(max_position_embeddings=length), 1, length, _DTYPE)
+        / length,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     if not torch.cuda.is_available():

@@ -1,13 +1,9 @@
 """The decode kernel builds for sm_90 as it is launched there, within shared memory and without spills to speak of,
 checked without a GPU on what ptxas says."""
 
-import json
-import os
-import re
-import subprocess
-import sys
-
 import pytest
+
+from tests.attention.building import build, nightly
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor on sm_90
 REGISTERS = 64 * 1024
@@ -57,24 +53,6 @@ print(json.dumps({"shared": kernel.metadata.shared, "threads": 32 * grid.num_war
 """
 
 
-def build(tmp_path, **case):
-    """What ptxas and Triton say of a kernel: spills and shared memory in bytes, registers and threads."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # ptxas says nothing of a kernel that is taken from a cache
-    command = [sys.executable, "-c", CHILD, json.dumps(case)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    facts = json.loads(result.stdout.splitlines()[-1])
-    said = result.stdout + result.stderr
-    facts["spills"] = int(re.search(r"(\d+) bytes spill stores", said)[1])
-    facts["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
-    return facts
-
-
-def nightly(*values):
-    return pytest.param(*values, marks=pytest.mark.nightly)
-
-
 @pytest.mark.parametrize(
     ("head_dim", "block", "group", "tokens", "batch", "regions"),
     [
@@ -94,7 +72,7 @@ def nightly(*values):
 )
 def test_decoding_is_built_without_spills(tmp_path, head_dim, block, group, tokens, batch, regions):
     case = {"head_dim": head_dim, "block": block, "group": group, "tokens": tokens, "batch": batch, "regions": regions}
-    facts = build(tmp_path, dtype="bfloat16", **case)
+    facts = build(CHILD, tmp_path, dtype="bfloat16", **case)
     print(case, facts)
     assert facts["spills"] <= SPILLS, facts
     # as many programs fit a multiprocessor as the grid counts on; a tall tile may have it for itself
@@ -106,6 +84,6 @@ def test_decoding_is_built_without_spills(tmp_path, head_dim, block, group, toke
 @pytest.mark.nightly
 def test_decoding_in_float32_is_built(tmp_path):
     case = {"head_dim": 256, "block": 64, "group": 4, "tokens": 1, "batch": 2, "regions": 3}
-    facts = build(tmp_path, dtype="float32", **case)
+    facts = build(CHILD, tmp_path, dtype="float32", **case)
     print(facts)
     assert facts["shared"] <= SHARED_MEMORY

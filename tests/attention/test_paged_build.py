@@ -1,13 +1,9 @@
 """The kernels over pages build for sm_90 as they are launched there, within shared memory and without spills to speak
 of, checked without a GPU on what ptxas says."""
 
-import json
-import os
-import re
-import subprocess
-import sys
-
 import pytest
+
+from tests.attention.building import build, nightly
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor on sm_90
 SPILLS = 64  # bytes
@@ -63,25 +59,6 @@ print(json.dumps({"shared": built.metadata.shared, "asynchronous": ptx.count("cp
 """
 
 
-def build(tmp_path, **case):
-    """What ptxas and Triton say of a kernel: spills and shared memory in bytes, registers, loads of 16 bytes that go on
-    while the kernel computes."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # ptxas says nothing of a kernel that is taken from a cache
-    command = [sys.executable, "-c", CHILD, json.dumps(case)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    facts = json.loads(result.stdout.splitlines()[-1])
-    said = result.stdout + result.stderr
-    facts["spills"] = int(re.search(r"(\d+) bytes spill stores", said)[1])
-    facts["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
-    return facts
-
-
-def nightly(*values):
-    return pytest.param(*values, marks=pytest.mark.nightly)
-
-
 @pytest.mark.parametrize(
     ("head_dim", "block", "group", "queries", "splits", "levels"),
     [
@@ -101,7 +78,7 @@ def nightly(*values):
 )
 def test_attention_to_pages_is_built(tmp_path, head_dim, block, group, queries, splits, levels):
     case = {"head_dim": head_dim, "block": block, "group": group, "queries": queries, "splits": splits}
-    facts = build(tmp_path, kernel="attention_paged", dtype="bfloat16", levels=levels, **case)
+    facts = build(CHILD, tmp_path, kernel="attention_paged", dtype="bfloat16", levels=levels, **case)
     print(case, facts)
     assert facts["spills"] <= SPILLS, facts
     assert facts["shared"] <= SHARED_MEMORY, facts
@@ -112,11 +89,11 @@ def test_attention_to_pages_is_built(tmp_path, head_dim, block, group, queries, 
 @pytest.mark.parametrize("queries", [1, 300])
 def test_attention_to_pages_in_float32_is_built(tmp_path, queries):
     case = {"head_dim": 128, "block": 64, "group": 4, "queries": queries, "splits": 1, "levels": 1}
-    facts = build(tmp_path, kernel="attention_paged", dtype="float32", **case)
+    facts = build(CHILD, tmp_path, kernel="attention_paged", dtype="float32", **case)
     assert facts["shared"] <= SHARED_MEMORY, facts
 
 
 @pytest.mark.nightly
 def test_writing_into_pages_is_built(tmp_path):
-    facts = build(tmp_path, kernel="write_pages", dtype="bfloat16", head_dim=80, block=16)
+    facts = build(CHILD, tmp_path, kernel="write_pages", dtype="bfloat16", head_dim=80, block=16)
     assert facts["spills"] == 0, facts

@@ -25,7 +25,7 @@ def config_of(recipe, sizes, layout=None):
 
 
 def bytes_at_128k(config):
-    return KVCache(config, 1, LONGEST, device="meta", dtype=torch.bfloat16).num_bytes
+    return KVCache.bytes_for(config, 1, LONGEST, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
