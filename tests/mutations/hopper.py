@@ -45,9 +45,33 @@ MUTANTS = (
     ),
     Mutant(
         "cuda_documents_overwrite_the_queries_before_them", HOPPER,
-        "(row + TOKENS <= done.length && (!LATE || row >= done.before))",
-        "(row + TOKENS <= done.length)",
+        "stores_box<PACKED, LATE>(row, done.before, done.length)",
+        "stores_box<PACKED, LATE && !PACKED>(row, done.before, done.length)",
         _LATE_DOCUMENTS, gpu=True,
+    ),
+    Mutant(
+        "cuda_a_store_begins_before_the_first_query", HOPPER,
+        "stores_box<PACKED, LATE>(row, done.before, done.length)",
+        "stores_box<PACKED, LATE && PACKED>(row, done.before, done.length)",
+        _LATE, gpu=True,
+    ),
+    Mutant(
+        "cuda_a_box_that_holds_a_query_is_stored", HOPPER,
+        "(!IS_LATE || row >= before)",
+        "(!IS_LATE || row + TOKENS > before)",
+        ("hopper/test_rows.py::test_boxes_are_stored_neither_before_the_queries_nor_over_neighbours",),
+    ),
+    Mutant(
+        "cuda_a_box_that_holds_a_token_is_stored", HOPPER,
+        "(!IS_PACKED || row + TOKENS <= length)",
+        "(!IS_PACKED || row < length)",
+        ("hopper/test_rows.py::test_boxes_are_stored_neither_before_the_queries_nor_over_neighbours",),
+    ),
+    Mutant(
+        "cuda_first_rows_of_all_sequences_go_to_the_first", HOPPER,
+        "batch = PACKED ? 0 : divide(head, heads);",
+        "batch = 0;",
+        _LATE, gpu=True,
     ),
     Mutant(
         "cuda_ragged_rows_overwrite_the_queries_before_them", HOPPER,
@@ -57,8 +81,8 @@ MUTANTS = (
     ),
     Mutant(
         "cuda_first_ragged_rows_are_left_to_nobody", HOPPER,
-        "(held.rows_left >= TOKENS && (!LATE || held.rows_before <= 0))",
-        "(held.rows_left >= TOKENS)",
+        "stores_box<PACKED, LATE>(0, held.rows_before, held.rows_left)",
+        "stores_box<PACKED, false>(0, held.rows_before, held.rows_left)",
         _LATE_DOCUMENTS, gpu=True,
     ),
     Mutant(
@@ -119,8 +143,8 @@ MUTANTS = (
     ),
     Mutant(
         "cuda_documents_are_stored_over_their_neighbours", HOPPER,
-        "(row + TOKENS <= done.length && (!LATE || row >= done.before))",
-        "(!LATE || row >= done.before)",
+        "stores_box<PACKED, LATE>(row, done.before, done.length)",
+        "stores_box<false, LATE>(row, done.before, done.length)",
         _ROWS, gpu=True,
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """How the forward and dQ on Hopper divide rows: the key tiles of a tile of query rows are those that its rows see
-(`plan.cuh` compiled for the host)."""
+(`plan.cuh` compiled for the host), and TMA stores what it can."""
 
+import itertools
 import random
 import subprocess
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.attention.hopper.host import COMPILER, CPU, compile_for_host, unit_ma
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="index arithmetic, checked on machines without a GPU")
 
-PLANS = Path(__file__).with_name("plans.cpp")
+PLANS, STORES = (Path(__file__).with_name(name) for name in ("plans.cpp", "stores.cpp"))
 
 
 def compile_plans(folder: Path, block: int, levels: int, sinks: bool, consumers: int) -> Path:
@@ -105,6 +106,28 @@ def test_the_key_tiles_of_a_tile_of_rows_are_those_that_it_sees(block, head_dim,
             except AssertionError as error:
                 case = f"{seed=}, {pattern}, {rule=}, {box=}, {share=}, {length=}, {levels=}, {sinks=}"
                 raise AssertionError(case) from error
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("block", [16, 32, 64, 256])
+def test_boxes_are_stored_neither_before_the_queries_nor_over_neighbours(block, tmp_path):
+    """All others are: TMA leaves out what comes after the tensor, but traps at a store that begins before it."""
+    tokens = unit_of(block)
+    program = compile_for_host(STORES, tmp_path, {"BLOCK": block, "LEVELS": 0, "SINKS": 0, "CONSUMERS": 3})
+    cases = [
+        (packed, before, before + queries, share, (-(-(before + queries) // tokens) - before // tokens + 3) * share)
+        for packed, before, queries, share in itertools.product(
+            (0, 1), (0, 1, tokens - 1, tokens, 5 * tokens + 7), (1, tokens, 256, 4 * tokens + 1), (1, 2)
+        )
+    ]
+    text = "\n".join(" ".join(map(str, case)) for case in cases)
+    result = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+    for case, line in zip(cases, result.stdout.splitlines(), strict=True):
+        packed, before, length, share, m_blocks = case
+        rows, boxes = np.array(line.split(), dtype=int).reshape(-1, 2).T
+        assert rows.tolist() == [(before // tokens + n // share) * tokens for n in range(m_blocks)], case
+        ends = length if packed else rows[-1] + tokens
+        assert boxes.tolist() == ((rows - before >= 0) & (rows + tokens <= ends)).tolist(), case
 
 
 def test_patterns_that_could_deadlock_the_forward_are_left_to_other_kernels():

@@ -158,9 +158,10 @@ def allocate(structure: type[S]) -> S:
 class TensorMap:
     """The TMA descriptor in a field of allocated parameters, of a tensor `shape` at `address`, read and written in
     boxes. All sizes are outermost first and in elements, `strides` in bytes and of all dimensions but the innermost,
-    which is dense. Elements out of bounds are read as zero and not written. `swizzle` (0 or 128) is in bytes.
-    `begins_with_address`: whether the address is the map's first word (`words`), as it is on sm_90; then writing it
-    there is what cuTensorMapReplaceAddress does, in a tenth of its time. RuntimeError: the driver does not take it."""
+    which is dense. Elements out of bounds are read as zero and not written; but a box that is written must not begin
+    before the tensor, which is an illegal instruction. `swizzle` (0 or 128) is in bytes. `begins_with_address`: whether
+    the address is the map's first word (`words`), as it is on sm_90; then writing it there is what
+    cuTensorMapReplaceAddress does, in a tenth of its time. RuntimeError: the driver does not take it."""
 
     def __init__(
         self,

@@ -94,7 +94,7 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
     }
     const float factor[2] = {inverse(sum[0]), inverse(sum[1])};
     const int tokens = params.problem.length;
-    if (!PACKED || (held.rows_left >= TOKENS && (!LATE || held.rows_before <= 0))) {
+    if (stores_box<PACKED, LATE>(0, held.rows_before, held.rows_left)) {
         const int matrix_row = lane_row / 16 * 16 + lane % 16, half = lane / 16;
 #pragma unroll
         for (int j = 0; j < D / 8; j += 2) {
@@ -105,13 +105,13 @@ DEVICE void finish(float (&acc)[D / 2], const float (&top)[2], float (&sum)[2], 
                            pack(x[4] * factor[0], x[5] * factor[0]), pack(x[6] * factor[1], x[7] * factor[1]));
         }
         fence_async_shared();
-    } else {  // a packed document's queries begin or end among these rows
+    } else {  // queries, or a packed document's, begin or end among these rows
         const int before = LATE ? maximum(held.rows_before, 0) : 0;
         const unsigned first = held.statistics + before;  // of the first query
-        const int head = first / tokens, token = static_cast<int>(first % tokens) - before;
-        const int heads = params.problem.kv_heads * params.problem.group;
-        store_rows(acc, factor, params.out_rows, static_cast<long long>(token) * heads + head, held.rows_left,
-                   held.rows_before, params.problem);
+        const int head = first / tokens, token = static_cast<int>(first % tokens) - before;  // head: of the batch
+        const int heads = params.problem.kv_heads * params.problem.group, batch = PACKED ? 0 : divide(head, heads);
+        const long long place = (static_cast<long long>(batch) * tokens + token) * heads + head - batch * heads;
+        store_rows(acc, factor, params.out_rows, place, held.rows_left, held.rows_before, params.problem);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(done);

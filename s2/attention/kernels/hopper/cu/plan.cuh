@@ -157,6 +157,14 @@ DEVICE Entry partial_entry(const Plan& plan, int nth) {
     return entry_of(plan.diagonal, tile - plan.window_partial.tiles, nth);
 }
 
+// Whether the results of an m_block whose first row is `row` are stored as a box, by TMA, or row by row. Boxes may end
+// after the tensor, but stores must not begin before it as loads may: that is an illegal instruction. Packed documents
+// have neighbours at both ends. `before` of the document's `length` rows are before its first query.
+template <bool IS_PACKED, bool IS_LATE>
+DEVICE bool stores_box(int row, int before, int length) {
+    return (!IS_LATE || row >= before) && (!IS_PACKED || row + TOKENS <= length);
+}
+
 // How many of an entry's TOKENS keys come after a document of `length` tokens; none of an entry that is NOWHERE.
 DEVICE int keys_past(int key, int length) { return key < length ? maximum(key + TOKENS - length, 0) : 0; }
 

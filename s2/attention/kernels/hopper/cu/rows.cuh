@@ -9,8 +9,8 @@
 // 64 / BLOCK heads, so that all see the same blocks, and a key tile is as many key blocks, each loaded from its place.
 //
 // Rows are counted by their places in the sequence. Where the queries are the last of longer keys (LATE), the first
-// m_block may begin before them: TMA reads those rows as zeros and does not store them. In packed documents it reads
-// those of the document before, which nobody stores.
+// m_block may begin before them: TMA reads those rows as zeros, in packed documents as those of the document before, and
+// nobody stores them.
 //
 // Constants: those of `plan.cuh`, D, PACKED, LATE, STAGES, ROW_SLOTS (tiles whose rows are held), ROW_PARTS (2: q comes
 // with dO).
@@ -193,7 +193,7 @@ DEVICE void store_box(const TensorMap* map, unsigned from, int token, int head, 
 }
 
 // Loads the rows of the tiles in turn, and dO with two parts. With STORES also stores what the consumers leave in their
-// place, but for m_blocks in which a packed document's queries begin or end: those they store themselves.
+// place, but for m_blocks that are not a box (`stores_box`): those they store themselves.
 template <bool STORES>
 DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q, const TensorMap* dout,
                       const TensorMap* out) {
@@ -225,7 +225,7 @@ DEVICE void move_rows(Shared& shared, const Problem& problem, const TensorMap* q
                 barrier_wait(shared_address(&shared.rows_done[own]), place.phase ^ 1);
                 const auto& done = tiles[ROW_SLOTS];
                 const int row = row_of(done.m_block + c, pack_gqa);
-                if (STORES && is_mover && (!PACKED || (row + TOKENS <= done.length && (!LATE || row >= done.before)))) {
+                if (STORES && is_mover && stores_box<PACKED, LATE>(row, done.before, done.length)) {
                     const int head = first_head(done.m_block + c, done.kv_head, group, pack_gqa);
                     store_box(out, rows, done.begin + row, head, done.batch);
                     tma_store_commit();
