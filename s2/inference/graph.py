@@ -7,6 +7,7 @@ host counts along (`KVCache.reserve`, `commit`) and never waits.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -137,11 +138,20 @@ class _OnDevice:
         self._cache.advance_on_device()
 
 
+_STREAMS: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
+_CAPTURES = threading.Lock()
+
+
 def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """On a stream of its own for each current one: cuBLAS keeps a workspace for every stream that it has seen, which
+    graphs that are replayed on one stream may share."""
     graph = torch.cuda.CUDAGraph()
-    # torch's own stream for captures is that of the first device used; other threads may allocate meanwhile
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-        result = call()
+    current = torch.cuda.current_stream(device)
+    with _CAPTURES:
+        stream = _STREAMS.get(current) or _STREAMS.setdefault(current, torch.cuda.Stream(device))
+        # other threads may allocate meanwhile
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = call()
 
     def replay() -> Tensor:
         graph.replay()

@@ -1,6 +1,7 @@
 """The captured decode step: on the device nothing depends on what the host knew at the capture, and the host counts
 along as in an eager step. `tests/inference/test_gpu_generate.py` runs real graphs."""
 
+import contextlib
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2.inference import DecodeGraph, KVCache, generate
-from s2.inference.graph import LEAST_TOKENS, WARM_UP, decode_step, obstacle
+from s2.inference.graph import _CAPTURES, LEAST_TOKENS, WARM_UP, _capture, decode_step, obstacle
 from tests.inference.recording import Recording
 from tests.inference.test_generate import build, tokens
 
@@ -158,6 +159,28 @@ def test_a_graph_is_taken_for_enough_tokens(monkeypatch):
     ]:  # fmt: skip
         assert (decode_step(model, cache, count, graph) == "graph") == is_taken
     assert made == [(model, cache)] * 2
+
+
+def test_captures_for_one_stream_share_a_stream(monkeypatch):
+    """cuBLAS would keep a workspace for each: 32 MiB a graph on Hopper. As if there were a GPU."""
+    streams, current, captured = iter(range(100)), ["a"], []
+
+    class Capturing(contextlib.nullcontext):
+        def __init__(self, graph, stream, capture_error_mode):
+            super().__init__()
+            assert _CAPTURES.locked()
+            captured.append(stream)
+
+    monkeypatch.setattr("s2.inference.graph._STREAMS", {})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream {next(streams)} of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (current[-1], device))
+    monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    for name, device in (("a", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 0), ("a", 0)):
+        current.append(name)
+        _capture(lambda: None, device)
+    assert [captured.index(stream) for stream in captured] == [0, 0, 2, 3, 2, 0]
+    assert [stream[-1] for stream in captured] == ["0", "0", "0", "1", "0", "0"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

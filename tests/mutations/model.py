@@ -192,6 +192,12 @@ MUTANTS = (
         ("test_graph.py",),
     ),
     Mutant(
+        "every_capture_has_a_stream_of_its_own", "s2/inference",
+        "stream = _STREAMS.get(current) or _STREAMS.setdefault(current, torch.cuda.Stream(device))",
+        "stream = torch.cuda.Stream(device)",
+        ("test_graph.py::test_captures_for_one_stream_share_a_stream",),
+    ),
+    Mutant(
         "rows_that_ended_draw_on", "s2/inference",
         "token = torch.where(*held, token)",
         "token = token",
