@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,21 @@ def _figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
+def _style(results: Row, arm: str) -> dict[str, str]:
+    """Colour and marker of an arm, the same in all pictures and two of one colour told apart."""
+    number = list(results["arms"]).index(arm)
+    return {"color": f"C{number % 10}", "marker": "osD^v<>P"[number % 8], "linestyle": "-" if number < 10 else "--"}
+
+
+def _plain_ticks(axis: Any, label: Callable[[float], str]) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5 times powers of ten, as people write them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _curves(results: Row, logs: Row) -> Any:
     """Training loss over tokens and over minutes, a row of panels for every stage."""
     stages = list(dict.fromkeys(stage for each in logs.values() for stage in each))
@@ -226,14 +241,15 @@ def _curves(results: Row, logs: Row) -> Any:
         return None
     figure, axes = _figure(2, len(stages))
     for i, stage in enumerate(stages):
-        for number, (arm, each) in enumerate(logs.items()):
+        for arm, each in logs.items():
+            style = {**_style(results, arm), "marker": ""}
             rows = [row for row in each.get(stage, []) if "train/loss" in row]
             width = max(1, len(rows) // 50)
             losses = [row["train/loss"] for row in rows]
             smooth = [statistics.fmean(losses[max(0, at - width) : at + 1]) for at in range(len(losses))]
             for panel, (column, scale) in zip(axes[2 * i : 2 * i + 2], (("tokens", 1e6), ("seconds", 60)), strict=True):
                 xs = [row[column] / scale for row in rows]
-                panel.plot(xs, smooth, label=arm, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
+                panel.plot(xs, smooth, label=arm, **style)
         settled = [row for each in logs.values() for row in each.get(stage, [])[SETTLED:]]
         tail = [row["train/loss"] for row in settled if "train/loss" in row]
         for panel, label in zip(axes[2 * i : 2 * i + 2], ("million tokens", "minutes"), strict=True):
@@ -255,12 +271,17 @@ def _positions(results: Row, logs: Row) -> Any:
     for panel in axes[len(panels) :]:
         panel.remove()
     for panel, (stage, length) in zip(axes, panels, strict=False):
+        shown_ends: set[int] = set()
         for arm in results["arms"]:
             here = [r for r in rows if (r["arm"], r["stage"], r["length"]) == (arm, stage, length)]
             ends = [int(r["task"].split("-")[-1]) for r in here]
-            panel.plot(ends, [r["value"] for r in here], marker="o", markersize=3, label=arm)
-        panel.set(xscale="log", xlabel="position up to", ylabel="held-out loss (nats per token)",
-                  title=f"{stage}, {format_length(length)}")  # fmt: skip
+            panel.plot(ends, [r["value"] for r in here], markersize=3, label=arm, **_style(results, arm))
+            shown_ends |= set(ends)
+        panel.set(
+            xlabel="position up to", ylabel="held-out loss (nats per token)", title=f"{stage}, {format_length(length)}"
+        )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(shown_ends), [format_length(end) for end in sorted(shown_ends)])
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure
@@ -281,21 +302,22 @@ def _quality_and_speed(results: Row, logs: Row) -> Any:
     for panel, (rows, name) in zip(axes, chosen, strict=True):
         label = f"{name} at {format_length(rows[0]['length'])} ({rows[0]['metric']})"
         is_loss = rows[0]["part"] == "positions" and any(row.get("from_baseline") for row in rows)
-        for number, arm in enumerate(times):
+        for arm in times:
             for row in (row for row in rows if row["arm"] == arm):
                 y, interval = row["value"], row.get("interval")
                 if is_loss:
                     difference = row.get("from_baseline") or {"difference": 0.0}
                     y, interval = difference["difference"], difference.get("interval")
                 bars = [[max(0.0, y - interval[0])], [max(0.0, interval[1] - y)]] if interval else None
-                panel.errorbar(times[arm], y, bars, fmt="o", capsize=3, color=f"C{number % 10}")
-                panel.annotate(arm, (times[arm], y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+                style = {**_style(results, arm), "linestyle": ""}
+                panel.errorbar(times[arm], y, bars, capsize=3, label=arm, **style)
         panel.set(xscale="log", xlabel="attention of all layers, forward and backward (ms)",
                   ylabel=f"{label}, difference from {results['baseline']}" if is_loss else label)  # fmt: skip
-        panel.set_xlim(0.85 * min(times.values()), 1.25 * max(times.values()))  # room for the last name
+        _plain_ticks(panel.xaxis, "{:,.0f}".format)
         if rows[0]["part"] == "needle":
             panel.set_ylim(-0.03, 1.03)
         panel.grid(alpha=0.3)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
