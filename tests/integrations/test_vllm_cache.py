@@ -123,7 +123,16 @@ class Server:
                 assert held <= manager.kv_cache_spec.most_pages(request.num_tokens)
 
 
-LAYOUTS = ("L2V3+dense1", "L1V5-inter", "L2V4", "L1V2<6V4+sink1", "W3+sink1", "dense|W2|L1V3", "L2V6+sink2+dense0,3")
+LAYOUTS = (
+    "L2V3+dense1",
+    "L2V4<10+dense1-2",
+    "L1V5-inter",
+    "L2V4",
+    "L1V2<6V4+sink1",
+    "W3+sink1",
+    "dense|W2|L1V3",
+    "L2V6+sink2+dense0,3",
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -180,12 +189,13 @@ def test_a_request_is_admitted_whose_keys_were_never_there_all_at_once():
         assert server.go_on(request), "no page is missing on the way"
 
 
-@pytest.mark.parametrize("spec", ["L2V3", "W3", "L1V2<6V4+sink1", "L1V9+sink2"])
+@pytest.mark.parametrize("spec", ["L2V3", "L2V3<11", "W3", "L1V2<6V4+sink1", "L1V9+sink2"])
 def test_the_longest_prefix_whose_seen_pages_are_there(spec, seed):
     rule = Pattern.parse(spec, BLOCK).rules(2)[1]
     draw, most = random.Random(seed), 40
     for _ in range(200):
-        there = [draw.random() < draw.choice([0.3, 0.9, 1.0]) or rule.reach(b) > most for b in range(most)]
+        kept = rule.mask(most + 1)[most].tolist()
+        there = [draw.random() < draw.choice([0.3, 0.9, 1.0]) or kept[b] for b in range(most)]
         for _ in range(draw.randrange(3)):
             there[draw.randrange(most)] = False
         pages = [SimpleNamespace(number=b) for b in range(most)]
@@ -201,6 +211,32 @@ def test_the_longest_prefix_whose_seen_pages_are_there(spec, seed):
         assert len(hits[0]) == len(hits[1]) == max(fitting)
         seen = mask[len(hits[0]), : len(hits[0])].tolist()
         assert hits[0] == hits[1] == [pages[b] if see else None for b, see in enumerate(seen)]
+
+
+@pytest.mark.parametrize(("spec", "most_asked"), [("L8V16", 136), ("L8V16<1024", 72), ("L1V15+sink1", 138)])
+def test_a_long_prefix_is_looked_up_where_it_is_seen(spec, most_asked, seed):
+    """Not block by block: a scheduler does it for every group of every request."""
+    rule, most, draw = Pattern.parse(spec, BLOCK).rules(16)[3], 2048, random.Random(seed)
+    missing, asked = set(), []
+
+    def get(block, groups):
+        asked.append(block)
+        return None if block in missing else [block] * len(groups)
+
+    def look_up():
+        asked.clear()
+        pool = SimpleNamespace(null_block=None, get_cached_block=get)
+        (hit,) = cache.ShardedManager.find_longest_cache_hit(
+            range(most), most * BLOCK, [0], pool, spec_of(rule), False, alignment_tokens=BLOCK
+        )
+        return len(hit)
+
+    assert look_up() == most and len(asked) <= most_asked
+    missing.update(range(700, most))
+    assert 700 <= look_up() < 716 and len(asked) <= most_asked + 20
+    missing.update(draw.sample(range(most), 200))
+    look_up()
+    assert len(asked) <= most + most // 10, "about once each, whatever is missing"
 
 
 def test_eagle_and_context_parallelism_are_refused():
