@@ -124,7 +124,6 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.pattern = pattern
-        self._bound: tuple[int, tuple[Any, Any]] = (0, (None, None))  # where the pages are, and views of them
         self.heads: dict[str, Any] = {
             "rotation": rotation,
             "head_offset": head_offset,
@@ -146,7 +145,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         """Writes the new keys and values `[T, H, D]`, and into `output` `[T, Hq, D]` the attention of `query`."""
         if attn_metadata is None:  # vLLM measures how much memory there is: no pages yet
             return output.fill_(0)
-        batch, (k_cache, v_cache), tables = attn_metadata, self._pages(layer, kv_cache), _tables(layer, attn_metadata)
+        batch, (k_cache, v_cache), tables = attn_metadata, layer.page_views(), _tables(layer, attn_metadata)
         write_pages(key, value, k_cache, v_cache, tables, batch.seq_lens, batch.cu_seqlens)
         for first, last, max_query_len in batch.parts:
             part = tables
@@ -158,17 +157,6 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
                 out=output, **self.heads,
             )  # fmt: skip
         return output
-
-    def _pages(self, layer: Any, kv_cache: Tensor) -> tuple[Any, Any]:
-        """Pages of keys and of values: of all heads, or of each."""
-        if self._bound[0] != kv_cache.data_ptr():
-            if layer.other_heads:
-                caches = [kv_cache, *(head.kv_cache for head in layer.other_heads)]
-                views: tuple[Any, Any] = [x[:, 0, :, 0] for x in caches], [x[:, 1, :, 0] for x in caches]
-            else:
-                views = kv_cache[:, 0], kv_cache[:, 1]
-            self._bound = kv_cache.data_ptr(), views
-        return self._bound[1]
 
 
 def _tables(layer: Any, metadata: PagedMetadata) -> Tensor | list[Tensor]:
