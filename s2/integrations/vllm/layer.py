@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from s2.attention import HeadRule, Pattern
+from s2.attention.paged import warm_up
 
 from .backend import PagedBackend
 from .cache import ShardedSpec
@@ -104,6 +105,7 @@ class PagedAttention(Attention):
                 HeadCache(f"{prefix}.kv_head{h}", num_heads, rule, self.pages) for h, rule in enumerate(rules) if h
             ]
         self.other_heads = nn.ModuleList(heads)
+        self.device = torch.empty(0).device  # where vLLM builds
 
     @property
     def kv_cache(self) -> Tensor:
@@ -123,6 +125,15 @@ class PagedAttention(Attention):
             else:
                 self._views = self.kv_cache[:, 0], self.kv_cache[:, 1]
         return self._views
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Called by vLLM before it measures memory and captures graphs."""
+        super().process_weights_after_loading(act_dtype)
+        if self.device.type == "cuda":
+            warm_up(
+                self.impl.pattern, self.num_heads, self.num_kv_heads, self.head_size, dtype=act_dtype,
+                device=self.device, apart=bool(self.other_heads), **self.impl.heads,
+            )  # fmt: skip
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec:
         return spec_of(self.first_rule, vllm_config, **self.pages)
