@@ -50,8 +50,11 @@ class ServingConfig(VerifyAndUpdateConfig):
                 f"--block-size={cache.block_size}, but config.json has block_size={config.block_size}: pages must hold "
                 f"one block of the attention; leave --block-size out"
             )
-        if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
-            raise ValueError(f"--kv-cache-dtype={cache.cache_dtype} is not supported: leave it out")
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        if cache.cache_dtype not in ("auto", dtype):
+            raise ValueError(
+                f"--kv-cache-dtype={cache.cache_dtype}, but keys are kept in the model's dtype, {dtype}: leave it out"
+            )
         heads = config.layout.ruled_heads(config.num_key_value_heads)
         if heads != config.num_key_value_heads:
             raise ValueError(
