@@ -64,6 +64,13 @@ def test_what_is_not_supported_stops_before_anything_is_built(changes, said):
         ServingConfig.verify_and_update_config(served(**changes))
 
 
+def test_the_order_of_sums_depends_on_the_batch_which_vllm_can_forbid(monkeypatch):
+    ServingConfig.verify_and_update_config(served(cache={"cache_dtype": "bfloat16"}))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT=1 is not supported"):
+        ServingConfig.verify_and_update_config(served())
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -55,6 +55,11 @@ class ServingConfig(VerifyAndUpdateConfig):
             raise ValueError(
                 f"--kv-cache-dtype={cache.cache_dtype}, but keys are kept in the model's dtype, {dtype}: leave it out"
             )
+        if envs.VLLM_BATCH_INVARIANT:
+            raise ValueError(
+                "VLLM_BATCH_INVARIANT=1 is not supported: the order in which a query's keys are summed up depends on "
+                "the batch that it comes in"
+            )
         heads = config.layout.ruled_heads(config.num_key_value_heads)
         if heads != config.num_key_value_heads:
             raise ValueError(
