@@ -54,6 +54,10 @@ def test_pages_hold_a_block_of_the_attention():
         ({"cache": {"block_size": 64, "user_specified_block_size": True}}, "--block-size=64, but .* block_size=32"),
         ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype=fp8, but .* dtype, bfloat16"),
         ({"cache": {"cache_dtype": "float16"}}, "--kv-cache-dtype=float16, but .* dtype, bfloat16"),
+        (
+            {"attention_config": SimpleNamespace(backend=SimpleNamespace(name="FLASHINFER"))},
+            "--attention-backend=FLASHINFER",
+        ),
         ({"layout": "2*dense|2*W2"}, "a rule for each of 4 query heads, but .* 2 KV heads"),
         ({"layout": "L1V2<4V3"}, "strides divide each other, not L1V2<4V3"),
         ({"layout": "L1V2<4V4<8V8"}, "up to 2 stride levels"),

@@ -72,7 +72,7 @@ class PagedBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return "CUSTOM"  # a name that vLLM knows and takes for no backend of its own
 
     @staticmethod
     def get_impl_cls() -> type[PagedImpl]:

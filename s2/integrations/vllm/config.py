@@ -55,6 +55,8 @@ class ServingConfig(VerifyAndUpdateConfig):
             raise ValueError(
                 f"--kv-cache-dtype={cache.cache_dtype}, but keys are kept in the model's dtype, {dtype}: leave it out"
             )
+        if backend := vllm_config.attention_config.backend:
+            raise ValueError(f"--attention-backend={backend.name} does not know attention_layout: leave it out")
         if envs.VLLM_BATCH_INVARIANT:
             raise ValueError(
                 "VLLM_BATCH_INVARIANT=1 is not supported: the order in which a query's keys are summed up depends on "
