@@ -189,6 +189,7 @@ ROPE = {"dense": {"rope_type": "linear", "factor": 2.0}, "sparse": None}
     [
         ({"attention_layout": "L1V3+sink1+dense1"}, True),
         ({"attention_layout": "L1V3+sink1+dense1"}, False),
+        ({"attention_layout": "L1V3<8+dense1"}, True),
         ({"attention_layout": "L2V3<5V6-inter", "qk_norm": True, "rope_scaling": ROPE}, True),
         ({"attention_layout": "dense|W2", "qkv_bias": True, "tie_word_embeddings": True}, True),
     ],
