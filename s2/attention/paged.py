@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, call_of
-from .kernels.triton.paged_launch import Pages, heads_of, run_paged, run_write
+from .kernels.triton.paged_launch import Pages, heads_of, kernels_of, run_paged, run_write
 from .pattern import Pattern
 from .reference import reference_attention, token_mask
 
@@ -156,6 +156,46 @@ def write_pages(
             page = table[b, position // block].long()
             keys[page, position % block] = k[begin:end, h]
             values[page, position % block] = v[begin:end, h]
+
+
+def warm_up(
+    pattern: Pattern,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    apart: bool = False,
+    rotation: int = 0,
+    head_offset: int = 0,
+    total_kv_heads: int | None = None,
+) -> None:
+    """Compiles and loads every kernel that calls on such pages may take, by a small call of each: which one depends on
+    how many queries, sequences and keys there are, and a CUDA graph can only capture one that is there.
+
+    Args:
+        pattern, rotation, head_offset, total_kv_heads: as the calls will have.
+        apart: KV heads have pages of their own, `[P, 2, block, 1, D]` each; else there are pages `[P, 2, block, H, D]`.
+    """
+    block, total = pattern.block_size, kv_heads if total_kv_heads is None else total_kv_heads
+    call = call_of(pattern.key, rotation, head_offset, total, 1.0, "triton")
+    kernels = kernels_of(torch.empty(0, num_heads, head_dim, dtype=dtype, device=device), kv_heads)
+    most = max(queries for queries, _ in kernels)
+    table = torch.arange(-(-most // block), dtype=torch.int32, device=device)[None]
+    held = 1 if apart else kv_heads
+    caches = [
+        torch.zeros(table.numel(), 2, block, held, head_dim, dtype=dtype, device=device)
+        for _ in range(kv_heads // held)
+    ]
+    keys, values = ([x[:, side, :, h] for x in caches for h in range(held)] for side in (0, 1))
+    pages = _pages(keys, values, table)
+    for queries, splits in kernels:
+        q, out = torch.zeros(2, queries, num_heads, head_dim, dtype=dtype, device=device)
+        lengths = torch.tensor([queries], dtype=torch.int32, device=device)
+        borders = torch.tensor([0, queries], dtype=torch.int32, device=device)
+        run_paged(q, pages, lengths, borders, out, call, queries, queries, splits)
+    run_write(q[:, :kv_heads], q[:, :kv_heads], pages, lengths, borders)
 
 
 def _visible_keys(call: Call, kv_heads: int, seq_len: int) -> int:

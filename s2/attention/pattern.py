@@ -77,13 +77,6 @@ class HeadRule:
             begin = level.end
         return (keep | (key_block < self.sinks)) & (distance >= 0)
 
-    def reach(self, key_block: int) -> int:
-        """The block distance from which on no query sees a key block any more."""
-        if key_block < self.sinks:
-            return UNBOUNDED
-        ends = (level.end for level in self.levels if key_block % level.stride == level.residue)
-        return max((self.local, *ends))
-
     def most_visible(self, num_blocks: int) -> int:
         """A bound, close from above, on the key blocks that a query in one of so many blocks sees."""
         seen, begin = self.local + self.sinks, self.local

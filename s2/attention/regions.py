@@ -48,6 +48,11 @@ class Region(NamedTuple):
     def holds(self, block: int) -> bool:
         return block % self.stride == self.residue and self.first <= block < self.last
 
+    def blocks(self, begin: int, end: int) -> range:
+        """Those that it holds, of `begin` to `end - 1`."""
+        begin = max(self.first, begin)
+        return range(begin + (self.residue - begin) % self.stride, min(self.last, end), self.stride)
+
     def place(self, block: int) -> int:
         """The slot of the first token of a block that it holds, in blocks from `begin`."""
         return (block - self.residue) // self.stride % self.capacity
@@ -157,9 +162,7 @@ def _place(
 
 
 def _capacity(region: Region, num_blocks: int, spare: int) -> int:
-    last = min(region.last, num_blocks)
-    first = region.first + (region.residue - region.first) % region.stride
-    members = max(0, -(-(last - first) // region.stride))
+    members = len(region.blocks(0, num_blocks))
     return members if region.far >= UNBOUNDED else min(members, -(-(region.far + spare) // region.stride))
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from s2.attention import Pattern, s2_attention
-from s2.attention.paged import paged_attention, write_pages
+from s2.attention.kernels.triton import paged as kernels
+from s2.attention.paged import paged_attention, warm_up, write_pages
 from tests.attention.checks import assert_rows_close
 from tests.attention.paged_cases import PagedCase
 
@@ -132,3 +133,19 @@ def test_a_graph_is_replayed_with_other_lengths_and_tables(apart):
         fill(x)
         graph.replay()
         assert_rows_close(out[: len(x[0])], case.exact(torch.bfloat16, 7)[0].cuda())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_after_a_warm_up_no_batch_needs_another_kernel(apart):
+    pattern, device = Pattern.parse("L1V3+sink1", 32), torch.cuda.current_device()
+    warm_up(pattern, 6, 2, 72, dtype=torch.float16, device="cuda", apart=apart)
+    before = [len(kernel.device_caches[device][0]) for kernel in (kernels.attention_paged, kernels.write_pages)]
+    for sequences in (((700, 1),) * 5, ((90, 1), (33, 20)), ((5000, 1),), ((60, 1), (400, 300)), ((700, 1),) * 300):
+        case = PagedCase(pattern, sequences, 6, 2, 72, apart=apart)
+        q, k, v, tables, seq_lens, cu_seqlens = case.inputs(torch.float16, "cuda", 0)
+        new = torch.zeros(len(q), 2, 72, dtype=torch.float16, device="cuda")
+        write_pages(new, new, k, v, tables, seq_lens, cu_seqlens)
+        for first in range(min(2, len(sequences))):  # and what follows, which begins at any address
+            part = [table[first:] for table in tables] if apart else tables[first:]
+            paged_attention(q, k, v, part, seq_lens[first:], cu_seqlens[first:], pattern, **case.limits)
+    assert before == [len(kernel.device_caches[device][0]) for kernel in (kernels.attention_paged, kernels.write_pages)]

@@ -1,13 +1,16 @@
 """Attention to pages: its definition against that of `s2_attention`, and the kernel (in the interpreter on a CPU)
 against both. Pages that nobody sees are NaN. bfloat16 is left to the GPU: the interpreter gets it wrong."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from s2.attention import Pattern
+from s2.attention import Pattern, paged
 from s2.attention.call import call_of
+from s2.attention.kernels.triton import paged_launch
 from s2.attention.kernels.triton.paged_launch import Grid, Pages, heads_of, run_paged
 from s2.attention.paged import paged_attention, write_pages
 from tests.attention.paged_cases import PagedCase
@@ -222,6 +225,55 @@ def test_few_queries_are_divided_among_programs_and_many_are_not():
     assert Grid.of(q[:64], 8, 64, 64, 1, 131072).num_tiles == 64, "a tile is a sequence"
     prefill = Grid.of(q, 8, 1, 64, 4096, 131072)
     assert prefill.splits == 1 and not prefill.constants["SPLIT"]
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "dtype"),
+    [(1, 64, torch.float16), (3, 64, torch.float16), (8, 256, torch.float16), (4, 32, torch.float32)],
+)
+def test_whatever_a_batch_is_its_kernel_has_been_warmed_up(monkeypatch, seed, group, head_dim, dtype):
+    """A CUDA graph cannot capture a kernel that has not been loaded."""
+    warm, written, pattern = set(), [], Pattern.parse("L2V3+sink1", 16)
+
+    class Launches:
+        def __init__(self, note):
+            self.note = note
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: self.note(arguments, constants)
+
+    monkeypatch.setattr(paged_launch, "attention_paged", Launches(lambda _, c: warm.add(tuple(sorted(c.items())))))
+    monkeypatch.setattr(paged_launch, "write_pages", Launches(lambda _, c: written.append(c)))
+    paged.warm_up(pattern, 2 * group, 2, head_dim, dtype=dtype, device=DEVICE, apart=True)
+    assert len(written) == 1 and len({dict(kernel)["SPLIT"] for kernel in warm}) == 2
+    draw, taken = random.Random(seed), set()
+    for _ in range(300):
+        longest = draw.choice([1, 1, 2, 5, 16, 60, 500])
+        queries = [longest] + [draw.randint(1, longest) for _ in range(draw.choice([0, 1, 7, 60]))]
+        q = torch.empty(sum(queries), 2 * group, head_dim, dtype=dtype, device="meta")
+        grid = Grid.of(q, 2, len(queries), 16, longest, draw.choice([1, 100, 5000, 131072]))
+        constants = grid.constants | {"UNIT": 8, "LEVELS": 1, "SINKS": True, "num_warps": grid.num_warps}
+        taken.add(tuple(sorted(constants.items())))
+    assert taken <= warm
+    assert len(taken) > 3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_warming_up_calls_kernels_as_they_are(apart):
+    pattern, launched = Pattern.parse("L1V2+sink1", 16), {"attention_paged": [], "write_pages": []}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kernels in launched.items():
+            kernel = getattr(paged_launch, name)
+
+            class Launches:
+                def __getitem__(self, grid, kernel=kernel, kernels=kernels):
+                    kernels.append(grid)
+                    return kernel[grid]
+
+            patch.setattr(paged_launch, name, Launches())
+        where = {"rotation": 1, "head_offset": 1, "total_kv_heads": 4}
+        paged.warm_up(pattern, 4, 2, 32, dtype=torch.float32, device=DEVICE, apart=apart, **where)
+    assert len(launched["attention_paged"]) == 10 and len(launched["write_pages"]) == 1
 
 
 # ---------------------------------------------------------------- arguments

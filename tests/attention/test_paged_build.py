@@ -1,6 +1,10 @@
 """The kernels over pages build for sm_90 as they are launched there, within shared memory and without spills to speak
 of, checked without a GPU on what ptxas says."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tests.attention.building import build, nightly
@@ -49,7 +53,12 @@ for name in names:
         types[name] = element
     else:
         types[name] = "fp32" if name.startswith("scale") else "i32"
-aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types[name][0] == "*" or "stride" in name}
+aligned = {
+    (n,): [["tt.divisibility", 16]]
+    for n, (name, parameter) in enumerate(zip(names, kernel.params, strict=True))
+    if types[name][0] == "*" and not parameter.do_not_specialize_on_alignment
+    or "stride" in name and not parameter.do_not_specialize
+}
 used = {(n,): constants[name] for n, name in enumerate(names) if name in constants}
 built = triton.compile(
     ASTSource(kernel, types, used, aligned), target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}
@@ -97,3 +106,31 @@ def test_attention_to_pages_in_float32_is_built(tmp_path, queries):
 def test_writing_into_pages_is_built(tmp_path):
     facts = build(CHILD, tmp_path, kernel="write_pages", dtype="bfloat16", head_dim=80, block=16)
     assert facts["spills"] == 0, facts
+
+
+PARTS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from s2.attention.kernels.triton import paged
+
+backend, seen = make_backend(GPUTarget("cuda", 90, 32)), set()
+for kernel in (paged.attention_paged, paged.write_pages):
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    for first, width in ((0, 64), (1, 64), (3, 63), (0, 1)):
+        values = {}
+        for parameter in kernel.params:
+            if parameter.name in ("tables", "seq_lens", "cu_seqlens"):
+                values[parameter.name] = torch.zeros(99, dtype=torch.int32)[first:]
+            else:
+                values[parameter.name] = width if parameter.name == "stride_table" else 64
+        seen.add((kernel.__name__, str(bind(**values)[1])))
+assert len(seen) == 2, seen
+"""
+
+
+def test_parts_of_a_batch_and_tables_of_any_width_take_the_same_kernel():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", PARTS], env=environment, check=True)

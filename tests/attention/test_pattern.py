@@ -261,12 +261,9 @@ def test_document_tiles_cover_every_document_once(lengths, tile, block, extra):
 
 
 @pytest.mark.parametrize("spec", (*SPECS, "L2V2<5V4+sink1", "L1V2<4V3", "W2+sink9"))
-def test_how_far_a_key_block_is_seen_and_how_many_a_query_sees(spec):
+def test_how_many_key_blocks_a_query_sees(spec):
     for rule in Pattern.parse(spec).rules(3, layer=1):
         mask = rule.mask(60)
-        for block in range(20):
-            last = int(mask[:, block].nonzero().max()) - block
-            assert min(rule.reach(block), 60 - block) - 1 == last or rule.reach(block) > last + 1 > 58 - block
         for num_blocks in (1, 2, 5, 33, 60):
             seen = int(mask[:num_blocks].sum(dim=1).max())
             assert seen <= rule.most_visible(num_blocks) <= min(num_blocks, seen + rule.sinks + len(rule.levels))

@@ -16,7 +16,12 @@ pytest.importorskip("vllm.v1.core.kv_cache_manager", reason="needs vLLM 0.24")
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_configs,
+    get_max_concurrency_for_kv_cache_config,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
@@ -46,8 +51,8 @@ def spec_of(rule):
     return ShardedSpec(**size, rule=rule, max_num_batched_tokens=STEP)
 
 
-def groups_of(layout, num_layers, pages):
-    """`(manager, rule of each group)`, as vLLM makes them of a model's layers."""
+def config_of(layout, num_layers, pages):
+    """What vLLM makes of a model's layers, and the rule of each of them."""
     cache.register()
     parsed, specs, rules = LayerLayout.parse(layout, num_layers, BLOCK), {}, {}
     for layer, (pattern, rotation) in enumerate(zip(parsed.patterns, parsed.rotations, strict=True)):
@@ -55,6 +60,17 @@ def groups_of(layout, num_layers, pages):
             name = f"model.layers.{layer}.self_attn.attn.kv_head{head}"
             specs[name], rules[name] = spec_of(rule), rule
     (config,) = get_kv_cache_configs(vllm_config(pages), [specs], [1 << 40])
+    return config, rules
+
+
+def concurrency(layout, pages):
+    """Sequences of the greatest length that vLLM says it can run at once."""
+    return get_max_concurrency_for_kv_cache_config(vllm_config(pages), config_of(layout, 4, pages)[0])
+
+
+def groups_of(layout, num_layers, pages):
+    """`(manager, rule of each group)`."""
+    config, rules = config_of(layout, num_layers, pages)
     manager = KVCacheManager(
         config, LONGEST, scheduler_block_size=BLOCK, hash_block_size=BLOCK, max_num_batched_tokens=STEP
     )
@@ -123,7 +139,16 @@ class Server:
                 assert held <= manager.kv_cache_spec.most_pages(request.num_tokens)
 
 
-LAYOUTS = ("L2V3+dense1", "L1V5-inter", "L2V4", "L1V2<6V4+sink1", "W3+sink1", "dense|W2|L1V3", "L2V6+sink2+dense0,3")
+LAYOUTS = (
+    "L2V3+dense1",
+    "L2V4<10+dense1-2",
+    "L1V5-inter",
+    "L2V4",
+    "L1V2<6V4+sink1",
+    "W3+sink1",
+    "dense|W2|L1V3",
+    "L2V6+sink2+dense0,3",
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -180,12 +205,28 @@ def test_a_request_is_admitted_whose_keys_were_never_there_all_at_once():
         assert server.go_on(request), "no page is missing on the way"
 
 
-@pytest.mark.parametrize("spec", ["L2V3", "W3", "L1V2<6V4+sink1", "L1V9+sink2"])
+@pytest.mark.parametrize("layout", ["L2V4<20+dense0", "L2V4<20", "L1V6+dense1-2"])
+def test_as_many_long_requests_run_as_vllm_says(layout):
+    needed = 100_000 / concurrency(layout, 100_000)
+    pages = int(3.1 * needed)
+    assert 3 <= concurrency(layout, pages) < 3.2
+    server = Server(*groups_of(layout, 4, pages))
+    requests = [server.request([nth] * LONGEST) for nth in range(3)]
+    assert [server.begin(request) for request in requests] == [0, 0, 0]
+    peak = 0
+    while any(request.num_computed_tokens < LONGEST for request in requests):
+        assert all(server.go_on(r) for r in requests if r.num_computed_tokens < LONGEST), "no page is missing"
+        peak = max(peak, pages - server.manager.block_pool.get_num_free_blocks())
+    assert peak > 0.7 * pages, "and it does not say too little"
+
+
+@pytest.mark.parametrize("spec", ["L2V3", "L2V3<11", "W3", "L1V2<6V4+sink1", "L1V9+sink2"])
 def test_the_longest_prefix_whose_seen_pages_are_there(spec, seed):
     rule = Pattern.parse(spec, BLOCK).rules(2)[1]
     draw, most = random.Random(seed), 40
     for _ in range(200):
-        there = [draw.random() < draw.choice([0.3, 0.9, 1.0]) or rule.reach(b) > most for b in range(most)]
+        kept = rule.mask(most + 1)[most].tolist()
+        there = [draw.random() < draw.choice([0.3, 0.9, 1.0]) or kept[b] for b in range(most)]
         for _ in range(draw.randrange(3)):
             there[draw.randrange(most)] = False
         pages = [SimpleNamespace(number=b) for b in range(most)]
@@ -201,6 +242,32 @@ def test_the_longest_prefix_whose_seen_pages_are_there(spec, seed):
         assert len(hits[0]) == len(hits[1]) == max(fitting)
         seen = mask[len(hits[0]), : len(hits[0])].tolist()
         assert hits[0] == hits[1] == [pages[b] if see else None for b, see in enumerate(seen)]
+
+
+@pytest.mark.parametrize(("spec", "most_asked"), [("L8V16", 136), ("L8V16<1024", 72), ("L1V15+sink1", 138)])
+def test_a_long_prefix_is_looked_up_where_it_is_seen(spec, most_asked, seed):
+    """Not block by block: a scheduler does it for every group of every request."""
+    rule, most, draw = Pattern.parse(spec, BLOCK).rules(16)[3], 2048, random.Random(seed)
+    missing, asked = set(), []
+
+    def get(block, groups):
+        asked.append(block)
+        return None if block in missing else [block] * len(groups)
+
+    def look_up():
+        asked.clear()
+        pool = SimpleNamespace(null_block=None, get_cached_block=get)
+        (hit,) = cache.ShardedManager.find_longest_cache_hit(
+            range(most), most * BLOCK, [0], pool, spec_of(rule), False, alignment_tokens=BLOCK
+        )
+        return len(hit)
+
+    assert look_up() == most and len(asked) <= most_asked
+    missing.update(range(700, most))
+    assert 700 <= look_up() < 716 and len(asked) <= most_asked + 20
+    missing.update(draw.sample(range(most), 200))
+    look_up()
+    assert len(asked) <= most + most // 10, "about once each, whatever is missing"
 
 
 def test_eagle_and_context_parallelism_are_refused():

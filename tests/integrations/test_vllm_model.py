@@ -43,16 +43,20 @@ from vllm.model_executor.model_loader import get_model
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from s2.integrations.vllm import register
 
+register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
 register()
+assert AttentionBackendEnum.CUSTOM.get_path() == "another.plugin.Backend", "vLLM's only place for others' backends"
 folder, case = sys.argv[1], json.loads(sys.argv[2])
 PAGES, BLOCK, STEP = 400, 16, 64
 served = ServedConfig(model=folder, dtype="float32", skip_tokenizer_init=True, enforce_eager=True)
+assert served.max_model_len == 512, "also where RoPE has a factor"
 config = VllmConfig(
     model_config=served, device_config=DeviceConfig("cpu"),
     cache_config=CacheConfig(num_gpu_blocks_override=PAGES, **case["cache"]),
@@ -185,6 +189,7 @@ ROPE = {"dense": {"rope_type": "linear", "factor": 2.0}, "sparse": None}
     [
         ({"attention_layout": "L1V3+sink1+dense1"}, True),
         ({"attention_layout": "L1V3+sink1+dense1"}, False),
+        ({"attention_layout": "L1V3<8+dense1"}, True),
         ({"attention_layout": "L2V3<5V6-inter", "qk_norm": True, "rope_scaling": ROPE}, True),
         ({"attention_layout": "dense|W2", "qkv_bias": True, "tie_word_embeddings": True}, True),
     ],

@@ -25,3 +25,17 @@ def test_another_vllm_is_left_as_it_is_with_a_warning(monkeypatch, version):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # importing from it would fail
     with pytest.warns(UserWarning, match=f"vLLM {version} does not get the plugin"):
         plugin.register()
+
+
+def test_another_plugin_may_have_the_place_for_backends():
+    pytest.importorskip("vllm.v1.core.kv_cache_manager", reason="needs vLLM 0.24")
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    plugin.register()
+    assert not AttentionBackendEnum.CUSTOM.is_overridden()
+    register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
+    try:
+        plugin.register()
+        assert AttentionBackendEnum.CUSTOM.get_path() == "another.plugin.Backend"
+    finally:
+        AttentionBackendEnum.CUSTOM.clear_override()

@@ -14,8 +14,12 @@ ARCHITECTURE = "S2LlamaForCausalLM"
 
 
 def register() -> None:
-    """Makes the model, the attention backend and the kind of cache known to vLLM. Calling it again changes nothing. A
-    vLLM of another version is left as it is, with a warning: it serves all models but ours."""
+    """Makes the model and its kind of cache known to vLLM. Calling it again changes nothing. A vLLM of another version
+    is left as it is, with a warning: it serves all models but ours.
+
+    The attention backend is not registered: its layers bring it, and vLLM has one place for others' backends, which
+    another plugin may need.
+    """
     import vllm
 
     if not vllm.__version__.startswith(VERSION):
@@ -27,11 +31,9 @@ def register() -> None:
         return
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from . import cache, config
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = config.ServingConfig
-    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.backend.PagedBackend")
     cache.register()

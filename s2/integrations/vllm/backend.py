@@ -31,15 +31,14 @@ class PagedMetadata(AttentionMetadata):
 
     Attributes:
         cu_seqlens, seq_lens, block_table: as `paged_attention` takes them.
-        parts: `(first sequence, sequence behind the last, most queries of one)`: those that decode, and the others.
-        max_seq_len: tokens of the longest sequence, or more.
+        parts: `(first sequence, sequence behind the last, most queries of one, tokens of the longest or more)`: those
+            that decode, and the others.
     """
 
     cu_seqlens: Tensor
     seq_lens: Tensor
     block_table: Tensor
-    parts: tuple[tuple[int, int, int], ...]
-    max_seq_len: int
+    parts: tuple[tuple[int, int, int, int], ...]
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
@@ -48,19 +47,23 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.max_model_len = vllm_config.model_config.max_model_len
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PagedMetadata:
         batch = common_attn_metadata
         decodes = split_decodes_and_prefills(batch)[0]
-        parts = ((0, decodes, 1), (decodes, batch.num_reqs, batch.max_query_len))
+        parts = (
+            # a graph is replayed with any lengths, and the kernel that it holds has been warmed up with one token
+            (0, decodes, 1, self.max_model_len),
+            (decodes, batch.num_reqs, batch.max_query_len, batch.max_seq_len),
+        )
         return PagedMetadata(
             batch.query_start_loc,
             batch.seq_lens,
             batch.block_table_tensor,
             tuple(part for part in parts if part[0] < part[1]),
-            batch.max_seq_len,
         )
 
 
@@ -69,7 +72,7 @@ class PagedBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return "CUSTOM"  # a name that vLLM knows and takes for no backend of its own
 
     @staticmethod
     def get_impl_cls() -> type[PagedImpl]:
@@ -124,7 +127,6 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.pattern = pattern
-        self._bound: tuple[int, tuple[Any, Any]] = (0, (None, None))  # where the pages are, and views of them
         self.heads: dict[str, Any] = {
             "rotation": rotation,
             "head_offset": head_offset,
@@ -146,29 +148,18 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         """Writes the new keys and values `[T, H, D]`, and into `output` `[T, Hq, D]` the attention of `query`."""
         if attn_metadata is None:  # vLLM measures how much memory there is: no pages yet
             return output.fill_(0)
-        batch, (k_cache, v_cache), tables = attn_metadata, self._pages(layer, kv_cache), _tables(layer, attn_metadata)
+        batch, (k_cache, v_cache), tables = attn_metadata, layer.page_views(), _tables(layer, attn_metadata)
         write_pages(key, value, k_cache, v_cache, tables, batch.seq_lens, batch.cu_seqlens)
-        for first, last, max_query_len in batch.parts:
+        for first, last, max_query_len, max_seq_len in batch.parts:
             part = tables
             if last - first < len(batch.seq_lens):
                 part = tables[first:last] if isinstance(tables, Tensor) else [table[first:last] for table in tables]
             paged_attention(
                 query, k_cache, v_cache, part, batch.seq_lens[first:last], batch.cu_seqlens[first : last + 1],
-                self.pattern, max_query_len=max_query_len, max_seq_len=batch.max_seq_len, softmax_scale=self.scale,
+                self.pattern, max_query_len=max_query_len, max_seq_len=max_seq_len, softmax_scale=self.scale,
                 out=output, **self.heads,
             )  # fmt: skip
         return output
-
-    def _pages(self, layer: Any, kv_cache: Tensor) -> tuple[Any, Any]:
-        """Pages of keys and of values: of all heads, or of each."""
-        if self._bound[0] != kv_cache.data_ptr():
-            if layer.other_heads:
-                caches = [kv_cache, *(head.kv_cache for head in layer.other_heads)]
-                views: tuple[Any, Any] = [x[:, 0, :, 0] for x in caches], [x[:, 1, :, 0] for x in caches]
-            else:
-                views = kv_cache[:, 0], kv_cache[:, 1]
-            self._bound = kv_cache.data_ptr(), views
-        return self._bound[1]
 
 
 def _tables(layer: Any, metadata: PagedMetadata) -> Tensor | list[Tensor]:

@@ -7,6 +7,7 @@ all layers with the same rule share tables.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from s2.attention import HeadRule
+from s2.attention.regions import Region, regions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +57,37 @@ class ShardedManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self._freed: dict[str, int] = {}  # block of the next query when pages of a request were last freed
 
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """The pages of a prefix that was found; those that its next query does not see are null already."""
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
+        )
+        self._freed[request_id] = len(new_computed_blocks)
+
     def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
         """Frees the pages that queries from token `total_computed_tokens` on do not see."""
         pages = self.req_to_blocks.get(request_id)
         if not pages:
             return
-        rule, query = self.kv_cache_spec.rule, total_computed_tokens // self.block_size
-        before = self._freed.get(request_id, 0)
-        freed = []
-        for reach in {rule.local, *(level.end for level in rule.levels)}:
-            for block in range(max(0, before - reach + 1), min(query - reach + 1, len(pages))):
-                if rule.reach(block) == reach and not pages[block].is_null:
-                    freed.append(block)
-        self._freed[request_id] = max(before, query)
-        self.block_pool.free_blocks([pages[block] for block in sorted(freed, reverse=True)])
+        query, before = min(total_computed_tokens // self.block_size, len(pages)), self._freed.get(request_id, 0)
+        if query <= before:
+            return
+        self._freed[request_id] = query
+        regions, lost = _regions(self.kv_cache_spec.rule), set[int]()
+        for nth, region in enumerate(regions):
+            begin, end = before - region.far + 1, query - region.far + 1
+            gone = set(region.blocks(begin, end))
+            for farther in regions[nth + 1 :]:  # from there some are seen still
+                gone.difference_update(farther.blocks(begin, end))
+            lost |= gone
+        freed = [block for block in sorted(lost, reverse=True) if not pages[block].is_null]
+        self.block_pool.free_blocks([pages[block] for block in freed])
         for block in freed:
             pages[block] = self._null_block
 
@@ -114,28 +133,47 @@ class ShardedManager(SingleTypeKVCacheManager):
         assert isinstance(kv_cache_spec, ShardedSpec)
         if drop_eagle_block or dcp_world_size * pcp_world_size > 1:
             raise NotImplementedError("EAGLE and context parallelism do not go with pages that are freed")
-        rule, step = kv_cache_spec.rule, alignment_tokens // kv_cache_spec.block_size
-        most = max_length // kv_cache_spec.block_size
-        found: list[Sequence[KVCacheBlock] | None] = []
-        longest = barred = 0  # prefixes of up to `barred` blocks lack a page
-        for block in range(most):
-            pages = block_pool.get_cached_block(block_hashes[block], kv_cache_group_ids)
-            found.append(pages)
-            if pages is None:
-                barred = max(barred, block + rule.reach(block) - 1)
-                if barred >= most:
-                    break
-            if block + 1 > barred and (block + 1) % step == 0:
-                longest = block + 1
+        step = alignment_tokens // kv_cache_spec.block_size
+        longest = max_length // kv_cache_spec.block_size // step * step
+        regions = _regions(kv_cache_spec.rule)[::-1]  # where one that sees far lacks a page, the prefix is much shorter
+        found: dict[int, Sequence[KVCacheBlock]] = {}
+        begun = [longest] * len(regions)  # of each region the blocks from there on are found, as far as they are seen
+
+        def missing() -> int | None:
+            """A block without a page that a query behind the prefix sees. Queries between see it, too."""
+            for nth, region in enumerate(regions):
+                seen = _seen(region, longest)
+                unknown = range(seen.start, min(seen.stop, begun[nth]), seen.step)
+                begun[nth] = min(seen.start, begun[nth])
+                for block in unknown:
+                    pages = block_pool.get_cached_block(block_hashes[block], kv_cache_group_ids)
+                    if pages is None:
+                        return block
+                    found[block] = pages
+            return None
+
+        while longest and (block := missing()) is not None:
+            longest = block // step * step
         hits: tuple[list[KVCacheBlock], ...] = tuple([block_pool.null_block] * longest for _ in kv_cache_group_ids)
-        for block, pages in enumerate(found[:longest]):
-            if pages is not None and longest - block < rule.reach(block):
-                for hit, page in zip(hits, pages, strict=True):
+        for region in regions:
+            for block in _seen(region, longest):
+                for hit, page in zip(hits, found[block], strict=True):
                     hit[block] = page
         return hits
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0  # nothing is computed once for several requests
+
+
+@functools.cache
+def _regions(rule: HeadRule) -> tuple[Region, ...]:
+    """By how far they see; sinks are the first."""
+    return regions_of(rule)
+
+
+def _seen(region: Region, query: int) -> range:
+    """Blocks of a region before `query` that a query in that block sees."""
+    return region.blocks(query - region.far + 1, query - max(region.near, 1) + 1)
 
 
 def register() -> None:

@@ -4,14 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from s2.attention.schedule import MAX_LEVELS, has_closed_form
 from s2.model.config import ModelConfig
 
+logger = init_logger(__name__)
+
 
 class ServingConfig(VerifyAndUpdateConfig):
     """Called by vLLM before anything is built."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """The longest text is config.json's `max_position_embeddings`: vLLM's own bound is that times the factor of
+        RoPE (`linear`), or `original_max_position_embeddings` times it (`yarn`), but ours counts the factor already.
+
+        Raises:
+            ValueError: a longer one is asked for, without `VLLM_ALLOW_LONG_MAX_MODEL_LEN`.
+        """
+        trained = model_config.hf_config.max_position_embeddings
+        if model_config.original_max_model_len in (None, -1):  # -1: or as much as there is memory for
+            model_config.max_model_len = trained
+        elif model_config.max_model_len > trained:
+            said = (
+                f"--max-model-len={model_config.max_model_len}, but config.json has max_position_embeddings={trained}, "
+                f"the longest text that the model was trained for"
+            )
+            if not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
+                raise ValueError(f"{said}; VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 serves longer ones nevertheless")
+            logger.warning_once(said)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -26,8 +50,18 @@ class ServingConfig(VerifyAndUpdateConfig):
                 f"--block-size={cache.block_size}, but config.json has block_size={config.block_size}: pages must hold "
                 f"one block of the attention; leave --block-size out"
             )
-        if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
-            raise ValueError(f"--kv-cache-dtype={cache.cache_dtype} is not supported: leave it out")
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        if cache.cache_dtype not in ("auto", dtype):
+            raise ValueError(
+                f"--kv-cache-dtype={cache.cache_dtype}, but keys are kept in the model's dtype, {dtype}: leave it out"
+            )
+        if backend := vllm_config.attention_config.backend:
+            raise ValueError(f"--attention-backend={backend.name} does not know attention_layout: leave it out")
+        if envs.VLLM_BATCH_INVARIANT:
+            raise ValueError(
+                "VLLM_BATCH_INVARIANT=1 is not supported: the order in which a query's keys are summed up depends on "
+                "the batch that it comes in"
+            )
         heads = config.layout.ruled_heads(config.num_key_value_heads)
         if heads != config.num_key_value_heads:
             raise ValueError(

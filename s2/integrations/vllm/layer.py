@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from s2.attention import HeadRule, Pattern
+from s2.attention.paged import warm_up
 
 from .backend import PagedBackend
 from .cache import ShardedSpec
@@ -65,6 +66,9 @@ class PagedAttention(Attention):
         num_heads, num_kv_heads: those held here.
     """
 
+    _kv_cache: Tensor
+    _views: tuple[Any, Any] | None
+
     def __init__(
         self,
         num_heads: int,
@@ -101,6 +105,35 @@ class PagedAttention(Attention):
                 HeadCache(f"{prefix}.kv_head{h}", num_heads, rule, self.pages) for h, rule in enumerate(rules) if h
             ]
         self.other_heads = nn.ModuleList(heads)
+        self.device = torch.empty(0).device  # where vLLM builds
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """The pages of its heads, or of the first. vLLM changes those of all heads together."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, pages: Tensor) -> None:
+        self._kv_cache, self._views = pages, None
+
+    def page_views(self) -> tuple[Any, Any]:
+        """Pages of keys and of values: of all heads, or of each. They hold memory, so they go with `kv_cache`."""
+        if self._views is None:
+            if self.other_heads:
+                caches: list[Any] = [self.kv_cache, *(head.kv_cache for head in self.other_heads)]
+                self._views = [x[:, 0, :, 0] for x in caches], [x[:, 1, :, 0] for x in caches]
+            else:
+                self._views = self.kv_cache[:, 0], self.kv_cache[:, 1]
+        return self._views
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Called by vLLM before it measures memory and captures graphs."""
+        super().process_weights_after_loading(act_dtype)
+        if self.device.type == "cuda":
+            warm_up(
+                self.impl.pattern, self.num_heads, self.num_kv_heads, self.head_size, dtype=act_dtype,
+                device=self.device, apart=bool(self.other_heads), **self.impl.heads,
+            )  # fmt: skip
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec:
         return spec_of(self.first_rule, vllm_config, **self.pages)

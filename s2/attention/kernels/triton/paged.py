@@ -99,7 +99,14 @@ def _walk_pages(
     return state
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "num_packs", "splits"])
+# parts of a batch begin anywhere, and tables are of any width: none of it is to need a kernel of its own
+_UNALIGNED = ["tables", "seq_lens", "cu_seqlens"]
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_tiles", "num_packs", "splits", "stride_table"],
+    do_not_specialize_on_alignment=_UNALIGNED,
+)
 def attention_paged(
     q, k, v, out, lse, tables, offsets, rules, seq_lens, cu_seqlens, partials, logs, arrivals,
     num_sequences, num_tiles, num_packs, splits, scale_log2,
@@ -171,7 +178,7 @@ def attention_paged(
             tl.store(arrivals + unit, 0)  # for the next launch
 
 
-@triton.jit(do_not_specialize=["num_sequences", "kv_heads"])
+@triton.jit(do_not_specialize=["num_sequences", "kv_heads", "stride_table"], do_not_specialize_on_alignment=_UNALIGNED)
 def write_pages(
     new_k, new_v, k, v, tables, offsets, seq_lens, cu_seqlens, num_sequences, kv_heads,
     stride_nkt, stride_nkh, stride_nvt, stride_nvh, stride_kp, stride_kt, stride_vp, stride_vt, stride_table,

@@ -108,14 +108,10 @@ def _grid(
 ) -> Grid:  # fmt: skip
     num_tokens, num_heads, head_dim = q_shape
     group = num_heads // kv_heads
-    capability, processors = (9, 0), 4  # of the interpreter
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+    capability, processors = _chip(device)
     chip = (head_dim, dtype.itemsize, capability)
     decode, forward = decode_config(*chip), forward_config(*chip)
-    stored = triton.next_power_of_2(group * max_query_len)
-    is_decode = stored <= max_decode_rows(head_dim, dtype.itemsize)
+    stored, is_decode = _decode_rows(group, max_query_len, head_dim, dtype)
     if is_decode:  # all queries of a sequence and of a KV head's group are one tile
         rows, pack, block_n, num_stages, num_warps = (
             max(FEWEST_DECODE_ROWS, stored), group, decode.block_n, decode.num_stages, decode.num_warps,
@@ -129,7 +125,7 @@ def _grid(
     num_packs = num_heads // pack
     busy = sequences if is_decode else -(-num_tokens // tokens)
     width = triton.next_power_of_2(head_dim)
-    may_split = is_decode or (busy * num_packs < processors and stored * width <= MERGED_ELEMENTS)
+    may_split = is_decode or (busy * num_packs < processors and _merges(stored, width))
     if splits is None and may_split:
         splits = decode_splits(num_packs, busy, visible, stored * head_dim * 4, decode, processors)
     splits = splits or 1
@@ -154,6 +150,35 @@ def _grid(
         "STAGES": num_stages,
     }
     return Grid(num_tiles, num_packs, splits, constants, num_warps)
+
+
+def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability, and multiprocessors; on a CPU those that the interpreter stands for."""
+    if device.type != "cuda":
+        return (9, 0), 4
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def _decode_rows(group: int, max_query_len: int, head_dim: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """Rows of all queries of a sequence and of a KV head's group, and whether one tile takes them."""
+    rows = triton.next_power_of_2(group * max_query_len)
+    return rows, rows <= max_decode_rows(head_dim, dtype.itemsize)
+
+
+def _merges(rows: int, width: int) -> bool:
+    return rows * width <= MERGED_ELEMENTS
+
+
+def kernels_of(q: Tensor, kv_heads: int) -> list[tuple[int, int]]:
+    """`(max_query_len, splits)` of calls that take, one each, all kernels that calls with such heads may take."""
+    num_heads, head_dim = q.shape[1:]
+    group, queries, found = num_heads // kv_heads, 1, []
+    while _decode_rows(group, queries, head_dim, q.dtype)[1]:
+        found += [(queries, 1), (queries, 2)]
+        queries *= 2
+    rows = forward_config(head_dim, q.dtype.itemsize, _chip(q.device)[0]).block_m
+    return [*found, (queries, 1), *([(queries, 2)] if _merges(rows, triton.next_power_of_2(head_dim)) else [])]
 
 
 def _levels(call: Call, kv_heads: int, device: torch.device) -> tuple[Tensor, dict[str, int | bool]]:
