@@ -23,7 +23,7 @@ class TextDecoder:
 
     Attributes:
         special: ids of special tokens, by what they are spelled.
-        bytes: ids of tokens that stand for one byte (`<0x0A>`). A run of them is decoded as a whole: one that is
+        bytes: the byte that a token stands for, by id (`<0x0A>`). A run of them is decoded as a whole: one that is
             invalid takes valid characters before it along.
         is_adding: whether the text of some tokens begins with that of the first of them. If not, there is no text
             before the last token.
@@ -38,9 +38,8 @@ class TextDecoder:
         # replacing once all are one text, it would look across tokens
         fused = types.index("Fuse") if "Fuse" in types else len(types)
         self.is_adding = "Replace" not in types[fused:] and all(map(_adds, decoders))
-        names = [f"<0x{byte:02X}>" for byte in range(256)] if "ByteFallback" in types else []
-        ids = (tokenizer.token_to_id(name) for name in names)
-        self.bytes = frozenset(index for index in ids if index is not None)
+        ids = {tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256) if "ByteFallback" in types}
+        self.bytes = {index: byte for index, byte in ids.items() if index is not None}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -79,6 +78,7 @@ class RowText:
         self._context = 0  # how many the former are
         self._known = 0  # characters of the text of all of them that are known
         self._held = ""  # known text that may begin a stop string
+        self._run = bytearray()  # of the byte tokens at the end
         self.is_stopped = False
 
     def add(self, token: int) -> str:
@@ -94,8 +94,12 @@ class RowText:
         if self._decoder.tokenizer.id_to_token(token) is None:  # an embedding may have more rows than there are tokens
             return ""
         self._tokens.append(token)
-        if not self._decoder.is_adding or token in self._decoder.bytes:
+        if not self._decoder.is_adding:
             return ""
+        if token in self._decoder.bytes:
+            self._run.append(self._decoder.bytes[token])
+            return self._stop_in_run()
+        self._run.clear()
         text = self._decoder.decode(self._tokens)
         # of bytes at the end that may become a character, decoders make one sign
         sure = text.removesuffix(_INCOMPLETE)
@@ -114,18 +118,37 @@ class RowText:
         self._tokens, self._context, self._known = [], 0, 0
         return self._show(new, is_last=True)
 
+    def _stop_in_run(self) -> str:
+        """The last text of a row that its newest byte ends. Where a run has no stop string, nothing of it is sure."""
+        try:
+            likely = self._held + self._run.decode()
+        except UnicodeDecodeError:
+            return ""
+        if not any(stop in likely for stop in self._stops):
+            return ""
+        text = self._held + self._decoder.decode(self._tokens)[self._known :]
+        found, begun = self._find(text, is_last=False)
+        return self._cut(text, found) if found < len(text) and found <= begun else ""
+
     def _show(self, new: str, is_last: bool) -> str:
         text = self._held + new
-        found = min((at for at in map(text.find, self._stops) if at >= 0), default=len(text))
-        # a longer stop string that begins before the one that was found would come first
-        nearest = range(max(0, len(text) - self._longest + 1), len(text) if not is_last else 0)
-        begun = next((at for at in nearest if self._may_stop(text[at:])), len(text))
+        found, begun = self._find(text, is_last)
         if found < len(text) and found <= begun:
-            self.is_stopped, self._held = True, ""
-            return text[:found]
+            return self._cut(text, found)
         shown = min(found, begun)
         self._held = text[shown:]
         return text[:shown]
+
+    def _find(self, text: str, is_last: bool) -> tuple[int, int]:
+        """Where the first stop string begins, and where one that the text ends in may; its length where none does."""
+        found = min((at for at in map(text.find, self._stops) if at >= 0), default=len(text))
+        # a longer stop string that begins before the one that was found would come first
+        nearest = range(max(0, len(text) - self._longest + 1), len(text) if not is_last else 0)
+        return found, next((at for at in nearest if self._may_stop(text[at:])), len(text))
+
+    def _cut(self, text: str, found: int) -> str:
+        self.is_stopped, self._held = True, ""
+        return text[:found]
 
     def _may_stop(self, text: str) -> bool:
         """Whether the text is the beginning of a stop string."""

@@ -145,8 +145,8 @@ MUTANTS = (
     ),
     Mutant(
         "a_stop_string_is_cut_before_one_that_begins_sooner", "s2/inference",
-        "if found < len(text) and found <= begun:",
-        "if found < len(text):",
+        "if found < len(text) and found <= begun:\n            return",
+        "if found < len(text):\n            return",
         ("test_detokenize.py",),
     ),
     Mutant(
@@ -163,8 +163,14 @@ MUTANTS = (
     ),
     Mutant(
         "runs_of_byte_tokens_are_shown_while_they_may_become_invalid", "s2/inference",
-        "if not self._decoder.is_adding or token in self._decoder.bytes:",
-        "if not self._decoder.is_adding:",
+        "if token in self._decoder.bytes:",
+        "if False:",
+        ("test_detokenize.py",),
+    ),
+    Mutant(
+        "a_stop_string_in_a_run_of_byte_tokens_waits_for_its_end", "s2/inference",
+        "return self._stop_in_run()",
+        "return \"\"",
         ("test_detokenize.py",),
     ),
     Mutant(
