@@ -280,6 +280,7 @@ class S2LM(TemplateLM):
             prompts,
             options.max_new_tokens,
             stop=[stop for stop in handle_stop_sequences(list(options.until), eos=eos_text) if stop],
+            is_apart=True,  # as lm-eval's own model decodes them
             temperature=options.temperature,
             top_p=options.top_p,
             top_k=options.top_k,

@@ -61,15 +61,23 @@ def sure(decoder, tokens):
     return decoder.decode(tokens).removesuffix("\ufffd")
 
 
-def definition(decoder, tokens, stops):
-    """Everything decoded up to the token that completes a stop string, then cut."""
+def definition(decoder, tokens, stops, prompt=()):
+    """What all tokens up to the one that completes a stop string add to the prompt's text, cut."""
+    before = decoder.decode(prompt)
+
+    def added(end):
+        whole = decoder.decode([*prompt, *tokens[:end]])
+        return whole[max(n for n in range(len(before) + 1) if whole.startswith(before[:n])) :]
+
     for end in range(len(tokens) + 1):
-        text = decoder.decode(tokens[:end])
         if any(decoder.stops_in(token, stops) for token in tokens[end : end + 1]):
             break
-        known = text if tokens[end - 1 : end] and tokens[end - 1] in decoder.bytes else text.removesuffix("\ufffd")
+        known = added(end)
+        if not (end and tokens[end - 1] in decoder.bytes):
+            known = known.removesuffix("\ufffd")
         if decoder.is_adding and first_is_sure(known, stops):
             break
+    text = added(end)
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
@@ -80,9 +88,9 @@ def first_is_sure(text, stops):
     return at < len(text) and at <= next(begun, len(text))
 
 
-def read(decoder, tokens, stops):
+def read(decoder, tokens, stops, prompt=()):
     """The pieces, the tokens after which the row was stopped (None: it was not)."""
-    row, pieces = RowText(decoder, stops), []
+    row, pieces = RowText(decoder, stops, prompt), []
     for count, token in enumerate(tokens, 1):
         pieces.append(row.add(token))
         if row.is_stopped:
@@ -97,13 +105,14 @@ def test_pieces_are_the_text_of_all_tokens_cut_at_the_first_stop_string(name, da
     decoder = DECODERS[name]
     size = decoder.tokenizer.get_vocab_size() + 2  # rows of the embedding that no token has
     tokens = data.draw(st.lists(st.integers(0, size - 1), max_size=25))
+    prompt = data.draw(st.just([]) | st.lists(st.integers(0, size - 1), max_size=5))
     text = decoder.decode(tokens)
     places = st.tuples(st.integers(0, max(0, len(text) - 1)), st.integers(1, 6))
     inside = places.map(lambda place: text[place[0] : place[0] + place[1]] or "x")
     stops = data.draw(st.lists(inside | st.text(alphabet="the \n大é\ufffd", min_size=1, max_size=3), max_size=3))
     stops += data.draw(st.sampled_from([[], [], ["<|end|>"], ["end"]]))
-    pieces, _ = read(decoder, tokens, stops)
-    assert "".join(pieces) == definition(decoder, tokens, stops)
+    pieces, _ = read(decoder, tokens, stops, prompt)
+    assert "".join(pieces) == definition(decoder, tokens, stops, prompt)
 
 
 def rows(name):
@@ -160,6 +169,27 @@ def test_a_stop_string_of_byte_tokens_ends_a_row_at_once_unless_another_begins_b
     assert read(decoder, tokens, ["e\n", "ea\n\nx", "\n"]) == (["th", "", "", "", "ea"], 5), "it does not complete"
     pieces, count = read(decoder, tokens, ["x"])
     assert "".join(pieces) == "the" + "\ufffd" * 5 and count is None, "one invalid byte takes all of them along"
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "metaspace"])
+def test_the_space_before_the_first_word_is_shown_behind_a_prompt(name):
+    decoder = DECODERS[name]
+    token = decoder.tokenizer.token_to_id
+    prompt, word = [token("▁the"), token("x")], token("▁river") if name == "sentencepiece" else token("▁a")
+    shown = decoder.decode([*prompt, word])[len("thex") :]
+    assert shown.startswith(" ") and read(decoder, [word], [], prompt)[0] == [shown, ""]
+    assert read(decoder, [word], [], [token("<|bos|>")])[0] == read(decoder, [word], [])[0] == [shown[1:], ""]
+    assert "".join(read(decoder, [word], [" "], prompt)[0]) == "", "a stop string may begin with it"
+
+
+def test_what_follows_a_prompt_in_bytes_is_decoded_with_all_of_its_last_run():
+    decoder = DECODERS["sentencepiece"]
+    prompt, new = [260, *[3 + 0x0A] * 100], [3 + byte for byte in "大\nb".encode()]
+    assert "".join(read(decoder, new, [], prompt)[0]) == "大\nb"
+    assert read(decoder, new, ["\n"], prompt) == (["", "", "", "大"], 4), "that of the prompt stops nothing"
+    long = [*[261] * 5000, *prompt]
+    assert "".join(read(decoder, new, [], long)[0]) == "大\nb" and len(RowText(decoder, [], long)._tokens) < 200
+    assert "".join(read(decoder, [3 + 0xE5, 4], [], long)[0]) == "\ufffd" * 102, "the whole run has become invalid"
 
 
 def test_the_stop_string_that_begins_first_cuts_though_another_is_complete_before_it():

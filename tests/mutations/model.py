@@ -163,7 +163,7 @@ MUTANTS = (
     ),
     Mutant(
         "runs_of_byte_tokens_are_shown_while_they_may_become_invalid", "s2/inference",
-        "if token in self._decoder.bytes:",
+        "if self._track_run(token):",
         "if False:",
         ("test_detokenize.py",),
     ),
@@ -174,8 +174,20 @@ MUTANTS = (
         ("test_detokenize.py",),
     ),
     Mutant(
+        "a_text_lacks_the_space_before_its_first_word", "s2/inference/text.py",
+        "() if is_apart else prompt",
+        "()",
+        ("test_text.py",),
+    ),
+    Mutant(
+        "texts_of_an_evaluation_are_not_lm_evals", "eval/adapter.py",
+        "is_apart=True",
+        "is_apart=False",
+        ("test_lm_eval.py",),
+    ),
+    Mutant(
         "special_tokens_are_context_for_the_next", "s2/inference",
-        "            return \"\"\n        if self._decoder.tokenizer.id_to_token(token) is None:",
+        "            return \"\"\n        if not self._decoder.is_shown(token):",
         "            pass\n        if self._decoder.tokenizer.id_to_token(token) is None:",
         ("test_detokenize.py",),
     ),
