@@ -7,6 +7,7 @@ host counts along (`KVCache.reserve`, `commit`) and never waits.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -59,6 +60,7 @@ def obstacle(device: torch.device, cache: KVCache) -> str | None:
 
 class DecodeGraph:
     """Decode steps of a model with a cache: the first ones run eagerly, then one is captured, the others replay it.
+    Where memory runs out during the capture a warning says so, and all go on to run eagerly.
 
     Args:
         model: on its device; its weights stay where they are.
@@ -108,8 +110,22 @@ class DecodeGraph:
             self._warm += 1
             return self._run()
         if self._replay is None:
-            self._replay = self._capture(self._run)
+            self._replay = self._captured() or self._run
         return self._replay()
+
+    def _captured(self) -> Callable[[], Tensor] | None:
+        """What replays the step, None where there is no memory for it. What the capture had is free again then."""
+        try:
+            return self._capture(self._run)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        warnings.warn(
+            f"memory ran out while the decode step of {self._tokens.shape[0]} sequences was captured in a CUDA graph, "
+            "so it runs eagerly, which takes a small model longer; fewer sequences or shorter ones leave room",
+            stacklevel=4,
+        )
+        return None
 
     def _run(self) -> Tensor:
         return self._model(self._tokens, cache=_OnDevice(self._cache))
@@ -138,9 +154,10 @@ class _OnDevice:
 
 
 def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    graph = torch.cuda.CUDAGraph()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     # torch's own stream for captures is that of the first device used; other threads may allocate meanwhile
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+    captured = torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
+    with torch.cuda.stream(current), captured:  # a capture that fails may leave its own stream the current one
         result = call()
 
     def replay() -> Tensor:
@@ -148,3 +165,8 @@ def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], T
         return result
 
     return replay
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what went wrong first: a capture that was broken off may add an error of its own."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__))

@@ -150,6 +150,25 @@ def test_a_graph_that_is_closed_early_gives_its_memory_back():
     assert torch.equal(generate(model, last.tokens[:, None], 40, cache=cache, graph=True), whole[:, 20:])
 
 
+def test_memory_that_runs_out_in_a_capture_leaves_eager_steps_and_later_captures(monkeypatch):
+    model = build("L2V4+sink1-inter")
+    prompts = [torch.randint(128, (length,), device="cuda") for length in LENGTHS]
+    expected, stream_before = generate(model, prompts, 60, graph=False), torch.cuda.current_stream()
+    forward = model.model.blocks[2].mlp.forward
+
+    def runs_out(x):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("full")
+        return forward(x)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="memory ran out"):
+        patch.setattr(model.model.blocks[2].mlp, "forward", runs_out)
+        assert torch.equal(generate(model, prompts, 60, graph=True), expected)
+    assert torch.cuda.current_stream() == stream_before
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(generate(model, prompts, 60, graph=True), expected)
+
+
 def test_layers_that_keep_everything_decode_eagerly():
     model = build("L2V4+sink1-inter")
     cache = prefilled(model, keep_all=True)

@@ -210,6 +210,12 @@ MUTANTS = (
         ("test_graph.py",),
     ),
     Mutant(
+        "memory_that_runs_out_in_a_capture_ends_generation", "s2/inference",
+        "if not _is_out_of_memory(error):",
+        "if True:",
+        ("test_graph.py",),
+    ),
+    Mutant(
         "rows_that_ended_draw_on", "s2/inference",
         "token = torch.where(*held, token)",
         "token = token",
