@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,19 @@ def decode_step(model: Transformer, cache: KVCache, new_tokens: int, graph: bool
     Raises:
         ValueError: `graph` is True, and none is possible.
     """
+    return DecodeGraph(model, cache) if takes_graph(model, cache, new_tokens, graph) else eager_step(model, cache)
+
+
+def takes_graph(model: Transformer, cache: KVCache, new_tokens: int, graph: bool | None) -> bool:
+    """Whether `decode_step` takes a graph. Raises ValueError as it does."""
     reason = obstacle(model.model.embed_tokens.weight.device, cache)
     if graph and reason:
         raise ValueError(f"graph=True: {reason}")
-    if graph or (graph is None and not reason and new_tokens >= LEAST_TOKENS):
-        return DecodeGraph(model, cache)
+    return bool(graph or (graph is None and not reason and new_tokens >= LEAST_TOKENS))
+
+
+def eager_step(model: Transformer, cache: KVCache) -> Step:
+    """The step that launches its kernels one by one."""
     return lambda tokens: model(tokens, cache=cache, logits_to_keep=1)
 
 
@@ -66,6 +75,7 @@ class DecodeGraph:
         model: on its device; its weights stay where they are.
         cache: with the prompts in it. Whatever else is done with it between steps (`truncate`, further prompts) counts.
         num_tokens: new tokens of each sequence in a step, at most 8: several to check what a smaller model proposes.
+        memory: a `torch.cuda.graph_pool_handle` of captured steps of which none is needed while another runs.
         capture: makes of a call one that does on the device what the first did, whatever the host has changed since.
 
     Raises:
@@ -73,14 +83,21 @@ class DecodeGraph:
     """
 
     def __init__(
-        self, model: Transformer, cache: KVCache, num_tokens: int = 1, *, capture: Capture | None = None
+        self,
+        model: Transformer,
+        cache: KVCache,
+        num_tokens: int = 1,
+        *,
+        memory: Any = None,
+        capture: Capture | None = None,
     ) -> None:
         weight = model.model.embed_tokens.weight
         if capture is None and (reason := obstacle(weight.device, cache)):
             raise ValueError(f"no CUDA graph: {reason}")
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise ValueError(f"num_tokens={num_tokens} must be 1 to {MAX_TOKENS}, as a decode step takes them")
-        self._model, self._cache, self._capture = model, cache, capture or partial(_capture, device=weight.device)
+        self._model, self._cache = model, cache
+        self._capture = capture or partial(_capture, device=weight.device, memory=memory)
         shape = len(cache.lengths), num_tokens
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=weight.device)
         self._warm = 0
@@ -153,10 +170,11 @@ class _OnDevice:
         self._cache.advance_on_device()
 
 
-def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def _capture(call: Callable[[], Tensor], device: torch.device, memory: Any) -> Callable[[], Tensor]:
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     # torch's own stream for captures is that of the first device used; other threads may allocate meanwhile
-    captured = torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
+    stream = torch.cuda.Stream(device)
+    captured = torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local")
     with torch.cuda.stream(current), captured:  # a capture that fails may leave its own stream the current one
         result = call()
 

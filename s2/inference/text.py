@@ -95,7 +95,7 @@ def stream_texts(
         stop: a row ends before the first of these texts. A special token that is spelled with one ends it too.
         is_apart: new tokens are decoded without the prompt's, as lm-eval's `hf` does it. Tokenizers that mark words by
             a space before them (SentencePiece) drop that of the first word then.
-        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, prefill_chunk, graph.
+        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, prefill_chunk, graph, pool.
 
     Raises:
         ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.

@@ -64,8 +64,8 @@ def mark_words(folder: Path) -> Path:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<|bos|>", "<|eos|>"]
-    tokenizer.train_from_iterator([prose(400)], trainers.BpeTrainer(vocab_size=512, special_tokens=special))
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|bos|>", "<|eos|>"], show_progress=False)
+    tokenizer.train_from_iterator([prose(400)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -216,6 +216,24 @@ MUTANTS = (
         ("test_graph.py",),
     ),
     Mutant(
+        "a_reused_cache_keeps_the_values_of_another_batch", "s2/inference",
+        "        for layer in self._layers:\n            layer.reset()\n",
+        "",
+        ("test_pool.py",),
+    ),
+    Mutant(
+        "two_generations_get_one_cache", "s2/inference",
+        "if self._is_lent:",
+        "if False:",
+        ("test_pool.py",),
+    ),
+    Mutant(
+        "each_batch_of_an_evaluation_makes_a_cache", "eval/adapter.py",
+        "            pool=pool,\n",
+        "",
+        ("test_adapter.py::test_an_evaluation_makes_one_cache_for_all_batches_that_fit",),
+    ),
+    Mutant(
         "rows_that_ended_draw_on", "s2/inference",
         "token = torch.where(*held, token)",
         "token = token",
