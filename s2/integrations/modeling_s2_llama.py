@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import logging
@@ -231,15 +231,20 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], firs
 
 
 class Batch:
-    """Where the tokens of a batch's rows begin and end. It takes the place of a mask on its way to the layers.
+    """Where the tokens of a batch's rows are. It takes the place of a mask on its way to the layers.
+
+    Attributes:
+        starts, ends: of each row's run of tokens; `starts` is None where no row has padding on its left.
+        places: of each row's tokens, int64 `[n]`; None where each row is one run.
 
     Raises:
-        ValueError: a mask that is not of one run of tokens a row.
+        ValueError: a mask of other than two dimensions.
     """
 
     def __init__(self, mask: Tensor | None = None) -> None:
-        self.starts: list[int] | None = None  # None: no row has padding on its left
+        self.starts: list[int] | None = None
         self.ends: list[int] | None = None
+        self.places: list[Tensor] | None = None
         self._borders: list[Tensor | None] = []
         if mask is None:
             return
@@ -251,8 +256,9 @@ class Batch:
         end = start + mask.sum(dim=1)
         one_run = (mask == (column >= start[:, None]) & (column < end[:, None])).all(dim=1)
         starts, self.ends, whole = torch.stack([start, end, one_run]).tolist()
-        if not all(whole):
-            raise ValueError("attention_mask has padding between tokens; pad on one side, for generation on the left")
+        if not all(whole):  # as transformers infers a mask where the pad token is in the text
+            self.places = [row.nonzero().flatten() for row in mask]
+            return
         self.starts = starts if any(starts) else None
 
     def borders(self, position_ids: Tensor | None, rows: int, num_keys: int) -> Tensor | None:
@@ -263,6 +269,9 @@ class Batch:
 
     def _find_borders(self, position_ids: Tensor, rows: int, num_keys: int) -> Tensor | None:
         position_ids = position_ids.expand(rows, -1)
+        if self.places is not None:
+            self._check_places(self.places, position_ids, num_keys)
+            return None
         starts = torch.tensor(self.starts or [0], device=position_ids.device)
         length = position_ids.shape[1]
         if length < num_keys:
@@ -285,6 +294,16 @@ class Batch:
             raise ValueError("position_ids must grow by 1 from token to token, or begin again at 0 with a new document")
         begins = F.pad(restart, (1, 0), value=True).flatten().nonzero().flatten()
         return F.pad(begins, (0, 1), value=position_ids.numel()).int()
+
+    def _check_places(self, places: list[Tensor], position_ids: Tensor, num_keys: int) -> None:
+        before = num_keys - position_ids.shape[1]
+        for row, place in enumerate(places):
+            new = place >= before
+            positions = position_ids[row, place[new] - before]
+            if (positions[:1] < (~new).sum()).any() or (positions.diff() < 1).any():
+                raise ValueError(
+                    "position_ids of packed documents with padding between tokens; pad on the right of them all"
+                )
 
 
 def batch_mask(
@@ -332,9 +351,16 @@ def attention_forward(
     if borders is not None:
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         return _attend(module, scale, *tokens, borders=borders.int()).view(q.shape), None
-    if batch.starts is None:
+    if batch.starts is None and batch.places is None:
         return _attend(module, scale, q, k, v), None
     out = q.new_zeros(q.shape)
+    if batch.places is not None:  # padding is left out, and blocks count what remains
+        for row, place in enumerate(batch.places):
+            new = place[place >= k.shape[1] - q.shape[1]] - k.shape[1] + q.shape[1]
+            if len(new):
+                out[row, new] = _attend(module, scale, q[row, new][None], k[row, place][None], v[row, place][None])[0]
+        return out, None
+    assert batch.starts is not None
     for start in set(batch.starts):  # positions and blocks count from a row's first token
         rows = [row for row, other in enumerate(batch.starts) if other == start]
         first = max(0, start - k.shape[1] + q.shape[1])
@@ -412,8 +438,8 @@ def _take_rope(kind: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     return args, kwargs | {"position_embeddings": kwargs["position_embeddings"][kind]}
 
 
-class S2LlamaForCausalLM(LlamaForCausalLM):
-    """Llama (or Qwen2, Qwen3) whose layers attend by `config.attention_layout`."""
+class S2LlamaModel(LlamaModel):
+    """Llama (or Qwen2, Qwen3) without a head, whose layers attend by `config.attention_layout`."""
 
     config_class = S2LlamaConfig
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = False
@@ -431,20 +457,36 @@ class S2LlamaForCausalLM(LlamaForCausalLM):
         rules = layout_rules(*_sizes(config))
         super().__init__(config)
         made: Any = Qwen2Attention if config.qkv_bias else Qwen3Attention if config.qk_norm else LlamaAttention
-        for index, layer in enumerate(self.model.layers):
+        layers: Any = self.layers
+        for index, layer in enumerate(layers):
             if made is not LlamaAttention:
                 layer.self_attn = made(config, index)
             if config.rope_by_kind:
                 take = functools.partial(_take_rope, "dense" if set(rules[index]) == {_DENSE} else "sparse")
                 layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)
         if config.rope_by_kind:
-            self.model.rotary_emb = RopeByKind(config)
+            self.rotary_emb = RopeByKind(config)  # type: ignore[assignment]
         self.post_init()
 
-    @functools.wraps(LlamaForCausalLM.forward)
+    @functools.wraps(LlamaModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         if self.config._attn_implementation != NAME:  # somebody has set it since
             raise ValueError(_no_other(self.config._attn_implementation))
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions=True is not supported: no probabilities are kept")
         return super().forward(*args, **kwargs)
+
+
+class S2LlamaForCausalLM(LlamaForCausalLM):
+    """`S2LlamaModel` and a head of next tokens."""
+
+    config_class = S2LlamaConfig
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = False
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: S2LlamaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # Llama's own would draw weights of another model first
+        self.model = S2LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

@@ -44,6 +44,7 @@ _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 _SPARSE_TYPE = "s2_llama"
 _AUTO_MAP = {  # classes in the modeling file of the folder, for those who trust it
     "AutoConfig": f"{HF_MODELING.stem}.S2LlamaConfig",
+    "AutoModel": f"{HF_MODELING.stem}.S2LlamaModel",
     "AutoModelForCausalLM": f"{HF_MODELING.stem}.S2LlamaForCausalLM",
 }
 # Where a class of transformers is called by name in spite of that, it refuses an attention that nobody has registered.

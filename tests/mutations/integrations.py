@@ -38,6 +38,19 @@ MUTANTS = (
         ("test_transformers.py::test_generation_of_a_batch_padded_on_the_left_gives_each_prompts_own_tokens",),
     ),
     Mutant(
+        "padding_between_tokens_is_seen", _MODELING,
+        "k[row, place][None], v[row, place][None])",
+        "k[row, : len(place)][None], v[row, : len(place)][None])",
+        ("test_transformers.py::"
+         "test_a_pad_token_in_a_prompt_without_a_mask_is_left_out_as_transformers_own_llama_does",),
+    ),
+    Mutant(
+        "the_model_without_its_head_is_not_known", "s2/integrations/hf.py",
+        "AutoModel.register(S2LlamaConfig, S2LlamaModel, exist_ok=True)\n",
+        "",
+        ("test_transformers.py::test_the_model_without_its_head_opens_saves_and_gives_the_same_hidden_states",),
+    ),
+    Mutant(
         "packed_documents_see_each_other", _MODELING,
         "if not restart.any():",
         "if True:",
