@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from s2.inference import generate
-from s2.integrations import lazy, modeling_s2_llama
+from s2.integrations import HF_FILES, lazy, modeling_s2_llama
 from s2.model import ModelConfig, Transformer
 from s2.model.hf import save_pretrained
 
@@ -152,7 +152,7 @@ def test_a_trusted_folder_brings_its_own_code(export, monkeypatch):
         bare = AutoModel.from_pretrained(folder / "hf", trust_remote_code=True).eval()
         assert torch.equal(bare(ids).last_hidden_state, theirs.model(ids).last_hidden_state)
     theirs.save_pretrained(folder / "again")
-    assert (folder / "again" / f"{modeling_s2_llama.__name__.rpartition('.')[2]}.py").is_file()
+    assert all((folder / "again" / file.name).is_file() for file in HF_FILES)
 
 
 @pytest.mark.nightly

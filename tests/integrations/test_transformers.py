@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from s2.inference import generate
-from s2.integrations import HF_MODELING
+from s2.integrations import HF_FILES, plain_s2_llama
 from s2.integrations import modeling_s2_llama as modeling
 from s2.model import ModelConfig, Transformer
 from s2.model.hf import load_config, load_pretrained, save_pretrained
@@ -97,7 +97,7 @@ def test_what_transformers_saves_holds_all_that_opens_it_elsewhere(tmp_path):
     theirs = opened(build(), tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
-        assert (tmp_path / folder / HF_MODELING.name).read_bytes() == HF_MODELING.read_bytes()
+        assert all((tmp_path / folder / file.name).read_bytes() == file.read_bytes() for file in HF_FILES)
         values = json.loads((tmp_path / folder / "config.json").read_text())
         assert values["auto_map"] == {
             "AutoConfig": "modeling_s2_llama.S2LlamaConfig",
@@ -120,7 +120,7 @@ def test_the_model_without_its_head_opens_saves_and_gives_the_same_hidden_states
     assert torch.equal(hidden, whole.model(tokens(2, 100)).last_hidden_state)
     assert_close(ours.lm_head(hidden), ours(tokens(2, 100)))
     bare.save_pretrained(tmp_path / "bare")
-    assert (tmp_path / "bare" / HF_MODELING.name).is_file()
+    assert all((tmp_path / "bare" / file.name).is_file() for file in HF_FILES)
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "bare")(tokens(2, 100)).last_hidden_state, hidden)
     with pytest.raises(ValueError, match="output_attentions=True"):
         bare(tokens(1, 5), output_attentions=True)
@@ -246,7 +246,7 @@ def test_loss_and_gradients_are_ours(checkpointing, tmp_path, path, monkeypatch)
     ours = build(tie_word_embeddings=True, qk_norm=True, rope_scaling=BY_KIND)
     theirs = opened(ours, tmp_path).train()
     if checkpointing:
-        monkeypatch.setattr(modeling, "MOST_SCORES", 6 * 100 * 30)
+        monkeypatch.setattr(plain_s2_llama, "MOST_SCORES", 6 * 100 * 30)
         theirs.gradient_checkpointing_enable()
     ids = tokens(2, 100)
     loss = theirs(ids, labels=ids, use_cache=False).loss
