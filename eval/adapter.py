@@ -33,6 +33,7 @@ from eval.results import Answers
 from eval.sampling import MAX_NEW_TOKENS, Sampling
 from s2.arguments import DTYPES
 from s2.inference.folder import memory_for
+from s2.inference.pool import DecodePool
 from s2.inference.text import continue_texts
 from s2.progress import progress
 
@@ -257,13 +258,14 @@ class S2LM(TemplateLM):
             prompts.append(self._fit(tokens, room, "prompt"))
             groups[options, len(prompts[-1])].append(i)
         generators = {options: options.generator(self._device) for options, _ in groups}
+        pool = DecodePool(self.checkpoint.model)  # the longest prompts come first, so that the others fit
         with progress("generate_until", len(requests), "request", quiet=disable_tqdm) as bar:
             for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
                 rows = self._rows_of(length + options.max_new_tokens)
                 for first in range(0, len(members), rows):
                     batch = members[first : first + rows]
                     with self._memory_for(len(batch), length + options.max_new_tokens):
-                        texts = self._generate_batch([prompts[i] for i in batch], options, generators[options])
+                        texts = self._generate_batch([prompts[i] for i in batch], options, generators[options], pool)
                     for i, text in zip(batch, texts, strict=True):
                         results[i] = text
                         if options.temperature == 0:  # what is drawn differs each time
@@ -272,7 +274,7 @@ class S2LM(TemplateLM):
         return results
 
     def _generate_batch(
-        self, prompts: list[list[int]], options: Sampling, generator: torch.Generator | None
+        self, prompts: list[list[int]], options: Sampling, generator: torch.Generator | None, pool: DecodePool
     ) -> list[str]:
         eos_text = self.checkpoint.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         said = continue_texts(
@@ -280,10 +282,12 @@ class S2LM(TemplateLM):
             prompts,
             options.max_new_tokens,
             stop=[stop for stop in handle_stop_sequences(list(options.until), eos=eos_text) if stop],
+            is_apart=True,  # as lm-eval's own model decodes them
             temperature=options.temperature,
             top_p=options.top_p,
             top_k=options.top_k,
             generator=generator,
+            pool=pool,
         )
         return [each.text for each in said]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from s2.files import kind_of
 from s2.inference.folder import ModelFolder
 from s2.inference.generate import generate
+from s2.inference.pool import DecodePool
 from s2.inference.prefix import PrefixCache
 from s2.model.hf import FOLDER_KIND, fingerprint
 from s2.model.loss import chunk_rows
@@ -64,11 +65,16 @@ class Checkpoint(ModelFolder):
 
     @torch.inference_mode()
     def generate(
-        self, rows: Sequence[list[int]], max_new_tokens: int, is_done: Callable[[int, list[int]], bool] | None = None
+        self,
+        rows: Sequence[list[int]],
+        max_new_tokens: int,
+        is_done: Callable[[int, list[int]], bool] | None = None,
+        pool: DecodePool | None = None,
     ) -> list[list[int]]:
         """Greedy continuations of rows of one length, up to an end of text, which is left out.
 
         is_done(i, tokens): whether row i needs no more than these new tokens; asked now and then, and it ends there.
+        pool: serves one batch after another.
         """
         lengths = [max_new_tokens] * len(rows)
 
@@ -82,7 +88,7 @@ class Checkpoint(ModelFolder):
         input_ids = torch.tensor(rows, device=self.device)
         new = generate(
             self.model, input_ids, max_new_tokens, eos_token_id=self.eos_ids or None, is_enough=is_enough,
-            prefill_chunk=_PREFILL_CHUNK,
+            prefill_chunk=_PREFILL_CHUNK, pool=pool,
         ).tolist()  # fmt: skip
         said = [tokens[:length] for tokens, length in zip(new, lengths, strict=True)]
         return [tokens[: next((i for i, t in enumerate(tokens) if t in self.eos_ids), None)] for tokens in said]

@@ -19,6 +19,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +35,7 @@ from eval.sweep import wilson
 from s2 import ending
 from s2.arguments import new_parser, path
 from s2.inference.folder import bos_of, memory_for
+from s2.inference.pool import DecodePool
 from s2.model.hf import load_config
 
 SAMPLES = 20
@@ -162,6 +164,8 @@ def command(argv: Sequence[str]) -> Path:
     for sample in plan(args.tasks, lengths[:1], 1, args.seed):  # whatever has no room says so now
         maker.make(sample["task"], sample["length"], sample["seed"])
 
+    pool = cache(lambda: DecodePool(checkpoint.model))  # the weights are read when samples are missing
+
     def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
         task, length = batch[0]["task"], batch[0]["length"]
         asked = [maker.make(task, length, sample["seed"]) for sample in batch]
@@ -173,7 +177,8 @@ def command(argv: Sequence[str]) -> Path:
             return match(task, said(tokens), asked[i].expected) == 1
 
         with memory_for(f"{len(batch)} x {length} tokens", checkpoint.device, "lower --batch-tokens"):
-            answers = checkpoint.generate([question.tokens for question in asked], TASKS[task].new_tokens, is_done)
+            rows = [question.tokens for question in asked]
+            answers = checkpoint.generate(rows, TASKS[task].new_tokens, is_done, pool())
         for sample, question, answer in zip(batch, asked, answers, strict=True):
             text = said(answer)
             yield sample | {

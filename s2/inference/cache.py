@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -94,6 +95,24 @@ class KVCache:
         """`num_bytes` of such a cache, without making it."""
         with warnings.catch_warnings(action="ignore"):
             return cls(config, batch_size, max_length, device="meta", dtype=dtype).num_bytes
+
+    def first(self, rows: int) -> Self:
+        """An empty cache in the memory of the first sequences: what one of the two is fed the other loses."""
+        if not 1 <= rows <= len(self._held):
+            raise ValueError(f"rows={rows} must be 1 to {len(self._held)}, the sequences that the cache was made for")
+        view = copy(self)
+        view._layers = [layer.first(rows) for layer in self._layers]
+        view._lengths, view._kept = self._lengths[:rows], {}
+        view._held = [0] * rows
+        view.reset()
+        return view
+
+    def reset(self) -> None:
+        """Make it as a new one is: empty, and of zeros."""
+        for layer in self._layers:
+            layer.reset()
+        self._lengths.zero_()
+        self._held, self._written, self._step = [0] * len(self._held), [0] * len(self._held), None
 
     @property
     def length(self) -> int:

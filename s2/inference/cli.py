@@ -35,6 +35,7 @@ from s2.arguments import DTYPES, new_parser, path
 from .encoding import TextEncoder
 from .folder import ModelFolder, memory_for
 from .generate import check_sampling
+from .pool import DecodePool
 from .text import Piece, Reason, cache_size, stream_texts
 
 _STDIN = Path("-")
@@ -127,8 +128,11 @@ def command(argv: Sequence[str]) -> None:
         raise ValueError(f"--graph: the model is on {folder.device}, and a CUDA graph needs it on a GPU")
     asked = _prompts(args, folder)
     generator = torch.Generator(folder.device).manual_seed(args.seed)
-    options = {"generator": generator, "prefill_chunk": args.prefill_chunk, "graph": args.graph, **sampling}
-    folder.model  # noqa: B018 -- reads the weights
+    model = folder.model  # reads the weights
+    pool = DecodePool(model) if len(asked) > args.batch_size else None
+    options = {
+        "generator": generator, "prefill_chunk": args.prefill_chunk, "graph": args.graph, "pool": pool, **sampling,
+    }  # fmt: skip
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     for begin in range(0, len(asked), args.batch_size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 
 import torch
@@ -12,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from s2.model.transformer import Transformer
 
 from .cache import KVCache
-from .graph import decode_step
+from .graph import Step, decode_step
+from .pool import DecodePool, new_cache
 
 IsEnough = Callable[[Tensor], Sequence[bool] | Tensor]
 
@@ -32,6 +34,7 @@ def generate(
     is_enough: IsEnough | None = None,
     cache: KVCache | None = None,
     graph: bool | None = None,
+    pool: DecodePool | None = None,
 ) -> Tensor:
     """Continue a batch of prompts, each as if it were alone.
 
@@ -54,17 +57,19 @@ def generate(
         cache: the prompts continue what it holds; by default a new one. As `stream` leaves it.
         graph: whether decode steps are captured in a CUDA graph and replayed (`s2.inference.graph`); None: where it is
             possible and `max_new_tokens` are enough for it.
+        pool: lends cache and captured decode step, to one batch after another.
 
     Returns:
         int64 `[B, n]`, the new tokens only, `n <= max_new_tokens`.
 
     Raises:
-        ValueError: prompt and new tokens exceed max_position_embeddings or the cache, an option is out of range, or
-            `graph` is True and none is possible.
+        ValueError: prompt and new tokens exceed max_position_embeddings or the cache, an option is out of range,
+            `graph` is True and none is possible, or `pool` is another model's or there is a `cache`, too.
     """
     steps = stream(
         model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, lengths=lengths, top_k=top_k,
         generator=generator, prefill_chunk=prefill_chunk, is_enough=is_enough, cache=cache, graph=graph,
+        pool=pool,
     )  # fmt: skip
     return torch.stack([drawn.tokens for drawn in steps], dim=1)
 
@@ -101,6 +106,7 @@ def stream(
     is_enough: IsEnough | None = None,
     cache: KVCache | None = None,
     graph: bool | None = None,
+    pool: DecodePool | None = None,
 ) -> Iterator[Drawn]:
     """`generate`, token by token, with its arguments. The next token is computed when it is asked for; the host waits
     for the device once a token where rows can end, else never.
@@ -117,6 +123,8 @@ def stream(
     check_sampling(temperature, top_p, top_k)
     input_ids, prompts = _padded(input_ids, lengths)
     _check(model, prompts, max_new_tokens, prefill_chunk, cache)
+    if pool is not None and (pool.model is not model or cache is not None):
+        raise ValueError("pool= lends a cache of the model it was made for: leave cache= out, and give it that model")
     ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id, device="cpu").flatten().tolist()
     if any(isinstance(index, float) for index in ends):
         raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids")
@@ -125,7 +133,7 @@ def stream(
         return _draw(logits, temperature, top_p, top_k, generator)
 
     return _stream(
-        model, input_ids, prompts, max_new_tokens, draw, frozenset(ends), prefill_chunk, is_enough, cache, graph
+        model, input_ids, prompts, max_new_tokens, draw, frozenset(ends), prefill_chunk, is_enough, cache, graph, pool
     )
 
 
@@ -141,14 +149,30 @@ def _stream(
     is_enough: IsEnough | None,
     cache: KVCache | None,
     graph: bool | None,
+    pool: DecodePool | None,
 ) -> Iterator[Drawn]:
     batch, width = input_ids.shape
-    if cache is None:
-        weight = model.model.embed_tokens.weight
-        # the last token drawn is never fed back
-        cache = KVCache(model.config, batch, width + max_new_tokens - 1, device=weight.device, dtype=weight.dtype)
-    step = decode_step(model, cache, max_new_tokens, graph)
-    logits = _prefill(model, cache, input_ids, prompts, prefill_chunk or width)
+    length = width + max_new_tokens - 1  # the last token drawn is never fed back
+    with ExitStack() as stack:
+        if pool is not None:
+            cache, step = stack.enter_context(pool.lend(batch, length, max_new_tokens, graph))
+        else:
+            cache = new_cache(model, batch, length) if cache is None else cache
+            step = decode_step(model, cache, max_new_tokens, graph)
+        logits = _prefill(model, cache, input_ids, prompts, prefill_chunk or width)
+        yield from _decode(step, logits, max_new_tokens, draw, ends, is_enough)
+
+
+def _decode(
+    step: Step,
+    logits: Tensor,
+    max_new_tokens: int,
+    draw: Callable[[Tensor], Tensor],
+    ends: frozenset[int],
+    is_enough: IsEnough | None,
+) -> Iterator[Drawn]:
+    """New tokens, the first of them after the prompts' last logits `[B, 1, V]`."""
+    batch = len(logits)
     said = torch.empty((batch, 0 if is_enough is None else max_new_tokens), dtype=torch.int64, device="cpu")
     ended = [False] * batch
     held: tuple[Tensor, Tensor] | None = None  # which rows have ended, and the token that each repeats

@@ -8,8 +8,10 @@ host counts along (`KVCache.reserve`, `commit`) and never waits.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +40,19 @@ def decode_step(model: Transformer, cache: KVCache, new_tokens: int, graph: bool
     Raises:
         ValueError: `graph` is True, and none is possible.
     """
+    return DecodeGraph(model, cache) if takes_graph(model, cache, new_tokens, graph) else eager_step(model, cache)
+
+
+def takes_graph(model: Transformer, cache: KVCache, new_tokens: int, graph: bool | None) -> bool:
+    """Whether `decode_step` takes a graph. Raises ValueError as it does."""
     reason = obstacle(model.model.embed_tokens.weight.device, cache)
     if graph and reason:
         raise ValueError(f"graph=True: {reason}")
-    if graph or (graph is None and not reason and new_tokens >= LEAST_TOKENS):
-        return DecodeGraph(model, cache)
+    return bool(graph or (graph is None and not reason and new_tokens >= LEAST_TOKENS))
+
+
+def eager_step(model: Transformer, cache: KVCache) -> Step:
+    """The step that launches its kernels one by one."""
     return lambda tokens: model(tokens, cache=cache, logits_to_keep=1)
 
 
@@ -60,11 +70,13 @@ def obstacle(device: torch.device, cache: KVCache) -> str | None:
 
 class DecodeGraph:
     """Decode steps of a model with a cache: the first ones run eagerly, then one is captured, the others replay it.
+    Where memory runs out during the capture a warning says so, and all go on to run eagerly.
 
     Args:
         model: on its device; its weights stay where they are.
         cache: with the prompts in it. Whatever else is done with it between steps (`truncate`, further prompts) counts.
         num_tokens: new tokens of each sequence in a step, at most 8: several to check what a smaller model proposes.
+        memory: a `torch.cuda.graph_pool_handle` of captured steps of which none is needed while another runs.
         capture: makes of a call one that does on the device what the first did, whatever the host has changed since.
 
     Raises:
@@ -72,14 +84,21 @@ class DecodeGraph:
     """
 
     def __init__(
-        self, model: Transformer, cache: KVCache, num_tokens: int = 1, *, capture: Capture | None = None
+        self,
+        model: Transformer,
+        cache: KVCache,
+        num_tokens: int = 1,
+        *,
+        memory: Any = None,
+        capture: Capture | None = None,
     ) -> None:
         weight = model.model.embed_tokens.weight
         if capture is None and (reason := obstacle(weight.device, cache)):
             raise ValueError(f"no CUDA graph: {reason}")
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise ValueError(f"num_tokens={num_tokens} must be 1 to {MAX_TOKENS}, as a decode step takes them")
-        self._model, self._cache, self._capture = model, cache, capture or partial(_capture, device=weight.device)
+        self._model, self._cache = model, cache
+        self._capture = capture or partial(_capture, device=weight.device, memory=memory)
         shape = len(cache.lengths), num_tokens
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=weight.device)
         self._warm = 0
@@ -109,8 +128,22 @@ class DecodeGraph:
             self._warm += 1
             return self._run()
         if self._replay is None:
-            self._replay = self._capture(self._run)
+            self._replay = self._captured() or self._run
         return self._replay()
+
+    def _captured(self) -> Callable[[], Tensor] | None:
+        """What replays the step, None where there is no memory for it. What the capture had is free again then."""
+        try:
+            return self._capture(self._run)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        warnings.warn(
+            f"memory ran out while the decode step of {self._tokens.shape[0]} sequences was captured in a CUDA graph, "
+            "so it runs eagerly, which takes a small model longer; fewer sequences or shorter ones leave room",
+            stacklevel=4,
+        )
+        return None
 
     def _run(self) -> Tensor:
         return self._model(self._tokens, cache=_OnDevice(self._cache))
@@ -142,15 +175,15 @@ _STREAMS: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
 _CAPTURES = threading.Lock()
 
 
-def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def _capture(call: Callable[[], Tensor], device: torch.device, memory: Any) -> Callable[[], Tensor]:
     """On a stream of its own for each current one: cuBLAS keeps a workspace for every stream that it has seen, which
     graphs that are replayed on one stream may share."""
-    graph = torch.cuda.CUDAGraph()
-    current = torch.cuda.current_stream(device)
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     with _CAPTURES:
         stream = _STREAMS.get(current) or _STREAMS.setdefault(current, torch.cuda.Stream(device))
         # other threads may allocate meanwhile
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        captured = torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), captured:  # a capture that fails may leave its own stream the current one
             result = call()
 
     def replay() -> Tensor:
@@ -158,3 +191,8 @@ def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], T
         return result
 
     return replay
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what went wrong first: a capture that was broken off may add an error of its own."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__))

@@ -13,6 +13,7 @@ Shapes: B sequences, S new tokens, Hq query heads, H KV heads, R regions, C slot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -100,6 +101,18 @@ class LayerStore:
             k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             self.parts.append(_Part(pattern, rotation, total, group, table, k, v))
 
+    def first(self, rows: int) -> LayerStore:
+        """The store of the first sequences, in the same memory."""
+        view = copy(self)
+        view.parts = [part.first(rows) for part in self.parts]
+        return view
+
+    def reset(self) -> None:
+        """Zeros, as at the beginning: what is not seen counts 0 times, and might be no number."""
+        for part in self.parts:
+            part.k.zero_()
+            part.v.zero_()
+
     @property
     def keys(self) -> tuple[int, int, torch.dtype]:
         """KV heads, head dimension and dtype of the keys."""
@@ -136,6 +149,11 @@ class _Part:
         self.pattern, self.rotation, self.total, self.block_size = pattern, rotation, total, pattern.block_size
         self.group, self.table, self.k, self.v = group, table, k, v
         self.heads = slice(group.begin, group.end)
+
+    def first(self, rows: int) -> _Part:
+        view = copy(self)
+        view.k, view.v = self.k[:rows], self.v[:rows]
+        return view
 
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `LayerStore.attend`, of the group's heads."""

@@ -43,7 +43,7 @@ class Continuation:
     """What a row was continued with.
 
     Attributes:
-        text: of the tokens, without special ones, up to the first stop string.
+        text: what the tokens, without special ones, add to the text of the prompt, up to the first stop string.
         tokens: all that were drawn, with the one that ended the row.
         reason: "eos", a token that ends texts; "stop", a stop string; "length", max_new_tokens.
         prompt_tokens: how many the prompt has, BOS included.
@@ -73,7 +73,13 @@ def continue_texts(
 
 
 def stream_texts(
-    folder: ModelFolder, prompts: Sequence[Prompt], max_new_tokens: int, *, stop: Sequence[str] = (), **options: Any
+    folder: ModelFolder,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    is_apart: bool = False,
+    **options: Any,
 ) -> Iterator[list[Piece]]:
     """Continue prompts side by side; of each step a piece for each row. The pieces of a row make its text, and those of
     the last step have a reason each.
@@ -87,14 +93,21 @@ def stream_texts(
             through the folder's chat template.
         max_new_tokens: of each row.
         stop: a row ends before the first of these texts. A special token that is spelled with one ends it too.
-        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, prefill_chunk, graph.
+        is_apart: new tokens are decoded without the prompt's, as lm-eval's `hf` does it. Tokenizers that mark words by
+            a space before them (SentencePiece) drop that of the first word then.
+        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, prefill_chunk, graph, pool.
 
     Raises:
         ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop={stop!r} must be a list of texts, none of them empty")
-    return _stream_texts(folder, encode_prompts(folder, prompts), max_new_tokens, stop, options)
+    ids = encode_prompts(folder, prompts)
+    rows = [
+        _Row(RowText(folder.decoder, stop, () if is_apart else prompt), folder.eos_ids, max_new_tokens)
+        for prompt in ids
+    ]
+    return _stream_texts(folder, ids, rows, max_new_tokens, options)
 
 
 def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -134,10 +147,8 @@ def cache_size(folder: ModelFolder, prompts: Sequence[Sequence[int]], max_new_to
 
 
 def _stream_texts(
-    folder: ModelFolder, prompts: list[list[int]], max_new_tokens: int, stop: Sequence[str], options: dict[str, Any]
+    folder: ModelFolder, prompts: list[list[int]], rows: list[_Row], max_new_tokens: int, options: dict[str, Any]
 ) -> Iterator[list[Piece]]:
-    rows = [_Row(RowText(folder.decoder, stop), folder.eos_ids, max_new_tokens) for _ in prompts]
-
     def have_ended(new: Tensor) -> list[bool]:
         return [row.add(token) for row, token in zip(rows, new[:, -1].tolist(), strict=True)]
 

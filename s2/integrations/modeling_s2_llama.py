@@ -1,16 +1,11 @@
 """A hybrid (sparse and dense layers) Llama for transformers: its config, its attention, its model.
 
-The file (Apache-2.0) goes into every exported folder, so that it opens without the package it comes from:
+The file (Apache-2.0) goes with `plain_s2_llama.py` into every exported folder, so that it opens without the package:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 Where the package `s2` is installed its kernels attend. Elsewhere `plain_attention` does: the same numbers in plain
 torch, slower, in memory that grows with the context, not with its square. All but the attention is transformers' own.
-
-`attention_layout` says which key blocks (of `block_size` tokens) the heads of a layer see: `dense`; `W16`, the last 16;
-`L8V16`, the last 8 and every 16th before; `L8V4<64V16`, every 4th up to block distance 64 and every 16th beyond; behind
-any of these `+sink2`, the first 2 as well; `2*dense|6*L8V16`, one rule a head. Then, for the layers, `-inter` makes
-every second one dense and `+dense0,10-22` those.
 
 Shapes: B batch, S tokens, Sq queries, Skv keys (the queries are the last of them), H heads, Hq and Hkv of queries and
 of keys and values, D head dimension.
@@ -18,19 +13,19 @@ of keys and values, D head dimension.
 
 import copy
 import functools
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import logging
+
+from .plain_s2_llama import DENSE, layout_rules, plain_attention
 
 try:
     from s2.attention import LayerLayout, s2_attention
@@ -42,8 +37,6 @@ logger = logging.get_logger(__name__)
 NAME = "s2"  # of the attention among transformers' own ("sdpa", "eager")
 # What config.json says. Nobody registers it: where a dense class opens the folder by its own name, it stops.
 MARK = "s2_attention"
-MOST_SCORES = 1 << 26  # scores that `plain_attention` computes at once
-_FAR = 1 << 30  # a block distance that no context reaches
 
 
 class S2LlamaConfig(LlamaConfig):
@@ -93,153 +86,24 @@ def _no_other(asked: object) -> str:
     return f"attn_implementation={asked!r} would ignore the attention_layout of this model; leave it out"
 
 
-# ---------------------------------------------------------------- which blocks a head sees
-
-
-class Rule(NamedTuple):
-    """A head's: the last `local` blocks; `(stride, residue, begin, end)`, of the blocks at distances from `begin` up to
-    `end` those whose index leaves `residue`; the first `sinks` blocks."""
-
-    local: int
-    levels: tuple[tuple[int, int, int, int], ...]
-    sinks: int
-
-
-_DENSE = Rule(_FAR, (), 0)
-_LAYOUT = re.compile(r"(.+?)(-inter)?(?:\+dense((?:\d+(?:-\d+)?,)*\d+(?:-\d+)?))?")
-_HEADS = re.compile(r"(?:(\d+)\*)?(?:dense|W(\d+)|L(\d+)((?:V\d+(?:<\d+)?)+))(?:\+sink(\d+))?")
-
-
-@functools.lru_cache(maxsize=64)
-def layout_rules(spec: str, num_layers: int, num_heads: int, num_kv_heads: int) -> tuple[tuple[Rule, ...], ...]:
-    """The rules of each layer's KV heads, or of its query heads where `spec` has one for each.
-
-    Raises:
-        ValueError: `spec` is no layout, or not one of a model of these sizes.
-    """
-    match = _LAYOUT.fullmatch(spec)
-    if match is None:
-        raise ValueError(f"attention_layout={spec!r} is not a layout")
-    dense = set(range(1, num_layers, 2)) if match[2] else set()
-    for first, last in re.findall(r"(\d+)(?:-(\d+))?", match[3] or ""):
-        layers = range(int(first), int(last or first) + 1)
-        if not layers or layers[-1] >= num_layers:
-            raise ValueError(f"attention_layout={spec!r}: layers {first}-{last or first} are not among {num_layers}")
-        dense |= set(layers)
-    heads: list[Rule] = []
-    for part in match[1].split("|"):
-        found = _HEADS.fullmatch(part)
-        if found is None or int(found[1] or 1) < 1:
-            raise ValueError(f"attention_layout={spec!r} is not a layout: {part!r} is no rule")
-        heads += [_read(spec, found)] * int(found[1] or 1)
-    one_a_head = ("|" in match[1] or "*" in match[1]) and set(heads) != {_DENSE}
-    if one_a_head and len(heads) not in (num_heads, num_kv_heads):
-        raise ValueError(
-            f"attention_layout={spec!r} has rules for {len(heads)} heads, but the model has {num_kv_heads} KV heads "
-            f"and {num_heads} query heads"
-        )
-    heads = heads if one_a_head else heads[:1] * num_kv_heads
-    sparse = [layer for layer in range(num_layers) if layer not in dense]
-    turns = {layer: turn for turn, layer in enumerate(sparse)}  # residues turn from one sparse layer to the next
-    return tuple(
-        tuple(_turned(rule, head, len(heads), turns[layer]) for head, rule in enumerate(heads))
-        if layer in turns
-        else (_DENSE,) * num_kv_heads
-        for layer in range(num_layers)
-    )
-
-
-def _read(spec: str, found: re.Match[str]) -> Rule:
-    local = begin = int(found[2] or found[3] or _FAR)
-    levels: list[tuple[int, int, int, int]] = []
-    for number, bound in re.findall(r"V(\d+)(?:<(\d+))?", found[4] or ""):
-        stride, end = int(number), int(bound or _FAR)
-        if stride < 1 or end <= begin or (stride == 1 and levels):
-            raise ValueError(f"attention_layout={spec!r}: V{number} to distance {end} cannot follow distance {begin}")
-        if stride == 1:
-            local = end
-        else:
-            levels.append((stride, 0, begin, end))
-        begin = end
-    if local < 1:
-        raise ValueError(f"attention_layout={spec!r}: a window must have at least 1 block")
-    return _DENSE if local >= _FAR else Rule(local, tuple(levels), int(found[5] or 0))
-
-
-def _turned(rule: Rule, head: int, num_heads: int, turn: int) -> Rule:
-    """With the residues of one head: all of them among the heads where there are enough, else over several layers."""
-    if not rule.levels:
-        return rule
-    widest = rule.levels[-1][0]
-    residue = head * widest // num_heads if num_heads >= widest else (head + turn * num_heads) % widest
-    levels = tuple((stride, residue % stride, begin, end) for stride, _, begin, end in rule.levels)
-    return rule._replace(levels=levels)
-
-
-def block_mask(rules: tuple[Rule, ...], query: Tensor, key: Tensor) -> Tensor:
-    """Bool `[H, nq, nk]`: which of the key blocks `key` `[nk]` the query blocks `query` `[nq]` see."""
-    distance = query[:, None] - key
-    seen = {}
-    for rule in set(rules):
-        keep = (distance < rule.local) | (key < rule.sinks)
-        for stride, residue, begin, end in rule.levels:
-            keep = keep | ((distance >= begin) & (distance < end) & (key % stride == residue))
-        seen[rule] = keep & (distance >= 0)
-    return torch.stack([seen[rule] for rule in rules])
-
-
-# ---------------------------------------------------------------- attention without the package
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], block_size: int, scale: float) -> Tensor:
-    """q `[B, Sq, Hq, D]`, k and v `[B, Skv, Hkv, D]` -> `[B, Sq, Hq, D]`; some queries at a time, also backward."""
-    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(len(rules) // x.shape[2], 1) for x in (k, v))
-    length, keys, group = q.shape[2], k.shape[2], q.shape[1] // len(rules)
-    if set(rules) == {_DENSE} and length in (1, keys):
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scale).transpose(1, 2)
-    k, v = (F.pad(x, (0, 0, 0, -keys % block_size)).unflatten(2, (-1, block_size)) for x in (k, v))
-    step = max(1, MOST_SCORES // (q.shape[0] * q.shape[1] * keys))
-    pieces = []
-    for begin in range(0, length, step):
-        inputs = q[:, :, begin : begin + step], k, v, rules, keys - length + begin, scale
-        if torch.is_grad_enabled() and length > step:
-            pieces.append(checkpoint(_attend_piece, *inputs, use_reentrant=False))
-        else:
-            pieces.append(_attend_piece(*inputs))
-    return torch.cat(pieces, dim=2).transpose(1, 2)
-
-
-def _attend_piece(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], first: int, scale: float) -> Tensor:
-    """Queries `[B, Hq, n, D]` from position `first` on, and of blocks of keys `[B, H, blocks, size, D]` those that any
-    of them sees; H heads have a rule."""
-    size, group = k.shape[3], q.shape[1] // len(rules)
-    query = torch.arange(first, first + q.shape[2], device=q.device)
-    block = torch.arange((first + q.shape[2] - 1) // size + 1, device=q.device)
-    seen = block_mask(rules, block[first // size :], block)  # [H, nq, nk]
-    used = seen.any(dim=1)
-    chosen = used.int().sort(dim=1, descending=True, stable=True).indices[:, : int(used.sum(dim=1).max())]
-    k, v = (x[:, torch.arange(len(rules))[:, None], chosen].flatten(2, 3) for x in (k, v))
-    key = (chosen[..., None] * size + torch.arange(size, device=q.device)).flatten(1)
-    seen = seen.gather(2, chosen[:, None].expand(-1, seen.shape[1], -1)).repeat_interleave(size, dim=2)
-    mask = seen[:, query // size - first // size] & (key[:, None] <= query[:, None])
-    k, v, mask = (x.repeat_interleave(group, dim=-3) for x in (k, v, mask))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
-
-
 # ---------------------------------------------------------------- padding and packed documents
 
 
 class Batch:
-    """Where the tokens of a batch's rows begin and end. It takes the place of a mask on its way to the layers.
+    """Where the tokens of a batch's rows are. It takes the place of a mask on its way to the layers.
+
+    Attributes:
+        starts, ends: of each row's run of tokens; `starts` is None where no row has padding on its left.
+        places: of each row's tokens, int64 `[n]`; None where each row is one run.
 
     Raises:
-        ValueError: a mask that is not of one run of tokens a row.
+        ValueError: a mask of other than two dimensions.
     """
 
     def __init__(self, mask: Tensor | None = None) -> None:
-        self.starts: list[int] | None = None  # None: no row has padding on its left
+        self.starts: list[int] | None = None
         self.ends: list[int] | None = None
+        self.places: list[Tensor] | None = None
         self._borders: list[Tensor | None] = []
         if mask is None:
             return
@@ -251,8 +115,9 @@ class Batch:
         end = start + mask.sum(dim=1)
         one_run = (mask == (column >= start[:, None]) & (column < end[:, None])).all(dim=1)
         starts, self.ends, whole = torch.stack([start, end, one_run]).tolist()
-        if not all(whole):
-            raise ValueError("attention_mask has padding between tokens; pad on one side, for generation on the left")
+        if not all(whole):  # as transformers infers a mask where the pad token is in the text
+            self.places = [row.nonzero().flatten() for row in mask]
+            return
         self.starts = starts if any(starts) else None
 
     def borders(self, position_ids: Tensor | None, rows: int, num_keys: int) -> Tensor | None:
@@ -263,6 +128,9 @@ class Batch:
 
     def _find_borders(self, position_ids: Tensor, rows: int, num_keys: int) -> Tensor | None:
         position_ids = position_ids.expand(rows, -1)
+        if self.places is not None:
+            self._check_places(self.places, position_ids, num_keys)
+            return None
         starts = torch.tensor(self.starts or [0], device=position_ids.device)
         length = position_ids.shape[1]
         if length < num_keys:
@@ -285,6 +153,16 @@ class Batch:
             raise ValueError("position_ids must grow by 1 from token to token, or begin again at 0 with a new document")
         begins = F.pad(restart, (1, 0), value=True).flatten().nonzero().flatten()
         return F.pad(begins, (0, 1), value=position_ids.numel()).int()
+
+    def _check_places(self, places: list[Tensor], position_ids: Tensor, num_keys: int) -> None:
+        before = num_keys - position_ids.shape[1]
+        for row, place in enumerate(places):
+            new = place >= before
+            positions = position_ids[row, place[new] - before]
+            if (positions[:1] < (~new).sum()).any() or (positions.diff() < 1).any():
+                raise ValueError(
+                    "position_ids of packed documents with padding between tokens; pad on the right of them all"
+                )
 
 
 def batch_mask(
@@ -332,9 +210,16 @@ def attention_forward(
     if borders is not None:
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         return _attend(module, scale, *tokens, borders=borders.int()).view(q.shape), None
-    if batch.starts is None:
+    if batch.starts is None and batch.places is None:
         return _attend(module, scale, q, k, v), None
     out = q.new_zeros(q.shape)
+    if batch.places is not None:  # padding is left out, and blocks count what remains
+        for row, place in enumerate(batch.places):
+            new = place[place >= k.shape[1] - q.shape[1]] - k.shape[1] + q.shape[1]
+            if len(new):
+                out[row, new] = _attend(module, scale, q[row, new][None], k[row, place][None], v[row, place][None])[0]
+        return out, None
+    assert batch.starts is not None
     for start in set(batch.starts):  # positions and blocks count from a row's first token
         rows = [row for row, other in enumerate(batch.starts) if other == start]
         first = max(0, start - k.shape[1] + q.shape[1])
@@ -412,8 +297,8 @@ def _take_rope(kind: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     return args, kwargs | {"position_embeddings": kwargs["position_embeddings"][kind]}
 
 
-class S2LlamaForCausalLM(LlamaForCausalLM):
-    """Llama (or Qwen2, Qwen3) whose layers attend by `config.attention_layout`."""
+class S2LlamaModel(LlamaModel):
+    """Llama (or Qwen2, Qwen3) without a head, whose layers attend by `config.attention_layout`."""
 
     config_class = S2LlamaConfig
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = False
@@ -431,20 +316,36 @@ class S2LlamaForCausalLM(LlamaForCausalLM):
         rules = layout_rules(*_sizes(config))
         super().__init__(config)
         made: Any = Qwen2Attention if config.qkv_bias else Qwen3Attention if config.qk_norm else LlamaAttention
-        for index, layer in enumerate(self.model.layers):
+        layers: Any = self.layers
+        for index, layer in enumerate(layers):
             if made is not LlamaAttention:
                 layer.self_attn = made(config, index)
             if config.rope_by_kind:
-                take = functools.partial(_take_rope, "dense" if set(rules[index]) == {_DENSE} else "sparse")
+                take = functools.partial(_take_rope, "dense" if set(rules[index]) == {DENSE} else "sparse")
                 layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)
         if config.rope_by_kind:
-            self.model.rotary_emb = RopeByKind(config)
+            self.rotary_emb = RopeByKind(config)  # type: ignore[assignment]
         self.post_init()
 
-    @functools.wraps(LlamaForCausalLM.forward)
+    @functools.wraps(LlamaModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         if self.config._attn_implementation != NAME:  # somebody has set it since
             raise ValueError(_no_other(self.config._attn_implementation))
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions=True is not supported: no probabilities are kept")
         return super().forward(*args, **kwargs)
+
+
+class S2LlamaForCausalLM(LlamaForCausalLM):
+    """`S2LlamaModel` and a head of next tokens."""
+
+    config_class = S2LlamaConfig
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = False
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: S2LlamaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # Llama's own would draw weights of another model first
+        self.model = S2LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

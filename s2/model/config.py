@@ -44,6 +44,7 @@ _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 _SPARSE_TYPE = "s2_llama"
 _AUTO_MAP = {  # classes in the modeling file of the folder, for those who trust it
     "AutoConfig": f"{HF_MODELING.stem}.S2LlamaConfig",
+    "AutoModel": f"{HF_MODELING.stem}.S2LlamaModel",
     "AutoModelForCausalLM": f"{HF_MODELING.stem}.S2LlamaForCausalLM",
 }
 # Where a class of transformers is called by name in spite of that, it refuses an attention that nobody has registered.
@@ -202,7 +203,7 @@ class ModelConfig(Settings):
         transformers 4.x and 5.x.
 
         With sparse layers `model_type` is "s2_llama" and `auto_map` names the classes in the folder's modeling file
-        (`s2.integrations.HF_MODELING`); `attn_implementation` is "s2_attention", for which transformers 5.x stops where
+        (of `s2.integrations.HF_FILES`); `attn_implementation` is "s2_attention", for which transformers 5.x stops where
         its Llama class is called by name (4.x only warns that the types differ). RoPE is written twice: `rope_theta`
         and `rope_scaling` (4.x), `rope_parameters` (5.x).
         """

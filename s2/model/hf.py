@@ -1,7 +1,7 @@
 """Checkpoints that users take away: Hugging Face folders of the Llama family, written and read.
 
 A folder holds `config.json`, `model*.safetensors` (with an index when sharded), `generation_config.json` and,
-when a tokenizer is given, its files; with sparse layers also the modeling file that transformers opens it with
+when a tokenizer is given, its files; with sparse layers also the modeling files that transformers opens it with
 (`s2.integrations`). `config.json` is written last: a folder without it was not finished.
 
 Nothing of a folder is dropped without a word: every tensor in its files is loaded, or equal to one that is, or named
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s2.files import MARK, checksum, make_folder, remove_files, write_json
-from s2.integrations import HF_MODELING
+from s2.integrations import HF_FILES
 
 from .config import ModelConfig, read_object
 from .rope import rope_frequencies
@@ -75,9 +75,9 @@ def save_pretrained(
     if tokenizer_file is None and source is not None and (Path(source) / "tokenizer.json").is_file():
         tokenizer_file = Path(source) / "tokenizer.json"
     make_folder(folder, FOLDER_KIND)
-    remove_files(folder, "config.json", _INDEX, "model*.safetensors", HF_MODELING.name)
-    if not config.is_dense:
-        shutil.copyfile(HF_MODELING, folder / HF_MODELING.name)
+    remove_files(folder, "config.json", _INDEX, "model*.safetensors", *(file.name for file in HF_FILES))
+    for file in () if config.is_dense else HF_FILES:
+        shutil.copyfile(file, folder / file.name)
     if tokenizer_file is not None:
         tokens = {key.removesuffix("_id"): changed[key] for key in changed}
         write_tokenizer(Path(tokenizer_file), config, folder, tokens)

@@ -56,3 +56,16 @@ def make_checkpoint(
     torch.manual_seed(0)
     save_pretrained(Transformer(config), config, folder, tokenizer_file, dtype=torch.float32)
     return folder
+
+
+def mark_words(folder: Path) -> Path:
+    """The folder with a tokenizer that marks words by the space before them, as SentencePiece does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|bos|>", "<|eos|>"], show_progress=False)
+    tokenizer.train_from_iterator([prose(400)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from eval.adapter import S2LM
 from eval.results import Answers
 from eval.sampling import Sampling
-from tests.eval.small_checkpoint import make_checkpoint, prose
+from s2.inference import pool as pooling
+from tests.eval.small_checkpoint import make_checkpoint, mark_words, prose
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +41,7 @@ def marking(folder, tmp_path_factory):
     """The same model with a tokenizer that marks the beginning of a text, as SentencePiece does."""
     copy = tmp_path_factory.mktemp("marking") / "hf"
     shutil.copytree(folder, copy)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|bos|>", "<|eos|>"], show_progress=False)
-    tokenizer.train_from_iterator([prose(400)], trainer)
-    tokenizer.save(str(copy / "tokenizer.json"))
+    mark_words(copy)
     return S2LM(copy, device="cpu")
 
 
@@ -273,6 +269,16 @@ def test_a_batch_ends_when_each_row_has_ended_or_is_enough(folder, tmp_path, ste
     steps.clear()
     said = S2LM(tmp_path / "hf", device="cpu").checkpoint.generate(rows, 100, lambda i, tokens: i == 1)
     assert said[0] == first[:1] and said[1][:3] == second and len(said[1]) == len(steps) == 8
+
+
+def test_an_evaluation_makes_one_cache_for_all_batches_that_fit(lm, monkeypatch):
+    """Prompts of unlike lengths are batches of their own."""
+    made, new_cache = [], pooling.new_cache
+    monkeypatch.setattr(pooling, "new_cache", lambda *args: made.append(args[1:]) or new_cache(*args))
+    asked = [(prose(sentences, seed=sentences), {"max_gen_toks": 4, "until": []}) for sentences in (1, 3, 2, 4)]
+    texts = lm.generate_until([Instance("generate_until", {}, args, 0) for args in asked])
+    assert len(made) == 1
+    assert texts == [lm.generate_until([Instance("generate_until", {}, args, 0)])[0] for args in asked]
 
 
 def test_a_stop_sequence_of_several_tokens_ends_generation(lm, steps):

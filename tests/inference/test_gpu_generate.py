@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from s2.inference import DecodeGraph, KVCache, generate, stream
+from s2.inference import DecodeGraph, DecodePool, KVCache, generate, stream
+from s2.inference import graph as graphs
 from s2.inference.graph import WARM_UP
 from s2.model import ModelConfig, Transformer
 
@@ -148,6 +149,43 @@ def test_a_graph_that_is_closed_early_gives_its_memory_back():
         last = next(steps)
     steps.close()
     assert torch.equal(generate(model, last.tokens[:, None], 40, cache=cache, graph=True), whole[:, 20:])
+
+
+def test_memory_that_runs_out_in_a_capture_leaves_eager_steps_and_later_captures(monkeypatch):
+    model = build("L2V4+sink1-inter")
+    prompts = [torch.randint(128, (length,), device="cuda") for length in LENGTHS]
+    expected, stream_before = generate(model, prompts, 60, graph=False), torch.cuda.current_stream()
+    forward = model.model.blocks[2].mlp.forward
+
+    def runs_out(x):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("full")
+        return forward(x)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="memory ran out"):
+        patch.setattr(model.model.blocks[2].mlp, "forward", runs_out)
+        assert torch.equal(generate(model, prompts, 60, graph=True), expected)
+    assert torch.cuda.current_stream() == stream_before
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(generate(model, prompts, 60, graph=True), expected)
+
+
+def test_batches_of_a_pool_replay_the_graphs_of_those_before_and_are_as_without_it(monkeypatch):
+    model, captured = build("L2V4+sink1-inter"), []
+    capture = graphs._capture
+    monkeypatch.setattr(graphs, "_capture", lambda *args, **options: captured.append(1) or capture(*args, **options))
+    batches = [[400, 7, 129], [60, 380], [200, 200, 200], [64, 1]]
+    prompts = [[torch.randint(128, (length,), device="cuda") for length in lengths] for lengths in batches]
+    pool = DecodePool(model)  # 431 tokens are rounded up to 432
+    options = {"graph": True, "temperature": 0.8}
+    for seed, batch in enumerate(prompts):
+        lone, pooled = (
+            generate(model, batch, 32, generator=torch.Generator("cuda").manual_seed(seed), **options, **more)
+            for more in ({"cache": KVCache(model.config, len(batch), 432, device="cuda", dtype=torch.bfloat16)},
+                         {"pool": pool})
+        )  # fmt: skip
+        assert torch.equal(pooled, lone)
+    assert len(captured) == 4 + 2
 
 
 def test_layers_that_keep_everything_decode_eagerly():

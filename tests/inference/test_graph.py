@@ -3,6 +3,7 @@ along as in an eager step. `tests/inference/test_gpu_generate.py` runs real grap
 
 import contextlib
 import sys
+import weakref
 
 import pytest
 import torch
@@ -132,6 +133,63 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     assert ours.lengths == (40, 9) == tuple(ours._lengths.tolist())
     for at in range(6):
         torch.testing.assert_close(step(ids[:, at : at + 1]), eager(model, theirs, ids[:, at : at + 1]))
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["memory", "and another error behind it"])
+def test_a_capture_that_memory_runs_out_in_leaves_steps_that_run_eagerly(monkeypatch, adds):
+    """What it had allocated is free before the step runs once more."""
+    model = build("L2V4+dense1")
+    ours, theirs = (prefilled(model, [40, 9]) for _ in range(2))
+    recording, held = Recording(ours._lengths), []
+
+    def capture(call):
+        try:
+            recording(call)
+        except torch.OutOfMemoryError:
+            if adds:
+                raise RuntimeError("operation failed due to a previous error during capture") from None
+            raise
+
+    def runs_out(x):
+        mine = x + 1
+        held.append(weakref.ref(mine))
+        raise torch.OutOfMemoryError("full")
+
+    def runs(x, forward=model.model.blocks[2].mlp.forward):
+        assert held[0]() is None, "the memory of the capture is still taken"
+        return forward(x)
+
+    step = DecodeGraph(model, ours, capture=capture)
+    ids = tokens(2, WARM_UP + 6)
+    for at in range(WARM_UP):
+        torch.testing.assert_close(step(ids[:, at : at + 1]), eager(model, theirs, ids[:, at : at + 1]))
+    mlp = model.model.blocks[2].mlp
+    expected = eager(model, theirs, ids[:, WARM_UP : WARM_UP + 1])
+    calls = iter([runs_out])
+    monkeypatch.setattr(mlp, "forward", lambda x: next(calls, runs)(x))
+    with pytest.warns(UserWarning, match="memory ran out while the decode step of 2 sequences was captured") as said:
+        torch.testing.assert_close(step(ids[:, WARM_UP : WARM_UP + 1]), expected)
+    assert len(said) == 1
+    for at in range(WARM_UP + 1, WARM_UP + 6):
+        torch.testing.assert_close(step(ids[:, at : at + 1]), eager(model, theirs, ids[:, at : at + 1]))
+    assert recording.captured == 1 and ours.lengths == theirs.lengths == tuple(ours._lengths.tolist())
+
+
+def test_another_error_in_a_capture_is_raised_and_so_is_memory_that_eager_steps_lack(monkeypatch):
+    model = build()
+
+    def breaks(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    step = DecodeGraph(model, prefilled(model, [40, 9]), capture=breaks)
+    step._warm = WARM_UP
+    with pytest.raises(RuntimeError, match="not permitted"):
+        step(tokens(2, 1))
+    step = DecodeGraph(model, prefilled(model, [40, 9]), capture=fails)
+    step._warm = WARM_UP
+    monkeypatch.setattr(model.model.blocks[2].mlp, "forward", fails)
+    with pytest.warns(UserWarning, match="memory ran out"), pytest.raises(torch.OutOfMemoryError):
+        step(tokens(2, 1))
 
 
 def test_where_no_graph_is_possible_it_is_said_or_none_is_taken():

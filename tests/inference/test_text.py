@@ -9,7 +9,7 @@ import torch
 from s2.inference import ModelFolder, continue_texts, generate, stream_texts
 from s2.inference.encoding import TextEncoder
 from s2.inference.text import encode_prompts
-from tests.eval.small_checkpoint import make_checkpoint, prose
+from tests.eval.small_checkpoint import make_checkpoint, mark_words, prose
 
 PROMPTS = ["The old river", prose(6, 3), "a\nboat"]
 
@@ -50,6 +50,18 @@ def test_prompts_of_several_lengths_are_continued_as_if_alone(folder):
         assert list(each.tokens) == plain(folder, prompt, 20) and each.reason == "length"
         assert each.text == folder.tokenizer.decode(each.tokens, skip_special_tokens=True)
         assert each.prompt_tokens == len(folder.tokenizer.encode(prompt).ids)
+
+
+def test_a_text_is_what_its_tokens_add_to_the_text_of_the_prompt(tmp_path):
+    folder = ModelFolder.load(mark_words(make_checkpoint(tmp_path / "hf")), "cpu")
+    prompts = [prose(1, seed) for seed in range(6)]
+    said = continue_texts(folder, prompts, 5)
+    for prompt, each in zip(encode_prompts(folder, prompts), said, strict=True):
+        before = folder.decoder.decode(prompt)
+        assert before + each.text == folder.decoder.decode([*prompt, *each.tokens])
+    assert any(each.text.startswith(" ") for each in said)
+    apart = continue_texts(folder, prompts, 5, is_apart=True)
+    assert [each.text for each in apart] == [folder.decoder.decode(each.tokens) for each in said]
 
 
 def test_rows_end_by_a_token_that_ends_texts_by_a_stop_string_or_by_length(folder, changed):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, dynamic_module_utils
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, dynamic_module_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from s2.inference import generate
-from s2.integrations import lazy, modeling_s2_llama
+from s2.integrations import HF_FILES, lazy, modeling_s2_llama
 from s2.model import ModelConfig, Transformer
 from s2.model.hf import save_pretrained
 
@@ -149,8 +149,10 @@ def test_a_trusted_folder_brings_its_own_code(export, monkeypatch):
     ids = torch.randint(61, (2, 90))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids), atol=2e-5, rtol=1e-4)
+        bare = AutoModel.from_pretrained(folder / "hf", trust_remote_code=True).eval()
+        assert torch.equal(bare(ids).last_hidden_state, theirs.model(ids).last_hidden_state)
     theirs.save_pretrained(folder / "again")
-    assert (folder / "again" / f"{modeling_s2_llama.__name__.rpartition('.')[2]}.py").is_file()
+    assert all((folder / "again" / file.name).is_file() for file in HF_FILES)
 
 
 @pytest.mark.nightly

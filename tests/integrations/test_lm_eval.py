@@ -1,10 +1,11 @@
 """lm-eval's own model on an exported folder with sparse layers, beside ours."""
 
+import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from eval.adapter import S2LM
-from tests.eval.small_checkpoint import make_checkpoint, prose
+from tests.eval.small_checkpoint import make_checkpoint, mark_words, prose
 
 
 def requests(kind, arguments):
@@ -14,8 +15,9 @@ def requests(kind, arguments):
     ]
 
 
-def test_likelihoods_and_generated_texts_are_ours(tmp_path):
-    folder = make_checkpoint(tmp_path / "hf", layout="L1V3+sink1+dense1", max_length=256)
+@pytest.mark.parametrize("change", [lambda folder: folder, mark_words], ids=["bytes", "marked words"])
+def test_likelihoods_and_generated_texts_are_ours(change, tmp_path):
+    folder = change(make_checkpoint(tmp_path / "hf", layout="L1V3+sink1+dense1", max_length=256))
     ours = S2LM(folder, device="cpu", dtype="float32")
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, max_length=256)
     assert type(theirs.model).__name__ == "S2LlamaForCausalLM"
@@ -23,5 +25,6 @@ def test_likelihoods_and_generated_texts_are_ours(tmp_path):
     for (own, greedy), (other, also) in zip(ours.loglikelihood(scored), theirs.loglikelihood(scored), strict=True):
         assert abs(own - other) < 1e-3 and greedy == also
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
-    asked = requests("generate_until", [(prose(i + 1, seed=i), options) for i in range(3)])  # padded on the left
-    assert ours.generate_until(asked) == theirs.generate_until(asked)
+    asked = requests("generate_until", [(prose(i + 1, seed=i), options) for i in range(6)])  # padded on the left
+    texts = ours.generate_until(asked)
+    assert texts == theirs.generate_until(asked) and all(texts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2.attention import LayerLayout, s2_attention
-from s2.integrations import modeling_s2_llama as modeling
+from s2.integrations import plain_s2_llama as plain
 
 CASES = 60
 
@@ -50,14 +50,14 @@ def test_every_layer_of_any_layout_sees_what_its_pattern_says(case, seed):
     spec, layers, heads, kv_heads = random_case(random.Random(seed + case))
     layout = LayerLayout.parse(spec, layers)
     layout.check_heads(heads, kv_heads)
-    found = modeling.layout_rules(spec, layers, heads, kv_heads)
+    found = plain.layout_rules(spec, layers, heads, kv_heads)
     blocks = torch.arange(40)
     assert len(found) == layers
     for rules, pattern, rotation in zip(found, layout.patterns, layout.rotations, strict=True):
         expected = pattern.block_mask(40, len(pattern.heads) or kv_heads, layer=rotation)
-        got = modeling.block_mask(rules, blocks, blocks)
+        got = plain.block_mask(rules, blocks, blocks)
         assert torch.equal(got.expand_as(expected), expected), (spec, kv_heads, rotation)
-        assert (set(rules) == {modeling._DENSE}) == pattern.is_dense
+        assert (set(rules) == {plain.DENSE}) == pattern.is_dense
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -66,16 +66,16 @@ def test_plain_attention_is_the_reference_forward_and_backward(case, seed, monke
     spec, layers, heads, kv_heads = random_case(draw)
     size, kv_len, batch = draw.choice([16, 32]), draw.randint(1, 300), draw.choice([1, 2])
     q_len = draw.choice([kv_len, 1, draw.randint(1, kv_len)])
-    monkeypatch.setattr(modeling, "MOST_SCORES", draw.choice([1, heads * kv_len * batch * 37, 1 << 26]))
+    monkeypatch.setattr(plain, "MOST_SCORES", draw.choice([1, heads * kv_len * batch * 37, 1 << 26]))
     layer, scale = draw.randrange(layers), 0.3
     layout = LayerLayout.parse(spec, layers, size)
-    rules = modeling.layout_rules(spec, layers, heads, kv_heads)[layer]
+    rules = plain.layout_rules(spec, layers, heads, kv_heads)[layer]
     shapes = (batch, q_len, heads, 8), (batch, kv_len, kv_heads, 8), (batch, kv_len, kv_heads, 8)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     expected = s2_attention(
         *inputs, layout[layer], rotation=layout.rotations[layer], softmax_scale=scale, backend="reference"
     )
-    got = modeling.plain_attention(*inputs, rules, size, scale)
+    got = plain.plain_attention(*inputs, rules, size, scale)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-8)
     direction = torch.randn_like(expected)
     for one, other in zip(*(torch.autograd.grad(x, inputs, direction) for x in (got, expected)), strict=True):
@@ -84,7 +84,7 @@ def test_plain_attention_is_the_reference_forward_and_backward(case, seed, monke
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_plain_attention_never_holds_the_scores_of_all_queries(grad, monkeypatch):
-    monkeypatch.setattr(modeling, "MOST_SCORES", 2 * 512 * 64)
+    monkeypatch.setattr(plain, "MOST_SCORES", 2 * 512 * 64)
     largest, kept = 0, {}
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -100,9 +100,9 @@ def test_plain_attention_never_holds_the_scores_of_all_queries(grad, monkeypatch
         return x
 
     q, k, v = (torch.randn(1, 512, 2, 16, requires_grad=grad) for _ in range(3))
-    rules = modeling.layout_rules("L2V4+sink1", 1, 2, 2)[0]
+    rules = plain.layout_rules("L2V4+sink1", 1, 2, 2)[0]
     with Watch(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = modeling.plain_attention(q, k, v, rules, 16, 0.25)
+        out = plain.plain_attention(q, k, v, rules, 16, 0.25)
         if grad:
             out.sum().backward()
     assert largest <= 2 * 512 * 64
@@ -118,4 +118,4 @@ def test_what_is_no_layout_is_refused_as_the_package_does(spec):
     with pytest.raises(ValueError):
         LayerLayout.parse(spec, 4).check_heads(4, 2)
     with pytest.raises(ValueError, match="attention_layout="):
-        modeling.layout_rules(spec, 4, 4, 2)
+        plain.layout_rules(spec, 4, 4, 2)

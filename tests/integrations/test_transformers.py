@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from s2.inference import generate
-from s2.integrations import HF_MODELING
+from s2.integrations import HF_FILES, plain_s2_llama
 from s2.integrations import modeling_s2_llama as modeling
 from s2.model import ModelConfig, Transformer
 from s2.model.hf import load_config, load_pretrained, save_pretrained
@@ -89,15 +97,36 @@ def test_what_transformers_saves_holds_all_that_opens_it_elsewhere(tmp_path):
     theirs = opened(build(), tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
-        assert (tmp_path / folder / HF_MODELING.name).read_bytes() == HF_MODELING.read_bytes()
+        assert all((tmp_path / folder / file.name).read_bytes() == file.read_bytes() for file in HF_FILES)
         values = json.loads((tmp_path / folder / "config.json").read_text())
         assert values["auto_map"] == {
             "AutoConfig": "modeling_s2_llama.S2LlamaConfig",
+            "AutoModel": "modeling_s2_llama.S2LlamaModel",
             "AutoModelForCausalLM": "modeling_s2_llama.S2LlamaForCausalLM",
         }
         assert values["model_type"] == "s2_llama"
         with pytest.raises(ValueError, match="s2_attention"):
             LlamaForCausalLM.from_pretrained(tmp_path / folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": BY_KIND, "qk_norm": True}])
+@torch.no_grad()
+def test_the_model_without_its_head_opens_saves_and_gives_the_same_hidden_states(changes, tmp_path, path):
+    ours = build(**changes)
+    whole = opened(ours, tmp_path / "ours")
+    bare = AutoModel.from_pretrained(tmp_path / "ours").eval()
+    assert type(bare) is modeling.S2LlamaModel
+    hidden = bare(tokens(2, 100)).last_hidden_state
+    assert torch.equal(hidden, whole.model(tokens(2, 100)).last_hidden_state)
+    assert_close(ours.lm_head(hidden), ours(tokens(2, 100)))
+    bare.save_pretrained(tmp_path / "bare")
+    assert all((tmp_path / "bare" / file.name).is_file() for file in HF_FILES)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "bare")(tokens(2, 100)).last_hidden_state, hidden)
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        bare(tokens(1, 5), output_attentions=True)
+    bare.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="would ignore the attention_layout"):
+        bare(tokens(1, 5))
 
 
 def test_a_dense_export_is_a_plain_llama_and_leaves_no_modeling_file_of_an_earlier_one(tmp_path):
@@ -144,6 +173,44 @@ def test_padding_on_the_right_changes_no_token_before_it(tmp_path, path):
         assert_close(logits[row, :length], ours(ids[row : row + 1, :length])[0])
 
 
+@pytest.mark.parametrize("layout", ["dense", "L1V3+sink1+dense1"])
+@torch.no_grad()
+def test_a_pad_token_in_a_prompt_without_a_mask_is_left_out_as_transformers_own_llama_does(layout, tmp_path, path):
+    ours = build(attention_layout=layout).eval()
+    ids = tokens(2, 70).clamp(1)
+    ids[0, 33:40], ids[0, 50], ids[1, :21], ids[1, 40:60] = 0, 0, 0, 0
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if layout == "dense":
+        config = modeling.S2LlamaConfig(**ours.config.replace(attention_layout="W2").to_hf_dict())
+        config.attention_layout = layout
+        theirs = modeling.S2LlamaForCausalLM(config).eval()
+        llama = opened(ours, tmp_path)
+        theirs.load_state_dict(llama.state_dict())
+        assert type(llama) is LlamaForCausalLM
+        assert torch.equal(theirs.generate(ids, **options), llama.generate(ids, **options))
+        mask = ids.ne(0).long()
+        got, expected = (model(ids, attention_mask=mask).logits for model in (theirs, llama))
+        assert_close(got * mask[..., None], expected * mask[..., None])
+    else:
+        theirs = opened(ours, tmp_path)
+    for row, got in zip(ids, theirs.generate(ids, **options)[:, 70:], strict=True):
+        assert torch.equal(got, generate(ours, row[row != 0][None], 30)[0])
+
+
+def test_padding_between_tokens_gets_no_gradient_and_changes_none(tmp_path, path):
+    theirs = opened(build(), tmp_path)
+    ids, mask = tokens(1, 60), torch.ones(1, 60, dtype=torch.long)
+    mask[0, 20:35] = 0
+    kept = mask[0].bool()
+    embeds = theirs.get_input_embeddings()(ids).detach().requires_grad_()
+    positions = (mask.cumsum(-1) - 1) * mask
+    theirs(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits[:, kept].square().sum().backward()
+    alone = embeds.detach()[:, kept].requires_grad_()
+    theirs(inputs_embeds=alone).logits.square().sum().backward()
+    torch.testing.assert_close(embeds.grad[:, kept], alone.grad, atol=1e-4, rtol=1e-3)
+    assert not embeds.grad[:, ~kept].any()
+
+
 @pytest.mark.parametrize("mask", ["none", "ones", "right"])
 def test_packed_documents_by_position_are_apart_forward_and_backward(mask, tmp_path, path):
     ours = build()
@@ -179,7 +246,7 @@ def test_loss_and_gradients_are_ours(checkpointing, tmp_path, path, monkeypatch)
     ours = build(tie_word_embeddings=True, qk_norm=True, rope_scaling=BY_KIND)
     theirs = opened(ours, tmp_path).train()
     if checkpointing:
-        monkeypatch.setattr(modeling, "MOST_SCORES", 6 * 100 * 30)
+        monkeypatch.setattr(plain_s2_llama, "MOST_SCORES", 6 * 100 * 30)
         theirs.gradient_checkpointing_enable()
     ids = tokens(2, 100)
     loss = theirs(ids, labels=ids, use_cache=False).loss
@@ -277,7 +344,10 @@ def test_another_attention_is_refused_whenever_it_is_asked_for(name, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])}, "padding between tokens"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 0, 0, 1, 2]]), "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])},
+            "packed documents with padding between tokens",
+        ),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, r"\[1, 1, 6, 6\]"),
         ({"attention_mask": torch.ones(1, 9).long()}, "an attention_mask of 9 for 6 tokens"),
         ({"position_ids": torch.tensor([[0, 1, 2, 7, 8, 9]])}, "position_ids must grow by 1"),

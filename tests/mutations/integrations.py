@@ -5,28 +5,29 @@ from __future__ import annotations
 from .mutant import Mutant
 
 _MODELING = "s2/integrations/modeling_s2_llama.py"
+_PLAIN = "s2/integrations/plain_s2_llama.py"
 
 MUTANTS = (
     Mutant(
-        "residues_stand_still_from_layer_to_layer", _MODELING,
+        "residues_stand_still_from_layer_to_layer", _PLAIN,
         "(head + turn * num_heads) % widest",
         "head % widest",
         ("test_modeling_rules.py",),
     ),
     Mutant(
-        "levels_begin_at_the_window", _MODELING,
+        "levels_begin_at_the_window", _PLAIN,
         "begin = end\n    if local < 1:",
         "pass\n    if local < 1:",
         ("test_modeling_rules.py",),
     ),
     Mutant(
-        "queries_of_a_later_piece_take_the_first_blocks", _MODELING,
+        "queries_of_a_later_piece_take_the_first_blocks", _PLAIN,
         "seen = block_mask(rules, block[first // size :], block)",
         "seen = block_mask(rules, block[: len(block) - first // size], block)",
         ("test_modeling_rules.py",),
     ),
     Mutant(
-        "the_backward_keeps_all_scores", _MODELING,
+        "the_backward_keeps_all_scores", _PLAIN,
         "if torch.is_grad_enabled() and length > step:",
         "if False:",
         ("test_modeling_rules.py::test_plain_attention_never_holds_the_scores_of_all_queries",),
@@ -36,6 +37,19 @@ MUTANTS = (
         "self.starts = starts if any(starts) else None",
         "self.starts = None",
         ("test_transformers.py::test_generation_of_a_batch_padded_on_the_left_gives_each_prompts_own_tokens",),
+    ),
+    Mutant(
+        "padding_between_tokens_is_seen", _MODELING,
+        "k[row, place][None], v[row, place][None])",
+        "k[row, : len(place)][None], v[row, : len(place)][None])",
+        ("test_transformers.py::"
+         "test_a_pad_token_in_a_prompt_without_a_mask_is_left_out_as_transformers_own_llama_does",),
+    ),
+    Mutant(
+        "the_model_without_its_head_is_not_known", "s2/integrations/hf.py",
+        "AutoModel.register(S2LlamaConfig, S2LlamaModel, exist_ok=True)\n",
+        "",
+        ("test_transformers.py::test_the_model_without_its_head_opens_saves_and_gives_the_same_hidden_states",),
     ),
     Mutant(
         "packed_documents_see_each_other", _MODELING,
@@ -57,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "a_dense_export_keeps_the_modeling_file", "s2/model/hf.py",
-        '"model*.safetensors", HF_MODELING.name)',
+        '"model*.safetensors", *(file.name for file in HF_FILES))',
         '"model*.safetensors")',
         ("test_transformers.py::"
          "test_a_dense_export_is_a_plain_llama_and_leaves_no_modeling_file_of_an_earlier_one",),

@@ -145,8 +145,8 @@ MUTANTS = (
     ),
     Mutant(
         "a_stop_string_is_cut_before_one_that_begins_sooner", "s2/inference",
-        "if found < len(text) and found <= begun:",
-        "if found < len(text):",
+        "if found < len(text) and found <= begun:\n            return",
+        "if found < len(text):\n            return",
         ("test_detokenize.py",),
     ),
     Mutant(
@@ -163,13 +163,31 @@ MUTANTS = (
     ),
     Mutant(
         "runs_of_byte_tokens_are_shown_while_they_may_become_invalid", "s2/inference",
-        "if not self._decoder.is_adding or token in self._decoder.bytes:",
-        "if not self._decoder.is_adding:",
+        "if self._track_run(token):",
+        "if False:",
         ("test_detokenize.py",),
     ),
     Mutant(
+        "a_stop_string_in_a_run_of_byte_tokens_waits_for_its_end", "s2/inference",
+        "return self._stop_in_run()",
+        "return \"\"",
+        ("test_detokenize.py",),
+    ),
+    Mutant(
+        "a_text_lacks_the_space_before_its_first_word", "s2/inference/text.py",
+        "() if is_apart else prompt",
+        "()",
+        ("test_text.py",),
+    ),
+    Mutant(
+        "texts_of_an_evaluation_are_not_lm_evals", "eval/adapter.py",
+        "is_apart=True",
+        "is_apart=False",
+        ("test_lm_eval.py",),
+    ),
+    Mutant(
         "special_tokens_are_context_for_the_next", "s2/inference",
-        "            return \"\"\n        if self._decoder.tokenizer.id_to_token(token) is None:",
+        "            return \"\"\n        if not self._decoder.is_shown(token):",
         "            pass\n        if self._decoder.tokenizer.id_to_token(token) is None:",
         ("test_detokenize.py",),
     ),
@@ -196,6 +214,30 @@ MUTANTS = (
         "stream = _STREAMS.get(current) or _STREAMS.setdefault(current, torch.cuda.Stream(device))",
         "stream = torch.cuda.Stream(device)",
         ("test_graph.py::test_captures_for_one_stream_share_a_stream",),
+    ),
+    Mutant(
+        "memory_that_runs_out_in_a_capture_ends_generation", "s2/inference",
+        "if not _is_out_of_memory(error):",
+        "if True:",
+        ("test_graph.py",),
+    ),
+    Mutant(
+        "a_reused_cache_keeps_the_values_of_another_batch", "s2/inference",
+        "        for layer in self._layers:\n            layer.reset()\n",
+        "",
+        ("test_pool.py",),
+    ),
+    Mutant(
+        "two_generations_get_one_cache", "s2/inference",
+        "if self._is_lent:",
+        "if False:",
+        ("test_pool.py",),
+    ),
+    Mutant(
+        "each_batch_of_an_evaluation_makes_a_cache", "eval/adapter.py",
+        "            pool=pool,\n",
+        "",
+        ("test_adapter.py::test_an_evaluation_makes_one_cache_for_all_batches_that_fit",),
     ),
     Mutant(
         "rows_that_ended_draw_on", "s2/inference",
