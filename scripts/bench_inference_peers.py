@@ -12,6 +12,7 @@ Writes docs/benchmarks/<date>-<machine>-inference-peers.{md,json}.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -65,60 +66,63 @@ DRAWN = (
 # ---------------------------------------------------------------- prefill
 
 
+Built = tuple[peers.Call, peers.Call]  # the call to time, and one that returns [S, Hq, D]
+
+
 def prefill_rows(shape: Shape, inputs: Inputs, specs: list[str], timing: Timing) -> Iterator[Row]:
     q, k, v = (x.contiguous() for x in (inputs.q, inputs.k, inputs.v))
     at = torch.linspace(0, shape.length - 1, min(SAMPLED, shape.length), device=q.device).long()
-    wanted = full_attention(q[at], k, v, at)
+    wanted, all_pairs = full_attention(q[at], k, v, at), shape.length * (shape.length + 1) / 2
 
-    def row(name: str, build: Callable[[Row], tuple[peers.Call, peers.Call]], share: float = 1.0) -> Row:
-        """`build` gives the call to time and the one that returns `[S, Hq, D]`."""
+    def row(name: str, build: Callable[[Row], Built], share: float = 1.0, ours: Tensor | None = None) -> Row:
+        """`build` gets the row, to say more in it; `ours` is the result to be the same as."""
         made = shape.row(name) | {"share": share}
         with noted(made, "time"), torch.no_grad():
             call, result = build(made)
             out = result()
             made["error"] = relative_error(out[at], wanted)
             made["time"] = median_ms(call, timing)
-            if ours is not None and name.startswith("FlashInfer") and share < 1:
+            if ours is not None:
                 made["difference"] = relative_rmse(out[None], ours[None])
         free_memory()
         return made
 
-    ours: Tensor | None = None
     yield row("dense, cuDNN", lambda _: _twice(partial(_cudnn, q, k, v)))
     yield row("FlashInfer, dense", lambda _: _twice(peers.flashinfer_dense(q, k, v)))
     for spec in specs:
         pattern = Pattern.parse(spec, BLOCK)
         pairs = sum(pattern.visible_pairs(shape.length, shape.kv_heads)) / shape.kv_heads
-        all_pairs = shape.length * (shape.length + 1) / 2
-        attend = partial(s2_attention, q[None], k[None], v[None], pattern)
-        yield row(f"ours, {spec}", lambda _, a=attend: (a, lambda: a()[0]), pairs / all_pairs)
-        try:
-            with torch.no_grad():
-                ours = attend()[0]
-        except Exception:  # the row above says why
-            ours = None
+        share, ours = pairs / all_pairs, _ours(q, k, v, pattern)
+        yield row(f"ours, {spec}", lambda _, call=ours: _twice(call), share)
+        result = None
+        with contextlib.suppress(Exception), torch.no_grad():  # the row says why
+            result = ours()
         lists = block_lists(pattern, shape.kv_heads, -(-shape.length // BLOCK))
         for backend in ("fa2", "fa3"):
             build = partial(peers.flashinfer_sparse, q, k, v, lists, BLOCK, backend)
-            yield row(f"FlashInfer, {spec}, {backend}", lambda _, b=build: b(), pairs / all_pairs)
-
-        def choose_and_attend(
-            made: Row, pairs: float = pairs, all_pairs: float = all_pairs
-        ) -> tuple[peers.Call, peers.Call]:
-            attend, note = peers.minference(q, k, v)
-            scores = line_scores(q, k)
-            found = peers.minference_lines(scores, shape.length, pairs)
-            counts = found.vertical, found.slash
-            chosen = lines(scores, *counts)
-            made["share"] = found.pairs / all_pairs
-            add_note(made, f"{note}; {found.vertical:,} columns, {found.slash:,} diagonals")
-            made["alone"] = median_ms(partial(attend, *chosen), timing)
-            return _twice(lambda: attend(*lines(line_scores(q, k), *counts)))
-
-        yield row(f"MInference, pairs of {spec}", choose_and_attend)
+            yield row(f"FlashInfer, {spec}, {backend}", lambda _, build=build: build(), share, result)
+        yield row(f"MInference, pairs of {spec}", partial(_minference, q, k, v, pairs, timing))
 
 
-def _twice(call: peers.Call) -> tuple[peers.Call, peers.Call]:
+def _ours(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> peers.Call:
+    inputs = [x[None] for x in (q, k, v)]
+    return lambda: s2_attention(*inputs, pattern)[0]
+
+
+def _minference(q: Tensor, k: Tensor, v: Tensor, pairs: float, timing: Timing, made: Row) -> Built:
+    """Choosing lines and attending to them; what it is to attend alone goes into the row."""
+    attend, note = peers.minference(q, k, v)
+    scores = line_scores(q, k)
+    found = peers.minference_lines(scores, len(q), pairs)
+    counts = found.vertical, found.slash
+    made["share"] = found.pairs / (len(q) * (len(q) + 1) / 2)
+    add_note(made, f"{note}; {found.vertical:,} columns, {found.slash:,} diagonals")
+    made["alone"] = median_ms(partial(attend, *lines(scores, *counts)), timing)
+    del scores
+    return _twice(lambda: attend(*lines(line_scores(q, k), *counts)))
+
+
+def _twice(call: peers.Call) -> Built:
     return call, call
 
 
