@@ -1,4 +1,4 @@
-"""What peers of inference are compared on: drawn inputs, files of a layer's tensors, and the script that writes them."""
+"""What peers of inference are compared on: drawn inputs, files of a layer, and the script that writes those."""
 
 import sys
 from pathlib import Path
