@@ -224,7 +224,7 @@ def test_captures_for_one_stream_share_a_stream(monkeypatch):
     streams, current, captured = iter(range(100)), ["a"], []
 
     class Capturing(contextlib.nullcontext):
-        def __init__(self, graph, stream, capture_error_mode):
+        def __init__(self, graph, pool, stream, capture_error_mode):
             super().__init__()
             assert _CAPTURES.locked()
             captured.append(stream)
@@ -234,9 +234,10 @@ def test_captures_for_one_stream_share_a_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream {next(streams)} of {device}")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (current[-1], device))
     monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     for name, device in (("a", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 0), ("a", 0)):
         current.append(name)
-        _capture(lambda: None, device)
+        _capture(lambda: None, device, memory=None)
     assert [captured.index(stream) for stream in captured] == [0, 0, 2, 3, 2, 0]
     assert [stream[-1] for stream in captured] == ["0", "0", "0", "1", "0", "0"]
 
