@@ -42,9 +42,9 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 @torch.inference_mode()
 def test_4k_decoded_tokens_have_the_logits_of_a_whole_pass(layout, block, heads, kv_heads, head_dim):
     config = ModelConfig(
-        vocab_size=128, hidden_size=heads * head_dim, intermediate_size=256, num_hidden_layers=4, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=8192, attention_layout=layout,
-        block_size=block, initializer_range=0.05,
+        vocab_size=128, hidden_size=heads * head_dim, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=8192,
+        attention_layout=layout, block_size=block, initializer_range=0.05,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Transformer(config).to("cuda", torch.bfloat16).eval()
