@@ -113,9 +113,9 @@ test: setup ## the test suite, no GPU needed (WORKERS processes)
 test-all: setup ## the same with its nightly tests, and ten random cases of damage and kills
 	S2_RANDOM_CASES=10 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not gpu' $(ARGS)
 
-test-gpu: ## the tests of attention, KV cache and generation on a CUDA device, with the environment at hand (PYTHON=...) or .venv
+test-gpu: ## the tests of attention, generation and integrations on a CUDA device, with the environment at hand (PYTHON=...) or .venv
 	$(AT_HAND) -m pytest -q -n $(WORKERS) --dist worksteal \
-		tests/attention tests/model/test_triton_op.py tests/inference/test_gpu_cache.py tests/inference/test_gpu_generate.py $(ARGS)
+		tests/attention tests/model/test_triton_op.py tests/inference/test_gpu_*.py tests/integrations/test_gpu_*.py $(ARGS)
 
 verify: ## check the attention of every recipe, or of RECIPE, on this machine's GPU, with the environment at hand or .venv
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(AT_HAND) scripts/verify.py $(if $(filter command environment,$(firstword $(origin RECIPE))),$(RECIPE)) $(ARGS)
