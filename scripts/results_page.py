@@ -6,6 +6,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from results_plan import Plan, shown
 
 from data.shards.reader import TokenShards
 from eval.grid import format_length
+from eval.report.settings import NO_SYNTHETIC, UNKNOWN, synthetic_share
 from s2 import files
 from s2.tables import markdown
 
@@ -60,7 +62,7 @@ def write(plan: Plan, results: Row, output: Path, titles: Mapping[str, str]) -> 
 
 def text(plan: Plan, results: Row, pictures: Mapping[str, str], heatmaps: Sequence[str]) -> str:
     """README.md."""
-    share = retrieval_share(results)
+    share = retrieval_share(results, [asdict(spec) for spec in plan.specs.values()])
     parts = [f"# {plan.name}", plan.about.strip(), *_state(plan, results), "## Arms", _arms(plan, results)]
     parts += [f"{share} Every table below is of models trained so."] if share else []
     for picture, title in pictures.items():
@@ -110,19 +112,21 @@ def _arms(plan: Plan, results: Row) -> str:
     return markdown(header, rows, numbers=(3, 4))
 
 
-def retrieval_share(results: Row) -> str:
-    """What of the training tokens was synthetic retrieval documents, as a sentence; "" where none was."""
+def retrieval_share(results: Row, prepared: Sequence[Row] = ()) -> str:
+    """What of the training tokens was synthetic retrieval documents, as a sentence; "" where none was.
+
+    prepared: sections of the plan's data, for runs that have not recorded it (`eval.report.settings.synthetic_share`).
+    """
     found: dict[str, set[str]] = {}
     for each in results["arms"].values():
         for stage, summary in each["summaries"].items():
-            total = sum(part["asked"] for part in summary["data"])
-            made = sum(part["asked"] for part in summary["data"] if "retrieval" in part["component"])
-            if made:
-                found.setdefault(stage, set()).add(f"{made / total:.0%}")
+            data = (each["stages"][stage]["recipe"] or {}).get("data", {}).get("init_args", {})
+            words = synthetic_share(summary, data, prepared) or UNKNOWN
+            found.setdefault(stage, set()).add(words.replace(" of the tokens", ""))
+    if {word for words in found.values() for word in words} <= {NO_SYNTHETIC}:
+        return ""
     shares = "; ".join(f"{stage} {' or '.join(sorted(values))}" for stage, values in found.items())
-    return (
-        f"Synthetic retrieval documents (data/corpus/retrieval.py) in the training tokens: {shares}." if shares else ""
-    )
+    return f"Synthetic retrieval documents (data/corpus/retrieval.py) in the training tokens: {shares}."
 
 
 def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:

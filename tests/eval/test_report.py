@@ -224,15 +224,20 @@ def test_synthetic_documents_are_counted_in_the_shards_where_those_are_there(tmp
     shards = tmp_path / "mixed" / "train"
     recipe["data"]["init_args"]["mixture"] = [{"path": str(shards)}, {"path": "elsewhere/train"}]
     run = make_run(tmp_path / "demo" / "a", recipe=recipe)
-    assert settings.synthetic(read_run(run)) == f"0.0% of the tokens; unknown of {shards}, elsewhere/train"
+    assert settings.synthetic(read_run(run)) is None
     shards.mkdir(parents=True)
     sources = [{"path": "web", "tokens": 300}, {"path": "retrieval", "name": "made", "tokens": 100}]
     write_json(shards / "manifest.json", {"sources": sources})
-    assert settings.synthetic(read_run(run)) == "12.5% of the tokens; unknown of elsewhere/train"
+    assert settings.synthetic(read_run(run)) == "at least 12.5% of the tokens; not recorded of elsewhere/train"
     # as trained, where the summary says it, and not as weighted; of one source, its own
     parts = [{"component": f"{shards}, source made, documents of 9 or more tokens", "asked": 60}]
     write_json(run / "summary.json", {"data": [*parts, {"component": str(shards), "asked": 40}]})
     assert settings.synthetic(read_run(run)) == "70.0% of the tokens"
+    # and as recorded, wherever the shards are now
+    recorded = [{"component": "/data/retrieval-x/train", "asked": 60, "synthetic": 0.0}]
+    recorded += [{"component": str(shards), "asked": 40, "synthetic": 0.5}]
+    write_json(run / "summary.json", {"data": recorded})
+    assert settings.synthetic(read_run(run)) == "20.0% of the tokens"
 
 
 def test_a_share_of_retrieval_documents_beside_the_mixture_is_counted(tmp_path):
