@@ -26,7 +26,7 @@ from eval.differences import (
     of_questions,
     questions,
 )
-from eval.sweep import Z95, wilson
+from eval.sweep import Z95, kind_of, wilson
 from s2 import files
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
@@ -187,7 +187,7 @@ def evaluation_figures(file: Path) -> list[Figure]:
 
 
 def _needle(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
-    kind = content["settings"].get("kind", "single")
+    kind = kind_of(content)
     for metric, summary in content["summary"].items():
         known = {row["length"]: row.get("interval") for row in summary.get("lengths", [])}
         for length in dict.fromkeys(each["length"] for each in content["samples"]):

@@ -344,14 +344,14 @@ def _longest_trained(results: Row, kind: tuple[str, str, str], arms: Iterable[st
 def _heatmaps(plan: Plan, output: Path) -> list[str]:
     """Heatmaps of the arms side by side, the baseline first, six at most a picture; their file names."""
     from eval.heatmap import draw
-    from eval.sweep import read_sweep
+    from eval.sweep import kind_of, read_sweep
 
     names = sorted((arm.name for arm in plan.arms), key=lambda name: name != plan.baseline)
     by_sweep: dict[str, list[tuple[str, Path]]] = {}
     for name in names:
         for file in sorted(Path(plan.root, name).glob("*/results/needle*.json")):
             content = files.read_json(file)
-            if content.get("settings", {}).get("kind", "single") == "single" and "summary" in content:
+            if kind_of(content) == "single" and "summary" in content:
                 by_sweep.setdefault(f"{file.parts[-3]}-{file.stem}", []).append((name, file))
     made = []
     for stem, found in by_sweep.items():

@@ -88,8 +88,22 @@ def test_the_front_picture_has_its_table_as_markdown_beside_it(tmp_path):
     with pytest.raises(ValueError, match="2 to 4 runs have room side by side, and 1 are named"):
         main([str(runs[0]), "--front", str(tmp_path / "front.png")])
     (runs[1] / "results" / "needle.json").rename(runs[1] / "results" / "needle-n1.json")
-    with pytest.raises(ValueError, match=r"no needle sweep of one name .*demo/a: needle; demo/b: needle-n1"):
+    with pytest.raises(
+        ValueError, match=r"no sweep of one name for a single needle .*demo/a: needle; demo/b: needle-n1"
+    ):
         main([*map(str, runs), "--front", str(tmp_path / "front.png")])
+
+
+def test_the_front_picture_shows_the_single_needle_of_all_runs(tmp_path, monkeypatch):
+    runs = pair(tmp_path)
+    for run in runs:  # as long, and before `needle` in the alphabet; longer
+        for name, length, kind in (("needle-a", 1024, "multi-key"), ("needle-b", 4096, "multi-value")):
+            cells = {(length, depth): 0.0 for depth in (0, 100)}
+            write_results(run / "results" / f"{name}.json", cells, settings={"haystack": "prose", "kind": kind})
+    drawn = []
+    monkeypatch.setattr("eval.heatmap.draw", lambda sweeps, *args, **options: drawn.extend(sweeps))
+    main([*map(str, runs), "--front", str(tmp_path / "front.png")])
+    assert [(max(sweep.lengths), sweep.mean()) for sweep in drawn] == [(1024, 0.5), (1024, 1.0)]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
