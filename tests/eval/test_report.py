@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.differences import unpaired
 from eval.report import rates, scores, settings
@@ -14,6 +15,7 @@ from eval.report.glance import glance
 from eval.report.page import missing
 from eval.report.run import labels, read_run, read_runs
 from s2.files import write_json
+from s2.inference import KVCache
 from s2.model.config import ModelConfig
 from s2.model.flops import matmul_parameters
 from s2.model.hf import fingerprint
@@ -274,6 +276,17 @@ def test_mfu_is_said_by_each_definition(tmp_path):
     for row in ("MFU, executed | 50.0%", "MFU, dense-equivalent | 60.0%", "MFU, full square | ", "time | 2.02 hours"):
         assert f"| {row}" in text
     assert "| tokens/s a device | 200 |" in text
+
+
+def test_the_kv_cache_of_both_numbers_is_what_the_cache_here_holds(tmp_path):
+    (run,) = read_runs([make_run(tmp_path / "demo" / "a")])
+    text, size = "\n".join(rates.speed([run])), 1024
+    config, dense = (ModelConfig(**MODEL | {"attention_layout": layout}) for layout in ("L2V4-inter", "dense"))
+    sparse, full = (KVCache.bytes_for(each, 1, size, torch.bfloat16) / size for each in (config, dense))
+    assert sparse < 0.7 * full and full > 4 * 2 * 2 * 16 * 2  # layers, KV heads, keys and values, head_dim, bytes
+    assert f"| KV cache a token at 1k | {sparse:.0f} B ({full:.0f} B) |" in text
+    assert "It keeps what a later query can see" in text and "which is everything" not in text
+    assert rates.kv_cache(size, run) == f"{sparse:.0f} B"
 
 
 def test_the_record_beside_a_run_says_where_it_was_made(tmp_path):
