@@ -38,7 +38,7 @@ from s2.model.hf import load_config
 
 DOCUMENTS = 50
 _FIRST = 64  # tokens of the first bucket
-_SCORING = "one forward over each document; float32 logits"
+_SCORING = "one forward over the first tokens of each document, as many as the length; float32 logits"
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
@@ -130,8 +130,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def read_documents(
     checkpoint: Checkpoint, source: Path, column: str, lengths: Sequence[int], n: int
 ) -> dict[int, list]:
-    """By length, the number and token ids (to the longest length, and one more if there are) of the first `n` documents
-    that have so many.
+    """By length, the number and token ids (to the longest length) of the first `n` documents that have so many.
 
     Raises ValueError for a length that no document has.
     """
@@ -141,7 +140,7 @@ def read_documents(
 
     def encode(text: str) -> list[int]:
         begin = text[: CHARS_A_TOKEN * longest]  # of a whole book
-        return (head + tokenizer.encode(begin, add_special_tokens=False).ids)[: longest + 1]
+        return (head + tokenizer.encode(begin, add_special_tokens=False).ids)[:longest]
 
     found: dict[int, list] = {length: [] for length in sorted(lengths)}
     most, skipped = 0, ""
@@ -206,7 +205,7 @@ def command(argv: Sequence[str]) -> Path:
             found = losses(checkpoint, [row[:length] for row in rows])
         for sample, row, parts in zip(batch, rows, found, strict=True):
             prompt = samples.digest(row[:length])
-            yield sample | {"tokens": length - 1, "prompt": prompt, "cut": len(row) > length, "losses": parts}
+            yield sample | {"tokens": length - 1, "prompt": prompt, "losses": parts}
 
     settings = {
         "documents": source.name or str(source),
@@ -219,7 +218,7 @@ def command(argv: Sequence[str]) -> Path:
     parts += [f"n{args.n}"] if args.n != DOCUMENTS else []
     parts += [name_of(args.documents)] if args.documents else []
     evaluation = Evaluation(
-        "positions", _SCORING, settings, plan, lambda sample: sample["length"], compute, summarise, describe
+        "positions", _SCORING, settings, plan, lambda sample: sample["length"], compute, summarise, describe, cuts=False
     )
     return evaluation.run(argv, args, checkpoint, "-".join(parts))
 

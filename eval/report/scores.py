@@ -109,15 +109,15 @@ def positions(runs: Sequence[Run], stem: str) -> list[str]:
             differences = [_document_difference(each[0], other) for other in each]
             label = "all" if low is None else f"{low:,} to {high:,}"
             table.add((format_length(length), label), values, differences)
-    return [*table.parts(" in nats a token", "document"), said(runs, found)]
+    return [*table.parts(" in nats a token", "document"), said(runs, found, cuts=False)]
 
 
-def said(runs: Sequence[Run], found: Sequence[Scores | None]) -> str:
-    """The conditions that result files say they hold under, a line a run."""
-    lines = []
+def said(runs: Sequence[Run], found: Sequence[Scores | None], cuts: bool = True) -> str:
+    """The conditions that result files say they hold under, a line a run. cuts: with the prompts not read whole."""
+    lines, keys = [], ("n", "bos", "sampling", *(("cut",) if cuts else ()), "scoring")
     for run, scores in zip(runs, found, strict=True):
         about = scores.content.get("conditions", {}) if scores else {}
-        known = [f"{key} {about[key]}" for key in ("n", "bos", "sampling", "cut", "scoring") if key in about]
+        known = [f"{key} {about[key]}" for key in keys if key in about]
         lines += [f"- {run.name}: {', '.join(known)}"] if known else []
     return "\n".join(lines)
 

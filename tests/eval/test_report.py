@@ -182,6 +182,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
     ):
         assert what in said
     assert "needles" not in said and "training log" not in said
+    assert "- demo/a has no exported weights here (hf/)\n" in said and " no the " not in said
     runs = read_runs([run])
     assert (
         rates.environment(runs)[-1]
@@ -373,5 +374,9 @@ def test_losses_by_position_are_paired_over_documents(tmp_path):
     one, two = pair(tmp_path)
     write_positions(one / "results" / "positions.json")
     write_positions(two / "results" / "positions.json", shift=0.25)
+    content = json.loads((one / "results" / "positions.json").read_text())
+    about = {"n": 3, "bos": "exactly one", "cut": 3}  # as earlier versions counted longer documents
+    write_json(one / "results" / "positions.json", content | {"conditions": about})
     text = "\n".join(scores.positions(read_runs([one, two]), "positions"))
+    assert text.endswith("- demo/a: n 3, bos exactly one")
     assert "| 128 | 64 to 128 | 4.000 (3.00 to 5.00) | 4.250 (3.00 to 5.00)<br>**+0.250 (+0.25 to +0.25)** |" in text
