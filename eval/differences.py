@@ -134,6 +134,12 @@ def losses_by_document(
     return found
 
 
+def loss_name(content: Mapping[str, Any]) -> str:
+    """What a result file of `eval.positions` holds: `loss`, or `loss of books` where it read one source alone."""
+    source = (content.get("settings") or {}).get("source")
+    return f"loss of {source}" if source else "loss"
+
+
 def of_questions(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
     """Paired where both answered the same questions, else unpaired; None where one answered none."""
     if not first or not second:
