@@ -16,7 +16,7 @@ from eval.report.settings import UNKNOWN, Row, lines, seeds, table
 from s2.files import read_json
 from s2.inference import KVCache
 from s2.model.config import ModelConfig
-from s2.model.flops import attention_flops_per_token, flops_per_token
+from s2.model.flops import flops_per_token, full_square_flops_per_token
 from s2.tables import markdown
 from s2.training.metrics import clock
 
@@ -62,9 +62,7 @@ def full_square(run: Run) -> float | None:
     executed, model, seq_len = _median(run, "mfu_executed"), run.model, run.data.get("seq_len")
     if not executed or model is None or not seq_len:
         return None
-    causal = attention_flops_per_token(model, seq_len, executed=False)
-    square = flops_per_token(model, seq_len, executed=False) + causal * (2 * seq_len / (seq_len + 1) - 1)
-    return executed * square / flops_per_token(model, seq_len, executed=True)
+    return executed * full_square_flops_per_token(model, seq_len) / flops_per_token(model, seq_len, executed=True)
 
 
 def hours(run: Run) -> str | None:
