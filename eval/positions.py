@@ -163,7 +163,7 @@ def read_documents(
         most = max(most, len(encode(skipped)))
         where = f"source {only} in {source}" if only else str(source)
         raise ValueError(
-            f"--lengths {missing[0]}: no document of {source}{f', source {only},' if only else ''} has so many tokens (the longest: {most:,}); name longer"
+            f"--lengths {missing[0]}: no document of {where} has so many tokens (the longest: {most:,}); name longer"
             " ones with --documents FILE"
         )
     return found

@@ -113,7 +113,7 @@ def show(jobs: Mapping[str, Sequence[Job]], gpus: int) -> None:
 
 def make_page(plan: Plan, jobs: Mapping[str, Sequence[Job]], output: Path | None) -> Path | None:
     """The page of what is there; None where nothing is."""
-    results = collect(jobs, plan.baseline)
+    results = collect(jobs, plan.baseline, plan.also)
     if not results["arms"]:
         return None
     began = [a["began"] for each in results["arms"].values() for r in each["stages"].values() for a in r["attempts"]]

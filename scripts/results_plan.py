@@ -6,6 +6,8 @@ A plan is a YAML file (`recipes/experiments/<name>/plan.yaml`):
     about: what is compared, and what a reader has to know of it
     root: runs/experiments/patterns        # everything that the runs write
     baseline: dense                        # the arm that differences are taken from
+    also: import                           # a second one for tasks and losses, whatever stage it has them of
+    front: [dense, hybrid]                 # arms of front.png: needle heatmaps side by side, a table below
     inputs: {haystack: some/text}          # names for `{haystack}` in recipes and commands; a list is spliced in
     data:                                  # `data.prepare` sections by name, prepared once for all arms
       corpus: {output: ..., sources: [...], tokenizer: {...}}   # or the path of a plan that has them
@@ -43,6 +45,7 @@ from s2.settings import Check, SettingError, Settings, Weight, read
 from s2.training.config import read_stage
 
 EXPERIMENTS = Path("recipes/experiments")
+MOST_IN_FRONT = 4  # arms side by side in front.png
 _Name = Annotated[str, Check("a name of letters, digits, '-', '_' and '.'", lambda s: re.fullmatch(r"\w[\w.\-]*", s))]
 
 
@@ -89,6 +92,8 @@ class Plan(Settings):
     root: str
     about: str = ""
     baseline: str | None = None
+    also: str | None = None
+    front: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
 
@@ -101,8 +106,14 @@ class Plan(Settings):
         for i, arm in enumerate(self.arms):
             if unknown := (set(arm.stages or ()) | set(arm.minutes)) - stages:
                 raise SettingError(f"arms[{i}]", f"stage {min(unknown)!r} is none of {', '.join(sorted(stages))}")
-        if self.baseline is not None and self.baseline not in arms:
-            raise SettingError("baseline", f"{self.baseline!r} is none of the arms {', '.join(sorted(arms))}")
+        named = [("baseline", self.baseline), ("also", self.also), *(("front", name) for name in self.front)]
+        for what, name in named:
+            if name is not None and name not in arms:
+                raise SettingError(what, f"{name!r} is none of the arms {', '.join(sorted(arms))}")
+        if self.also is not None and self.also == self.baseline:
+            raise SettingError("also", f"{self.also!r} is the baseline; name another arm")
+        if self.front and not 2 <= len(set(self.front)) == len(self.front) <= MOST_IN_FRONT:
+            raise SettingError("front", f"expected 2 to {MOST_IN_FRONT} different arms, got {list(self.front)}")
 
     @property
     def specs(self) -> dict[str, PrepareSpec]:
