@@ -33,8 +33,8 @@ def cell(row: Row | None) -> str:
 
 
 def _difference(found: Row) -> str:
-    unit = f" {found['unit']}" if "unit" in found else ""
-    within = " ({:+.2g} to {:+.2g})".format(*found["interval"]) if found["interval"] else ""
+    unit, digits = (f" {found['unit']}", 3) if "unit" in found else ("", 2)
+    within = " ({:+.{d}g} to {:+.{d}g})".format(*found["interval"], d=digits) if found["interval"] else ""
     return f"{found['difference']:+.3g}{unit}{within}{'*' if found['paired'] else ''}"
 
 

@@ -83,8 +83,7 @@ def front(plan: Plan, results: Row, output: Path) -> str:
     table = _table(plan, results, stage, sweeps)
     draw(sweeps, output / FRONT, list(plan.front), table=table)
     alt = f"needles found by length and depth, after {stage}: {', '.join(plan.front)}"
-    said = f"In brackets: difference from {plan.baseline}." if plan.baseline in plan.front else ""
-    return "\n\n".join(filter(None, [f"![{alt}]({FRONT})", markdown(["", *plan.front], table), said]))
+    return f"![{alt}]({FRONT})\n\n{markdown(['', *plan.front], table)}"
 
 
 def _table(plan: Plan, results: Row, stage: str, sweeps: Sequence[Sweep]) -> list[list[str]]:
@@ -120,7 +119,13 @@ def _table(plan: Plan, results: Row, stage: str, sweeps: Sequence[Sweep]) -> lis
         return lambda stage, _: _value(known.get((arm, stage, "speed", "tokens/s per GPU", None, "median")))
 
     rates = [_by_stage(results["arms"][arm], rate(arm)) for arm in plan.front]
-    return [*rows, ["tokens/s per GPU", *rates]] if any(text != "-" for text in rates) else rows
+    rows += [["tokens/s per GPU", *rates]] if any(text != "-" for text in rates) else []
+    marks = {"[": f"[ ] less {plan.baseline}", "{": f"{{ }} less {plan.also}"}
+    texts = "".join(text for row in rows for text in row[1:])
+    if shown := [words for mark, words in marks.items() if mark in texts]:
+        said = f"{', '.join(shown)}, with 95 % intervals; * compared question by question"
+        rows.append(["differences", said, *[""] * (len(plan.front) - 1)])
+    return rows
 
 
 def _layout(model: Mapping[str, Any] | None) -> str:

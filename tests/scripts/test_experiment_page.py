@@ -147,7 +147,7 @@ def test_perplexity_has_its_interval_and_a_relative_difference(page):
     assert less["difference"] == pytest.approx(100 * math.expm1(0.1)) and less["unit"] == "%" and less["paired"]
     assert less["interval"] == pytest.approx([100 * math.expm1(0.1)] * 2, abs=1e-3)  # the same of each document
     assert rows["hybrid", "extend", "loss", 128, "perplexity"]["value"] == pytest.approx(math.exp(3.2), rel=1e-4)
-    assert "[+10.5 % (+11 to +11)*]" in text and "Differences of perplexities are relative." in text
+    assert "[+10.5 % (+10.5 to +10.5)*]" in text and "Differences of perplexities are relative." in text
 
 
 def test_an_unpaired_perplexity_is_compared_by_its_interval():
@@ -195,6 +195,7 @@ def test_the_front_picture_has_the_longest_sweep_of_its_arms_above_a_table(path,
     assert "[+10.5 % (" in table["| loss of books at 64, perplexity"]
     assert "{-0.1 (" in table["| accuracy, mean of 2 tasks"]
     assert "| train 200, extend 200 |" in table["| tokens/s per GPU"]
+    assert "[ ] less dense, { } less import, with 95 % intervals" in table["| differences"]
     drawn = []
     monkeypatch.setattr(results_heatmaps, "draw", lambda sweeps, picture, names, table: drawn.append((sweeps, table)))
     plan, found = load_plan(str(path)), json.loads((path.parent / "page" / "results.json").read_text())
