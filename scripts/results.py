@@ -26,7 +26,7 @@ from typing import Any
 from results_collect import collect
 from results_pack import pack, unpack
 from results_page import shards, write
-from results_plan import Job, Plan, load_plan, shown
+from results_plan import Job, Plan, load_plan, lost_weights, shown
 from results_queue import Queue, status
 
 from data.prepare.run import prepare
@@ -136,12 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.add:
         with lock(_root(plan)):
             print(f"{len(unpack(plan, args.add))} new files in {plan.root}")
+        print("\n".join(filter(None, map(lost_weights, plan.jobs().values()))))
     if args.add or args.page:
         print(make_page(plan, plan.jobs(), args.output) or f"{plan.root} holds no results yet")
         return ending.DONE
     specs = plan.specs
     for job in (job for each in jobs.values() for job in each):
         job.check()
+    if lost := [sentence for each in jobs.values() if (sentence := lost_weights(each))]:
+        raise ValueError(lost[0])
     gpus = gpus_at_hand(args.gpus)
     if args.dry_run:
         show(jobs, len(gpus))

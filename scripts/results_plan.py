@@ -30,9 +30,9 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile, zip_longest
+from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -187,6 +187,22 @@ class Job:
         return self.folder / f"{self.stage}.log"
 
     @property
+    def weights(self) -> Path:
+        """What a stage that trains exports."""
+        return self.folder / self.stage / "hf"
+
+    def reads(self, exports: Iterable[Path]) -> Path | None:
+        """Which of these folders of weights it reads, None where it reads none of them or has a checkpoint to go on
+        from. `--config` of a command takes the config alone."""
+        if self.recipe is not None:
+            if any((self.folder / self.stage / "checkpoints").glob("step-*")):
+                return None
+            named = [str((self.recipe.get("model") or {}).get("init_from"))]
+        else:
+            named = [word for option, word in pairwise(["", *self.command]) if option != "--config"]
+        return next((folder for folder in exports if any(Path(word) == folder for word in named)), None)
+
+    @property
     def words(self) -> list[str]:
         """The command line, as records keep it."""
         return self.command or ["python", "-m", "s2.training.cli", str(self.recipe_file)]
@@ -250,6 +266,26 @@ class Job:
         words = ["python" if new == "python" and re.fullmatch(r".*/python[\d.]*", old or "") else old
                  for old, new in pairs if old is not None]  # fmt: skip
         return None if words == self.command else _where_they_differ(words, self.command)
+
+
+def lost_weights(jobs: Sequence[Job]) -> str | None:
+    """What keeps an arm from going on: a stage that is left reads weights of a finished one that are not here. None
+    where nothing does."""
+    lost = {
+        job.weights: job for job in jobs if job.recipe and job.is_done and not any(job.weights.glob("*.safetensors"))
+    }
+    for job in (job for job in jobs if not job.is_done):
+        source, folders = job.reads(lost), list[str]()
+        while source is not None and str(source.parent) not in folders:  # what it was trained from is not here either
+            folders.append(str(source.parent))
+            source = lost[source].reads(lost)
+        if folders:
+            return (
+                f"arm {job.arm}, stage {job.stage}: the weights that it reads are not in {folders[0]}/hf (--export "
+                f"leaves weights behind); to train them again remove {' and '.join(folders)}, or leave the arm out "
+                "with --only"
+            )
+    return None
 
 
 def _moved(value: Any, old: str | None, new: str) -> Any:

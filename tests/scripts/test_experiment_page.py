@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import results  # noqa: E402
 import results_heatmaps  # noqa: E402
 from results_collect import Figure, difference  # noqa: E402
-from results_plan import Job, load_plan  # noqa: E402
+from results_plan import Job, load_plan, lost_weights  # noqa: E402
 
 from eval.positions import summarise  # noqa: E402
 from s2.files import write_json  # noqa: E402
@@ -222,3 +223,35 @@ def test_the_front_picture_has_the_longest_sweep_of_its_arms_above_a_table(path,
 def test_references_and_front_are_arms(path, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_plan(str(path), [change])
+
+
+def test_an_arm_that_was_carried_half_finished_says_what_it_takes_to_go_on(path, tmp_path, capsys):
+    plan, runs = yaml.safe_load(path.read_text()), tmp_path / "runs" / "dense"
+    for name, option in (("speed", "--config"), ("score", "--ckpt")):  # a config is there, weights are not
+        command = ["true", option, "{arm}/extend/hf"]
+        plan["stages"].append({"name": name, "command": command, "leaves": ["{arm}/" + name]})
+    plan["stages"][2]["recipe"]["model"] |= {"init_from": "{arm}/train/hf"}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan | {"root": str(tmp_path / "runs"), "front": []}))
+    jobs = load_plan(str(tmp_path / "plan.yaml")).jobs()["dense"]
+    for job in jobs[:2]:
+        finish(job, False)
+    assert lost_weights(jobs) == (
+        f"arm dense, stage extend: the weights that it reads are not in {runs}/train/hf (--export leaves weights"
+        f" behind); to train them again remove {runs}/train, or leave the arm out with --only"
+    )
+    (runs / "extend" / "checkpoints" / "step-2").mkdir(parents=True)
+    assert lost_weights(jobs) is None  # it goes on from there, and what follows waits for it
+    (runs / "extend" / "checkpoints" / "step-2").rmdir()
+    finish(jobs[2], False)
+    sentence = (
+        f"arm dense, stage score: the weights that it reads are not in {runs}/extend/hf (--export leaves weights"
+        f" behind); to train them again remove {runs}/extend and {runs}/train, or leave the arm out with --only"
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        results.main([str(tmp_path / "plan.yaml"), "--only", "dense", "--dry-run"])
+    results.main([str(tmp_path / "plan.yaml"), "--export", str(tmp_path / "x.tar.gz")])
+    results.main([str(tmp_path / "plan.yaml"), "--import", str(tmp_path / "x.tar.gz"), "--output", str(tmp_path / "p")])
+    assert sentence in capsys.readouterr().out
+    (runs / "extend" / "hf" / "model.safetensors").write_bytes(b"")
+    results.main([str(tmp_path / "plan.yaml"), "--only", "dense", "--dry-run"])
+    assert lost_weights(jobs) is None
