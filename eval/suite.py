@@ -185,10 +185,10 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
     }  # fmt: skip
     found = []
     if "positions" in args.parts:
-        own = common + options(**split, documents=args.documents)
-        found.append(("positions", "loss by position", own))
+        of_all = common + options(**split, documents=args.documents)
+        found.append(("positions", "loss by position", of_all))
         if only := args.document_source:
-            found.append(("positions", f"loss by position, {only}", own + options(source=only)))
+            found.append(("positions", f"loss by position, {only}", of_all + options(source=only)))
     if "ruler" in args.parts:
         more = options(**split, n=args.ruler_n, tasks=args.ruler_tasks, haystack=args.haystack, qa=args.qa)
         found.append(("ruler", "RULER", common + more))

@@ -136,15 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.add:
         with lock(_root(plan)):
             print(f"{len(unpack(plan, args.add))} new files in {plan.root}")
-        print("\n".join(filter(None, map(lost_weights, plan.jobs().values()))))
+        for lost in filter(None, map(lost_weights, plan.jobs().values())):
+            print(lost)
     if args.add or args.page:
         print(make_page(plan, plan.jobs(), args.output) or f"{plan.root} holds no results yet")
         return ending.DONE
     specs = plan.specs
     for job in (job for each in jobs.values() for job in each):
         job.check()
-    if lost := [sentence for each in jobs.values() if (sentence := lost_weights(each))]:
-        raise ValueError(lost[0])
+    for lost in filter(None, map(lost_weights, jobs.values())):
+        raise ValueError(lost)
     gpus = gpus_at_hand(args.gpus)
     if args.dry_run:
         show(jobs, len(gpus))

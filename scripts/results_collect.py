@@ -89,15 +89,10 @@ def difference(figure: Figure, base: Figure) -> dict[str, Any]:
     unit = {"unit": "%"} if figure.is_exponential else {}
     if (found := _less(figure, base)) is None:
         value = figure.mean - base.mean
-        value = _percent(value) if figure.is_exponential else value
+        value = 100 * math.expm1(value) if figure.is_exponential else value
         return {"difference": value, "interval": None, "paired": False, "n": None, **unit}
-    if figure.is_exponential:
-        found = Difference(_percent(found.value), _percent(found.low), _percent(found.high), found.paired)
+    found = found.relative() if figure.is_exponential else found
     return {**found.as_json(), "n": len(figure.samples) or None if found.paired else None, **unit}
-
-
-def _percent(log_ratio: float) -> float:
-    return 100 * math.expm1(log_ratio)
 
 
 def _less(figure: Figure, base: Figure) -> Difference | None:

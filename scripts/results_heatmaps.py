@@ -36,13 +36,14 @@ def _sweeps(plan: Plan) -> Found:
     return found
 
 
-def heatmaps(plan: Plan, output: Path) -> list[str]:
-    """Draw the arms side by side, the baseline first, and what others are less the baseline; the pictures' names."""
-    made = []
+def heatmaps(plan: Plan, output: Path) -> dict[str, str]:
+    """Draw the arms side by side, the baseline first, and what others are less the baseline; the pictures' names, and
+    what they show."""
+    made = {}
     for (stage, stem), by_arm in _sweeps(plan).items():
         for name, some in _abreast(f"{stage}-{stem}", list(by_arm)):
             draw([read_sweep([by_arm[arm]]) for arm in some], output / name, some)
-            made.append(name)
+            made[name] = f"needles found by length and depth, after {stage}: {', '.join(some)}"
         if plan.baseline not in by_arm:
             continue
         sweeps = {arm: read_sweep([file]) for arm, file in by_arm.items()}
@@ -52,7 +53,7 @@ def heatmaps(plan: Plan, output: Path) -> list[str]:
             contents = {arm: files.read_json(by_arm[arm]) for arm in (plan.baseline, *some)}
             each = [of_sweeps([first, sweeps[arm]], [contents[plan.baseline], contents[arm]], "exact") for arm in some]
             draw_differences(first, [sweeps[arm] for arm in some], each, output / name, [plan.baseline, *some])
-            made.append(name)
+            made[name] = f"needles found, after {stage}, less {plan.baseline}: {', '.join(some)}"
     return made
 
 

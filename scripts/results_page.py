@@ -62,14 +62,14 @@ def write(plan: Plan, results: Row, output: Path, titles: Mapping[str, str]) -> 
     return page
 
 
-def text(plan: Plan, results: Row, pictures: Mapping[str, str], maps: Sequence[str], opening: str) -> str:
-    """README.md. maps: pictures of needles. opening: what stands before the tables."""
+def text(plan: Plan, results: Row, pictures: Mapping[str, str], maps: Mapping[str, str], opening: str) -> str:
+    """README.md. maps: pictures of needles, and what they show. opening: what stands before the tables."""
     share = retrieval_share(results, [asdict(spec) for spec in plan.specs.values()])
     parts = [f"# {plan.name}", plan.about.strip(), opening, *_state(plan, results)]
     parts += ["## Arms", _arms(plan, results)]
     parts += [f"{share} Every table below is of models trained so."] if share else []
     parts += [f"![{words}]({picture}.png)\n\n{words}." for picture, words in pictures.items()]
-    parts += [f"![needle heatmaps]({name})" for name in maps]
+    parts += [f"![{words}]({name})" for name, words in maps.items()]
     for part, heading in PARTS.items():
         stages = dict.fromkeys(row["stage"] for row in results["figures"] if row["part"] == part)
         for stage in stages:

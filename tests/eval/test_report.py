@@ -379,4 +379,10 @@ def test_losses_by_position_are_paired_over_documents(tmp_path):
     write_json(one / "results" / "positions.json", content | {"conditions": about})
     text = "\n".join(scores.positions(read_runs([one, two]), "positions"))
     assert text.endswith("- demo/a: n 3, bos exactly one")
+    # exp of 4 and 5; 100 (exp(0.25) - 1)
+    assert (
+        "| all, perplexity | 90.000 (54.60 to 148.41) | 90.000 (54.60 to 148.41)<br>**+28.403 (+28.40 to +28.40) %**"
+        in text
+    )
+    assert "difference to demo/a in nats a token, of perplexities in percent, with its 95 % interval" in text
     assert "| 128 | 64 to 128 | 4.000 (3.00 to 5.00) | 4.250 (3.00 to 5.00)<br>**+0.250 (+0.25 to +0.25)** |" in text

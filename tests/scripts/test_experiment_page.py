@@ -179,8 +179,11 @@ def test_mfu_is_said_by_each_definition(page):
 def test_needles_are_drawn_side_by_side_and_less_the_baseline(path, page):
     text, _ = page
     for stage in ("train", "extend"):
-        for name in (f"{stage}-needle-x.png", f"{stage}-needle-x-less-dense.png"):
-            assert f"![needle heatmaps]({name})" in text and (path.parent / "page" / name).stat().st_size > 10_000
+        all_arms = "dense, import, hybrid" if stage == "train" else "dense, hybrid"
+        said = f"needles found by length and depth, after {stage}: {all_arms}"
+        less = f"needles found, after {stage}, less dense: {all_arms.removeprefix('dense, ')}"
+        for name, words in ((f"{stage}-needle-x.png", said), (f"{stage}-needle-x-less-dense.png", less)):
+            assert f"![{words}]({name})" in text and (path.parent / "page" / name).stat().st_size > 10_000
 
 
 def test_the_front_picture_has_the_longest_sweep_of_its_arms_above_a_table(path, page, monkeypatch):
