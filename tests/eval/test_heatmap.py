@@ -132,9 +132,8 @@ def test_published_rows_are_brought_to_the_common_scale(tmp_path):
 def test_a_long_cell_of_the_table_below_stays_in_its_column(tmp_path, cell):
     sweep = read_sweep([write_results(tmp_path / "n.json", {(512, 0): 1.0})])
     draw([sweep, sweep], tmp_path / "n.png", table=[["of both", cell, ""]])
-    second = int(
-        np.flatnonzero(np.diff(like(tmp_path / "n.png", GREEN).any(0).astype(int)) > 0)[1]
-    )  # before the colour bar
+    begins = np.flatnonzero(np.diff(like(tmp_path / "n.png", GREEN).any(0).astype(int)) > 0)
+    second = int(begins[1])  # of two maps and the colour bar
     below = imread(tmp_path / "n.png")[-90:, ..., :3].min(-1)  # four lines
     assert (below < 0.5).any() and not (below[:, second:] < 0.9).any()
 
