@@ -31,6 +31,11 @@ class Difference:
         """In another unit, so many of which are one of this."""
         return Difference(factor * self.value, factor * self.low, factor * self.high, self.paired)
 
+    def relative(self) -> Difference:
+        """Of losses as that of their perplexities, in percent of the first."""
+        value, low, high = (100 * math.expm1(end) for end in (self.value, self.low, self.high))
+        return Difference(value, low, high, self.paired)
+
     def as_json(self) -> dict[str, Any]:
         interval = [round(self.low, 4), round(self.high, 4)]
         return {"difference": self.value, "interval": interval, "interval_kind": "95 %", "paired": self.paired}
@@ -132,6 +137,12 @@ def losses_by_document(
             if count := sum(row[2] for row in rows):
                 found[f"{sample['id']} {sample.get('prompt')}"] = sum(row[2] * row[3] for row in rows) / count
     return found
+
+
+def loss_name(content: Mapping[str, Any]) -> str:
+    """What a result file of `eval.positions` holds: `loss`, or `loss of books` where it read one source alone."""
+    source = (content.get("settings") or {}).get("source")
+    return f"loss of {source}" if source else "loss"
 
 
 def of_questions(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:

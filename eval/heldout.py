@@ -29,19 +29,25 @@ def find_heldout(checkpoint: str | Path) -> Path:
     )
 
 
-def read_texts(path: str | Path, text_column: str = "text") -> Iterator[str]:
+def read_texts(path: str | Path, text_column: str = "text", source: str | None = None) -> Iterator[str]:
     """Documents of a shard folder, decoded with its own tokenizer, or of any corpus `data.corpus.sources` reads (.txt,
     .md, .jsonl, .parquet, a folder of text files, a glob pattern).
 
-    Raises FileNotFoundError for a path that does not exist, ValueError for a file without that column.
+    source: of a shard folder, only documents of that source.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError for a file without that column, and for a source
+    that is not there.
     """
     if not (Path(path) / "manifest.json").is_file():
+        if source is not None:
+            raise ValueError(f"--source {source}: {path} is no shard folder, and only those know sources of documents")
         yield from (document.text for document in Source(path=str(path), text_column=text_column).documents())
         return
     shards = TokenShards(Path(path))
     tokenizer = read_tokenizer(shards.tokenizer_file)
     frame = {shards.manifest["tokenizer"][key] for key in ("bos_id", "eos_id")}
-    for start, stop in zip(shards.offsets[:-1], shards.offsets[1:], strict=True):
+    for document in shards.documents_of(source, "--documents"):
+        start, stop = shards.offsets[document : document + 2]
         tokens = shards.read(int(start), int(stop)).tolist()
         tokens = tokens[1:] if tokens and tokens[0] in frame else tokens
         tokens = tokens[:-1] if tokens and tokens[-1] in frame else tokens

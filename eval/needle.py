@@ -55,7 +55,7 @@ from s2.model.hf import load_config
 
 HAYSTACK_TOKENS = 1 << 20
 _RECORDED = ("key", "number", "position", "depth")  # of each needle
-_SCORING = "one forward over question and answer; greedy generation where that is not right"
+_SCORING, _GENERATING = "one forward over question and answer", "; greedy generation where that is not right"
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,8 @@ def command(argv: Sequence[str]) -> Path:
     prompts.check(readable, checkpoint.config.vocab_size)
     files.require_writable(output.parent if output.suffix == ".json" else output)
     about = checkpoint.describe() | {"train_length": args.train_length or trained}
-    about["conditions"] = samples.conditions(checkpoint, prompts.bos_id, _SCORING)
+    scoring = _SCORING + ("" if args.no_generate else _GENERATING)
+    about["conditions"] = samples.conditions(checkpoint, prompts.bos_id, scoring)
     tokens = None if args.haystack_tokens == HAYSTACK_TOKENS else args.haystack_tokens
     stem = result_stem(grid, trained, args.haystack, tokens, not args.no_generate)
     file = samples.place_in(output, stem, {"kind": "needle", **about, "settings": prompts.settings()})

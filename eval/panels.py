@@ -18,9 +18,11 @@ _MISSING = "#eceef1"
 _INK = "#1f2933"
 _PALE = "#52606d"
 PICTURES = (".png", ".pdf", ".svg")
+_EDGE = 0.15  # inches: before the labels of a table below
 _TOP, _NARROW = 0.14, 0.6  # inches: above the titles; columns whose labels are slanted
 _LEFT, _BAR = 0.95, 1.2  # inches: for the labels of the rows, for a colour bar
-_LABELS, _ROW = 2.6, 0.235  # inches: for the labels of a table below, for a line of it
+_LABELS, _ROW, _LINE = 2.6, 0.1, 0.135  # inches: for the labels of a table below, around and for a line of its rows
+_MOST_LINES = 4  # of a cell of it
 FEW = 3  # cells of fewer samples say how many they have
 _HARD_SPACE = "\u00a0"
 
@@ -87,10 +89,12 @@ def draw_panels(
     below = 1.0 if panel_width / columns < _NARROW else 0.75
     left = _LABELS if table else max(_LEFT, 0.35 + 0.065 * max(len(row) for panel in panels for row in panel.rows))
     places, width = _places(panels, left, panel_width, 0.35 if share_rows else _LEFT)
-    below += _ROW * len(table) + (0.3 if table else 0.0)
 
     figure = Figure(dpi=160, facecolor="white")
     canvas = FigureCanvasAgg(figure)
+    rows_below = _fitted(table, left, panel_width, _measure(canvas, 8.5))
+    heights = [_ROW + _LINE * max(map(_lines, row)) for row in rows_below]
+    below += sum(heights) + (0.3 if table else 0.0)
     room = panel_width + (0.9 if alone else 0.0)
     titles = [_wrapped(panel.title, room, _measure(canvas, 12, bold=True), 3) for panel in panels]
     captions = [_wrapped(_whole_notes(panel.caption), room, _measure(canvas, 8.5), 12) for panel in panels]
@@ -120,12 +124,13 @@ def draw_panels(
             label = "difference" if panel.is_difference else bar
             label = _wrapped(label, panel_height, _measure(canvas, 8), 2)
             colours.set_label(label, fontsize=8, color=_INK, parse_math=False)
-    for i, (label, *texts) in enumerate(table):
-        y = height - _ROW * (len(table) - i) - 0.12
-        for x, text in zip((0.15, *places), (label, *texts), strict=True):
-            write(x, y, text, fontsize=8.5, color=_PALE if x == 0.15 else _INK)
+    for i, row in enumerate(rows_below):
+        y = height - sum(heights[i:]) - 0.12
+        for x, text in zip((_EDGE, *places), row, strict=True):
+            write(x, y, text, fontsize=8.5, color=_PALE if x == _EDGE else _INK, linespacing=1.1)
         if i:
-            figure.add_artist(Line2D([0.15 / width, 1 - 0.15 / width], [1 - (y - 0.055) / height] * 2, color=_MISSING))
+            line = [1 - (y - 0.055) / height] * 2
+            figure.add_artist(Line2D([_EDGE / width, 1 - _EDGE / width], line, color=_MISSING))
     with files.whole(picture) as stream:
         form = picture.suffix[1:].lower()
         figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
@@ -231,6 +236,14 @@ def _measure(canvas: Any, size: float, bold: bool = False) -> Measure:
     return lambda text: renderer.get_text_width_height_descent(text, font, False)[0] / renderer.dpi
 
 
+def _fitted(table: Sequence[Sequence[str]], left: float, width: float, measure: Measure) -> list[list[str]]:
+    """Rows of a table in lines that fit their columns: the labels `left` inches, each other one under its panel."""
+    rooms = [left - 2 * _EDGE, *[width] * max((len(row) - 1 for row in table), default=0)]
+    return [
+        [_wrapped(text, room, measure, _MOST_LINES) for text, room in zip(row, rooms, strict=True)] for row in table
+    ]
+
+
 def _lines(text: str) -> int:
     return text.count("\n") + 1 if text else 0
 
@@ -241,10 +254,15 @@ def _whole_notes(caption: str) -> str:
 
 
 def _wrapped(text: str, width: float, measure: Measure, most: int) -> str:
-    """In at most `most` lines of about `width` inches; what has no room is left out of the middle, where paths and
+    """In at most `most` lines of at most `width` inches; what has no room is left out of the middle, where paths and
     names say least."""
     text = text.replace("\n", " ")
-    lines = textwrap.wrap(text, max(4, int(0.92 * width * len(text) / measure(text)))) if text.strip() else []
+    if not text.strip():
+        return ""
+    count = max(4, int(0.92 * width * len(text) / measure(text)))
+    while count > 4 and max(map(measure, textwrap.wrap(text, count))) > width:
+        count -= 1
+    lines = textwrap.wrap(text, count)
     if len(lines) > most:
         keep = most - most // 2
         lines = [*lines[: keep - 1], f"{lines[keep - 1][:-4]} ...", *lines[len(lines) - most // 2 :]]

@@ -1,6 +1,7 @@
 """Held-out loss by position: whether a checkpoint predicts better where it has read more.
 
     python -m eval.positions --ckpt runs/1.3b/extend-32k/hf --lengths 8k,32k --documents books.jsonl.gz
+    python -m eval.positions --ckpt runs/1.3b/extend-32k/hf --documents runs/1.3b/data/heldout --source books
 
 The first `length` tokens of each document that has as many are read in one pass, one document a row, never several
 packed into one, after one BOS where the tokenizer adds one. The mean loss of the tokens of each document in buckets of
@@ -38,7 +39,7 @@ from s2.model.hf import load_config
 
 DOCUMENTS = 50
 _FIRST = 64  # tokens of the first bucket
-_SCORING = "one forward over each document; float32 logits"
+_SCORING = "one forward over the first tokens of each document, as many as the length; float32 logits"
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
@@ -118,6 +119,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--documents", type=path,
         help="text, jsonl(.gz) or parquet file(s), or shards; default: the run's held-out ones")
     add("--text-column", default="text", help="column of the documents' rows")
+    add("--source", help="of shards, only documents of this source (their manifest.json names them)")
     add("--n", default=DOCUMENTS, type=int, help=f"documents of each length at most, the first ones ({DOCUMENTS})")
     add("--beyond", action="store_true", help="take lengths beyond max_position_embeddings too")
     # fmt: on
@@ -128,10 +130,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_documents(
-    checkpoint: Checkpoint, source: Path, column: str, lengths: Sequence[int], n: int
+    checkpoint: Checkpoint, source: Path, column: str, lengths: Sequence[int], n: int, only: str | None = None
 ) -> dict[int, list]:
-    """By length, the number and token ids (to the longest length, and one more if there are) of the first `n` documents
-    that have so many.
+    """By length, the number and token ids (to the longest length) of the first `n` documents that have so many.
+    only: `source` of `eval.heldout.read_texts`.
 
     Raises ValueError for a length that no document has.
     """
@@ -141,11 +143,11 @@ def read_documents(
 
     def encode(text: str) -> list[int]:
         begin = text[: CHARS_A_TOKEN * longest]  # of a whole book
-        return (head + tokenizer.encode(begin, add_special_tokens=False).ids)[: longest + 1]
+        return (head + tokenizer.encode(begin, add_special_tokens=False).ids)[:longest]
 
     found: dict[int, list] = {length: [] for length in sorted(lengths)}
     most, skipped = 0, ""
-    for number, text in enumerate(read_texts(source, column)):
+    for number, text in enumerate(read_texts(source, column, only)):
         shortest = next(length for length, kept in found.items() if len(kept) < n)
         if not may(text, shortest - len(head)):  # most documents of a corpus
             skipped = max(skipped, text, key=len)
@@ -159,8 +161,9 @@ def read_documents(
             break
     if missing := [length for length, kept in found.items() if not kept]:
         most = max(most, len(encode(skipped)))
+        where = f"source {only} in {source}" if only else str(source)
         raise ValueError(
-            f"--lengths {missing[0]}: no document of {source} has so many tokens (the longest: {most:,}); name longer"
+            f"--lengths {missing[0]}: no document of {where} has so many tokens (the longest: {most:,}); name longer"
             " ones with --documents FILE"
         )
     return found
@@ -196,7 +199,7 @@ def command(argv: Sequence[str]) -> Path:
     check_lengths(lengths, readable)
     checkpoint = samples.open_checkpoint(args, readable)
     source = args.documents or find_heldout(args.ckpt)
-    documents = read_documents(checkpoint, source, args.text_column, lengths, args.n)
+    documents = read_documents(checkpoint, source, args.text_column, lengths, args.n, args.source)
     tokens = {(length, number): row for length, kept in documents.items() for number, row in kept}
 
     def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
@@ -206,20 +209,22 @@ def command(argv: Sequence[str]) -> Path:
             found = losses(checkpoint, [row[:length] for row in rows])
         for sample, row, parts in zip(batch, rows, found, strict=True):
             prompt = samples.digest(row[:length])
-            yield sample | {"tokens": length - 1, "prompt": prompt, "cut": len(row) > length, "losses": parts}
+            yield sample | {"tokens": length - 1, "prompt": prompt, "losses": parts}
 
     settings = {
         "documents": source.name or str(source),
         "documents_digest": checksum_of(source) or str(source.resolve()),
         "bos_id": bos_of(checkpoint.tokenizer),
+        **({"source": args.source} if args.source else {}),
     }
     plan = [{"id": f"{length}/{number}", "length": length, "document": number} for length, number in tokens]
     parts = ["positions"]
     parts += [listed("", [format_length(n) for n in lengths])] if lengths != (trained,) else []
     parts += [f"n{args.n}"] if args.n != DOCUMENTS else []
     parts += [name_of(args.documents)] if args.documents else []
+    parts += [f"of-{name_of(Path(args.source))}"] if args.source else []
     evaluation = Evaluation(
-        "positions", _SCORING, settings, plan, lambda sample: sample["length"], compute, summarise, describe
+        "positions", _SCORING, settings, plan, lambda sample: sample["length"], compute, summarise, describe, cuts=False
     )
     return evaluation.run(argv, args, checkpoint, "-".join(parts))
 

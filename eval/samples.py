@@ -61,12 +61,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def conditions(checkpoint: Checkpoint, bos_id: int | None, scoring: str) -> dict[str, Any]:
-    """What every result file says of how its prompts were read and answered."""
+def conditions(checkpoint: Checkpoint, bos_id: int | None, scoring: str, cuts: bool = True) -> dict[str, Any]:
+    """What every result file says of how its prompts were read and answered. cuts: whether a prompt that is not read
+    whole is worth counting."""
     bos = "none (the tokenizer adds none)"
     if bos_id is not None:
         bos = f"exactly one ({checkpoint.tokenizer.id_to_token(bos_id)})"
-    return {"bos": bos, "sampling": False, "scoring": scoring, "cut": 0}
+    return {"bos": bos, "sampling": False, "scoring": scoring, **({"cut": 0} if cuts else {})}
 
 
 def collect(
@@ -131,11 +132,10 @@ def collect(
     finally:
         write()
     rows = results["samples"]
-    results["conditions"] = header["conditions"] | {
-        "n": len(rows),
-        "cut": sum(bool(sample.get("cut")) for sample in rows),
-        "prompts": digest([[sample["id"], sample.get("prompt")] for sample in rows]),
-    }
+    found = {"n": len(rows), "prompts": digest([[sample["id"], sample.get("prompt")] for sample in rows])}
+    if "cut" in header["conditions"]:
+        found["cut"] = sum(bool(sample.get("cut")) for sample in rows)
+    results["conditions"] = header["conditions"] | found
     if not part:
         files.remove_files(unfinished, *(piece.name for piece in pieces))
     return results
@@ -147,7 +147,7 @@ class Evaluation:
 
     kind: first part of the file's name. settings: what tells two of one checkpoint apart. plan: the samples. key: what
     samples of a batch have in common; they have a `length`. compute: see `collect`. summarise: figures of the records.
-    describe: figures for people.
+    describe: figures for people. cuts: see `conditions`.
     """
 
     kind: str
@@ -158,6 +158,7 @@ class Evaluation:
     compute: Callable[[Sequence[Sample]], Iterable[Sample]]
     summarise: Callable[[Sequence[Sample]], dict[str, Any]]
     describe: Callable[[dict[str, Any]], str]
+    cuts: bool = True
 
     def run(self, argv: Sequence[str], args: argparse.Namespace, checkpoint: Checkpoint, stem: str) -> Path:
         """Compute what is missing, in as many processes as `args` say; write and return the file of the results."""
@@ -168,7 +169,7 @@ class Evaluation:
             **checkpoint.describe(),
             "train_length": load_config(args.ckpt).max_position_embeddings,
             "settings": self.settings,
-            "conditions": conditions(checkpoint, self.settings["bos_id"], self.scoring),
+            "conditions": conditions(checkpoint, self.settings["bos_id"], self.scoring, self.cuts),
         }
         file = place_in(output, stem, header)
         if args.processes > 1:

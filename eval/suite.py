@@ -22,6 +22,7 @@ from typing import Any
 
 from eval import documents, lm, needle, positions, ruler, samples
 from eval.checkpoint import Checkpoint
+from eval.differences import loss_name
 from eval.grid import default_lengths, format_length, parse_lengths
 from eval.heldout import find_heldout
 from eval.needle import check_lengths
@@ -58,7 +59,16 @@ def rows_of(part: str, results: dict[str, Any]) -> list[Row]:
         ]
     if part == "positions":
         return [
-            _row(part, "loss", row["length"], "nats/token", row["loss"], row["documents"], row["interval"], False)
+            _row(
+                part,
+                loss_name(results),
+                row["length"],
+                "nats/token",
+                row["loss"],
+                row["documents"],
+                row["interval"],
+                False,
+            )
             for row in summary["lengths"]
         ]
     return [row for task in results["results"] for row in _lm_rows(task, results)]
@@ -138,6 +148,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--lengths", help="tokens of needle, RULER and loss: 4k,8k (default: the model's, 1/2, 1/4, 1/8 of it)")
     add("--haystack", type=path, help="essays for needle and RULER; default: the run's held-out documents")
     add("--documents", type=path, help="for the loss by position; default: the run's held-out documents")
+    add("--document-source", help="of --documents that are shards: the loss also of the documents of this source alone")
     add("--kinds", default="single", help=f"of needles: {','.join(KINDS)} (default: %(default)s)")
     add("--depths", default=str(needle.DEPTHS), help="as of eval.needle")
     add("--needle-n", type=int, default=8, help="samples of a length and depth (%(default)s)")
@@ -174,7 +185,10 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
     }  # fmt: skip
     found = []
     if "positions" in args.parts:
-        found.append(("positions", "loss by position", common + options(**split, documents=args.documents)))
+        of_all = common + options(**split, documents=args.documents)
+        found.append(("positions", "loss by position", of_all))
+        if only := args.document_source:
+            found.append(("positions", f"loss by position, {only}", of_all + options(source=only)))
     if "ruler" in args.parts:
         more = options(**split, n=args.ruler_n, tasks=args.ruler_tasks, haystack=args.haystack, qa=args.qa)
         found.append(("ruler", "RULER", common + more))

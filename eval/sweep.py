@@ -16,7 +16,7 @@ import math
 import statistics
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,11 @@ def describe(sweep: Sweep) -> str:
     return " · ".join(
         [f"mean {sweep.mean():.3f} (95% {begin:.2f} to {end:.2f})", f"{n} per cell ({certain})", *sweep.notes]
     )
+
+
+def kind_of(results: Mapping[str, Any]) -> str:
+    """Which needles a result file of `eval.needle` is of (`eval.needle_prompts.KINDS`); earlier files do not say it."""
+    return str((results.get("settings") or {}).get("kind", "single"))
 
 
 def read_sweep(files: Sequence[Path], score: str = "exact", score_range: tuple[float, float] | None = None) -> Sweep:

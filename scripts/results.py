@@ -26,7 +26,7 @@ from typing import Any
 from results_collect import collect
 from results_pack import pack, unpack
 from results_page import shards, write
-from results_plan import Job, Plan, load_plan, shown
+from results_plan import Job, Plan, load_plan, lost_weights, shown
 from results_queue import Queue, status
 
 from data.prepare.run import prepare
@@ -113,7 +113,7 @@ def show(jobs: Mapping[str, Sequence[Job]], gpus: int) -> None:
 
 def make_page(plan: Plan, jobs: Mapping[str, Sequence[Job]], output: Path | None) -> Path | None:
     """The page of what is there; None where nothing is."""
-    results = collect(jobs, plan.baseline)
+    results = collect(jobs, plan.baseline, plan.also)
     if not results["arms"]:
         return None
     began = [a["began"] for each in results["arms"].values() for r in each["stages"].values() for a in r["attempts"]]
@@ -136,12 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.add:
         with lock(_root(plan)):
             print(f"{len(unpack(plan, args.add))} new files in {plan.root}")
+        for lost in filter(None, map(lost_weights, plan.jobs().values())):
+            print(lost)
     if args.add or args.page:
         print(make_page(plan, plan.jobs(), args.output) or f"{plan.root} holds no results yet")
         return ending.DONE
     specs = plan.specs
     for job in (job for each in jobs.values() for job in each):
         job.check()
+    for lost in filter(None, map(lost_weights, jobs.values())):
+        raise ValueError(lost)
     gpus = gpus_at_hand(args.gpus)
     if args.dry_run:
         show(jobs, len(gpus))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from results_plan import Job
 from eval import documents
 from eval.differences import (
     Difference,
+    loss_name,
     losses_by_document,
     mean_of,
     of_documents,
@@ -26,12 +27,14 @@ from eval.differences import (
     of_questions,
     questions,
 )
-from eval.sweep import Z95, wilson
+from eval.sweep import Z95, kind_of, wilson
 from s2 import files
 from s2.model.config import ModelConfig
+from s2.model.flops import flops_per_token, full_square_flops_per_token
 from s2.model.hf import load_config
 from s2.training.metrics import read_metrics
 
+_MOST_LOSS = 100.0  # whose perplexity is a figure
 SETTLED = 2  # logged rows at the start whose rate says nothing: they compile
 Key = tuple[str, str, str, int | None, str]  # stage, part, task, length, metric
 
@@ -42,7 +45,8 @@ class Figure:
 
     samples: by question, where the source has them; a question's name says what was asked. whole: what a right answer
     counts, of a mean of scores in 0..1; None of other numbers. parts: the figures that this is the mean of. in_group:
-    whether another task's figure is made of this one.
+    whether another task's figure is made of this one. is_exponential: of the mean of the samples, as a perplexity is of
+    a loss; differences are relative, in percent.
     """
 
     stage: str
@@ -59,24 +63,36 @@ class Figure:
     whole: float | None = None
     parts: Sequence[Figure] = field(default=(), repr=False)
     in_group: bool = False
+    is_exponential: bool = False
 
     @property
     def key(self) -> Key:
         return self.stage, self.part, self.task, self.length, self.metric
 
     @property
+    def mean(self) -> float:
+        """Of the samples."""
+        return math.log(self.value) if self.is_exponential else self.value
+
+    @property
     def error(self) -> float | None:
-        """The standard error, from the interval where that is all there is."""
+        """The standard error of `mean`, from the interval where that is all there is."""
         if self.stderr is not None or not self.interval:
             return self.stderr
-        return (self.interval[1] - self.interval[0]) / (2 * Z95)
+        low, high = map(math.log, self.interval) if self.is_exponential else self.interval
+        return (high - low) / (2 * Z95)
 
 
 def difference(figure: Figure, base: Figure) -> dict[str, Any]:
-    """`figure` less `base` with its interval, whether the same questions were compared one by one, and how many."""
+    """`figure` less `base` with its interval, whether the same questions were compared one by one, and how many; `unit`
+    is "%" of a relative one."""
+    unit = {"unit": "%"} if figure.is_exponential else {}
     if (found := _less(figure, base)) is None:
-        return {"difference": figure.value - base.value, "interval": None, "paired": False, "n": None}
-    return {**found.as_json(), "n": len(figure.samples) or None if found.paired else None}
+        value = figure.mean - base.mean
+        value = 100 * math.expm1(value) if figure.is_exponential else value
+        return {"difference": value, "interval": None, "paired": False, "n": None, **unit}
+    found = found.relative() if figure.is_exponential else found
+    return {**found.as_json(), "n": len(figure.samples) or None if found.paired else None, **unit}
 
 
 def _less(figure: Figure, base: Figure) -> Difference | None:
@@ -85,13 +101,13 @@ def _less(figure: Figure, base: Figure) -> Difference | None:
         return found and found.scaled(figure.whole)
     if found := of_documents(base.samples, figure.samples):
         return found
-    if [part.key for part in figure.parts] == [part.key for part in base.parts]:
+    if [part.key[1:] for part in figure.parts] == [part.key[1:] for part in base.parts]:
         each = [_less(*pair) for pair in zip(figure.parts, base.parts, strict=True)]
         if each and None not in each:
             return mean_of([part for part in each if part is not None])
     if figure.error is None or base.error is None:
         return None
-    return of_means(base.value, base.error, figure.value, figure.error)
+    return of_means(base.mean, base.error, figure.mean, figure.error)
 
 
 # ---------------------------------------------------------------- of one arm
@@ -123,15 +139,18 @@ def _summary(job: Job) -> dict[str, Any]:
 
 
 def model_of(jobs: Sequence[Job]) -> ModelConfig | None:
-    """The config of what the first stage trained, from the export, or from the recipe where nothing was exported."""
-    for job in (job for job in jobs if job.recipe is not None):
-        run = job.folder / job.stage
-        if (run / "hf" / "config.json").is_file():
-            return load_config(run / "hf")
-        model = job.recipe["model"] if job.recipe else {}
-        if model.get("init_from") is None:
-            return ModelConfig.from_dict(model["config"], str(job.recipe_file))
-    return None
+    """The config of what the first stage trained."""
+    return next((config for job in jobs if (config := config_of(job)) is not None), None)
+
+
+def config_of(job: Job) -> ModelConfig | None:
+    """The config of what a stage trained, from the export, or from the recipe where nothing was exported."""
+    if job.recipe is None:
+        return None
+    exported, model = job.folder / job.stage / "hf", job.recipe["model"]
+    if (exported / "config.json").is_file():
+        return load_config(exported)
+    return ModelConfig.from_dict(model["config"], str(job.recipe_file)) if model.get("init_from") is None else None
 
 
 def about_model(config: ModelConfig) -> dict[str, Any]:
@@ -153,13 +172,23 @@ def training_figures(job: Job) -> Iterator[Figure]:
     rows = [row for row in read_metrics(job.folder / job.stage / "logs" / "metrics.csv") if "train/loss" in row]
     for key, label in (
         ("tokens_per_second_per_device", "tokens/s per GPU"),
-        ("mfu_executed", "MFU, executed"),
         ("mfu_dense_equivalent", "MFU, dense-equivalent"),
+        ("mfu_executed", "MFU, executed"),
     ):
         if rates := [row[key] for row in rows[SETTLED:] if key in row]:
             yield Figure(job.stage, "speed", label, None, "median", statistics.median(rates), n=len(rates))
+            if key == "mfu_executed" and (factor := _square_over_executed(job)):
+                median = factor * statistics.median(rates)
+                yield Figure(job.stage, "speed", "MFU, full square", None, "median", median, n=len(rates))
     yield Figure(job.stage, "speed", "training", None, "hours", summary["seconds"] / 3600, better="lower")
     yield Figure(job.stage, "speed", "peak memory", None, "GiB", summary["memory_gib"], better="lower")
+
+
+def _square_over_executed(job: Job) -> float | None:
+    config, data = config_of(job), (job.recipe or {}).get("data", {}).get("init_args", {})
+    if config is None or not (seq_len := data.get("seq_len")):
+        return None
+    return full_square_flops_per_token(config, seq_len) / flops_per_token(config, seq_len, executed=True)
 
 
 def speed_figures(row: Mapping[str, Any]) -> Iterator[Figure]:
@@ -187,7 +216,7 @@ def evaluation_figures(file: Path) -> list[Figure]:
 
 
 def _needle(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
-    kind = content["settings"].get("kind", "single")
+    kind = kind_of(content)
     for metric, summary in content["summary"].items():
         known = {row["length"]: row.get("interval") for row in summary.get("lengths", [])}
         for length in dict.fromkeys(each["length"] for each in content["samples"]):
@@ -208,15 +237,22 @@ def _ruler(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
 
 
 def _positions(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
-    """Loss of the whole length, and by position: task `loss` and `loss <from>-<to>`."""
+    """Loss and perplexity of the whole length, and loss by position: task `loss` and `loss <from>-<to>`, with `of
+    <source>` where one source alone was read."""
+    name = loss_name(content)
     for row in content["summary"]["lengths"]:
         for bucket in ({"from": 0, "to": row["length"], **row}, *row["buckets"]):
             low, high = bucket["from"], bucket["to"]
-            task = "loss" if bucket.get("buckets") else f"loss {low}-{high}"
-            yield Figure(
+            task = name if bucket.get("buckets") else f"{name} {low}-{high}"
+            figure = Figure(
                 stage, "positions", task, row["length"], "nats/token", bucket["loss"], bucket["documents"],
                 bucket["interval"], better="lower", samples=losses_by_document(content, row["length"], low, high),
             )  # fmt: skip
+            yield figure
+            if task == name and bucket["loss"] < _MOST_LOSS:
+                within = bucket["interval"] and [math.exp(end) for end in bucket["interval"]]
+                value = math.exp(bucket["loss"])
+                yield replace(figure, metric="perplexity", value=value, interval=within, is_exponential=True)
 
 
 def _tasks(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
@@ -293,15 +329,19 @@ def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str
     return found
 
 
-def collect(arms: Mapping[str, Sequence[Job]], baseline: str | None) -> dict[str, Any]:
-    """All of an experiment: `arms` (those with results), `missing`, and `figures` in rows."""
+def collect(arms: Mapping[str, Sequence[Job]], baseline: str | None, also: str | None = None) -> dict[str, Any]:
+    """All of an experiment: `arms` (those with results), `missing`, and `figures` in rows.
+
+    also: a second arm that tasks and losses are compared with, whatever stage it has them of (its last one).
+    """
     found = {arm: results for arm, jobs in arms.items() if (results := arm_results(jobs)) is not None}
     logs = {arm: curves([job for job in arms[arm] if job.is_done]) for arm in found}
     for stage in dict.fromkeys(stage for each in logs.values() for stage in each):
         for arm, figures in at_equal({a: each[stage] for a, each in logs.items() if stage in each}, stage).items():
             found[arm]["figures"] |= {figure.key: figure for figure in figures}
     rows = []
-    base = found.get(baseline or "", {}).get("figures", {})
+    base, second = (found.get(name or "", {}).get("figures", {}) for name in (baseline, also))
+    second = {key[1:]: figure for key, figure in second.items() if figure.part in ("tasks", "positions")}
     for arm, results in found.items():
         for key, figure in results["figures"].items():
             row = {"arm": arm} | {name: getattr(figure, name) for name in (
@@ -309,12 +349,15 @@ def collect(arms: Mapping[str, Sequence[Job]], baseline: str | None) -> dict[str
             )}  # fmt: skip
             if arm != baseline and key in base:
                 row["from_baseline"] = difference(figure, base[key])
+            if arm != also and key[1:] in second:
+                row["from_also"] = difference(figure, second[key[1:]])
             rows.append(row)
     return {
         "arms": {arm: {k: v for k, v in each.items() if k != "figures"} for arm, each in found.items()},
         "missing": {arm: [job.stage for job in jobs if not job.is_done] for arm, jobs in arms.items()
                     if not all(job.is_done for job in jobs)},
         "baseline": baseline,
+        "also": also,
         "figures": rows,
         "logs": logs,
     }  # fmt: skip

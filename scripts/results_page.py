@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from results_cells import Row, cell, title
 from results_collect import SETTLED
+from results_heatmaps import front, heatmaps
 from results_plan import Plan, shown
 
 from data.shards.reader import TokenShards
 from eval.grid import format_length
+from eval.report.settings import NO_SYNTHETIC, UNKNOWN, synthetic_share
 from s2 import files
 from s2.tables import markdown
 
@@ -28,8 +33,7 @@ PARTS = {
 }
 _KEPT = ("step", "tokens", "seconds", "train/loss")  # of the training log, besides held-out losses
 _MOST_COLUMNS = 8  # of a table
-
-Row = dict[str, Any]
+_MOST_PANELS = 4  # of losses by position
 
 
 def write(plan: Plan, results: Row, output: Path, titles: Mapping[str, str]) -> Path:
@@ -54,23 +58,23 @@ def write(plan: Plan, results: Row, output: Path, titles: Mapping[str, str]) -> 
             with files.whole(output / f"{name}.png") as stream:
                 figure.savefig(stream, dpi=110, format="png")
             pictures[name] = titles[name]
-    files.write_text(page, text(plan, results, pictures, _heatmaps(plan, output)))
+    files.write_text(page, text(plan, results, pictures, heatmaps(plan, output), front(plan, results, output)))
     return page
 
 
-def text(plan: Plan, results: Row, pictures: Mapping[str, str], heatmaps: Sequence[str]) -> str:
-    """README.md."""
-    share = retrieval_share(results)
-    parts = [f"# {plan.name}", plan.about.strip(), *_state(plan, results), "## Arms", _arms(plan, results)]
+def text(plan: Plan, results: Row, pictures: Mapping[str, str], maps: Mapping[str, str], opening: str) -> str:
+    """README.md. maps: pictures of needles, and what they show. opening: what stands before the tables."""
+    share = retrieval_share(results, [asdict(spec) for spec in plan.specs.values()])
+    parts = [f"# {plan.name}", plan.about.strip(), opening, *_state(plan, results)]
+    parts += ["## Arms", _arms(plan, results)]
     parts += [f"{share} Every table below is of models trained so."] if share else []
-    for picture, title in pictures.items():
-        parts.append(f"![{title}]({picture}.png)\n\n{title}.")
-    parts += [f"![needle heatmaps]({name})" for name in heatmaps]
-    for part, title in PARTS.items():
+    parts += [f"![{words}]({picture}.png)\n\n{words}." for picture, words in pictures.items()]
+    parts += [f"![{words}]({name})" for name, words in maps.items()]
+    for part, heading in PARTS.items():
         stages = dict.fromkeys(row["stage"] for row in results["figures"] if row["part"] == part)
         for stage in stages:
             rows = _shown([row for row in results["figures"] if (row["part"], row["stage"]) == (part, stage)])
-            parts += [f"## {title}{f', after {stage}' if stage else ''}", *_tables(rows, results, share)]
+            parts += [f"## {heading}{f', after {stage}' if stage else ''}", *_tables(rows, results, share)]
     parts += ["## Data", data_table(results), "## Commands", _commands(results)]
     return "\n\n".join([*filter(None, parts), SIGNATURE]) + "\n"
 
@@ -78,7 +82,13 @@ def text(plan: Plan, results: Row, pictures: Mapping[str, str], heatmaps: Sequen
 def _shown(rows: Sequence[Row]) -> list[Row]:
     """What of a part stands in its tables: of losses by position, ranges of the longest length alone."""
     longest = max((row["length"] or 0 for row in rows), default=0)
-    return [r for r in rows if r["part"] != "positions" or r["task"] == "loss" or r["length"] == longest]
+    return [row for row in rows if not _span(row) or row["length"] == longest]
+
+
+def _span(row: Row) -> tuple[str, int] | None:
+    """Of a loss of a range of positions: which loss, and where the range ends."""
+    found = re.fullmatch(r"(.*) \d+-(\d+)", row["task"]) if row["part"] == "positions" else None
+    return (found[1], int(found[2])) if found else None
 
 
 def _state(plan: Plan, results: Row) -> list[str]:
@@ -110,19 +120,21 @@ def _arms(plan: Plan, results: Row) -> str:
     return markdown(header, rows, numbers=(3, 4))
 
 
-def retrieval_share(results: Row) -> str:
-    """What of the training tokens was synthetic retrieval documents, as a sentence; "" where none was."""
+def retrieval_share(results: Row, prepared: Sequence[Row] = ()) -> str:
+    """What of the training tokens was synthetic retrieval documents, as a sentence; "" where none was.
+
+    prepared: sections of the plan's data, for runs that have not recorded it (`eval.report.settings.synthetic_share`).
+    """
     found: dict[str, set[str]] = {}
     for each in results["arms"].values():
         for stage, summary in each["summaries"].items():
-            total = sum(part["asked"] for part in summary["data"])
-            made = sum(part["asked"] for part in summary["data"] if "retrieval" in part["component"])
-            if made:
-                found.setdefault(stage, set()).add(f"{made / total:.0%}")
+            data = (each["stages"][stage]["recipe"] or {}).get("data", {}).get("init_args", {})
+            words = synthetic_share(summary, data, prepared) or UNKNOWN
+            found.setdefault(stage, set()).add(words.replace(" of the tokens", ""))
+    if {word for words in found.values() for word in words} <= {NO_SYNTHETIC}:
+        return ""
     shares = "; ".join(f"{stage} {' or '.join(sorted(values))}" for stage, values in found.items())
-    return (
-        f"Synthetic retrieval documents (data/corpus/retrieval.py) in the training tokens: {shares}." if shares else ""
-    )
+    return f"Synthetic retrieval documents (data/corpus/retrieval.py) in the training tokens: {shares}."
 
 
 def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
@@ -133,8 +145,8 @@ def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
     tables = []
     for i in range(0, len(columns), _MOST_COLUMNS):
         some = columns[i : i + _MOST_COLUMNS]
-        header = ["arm", *(_title(*column) for column in some)]
-        body = [[arm, *(_cell(known.get((arm, *column))) for column in some)] for arm in arms]
+        header = ["arm", *(title(*column) for column in some)]
+        body = [[arm, *(cell(known.get((arm, *column))) for column in some)] for arm in arms]
         tables.append(markdown(header, body))
     if rows[0]["part"] == "speed":
         return tables
@@ -144,6 +156,12 @@ def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
             f"In brackets: difference from {results['baseline']} with its 95 % interval, * where the same questions "
             "were compared one by one."
         )
+        if any(row["from_baseline"]["interval"] is None for row in rows if "from_baseline" in row):
+            notes.append("A difference without an interval is one of means of which nothing more is on record.")
+    if any("from_also" in row for row in rows):
+        notes.append(f"In braces: difference from {results['also']}, in whichever stage that was measured.")
+    if any(row["metric"] == "perplexity" for row in rows):
+        notes.append("Differences of perplexities are relative.")
     if rows[0]["part"] in ("training", "positions"):
         notes.append("0.01 nats per token are 1 % of perplexity.")
     if rows[0]["part"] == "positions":
@@ -152,30 +170,6 @@ def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
     if counts and rows[0]["part"] != "training":
         notes.append(f"n = {counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "") + " a figure.")
     return [*tables, " ".join(filter(None, [*notes, share]))]
-
-
-def _title(task: str, length: int | None, metric: str) -> str:
-    return f"{task}{f' @{format_length(length)}' if length else ''}, {metric}"
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    value = _number(row["value"])
-    if row["stderr"] is not None:
-        value += f" ± {_number(row['stderr'])}"
-    elif row["interval"]:
-        value += f" ({_number(row['interval'][0])} to {_number(row['interval'][1])})"
-    if (base := row.get("from_baseline")) is None or row["part"] == "speed":
-        return value
-    within = " ({:+.2g} to {:+.2g})".format(*base["interval"]) if base["interval"] else ""
-    return f"{value} [{base['difference']:+.3g}{within}{'*' if base['paired'] else ''}]"
-
-
-def _number(value: float) -> str:
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def data_table(results: Row) -> str:
@@ -263,22 +257,25 @@ def _curves(results: Row, logs: Row) -> Any:
 
 def _positions(results: Row, logs: Row) -> Any:
     """Held-out loss by position, a panel for each stage and length."""
-    rows = [r for r in results["figures"] if r["part"] == "positions" and r["task"] != "loss"]
-    panels = list(dict.fromkeys((row["stage"], row["length"]) for row in rows))[:4]
+    rows = [(span, row) for row in results["figures"] if (span := _span(row))]
+    panels = list(dict.fromkeys((row["stage"], name, row["length"]) for (name, _), row in rows))[:_MOST_PANELS]
     if not panels:
         return None
     figure, axes = _figure(2 if len(panels) > 1 else 1, (len(panels) + 1) // 2)
     for panel in axes[len(panels) :]:
         panel.remove()
-    for panel, (stage, length) in zip(axes, panels, strict=False):
+    for panel, (stage, name, length) in zip(axes, panels, strict=False):
         shown_ends: set[int] = set()
         for arm in results["arms"]:
-            here = [r for r in rows if (r["arm"], r["stage"], r["length"]) == (arm, stage, length)]
-            ends = [int(r["task"].split("-")[-1]) for r in here]
-            panel.plot(ends, [r["value"] for r in here], markersize=3, label=arm, **_style(results, arm))
+            where = arm, stage, name, length
+            here = [(end, r) for (n, end), r in rows if (r["arm"], r["stage"], n, r["length"]) == where]
+            ends = [end for end, _ in here]
+            panel.plot(ends, [r["value"] for _, r in here], markersize=3, label=arm, **_style(results, arm))
             shown_ends |= set(ends)
         panel.set(
-            xlabel="position up to", ylabel="held-out loss (nats per token)", title=f"{stage}, {format_length(length)}"
+            xlabel="position up to",
+            ylabel=f"held-out {name} (nats per token)",
+            title=f"{stage}, {format_length(length)}",
         )
         panel.set_xscale("log", base=2)
         panel.set_xticks(sorted(shown_ends), [format_length(end) for end in sorted(shown_ends)])
@@ -335,28 +332,6 @@ def _longest_trained(results: Row, kind: tuple[str, str, str], arms: Iterable[st
 
     best = max(found, key=rank, default=None)
     return [row for row in found if best and (row["stage"], row["length"]) == (best["stage"], best["length"])]
-
-
-def _heatmaps(plan: Plan, output: Path) -> list[str]:
-    """Heatmaps of the arms side by side, the baseline first, six at most a picture; their file names."""
-    from eval.heatmap import draw
-    from eval.sweep import read_sweep
-
-    names = sorted((arm.name for arm in plan.arms), key=lambda name: name != plan.baseline)
-    by_sweep: dict[str, list[tuple[str, Path]]] = {}
-    for name in names:
-        for file in sorted(Path(plan.root, name).glob("*/results/needle*.json")):
-            content = files.read_json(file)
-            if content.get("settings", {}).get("kind", "single") == "single" and "summary" in content:
-                by_sweep.setdefault(f"{file.parts[-3]}-{file.stem}", []).append((name, file))
-    made = []
-    for stem, found in by_sweep.items():
-        for i in range(0, len(found), 6):
-            some = found[i : i + 6]
-            picture = output / f"{stem}{f'-{i // 6 + 1}' if len(found) > 6 else ''}.png"
-            draw([read_sweep([file]) for _, file in some], picture, [name for name, _ in some])
-            made.append(picture.name)
-    return made
 
 
 def shards(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

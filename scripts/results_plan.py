@@ -6,6 +6,8 @@ A plan is a YAML file (`recipes/experiments/<name>/plan.yaml`):
     about: what is compared, and what a reader has to know of it
     root: runs/experiments/patterns        # everything that the runs write
     baseline: dense                        # the arm that differences are taken from
+    also: import                           # a second one for tasks and losses, whatever stage it has them of
+    front: [dense, hybrid]                 # arms of front.png: needle heatmaps side by side, a table below
     inputs: {haystack: some/text}          # names for `{haystack}` in recipes and commands; a list is spliced in
     data:                                  # `data.prepare` sections by name, prepared once for all arms
       corpus: {output: ..., sources: [...], tokenizer: {...}}   # or the path of a plan that has them
@@ -28,9 +30,9 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile, zip_longest
+from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +45,7 @@ from s2.settings import Check, SettingError, Settings, Weight, read
 from s2.training.config import read_stage
 
 EXPERIMENTS = Path("recipes/experiments")
+MOST_IN_FRONT = 4  # arms side by side in front.png
 _Name = Annotated[str, Check("a name of letters, digits, '-', '_' and '.'", lambda s: re.fullmatch(r"\w[\w.\-]*", s))]
 
 
@@ -89,6 +92,8 @@ class Plan(Settings):
     root: str
     about: str = ""
     baseline: str | None = None
+    also: str | None = None
+    front: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
 
@@ -101,8 +106,14 @@ class Plan(Settings):
         for i, arm in enumerate(self.arms):
             if unknown := (set(arm.stages or ()) | set(arm.minutes)) - stages:
                 raise SettingError(f"arms[{i}]", f"stage {min(unknown)!r} is none of {', '.join(sorted(stages))}")
-        if self.baseline is not None and self.baseline not in arms:
-            raise SettingError("baseline", f"{self.baseline!r} is none of the arms {', '.join(sorted(arms))}")
+        named = [("baseline", self.baseline), ("also", self.also), *(("front", name) for name in self.front)]
+        for what, name in named:
+            if name is not None and name not in arms:
+                raise SettingError(what, f"{name!r} is none of the arms {', '.join(sorted(arms))}")
+        if self.also is not None and self.also == self.baseline:
+            raise SettingError("also", f"{self.also!r} is the baseline; name another arm")
+        if self.front and not 2 <= len(set(self.front)) == len(self.front) <= MOST_IN_FRONT:
+            raise SettingError("front", f"expected 2 to {MOST_IN_FRONT} different arms, got {list(self.front)}")
 
     @property
     def specs(self) -> dict[str, PrepareSpec]:
@@ -176,6 +187,22 @@ class Job:
         return self.folder / f"{self.stage}.log"
 
     @property
+    def weights(self) -> Path:
+        """What a stage that trains exports."""
+        return self.folder / self.stage / "hf"
+
+    def reads(self, exports: Iterable[Path]) -> Path | None:
+        """Which of these folders of weights it reads, None where it reads none of them or has a checkpoint to go on
+        from. `--config` of a command takes the config alone."""
+        if self.recipe is not None:
+            if any((self.folder / self.stage / "checkpoints").glob("step-*")):
+                return None
+            named = [str((self.recipe.get("model") or {}).get("init_from"))]
+        else:
+            named = [word for option, word in pairwise(["", *self.command]) if option != "--config"]
+        return next((folder for folder in exports if any(Path(word) == folder for word in named)), None)
+
+    @property
     def words(self) -> list[str]:
         """The command line, as records keep it."""
         return self.command or ["python", "-m", "s2.training.cli", str(self.recipe_file)]
@@ -239,6 +266,26 @@ class Job:
         words = ["python" if new == "python" and re.fullmatch(r".*/python[\d.]*", old or "") else old
                  for old, new in pairs if old is not None]  # fmt: skip
         return None if words == self.command else _where_they_differ(words, self.command)
+
+
+def lost_weights(jobs: Sequence[Job]) -> str | None:
+    """What keeps an arm from going on: a stage that is left reads weights of a finished one that are not here. None
+    where nothing does."""
+    lost = {
+        job.weights: job for job in jobs if job.recipe and job.is_done and not any(job.weights.glob("*.safetensors"))
+    }
+    for job in (job for job in jobs if not job.is_done):
+        source, folders = job.reads(lost), list[str]()
+        while source is not None and str(source.parent) not in folders:  # what it was trained from is not here either
+            folders.append(str(source.parent))
+            source = lost[source].reads(lost)
+        if folders:
+            return (
+                f"arm {job.arm}, stage {job.stage}: the weights that it reads are not in {folders[0]}/hf (--export "
+                f"leaves weights behind); to train them again remove {' and '.join(folders)}, or leave the arm out "
+                "with --only"
+            )
+    return None
 
 
 def _moved(value: Any, old: str | None, new: str) -> Any:

@@ -16,6 +16,7 @@ from data.shards.order import PERIOD, Permutation, Quotas
 from data.shards.packing import pack
 from data.shards.reader import TokenShards
 
+SYNTHETIC = "retrieval"  # the path of sources that `data.corpus.retrieval` makes up
 PACKING = "best-fit/1"  # of `data.shards.packing`; another algorithm is another sequence
 
 Window = tuple[np.ndarray, np.ndarray]  # tokens int64 [at most seq_len + 1], borders inside them int64
@@ -70,6 +71,15 @@ class PackedStream:
     def num_bytes(self) -> int:
         """UTF-8 bytes of the kept documents' text."""
         return int(np.diff(self.shards.byte_offsets)[self.documents].sum())
+
+    @property
+    def synthetic_share(self) -> float:
+        """Share of the kept documents' tokens whose source is made up (`path: retrieval`), 0 to 1."""
+        sources = self.shards.manifest["sources"]
+        names = [each["name"] for each in sources if each["path"] == SYNTHETIC and each["documents"]]
+        made = np.concatenate([np.empty(0, dtype=np.int64), *map(self.shards.documents_of, names)])
+        made = np.intersect1d(made, self.documents, assume_unique=True)
+        return int((self.shards.offsets[made + 1] - self.shards.offsets[made]).sum()) / self.num_tokens
 
     def window(self, index: int) -> Window:
         """Tokens of a window, int64 [at most seq_len + 1], and the positions in [1, len(tokens)) at which another
@@ -167,13 +177,15 @@ class Passes:
     """How much of a mixture's component a run asks for.
 
     component: folder, source and lengths of its documents. available: its tokens. asked: places for tokens in its share
-    of the samples. passes: how often its windows are gone through; what is above 1 is repetition.
+    of the samples. passes: how often its windows are gone through; what is above 1 is repetition. synthetic: share of
+    its tokens that are synthetic retrieval documents, 0 to 1.
     """
 
     component: str
     available: int
     asked: int
     passes: float
+    synthetic: float
 
 
 class Curriculum:
@@ -207,7 +219,7 @@ class Curriculum:
             asked += windows * mixture.streams[0].seq_len
             passes += windows / [stream.num_windows for stream in mixture.streams]
         return [
-            Passes(stream.label, stream.num_tokens, int(n), float(p))
+            Passes(stream.label, stream.num_tokens, int(n), float(p), stream.synthetic_share)
             for stream, n, p in zip(streams, asked, passes, strict=True)
         ]
 

@@ -12,6 +12,7 @@ from eval.panels import check_picture
 from eval.report.glance import glance
 from eval.report.page import SIGNATURE, require_ours
 from eval.report.run import Run
+from eval.sweep import kind_of
 from s2 import files
 from s2.tables import markdown
 
@@ -21,20 +22,20 @@ _MOST = 4  # heatmaps side by side
 def draw_front(runs: Sequence[Run], picture: Path) -> tuple[Path, Path]:
     """Write the picture, and its table as Markdown beside it; returns both files.
 
-    Of the sweeps that all runs have (files of one name), that of the longest context is drawn.
+    Of the sweeps for a single needle that all runs have (files of one name), that of the longest context is drawn.
 
     Raises:
-        ValueError: one run or too many, no sweep in common, or another's file in the place of the table.
+        ValueError: one run or too many, no such sweep in common, or another's file in the place of the table.
     """
     check_picture(picture)
     text = picture.with_suffix(".md")
     require_ours(text)
     if not 2 <= len(runs) <= _MOST:
         raise ValueError(f"--front {picture}: 2 to {_MOST} runs have room side by side, and {len(runs)} are named")
-    shared = [stem for stem in runs[0].needle if all(stem in run.needle for run in runs)]
+    shared = [stem for stem in runs[0].needle if all(_is_single(run, stem) for run in runs)]
     if not shared:
         have = "; ".join(f"{run.name}: {', '.join(run.needle) or 'none'}" for run in runs)
-        raise ValueError(f"--front {picture}: no needle sweep of one name is in all runs ({have})")
+        raise ValueError(f"--front {picture}: no sweep of one name for a single needle is in all runs ({have})")
     stem = max(shared, key=lambda name: max(runs[0].sweeps[name].lengths))
     sweeps = [run.sweeps[stem] for run in runs]
     rows = glance(runs)
@@ -43,6 +44,10 @@ def draw_front(runs: Sequence[Run], picture: Path) -> tuple[Path, Path]:
     alt = f"needles found by length and depth: {', '.join(names)}"
     files.write_text(text, "\n\n".join([f"![{alt}]({picture.name})", markdown(["", *names], rows), SIGNATURE]) + "\n")
     return picture, text
+
+
+def _is_single(run: Run, stem: str) -> bool:
+    return stem in run.needle and kind_of(run.needle[stem].content) == "single"
 
 
 def _plain(cell: str) -> str:

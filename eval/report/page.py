@@ -199,13 +199,13 @@ def missing(runs: Sequence[Run]) -> list[str]:
         hf = run.folder / "hf"
         lacks = [
             ("config.yaml, so no settings", run.recipe),
-            ("the training log (logs/metrics.csv)", run.log),
+            ("training log (logs/metrics.csv)", run.log),
             ("summary.json: the stage has not ended", run.summary),
-            ("device, versions and commit (environment.json)", run.environment),
-            ("the exported weights (hf/)", run.fingerprint),
+            ("record of device, versions and commit (environment.json)", run.environment),
+            ("exported weights here (hf/)", run.fingerprint),
             (f"needles (`python -m eval.needle --ckpt {hf}`)", run.needle),
             (f"RULER (`python -m eval.ruler --ckpt {hf}`)", run.ruler),
-            (f"loss by position (`python -m eval.positions --ckpt {hf}`)", run.positions),
+            (f"losses by position (`python -m eval.positions --ckpt {hf}`)", run.positions),
             (f"downstream tasks (`python -m eval.lm --ckpt {hf} --tasks ...`)", run.lm),
         ]
         gone = [what for what, there in lacks if not there]

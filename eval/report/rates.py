@@ -8,12 +8,15 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
+
 from eval.grid import format_length
 from eval.report.run import Run
 from eval.report.settings import UNKNOWN, Row, lines, seeds, table
 from s2.files import read_json
-from s2.model.flops import attention_flops_per_token, flops_per_token
-from s2.model.layouts import kv_bytes_per_token
+from s2.inference import KVCache
+from s2.model.config import ModelConfig
+from s2.model.flops import flops_per_token, full_square_flops_per_token
 from s2.tables import markdown
 from s2.training.metrics import clock
 
@@ -28,7 +31,7 @@ def speed(runs: Sequence[Run]) -> list[str]:
         ("MFU, full square", lambda run: _percent(full_square(run))),
         ("peak memory", lambda run: _memory(run)),
         ("time", hours),
-        *((f"KV cache at {format_length(size)}", partial(_cache, size)) for size in _lengths(runs)),
+        *((f"KV cache a token at {format_length(size)}", partial(_cache, size)) for size in _lengths(runs)),
     ]
     parts = [table(rows, runs)]
     if any(_median(run, "mfu_executed") for run in runs):
@@ -42,9 +45,9 @@ def speed(runs: Sequence[Run]) -> list[str]:
         parts.append("No MFU: the log has none, as on a CPU or a device whose peak is not known.")
     parts.append(
         "tokens/s: the median of the logged steps, without validations and checkpoints; time: with them. KV cache:"
-        " bytes of bf16 keys and values, for each token of context, that the next token can see: everything in dense"
-        " layers; sinks, window and every V-th block in sparse heads. In brackets: what the cache here holds, which is"
-        " everything."
+        " bytes, for each token of context, of the cache here (`s2.inference.KVCache`) for one sequence of that length"
+        " in bf16. It keeps what a later query can see: everything in dense layers; sinks, window and every V-th block"
+        " in sparse heads. In brackets: the same model with every layer dense."
     )
     return parts
 
@@ -59,9 +62,7 @@ def full_square(run: Run) -> float | None:
     executed, model, seq_len = _median(run, "mfu_executed"), run.model, run.data.get("seq_len")
     if not executed or model is None or not seq_len:
         return None
-    causal = attention_flops_per_token(model, seq_len, executed=False)
-    square = flops_per_token(model, seq_len, executed=False) + causal * (2 * seq_len / (seq_len + 1) - 1)
-    return executed * square / flops_per_token(model, seq_len, executed=True)
+    return executed * full_square_flops_per_token(model, seq_len) / flops_per_token(model, seq_len, executed=True)
 
 
 def hours(run: Run) -> str | None:
@@ -72,12 +73,20 @@ def hours(run: Run) -> str | None:
 
 
 def kv_cache(seq_len: int, run: Run) -> str | None:
-    """KV bytes a token of a context of `seq_len`."""
-    return None if run.model is None else _bytes(kv_bytes_per_token(run.model, seq_len))
+    """Bytes a token of context of a cache for a sequence of `seq_len` tokens, in bf16."""
+    return None if run.model is None else _bytes(_cache_bytes(run.model, seq_len))
 
 
-def _cache(seq_len: int, run: Run) -> Any:
-    return run.model and f"{kv_cache(seq_len, run)} ({_bytes(kv_bytes_per_token(run.model, 1))})"
+def _cache(seq_len: int, run: Run) -> str | None:
+    if run.model is None:
+        return None
+    dense = run.model.replace(attention_layout="dense", rope_scaling=None)  # which may be by kind of layer
+    return f"{kv_cache(seq_len, run)} ({_bytes(_cache_bytes(dense, seq_len))})"
+
+
+def _cache_bytes(model: ModelConfig, seq_len: int) -> float:
+    longer = model.replace(max_position_embeddings=max(seq_len, model.max_position_embeddings))
+    return KVCache.bytes_for(longer, 1, seq_len, torch.bfloat16) / seq_len
 
 
 def _lengths(runs: Sequence[Run]) -> list[int]:

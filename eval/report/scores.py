@@ -26,18 +26,22 @@ class Comparison:
         self._bare = False
 
     def add(
-        self, labels: Sequence[str], cells: Sequence[str | None], found: Sequence[Difference | float | None]
+        self,
+        labels: Sequence[str],
+        cells: Sequence[str | None],
+        found: Sequence[Difference | float | None],
+        unit: str = "",
     ) -> None:
-        """One row. found: the difference of each run to the first; a bare number has no interval."""
+        """One row. found: the difference of each run to the first; a bare number has no interval. unit: of these."""
         texts = []
         for i, (cell, difference) in enumerate(zip(cells, found, strict=True)):
             text = cell or DASH
             if i and cell and isinstance(difference, Difference):
                 self._how.setdefault(difference.paired, {})[self.runs[i].name] = None
-                text += f"<br>**{difference}**" if difference.is_sure else f"<br>{difference}"
+                text += f"<br>**{difference}{unit}**" if difference.is_sure else f"<br>{difference}{unit}"
             elif i and cell and difference is not None:
                 self._bare = True
-                text += f"<br>{difference:+.3f}"
+                text += f"<br>{difference:+.3f}{unit}"
             texts.append(text)
         self.rows.append([*labels, *texts])
 
@@ -97,7 +101,7 @@ def _heldout_text(run: Run, name: str) -> Any:
 
 
 def positions(runs: Sequence[Run], stem: str) -> list[str]:
-    """Loss by position, a row a bucket; paired over documents where those are the same."""
+    """Loss by position, a row a bucket, and perplexity; paired over documents where those are the same."""
     table = Comparison(runs, "length", "position")
     found = [run.positions.get(stem) for run in runs]
     tables = [buckets(scores) for scores in found]
@@ -109,15 +113,19 @@ def positions(runs: Sequence[Run], stem: str) -> list[str]:
             differences = [_document_difference(each[0], other) for other in each]
             label = "all" if low is None else f"{low:,} to {high:,}"
             table.add((format_length(length), label), values, differences)
-    return [*table.parts(" in nats a token", "document"), said(runs, found)]
+            if low is None:
+                relative = [each and each.relative() for each in differences]
+                values = [_perplexity(scores, length) for scores in found]
+                table.add((format_length(length), "all, perplexity"), values, relative, " %")
+    return [*table.parts(" in nats a token, of perplexities in percent,", "document"), said(runs, found, cuts=False)]
 
 
-def said(runs: Sequence[Run], found: Sequence[Scores | None]) -> str:
-    """The conditions that result files say they hold under, a line a run."""
-    lines = []
+def said(runs: Sequence[Run], found: Sequence[Scores | None], cuts: bool = True) -> str:
+    """The conditions that result files say they hold under, a line a run. cuts: with the prompts not read whole."""
+    lines, keys = [], ("n", "bos", "sampling", *(("cut",) if cuts else ()), "scoring")
     for run, scores in zip(runs, found, strict=True):
         about = scores.content.get("conditions", {}) if scores else {}
-        known = [f"{key} {about[key]}" for key in ("n", "bos", "sampling", "cut", "scoring") if key in about]
+        known = [f"{key} {about[key]}" for key in keys if key in about]
         lines += [f"- {run.name}: {', '.join(known)}"] if known else []
     return "\n".join(lines)
 
@@ -135,6 +143,17 @@ def _loss(scores: Scores | None, length: int, low: int | None, high: int | None)
             for row in rows:
                 return with_interval(row["loss"], *row["interval"]) if row.get("interval") else f"{row['loss']:.3f}"
     return None
+
+
+def _perplexity(scores: Scores | None, length: int) -> str | None:
+    rows = scores.content["summary"].get("lengths", []) if scores else []
+    row = next((row for row in rows if row["length"] == length), None)
+    if row is None or row.get("perplexity") is None:
+        return None
+    if not row.get("interval"):
+        return f"{row['perplexity']:.3f}"
+    low, high = map(math.exp, row["interval"])
+    return with_interval(row["perplexity"], low, high)
 
 
 def _document_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.shards.mixture import SYNTHETIC
 from eval.report.run import Run
 from s2.files import read_json
 from s2.tables import markdown
 
 UNKNOWN = "not recorded"
-_SYNTHETIC = "retrieval"  # the path of sources that are made up (data.corpus.sources)
+NO_SYNTHETIC = "none"
 # Keys that the first table says in its own words, that say where things lie, or that change nothing of what is learned.
 _SAID = (
     *("run.", "model.config.", "model.init_from", "model.optimizer.lr", "model.schedule", "seed_everything"),
@@ -57,7 +58,7 @@ def settings(runs: Sequence[Run]) -> list[str]:
         ("batch", _batch),
         ("learning rate", _schedule),
         ("precision, strategy", _precision),
-        ("data", lambda run: "<br>".join(f"{share:.1%} {label}" for label, share in _shares(run))),
+        ("data", lambda run: "<br>".join(f"{share:.1%} {label}" for label, share in _shares(run.summary, run.data))),
         ("synthetic retrieval documents", synthetic),
         ("seeds", seeds),
     ]
@@ -94,17 +95,35 @@ def tokens(run: Run) -> int | None:
 
 def synthetic(run: Run) -> str | None:
     """Share of the training tokens that are made-up retrieval documents; as far as it is known."""
-    known, unknown, shares = 0.0, [], _shares(run)
+    return synthetic_share(run.summary, run.data)
+
+
+def synthetic_share(
+    summary: Mapping[str, Any], data: Mapping[str, Any], prepared: Sequence[Mapping[str, Any]] = ()
+) -> str | None:
+    """Share of the training tokens that are made-up retrieval documents, in words; None where nothing says it.
+
+    Of each component: as training has recorded it, else from the manifest of its shards where that is there, else from
+    the section that prepares it, where all sources are of one sort.
+
+    summary: of summary.json. data: `data.init_args` of the recipe. prepared: `prepare` sections beside the recipe's.
+    """
+    shares = _shares(summary, data)
+    recorded = {each.get("component"): each.get("synthetic") for each in summary.get("data", ())}
+    known, unknown = 0.0, []
     for label, share in shares:
-        part = _synthetic_part(run, label)
+        part = recorded.get(label)
+        if part is None:
+            part = _synthetic_part(label, [*_prepared(data), *prepared])
         if part is None:
             unknown.append(label)
         else:
             known += share * part
-    if not shares:
+    if len(unknown) == len(shares):
         return None
-    words = f"{known:.1%} of the tokens"
-    return f"{words}; unknown of {', '.join(unknown)}" if unknown else "none" if known == 0 else words
+    if unknown:
+        return f"at least {known:.1%} of the tokens; {UNKNOWN} of {', '.join(unknown)}"
+    return f"{known:.1%} of the tokens" if known else NO_SYNTHETIC
 
 
 def _shape(run: Run) -> Any:
@@ -152,14 +171,14 @@ def seeds(run: Run) -> str | None:
     return f"{_key(run, 'seed_everything')}, data {run.data.get('seed', 0)}" if run.recipe else None
 
 
-def _shares(run: Run) -> list[tuple[str, float]]:
+def _shares(summary: Mapping[str, Any], data: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(component, share of the training tokens): as trained where the summary says it, else as weighted. A component
     is called `<shard folder>[, source <name>][, documents of <length>]`, as the data module does."""
-    found = [(str(each.get("component")), each.get("asked", 0)) for each in run.summary.get("data", ())]
+    found = [(str(each.get("component")), each.get("asked", 0)) for each in summary.get("data", ())]
     if not sum(amount for _, amount in found):
-        found = [(_label(each), each.get("weight", 1.0)) for each in _mappings(run.data.get("mixture"))]
-        found = found or [(f"{spec.get('output')}/train", 1.0) for spec in _mappings(run.data.get("prepare"))]
-        for added in _mappings(run.data.get("retrieval")):  # a share of documents beside the mixture
+        found = [(_label(each), each.get("weight", 1.0)) for each in _mappings(data.get("mixture"))]
+        found = found or [(f"{spec.get('output')}/train", 1.0) for spec in _mappings(data.get("prepare"))]
+        for added in _mappings(data.get("retrieval")):  # a share of documents beside the mixture
             others, share = sum(weight for _, weight in found), added.get("share", 0)
             found.append((f"{added.get('prepare', {}).get('output')}/train", others * share / (1 - share)))
     total = sum(amount for _, amount in found)
@@ -179,20 +198,24 @@ def _mappings(value: Any) -> list[dict[str, Any]]:
     return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
 
 
-def _synthetic_part(run: Run, label: str) -> float | None:
-    """Share of a component's tokens that come from synthetic sources: from the manifest of its shards, else from the
-    recipe where all sources are of one sort."""
+def _prepared(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `prepare` sections of a recipe, those of retrieval documents too."""
+    added = [each.get("prepare") for each in _mappings(data.get("retrieval"))]
+    return _mappings(data.get("prepare")) + _mappings(added)
+
+
+def _synthetic_part(label: str, prepared: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of a component's tokens that come from synthetic sources, where training has not recorded it."""
     path, *words = label.split(", ")
     folder, manifest = Path(path), Path(path) / "manifest.json"
     names = [word.removeprefix("source ") for word in words if word.startswith("source ")]
     sources = read_json(manifest).get("sources", []) if manifest.is_file() else []
     sources = [source for source in sources if not names or source.get("name") in names]
     if total := sum(source.get("tokens", 0) for source in sources):
-        return sum(source["tokens"] for source in sources if source.get("path") == _SYNTHETIC) / total
-    added = [each.get("prepare") for each in _mappings(run.data.get("retrieval"))]
-    for spec in _mappings(run.data.get("prepare")) + _mappings(added):
+        return sum(source["tokens"] for source in sources if source.get("path") == SYNTHETIC) / total
+    for spec in prepared:
         if spec.get("output") and folder.parent == Path(spec["output"]):
-            kinds = {source.get("path") == _SYNTHETIC for source in spec.get("sources", ())}
+            kinds = {source.get("path") == SYNTHETIC for source in spec.get("sources", ())}
             return float(kinds.pop()) if len(kinds) == 1 else None
     return None
 

@@ -57,6 +57,12 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, executed: bool) -> flo
     return weights + attention_flops_per_token(config, seq_len, executed=executed)
 
 
+def full_square_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """As `flops_per_token`, every layer dense and with the masked half counted: 6 N + 12 L Hq D S."""
+    causal = attention_flops_per_token(config, seq_len, executed=False)
+    return flops_per_token(config, seq_len, executed=False) + causal * (2 * seq_len / (seq_len + 1) - 1)
+
+
 def model_flops_utilization(
     config: ModelConfig, seq_len: int, tokens_per_second: float, peak_flops: float, *, executed: bool
 ) -> float:

@@ -181,6 +181,15 @@ def test_passes_say_how_often_a_run_goes_through_each_component(mixture):
     assert found[2].component == str(mixture.streams[2].shards.folder)
 
 
+def test_passes_say_which_share_of_a_components_tokens_is_synthetic(tmp_path):
+    documents = {"web": random_documents([30] * 8), "retrieval": random_documents([10] * 3 + [50] * 3)}
+    shards = TokenShards(write_shards(tmp_path / "mixed", documents))  # a source's path is its name here
+    parts = [{}, {"min_tokens": 20}, {"source": "web"}, {"source": "retrieval"}]
+    streams = [PackedStream(shards, 16, **part) for part in parts]
+    found = Curriculum([Mixture(streams, [1.0] * 4, seed=0)], []).passes(10)
+    assert [each.synthetic for each in found] == [180 / 420, 150 / 390, 0.0, 1.0]
+
+
 def test_passes_add_up_over_the_phases_of_a_curriculum(curriculum):
     [found] = curriculum.passes(20)
     windows = (5 * 8, 10 * 2, 5)

@@ -128,6 +128,16 @@ def test_published_rows_are_brought_to_the_common_scale(tmp_path):
     assert numbers["train_length"] == 1500 and numbers["checkpoint"] == "other"
 
 
+@pytest.mark.parametrize("cell", ["word " * 40, "m" * 150, "iii " * 30 + "W" * 60])
+def test_a_long_cell_of_the_table_below_stays_in_its_column(tmp_path, cell):
+    sweep = read_sweep([write_results(tmp_path / "n.json", {(512, 0): 1.0})])
+    draw([sweep, sweep], tmp_path / "n.png", table=[["of both", cell, ""]])
+    begins = np.flatnonzero(np.diff(like(tmp_path / "n.png", GREEN).any(0).astype(int)) > 0)
+    second = int(begins[1])  # of two maps and the colour bar
+    below = imread(tmp_path / "n.png")[-90:, ..., :3].min(-1)  # four lines
+    assert (below < 0.5).any() and not (below[:, second:] < 0.9).any()
+
+
 BLUE, ORANGE = (0.129, 0.400, 0.675), (0.702, 0.345, 0.024)
 
 

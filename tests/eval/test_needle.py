@@ -287,6 +287,10 @@ def test_command_line_writes_json_and_heatmap_of_a_real_model(folder, tmp_path, 
     run(folder, tmp_path, *arguments, "--n", "1", "--no-generate")  # a quick look
     assert file.read_bytes() == before
     assert (out / "needle-128+256-d3-n1-haystack-no-generate.png").exists()
+    quick, whole = (json.loads((out / name).read_text())["conditions"]["scoring"] for name in (
+        "needle-128+256-d3-n1-haystack-no-generate.json", "needle-128+256-d3-n2-haystack.json"
+    ))  # fmt: skip
+    assert "generation" not in quick and whole == f"{quick}; greedy generation where that is not right"
 
 
 def test_results_go_to_the_file_that_is_named(folder, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from data.prepare import prepare
+from data.prepare.spec import PrepareSpec
 from eval.checkpoint import Checkpoint
 from eval.positions import buckets, losses, main, may_have, summarise
 from eval.sweep import student
@@ -31,6 +33,7 @@ def documents(tmp_path_factory):
 
 def run(folder, documents, tmp_path, *arguments):
     command = ["--ckpt", str(folder), "--device", "cpu", "--documents", str(documents)]
+    tmp_path.mkdir(exist_ok=True)
     main([*command, "--output", str(tmp_path / "positions.json"), *arguments])
     return json.loads((tmp_path / "positions.json").read_text())
 
@@ -65,12 +68,37 @@ def test_only_documents_of_the_length_are_read_each_from_its_one_bos_on(folder, 
         "256/4",
     ]
     assert by_length[100]["documents"] == 4 and by_length[256]["tokens"] == 3 * 255
-    assert results["conditions"]["bos"] == "exactly one (<|bos|>)" and results["conditions"]["cut"] == 7
+    assert results["conditions"]["bos"] == "exactly one (<|bos|>)"
+    assert "cut" not in results["conditions"]  # a longer document is not a cut one
     checkpoint = Checkpoint.load(folder, "cpu")
     text = json.loads(documents.read_text().splitlines()[2])["text"]
     tokens = [bos_of(checkpoint.tokenizer), *checkpoint.tokenizer.encode(text, add_special_tokens=False).ids][:256]
     sample = next(sample for sample in results["samples"] if sample["id"] == "256/2")
     assert sample["losses"] == losses(checkpoint, [tokens])[0]
+
+
+def test_documents_of_one_source_alone_are_read_where_shards_know_it(folder, documents, tmp_path):
+    web = tmp_path / "web.jsonl"
+    web.write_text(json.dumps({"text": prose(55, 6)}) + "\n")
+    sources = [{"path": str(web), "name": "web"}, {"path": str(documents), "name": "books"}]
+    tokenizer = {"path": str(folder / "tokenizer.json")}
+    prepare(PrepareSpec.parse({"output": str(tmp_path / "c"), "sources": sources, "tokenizer": tokenizer}))
+    shards = tmp_path / "c" / "train"
+    both, books = (
+        run(folder, shards, tmp_path / name, "--lengths", "256", *more)
+        for name, more in (("both", []), ("books", ["--source", "books"]))
+    )
+    assert both["conditions"]["n"] == 4 and books["conditions"]["n"] == 3
+    prompts = [{sample["prompt"] for sample in results["samples"]} for results in (both, books)]
+    assert prompts[1] < prompts[0]
+    assert books["settings"]["source"] == "books" and "source" not in both["settings"]
+    with pytest.raises(ValueError, match=r"has no source 'essays'; it has: web, books"):
+        run(folder, shards, tmp_path / "x", "--source", "essays")
+    with pytest.raises(ValueError, match=r"--source books: .*books\.jsonl is no shard folder"):
+        run(folder, documents, tmp_path / "x", "--source", "books")
+    main(["--ckpt", str(folder), "--device", "cpu", "--documents", str(shards), "--output", str(tmp_path / "all"),
+          "--source", "books"])  # fmt: skip
+    assert (tmp_path / "all" / "positions-train-of-books.json").is_file()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.differences import unpaired
 from eval.report import rates, scores, settings
@@ -14,6 +15,7 @@ from eval.report.glance import glance
 from eval.report.page import missing
 from eval.report.run import labels, read_run, read_runs
 from s2.files import write_json
+from s2.inference import KVCache
 from s2.model.config import ModelConfig
 from s2.model.flops import matmul_parameters
 from s2.model.hf import fingerprint
@@ -88,8 +90,22 @@ def test_the_front_picture_has_its_table_as_markdown_beside_it(tmp_path):
     with pytest.raises(ValueError, match="2 to 4 runs have room side by side, and 1 are named"):
         main([str(runs[0]), "--front", str(tmp_path / "front.png")])
     (runs[1] / "results" / "needle.json").rename(runs[1] / "results" / "needle-n1.json")
-    with pytest.raises(ValueError, match=r"no needle sweep of one name .*demo/a: needle; demo/b: needle-n1"):
+    with pytest.raises(
+        ValueError, match=r"no sweep of one name for a single needle .*demo/a: needle; demo/b: needle-n1"
+    ):
         main([*map(str, runs), "--front", str(tmp_path / "front.png")])
+
+
+def test_the_front_picture_shows_the_single_needle_of_all_runs(tmp_path, monkeypatch):
+    runs = pair(tmp_path)
+    for run in runs:  # as long, and before `needle` in the alphabet; longer
+        for name, length, kind in (("needle-a", 1024, "multi-key"), ("needle-b", 4096, "multi-value")):
+            cells = {(length, depth): 0.0 for depth in (0, 100)}
+            write_results(run / "results" / f"{name}.json", cells, settings={"haystack": "prose", "kind": kind})
+    drawn = []
+    monkeypatch.setattr("eval.heatmap.draw", lambda sweeps, *args, **options: drawn.extend(sweeps))
+    main([*map(str, runs), "--front", str(tmp_path / "front.png")])
+    assert [(max(sweep.lengths), sweep.mean()) for sweep in drawn] == [(1024, 0.5), (1024, 1.0)]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -166,6 +182,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
     ):
         assert what in said
     assert "needles" not in said and "training log" not in said
+    assert "- demo/a has no exported weights here (hf/)\n" in said and " no the " not in said
     runs = read_runs([run])
     assert (
         rates.environment(runs)[-1]
@@ -224,15 +241,20 @@ def test_synthetic_documents_are_counted_in_the_shards_where_those_are_there(tmp
     shards = tmp_path / "mixed" / "train"
     recipe["data"]["init_args"]["mixture"] = [{"path": str(shards)}, {"path": "elsewhere/train"}]
     run = make_run(tmp_path / "demo" / "a", recipe=recipe)
-    assert settings.synthetic(read_run(run)) == f"0.0% of the tokens; unknown of {shards}, elsewhere/train"
+    assert settings.synthetic(read_run(run)) is None
     shards.mkdir(parents=True)
     sources = [{"path": "web", "tokens": 300}, {"path": "retrieval", "name": "made", "tokens": 100}]
     write_json(shards / "manifest.json", {"sources": sources})
-    assert settings.synthetic(read_run(run)) == "12.5% of the tokens; unknown of elsewhere/train"
+    assert settings.synthetic(read_run(run)) == "at least 12.5% of the tokens; not recorded of elsewhere/train"
     # as trained, where the summary says it, and not as weighted; of one source, its own
     parts = [{"component": f"{shards}, source made, documents of 9 or more tokens", "asked": 60}]
     write_json(run / "summary.json", {"data": [*parts, {"component": str(shards), "asked": 40}]})
     assert settings.synthetic(read_run(run)) == "70.0% of the tokens"
+    # and as recorded, wherever the shards are now
+    recorded = [{"component": "/data/retrieval-x/train", "asked": 60, "synthetic": 0.0}]
+    recorded += [{"component": str(shards), "asked": 40, "synthetic": 0.5}]
+    write_json(run / "summary.json", {"data": recorded})
+    assert settings.synthetic(read_run(run)) == "20.0% of the tokens"
 
 
 def test_a_share_of_retrieval_documents_beside_the_mixture_is_counted(tmp_path):
@@ -255,6 +277,17 @@ def test_mfu_is_said_by_each_definition(tmp_path):
     for row in ("MFU, executed | 50.0%", "MFU, dense-equivalent | 60.0%", "MFU, full square | ", "time | 2.02 hours"):
         assert f"| {row}" in text
     assert "| tokens/s a device | 200 |" in text
+
+
+def test_the_kv_cache_of_both_numbers_is_what_the_cache_here_holds(tmp_path):
+    (run,) = read_runs([make_run(tmp_path / "demo" / "a")])
+    text, size = "\n".join(rates.speed([run])), 1024
+    config, dense = (ModelConfig(**MODEL | {"attention_layout": layout}) for layout in ("L2V4-inter", "dense"))
+    sparse, full = (KVCache.bytes_for(each, 1, size, torch.bfloat16) / size for each in (config, dense))
+    assert sparse < 0.7 * full and full > 4 * 2 * 2 * 16 * 2  # layers, KV heads, keys and values, head_dim, bytes
+    assert f"| KV cache a token at 1k | {sparse:.0f} B ({full:.0f} B) |" in text
+    assert "It keeps what a later query can see" in text and "which is everything" not in text
+    assert rates.kv_cache(size, run) == f"{sparse:.0f} B"
 
 
 def test_the_record_beside_a_run_says_where_it_was_made(tmp_path):
@@ -341,5 +374,15 @@ def test_losses_by_position_are_paired_over_documents(tmp_path):
     one, two = pair(tmp_path)
     write_positions(one / "results" / "positions.json")
     write_positions(two / "results" / "positions.json", shift=0.25)
+    content = json.loads((one / "results" / "positions.json").read_text())
+    about = {"n": 3, "bos": "exactly one", "cut": 3}  # as earlier versions counted longer documents
+    write_json(one / "results" / "positions.json", content | {"conditions": about})
     text = "\n".join(scores.positions(read_runs([one, two]), "positions"))
+    assert text.endswith("- demo/a: n 3, bos exactly one")
+    # exp of 4 and 5; 100 (exp(0.25) - 1)
+    assert (
+        "| all, perplexity | 90.000 (54.60 to 148.41) | 90.000 (54.60 to 148.41)<br>**+28.403 (+28.40 to +28.40) %**"
+        in text
+    )
+    assert "difference to demo/a in nats a token, of perplexities in percent, with its 95 % interval" in text
     assert "| 128 | 64 to 128 | 4.000 (3.00 to 5.00) | 4.250 (3.00 to 5.00)<br>**+0.250 (+0.25 to +0.25)** |" in text

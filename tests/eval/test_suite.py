@@ -32,6 +32,15 @@ def run_suite(folder, data, output, *more):
     return json.loads(file.read_text()), file.with_suffix(".md").read_text()
 
 
+def test_the_loss_of_one_source_is_asked_for_beside_that_of_all_documents(folder, tmp_path):
+    words = ["--ckpt", str(folder), "--parts", "positions", "--document-source", "books", "--documents", "shards"]
+    (_, _, every), (_, name, one) = suite.plan(suite._arguments(words), [512], tmp_path)
+    assert one == [*every, "--source", "books"] and name == "loss by position, books"
+    row = {"length": 512, "loss": 3.0, "documents": 4, "interval": [2.0, 4.0]}
+    content = {"settings": {"source": "books"}, "summary": {"lengths": [row]}}
+    assert [each["task"] for each in suite.rows_of("positions", content)] == ["loss of books"]
+
+
 def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_path, monkeypatch):
     first, text = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
     assert [part["part"] for part in first["parts"]] == ["positions", "ruler", "needle", "needle", "lm"]

@@ -161,4 +161,58 @@ MUTANTS = (
         "tokens = tokens[:-1] if tokens and len(frame) > 2 else tokens",
         ("test_lm.py", "test_needle.py", "test_haystack.py"),
     ),
+    Mutant(
+        "every_token_of_a_mixed_folder_is_synthetic", "data",
+        'if each["path"] == SYNTHETIC and each["documents"]]',
+        'if each["documents"]]',
+        ("test_mixture.py::test_passes_say_which_share_of_a_components_tokens_is_synthetic",),
+    ),
+    Mutant(
+        "the_recorded_share_of_synthetic_documents_is_not_read", "eval",
+        "part = recorded.get(label)",
+        "part = None",
+        ("eval/test_report.py", "test_experiment_figures.py"),
+    ),
+    Mutant(
+        "cells_of_a_table_below_run_into_the_next_column", "eval",
+        "while count > 4 and max(map(measure, textwrap.wrap(text, count))) > width:",
+        "while False:",
+        ("test_heatmap.py::test_a_long_cell_of_the_table_below_stays_in_its_column",),
+    ),
+    Mutant(
+        "any_needle_is_in_the_front", "eval",
+        'return stem in run.needle and kind_of(run.needle[stem].content) == "single"',
+        "return stem in run.needle",
+        ("eval/test_report.py",),
+    ),
+    Mutant(
+        "the_front_of_an_experiment_is_its_first_stage", "scripts",
+        "stage, sweeps = found[max(found)]",
+        "stage, sweeps = found[min(found)]",
+        ("test_experiment_page.py",),
+    ),
+    Mutant(
+        "a_mean_over_tasks_is_compared_within_a_stage_alone", "scripts",
+        "[part.key[1:] for part in figure.parts] == [part.key[1:] for part in base.parts]",
+        "[part.key for part in figure.parts] == [part.key for part in base.parts]",
+        ("test_experiment_page.py",),
+    ),
+    Mutant(
+        "the_report_says_the_cache_needs_what_a_dense_one_does", "eval",
+        "KVCache.bytes_for(longer, 1, seq_len, torch.bfloat16)",
+        'KVCache.bytes_for(longer.replace(attention_layout="dense"), 1, seq_len, torch.bfloat16)',
+        ("eval/test_report.py",),
+    ),
+    Mutant(
+        "a_config_counts_as_weights_that_are_lost", "scripts",
+        'if option != "--config"]',
+        "]",
+        ("test_experiment_page.py",),
+    ),
+    Mutant(
+        "every_source_of_a_folder_is_read", "eval",
+        'for document in shards.documents_of(source, "--documents"):',
+        'for document in shards.documents_of(None, "--documents"):',
+        ("test_positions.py",),
+    ),
 )  # fmt: skip

@@ -191,3 +191,17 @@ def test_quality_is_drawn_at_the_longest_length_that_was_trained_on(lengths, cho
     assert {(row["arm"], row["length"]) for row in found} == {("a", chosen), ("b", chosen)}
     assert len({row["stage"] for row in found}) == 1
     assert results_page._longest_trained(results, ("needle", "multi", "exact"), ("a", "b")) == []
+
+
+def test_the_share_of_synthetic_documents_is_what_training_recorded_whatever_folders_are_called():
+    def said(*components, prepared=()):
+        arm = {"summaries": {"train": {"data": list(components)}}, "stages": {"train": {"recipe": None}}}
+        return results_page.retrieval_share({"arms": {"a": arm}}, prepared)
+
+    web = {"component": "/data/retrieval-x/web/train", "asked": 75, "synthetic": 0.0}
+    made = {"component": "/data/retrieval-x/facts/train", "asked": 25, "synthetic": 1.0}
+    assert said(web, made).endswith("in the training tokens: train 25.0%.") and said(web) == ""
+    old = [{key: each[key] for key in ("component", "asked")} for each in (web, made)]  # of an earlier version
+    assert said(*old).endswith("train not recorded.")
+    specs = [{"output": "/data/retrieval-x/facts", "sources": [{"path": "retrieval"}]}]
+    assert said(*old, prepared=specs).endswith("train at least 25.0%; not recorded of /data/retrieval-x/web/train.")

@@ -107,6 +107,7 @@ def test_the_summary_says_how_often_the_data_was_gone_through(plain: Path) -> No
     manifest = json.loads((plain.parents[2] / "data" / "train" / "manifest.json").read_text())
     assert data["asked"] == summary["tokens"] and data["available"] == manifest["tokens"]
     assert data["passes"] == pytest.approx(data["asked"] / data["available"], rel=0.1)
+    assert data["synthetic"] == 0.0
 
 
 def test_extension_reports_the_checkpoint_as_it_is_at_its_own_length(folder: Path, plain: Path) -> None:
