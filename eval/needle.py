@@ -46,7 +46,7 @@ from eval.haystack import Haystack
 from eval.heatmap import draw
 from eval.heldout import find_heldout, read_texts
 from eval.needle_prompts import KINDS, MAX_SHIFT, Needle, Prompt, build_prompt, filler
-from eval.samples import Part, Sample
+from eval.samples import Batch, Part, Sample
 from eval.sweep import SCORE_NAMES, describe, read_sweep
 from s2 import ending, files
 from s2.arguments import new_parser, path
@@ -165,7 +165,10 @@ def run_sweep(
     def key(sample: Sample) -> Any:  # what shares a window is computed together
         return (sample["length"], sample["index"] // rows(sample)) if grid.shared else sample["length"]
 
-    def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
+    def compute(batches: Sequence[Batch]) -> Iterator[Sample]:
+        return (record for batch in batches for record in compute_batch(batch))
+
+    def compute_batch(batch: Batch) -> Iterator[Sample]:
         length, cache = batch[0]["length"], None
         steps = samples.batches_of(batch, lambda sample: grid.shared and sample["depth"], rows)
         try:

@@ -1,14 +1,20 @@
 """RULER's tasks: prompts are as long as asked, hold their answers, and score as RULER's do."""
 
+import argparse
 import json
+import os
+import pickle
 import random
 import re
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from eval import ruler_tasks, samples
+from eval import ruler, ruler_tasks, samples
 from eval.haystack import Haystack, encode_each_inside, encode_inside
 from eval.ruler import main, plan, summarise
 from eval.ruler_tasks import TASKS, Maker, Reading, match
@@ -235,6 +241,28 @@ def test_the_command_writes_every_answer_and_goes_on(folder, squad, tmp_path, ca
     assert results["samples"][0]["prompt_tokens"] == 800 - 32 and results["conditions"]["n"] == 4
     assert results["conditions"]["bos"].startswith("exactly one") and results["conditions"]["sampling"] is False
     assert {row["task"] for row in results["summary"]["tasks"]} == {"vt", "qa"}
+
+
+def test_prompts_made_in_other_processes_are_the_same(folder, maker, tmp_path, monkeypatch):
+    made = pickle.loads(pickle.dumps(partial(ruler._questions, maker)))
+    batch = [sample for task in TASKS for sample in plan([task], [1500], 1, 0)]
+    assert made(batch) == ruler._questions(maker, batch)
+    (tmp_path / "essays.txt").write_text(prose(300, 1))
+    command = ["--ckpt", str(folder), "--haystack", str(tmp_path / "essays.txt"), "--device", "cpu", "--lengths", "800"]
+    found, asked = [], []
+    for count in (0, 1):
+        monkeypatch.setattr(samples, "makers", lambda *_, count=count: asked.append(count) or count)
+        main([*command, "--tasks", "niah_multikey_2,vt", "--n", "2", "--output", str(tmp_path / f"{count}.json")])
+        found.append(json.loads((tmp_path / f"{count}.json").read_text())["samples"])
+    assert found[0] == found[1] and asked == [0, 1]
+
+
+@pytest.mark.parametrize("device,part,cores,count", [("cpu", None, 16, 0), ("cuda", None, 2, 1), ("cuda", None, 16, 4),
+                                                     ("cuda", samples.Part(0, 8), 16, 1)])  # fmt: skip
+def test_a_gpu_has_processes_beside_it_and_a_cpu_none(monkeypatch, device, part, cores, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    args, checkpoint = argparse.Namespace(part=part), SimpleNamespace(device=torch.device(device))
+    assert samples.makers(args, checkpoint) == count
 
 
 @pytest.mark.parametrize(
