@@ -2,6 +2,11 @@
 
     python -m eval.needle --ckpt runs/demo/extend-2k/hf --lengths 512,1k,2k --depths 11 --n 5 --output results
 
+With `--shared-haystack` all depths of a sample lie in one window of the haystack, and what stands before the needle is
+computed once: about two thirds of the work for eleven depths. Its prompts are others than without, so that the two
+are never mixed, and the samples of a length are fewer different texts: their interval says less than it seems. Scores
+of one prompt differ from those of a pass of its own by rounding alone.
+
 `--kind` says what is hidden and asked for (`eval.needle_prompts`). Each sample gets three scores in 0..1, each the mean
 over its needles:
     exact      every token of the number is the most likely one, given the true ones before it (one forward)

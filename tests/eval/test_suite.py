@@ -59,6 +59,20 @@ def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_
         run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
 
 
+def test_suite_and_gate_share_a_haystack_over_depths_where_they_are_told_to(folder, data, tmp_path):
+    """The file has another name and other settings, so that its prompts are never taken for those of another."""
+    for shared in (False, True):
+        more = ["--shared-haystack"] if shared else []
+        results, _ = run_suite(folder, data, tmp_path / f"suite-{shared}", "--parts", "needle", *more)
+        config = write_config(
+            data, tmp_path / "gate.yaml", f"shared_haystack: {str(shared).lower()}\nneedle: [{{length: 400, min: 0}}]\n"
+        )
+        [check] = gate.check_gate(folder, config, tmp_path / f"gate-{shared}", ["--device", "cpu"])["checks"]
+        for output, name in (("suite", results["parts"][0]["file"]), ("gate", check["file"])):
+            written = json.loads((tmp_path / f"{output}-{shared}" / name).read_text())
+            assert written["settings"]["shared_haystack"] is shared is ("-shared-" in name)
+
+
 @pytest.mark.parametrize(
     "arguments,error,message",
     [
