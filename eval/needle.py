@@ -63,6 +63,25 @@ _RECORDED = ("key", "number", "position", "depth")  # of each needle
 _SCORING = "one forward over question and answer; greedy generation where that is not right"
 
 
+_haystacks: dict[Any, Haystack] = {}  # the last one that was read
+
+
+def read_haystack(source: Path, column: str, tokenizer: Tokenizer, tokens: int = HAYSTACK_TOKENS) -> Haystack:
+    """The first `tokens` of a text. That of a file or shard folder is kept for the next part of a suite, which reads
+    the same, until the file is written anew.
+
+    Raises as `eval.heldout.read_texts` and `Haystack.from_texts`.
+    """
+    file = source / "manifest.json" if source.is_dir() else source
+    written = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+    key = (source, column, tokens, written, tokenizer.to_str())
+    if written is None or key not in _haystacks:
+        _haystacks.clear()
+        name = source.name or str(source)
+        _haystacks[key] = Haystack.from_texts(read_texts(source, column), tokenizer, name, tokens)
+    return _haystacks[key]
+
+
 @dataclass(frozen=True)
 class Prompts:
     """What a sweep asks: the samples of a grid, hidden in a haystack. `bos_id` opens each; None: nothing does."""
@@ -307,8 +326,7 @@ def command(argv: Sequence[str]) -> Path:
         haystack = filler(tokenizer, max(grid.lengths))
     else:
         source = args.haystack or find_heldout(args.ckpt)
-        texts = read_texts(source, args.text_column)
-        haystack = Haystack.from_texts(texts, tokenizer, source.name or str(source), args.haystack_tokens)
+        haystack = read_haystack(source, args.text_column, tokenizer, args.haystack_tokens)
     prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), grid)
     prompts.check(readable, checkpoint.config.vocab_size)
     files.require_writable(output.parent if output.suffix == ".json" else output)

@@ -28,9 +28,8 @@ from typing import Any
 from eval import samples
 from eval.ahead import made_ahead
 from eval.grid import default_lengths, format_length, listed, name_of, parse_lengths
-from eval.haystack import Haystack
-from eval.heldout import find_heldout, read_texts
-from eval.needle import HAYSTACK_TOKENS, check_haystack, check_lengths
+from eval.heldout import find_heldout
+from eval.needle import check_haystack, check_lengths, read_haystack
 from eval.ruler_tasks import TASKS, Maker, Question, Reading, match
 from eval.samples import Batch, Evaluation, Sample
 from eval.sweep import wilson
@@ -162,8 +161,7 @@ def command(argv: Sequence[str]) -> Path:
     check_lengths(lengths, readable)
     checkpoint = samples.open_checkpoint(args, readable)
     source = args.haystack or find_heldout(args.ckpt)
-    texts = read_texts(source, args.text_column)
-    haystack = Haystack.from_texts(texts, checkpoint.tokenizer, source.name or str(source), HAYSTACK_TOKENS)
+    haystack = read_haystack(source, args.text_column, checkpoint.tokenizer)
     check_haystack(haystack, lengths)
     reading = Reading.load(args.qa) if args.qa else None
     maker = Maker(haystack, checkpoint.tokenizer, bos_of(checkpoint.tokenizer), reading)

@@ -76,7 +76,7 @@ def templates_compiled_once() -> Iterator[None]:
     """Within, lm-eval compiles each template of a task once. By itself it does so for each document and use, a
     millisecond every time, 19,000 times for 5,000 documents of five tasks."""
     environment = utils.env
-    environment.from_string = lru_cache(_TEMPLATES)(environment.from_string)  # type: ignore[method-assign]
+    environment.from_string = lru_cache(_TEMPLATES)(environment.from_string)
     try:
         yield
     finally:
