@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -20,7 +20,7 @@ _AHEAD = 2  # items of each process beyond the one that is asked for
 _make: Callable[[Any], Any]  # of a worker
 
 
-def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], processes: int) -> Generator[Made, None, None]:
+def made_ahead(make: Callable[[Item], Made], items: Sequence[Item], processes: int) -> Generator[Made, None, None]:
     """`make(item)` of each item, in order. Until the processes have started, which takes seconds, things are made here;
     where they do not start, all are.
 
@@ -30,7 +30,7 @@ def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], processes: i
     Raises:
         FailureError: a process was killed. What `make` raises.
     """
-    if not processes:
+    if not processes or len(items) < 2:  # one is needed at once
         yield from map(make, items)
         return
     executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (make,))

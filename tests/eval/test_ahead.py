@@ -1,6 +1,5 @@
 """Prompts are made while the device computes: in order, in other processes, the same ones."""
 
-import itertools
 import os
 import time
 from contextlib import closing
@@ -34,10 +33,15 @@ def test_things_are_made_here_until_processes_have_started_and_there_from_then_o
 
 
 def test_a_process_that_is_killed_ends_the_evaluation_with_a_sentence():
-    made = made_ahead(die, itertools.repeat(os.getpid(), 3000), 1)
+    made = made_ahead(die, [os.getpid()] * 3000, 1)
     with pytest.raises(FailureError, match=r"a process that makes prompts was killed.*the same command goes on"):
         for _ in made:
             time.sleep(0.02)
+
+
+def test_for_nothing_or_one_thing_no_process_is_started(monkeypatch):
+    monkeypatch.setattr("eval.ahead.ProcessPoolExecutor", None)
+    assert not list(made_ahead(process_of, [], 2)) and list(made_ahead(process_of, [1], 2)) == [(1, os.getpid())]
 
 
 def test_without_processes_nothing_is_made_before_it_is_asked_for():
