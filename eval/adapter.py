@@ -226,7 +226,8 @@ class S2LM(TemplateLM):
         hidden = model.model(input_ids.to(self._device), None, None)  # [B, S, E]
         scored = torch.cat([hidden[b, len(row) - lengths[b] : len(row)] for b, row in enumerate(rows)])  # [N, E]
         wanted = torch.tensor([token for target in targets for token in target], device=self._device)
-        values, hits = self.checkpoint.log_likelihoods(scored, wanted)
+        found = self.checkpoint.log_likelihoods(scored, wanted)
+        values, hits = (part.cpu() for part in found)  # at once: each number that is asked of a GPU waits for it
         per_request = zip(values.split(lengths), hits.split(lengths), strict=True)
         return [(value.sum().item(), bool(hit.all())) for value, hit in per_request]
 

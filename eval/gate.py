@@ -9,6 +9,7 @@
       - {length: 32k, from: 16k, to: 32k, max: 2.9}     # of the tokens at these positions (powers of two)
     needle:
       - {length: 32k, min: 0.95}              # kind: single, score: exact
+    shared_haystack: true                     # of the needle, as in eval.needle; default: false
     data_dir: data/eval                       # of the tasks; limit: 500
     tasks:
       - {task: piqa, metric: acc, max_drop: 0.01}
@@ -111,6 +112,7 @@ class GateConfig(_Section):
     base: Path | None = None
     limit: int | None = Field(None, ge=1)
     needle_n: int = Field(SAMPLES, ge=1)
+    shared_haystack: bool = False
     documents_n: int = Field(DOCUMENTS, ge=1)
 
     @model_validator(mode="after")
@@ -225,7 +227,7 @@ class _Figures:
             found = rows_of("positions", {"summary": positions.summarise(own)})
         elif isinstance(check, NeedleCheck):
             words = [*self._lengths(NeedleCheck, check.kind), "--kind", check.kind, "--n", str(config.needle_n)]
-            words.append("--no-generate")
+            words += ["--no-generate", *(["--shared-haystack"] if config.shared_haystack else [])]
             words += _named("haystack", None if check.kind == "passkey" else config.haystack)
             file, content = self._run(needle.command, words)
             found = [row for row in rows_of("needle", content) if row["length"] == check.length]

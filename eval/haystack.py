@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from eval.heldout import CHARS_A_TOKEN
 
@@ -31,6 +31,7 @@ _GAP = re.compile(
     r"|\n\s*"
 )
 _SPARSE = 512  # with fewer sentence starts than one in so many tokens, a window begins anywhere
+_LEADS = ("a", "0", ")")  # characters before a text; some tokenizers join one with what follows
 _FEW = 64  # where fewer windows than one in so many suit a needle, all are taken: samples are to have different ones
 
 
@@ -133,12 +134,29 @@ def encode_inside(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
 
     For that it is encoded behind a character, and that character's tokens are taken off.
     """
-    for lead in ("a", "0", ")"):
+    for lead in _LEADS:
         alone = tokenizer.encode(lead, add_special_tokens=False).ids
         both = tokenizer.encode(lead + text, add_special_tokens=False)
-        if alone and both.ids[: len(alone)] == alone and len(both.ids) > len(alone):
-            ids, offsets = both.ids[len(alone) :], both.offsets[len(alone) :]
-            if offsets[0][0] >= len(lead):
-                return ids, [end - len(lead) for _, end in offsets]
+        if _is_apart(both, lead, alone):
+            return both.ids[len(alone) :], [end - len(lead) for _, end in both.offsets[len(alone) :]]
     encoding = tokenizer.encode(text, add_special_tokens=False)
     return encoding.ids, [end for _, end in encoding.offsets]
+
+
+def encode_each_inside(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, those of `encode_inside`; the tokenizer encodes all of them at once, on all cores."""
+    lead = _LEADS[0]
+    alone = tokenizer.encode(lead, add_special_tokens=False).ids
+    together = tokenizer.encode_batch([lead + text for text in texts], add_special_tokens=False)
+    return [
+        both.ids[len(alone) :] if _is_apart(both, lead, alone) else encode_inside(tokenizer, text)[0]
+        for text, both in zip(texts, together, strict=True)
+    ]
+
+
+def _is_apart(both: Encoding, lead: str, alone: list[int]) -> bool:
+    """Whether a text behind `lead` begins with a token of its own, after those that `lead` has `alone`."""
+    if not alone or len(both) <= len(alone) or both.ids[: len(alone)] != alone:
+        return False
+    place = both.token_to_chars(len(alone))
+    return place is not None and place[0] >= len(lead)

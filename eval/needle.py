@@ -2,6 +2,11 @@
 
     python -m eval.needle --ckpt runs/demo/extend-2k/hf --lengths 512,1k,2k --depths 11 --n 5 --output results
 
+With `--shared-haystack` all depths of a sample lie in one window of the haystack, and what stands before the needle is
+computed once: about two thirds of the work for eleven depths. Its prompts are others than without, so that the two
+are never mixed, and the samples of a length are fewer different texts: their interval says less than it seems. Scores
+of one prompt differ from those of a pass of its own by rounding alone.
+
 `--kind` says what is hidden and asked for (`eval.needle_prompts`). Each sample gets three scores in 0..1, each the mean
 over its needles:
     exact      every token of the number is the most likely one, given the true ones before it (one forward)
@@ -46,7 +51,7 @@ from eval.haystack import Haystack
 from eval.heatmap import draw
 from eval.heldout import find_heldout, read_texts
 from eval.needle_prompts import KINDS, MAX_SHIFT, Needle, Prompt, build_prompt, filler
-from eval.samples import Part, Sample
+from eval.samples import Batch, Part, Sample
 from eval.sweep import SCORE_NAMES, describe, read_sweep
 from s2 import ending, files
 from s2.arguments import new_parser, path
@@ -56,6 +61,25 @@ from s2.model.hf import load_config
 HAYSTACK_TOKENS = 1 << 20
 _RECORDED = ("key", "number", "position", "depth")  # of each needle
 _SCORING, _GENERATING = "one forward over question and answer", "; greedy generation where that is not right"
+
+
+_haystacks: dict[Any, Haystack] = {}  # the last one that was read
+
+
+def read_haystack(source: Path, column: str, tokenizer: Tokenizer, tokens: int = HAYSTACK_TOKENS) -> Haystack:
+    """The first `tokens` of a text. That of a file or shard folder is kept for the next part of a suite, which reads
+    the same, until the file is written anew.
+
+    Raises as `eval.heldout.read_texts` and `Haystack.from_texts`.
+    """
+    file = source / "manifest.json" if source.is_dir() else source
+    written = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+    key = (source, column, tokens, written, tokenizer.to_str())
+    if written is None or key not in _haystacks:
+        _haystacks.clear()
+        name = source.name or str(source)
+        _haystacks[key] = Haystack.from_texts(read_texts(source, column), tokenizer, name, tokens)
+    return _haystacks[key]
 
 
 @dataclass(frozen=True)
@@ -165,7 +189,10 @@ def run_sweep(
     def key(sample: Sample) -> Any:  # what shares a window is computed together
         return (sample["length"], sample["index"] // rows(sample)) if grid.shared else sample["length"]
 
-    def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
+    def compute(batches: Sequence[Batch]) -> Iterator[Sample]:
+        return (record for batch in batches for record in compute_batch(batch))
+
+    def compute_batch(batch: Batch) -> Iterator[Sample]:
         length, cache = batch[0]["length"], None
         steps = samples.batches_of(batch, lambda sample: grid.shared and sample["depth"], rows)
         try:
@@ -299,8 +326,7 @@ def command(argv: Sequence[str]) -> Path:
         haystack = filler(tokenizer, max(grid.lengths))
     else:
         source = args.haystack or find_heldout(args.ckpt)
-        texts = read_texts(source, args.text_column)
-        haystack = Haystack.from_texts(texts, tokenizer, source.name or str(source), args.haystack_tokens)
+        haystack = read_haystack(source, args.text_column, tokenizer, args.haystack_tokens)
     prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), grid)
     prompts.check(readable, checkpoint.config.vocab_size)
     files.require_writable(output.parent if output.suffix == ".json" else output)

@@ -30,7 +30,7 @@ from eval.grid import format_length, listed, name_of, parse_lengths
 from eval.heldout import CHARS_A_TOKEN, find_heldout, read_texts
 from eval.needle import check_lengths
 from eval.results import checksum_of
-from eval.samples import Evaluation, Sample
+from eval.samples import Batch, Evaluation, Sample
 from eval.sweep import student
 from s2 import ending
 from s2.arguments import new_parser, path
@@ -202,7 +202,10 @@ def command(argv: Sequence[str]) -> Path:
     documents = read_documents(checkpoint, source, args.text_column, lengths, args.n, args.source)
     tokens = {(length, number): row for length, kept in documents.items() for number, row in kept}
 
-    def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
+    def compute(batches: Sequence[Batch]) -> Iterator[Sample]:
+        return (record for batch in batches for record in compute_batch(batch))
+
+    def compute_batch(batch: Batch) -> Iterator[Sample]:
         length = batch[0]["length"]
         rows = [tokens[length, sample["document"]] for sample in batch]
         with memory_for(f"{len(batch)} x {length} tokens", checkpoint.device, "lower --batch-tokens"):

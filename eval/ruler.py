@@ -19,18 +19,19 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from eval import samples
+from eval.ahead import made_ahead
 from eval.grid import default_lengths, format_length, listed, name_of, parse_lengths
-from eval.haystack import Haystack
-from eval.heldout import find_heldout, read_texts
-from eval.needle import HAYSTACK_TOKENS, check_haystack, check_lengths
-from eval.ruler_tasks import TASKS, Maker, Reading, match
-from eval.samples import Evaluation, Sample
+from eval.heldout import find_heldout
+from eval.needle import check_haystack, check_lengths, read_haystack
+from eval.ruler_tasks import TASKS, Maker, Question, Reading, match
+from eval.samples import Batch, Evaluation, Sample
 from eval.sweep import wilson
 from s2 import ending
 from s2.arguments import new_parser, path
@@ -52,6 +53,10 @@ def plan(tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int) -> Ite
             for index in range(n):
                 name = f"{task}/{length}/{index}"
                 yield {"id": name, "task": task, "length": length, "index": index, "seed": f"{seed}/{name}"}
+
+
+def _questions(maker: Maker, batch: Batch) -> list[Question]:
+    return [maker.make(sample["task"], sample["length"], sample["seed"]) for sample in batch]
 
 
 def summarise(rows: Sequence[Sample]) -> dict[str, Any]:
@@ -156,8 +161,7 @@ def command(argv: Sequence[str]) -> Path:
     check_lengths(lengths, readable)
     checkpoint = samples.open_checkpoint(args, readable)
     source = args.haystack or find_heldout(args.ckpt)
-    texts = read_texts(source, args.text_column)
-    haystack = Haystack.from_texts(texts, checkpoint.tokenizer, source.name or str(source), HAYSTACK_TOKENS)
+    haystack = read_haystack(source, args.text_column, checkpoint.tokenizer)
     check_haystack(haystack, lengths)
     reading = Reading.load(args.qa) if args.qa else None
     maker = Maker(haystack, checkpoint.tokenizer, bos_of(checkpoint.tokenizer), reading)
@@ -166,9 +170,13 @@ def command(argv: Sequence[str]) -> Path:
 
     pool = cache(lambda: DecodePool(checkpoint.model))  # the weights are read when samples are missing
 
-    def compute(batch: Sequence[Sample]) -> Iterator[Sample]:
+    def compute(batches: Sequence[Batch]) -> Iterator[Sample]:
+        with closing(made_ahead(partial(_questions, maker), batches, samples.makers(args, checkpoint))) as made:
+            for batch, asked in zip(batches, made, strict=True):
+                yield from answer(batch, asked)
+
+    def answer(batch: Batch, asked: Sequence[Question]) -> Iterator[Sample]:
         task, length = batch[0]["task"], batch[0]["length"]
-        asked = [maker.make(task, length, sample["seed"]) for sample in batch]
 
         def said(tokens: list[int]) -> str:
             return checkpoint.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -179,8 +187,8 @@ def command(argv: Sequence[str]) -> Path:
         with memory_for(f"{len(batch)} x {length} tokens", checkpoint.device, "lower --batch-tokens"):
             rows = [question.tokens for question in asked]
             answers = checkpoint.generate(rows, TASKS[task].new_tokens, is_done, pool())
-        for sample, question, answer in zip(batch, asked, answers, strict=True):
-            text = said(answer)
+        for sample, question, tokens in zip(batch, asked, answers, strict=True):
+            text = said(tokens)
             yield sample | {
                 "prompt": samples.digest(question.tokens),
                 "prompt_tokens": len(question.tokens),

@@ -24,20 +24,22 @@ import random
 import re
 import string
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from eval.haystack import Haystack, encode_inside
+from eval.haystack import Haystack, encode_each_inside, encode_inside
 from eval.needle_prompts import FILLER, insert
 
 _DEPTHS = 40  # where needles may lie, evenly from the start to the end of the context
 _WORD = re.compile(r"\b[a-z]{4,10}\b")
+_AT_ONCE = 512  # texts that are encoded together
 _SHORT = 4096  # below it lists of words repeat less
 
 
@@ -106,6 +108,18 @@ class Maker:
 
     def encode_once(self, text: str) -> list[int]:
         return encode_inside(self.tokenizer, text)[0]
+
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_once` of many texts, on all cores."""
+        return encode_each_inside(self.tokenizer, texts)
+
+    def encode_many(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """`encode` of each text, some of them encoded at once."""
+        texts = iter(texts)
+        while some := list(islice(texts, _AT_ONCE)):
+            new = list(dict.fromkeys(text for text in some if text not in self._known))
+            self._known.update(zip(new, self.encode_each(new), strict=True))
+            yield from map(self._known.__getitem__, some)
 
     def join(self, *parts: str | Sequence[int]) -> list[int]:
         head = [] if self.bos_id is None else [self.bos_id]
@@ -176,8 +190,8 @@ def _needles(
     def value() -> str:
         return _uuid(rng) if uuid_values else str(rng.randrange(1_000_000, 10_000_000))
 
-    def fact(name: str, held: str) -> list[int]:
-        return maker.encode_once(f"\nThe secret {noun} of {name} is {held}.")
+    def fact(name: str, held: str) -> str:
+        return f"\nThe secret {noun} of {name} is {held}."
 
     names: list[str] = []
     while len(names) < keys:
@@ -185,7 +199,7 @@ def _needles(
     held = {name: [value() for _ in range(values)] for name in names}
     asked = rng.sample(names, queries)
     expected = [text for name in asked for text in held[name]]
-    facts = [fact(name, text) for name in names for text in held[name]]
+    facts = maker.encode_each([fact(name, text) for name in names for text in held[name]])
     rng.shuffle(facts)
     listed = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])} and {asked[-1]}"
     nouns, be = (noun, "is") if len(expected) == 1 else (f"{noun}s", "are")
@@ -198,13 +212,13 @@ def _needles(
     before, after = maker.encode(begin), maker.encode_once(end)
     size = room.left(len(before), len(after), *map(len, facts))
     if context == "needles":
-        lines: list[list[int]] = []
-        total = 0
-        while total < size:
-            name = key()
-            if name not in held:
-                lines.append(fact(name, value()))
-                total += len(lines[-1])
+
+        def other() -> str:
+            while (name := key()) in held:
+                pass
+            return fact(name, value())
+
+        lines = _lines(maker, rng, other, size)
         text = np.array([i for line in lines for i in line][:size])
         marks = np.cumsum([0, *map(len, lines[:-1])])
     elif context == "sentence":
@@ -216,6 +230,25 @@ def _needles(
     places = [int(marks[np.abs(marks - target).argmin()]) for target in targets]
     middle, _ = insert([], text, places, facts)
     return Question(maker.join(before, middle, after), expected)
+
+
+def _lines(maker: Maker, rng: random.Random, draw: Callable[[], str], size: int) -> list[list[int]]:
+    """Tokens of texts that `draw` takes from `rng`, one after another until they are `size` tokens or more. Some are
+    encoded at once; `rng` is left as if none had been drawn after the last."""
+    lines: list[list[int]] = []
+    total = 0
+    while total < size:
+        state = rng.getstate()
+        few = 1 if not lines else 1 + (size - total) * len(lines) // total  # as many as are probably missing
+        some = maker.encode_each([draw() for _ in range(min(few, _AT_ONCE))])
+        taken = int(np.searchsorted(total + np.cumsum([len(line) for line in some]), size)) + 1
+        lines += some[:taken]
+        total = sum(map(len, lines))
+        if taken < len(some):
+            rng.setstate(state)
+            for _ in range(taken):
+                draw()
+    return lines
 
 
 def _uuid(rng: random.Random) -> str:
@@ -275,7 +308,8 @@ def _common_words(maker: Maker, room: _Room, rng: random.Random) -> Question:
     )
 
     def numbered(words: Sequence[str]) -> list[int]:
-        return [i for n, word in enumerate(words, 1) for i in (*maker.encode(f" {n}."), *maker.encode(f" {word}"))]
+        texts = (text for n, word in enumerate(words, 1) for text in (f" {n}.", f" {word}"))
+        return list(chain.from_iterable(maker.encode_many(texts)))
 
     is_short = room.length < _SHORT
     shown = maker.draw(rng, _COMMON + (10 if is_short else 30))
@@ -285,13 +319,14 @@ def _common_words(maker: Maker, room: _Room, rng: random.Random) -> Question:
     often, seldom = (6, 1) if is_short else (30, 3)
     most = size // 2 // seldom  # a number and a word take two tokens at least
     words = maker.draw(rng, _COMMON + most)
-    costs = [len(maker.encode(f" {word}")) for word in words]
-    common, total, items = words[:_COMMON], often * sum(costs[:_COMMON]), often * _COMMON
-    total += sum(len(maker.encode(f" {n}.")) for n in range(1, items + 1))
+    costs = map(len, maker.encode_many(f" {word}" for word in words))
+    numbers = map(len, maker.encode_many(f" {n}." for n in count(1)))
+    common, items = words[:_COMMON], often * _COMMON
+    total = often * sum(islice(costs, _COMMON)) + sum(islice(numbers, items))
     room.left(len(example), len(begin), len(end), total - 1)
     others = 0
-    for cost in costs[_COMMON:]:
-        more = seldom * cost + sum(len(maker.encode(f" {n}.")) for n in range(items + 1, items + seldom + 1))
+    for cost in costs:
+        more = seldom * cost + sum(islice(numbers, seldom))
         if total + more > size:
             break
         total, items, others = total + more, items + seldom, others + 1
@@ -312,7 +347,8 @@ def _coded_words(maker: Maker, room: _Room, rng: random.Random) -> Question:
     size = room.left(len(begin), len(end))
     codes = _names(rng, max(10, room.length // 50), 6, string.ascii_lowercase)
     words = [" ...", *(f" {code}" for code in codes)]
-    costs = np.array([len(maker.encode_once(word)) for word in words])
+    encoded = dict(zip(words, maker.encode_each(words), strict=True))
+    costs = np.array([len(encoded[word]) for word in words])
     shares = 6 / math.pi**2 / np.arange(1, len(words) + 1) ** 2.0  # zeta(2) is pi^2 / 6
 
     def counts(total: int) -> np.ndarray:
@@ -326,7 +362,7 @@ def _coded_words(maker: Maker, room: _Room, rng: random.Random) -> Question:
     if number[3] <= number[4]:
         room.left(room.size)  # too short for the third to come more often than the fourth
     text = _shuffled(rng, [word for word, count in zip(words, number, strict=True) for _ in range(count)])
-    body = [i for word in text for i in maker.encode_once(word)]
+    body = list(chain.from_iterable(encoded[word] for word in text))
     dots = maker.encode(words[0])
     filled = (dots * (size - len(body)))[: size - len(body)]
     return Question(maker.join(begin, body, filled, end), codes[:3])
@@ -341,14 +377,14 @@ def _reading(maker: Maker, room: _Room, rng: random.Random) -> Question:
     question, answers, right = rng.choice(maker.reading.questions)
     begin = maker.encode("Answer the question from the documents below, with nothing but the answer.")
     end = maker.encode_once(f"\n\nQuestion: {question}\nAnswer:")
-    own = maker.encode_once(paragraphs[right])
+    own = maker.encode(paragraphs[right])
     title = max(len(maker.encode(f"\n\nDocument {n}:\n")) for n in (1, 10, 100, 1000))
     size = room.left(len(begin), len(end), len(own), title) + len(own) + title
     others = [n for n in range(len(paragraphs)) if paragraphs[n] != paragraphs[right]]
     rng.shuffle(others)
     chosen, total = [own], len(own) + title
     while total < size and others:
-        chosen.append(maker.encode_once(paragraphs[others.pop()]))
+        chosen.append(maker.encode(paragraphs[others.pop()]))
         total += len(chosen[-1]) + title
     if total < size:
         raise ValueError(f"--qa {maker.reading.source}: too few paragraphs for a context of {room.length} tokens")

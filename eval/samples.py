@@ -32,9 +32,11 @@ _WRITE_EVERY_SECONDS = 5.0
 _FORMER = {"kind": "single", "shared_haystack": False}  # settings that files of earlier versions do not name
 _CPU_TOKENS = 16384  # of a batch
 _GPU_BYTES = 1 << 35  # that keys, values and activations of a batch may take, roughly
+_MOST_MAKERS = 4  # processes: a prompt takes less time to make than to read
 _UNFINISHED = "answers of unfinished evaluations"
 
 Sample = dict[str, Any]
+Batch = Sequence[Sample]
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def conditions(checkpoint: Checkpoint, bos_id: int | None, scoring: str, cuts: b
 def collect(
     file: Path,
     header: dict[str, Any],
-    batches: Sequence[Sequence[Sample]],
-    compute: Callable[[Sequence[Sample]], Iterable[Sample]],
+    batches: Sequence[Batch],
+    compute: Callable[[Sequence[Batch]], Iterable[Sample]],
     *,
     part: Part | None = None,
     wanted: Sequence[str] = (),
@@ -89,7 +91,7 @@ def collect(
         file: as `place_in` gives it. Samples that it holds already stay in it.
         header: `kind`, the checkpoint, `settings` and `conditions`.
         batches: samples with an `id`, and what `compute` needs of them.
-        compute: records of a batch's samples, in order.
+        compute: records of the samples of batches, in order.
         part: compute only this part, into a file of its own.
         wanted: scores that a known sample must have.
     """
@@ -122,13 +124,12 @@ def collect(
 
     try:
         with progress(header["kind"], missing, "sample", quiet=part is not None and part.index > 0) as bar:
-            for batch in todo:
-                for record in compute(batch):
-                    kept[record["id"]] = record
-                    bar.update()
-                    if time.monotonic() - written > _WRITE_EVERY_SECONDS:
-                        write()
-                        written = time.monotonic()
+            for record in compute(todo):
+                kept[record["id"]] = record
+                bar.update()
+                if time.monotonic() - written > _WRITE_EVERY_SECONDS:
+                    write()
+                    written = time.monotonic()
     finally:
         write()
     rows = results["samples"]
@@ -155,7 +156,7 @@ class Evaluation:
     settings: dict[str, Any]
     plan: Sequence[Sample]
     key: Callable[[Sample], Any]
-    compute: Callable[[Sequence[Sample]], Iterable[Sample]]
+    compute: Callable[[Sequence[Batch]], Iterable[Sample]]
     summarise: Callable[[Sequence[Sample]], dict[str, Any]]
     describe: Callable[[dict[str, Any]], str]
     cuts: bool = True
@@ -309,6 +310,14 @@ def batch_tokens(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     activations = 8 * (config.hidden_size + config.intermediate_size)
     return max(1, _GPU_BYTES // (checkpoint.dtype.itemsize * (keys + activations)))
+
+
+def makers(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    """Processes that make prompts while a GPU computes, beside the process of each GPU. A CPU computes by itself."""
+    if checkpoint.device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) // (args.part.count if args.part else 1)
+    return min(_MOST_MAKERS, max(1, cores - 1))
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -151,6 +151,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--document-source", help="of --documents that are shards: the loss also of the documents of this source alone")
     add("--kinds", default="single", help=f"of needles: {','.join(KINDS)} (default: %(default)s)")
     add("--depths", default=str(needle.DEPTHS), help="as of eval.needle")
+    add("--shared-haystack", action="store_true",
+        help="as of eval.needle: a third less to compute, other prompts")
     add("--needle-n", type=int, default=8, help="samples of a length and depth (%(default)s)")
     add("--ruler-n", type=int, default=ruler.SAMPLES, help="samples of a task and length (%(default)s)")
     add("--ruler-tasks", help="default: all")
@@ -194,7 +196,10 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
         found.append(("ruler", "RULER", common + more))
     for kind in args.kinds.split(",") if "needle" in args.parts else ():
         own = None if kind == "passkey" else args.haystack
-        more = options(**split, kind=kind, depths=args.depths, n=args.needle_n, haystack=own, no_generate=True)
+        more = options(
+            **split, kind=kind, depths=args.depths, n=args.needle_n, haystack=own, no_generate=True,
+            shared_haystack=args.shared_haystack,
+        )  # fmt: skip
         found.append(("needle", f"needle {kind}", common + more))
     if "lm" in args.parts and args.tasks:
         more = options(tasks=args.tasks, data_dir=args.data_dir, limit=args.limit)

@@ -1,15 +1,20 @@
 """lm-eval's tasks, loaded with two corrections that hold for all of them, from the hub and from local files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import UndefinedError
+from lm_eval import utils
 from lm_eval.api.metrics import weighted_mean, weighted_perplexity
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+
+_TEMPLATES = 1024  # that are kept
 
 
 class CorrectedTasks(TaskManager):
@@ -64,6 +69,18 @@ class CorrectedTasks(TaskManager):
         if task.OUTPUT_TYPE == "loglikelihood_rolling" or own == 0:
             return 0  # as lm-eval has it, a task that says 0 stays at 0
         return (own if self._num_fewshot is None else self._num_fewshot) or 0
+
+
+@contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """Within, lm-eval compiles each template of a task once. By itself it does so for each document and use, a
+    millisecond every time, 19,000 times for 5,000 documents of five tasks."""
+    environment = utils.env
+    environment.from_string = lru_cache(_TEMPLATES)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string
 
 
 def _leave_own_document_out(task: Any) -> None:

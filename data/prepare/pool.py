@@ -6,8 +6,6 @@ when it does.
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,6 +19,7 @@ from data.corpus.sources import Limit
 from data.prepare.part import Task
 from data.prepare.spec import PrepareSpec
 from s2 import ending
+from s2.processes import begin_worker
 from s2.progress import Progress, progress
 
 Results = Generator[tuple[Task, Any], None, None]
@@ -92,7 +91,7 @@ def workers(what: str, spec: PrepareSpec, parts: Sequence[list[Part]]) -> Iterat
             return
         before = set(multiprocessing.active_children())
         context = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(processes, context, _begin_process, (cores // processes,))
+        executor = ProcessPoolExecutor(processes, context, begin_worker, (cores // processes,))
         try:
             yield Workers(executor, processes, bar)
         except BrokenProcessPool as error:
@@ -105,17 +104,3 @@ def workers(what: str, spec: PrepareSpec, parts: Sequence[list[Part]]) -> Iterat
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
                 process.join()
-
-
-def _begin_process(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -186,6 +186,28 @@ def test_likelihoods_that_are_no_numbers_are_refused(lm, monkeypatch):
         score(lm, "the", " river")
 
 
+class OnDevice(torch.Tensor):
+    """Numbers of which none is on the host before `cpu()` has brought all of them there."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def item(self):
+        raise AssertionError("waits for the device for one number")
+
+    __bool__ = __float__ = tolist = item
+
+
+def test_the_scores_of_a_batch_come_from_the_device_at_once(lm, monkeypatch):
+    asked = [("the", " river"), ("a", " boat turns"), ("old", " wind")]
+    requests = [Instance("loglikelihood", {}, args, i) for i, args in enumerate(asked)]
+    expected = lm.loglikelihood(requests, disable_tqdm=True)
+    compute = lm.checkpoint.log_likelihoods
+    found = lambda *args: tuple(part.as_subclass(OnDevice) for part in compute(*args))  # noqa: E731
+    monkeypatch.setattr(lm.checkpoint, "log_likelihoods", found)
+    assert lm.loglikelihood(requests, disable_tqdm=True) == expected
+
+
 def test_a_missing_checkpoint_file_is_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "hf")
     (tmp_path / "hf/tokenizer.json").write_text("{}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lm_eval
 import pytest
+from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -231,6 +232,16 @@ def test_local_results_carry_stock_names_prompts_and_versions(lm, local_data):
     config = results["configs"]["piqa"]
     assert config["dataset_path"] == "json" and config["doc_to_text"] == "Question: {{goal}}\nAnswer:"
     assert len(results["samples"]["piqa"]) == 6 and results["versions"]["piqa"] == 1.0
+
+
+def test_a_template_is_compiled_once_and_not_for_each_document(lm, local_data, monkeypatch):
+    compiled = []
+    compile_template = utils.env.compile
+    monkeypatch.setattr(utils.env, "compile", lambda text: compiled.append(text) or compile_template(text))
+    results = evaluate(lm, ["piqa"], data_dir=local_data)
+    assert compiled and len(compiled) == len(set(compiled))
+    assert "from_string" not in vars(utils.env)  # lm-eval is as it was
+    assert results["config"]["bootstrap_iters"] == 10_000
 
 
 def test_two_models_have_the_same_documents_where_they_were_asked_the_same(lm, local_data, tmp_path):

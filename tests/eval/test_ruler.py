@@ -1,13 +1,21 @@
 """RULER's tasks: prompts are as long as asked, hold their answers, and score as RULER's do."""
 
+import argparse
 import json
+import os
+import pickle
 import random
 import re
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from eval.haystack import Haystack
+from eval import ruler, ruler_tasks, samples
+from eval.haystack import Haystack, encode_each_inside, encode_inside
 from eval.ruler import main, plan, summarise
 from eval.ruler_tasks import TASKS, Maker, Reading, match
 from s2.inference.folder import load_tokenizer
@@ -46,6 +54,19 @@ def maker(folder, squad):
     tokenizer = load_tokenizer(folder)
     haystack = Haystack.from_texts([prose(1500, 1), lexicon(2500)], tokenizer, "prose")
     return Maker(haystack, tokenizer, 0, Reading.load(squad))
+
+
+@pytest.fixture(scope="module")
+def bytewise():
+    """A maker with a token for each byte, whatever version trains tokenizers."""
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={sign: i for i, sign in enumerate(signs)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    haystack = Haystack.from_texts([prose(1500, 1), lexicon(2500)], tokenizer, "prose")
+    paragraphs = [f"{prose(6, i)} The keeper of house {i} is Mira{i}." for i in range(30)]
+    questions = [(f"Who keeps house {i}?", [f"Mira{i}"], i) for i in range(30)]
+    return Maker(haystack, tokenizer, 0, Reading(paragraphs, questions, "squad"))
 
 
 def ask(maker, task, length=2048, seed="s"):
@@ -132,6 +153,59 @@ def test_questions_come_with_their_own_paragraph_whole(maker):
     assert len(re.findall(r"Document \d+:", text)) > 5
 
 
+DIGESTS = {
+    "niah_single_1": "c9816ce621f9b725",
+    "niah_single_2": "996bbf9e1a90c19b",
+    "niah_single_3": "73a5f3d656a44be6",
+    "niah_multikey_1": "55b393f7f631de79",
+    "niah_multikey_2": "f4e7bb2b18f7abeb",
+    "niah_multikey_3": "67828d4d92344d8e",
+    "niah_multivalue": "ee7e9bad39ccdec1",
+    "niah_multiquery": "8de34f4a90e4bebd",
+    "vt": "bd900e8cb9050d40",
+    "cwe": "fc880b24f749e7ff",
+    "fwe": "b18e49ee6a22e5ea",
+    "qa": "3afdac3f5dff02da",
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_are_those_of_files_written_before(bytewise, task):
+    """Another prompt needs another `_VERSION`: samples of two versions are not of one evaluation."""
+    assert samples.digest([bytewise.make(task, n, "s").tokens for n in (3900, 9000)]) == DIGESTS[task]
+
+
+@pytest.mark.parametrize("task", ["niah_multikey_2", "niah_multikey_3", "cwe"])
+def test_how_many_texts_are_encoded_at_once_changes_no_prompt(maker, task, monkeypatch):
+    expected = maker.make(task, 1500, "s")
+    for some in (1, 3):
+        monkeypatch.setattr(ruler_tasks, "_AT_ONCE", some)
+        maker._known.clear()
+        assert maker.make(task, 1500, "s") == expected
+
+
+@pytest.mark.parametrize("task", ["niah_multikey_2", "cwe", "fwe"])
+def test_words_and_lines_of_a_prompt_are_not_encoded_one_by_one(maker, task, monkeypatch):
+    maker._known.clear()
+    calls = []
+    monkeypatch.setattr(ruler_tasks, "encode_inside", lambda *args: calls.append(args) or encode_inside(*args))
+    question = maker.make(task, 8192, "s")
+    assert len(calls) * 50 < len(question.tokens)
+
+
+@pytest.mark.parametrize("lead", ["a", "0"])
+def test_texts_encoded_together_have_the_tokens_of_each_alone(folder, lead):
+    """Also where a tokenizer joins the character before a text with the text."""
+    tokenizer = load_tokenizer(folder)
+    if lead == "0":  # "a" and what follows are one token
+        vocab = {sign: i for i, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab | {"ab": 256}, merges=[("a", "b")]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    texts = ["b", " river", "\nThe key is 7.", "bell bell", ""]
+    assert encode_each_inside(tokenizer, texts) == [encode_inside(tokenizer, text)[0] for text in texts]
+    assert encode_each_inside(tokenizer, ["b"]) == [tokenizer.encode("b", add_special_tokens=False).ids]
+
+
 def test_answers_score_as_rulers_string_match_does():
     assert match("vt", " abcde and FGHIJ", ["ABCDE", "FGHIJ", "KLMNO", "PQRST"]) == 0.5
     assert match("qa", "It was Paris.", ["paris", "the capital"]) == 1 and match("qa", "Rome", ["paris"]) == 0
@@ -167,6 +241,28 @@ def test_the_command_writes_every_answer_and_goes_on(folder, squad, tmp_path, ca
     assert results["samples"][0]["prompt_tokens"] == 800 - 32 and results["conditions"]["n"] == 4
     assert results["conditions"]["bos"].startswith("exactly one") and results["conditions"]["sampling"] is False
     assert {row["task"] for row in results["summary"]["tasks"]} == {"vt", "qa"}
+
+
+def test_prompts_made_in_other_processes_are_the_same(folder, maker, tmp_path, monkeypatch):
+    made = pickle.loads(pickle.dumps(partial(ruler._questions, maker)))
+    batch = [sample for task in TASKS for sample in plan([task], [1500], 1, 0)]
+    assert made(batch) == ruler._questions(maker, batch)
+    (tmp_path / "essays.txt").write_text(prose(300, 1))
+    command = ["--ckpt", str(folder), "--haystack", str(tmp_path / "essays.txt"), "--device", "cpu", "--lengths", "800"]
+    found, asked = [], []
+    for count in (0, 1):
+        monkeypatch.setattr(samples, "makers", lambda *_, count=count: asked.append(count) or count)
+        main([*command, "--tasks", "niah_multikey_2,vt", "--n", "2", "--output", str(tmp_path / f"{count}.json")])
+        found.append(json.loads((tmp_path / f"{count}.json").read_text())["samples"])
+    assert found[0] == found[1] and asked == [0, 1]
+
+
+@pytest.mark.parametrize("device,part,cores,count", [("cpu", None, 16, 0), ("cuda", None, 2, 1), ("cuda", None, 16, 4),
+                                                     ("cuda", samples.Part(0, 8), 16, 1)])  # fmt: skip
+def test_a_gpu_has_processes_beside_it_and_a_cpu_none(monkeypatch, device, part, cores, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    args, checkpoint = argparse.Namespace(part=part), SimpleNamespace(device=torch.device(device))
+    assert samples.makers(args, checkpoint) == count
 
 
 @pytest.mark.parametrize(

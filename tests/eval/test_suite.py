@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from eval import gate, lm, suite
+from eval import gate, lm, needle, suite
 from eval.gate import GateConfig
+from eval.haystack import Haystack
+from s2.inference.folder import load_tokenizer
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 
@@ -66,6 +68,37 @@ def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_
     table.write_text(json.dumps(kept | {"s2": kept["s2"] | {"lm_eval": "0.1"}}))
     with pytest.raises(TypeError, match="not callable"):  # a table of another lm-eval is made anew
         run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
+
+
+def test_suite_and_gate_share_a_haystack_over_depths_where_they_are_told_to(folder, data, tmp_path):
+    """The file has another name and other settings, so that its prompts are never taken for those of another."""
+    for shared in (False, True):
+        more = ["--shared-haystack"] if shared else []
+        results, _ = run_suite(folder, data, tmp_path / f"suite-{shared}", "--parts", "needle", *more)
+        config = write_config(
+            data, tmp_path / "gate.yaml", f"shared_haystack: {str(shared).lower()}\nneedle: [{{length: 400, min: 0}}]\n"
+        )
+        [check] = gate.check_gate(folder, config, tmp_path / f"gate-{shared}", ["--device", "cpu"])["checks"]
+        for output, name in (("suite", results["parts"][0]["file"]), ("gate", check["file"])):
+            written = json.loads((tmp_path / f"{output}-{shared}" / name).read_text())
+            assert written["settings"]["shared_haystack"] is shared is ("-shared-" in name)
+
+
+def test_parts_that_read_one_haystack_tokenise_it_once(folder, data, tmp_path, monkeypatch):
+    read = []
+    from_texts = Haystack.from_texts
+    monkeypatch.setattr(needle, "_haystacks", {})
+    monkeypatch.setattr(Haystack, "from_texts", lambda *args: read.append(args[2]) or from_texts(*args))
+    texts = shutil.copytree(data, tmp_path / "data")
+    options = ["--parts", "ruler,needle", "--kinds", "single,multi-key"]
+    run_suite(folder, texts, tmp_path / "first", *options)
+    assert read == ["essays.txt"]
+    (texts / "essays.txt").write_text(prose(601, 3))
+    again, _ = run_suite(folder, texts, tmp_path / "second", *options)
+    digests = {json.loads((tmp_path / "second" / p["file"]).read_text())["settings"]["haystack_digest"]
+               for p in again["parts"]}  # fmt: skip
+    tokenizer = load_tokenizer(folder)
+    assert len(read) == 2 and digests == {from_texts([prose(601, 3)], tokenizer, "essays.txt").digest}
 
 
 @pytest.mark.parametrize(
