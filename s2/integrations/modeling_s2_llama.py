@@ -66,7 +66,7 @@ class S2LlamaConfig(LlamaConfig):
     rope_by_kind: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        theta = kwargs.get("rope_theta") or 10000.0
+        theta = kwargs.get("rope_theta") or (self.rope_parameters or {}).get("rope_theta") or 10000.0
         ropes: list[Any] = [kwargs.get("rope_scaling"), self.rope_parameters]
         for rope in ropes:  # the second is the complete one
             if rope and "sparse" in rope:
@@ -75,6 +75,7 @@ class S2LlamaConfig(LlamaConfig):
         if self.rope_by_kind:
             kwargs.pop("rope_scaling", None)
             self.rope_parameters = dict(self.rope_by_kind["dense"])
+            self._theta = theta  # of neither kind, where both have their own
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, NAME, MARK):
             raise ValueError(_no_other(asked))
@@ -86,7 +87,9 @@ class S2LlamaConfig(LlamaConfig):
             self.rope_parameters = dict(value["dense"])
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "attn_implementation": MARK}
+        values = {**super().to_dict(), "attn_implementation": MARK}
+        theta = values.pop("_theta", None)
+        return values if theta is None else {**values, "rope_theta": theta}
 
 
 def _no_other(asked: object) -> str:

@@ -70,6 +70,9 @@ def test_rope_by_kind_of_layer_comes_back_from_the_config_of_a_sparse_model():
     del written["rope_scaling"]
     read = ModelConfig.from_hf_dict(written)
     assert all(read.rope(dense=dense) == config.rope(dense=dense) for dense in (True, False))
+    del written["rope_theta"]  # as transformers saved it with earlier versions of the modeling file
+    written |= {"rope_by_kind": written["rope_parameters"], "rope_parameters": written["rope_parameters"]["dense"]}
+    assert ModelConfig.from_hf_dict(written).replace(rope_scaling=None).rope_theta == 5e5
 
 
 def test_what_a_family_leaves_unsaid_is_as_in_transformers():
