@@ -80,4 +80,10 @@ MUTANTS = (
         "if False:",
         ("test_transformers.py::test_a_rope_beside_those_by_kind_of_layer_is_refused",),
     ),
+    Mutant(
+        "theta_beside_those_by_kind_is_lost", _MODELING,
+        'return values if theta is None else {**values, "rope_theta": theta}',
+        "return values",
+        ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
+    ),
 )  # fmt: skip
