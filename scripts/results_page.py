@@ -16,6 +16,7 @@ from data.shards.reader import TokenShards
 from eval.grid import format_length
 from s2 import files
 from s2.tables import markdown
+from s2.training.gate import gate_warning
 
 SIGNATURE = "<!-- written by scripts/results.py, which replaces it -->"
 PARTS = {
@@ -63,6 +64,7 @@ def text(plan: Plan, results: Row, pictures: Mapping[str, str], heatmaps: Sequen
     share = retrieval_share(results)
     parts = [f"# {plan.name}", plan.about.strip(), *_state(plan, results), "## Arms", _arms(plan, results)]
     parts += [f"{share} Every table below is of models trained so."] if share else []
+    parts.append(gates_before(results))
     for picture, title in pictures.items():
         parts.append(f"![{title}]({picture}.png)\n\n{title}.")
     parts += [f"![needle heatmaps]({name})" for name in heatmaps]
@@ -123,6 +125,16 @@ def retrieval_share(results: Row) -> str:
     return (
         f"Synthetic retrieval documents (data/corpus/retrieval.py) in the training tokens: {shares}." if shares else ""
     )
+
+
+def gates_before(results: Row) -> str:
+    """A line for each stage that began from a checkpoint whose gate was not passed."""
+    lines = []
+    for arm, each in results["arms"].items():
+        for stage, summary in each["summaries"].items():
+            if said := gate_warning(summary.get("gate_before")):
+                lines.append(f"- {arm} {stage}: {said}")
+    return "\n".join(lines)
 
 
 def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:

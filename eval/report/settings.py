@@ -11,6 +11,7 @@ from typing import Any
 from eval.report.run import Run
 from s2.files import read_json
 from s2.tables import markdown
+from s2.training.gate import gate_warning
 
 UNKNOWN = "not recorded"
 _SYNTHETIC = "retrieval"  # the path of sources that are made up (data.corpus.sources)
@@ -53,6 +54,7 @@ def settings(runs: Sequence[Run]) -> list[str]:
         ("shape", _shape),
         ("context, RoPE", _rope),
         ("weights from", lambda run: run.recipe and (_key(run, "model.init_from") or "random")),
+        *([("gate before", _gate_before)] if {*map(_gate_before, runs)} - {None, "none"} else []),
         ("tokens", lambda run: tokens(run) and f"{tokens(run):,}"),
         ("batch", _batch),
         ("learning rate", _schedule),
@@ -105,6 +107,12 @@ def synthetic(run: Run) -> str | None:
         return None
     words = f"{known:.1%} of the tokens"
     return f"{words}; unknown of {', '.join(unknown)}" if unknown else "none" if known == 0 else words
+
+
+def _gate_before(run: Run) -> str | None:
+    """What the gate of the weights said when the stage began."""
+    said = gate_warning(run.gate_before)
+    return literal(said) if said else {"passed": "passed", "none": "none"}.get(run.gate_before.get("state", ""))
 
 
 def _shape(run: Run) -> Any:

@@ -6,6 +6,8 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -191,3 +193,14 @@ def test_quality_is_drawn_at_the_longest_length_that_was_trained_on(lengths, cho
     assert {(row["arm"], row["length"]) for row in found} == {("a", chosen), ("b", chosen)}
     assert len({row["stage"] for row in found}) == 1
     assert results_page._longest_trained(results, ("needle", "multi", "exact"), ("a", "b")) == []
+
+
+def test_stages_that_began_past_a_gate_are_named_in_a_line_each():
+    missed = {"state": "missed", "asked": "ignore", "said": "runs/a/train/hf has not passed its gate", "checks": []}
+    befores = {"train": {"state": "none", "said": ""}, "extend": missed, "of an earlier version": None}
+    summaries = {stage: {"gate_before": before, "data": [], "tokens": 0} for stage, before in befores.items()}
+    results = {"arms": {"dense": {"summaries": summaries, "stages": {}, "model": None}}, "figures": [], "missing": {}}
+    plan: Any = SimpleNamespace(name="a", about="", arms=[SimpleNamespace(name="dense", about="")])
+    line = "- dense extend: begun with run.gate=ignore although runs/a/train/hf has not passed its gate\n"
+    text = results_page.text(plan, results, {}, [])
+    assert line in text and text.count("begun with") == 1
