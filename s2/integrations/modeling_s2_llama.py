@@ -74,8 +74,7 @@ class S2LlamaConfig(LlamaConfig):
                 self.rope_by_kind = {kind: plain | (rope[kind] or {}) for kind in ("dense", "sparse")}
         if self.rope_by_kind:
             kwargs.pop("rope_scaling", None)
-            self.rope_parameters = dict(self.rope_by_kind["dense"])
-            self._theta = theta  # of neither kind, where both have their own
+            self.rope_parameters, self.rope_theta = dict(self.rope_by_kind["dense"]), theta  # both are saved
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, NAME, MARK):
             raise ValueError(_no_other(asked))
@@ -87,9 +86,7 @@ class S2LlamaConfig(LlamaConfig):
             self.rope_parameters = dict(value["dense"])
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**super().to_dict(), "attn_implementation": MARK}
-        theta = values.pop("_theta", None)
-        return values if theta is None else {**values, "rope_theta": theta}
+        return {**super().to_dict(), "attn_implementation": MARK}
 
 
 def _no_other(asked: object) -> str:

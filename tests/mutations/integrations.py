@@ -82,8 +82,8 @@ MUTANTS = (
     ),
     Mutant(
         "theta_beside_those_by_kind_is_lost", _MODELING,
-        'return values if theta is None else {**values, "rope_theta": theta}',
-        "return values",
+        'self.rope_parameters, self.rope_theta = dict(self.rope_by_kind["dense"]), theta',
+        'self.rope_parameters = dict(self.rope_by_kind["dense"])',
         ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
     ),
 )  # fmt: skip
