@@ -79,8 +79,9 @@ extend: setup ## extend RECIPE's last stage to the context length TO, then measu
 measure = if [ -f recipes/$(RECIPE)/gates/$(1).yaml ] && [ -d runs/$(RECIPE)/$(1)/hf ]; then \
 	$(MAKE) --no-print-directory gate RECIPE=$(RECIPE) CKPT=runs/$(RECIPE)/$(1)/hf CONFIG= ARGS=; fi
 
-gate: setup ## CKPT against the thresholds of CONFIG (default: recipes/RECIPE/gates/<stage>.yaml), into gate.json; stages with run.gate=required begin only from what has passed
-	$(BIN)/python -m eval.gate --ckpt $(CKPT) --config $(or $(CONFIG),recipes/$(RECIPE)/gates/$(notdir $(patsubst %/hf,%,$(CKPT))).yaml) $(ARGS)
+gate: setup ## CKPT against the thresholds of CONFIG (default: recipes/RECIPE/gates/<stage>.yaml), into gate.json; stages with run.gate=required begin only from what has passed; EVAL_DATA=<folder of jsonl> for its tasks, else the hub
+	$(BIN)/python -m eval.gate --ckpt $(CKPT) --config $(or $(CONFIG),recipes/$(RECIPE)/gates/$(notdir $(patsubst %/hf,%,$(CKPT))).yaml) \
+		$(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) $(ARGS)
 
 generate: setup ## continue PROMPT="some text" with CKPT, without PROMPT standard input: ARGS="--max-new-tokens 200 --temperature 0.7 --chat"
 	@$(BIN)/python -m s2.inference.cli --ckpt $(CKPT) $(if $(filter command,$(firstword $(origin PROMPT))),--prompt "$$PROMPT") $(ARGS)

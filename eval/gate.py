@@ -1,6 +1,6 @@
 """Whether a checkpoint may go on to the next stage: its figures against thresholds.
 
-    python -m eval.gate --ckpt runs/1.3b/extend-32k/hf --config recipes/1.3b/gate-32k.yaml
+    python -m eval.gate --ckpt runs/1.3b/extend-32k/hf --config recipes/1.3b/gates/extend-32k.yaml
 
     documents: held-out.jsonl.gz              # of the loss; haystack: of the needle; default: the run's held-out ones
     base: runs/1.3b/pretrain/hf               # only for max_rise and max_drop
@@ -10,13 +10,14 @@
     needle:
       - {length: 32k, min: 0.95}              # kind: single, score: exact
     shared_haystack: true                     # of the needle, as in eval.needle; default: false
-    data_dir: data/eval                       # of the tasks; limit: 500
+    data_dir: data/eval                       # of the tasks (--data-dir), without it the hub; limit: 500
     tasks:
       - {task: piqa, metric: acc, max_drop: 0.01}
 
-`gate.json`, beside the other results, has each figure beside its threshold and whether all hold. The figures come from
-`eval.positions`, `eval.needle` and `eval.lm`, whose files say more; samples that are known are not computed again. The
-command ends with code 2 where the gate is not passed.
+`gate.json`, beside the other results, has each figure beside its threshold and whether all hold, and the losses by
+bucket. The figures come from `eval.positions`, `eval.needle` and `eval.lm`, whose files say more; samples that are
+known are not computed again. A task whose rows are neither on this machine nor to be had from the hub is left out,
+which gate.json and the stage after it say. The command ends with code 2 where the gate is not passed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from eval import lm, needle, positions, samples
+from eval import lm, needle, positions
 from eval.checkpoint import Checkpoint, results_folder
 from eval.grid import SAMPLES, parse_length
 from eval.needle import check_lengths
@@ -42,13 +43,14 @@ from s2 import ending, files
 from s2.arguments import DTYPES, new_parser, path
 from s2.inference.folder import check_folder
 from s2.recipe import load_recipe
+from s2.training.gate import thresholds_digest
 
 Length = Annotated[int, BeforeValidator(lambda value: parse_length(str(value)))]
 FILE = "gate.json"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LossCheck(_Section):
@@ -149,30 +151,43 @@ def _is_relative(check: Any) -> bool:
 
 
 def check_gate(
-    folder: Path, config_file: Path, output: Path | None = None, options: Sequence[str] = ()
+    folder: Path,
+    config_file: Path,
+    output: Path | None = None,
+    options: Sequence[str] = (),
+    data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint against the thresholds of a YAML file; write and return `gate.json`.
 
     Args:
         output: folder of all results (default: the run's results folder).
         options: further arguments of the commands: --device, --dtype.
+        data_dir: of the tasks, in place of the YAML's.
     Raises:
-        ValueError, FileNotFoundError: a threshold, file or checkpoint that is not as it has to be.
+        ValueError, FileNotFoundError: a threshold, file or checkpoint that is not as it has to be; nothing to measure.
     """
     started = time.monotonic()
-    config = GateConfig.load(config_file)
+    config, digest = GateConfig.load(config_file), thresholds_digest(config_file)
+    config = config if data_dir is None else config.model_copy(update={"data_dir": data_dir})
     output = output or results_folder(check_folder(folder))
     if config.base:
         check_folder(config.base)
     about = Checkpoint.open(folder, "cpu")
     lengths = [*(check.length for check in config.loss), *(check.length for check in config.needle)]
     check_lengths(lengths or [1], about.max_length)
-    own, base = _Figures(folder, output, config, config.checks(), options), None
+    without = lm.unavailable([check.task for check in config.tasks], config.data_dir)
+    measured = [check for check in config.checks() if getattr(check, "task", None) not in without]
+    if not measured:
+        raise ValueError(f"{config_file}: nothing can be measured: {'; '.join(without.values())}")
+    own, base = _Figures(folder, output, config, measured, options), None
     if config.base:
-        relative = [check for check in config.checks() if _is_relative(check)]
+        relative = [check for check in measured if _is_relative(check)]
         base = _Figures(config.base, results_folder(config.base), config, relative, ["--beyond", *options])
     checks = []
     for check in config.checks():
+        if check not in measured:
+            checks.append(_given(check) | {"value": None, "passed": None, "unmeasured": without[check.task]})
+            continue
         row = own.figure(check)
         before = base.figure(check)["value"] if base and _is_relative(check) else None
         checks.append(_judged(check, row, before))
@@ -180,27 +195,34 @@ def check_gate(
         "kind": "gate",
         **{key: value for key, value in about.describe().items() if key != "dtype"},
         "config": str(config_file),
-        "config_digest": samples.digest(config.model_dump(mode="json")),
-        "passed": all(check["passed"] for check in checks),
+        "config_digest": digest,
+        "data_dir": config.data_dir and str(config.data_dir),
+        "passed": all(check["passed"] for check in checks if "unmeasured" not in check),
         "checks": checks,
+        "loss": own.losses() | ({} if base is None else {"base": base.losses()}),
         "seconds": round(time.monotonic() - started, 1),
     }
     files.write_json(output / FILE, gate)
     return gate
 
 
+def _given(check: Any) -> dict[str, Any]:
+    """A check as gate.json says it."""
+    kind = type(check).__name__.removesuffix("Check").lower()
+    return {"check": kind, **check.model_dump(by_alias=True, exclude_none=True)}
+
+
 def _judged(check: Any, row: Row, before: float | None) -> dict[str, Any]:
     """A figure beside its threshold."""
-    given = {name: value for name, value in check.model_dump(by_alias=True).items() if value is not None}
+    given = _given(check)
     value = row["value"]
     if before is None:
         passed = value <= given["max"] if "max" in given else value >= given["min"]
     else:
         passed = value - before <= given["max_rise"] if "max_rise" in given else before - value <= given["max_drop"]
-    kind = type(check).__name__.removesuffix("Check").lower()
     base = {} if before is None else {"base": before}
     figure = {key: row.get(key) for key in ("value", "n", "interval", "stderr", "file") if row.get(key) is not None}
-    return {"check": kind, **given, **figure, **base, "passed": bool(passed)}
+    return {**given, **figure, **base, "passed": bool(passed)}
 
 
 class _Figures:
@@ -216,8 +238,7 @@ class _Figures:
     def figure(self, check: Any) -> Row:
         config = self._config
         if isinstance(check, LossCheck):
-            words = [*self._lengths(LossCheck), "--n", str(config.documents_n)]
-            file, content = self._run(positions.command, words + _named("documents", config.documents))
+            file, content = self._positions()
             end = check.end or check.length
             own = [
                 sample | {"losses": [part for part in sample["losses"] if check.begin <= part[0] and part[1] <= end]}
@@ -232,8 +253,9 @@ class _Figures:
             file, content = self._run(needle.command, words)
             found = [row for row in rows_of("needle", content) if row["length"] == check.length]
         else:
-            names = ",".join(dict.fromkeys(c.task for c in self._checks if isinstance(c, TaskCheck)))
-            words = ["--tasks", names, *_named("data-dir", config.data_dir), *_named("limit", config.limit)]
+            names = list(dict.fromkeys(c.task for c in self._checks if isinstance(c, TaskCheck)))
+            data_dir = None if set(names) <= set(lm.OWN_TASKS) else config.data_dir
+            words = ["--tasks", ",".join(names), *_named("data-dir", data_dir), *_named("limit", config.limit)]
             file, content = self._run(lm.command, words)
             rows = [row for row in rows_of("lm", content) if row["task"] == check.task]
             found = [row for row in rows if row["metric"] == check.metric]
@@ -241,6 +263,16 @@ class _Figures:
                 metrics = ", ".join(row["metric"] for row in rows)
                 raise ValueError(f"tasks: {check.task} has no metric {check.metric!r}; it has {metrics}")
         return found[0] | {"file": file.name}
+
+    def losses(self) -> dict[str, Any]:
+        """By length in tokens, what `eval.positions` says of it and of its buckets."""
+        if not any(isinstance(check, LossCheck) for check in self._checks):
+            return {}
+        return {str(row["length"]): row for row in self._positions()[1]["summary"]["lengths"]}
+
+    def _positions(self) -> tuple[Path, dict[str, Any]]:
+        words = [*self._lengths(LossCheck), "--n", str(self._config.documents_n)]
+        return self._run(positions.command, words + _named("documents", self._config.documents))
 
     def _lengths(self, kind: type[LossCheck | NeedleCheck], needle_kind: str | None = None) -> list[str]:
         alike = [c for c in self._checks if isinstance(c, kind) and getattr(c, "kind", None) == needle_kind]
@@ -266,6 +298,9 @@ def describe(gate: dict[str, Any]) -> str:
         name = " ".join(str(check[key]) for key in ("check", "task", "metric", "kind", "length") if key in check)
         if check["check"] == "loss":
             name += f", positions {check['from']} to {check.get('to', check['length'])}"
+        if reason := check.get("unmeasured"):
+            lines.append(f"| {name} | - | {threshold(check)} | not measured: {reason} |")
+            continue
         verdict = "passed" if check["passed"] else "missed"
         lines.append(f"| {name} | {check['value']:.4g} | {threshold(check)} | {verdict} |")
     return "\n".join(lines)
@@ -278,6 +313,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--ckpt", type=path, required=True, help="Hugging Face folder, e.g. runs/demo/extend-2k/hf")
     add("--config", type=path, required=True, help="YAML of thresholds")
     add("--output", type=path, help="folder for gate.json and results (default: the run's results folder)")
+    add("--data-dir", type=path, help="local files of the tasks, as of eval.lm (default: the YAML's, else the hub)")
     add("--device", help="default: the GPU if there is one")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     # fmt: on
@@ -288,9 +324,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     options = [*_named("device", args.device), *_named("dtype", args.dtype)]
     output = args.output or results_folder(check_folder(args.ckpt))
-    gate = check_gate(args.ckpt, args.config, output, options)
+    gate = check_gate(args.ckpt, args.config, output, options, args.data_dir)
     print(f"{describe(gate)}\n{output / FILE}", flush=True)
-    if missed := [check for check in gate["checks"] if not check["passed"]]:
+    if missed := [check for check in gate["checks"] if not check["passed"] and "unmeasured" not in check]:
         raise ValueError(f"{output / FILE}: {len(missed)} of {len(gate['checks'])} checks are not passed")
 
 

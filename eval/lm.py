@@ -157,6 +157,24 @@ def check_tasks(tasks: Sequence[str], data_dir: Path | None) -> list[str]:
     return stock
 
 
+def unavailable(tasks: Sequence[str], data_dir: Path | None) -> dict[str, str]:
+    """Those of `tasks` whose rows cannot be had, neither below `data_dir` nor, without one, from the hub or what was
+    kept of it; with the reason. Raises as `check_tasks`."""
+    reasons: dict[str, str] = {}
+    if not tasks or not (stock := check_tasks(tasks, None)):
+        return reasons
+    with temporary_folder() as temporary:
+        for name in dict.fromkeys(stock):
+            try:
+                if data_dir is not None:
+                    write_local_tasks(stock_tasks(), [name], data_dir, temporary / name)
+                else:
+                    CorrectedTasks().load([name])
+            except (ConnectionError, FileNotFoundError) as error:
+                reasons[name] = str(error)
+    return reasons
+
+
 def check_amounts(limit: float | None, num_fewshot: int | None, stock: Sequence[str]) -> None:
     """Raises ValueError for a number of documents or of examples that lm-eval would take for none or all, and for
     examples where no task takes any."""

@@ -21,6 +21,7 @@ from eval.grid import format_length
 from eval.report.settings import NO_SYNTHETIC, UNKNOWN, synthetic_share
 from s2 import files
 from s2.tables import markdown
+from s2.training.gate import gate_warning
 
 SIGNATURE = "<!-- written by scripts/results.py, which replaces it -->"
 PARTS = {
@@ -68,6 +69,7 @@ def text(plan: Plan, results: Row, pictures: Mapping[str, str], maps: Mapping[st
     parts = [f"# {plan.name}", plan.about.strip(), opening, *_state(plan, results)]
     parts += ["## Arms", _arms(plan, results)]
     parts += [f"{share} Every table below is of models trained so."] if share else []
+    parts.append(gates_before(results))
     parts += [f"![{words}]({picture}.png)\n\n{words}." for picture, words in pictures.items()]
     parts += [f"![{words}]({name})" for name, words in maps.items()]
     for part, heading in PARTS.items():
@@ -135,6 +137,16 @@ def retrieval_share(results: Row, prepared: Sequence[Row] = ()) -> str:
         return ""
     shares = "; ".join(f"{stage} {' or '.join(sorted(values))}" for stage, values in found.items())
     return f"Synthetic retrieval documents (data/corpus/retrieval.py) in the training tokens: {shares}."
+
+
+def gates_before(results: Row) -> str:
+    """A line for each stage that began from a checkpoint whose gate was not passed."""
+    lines = []
+    for arm, each in results["arms"].items():
+        for stage, summary in each["summaries"].items():
+            if said := gate_warning(summary.get("gate_before")):
+                lines.append(f"- {arm} {stage}: {said}")
+    return "\n".join(lines)
 
 
 def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:

@@ -41,5 +41,12 @@ def test_stages_are_measured_by_a_gate_before_the_next_begins(recipe, tmp_path):
             assert str(gates[name].base) == init_from
         longest = stage["data"]["init_args"]["seq_len"]
         assert max(check.length for check in (*gates[name].loss, *gates[name].needle)) == longest
+        ends = {(check.begin, check.end or check.length, check.length) for check in gates[name].loss}
+        short = min(check.length for check in gates[name].loss)  # the old context, where there is one
+        assert {(0, short, short), (0, 1024, short), (short // 2, short, short)} <= ends
+        assert (longest // 2, longest, longest) in ends
+        assert {check.task for check in gates[name].tasks} == {"piqa", "arc_easy"}
         said = make("-n", "gate", f"RECIPE={recipe}", f"CKPT=runs/{recipe}/{name}/hf")
+        assert "--data-dir" not in said
+        assert "--data-dir rows" in make("-n", "gate", f"RECIPE={recipe}", "EVAL_DATA=rows")
         assert f"eval.gate --ckpt runs/{recipe}/{name}/hf --config recipes/{recipe}/gates/{name}.yaml" in said

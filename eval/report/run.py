@@ -13,6 +13,7 @@ from s2.files import read_json
 from s2.model.config import ModelConfig
 from s2.model.hf import fingerprint, load_config
 from s2.recipe import load_recipe
+from s2.training.gate import BEFORE
 from s2.training.metrics import read_metrics
 
 _TABLE = ("results", "versions", "n-shot", "higher_is_better")  # what lm-eval makes a table of
@@ -36,6 +37,7 @@ class Run:
         model: None where no file says it.
         log: rows of logs/metrics.csv.
         summary, gate: of the files of these names, {} where there is none.
+        gate_before: what the gate of the weights that the stage began from said; {} where nothing says it.
         environment: commit, versions, device and command: environment.json, or the record beside the folder.
         fingerprint: of the weights in `hf`.
         lm, needle, ruler, positions: results by the stem of their files. sweeps: those of `needle` by cell.
@@ -50,6 +52,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
+    gate_before: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
     lm: dict[str, Scores] = field(default_factory=dict)
     needle: dict[str, Scores] = field(default_factory=dict)
@@ -127,14 +130,16 @@ def read_run(folder: Path) -> Run:
     if now and gate.get("fingerprint") not in (None, now):
         gate = {}
         left_out.append("gate.json (of other weights than the run has now)")
+    summary = _object(folder / "summary.json")
     run = Run(
         folder=folder,
         recipe=recipe,
         model=_model(weights, recipe),
         log=tuple(read_metrics(folder / "logs" / "metrics.csv", strict=True)),
-        summary=_object(folder / "summary.json"),
+        summary=summary,
         environment=_environment(folder),
         gate=gate,
+        gate_before=summary.get("gate_before") or _object(folder / BEFORE),
         fingerprint=now,
         sweeps={stem: read_sweep([scores.file]) for stem, scores in found["needle"].items()},
         left_out=tuple(left_out),

@@ -247,5 +247,7 @@ def gate(runs: Sequence[Run]) -> str:
             span = f", {check['from']:,} to {check.get('to') or check['length']:,}" if "from" in check else ""
             limit = threshold(check)
             passed = "passed" if check.get("passed") else "**not passed**"
-            rows.append([run.name, what, place + span, f"{check['value']:.3f}", limit, passed])
+            passed = f"not measured: {check['unmeasured']}" if check.get("unmeasured") else passed
+            value = "-" if check.get("value") is None else f"{check['value']:.3f}"
+            rows.append([run.name, what, place + span, value, limit, passed])
     return markdown(["run", "check", "length, positions", "value", "limit", ""], rows)

@@ -12,6 +12,7 @@ from data.shards.mixture import SYNTHETIC
 from eval.report.run import Run
 from s2.files import read_json
 from s2.tables import markdown
+from s2.training.gate import gate_warning
 
 UNKNOWN = "not recorded"
 NO_SYNTHETIC = "none"
@@ -54,6 +55,7 @@ def settings(runs: Sequence[Run]) -> list[str]:
         ("shape", _shape),
         ("context, RoPE", _rope),
         ("weights from", lambda run: run.recipe and (_key(run, "model.init_from") or "random")),
+        *([("gate before", _gate_before)] if {*map(_gate_before, runs)} - {None, "none"} else []),
         ("tokens", lambda run: tokens(run) and f"{tokens(run):,}"),
         ("batch", _batch),
         ("learning rate", _schedule),
@@ -124,6 +126,12 @@ def synthetic_share(
     if unknown:
         return f"at least {known:.1%} of the tokens; {UNKNOWN} of {', '.join(unknown)}"
     return f"{known:.1%} of the tokens" if known else NO_SYNTHETIC
+
+
+def _gate_before(run: Run) -> str | None:
+    """What the gate of the weights said when the stage began."""
+    said = gate_warning(run.gate_before)
+    return literal(said) if said else {"passed": "passed", "none": "none"}.get(run.gate_before.get("state", ""))
 
 
 def _shape(run: Run) -> Any:

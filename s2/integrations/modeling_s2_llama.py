@@ -59,7 +59,7 @@ class S2LlamaConfig(LlamaConfig):
     rope_by_kind: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        theta = kwargs.get("rope_theta") or 10000.0
+        theta = kwargs.get("rope_theta") or (self.rope_parameters or {}).get("rope_theta") or 10000.0
         ropes: list[Any] = [kwargs.get("rope_scaling"), self.rope_parameters]
         for rope in ropes:  # the second is the complete one
             if rope and "sparse" in rope:
@@ -67,7 +67,7 @@ class S2LlamaConfig(LlamaConfig):
                 self.rope_by_kind = {kind: plain | (rope[kind] or {}) for kind in ("dense", "sparse")}
         if self.rope_by_kind:
             kwargs.pop("rope_scaling", None)
-            self.rope_parameters = dict(self.rope_by_kind["dense"])
+            self.rope_parameters, self.rope_theta = dict(self.rope_by_kind["dense"]), theta  # both are saved
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, NAME, MARK):
             raise ValueError(_no_other(asked))

@@ -313,7 +313,11 @@ def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[fl
     outside = values.get("rope_theta")
     if scales_by_kind(scaling):
         validate_rope_scaling(scaling, source)
-        return outside or 10000.0, scaling
+        # transformers keeps none outside; our class for it says in rope_parameters what the dense layers have
+        parameters = values.get("rope_parameters")
+        own = [parameters, scaling["dense"], scaling["sparse"]]
+        inside = [each.get("rope_theta") for each in own if isinstance(each, Mapping)]
+        return outside or next(filter(None, inside), 10000.0), scaling
     if outside is None and values.get("rope_parameters"):
         outside = values["rope_parameters"].get("rope_theta")
     theta = scaling.pop("rope_theta", None) or outside or 10000.0

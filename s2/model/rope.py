@@ -59,9 +59,7 @@ def validate_rope_scaling(scaling: Mapping[str, Any] | None, source: str) -> Non
     for kind, each in scaling.items():
         where = f"{source}: rope_scaling.{kind}"
         if isinstance(each, Mapping):
-            theta = each.get("rope_theta", 1.0)
-            if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-                raise ValueError(f"{where}.rope_theta={theta!r} must be a positive number")
+            _require_positive(each.get("rope_theta", 1.0), f"{where}.rope_theta")
             each = {key: value for key, value in each.items() if key != "rope_theta"}
             if each in ({}, {"rope_type": "default"}):
                 continue
@@ -88,8 +86,10 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
         value = scaling[key]
         if key in required and value is None:
             raise ValueError(f"{where}.{key} is null but type {kind!r} needs a number")
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise ValueError(f"{where}.{key}={value!r} must be a positive number")
+        if value is not None:
+            _require_positive(value, f"{where}.{key}")
+    if not isinstance(scaling.get("truncate", True), bool):
+        raise ValueError(f"{where}.truncate={scaling['truncate']!r} must be true or false")
     if scaling["factor"] < 1:
         raise ValueError(f"{where}.factor={scaling['factor']!r} must be at least 1")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
@@ -97,6 +97,11 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
             f"{where}.low_freq_factor={scaling['low_freq_factor']!r} must be below "
             f"high_freq_factor={scaling['high_freq_factor']!r}"
         )
+
+
+def _require_positive(value: Any, key: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}={value!r} must be a positive number")
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:

@@ -6,6 +6,7 @@ What only torch and Lightning know (layouts of attention, names of strategies) i
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ class RunConfig(Settings):
     checkpoint_every: Positive | None = 1000
     keep_checkpoints: Positive = 2
     max_skipped_steps: Positive = 10
-    loss_spike_factor: Annotated[float, Check("a number above 1, or null", lambda x: x > 1)] | None = None
+    loss_spike_factor: Annotated[float, Check("a number above 1, or null", lambda x: 1 < x < math.inf)] | None = None
     gate: Literal["required", "ignore"] = "ignore"
     slurm_requeue: bool = False
 
@@ -134,7 +135,9 @@ class _TrainerLimits(Settings):
     """Of the arguments of Lightning's Trainer those that it would take and ignore, or stumble over later."""
 
     max_steps: Positive  # a stage ends there
-    gradient_clip_val: Annotated[float, Check("a number >= 0 (0 clips nothing)", lambda x: x >= 0)] | None = None
+    gradient_clip_val: (
+        Annotated[float, Check("a number >= 0 (0 clips nothing)", lambda x: 0 <= x < math.inf)] | None
+    ) = None
     accumulate_grad_batches: Positive | None = None
     log_every_n_steps: Positive | None = None
     val_check_interval: Annotated[Any, Check("null, run.validate_every says it", lambda x: x is None)] = None

@@ -1,56 +1,127 @@
 """The gate between two stages: the checkpoint that a stage goes on from has been measured, and is good enough.
 
-`eval.gate` measures it and writes `results/gate.json` into its run folder; here that is only read.
+`eval.gate` measures it and writes `results/gate.json` into its run folder; here that is only read, and held against the
+thresholds of the recipe as they are now (`recipes/<recipe>/gates/<stage>.yaml`). What it said when a stage began stays
+in that stage's run folder (`gate-before.json`), whatever a resume is started with.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from s2.files import read_json
 from s2.model.hf import fingerprint
+from s2.recipe import load_recipe
 
+BEFORE = "gate-before.json"
 _SAID = (
     *("check", "task", "metric", "kind", "length", "from", "to"),
     *("value", "base", "max", "min", "max_rise", "max_drop"),
 )
 
 
-def check_gate(init_from: str, gate: str) -> str:
-    """A line about the gate of `init_from` (runs/<recipe>/<stage>/hf), empty where it has none and needs none.
+def check_gate(init_from: str | None, gate: str, recipe: Path) -> dict[str, Any]:
+    """What the gate of `init_from` (runs/<recipe>/<stage>/hf) says when a stage begins from there.
 
     Args:
         gate: `run.gate`.
+        recipe: the stage's recipe file; thresholds are looked for beside its folder, then in recipes/.
+
+    Returns:
+        A record for JSON. `state`: "passed"; "missed": a check is not passed; "absent": not measured; "invalid": of
+        other weights or thresholds, or not readable; "none": there is no gate. `asked`: run.gate. `said`: a sentence.
+        Where there is a gate also `checkpoint` and its `fingerprint`, the `thresholds` file and its `digest`, `file`
+        (gate.json) and its `checks`.
 
     Raises:
-        ValueError: gate is "required" and there is no gate.json of these very weights in which all checks are passed;
-            names the check that is not, or the command that measures them.
+        ValueError: gate is "required" and the state is not "passed"; says why, and the commands that go on.
     """
+    if init_from is None:
+        return {"state": "none", "asked": gate, "said": ""}
     folder = Path(init_from)
-    file = folder.parent / "results" / "gate.json"
-    if gate != "required" and not file.is_file():
-        return ""
-    wrong = _objection(folder, file)
-    if not wrong:
-        return f"{folder} has passed its gate ({file})"
-    if gate == "required":
-        raise ValueError(f"run.gate=required: {wrong}; run.gate=ignore goes on all the same")
-    return f"run.gate=ignore: {wrong}"
+    file, thresholds = folder.parent / "results" / "gate.json", thresholds_of(folder, recipe)
+    if gate != "required" and thresholds is None and not file.is_file():
+        return {"state": "none", "asked": gate, "said": ""}
+    about: dict[str, Any] = {"asked": gate, "checkpoint": init_from, "fingerprint": fingerprint(folder)}
+    about |= {"thresholds": thresholds and str(thresholds)}
+    found = about | _verdict(folder, file, thresholds, about["fingerprint"])
+    if gate == "required" and found["state"] != "passed":
+        measure = f"`make gate RECIPE={folder.parent.parent.name} CKPT={folder}`"
+        first = f"train it further, then {measure}" if found["state"] == "missed" else measure
+        raise ValueError(
+            f"run.gate=required: {found['said']}; {first} measures it again, and ARGS=run.gate=ignore begins from it "
+            f"all the same, which the run records"
+        )
+    return found
 
 
-def _objection(folder: Path, file: Path) -> str:
-    command = f"make gate RECIPE={folder.parent.parent.name} CKPT={folder}"
+def _verdict(folder: Path, file: Path, thresholds: Path | None, weights: str) -> dict[str, Any]:
     if not file.is_file():
-        return f"{folder} has not been measured, {file} is missing; run `{command}`"
+        return {"state": "absent", "said": f"{folder} has not been measured, {file} is missing"}
+    found: dict[str, Any] = {"state": "invalid", "file": str(file)}
     try:
         gate = read_json(file)
-        checks, passed, measured = gate["checks"], gate["passed"], gate["fingerprint"]
-        missed = [check for check in checks if not check["passed"]]
-        found = [", ".join(f"{key} {check[key]}" for key in _SAID if check.get(key) is not None) for check in missed]
+        checks, measured = gate["checks"], gate["fingerprint"]
+        missed = [_said(check) for check in checks if not check["passed"] and "unmeasured" not in check]
+        left_out = [_said(check) for check in checks if "unmeasured" in check]
+        passed = gate["passed"] and not missed and len(checks) > len(left_out)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{file} is no record of a gate ({error}); run `{command}`"
-    if found or not passed or not checks:
-        return f"{folder} has not passed its gate ({file}): {'; '.join(found) or 'it has no check'}"
-    if measured != fingerprint(folder):
-        return f"{file} is of other weights than {folder} has now; run `{command}`"
-    return ""
+        return found | {"said": f"{file} is no record of a gate ({error})"}
+    found |= {"digest": gate.get("config_digest"), "checks": checks}
+    if measured != weights:
+        return found | {"said": f"{file} is of other weights than {folder} has now"}
+    try:
+        if thresholds and thresholds_digest(thresholds) != found["digest"]:
+            own = gate.get("config", "others")
+            return found | {"said": f"{file} was measured with the thresholds of {own}, not with {thresholds} as it is"}
+    except ValueError as error:
+        return found | {"said": str(error)}
+    if not passed:
+        said = f"{folder} has not passed its gate ({file}): {'; '.join(missed) or 'no check is passed'}"
+        return found | {"state": "missed", "said": said}
+    without = f"; not measured: {'; '.join(left_out)}" if left_out else ""
+    return found | {"state": "passed", "said": f"{folder} has passed its gate ({file}){without}"}
+
+
+def _said(check: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {check[key]}" for key in _SAID if check.get(key) is not None)
+
+
+def thresholds_of(folder: Path, recipe: Path) -> Path | None:
+    """The YAML of what the checkpoint runs/<recipe>/<stage>/hf has to show, if there is one."""
+    below = Path(folder.parent.parent.name, "gates", f"{folder.parent.name}.yaml")
+    places = (recipe.absolute().parent.parent / below, Path("recipes") / below)
+    return next((place for place in places if place.is_file()), None)
+
+
+def thresholds_digest(file: Path) -> str:
+    """16 hex digits of the content of a YAML of thresholds, comments and order aside. Raises as `load_recipe`."""
+    return hashlib.sha256(json.dumps(load_recipe(file), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the gate said when the stage in a run folder began; state "unknown" where nothing readable says it."""
+    file = folder / BEFORE
+    try:
+        found = read_json(file)
+        if isinstance(found, dict) and isinstance(found.get("said"), str) and isinstance(found.get("state"), str):
+            return found
+        wrong = "is no record of one"
+    except (OSError, ValueError):
+        wrong = "cannot be read" if file.is_file() else "is missing"
+    return {"state": "unknown", "said": f"what the gate said at the beginning is not known, {file} {wrong}"}
+
+
+def gate_warning(record: Mapping[str, Any] | None) -> str:
+    """A line about a stage that has begun from a checkpoint whose gate was not passed, or passed in part; "" of others
+    and where nothing is recorded."""
+    if not record or record["state"] in ("none", "unknown"):
+        return ""
+    if record["state"] == "passed":
+        left_out = [_said(check) for check in record.get("checks", ()) if "unmeasured" in check]
+        return f"the gate before this stage was passed without {'; '.join(left_out)}" if left_out else ""
+    return f"begun with run.gate={record['asked']} although {record['said']}"

@@ -2,6 +2,7 @@
 
 runs/<recipe>/<stage>/config.yaml             every key as it was resolved
                       environment.json        devices, versions, commit and command of each process
+                      gate-before.json        what the gate of the weights to start from said when the stage began
                       logs/metrics.csv        one row per logged step, appended on resume
                       logs/tensorboard/
                       checkpoints/step-00000500/meta.json   step, tokens, how it was trained, size and checksum of files

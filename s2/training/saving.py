@@ -49,6 +49,7 @@ class RunCheckpoint(EachStep, Checkpoint):
         lock: of the run folder, on the process that holds it.
         guard: says whether the last steps were taken.
         recipe: every key as it was resolved, which a checkpoint keeps so that a resume can tell what was changed.
+        gate_before: what the gate of the weights to start from said (`s2.training.gate`).
     """
 
     def __init__(self, run: RunConfig, guard: StepGuard) -> None:
@@ -56,6 +57,7 @@ class RunCheckpoint(EachStep, Checkpoint):
         self.guard = guard
         self.lock: Lock | None = None
         self.recipe: dict[str, Any] = {}
+        self.gate_before: dict[str, Any] = {}
         self.began = (0, 0)  # step and tokens that this process began at
         self.checkpoints = run.folder / "checkpoints"
         self.seconds = 0.0

@@ -20,12 +20,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 from s2 import ending, files, settings
 from s2.locks import lock
 from s2.recipe import differences, dump_yaml
-from s2.training import memory, run_folder, slurm
+from s2.training import gate, memory, run_folder, slurm
 from s2.training.callbacks import TrainingLog
 from s2.training.config import StageConfig
 from s2.training.environment import record_environment
 from s2.training.gaps import lightning as gaps
-from s2.training.gate import check_gate
 from s2.training.guard import StepGuard
 from s2.training.module import PretrainModule
 from s2.training.saving import RunCheckpoint
@@ -129,6 +128,7 @@ class Stage:
         """
         run, trainer = self.run, self.trainer
         if run.resume == "auto" and run_folder.is_finished(run, trainer.max_steps):
+            self._keep_gate(gate.recorded(run.folder))
             self._say(f"{run.folder} is finished, nothing to do\n{closing_words(run.folder)}")
             self._say_changes(run_folder.complete_checkpoints(run.folder / "checkpoints")[-1], finished=True)
             return
@@ -145,13 +145,28 @@ class Stage:
         with lock(run.folder) if trainer.is_global_zero else nullcontext() as self.checkpoint.lock:
             ending.keep_crashes_in(run.folder / "logs")
             resume = self._resume_from()
-            if resume is None and trainer.is_global_zero and (init_from := self.config.model.init_from):
-                self._say(check_gate(init_from, run.gate))
+            if resume is not None:
+                self._say(gate.gate_warning(self.checkpoint.gate_before))
+            elif trainer.is_global_zero:
+                self._begin()
             self._say(self.report())
             if trainer.is_global_zero:
                 self._record()
             self._fit(resume and resume / "state")
             self._say(closing_words(run.folder))
+
+    def _begin(self) -> None:
+        """Look at the gate of the weights to start from, and keep what it says."""
+        run = self.run
+        found = gate.check_gate(self.config.model.init_from, run.gate, self.config.origin.file)
+        self._say(gate.gate_warning(found) or found["said"])
+        files.write_json(run.folder / gate.BEFORE, found)
+        self._keep_gate(found)
+
+    def _keep_gate(self, record: dict[str, Any]) -> None:
+        """A gate is asked once: what the stage began with is what its recipe says from then on."""
+        self.checkpoint.gate_before = record
+        self.resolved["run"]["gate"] = record.get("asked", self.run.gate)
 
     def _record(self) -> None:
         folder = self.run.folder
@@ -178,6 +193,7 @@ class Stage:
         run_folder.check_resumable(meta, asdict(self.module.config), stage, str(self.trainer.precision), newest)
         self.checkpoint.began = (meta["step"], meta["tokens"])
         self._say(f"continuing from {newest} (step {meta['step']}, {meta['tokens']:,} tokens)")
+        self._keep_gate(gate.recorded(self.run.folder))
         self._say_changes(newest)
         return newest
 
@@ -185,7 +201,7 @@ class Stage:
         """What the recipe says differently since a checkpoint was written."""
         if (before := run_folder.read_meta(checkpoint).get("recipe")) is None:
             return  # written by a version that did not keep it
-        found = [line for line in differences(before, self.resolved) if line[0] not in ("run.resume", "run.gate")]
+        found = [line for line in differences(before, self.resolved) if line[0] != "run.resume"]
         if found:
             what = "changed since then, " + ("and not trained with" if finished else "from here on in force")
             advice = "; train it anew with run.resume=never or another run.stage" if finished else ""

@@ -12,6 +12,7 @@ from s2.ending import DamagedError
 from s2.model.config import ModelConfig
 from s2.model.layouts import layout_table
 from s2.training.config import RunConfig
+from s2.training.gate import gate_warning
 from s2.training.guard import DivergedError
 from s2.training.memory import memory_of
 from s2.training.metrics import clock, plot_losses, read_metrics
@@ -107,6 +108,7 @@ class Finish(Callback):
             "skipped_steps": self.checkpoint.guard.counters.skipped,
             "world_size": trainer.world_size,
             "init_from": module.init_from,
+            "gate_before": self.checkpoint.gate_before,
             "data": [vars(passes) for passes in data.passes(data.consumed_samples * data.seq_len)],
             "validation": validation,
         }
@@ -133,6 +135,8 @@ def closing_words(folder: Path) -> str:
             if each.get("source_loss") not in (None, each["initial_loss"]):
                 line += f" ({summary['init_from']} as it is {each['source_loss']:.4f})"
             lines.append(f"{line}, unigram {each['unigram_loss']:.4f}")
+        if said := gate_warning(summary.get("gate_before")):
+            lines.append(f"  {said}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
             f"{folder / 'summary.json'} is not as it was written ({type(error).__name__}: {error}); remove the newest "

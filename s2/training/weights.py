@@ -19,7 +19,7 @@ from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
 from s2.training.gaps.deepspeed import whole_modules
 
-_WITHOUT_SINK = re.compile(r"(L\d+(?:V\d+(?:<\d+)?)*|W\d+)(?![\dV<]|\+sink)")
+_WITHOUT_SINK = re.compile(r"(L\d+(?:V\d+(?:<\d+)?)*|W\d+)(?:\+sink0+(?!\d))?(?![\dV<]|\+sink)")
 
 
 def load_into(model: Transformer, folder: str) -> None:

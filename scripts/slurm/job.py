@@ -74,7 +74,8 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
     code = step.run(nodes, tasks, cpus, command, environment)
     gate = source.parent / "gates" / source.name
     if code == ending.DONE and gate.is_file():  # for the next stage, which may wait for this job
-        command = ["-m", "eval.gate", "--ckpt", str(run / "hf"), "--config", str(gate)]
+        data = ["--data-dir", environment["EVAL_DATA"]] if environment.get("EVAL_DATA") else []
+        command = ["-m", "eval.gate", "--ckpt", str(run / "hf"), "--config", str(gate), *data]
         code = step.run(1, 1, cpus, command, environment)
     if code in (ending.DONE, ending.STOPPED) or not made_way(code, environment):
         return code  # the trainer has said what it has to say

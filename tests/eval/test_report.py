@@ -162,11 +162,27 @@ def test_a_gate_is_read_as_it_is_written(tmp_path):
             "base": 1.0,
             "passed": False,
         },
+        {"check": "task", "task": "piqa", "min": 0.6, "value": None, "passed": None, "unmeasured": "no rows"},
     ]
     write_json(run / "results" / "gate.json", {"kind": "gate", "passed": False, "checks": checks})
     text = scores.gate(read_runs([run]))
     assert "| loss | 8k, 0 to 8,192 | 3.000 | max_rise 0.02 of 2.99 | passed |" in text
     assert "| needle single | 8k | 0.900 | max_drop 0.02 of 1 | **not passed** |" in text
+    assert "| task piqa |  | - | min 0.6 | not measured: no rows |" in text
+
+
+def test_a_stage_that_began_past_a_missed_gate_says_so_in_a_line(tmp_path):
+    """From summary.json, and before there is one from the run folder; a stage from random weights has none."""
+    missed = {"state": "missed", "asked": "ignore", "said": "runs/a/pretrain/hf has not passed its gate", "checks": []}
+    passed = {"state": "passed", "asked": "required", "said": "runs/a/pretrain/hf has passed its gate", "checks": []}
+    runs = [make_run(tmp_path / "demo" / name) for name in "abcd"]
+    write_json(runs[0] / "summary.json", {"gate_before": missed})
+    write_json(runs[1] / "gate-before.json", passed)
+    write_json(runs[2] / "gate-before.json", {"state": "none", "asked": "ignore", "said": ""})
+    said = "begun with run.gate=ignore although runs/a/pretrain/hf has not passed its gate"
+    text = "\n".join(settings.settings(read_runs(runs)))
+    assert f"| gate before | {said} | **passed** | **none** | not recorded |" in text.replace("\\_", "_")
+    assert "gate before" not in "\n".join(settings.settings(read_runs(runs[2:])))
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):

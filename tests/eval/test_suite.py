@@ -8,7 +8,9 @@ import pytest
 from eval import gate, lm, needle, suite
 from eval.gate import GateConfig
 from eval.haystack import Haystack
+from s2 import files
 from s2.inference.folder import load_tokenizer
+from s2.training.gate import thresholds_digest
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 
@@ -157,6 +159,49 @@ def test_the_loss_of_some_positions_is_theirs_alone(folder, data, tmp_path):
     assert second["value"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_gate_keeps_the_losses_by_bucket_and_the_digest_of_its_thresholds(folder, data, tmp_path):
+    shutil.copytree(folder, tmp_path / "base")
+    text = f"base: {tmp_path / 'base'}\nloss:\n- {{length: 256, max_rise: 0}}\n- {{length: 512, max: 100}}\n"
+    config = write_config(data, tmp_path / "gate.yaml", text)
+    written = gate.check_gate(folder, config, tmp_path, ["--device", "cpu"])
+    first, second = files.read_json(tmp_path / written["checks"][0]["file"])["summary"]["lengths"]
+    assert {key: written["loss"][key] for key in ("256", "512")} == {"256": first, "512": second}
+    assert first["buckets"][-1]["from"] == 128 and list(written["loss"]["base"]) == ["256"]  # what is compared with it
+    assert written["loss"]["base"]["256"]["buckets"] == first["buckets"]
+    assert written["config_digest"] == thresholds_digest(config)
+
+
+def test_a_gate_reads_local_tasks_and_says_which_it_had_no_rows_for(folder, data, tmp_path, capsys):
+    (tmp_path / "rows/piqa").mkdir(parents=True)
+    row = {"goal": "eat", "sol1": "with a spoon", "sol2": "with a saw", "label": 0}
+    (tmp_path / "rows/piqa/validation.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    tasks = "tasks:\n- {task: piqa, min: 0}\n- {task: arc_easy, min: 0.2}\n"
+    config = write_config(data, tmp_path / "gate.yaml", tasks)
+    command = ["--ckpt", str(folder), "--device", "cpu", "--output", str(tmp_path / "out"), "--config", str(config)]
+    gate.main([*command, "--data-dir", str(tmp_path / "rows")])
+    written = files.read_json(tmp_path / "out/gate.json")
+    piqa, arc = written["checks"]
+    assert written["passed"] is True and written["data_dir"] == str(tmp_path / "rows")
+    assert piqa["passed"] is True and piqa["n"] == 3
+    assert arc["value"] is None and arc["passed"] is None and "no folder for task 'arc_easy'" in arc["unmeasured"]
+    assert "| task arc_easy acc | - | min 0.2 | not measured: --data-dir" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "rows/piqa")
+    with pytest.raises(ValueError, match=r"gate\.yaml: nothing can be measured: .*'piqa'.*'arc_easy'"):
+        gate.main([*command, "--data-dir", str(tmp_path / "rows")])
+
+
+def test_a_task_that_the_hub_does_not_give_is_left_out(monkeypatch):
+    def load(self, names):
+        if "piqa" in names:
+            raise ConnectionError("Couldn't reach 'baber/piqa'")
+
+    monkeypatch.setattr("eval.task_manager.CorrectedTasks.load", load)
+    assert lm.unavailable(["arc_easy", "piqa", "s2_passkey"], None) == {"piqa": "Couldn't reach 'baber/piqa'"}
+    assert lm.unavailable(["s2_passkey"], None) == {}
+    with pytest.raises(ValueError, match="did you mean piqa"):
+        lm.unavailable(["piqaa"], None)
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
@@ -165,6 +210,8 @@ def test_the_loss_of_some_positions_is_theirs_alone(folder, data, tmp_path):
         ("loss: [{length: 256, from: 100, max: 3}]", r"loss\.0: from: 100 is no border of the buckets \[0, 64, 128"),
         ("loss: [{length: 256, max_rise: 1}]", "base: max_rise and max_drop need a checkpoint"),
         ("needle: [{length: 256, min: 1, kind: two}]", r"needle\.0\.kind: .*'single'"),
+        ("loss: [{length: 256, max: .inf}]", r"loss\.0\.max: .*finite number; it is inf"),
+        ("needle: [{length: 256, min: .nan}]", r"needle\.0\.min: .*finite number; it is nan"),
         ("tasks: [{task: piqa, min: x}]", r"tasks\.0\.min: .*number.*; it is x"),
         ("needles: []", r"needles: .*not permitted"),
         ("loss: [{length: 2x, max: 3}]", r"loss\.0\.length: '2x' is no length"),

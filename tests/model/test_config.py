@@ -21,6 +21,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 512,
 }
 BY_KIND = {"dense": LLAMA3, "sparse": {"rope_theta": 2e4}}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+NAN, INF = float("nan"), float("inf")
 
 
 def test_defaults_are_derived_from_sizes():
@@ -68,6 +70,9 @@ def test_rope_by_kind_of_layer_comes_back_from_the_config_of_a_sparse_model():
     del written["rope_scaling"]
     read = ModelConfig.from_hf_dict(written)
     assert all(read.rope(dense=dense) == config.rope(dense=dense) for dense in (True, False))
+    del written["rope_theta"]  # as transformers saved it with earlier versions of the modeling file
+    written |= {"rope_by_kind": written["rope_parameters"], "rope_parameters": written["rope_parameters"]["dense"]}
+    assert ModelConfig.from_hf_dict(written).replace(rope_scaling=None).rope_theta == 5e5
 
 
 def test_what_a_family_leaves_unsaid_is_as_in_transformers():
@@ -159,6 +164,13 @@ def test_unsupported_hf_configs_name_file_key_and_value(change, words):
         ({"rope_scaling": {"dense": LLAMA3}}, ["rope_scaling", "['dense']", "dense and sparse"]),
         ({"rope_scaling": {"dense": {"factor": 2.0}, "sparse": None}}, ["rope_scaling.dense", "rope_type"]),
         ({"rope_scaling": {"dense": None, "sparse": {"rope_theta": -1}}}, ["rope_scaling.sparse.rope_theta=-1"]),
+        ({"rope_scaling": {"dense": {"rope_theta": NAN}, "sparse": None}}, ["rope_scaling.dense.rope_theta=nan"]),
+        ({"rope_scaling": {"dense": {"rope_theta": INF}, "sparse": None}}, ["rope_scaling.dense.rope_theta=inf"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": NAN}}, ["rope_scaling.factor=nan"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": INF}}, ["rope_scaling.factor=inf"]),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": INF}}, ["rope_scaling.high_freq_factor=inf"]),
+        ({"rope_scaling": {**YARN, "attention_factor": NAN}}, ["rope_scaling.attention_factor=nan"]),
+        ({"rope_scaling": {**YARN, "truncate": 0.5}}, ["rope_scaling.truncate=0.5", "true or false"]),
     ],
 )
 def test_wrong_values_are_named(change, words):

@@ -94,4 +94,10 @@ MUTANTS = (
         "if False:",
         ("test_transformers.py::test_a_rope_beside_those_by_kind_of_layer_is_refused",),
     ),
+    Mutant(
+        "theta_beside_those_by_kind_is_lost", _MODELING,
+        'self.rope_parameters, self.rope_theta = dict(self.rope_by_kind["dense"]), theta',
+        'self.rope_parameters = dict(self.rope_by_kind["dense"])',
+        ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
+    ),
 )  # fmt: skip

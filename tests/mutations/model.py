@@ -275,4 +275,10 @@ MUTANTS = (
         "if False:",
         ("test_cache.py::test_nobody_takes_gradients_that_lack_what_goes_through_a_cache",),
     ),
+    Mutant(
+        "a_rope_factor_is_infinite", "s2/model/rope.py",
+        "not 0 < value < math.inf",
+        "not 0 < value",
+        ("test_config.py::test_wrong_values_are_named",),
+    ),
 )  # fmt: skip

@@ -108,4 +108,16 @@ MUTANTS = (
         "return PEAK_BF16_FLOPS[min(matches, key=len)] if matches else None",
         ("test_strategy.py::test_peak_flops_knows_variants_of_a_name_and_nothing_it_was_not_told",),
     ),
+    Mutant(
+        "a_resume_forgets_a_missed_gate", "s2/training/stage.py",
+        "self._keep_gate(gate.recorded(self.run.folder))",
+        "self._keep_gate({})",
+        ("test_gate.py::test_a_missed_gate_stays_in_the_run_whatever_it_is_resumed_with",),
+    ),
+    Mutant(
+        "lax_thresholds_open_a_gate", "s2/training/gate.py",
+        'if thresholds and thresholds_digest(thresholds) != found["digest"]:',
+        "if thresholds and not thresholds_digest(thresholds):",
+        ("test_gate.py::test_other_thresholds_than_the_recipes_do_not_count",),
+    ),
 )  # fmt: skip

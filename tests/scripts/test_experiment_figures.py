@@ -6,6 +6,8 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -205,3 +207,14 @@ def test_the_share_of_synthetic_documents_is_what_training_recorded_whatever_fol
     assert said(*old).endswith("train not recorded.")
     specs = [{"output": "/data/retrieval-x/facts", "sources": [{"path": "retrieval"}]}]
     assert said(*old, prepared=specs).endswith("train at least 25.0%; not recorded of /data/retrieval-x/web/train.")
+
+
+def test_stages_that_began_past_a_gate_are_named_in_a_line_each():
+    missed = {"state": "missed", "asked": "ignore", "said": "runs/a/train/hf has not passed its gate", "checks": []}
+    befores = {"train": {"state": "none", "said": ""}, "extend": missed, "of an earlier version": None}
+    summaries = {stage: {"gate_before": before, "data": [], "tokens": 0} for stage, before in befores.items()}
+    results = {"arms": {"dense": {"summaries": summaries, "stages": {}, "model": None}}, "figures": [], "missing": {}}
+    plan: Any = SimpleNamespace(name="a", about="", specs={}, arms=[SimpleNamespace(name="dense", about="")])
+    line = "- dense extend: begun with run.gate=ignore although runs/a/train/hf has not passed its gate\n"
+    text = results_page.text(plan, results, {}, {}, "")
+    assert line in text and text.count("begun with") == 1

@@ -191,10 +191,12 @@ def test_a_finished_stage_is_measured_for_the_one_that_waits_for_it(repository, 
     step = job.Step(raises=False)
     monkeypatch.setattr(step, "run", lambda *a: seen.append(a[3]) or (trained if len(seen) == 1 else 2))
     monkeypatch.setattr(job, "made_way", lambda *_: False)
-    assert job.train("pretrain", JOB | {"RECIPE": "demo"}, step) == 2  # of the gate, or of the training
+    settings = JOB | {"RECIPE": "demo", "EVAL_DATA": "rows"}
+    assert job.train("pretrain", settings, step) == 2  # of the gate, or of the training
     assert [command[1] for command in seen] == commands
     if not trained:
-        assert seen[1][2:] == ["--ckpt", "runs/demo/pretrain/hf", "--config", "recipes/demo/gates/pretrain.yaml"]
+        assert seen[1][2:6] == ["--ckpt", "runs/demo/pretrain/hf", "--config", "recipes/demo/gates/pretrain.yaml"]
+        assert seen[1][6:] == ["--data-dir", "rows"]
 
 
 def test_starting_over_happens_once_a_job_and_not_at_every_restart(repository, monkeypatch):

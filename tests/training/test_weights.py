@@ -98,6 +98,8 @@ def test_documents_are_cut_to_what_a_model_reads(borders: list[int] | None, cut:
         ("W4+dense0", "W4+sink1+dense0"),
         ("L8V4<64V16-inter", "L8V4<64V16+sink1-inter"),
         ("dense|L1V2", "dense|L1V2+sink1"),
+        ("L2V2+sink0", "L2V2+sink1"),
+        ("W4+sink00|L16V8<64+sink0-inter", "W4+sink1|L16V8<64+sink1-inter"),
         ("W16+sink2|L8V16", "W16+sink2|L8V16+sink1"),
         ("L8V4<64+sink1+dense1", None),
         ("dense", None),
