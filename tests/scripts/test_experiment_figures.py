@@ -212,9 +212,16 @@ def test_the_share_of_synthetic_documents_is_what_training_recorded_whatever_fol
 def test_stages_that_began_past_a_gate_are_named_in_a_line_each():
     missed = {"state": "missed", "asked": "ignore", "said": "runs/a/train/hf has not passed its gate", "checks": []}
     befores = {"train": {"state": "none", "said": ""}, "extend": missed, "of an earlier version": None}
-    summaries = {stage: {"gate_before": before, "data": [], "tokens": 0} for stage, before in befores.items()}
-    results = {"arms": {"dense": {"summaries": summaries, "stages": {}, "model": None}}, "figures": [], "missing": {}}
+    data = [{"component": "a", "asked": 1, "available": 1, "passes": 1.0, "synthetic": 0.0}]
+    summaries = {stage: {"gate_before": before, "data": data, "tokens": 0} for stage, before in befores.items()}
+    stages = {stage: {"recipe": None, "versions": {}, "commit": "", "device": "", "seconds": 0.0, "command": ["python"], "data": {}}
+              for stage in befores}  # fmt: skip
+    results = {
+        "arms": {"dense": {"summaries": summaries, "stages": stages, "model": None}},
+        "figures": [],
+        "missing": {},
+    }
     plan: Any = SimpleNamespace(name="a", about="", specs={}, arms=[SimpleNamespace(name="dense", about="")])
-    line = "- dense extend: begun with run.gate=ignore although runs/a/train/hf has not passed its gate\n"
     text = results_page.text(plan, results, {}, {}, "")
+    line = "- dense extend: begun with run.gate=ignore although runs/a/train/hf has not passed its gate\n"
     assert line in text and text.count("begun with") == 1
