@@ -214,8 +214,16 @@ def test_stages_that_began_past_a_gate_are_named_in_a_line_each():
     befores = {"train": {"state": "none", "said": ""}, "extend": missed, "of an earlier version": None}
     data = [{"component": "a", "asked": 1, "available": 1, "passes": 1.0, "synthetic": 0.0}]
     summaries = {stage: {"gate_before": before, "data": data, "tokens": 0} for stage, before in befores.items()}
-    stages = {stage: {"recipe": None, "versions": {}, "commit": "", "device": "", "seconds": 0.0, "command": ["python"], "data": {}}
-              for stage in befores}  # fmt: skip
+    record = {
+        "recipe": None,
+        "versions": {},
+        "commit": "",
+        "device": "",
+        "seconds": 0.0,
+        "command": ["python"],
+        "data": {},
+    }
+    stages = dict.fromkeys(befores, record)
     results = {
         "arms": {"dense": {"summaries": summaries, "stages": stages, "model": None}},
         "figures": [],
