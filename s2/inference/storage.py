@@ -190,7 +190,7 @@ class _Part:
             return s2_attention(q, k, v, pattern, rotation=self.rotation)
         key = self.group, start
         if key not in step.memo:
-            frame = frame_of(self.pattern, self.total, self.rotation, self.group, start)
+            frame = frame_of(self.pattern, self.total, self.rotation, self.group, start, q.shape[1])
             step.memo[key] = frame.pattern, torch.from_numpy(frame.slots).to(q.device, non_blocking=True)
         pattern, slots = step.memo[key]
         before = slots.shape[1] * self.block_size - -start % self.block_size
