@@ -1,5 +1,5 @@
-"""How a pattern reaches the kernels: a few integers a head for rules, block lists for masks and for rules without closed
-form, whose lists are made without a mask. Everything is kept (see `kept`).
+"""How a pattern reaches the kernels: a few integers a head for rules with a closed form, block lists for other rules
+and for masks. Everything is kept (see `kept`).
 
 A rule whose strides nest (each divides the next) has a closed form both ways. For query block i the kept key blocks are
 
@@ -7,7 +7,7 @@ A rule whose strides nest (each divides the next) has a closed form both ways. F
 
 each an arithmetic progression, and key block b is seen by the one run of query blocks `[b, b + reach(b))`, where
 `reach(b)` is the end of the widest level that b belongs to. Rules with more than `MAX_LEVELS` levels, or whose strides
-do not nest, go through block lists like masks do.
+do not nest, go through block lists like masks do; no mask is made for them.
 """
 
 from __future__ import annotations
