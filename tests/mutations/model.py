@@ -102,6 +102,13 @@ MUTANTS = (
         ("test_chunks.py::test_a_chunk_sees_of_its_frame_what_it_sees_of_the_context",),
     ),
     Mutant(
+        "a_chunk_is_laid_out_for_its_first_token", "s2/inference",
+        "self.group, start, q.shape[1])",
+        "self.group, start, 1)",
+        ("test_cache.py::test_any_calls_give_attention_over_the_whole_context",
+         "test_cache.py::test_a_long_continuation_of_prompts_of_several_lengths"),
+    ),
+    Mutant(
         "a_level_ends_as_far_away_as_before_blocks_were_taken_out", "s2/attention",
         "out += len(next(rest, ()))",
         "out += 0",
