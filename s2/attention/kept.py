@@ -2,7 +2,8 @@
 
 Tensors are made in a thread of their own (`apart`). So none of the caller's modes gets into them: under a FakeTensor
 mode they would be fakes, under `torch.inference_mode` nothing could be trained with them. And their memory comes from
-no pool of a CUDA graph, which `torch.compile(mode="reduce-overhead")` does not allow.
+no pool of a CUDA graph, which `torch.compile(mode="reduce-overhead")` does not allow. On a GPU they are made on a
+stream of its own, so that the host waits for their copies alone, not for the kernels that have been launched before.
 
 A captured CUDA graph goes on reading what it was captured with. So what a call uses while a stream is captured is never
 freed, tables of rules (1 KB) never at all; other kept tensors are dropped, oldest first, once the device is done with
@@ -38,7 +39,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def apart(make: Callable[[], T], device: torch.device) -> T:
-    """What `make` returns, made in a thread of its own. Copies to a device must be such that the host waits for them.
+    """What `make` returns, made in a thread and on a stream of its own, and complete.
 
     Raises:
         RuntimeError: the current stream is being captured.
@@ -49,7 +50,21 @@ def apart(make: Callable[[], T], device: torch.device) -> T:
             "capture: call it once with the same shapes before the capture"
         )
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+        return thread.submit(_make_aside, make, device).result()
+
+
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _make_aside(make: Callable[[], T], device: torch.device) -> T:
+    if device.type != "cuda":
+        return make()
+    if device not in _STREAMS:  # of high priority, since torch hands out the same few streams to all who ask
+        _STREAMS[device] = torch.cuda.Stream(device, priority=-1)
+    with torch.cuda.stream(_STREAMS[device]):
+        made = make()
+    _STREAMS[device].synchronize()
+    return made
 
 
 class Kept(Generic[T]):

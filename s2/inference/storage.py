@@ -190,8 +190,10 @@ class _Part:
             return s2_attention(q, k, v, pattern, rotation=self.rotation)
         key = self.group, start
         if key not in step.memo:
-            frame = frame_of(self.pattern, self.total, self.rotation, self.group, start)
-            step.memo[key] = frame.pattern, torch.from_numpy(frame.slots).to(q.device, non_blocking=True)
+            frame = frame_of(self.pattern, self.total, self.rotation, self.group, start, q.shape[1])
+            slots = torch.from_numpy(frame.slots)
+            slots = slots.pin_memory() if q.is_cuda else slots  # else the host may wait for the device
+            step.memo[key] = frame.pattern, slots.to(q.device, non_blocking=True)
         pattern, slots = step.memo[key]
         before = slots.shape[1] * self.block_size - -start % self.block_size
         k, v = (torch.cat([self._kept(old, slots)[:, :before], new], dim=1) for old, new in ((old_k, k), (old_v, v)))

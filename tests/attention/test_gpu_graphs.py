@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s2.attention import Pattern, call, op, s2_attention
+from s2.attention import Pattern, call, op, s2_attention, schedule
 from s2.attention.kernels.hopper import problem, support
 from s2.attention.schedule import LISTS
+from tests.attention.checks import call_with
 
 pytestmark = pytest.mark.gpu
 hopper = pytest.mark.skipif(
@@ -83,6 +84,30 @@ def test_a_captured_graph_outlives_what_other_calls_evict(backend, pattern, monk
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, wanted) and len(garbage) == 64
+
+
+@pytest.mark.parametrize("spec", ["L3V7+sink5", "L2V3<11V4"])
+def test_tables_and_lists_do_not_wait_for_kernels(spec, monkeypatch):
+    monkeypatch.setattr(schedule, "_TABLES", {})
+    schedule._SCHEDULES.clear()
+    LISTS.values.clear()
+    own = call_with(Pattern.parse(spec), 2)
+
+    def tables(device):
+        if schedule.has_closed_form(own.pattern):
+            return [schedule.rule_schedule(own, 2, device).table]
+        return list(schedule.key_lists(own, 40, 2, device))
+
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # two seconds
+    launched = torch.cuda.Event()
+    launched.record()
+    made = tables(torch.device("cuda", torch.cuda.current_device()))
+    assert not launched.query(), "the host has waited for a kernel"
+    with torch.cuda.stream(torch.cuda.Stream()):  # any stream may read them at once
+        found = [table.cpu() for table in made]
+    assert not launched.query()
+    assert all(map(torch.equal, found, tables(torch.device("cpu"))))
 
 
 def test_a_capture_without_a_call_before_says_what_to_do():

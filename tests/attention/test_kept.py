@@ -130,7 +130,7 @@ def test_layers_with_the_same_rules_share_what_is_kept(new_process):
 
 def test_many_layers_make_lists_once(new_process, monkeypatch):
     made, make = [], schedule._make_lists
-    monkeypatch.setattr(schedule, "_make_lists", lambda *key: made.append(key) or make(*key))
+    monkeypatch.setattr(schedule, "_make_lists", lambda *key, **way: made.append(key) or make(*key, **way))
     odd = Pattern.from_ranges(1, [(2, 3), (3, None)], block_size=16)  # lists: 3 is no multiple of 2
     for _ in range(2):
         for own, distinct in ((odd, 3), (Pattern.from_mask(torch.ones(1, 3, 3, dtype=torch.bool), block_size=16), 1)):
@@ -139,6 +139,20 @@ def test_many_layers_make_lists_once(new_process, monkeypatch):
                 s2_attention(*draw(20), own, rotation=layer, backend="triton")
             assert len(made) in (distinct, 0), "made again"
     assert not made, "the second round made lists again"
+
+
+def test_lists_of_a_chunk_are_of_its_queries_alone(new_process, monkeypatch):
+    """Of the queries before it there are none, and of those that see a key only where gradients are asked for."""
+    made, make = [], schedule._make_lists
+    monkeypatch.setattr(schedule, "_make_lists", lambda *key, **way: made.append(make(*key, **way)) or made[-1])
+    odd = Pattern.from_ranges(2, [(2, 40), (3, None)], block_size=16)
+    q, k, v = draw(16 * 99, grad=True)
+    out = s2_attention(q[:, -30:], k, v, odd, backend="triton")
+    torch.testing.assert_close(out, s2_attention(q[:, -30:], k, v, odd, backend="reference"), atol=1e-4, rtol=1e-4)
+    mask = odd.block_mask(99, 1)[:, 97:]
+    assert [len(lists.blocks) for lists in made] == [mask.sum()]
+    out.sum().backward()
+    assert [len(lists.blocks) for lists in made] == [mask.sum()] * 2
 
 
 def test_kept_tensors_take_no_more_than_they_may(monkeypatch):

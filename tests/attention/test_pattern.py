@@ -1,13 +1,16 @@
 """Patterns: the mask against the written definition, closed forms against brute force, errors that name the culprit."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2.attention import LayerLayout, Pattern
+from s2.attention.call import Call
 from s2.attention.kernels.triton.documents import document_tiles
-from s2.attention.schedule import has_closed_form, list_schedule, rule_schedule
+from s2.attention.schedule import has_closed_form, key_lists, query_lists, rule_schedule
 from tests.attention.checks import call_with
 
 SPECS = ("dense", "W1", "W5", "L1V3", "L2V4", "L3V8+sink1", "W4+sink3", "L4V24", "L8V1")
@@ -226,16 +229,35 @@ def test_strides_that_do_not_nest_go_through_lists():
     assert not has_closed_form(Pattern.from_ranges(1, [(2, 8), (3, None)]))
 
 
-def test_block_lists_name_exactly_the_kept_blocks():
-    pattern = Pattern.from_mask(torch.rand(3, 9, 9) < 0.4)
-    lists = list_schedule(call_with(pattern, 2, head_offset=1, total=3), 9, 2, torch.device("cpu"))  # heads 1 and 2
-    mask = pattern.block_mask(9, 3)
-    for h in range(2):
-        for i in range(9):
-            begin, end = lists.key_offsets[h, i : i + 2].tolist()
-            assert lists.key_blocks[begin:end].tolist() == mask[h + 1, i].nonzero().flatten().tolist()
-            begin, end = lists.query_offsets[h, i : i + 2].tolist()
-            assert lists.query_blocks[begin:end].tolist() == mask[h + 1, :, i].nonzero().flatten().tolist()
+LISTED = ["L2V3", "W3+sink2", "L2V3<7V9", "L2V2<5V3<9+sink1", "L1V4<5V6+sink7", "L3V4<12V6<20+sink3", "L1V2<6V3+sink4",
+          "dense|W2", "L2V3|L2V3+sink2|W4|L1V4<6V6"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [*LISTED, "mask"])
+def test_block_lists_name_exactly_the_kept_blocks(spec, seed):
+    rng = random.Random(f"{seed} {spec}")
+    for _ in range(10):
+        n = rng.randint(1, 30)
+        own = Pattern.from_mask(torch.rand(3, n, n) < 0.4) if spec == "mask" else Pattern.parse(spec)
+        total, first = 3 if spec == "mask" else len(own.heads) or rng.randint(1, 6), rng.randint(0, n)
+        offset = rng.randint(0, total - 1)
+        heads = rng.randint(1, total - offset)
+        call = call_with(own, heads, head_offset=offset, total=total)
+        mask = own.block_mask(n, total)[offset : offset + heads]
+        mask[:, :first] = False
+        for lists_of, rows in ((key_lists, mask), (query_lists, mask.transpose(1, 2))):
+            lists = lists_of(call, n, heads, torch.device("cpu"), first)
+            assert torch.equal(lists.blocks, rows.nonzero()[:, 2].int())
+            ends = rows.sum(2).flatten().cumsum(0).view(heads, n).int()
+            begins = torch.cat([torch.zeros(1), ends.flatten()[:-1]]).view(heads, n).int()
+            assert torch.equal(lists.offsets[:, :-1], begins) and torch.equal(lists.offsets[:, 1:], ends)
+
+
+def test_lists_of_rules_make_no_mask(monkeypatch):
+    """What is made grows with what is seen: here of a million tokens."""
+    monkeypatch.setattr(Call, "block_mask", None)
+    lists = key_lists(call_with(Pattern.parse("L4V4<64V6"), 2), 16384, 2, torch.device("cpu"), 16384 - 128)
+    assert 2 * 128 * 16000 // 6 < len(lists.blocks) < 2 * 128 * 16384 // 5
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,7 @@ from s2.model import ModelConfig, Transformer
 
 LAYOUTS = [
     "dense", "W1", "W3+sink1", "L2V4", "L1V3+sink2", "L2V5", "L1V2<6V4", "L2V3<7", "L1V2<4V6<9", "L2V2<6V3+sink1",
-    "dense|L1V3", "L1V4+sink1|W2", "dense|W1|L1V2|L2V3",
+    "dense|L1V3", "L1V4+sink1|W2", "dense|W1|L1V2|L2V3", "L1V2<20V4+sink1", "L1V2<9",
 ]  # fmt: skip
 
 

@@ -146,6 +146,18 @@ _OP = (
         ("test_kept.py",),
     ),
     Mutant(
+        "lists_of_a_level_begin_within_the_sinks", ATTENTION,
+        "low = np.maximum(query - level.end + 1, rule.sinks)",
+        "low = np.maximum(query - level.end + 1, 0)",
+        ("test_pattern.py::test_block_lists_name_exactly_the_kept_blocks",),
+    ),
+    Mutant(
+        "queries_before_a_chunk_see_its_keys", ATTENTION,
+        "begin = np.maximum(key + near, first)",
+        "begin = key + near",
+        ("test_pattern.py::test_block_lists_name_exactly_the_kept_blocks",),
+    ),
+    Mutant(
         "captured_tables_are_dropped", ATTENTION,
         "droppable = [key for key in self.values if key not in self.captured]",
         "droppable = list(self.values)",

@@ -91,14 +91,33 @@ MUTANTS = (
     ),
     Mutant(
         "a_chunk_forgets_the_block_that_it_begins_in", "s2/attention",
-        "] = np.arange(first, newest + 1)",
-        "] = np.arange(first, newest + 1) - (length % size > 0)",
+        "newest + 1 - sum(map(len, taken)))",
+        "newest + 1 - sum(map(len, taken))) - (length % size > 0)",
         ("test_cache.py::test_any_calls_give_attention_over_the_whole_context",),
     ),
     Mutant(
-        "a_chunk_sees_the_place_of_a_block_that_a_head_does_not_have", "s2/attention",
-        "head.ranges, len(seen)) if left_out",
-        "head.ranges, first - left_out) if left_out",
+        "one_block_more_of_a_head_stands_before_its_chunk", "s2/attention",
+        "int(np.searchsorted(seen - np.arange(len(seen)), ahead))",
+        "min(len(seen), 1 + int(np.searchsorted(seen - np.arange(len(seen)), ahead)))",
+        ("test_chunks.py::test_a_chunk_sees_of_its_frame_what_it_sees_of_the_context",),
+    ),
+    Mutant(
+        "a_chunk_is_laid_out_for_its_first_token", "s2/inference",
+        "self.group, start, q.shape[1])",
+        "self.group, start, 1)",
+        ("test_cache.py::test_any_calls_give_attention_over_the_whole_context",
+         "test_cache.py::test_a_long_continuation_of_prompts_of_several_lengths"),
+    ),
+    Mutant(
+        "a_level_ends_as_far_away_as_before_blocks_were_taken_out", "s2/attention",
+        "out += len(next(rest, ()))",
+        "out += 0",
+        ("test_chunks.py::test_a_chunk_sees_of_its_frame_what_it_sees_of_the_context",),
+    ),
+    Mutant(
+        "a_chunk_sees_places_before_the_first_block", "s2/attention",
+        "and is_seen:",
+        "and not levels:",
         ("test_chunks.py::test_a_chunk_sees_of_its_frame_what_it_sees_of_the_context",),
     ),
     Mutant(

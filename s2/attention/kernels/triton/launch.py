@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,16 +31,11 @@ class _Plan:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
         self.chip = (q.shape[3], q.element_size(), capability)
         self.lists = not schedule.has_closed_form(call.pattern)
-        if self.lists:
-            lists = schedule.list_schedule(call, self._listed_blocks(call), k.shape[2], k.device)
-            key_offsets, key_blocks, query_offsets, query_blocks = lists
-            stride = key_offsets.shape[1]
-            self.of_queries = (key_offsets, key_offsets, key_blocks, stride)  # table, then lists
-            self.of_keys = (key_offsets, query_offsets, query_blocks, stride)
-            self.levels, sinks = 0, False
-        else:
-            table, _, self.levels, sinks = schedule.rule_schedule(call, k.shape[2], k.device)
-            self.of_queries = self.of_keys = (table, table, table, 0)
+        self.call, self.kv_heads, self.device = call, k.shape[2], k.device
+        self.levels, sinks = 0, False
+        if not self.lists:
+            table, _, self.levels, sinks = schedule.rule_schedule(call, self.kv_heads, self.device)
+            self.table = (table, table, table, 0)
         d0, d1 = split_head_dim(*self.chip)
         self.parts = {"D": q.shape[3], "D0": d0, "D1": d1}
         self.constants = {
@@ -53,10 +49,26 @@ class _Plan:
             "LATE": cu_seqlens_k is not None,
         }
 
-    def _listed_blocks(self, call: Call) -> int:
+    def of_queries(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What kernels get that walk keys: the table, then lists of key blocks and the stride of a head in them."""
+        return self._table_or(schedule.key_lists)
+
+    def of_keys(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The same of query blocks."""
+        return self._table_or(schedule.query_lists)
+
+    def _table_or(self, lists_of: Callable[..., schedule.BlockLists]) -> tuple[Tensor, Tensor, Tensor, int]:
+        if not self.lists:
+            return self.table
+        first = 0 if self.cu_seqlens is not None else (self.kv_len - self.q_len) // self.size
+        offsets, blocks = lists_of(self.call, self._listed_blocks, self.kv_heads, self.device, first)
+        return offsets, offsets, blocks, offsets.shape[1]
+
+    @cached_property
+    def _listed_blocks(self) -> int:
         """Blocks of the lists. Packed documents may be shorter than all the tokens: where these exceed a mask,
         borders are read."""
-        mask = call.pattern.mask
+        mask = self.call.pattern.mask
         if mask is None or self.cu_seqlens is None or self.num_blocks <= mask.shape[1]:
             return self.num_blocks
         lengths = self.cu_seqlens.diff()
@@ -126,7 +138,7 @@ def run_forward(
     block_m, pack, documents, num_tiles = plan.query_tiles(config.block_m, fill)
     num_packs = q.shape[2] // pack
     forward.attention_forward[(num_tiles * num_packs * q.shape[0],)](
-        q, k, v, out_rows, row_lse, *plan.of_queries,
+        q, k, v, out_rows, row_lse, *plan.of_queries(),
         q if documents is None else documents, plan.q_len, plan.kv_len, call.softmax_scale * forward.LOG2E.value,
         num_tiles, num_packs, plan.group, *_strides(q, k, v, out_rows, row_lse),
         BLOCK_M=block_m, BLOCK_N=config.block_n, PACK=pack, STAGES=config.num_stages,
@@ -165,7 +177,7 @@ def run_backward(
         fill = unowned(dq, dk, dv)
     documents, num_tiles = plan.key_tiles(block_n, extra, fill)
     backward.attention_backward_kv[(kv_heads * num_tiles * batch,)](
-        q, k, v, dout, lse, delta, grad_k, grad_v, *plan.of_keys,
+        q, k, v, dout, lse, delta, grad_k, grad_v, *plan.of_keys(),
         q if documents is None else documents, q_len, plan.kv_len, call.softmax_scale, num_tiles, kv_heads, plan.group,
         *_strides(q, k, v, dout, lse, grad_k, grad_v),
         BLOCK_M=block_m, BLOCK_N=block_n, STAGES=config.num_stages, **plan.constants, num_warps=config.num_warps,
@@ -175,7 +187,7 @@ def run_backward(
     block_m, pack, tiles, num_tiles = plan.query_tiles(config.block_m, fill_q)
     num_packs = num_heads // pack
     backward.attention_backward_q[(num_tiles * num_packs * batch,)](
-        q, k, v, dout, lse, delta, grad_q, *plan.of_queries,
+        q, k, v, dout, lse, delta, grad_q, *plan.of_queries(),
         q if tiles is None else tiles, q_len, plan.kv_len, call.softmax_scale, num_tiles, num_packs, plan.group,
         *_strides(q, k, v, dout, grad_q, lse),
         BLOCK_M=block_m, BLOCK_N=config.block_n, PACK=pack, STAGES=config.num_stages,
