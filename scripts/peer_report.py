@@ -57,11 +57,7 @@ def table(rows: list[Row], unit: str) -> str:
     }
     header = ["heads", *(["batch"] if decode else []), "length", "method", f"{'keys' if decode else 'pairs'}, %", unit]
     header += ["of it attention", "over all keys" if decode else "over cuDNN", "error", "difference", "note"]
-    body = []
-    for row in rows:
-        dense = base.get(_case(row))
-        over = None if dense is None or row["time"] is None else dense / row["time"]
-        digits, body = ",.1f" if decode else ",.3f", []
+    digits, body = ",.1f" if decode else ",.3f", []
     for row in rows:
         dense, time = base.get(_case(row)), row["time"]
         over = None if dense is None or time is None else dense / time

@@ -7,6 +7,7 @@ host counts along (`KVCache.reserve`, `commit`) and never waits.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -103,6 +104,7 @@ class DecodeGraph:
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=weight.device)
         self._warm = 0
         self._replay: Callable[[], Tensor] | None = None
+        self._is_eager = False  # there was no memory for a graph
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -124,19 +126,20 @@ class DecodeGraph:
         return logits
 
     def _next(self) -> Tensor:
-        if self._replay is None and self._warm < WARM_UP:
+        if self._replay is None and not self._is_eager:
+            if self._warm >= WARM_UP:
+                self._replay = self._captured()
+                self._is_eager = self._replay is None
             self._warm += 1
-            return self._run()
-        if self._replay is None:
-            self._replay = self._captured() or self._run
-        return self._replay()
+        return self._replay() if self._replay else self._run()
 
     def _captured(self) -> Callable[[], Tensor] | None:
         """What replays the step, None where there is no memory for it. What the capture had is free again then."""
+        handled = sys.exception()  # by who tries a smaller batch after one that found no memory
         try:
             return self._capture(self._run)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not _is_out_of_memory(error, handled):
                 raise
         warnings.warn(
             f"memory ran out while the decode step of {self._tokens.shape[0]} sequences was captured in a CUDA graph, "
@@ -193,6 +196,8 @@ def _capture(call: Callable[[], Tensor], device: torch.device, memory: Any) -> C
     return replay
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what went wrong first: a capture that was broken off may add an error of its own."""
-    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__))
+def _is_out_of_memory(error: BaseException | None, handled: BaseException | None) -> bool:
+    """Whether that is what went wrong first since `handled`: a capture that was broken off may add its own error."""
+    if error is None or error is handled:
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__, handled)

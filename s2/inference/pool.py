@@ -53,7 +53,9 @@ class DecodePool:
             kept = self._fitting(batch_size, max_length)
             cache = kept.first(batch_size)
             yield cache, kept.step(self.model, cache, new_tokens, graph)
-        except Exception:
+        except GeneratorExit:  # of a stream that is read no further
+            raise
+        except BaseException:
             self._kept = None
             raise
         finally:

@@ -314,10 +314,10 @@ def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[fl
     if scales_by_kind(scaling):
         validate_rope_scaling(scaling, source)
         # transformers keeps none outside; our class for it says in rope_parameters what the dense layers have
-        parameters = values.get("rope_parameters")
-        own = [parameters, scaling["dense"], scaling["sparse"]]
-        inside = [each.get("rope_theta") for each in own if isinstance(each, Mapping)]
-        return outside or next(filter(None, inside), 10000.0), scaling
+        said = [values.get("rope_parameters") or {}]
+        lacking = [kind for kind in ("dense", "sparse") if not (scaling[kind] or {}).get("rope_theta")]
+        said += [said[0].get(kind) or {} for kind in lacking] or [scaling["dense"]]
+        return outside or next(filter(None, (each.get("rope_theta") for each in said)), 10000.0), scaling
     if outside is None and values.get("rope_parameters"):
         outside = values["rope_parameters"].get("rope_theta")
     theta = scaling.pop("rope_theta", None) or outside or 10000.0

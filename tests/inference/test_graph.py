@@ -185,6 +185,11 @@ def test_another_error_in_a_capture_is_raised_and_so_is_memory_that_eager_steps_
     step._warm = WARM_UP
     with pytest.raises(RuntimeError, match="not permitted"):
         step(tokens(2, 1))
+    try:
+        fails()
+    except torch.OutOfMemoryError:  # a larger batch before
+        with pytest.raises(RuntimeError, match="not permitted"):
+            step(tokens(2, 1))
     step = DecodeGraph(model, prefilled(model, [40, 9]), capture=fails)
     step._warm = WARM_UP
     monkeypatch.setattr(model.model.blocks[2].mlp, "forward", fails)

@@ -1,7 +1,9 @@
 """Batches that share a cache and its captured steps give what each gives with a new one."""
 
+import gc
 import weakref
 
+import numpy
 import pytest
 import torch
 
@@ -35,12 +37,15 @@ def recordings(monkeypatch):
 
 @pytest.fixture
 def caches(monkeypatch):
-    """References to the memory of each new cache."""
+    """References to the memory of each new cache, which views of it hold too."""
     made, new_cache = [], pooling.new_cache
 
     def new(*args):
         cache = new_cache(*args)
-        made.append((weakref.ref(cache._layers[0].parts[0].k), len(cache.lengths), cache.max_length))
+        part = cache._layers[0].parts[0]
+        memory = numpy.zeros(tuple(part.k.shape), dtype="float32")
+        part.k = torch.from_numpy(memory)
+        made.append((weakref.ref(memory), len(cache.lengths), cache.max_length))
         return cache
 
     monkeypatch.setattr(pooling, "new_cache", new)
@@ -131,8 +136,32 @@ def test_nothing_is_reused_after_an_error(recordings, caches):
         generate(model, batch, 12, pool=pool, is_enough=fails)
     assert pool._kept is None and caches[0][0]() is None
     assert torch.equal(generate(model, batch, 12, pool=pool), generate(model, batch, 12))
-    with pytest.raises(ValueError, match="graph=True: the model is on cpu"):
-        generate(model, batch, 12, graph=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_nothing_is_reused_after_an_interrupt(error):
+    pool = DecodePool(build())
+    with pytest.raises(error), pool.lend(1, 20, 5, None):
+        raise error
+    assert pool._kept is None
+
+
+def test_a_step_without_memory_for_its_graph_leaves_none_behind(caches, monkeypatch):
+    def full(call):
+        raise torch.OutOfMemoryError("full")
+
+    model = build()
+    monkeypatch.setattr(pooling, "takes_graph", lambda *args: True)
+    monkeypatch.setattr(pooling, "DecodeGraph", lambda model, cache, memory: DecodeGraph(model, cache, capture=full))
+    pool = DecodePool(model)
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="memory ran out"):
+            generate(model, prompts([9, 5]), 12, pool=pool)
+        generate(model, prompts([80, 5, 7]), 3, pool=pool)
+        assert [memory() is None for memory, _, _ in caches] == [True, False]
+    finally:
+        gc.enable()
 
 
 def test_a_pool_of_another_model_or_beside_a_cache_is_refused():

@@ -3,6 +3,7 @@
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from s2.integrations.modeling_s2_llama import S2LlamaConfig
 from s2.model import ModelConfig, Transformer
 
 SIZES = {
@@ -73,6 +74,19 @@ def test_rope_by_kind_of_layer_comes_back_from_the_config_of_a_sparse_model():
     del written["rope_theta"]  # as transformers saved it with earlier versions of the modeling file
     written |= {"rope_by_kind": written["rope_parameters"], "rope_parameters": written["rope_parameters"]["dense"]}
     assert ModelConfig.from_hf_dict(written).replace(rope_scaling=None).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("complete", "theta"),
+    [({}, 1e4), ({"rope_parameters": {"dense": {"rope_theta": 2e5}, "sparse": {"rope_theta": 3e4}}}, 3e4)],
+)
+def test_layers_whose_rope_a_file_leaves_unsaid_do_not_turn_as_those_of_the_other_kind(complete, theta):
+    written = ModelConfig.from_dict(SIZES | {"attention_layout": "L2V4+dense1"}).to_hf_dict()
+    written = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_parameters")}
+    written |= {"rope_scaling": {"dense": {"rope_theta": 2e5}, "sparse": None}, **complete}
+    ours, theirs = ModelConfig.from_hf_dict(written), S2LlamaConfig(**written)
+    assert ours.rope(dense=False)[0] == theta == theirs.rope_by_kind["sparse"]["rope_theta"]
+    assert ours.rope(dense=True)[0] == 2e5 == theirs.rope_by_kind["dense"]["rope_theta"]
 
 
 def test_what_a_family_leaves_unsaid_is_as_in_transformers():
