@@ -46,7 +46,7 @@ NOISES = 2  # both of two logits may be off
 FREED, KEPT, DENSE = "pages freed", "all pages kept", "dense layers"
 
 METHOD = (
-    "bfloat16, greedy, random weights and tokens; every second prompt begins one text, the others their own",
+    "greedy, random weights and tokens; every second prompt begins one text, the others their own",
     "noise: of our model's logits of a prompt's new tokens, the largest difference between bfloat16 and float32",
     f"margin: how far below the best logit, in float32, the token is that vLLM chose; up to {NOISES} noises it may be",
     "sequences: of the longest prompt and its new tokens, by vLLM's own count, in the same memory for pages",
@@ -239,7 +239,7 @@ def check(args: argparse.Namespace, work: Path, device: str) -> int:
     rows = compare(folders["sparse"], folders["dense"], prompts, rounds, device, dtype, args.step)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     sizes = {key: getattr(args, key) for key in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab")}
-    sizes |= {"layout": args.layout, "block": args.block_size, "new": args.new, "step": args.step}
+    sizes |= {"layout": args.layout, "block": args.block_size, "new": args.new, "step": args.step, "dtype": engine["dtype"]}
     record = new_record(
         "check_vllm",
         sys.argv[1:],
