@@ -239,7 +239,13 @@ def check(args: argparse.Namespace, work: Path, device: str) -> int:
     rows = compare(folders["sparse"], folders["dense"], prompts, rounds, device, dtype, args.step)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     sizes = {key: getattr(args, key) for key in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab")}
-    sizes |= {"layout": args.layout, "block": args.block_size, "new": args.new, "step": args.step, "dtype": engine["dtype"]}
+    sizes |= {
+        "layout": args.layout,
+        "block": args.block_size,
+        "new": args.new,
+        "step": args.step,
+        "dtype": engine["dtype"],
+    }
     record = new_record(
         "check_vllm",
         sys.argv[1:],
