@@ -1,0 +1,75 @@
+"""`scripts/check_vllm.py` on the CPU, with our own model in vLLM's place: its report, its verdict, a machine without
+vLLM."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2.inference import generate
+from s2.model.hf import load_pretrained
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+SIZES = "--layers 2 --hidden 32 --ffn 48 --heads 4 --kv-heads 2 --vocab 61 --block-size 16 --layout L1V2+dense1"
+
+
+def served(folder, prompts, new_tokens, engine):
+    model = load_pretrained(folder, dtype=torch.float32)
+    rounds = [[generate(model, [torch.tensor(p)], new_tokens)[0].tolist() for p in prompts] for _ in range(2)]
+    row = {"start_s": 1.0, "sequences": 2.5, "capacity": 1000, "groups": 3}
+    rounds = rounds if prompts else []
+    return row | {"tokens": rounds, "found": [[0] * len(prompts)] * len(rounds), "seconds": [1.0] * len(rounds)}
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    import check_vllm
+
+    options = f"x {SIZES} --lengths 40,65 --new 5 --step 32 --commit abc --output {tmp_path}".split()
+    monkeypatch.setattr(sys, "argv", options)
+    monkeypatch.setattr(check_vllm, "in_child", served)
+    monkeypatch.setattr(check_vllm.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("bench_record.version", lambda name: "1")
+    return check_vllm
+
+
+def test_the_report_has_all_prompts_and_engines(script, tmp_path):
+    assert script.main() == 0
+    page = next(tmp_path.glob("*-vllm.md")).read_text()
+    for wanted in ("| 1 | 40 | 0 | 5 of 5 | 5 of 5 | 0 |", "| all pages kept | 2.50 | 1,000 | 3 |", "| dense layers |"):
+        assert wanted in page
+    record = json.loads(next(tmp_path.glob("*-vllm.json")).read_text())
+    assert [(row["round"], row["prompt"]) for row in record["rows"]] == [(1, 40), (1, 65), (2, 40), (2, 65)]
+
+
+def test_another_token_ends_in_exit_code_1(script, monkeypatch, tmp_path):
+    def wrong(*arguments):
+        row = served(*arguments)
+        if row["tokens"]:
+            row["tokens"][1][0][2] = (row["tokens"][1][0][2] + 1) % 61
+        return row
+
+    monkeypatch.setattr(script, "in_child", wrong)
+    assert script.main() == 1
+    (row,) = [r for r in json.loads(next(tmp_path.glob("*.json")).read_text())["rows"] if r["equal"] < 5]
+    assert (row["round"], row["prompt"], row["equal"]) == (2, 40, 2)
+
+
+def test_a_token_within_rounding_is_close(script):
+    assert script.is_close({"margin": 0.019, "noise": 0.01}) and not script.is_close({"margin": 0.021, "noise": 0.01})
+    assert not script.is_close({"margin": float("nan"), "noise": 0.01})
+
+
+def test_prompts_share_beginnings_and_do_not(script):
+    first, second, third = script.prompts_of([4, 5, 6], 1000)
+    assert [len(x) for x in (first, second, third)] == [4, 5, 6]
+    assert third[:4] == first and second[:4] != first
+
+
+def test_without_vllm_it_says_what_to_install(script, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"vLLM is not installed; pip install 'vllm==0\.24"):
+        script.main()
