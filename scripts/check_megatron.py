@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from bench_record import Record, new_parser, new_record, save, stem
+from check_model import add_model_options, config_of, machine_of, sizes_of
 from torch import Tensor
 
 from s2 import ending
@@ -312,12 +312,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--layout", default="L8V16+dense0,1")
-    for option, default in (
-        ("block-size", 64), ("layers", 8), ("hidden", 2048), ("ffn", 5504), ("heads", 16), ("kv-heads", 4),
-        ("vocab", 32768),
-    ):  # fmt: skip
-        parser.add_argument(f"--{option}", type=int, default=default)
+    add_model_options(parser, "L8V16+dense0,1", layers=8, hidden=2048, ffn=5504, vocab=32768)
     args = parser.parse_args()
     if MISSING:
         raise ValueError(MISSING)
@@ -326,34 +321,22 @@ def main() -> int:
 
 def check(args: argparse.Namespace, device: str) -> int:
     """Run all and write the report; the exit code."""
-    config = ModelConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.ffn,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=args.seq_len,
-        attention_layout=args.layout,
-        block_size=args.block_size,
-    )
+    config = config_of(args, args.seq_len)
     if args.heads % 2 or args.kv_heads % 2:
         raise ValueError(f"--heads {args.heads} and --kv-heads {args.kv_heads} must be even for two ranks")
     dtype = DTYPES[args.dtype]
     with one_rank(device):
         found = compare_models(config, args.seq_len, args.steps, device, dtype)
         apart = halves(config, args.seq_len, device, dtype)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    sizes = {key: getattr(args, key) for key in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "seq_len")}
     record = new_record(
         "check_megatron",
         sys.argv[1:],
-        machine,
+        machine_of(device),
         ("torch", "triton", "megatron-core"),
         commit=args.commit,
         name=args.name,
         method=METHOD,
-        sizes={**sizes, "layout": args.layout, "block": args.block_size, "dtype": args.dtype, "steps": args.steps},
+        sizes=sizes_of(args) | {"seq_len": args.seq_len, "dtype": args.dtype, "steps": args.steps},
         models=found,
         difference=difference(found),
         limit=LIMITS[args.dtype],

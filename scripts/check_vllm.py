@@ -21,7 +21,6 @@ import importlib.util
 import math
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,12 +31,13 @@ from typing import Any
 
 import torch
 from bench_record import Record, new_parser, new_record, save, stem
+from check_model import add_model_options, config_of, machine_of, sizes_of
 from torch import Tensor
 
 from eval.grid import format_length, parse_lengths
 from s2 import ending
 from s2.inference import generate
-from s2.model import ModelConfig, Transformer
+from s2.model import Transformer
 from s2.model.hf import load_pretrained, save_pretrained
 from s2.tables import markdown
 
@@ -88,21 +88,6 @@ def in_child(*arguments: Any) -> Row:
 
 
 # ---------------------------------------------------------------- model and prompts
-
-
-def model_config(args: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.ffn,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=max(args.lengths) + args.new,
-        attention_layout=args.layout,
-        block_size=args.block_size,
-        initializer_range=1.6 / math.sqrt(args.hidden),  # scores of queries and keys spread by 2.56 before softmax
-    )
 
 
 def prompts_of(lengths: Sequence[int], vocab: int) -> list[list[int]]:
@@ -194,17 +179,12 @@ def main() -> int:
     parser = new_parser(__doc__, name="vllm")
     parser.add_argument("--lengths", type=parse_lengths, default=parse_lengths("2k,3000,4k,6k,9000,12k,16k,32k"))
     parser.add_argument("--new", type=int, default=64, help="tokens after each prompt (default: %(default)s)")
-    parser.add_argument("--layout", default="L8V16+sink1+dense0")
+    add_model_options(parser, "L8V16+sink1+dense0", layers=6, hidden=1024, ffn=2816, vocab=4096)
     parser.add_argument("--cache-gib", type=float, default=4.0, help="memory for pages (default: %(default)s)")
     parser.add_argument("--step", type=int, default=4096, help="tokens of a step, at most (default: %(default)s)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--dense-backend", help="vLLM's attention for the dense model (default: its own choice)")
     parser.add_argument("--work", type=Path, help="folder for the models (default: a temporary one)")
-    for option, default in (
-        ("block-size", 64), ("layers", 6), ("hidden", 1024), ("ffn", 2816), ("heads", 16), ("kv-heads", 4),
-        ("vocab", 4096),
-    ):  # fmt: skip
-        parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args()
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed; pip install 'vllm==0.24.*' brings it")
@@ -214,7 +194,8 @@ def main() -> int:
 
 def check(args: argparse.Namespace, work: Path, device: str) -> int:
     """Run all and write the report; the exit code."""
-    config = model_config(args)
+    # with this initializer_range scores of queries and keys spread by 2.56 before softmax
+    config = config_of(args, max(args.lengths) + args.new, initializer_range=1.6 / math.sqrt(args.hidden))
     dense = dataclasses.replace(config, attention_layout="dense")
     torch.manual_seed(0)
     model = Transformer(config)
@@ -237,19 +218,11 @@ def check(args: argparse.Namespace, work: Path, device: str) -> int:
     }
     rounds = engines[FREED].pop("tokens")
     rows = compare(folders["sparse"], folders["dense"], prompts, rounds, device, dtype, args.step)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    sizes = {key: getattr(args, key) for key in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab")}
-    sizes |= {
-        "layout": args.layout,
-        "block": args.block_size,
-        "new": args.new,
-        "step": args.step,
-        "dtype": engine["dtype"],
-    }
+    sizes = sizes_of(args) | {"new": args.new, "step": args.step, "dtype": engine["dtype"]}
     record = new_record(
         "check_vllm",
         sys.argv[1:],
-        machine,
+        machine_of(device),
         ("torch", "triton", "vllm"),
         commit=args.commit,
         name=args.name,
