@@ -22,7 +22,6 @@ import math
 import multiprocessing
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -35,7 +34,7 @@ from check_model import add_model_options, config_of, machine_of, sizes_of
 from torch import Tensor
 
 from eval.grid import format_length, parse_lengths
-from s2 import ending
+from s2 import ending, files
 from s2.inference import generate
 from s2.model import Transformer
 from s2.model.hf import load_pretrained, save_pretrained
@@ -188,8 +187,8 @@ def main() -> int:
     args = parser.parse_args()
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed; pip install 'vllm==0.24.*' brings it")
-    with tempfile.TemporaryDirectory() as place:
-        return check(args, args.work or Path(place), "cuda" if torch.cuda.is_available() else "cpu")
+    with files.temporary_folder() as place:
+        return check(args, args.work or place, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check(args: argparse.Namespace, work: Path, device: str) -> int:
