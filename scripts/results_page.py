@@ -96,7 +96,7 @@ def _span(row: Row) -> tuple[str, int] | None:
 def _state(plan: Plan, results: Row) -> list[str]:
     """What is missing, and where the arms were run."""
     lines = [f"- {arm}: missing {', '.join(stages)}" for arm, stages in results["missing"].items()]
-    head = f"Not all of it is there yet ({len(lines)} of {len(plan.arms)} arms):\n\n"
+    head = f"Not all of it is there yet, {len(lines)} of {len(plan.arms)} arms are incomplete:\n\n"
     found = [head + "\n".join(lines)] if lines else []
     where: dict[str, list[str]] = {}
     for arm, each in results["arms"].items():
