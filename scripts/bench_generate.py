@@ -1,8 +1,8 @@
 """Measure generation with a recipe's model, random weights, under several layouts: time to first token, decode rates.
 
     python scripts/bench_generate.py                                 # 7B at 32k and 128k: dense, hybrid, all sparse
-    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml --layouts dense,L1V15+dense0,1,L1V15
-    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml --layouts L1V15 --lengths 1m --chunk 32k \
+    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml
+    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml --layouts L8V16+sink1 --lengths 1m --chunk 32k \
         --name million                                                   # and memory over the length
 
 bfloat16. First token: one prompt of random tokens until its next token is known, whole or in pieces of `--chunk`.
@@ -54,10 +54,17 @@ METHOD = (
 # ---------------------------------------------------------------- figures
 
 
-def read_config(recipe: Path, layout: str, longest: int) -> ModelConfig:
-    """The recipe's model with this layout, for so many tokens."""
+def read_configs(recipe: Path, layouts: Sequence[str] | None, longest: int) -> list[ModelConfig]:
+    """The recipe's model with each of these layouts, for so many tokens. None: dense, its own, and its own without
+    dense layers."""
     said = load_recipe(recipe).get("model", {}).get("config", {})
-    return ModelConfig.from_dict(said | {"attention_layout": layout, "max_position_embeddings": longest})
+    if layouts is None:
+        own = ModelConfig.from_dict(said).attention_layout
+        layouts = list(dict.fromkeys(("dense", own, own.partition("+dense")[0])))
+    return [
+        ModelConfig.from_dict(said | {"attention_layout": layout, "max_position_embeddings": longest})
+        for layout in layouts
+    ]
 
 
 def split_layouts(text: str) -> list[str]:
@@ -241,7 +248,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, name="generate")
     add = parser.add_argument
     add("--recipe", type=Path, default=Path("recipes/7b/pretrain.yaml"), help="whose model (default: %(default)s)")
-    add("--layouts", type=split_layouts, default=["dense", "L4V24+dense10-22", "L4V24"], help="default: %(default)s")
+    add("--layouts", type=split_layouts, help="default: dense, the recipe's, and the recipe's without its dense layers")
     add("--lengths", type=parse_lengths, default=(32768, 131072), help="tokens of a prompt (default: 32k,128k)")
     add("--chunk", type=parse_length, default=0, help="prompts in pieces of so many tokens (default: whole)")
     add("--most", type=int, default=256, help="sequences decoded at once at most (default: %(default)s)")
@@ -266,7 +273,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Record:
     )  # fmt: skip
     path = args.output / stem(record)
     longest = max(args.lengths) + STEPS + WARM_UP + 1
-    configs = [read_config(args.recipe, layout, longest) for layout in args.layouts]  # before anything is computed
+    configs = read_configs(args.recipe, args.layouts, longest)  # before anything is computed
     for config in configs:
         with device:
             model = _random_model(config)

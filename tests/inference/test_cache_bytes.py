@@ -32,10 +32,12 @@ def bytes_at_128k(config):
     ("recipe", "sizes", "layout", "less"),
     [
         ("1.3b/pretrain.yaml", {}, None, 6.87),  # 2 of 24 layers dense
-        ("7b/pretrain.yaml", {}, None, 2.31),  # 13 of 32
+        ("7b/pretrain.yaml", {}, None, 5.37),  # 5 of 32
         ("llama3.1-8b/extend-8k.yaml", LLAMA, None, 4.13),  # 6 of 32
         ("smollm2/extend-8k.yaml", SMOLLM2, None, 4.17),  # 5 of 30
         ("demo/pretrain.yaml", {}, None, 1.6),  # 2 of 4, with few tokens between
+        ("7b/pretrain.yaml", {}, "L8V32+sink1", 27.7),
+        ("7b/pretrain.yaml", {}, "L4V24+dense10-22", 2.31),
         ("7b/pretrain.yaml", {}, "L4V24", 22.5),
         ("llama3.1-8b/extend-8k.yaml", LLAMA, "L8V16+sink1", 14.9),
         ("1.3b/pretrain.yaml", {}, "L1V15", 14.7),

@@ -74,6 +74,7 @@ def test_4k_decoded_tokens_have_the_logits_of_a_whole_pass(layout, block, heads,
     [
         ("1.3b/pretrain.yaml", "L1V15", 24, 0, 1, 15),
         ("1.3b/pretrain.yaml", "L8V16+sink1+dense8,16", 22, 1, 8, 16),
+        ("7b/pretrain.yaml", "L8V32+sink1+dense5,10,15,20,25", 27, 1, 8, 32),
         ("7b/pretrain.yaml", "L4V24", 32, 0, 4, 24),
         ("7b/pretrain.yaml", "L4V24+dense10-22", 19, 0, 4, 24),
     ],

@@ -14,6 +14,7 @@ import bench_generate
 from s2.model import ModelConfig
 from s2.model.layouts import kv_bytes_per_token
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "max_position_embeddings": 16, "attention_layout": "L1V2", "block_size": 16,
@@ -43,6 +44,14 @@ def test_every_layout_is_timed_at_every_length(recipe, tmp_path, monkeypatch):
     assert page.with_suffix(".png").stat().st_size > 1000 and json.loads(page.with_suffix(".json").read_text())["rows"]
     text = page.read_text()
     assert "## First token" in text and text.count("| L1V2+dense0,1 |") == 6
+
+
+def test_without_layouts_the_recipe_is_beside_dense_and_beside_itself_all_sparse():
+    configs = bench_generate.read_configs(RECIPES / "7b/pretrain.yaml", None, 1 << 17)
+    layouts = [config.attention_layout for config in configs]
+    own = layouts[1]
+    assert "+dense" in own and layouts == ["dense", own, own.split("+dense")[0]]
+    assert {(config.num_hidden_layers, config.max_position_embeddings) for config in configs} == {(32, 1 << 17)}
 
 
 def test_ratios_are_to_the_dense_model_of_the_same_length():

@@ -160,7 +160,7 @@ def test_calls_follow_the_recipes_and_what_they_extend(monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     calls = [call for path in recipes_of(["7b"]) for call in calls_of(path)]
     assert {(call.length, str(call.pattern), call.heads, call.head_dim) for call in calls} == {
-        (length, spec, 32, 128) for length in (8192, 32768, 131072) for spec in ("L4V24", "dense")
+        (length, spec, 32, 128) for length in (8192, 32768, 131072) for spec in ("L8V32+sink1", "dense")
     }
     demo = [call for path in recipes_of(["demo"]) for call in calls_of(path)]
     assert {(str(call.pattern), call.rotation, call.length) for call in demo if not call.pattern.is_dense} == {
