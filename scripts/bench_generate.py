@@ -2,8 +2,8 @@
 
     python scripts/bench_generate.py                                 # 7B at 32k and 128k: dense, hybrid, all sparse
     python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml
-    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml --layouts L8V16+sink1 --lengths 1m --chunk 32k \
-        --name million                                                   # and memory over the length
+    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml --layouts L8V16+sink1 --lengths 1m \
+        --chunk 32k --name million                                       # and memory over the length
 
 bfloat16. First token: one prompt of random tokens until its next token is known, whole or in pieces of `--chunk`.
 Decode: one token a step for each sequence from a cache that holds `length` tokens of each, at batch 1 and at the
