@@ -25,7 +25,7 @@ from typing import Any
 
 from results_collect import collect
 from results_pack import pack, unpack
-from results_page import shards, write
+from results_page import ARCHIVE, shards, write
 from results_plan import Job, Plan, load_plan, lost_weights, shown
 from results_queue import Queue, status
 
@@ -118,7 +118,9 @@ def make_page(plan: Plan, jobs: Mapping[str, Sequence[Job]], output: Path | None
         return None
     began = [a["began"] for each in results["arms"].values() for r in each["stages"].values() for a in r["attempts"]]
     results = {"name": plan.name, "made": time.strftime("%Y-%m-%d"), "about": plan.about, **results}
-    return write(plan, results, output or Path("docs/results", f"{max(began)[:10]}-{plan.name}"), TITLES)
+    page = write(plan, results, output or Path("docs/results", f"{max(began)[:10]}-{plan.name}"), TITLES)
+    pack(plan, page.with_name(ARCHIVE), figures_only=True)
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -16,22 +17,28 @@ _HEAVY = ("checkpoints", "tensorboard")  # folders that stay
 _WEIGHTS = (".safetensors", ".bin", ".npy", ".pt")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model")
 _LOG_BYTES = 200_000  # of the end of a log
+_NO_FIGURES = (".log", ".png")
 
 
-def pack(plan: Plan, target: Path) -> int:
-    """Write the tar file and return how many files are in it.
+def pack(plan: Plan, target: Path, *, figures_only: bool = False) -> int:
+    """Write the tar file and return how many files are in it. figures_only: what a page is made from, without logs and
+    pictures; the same files give the same bytes.
 
     Raises ValueError where there is nothing to pack.
     """
-    packed = list(_light_files(plan))
+    packed = [path for path in _light_files(plan) if not (figures_only and path.suffix in _NO_FIGURES)]
     if not packed:
         raise ValueError(f"{plan.root} holds no results of {plan.name} yet")
-    with files.whole(target) as stream, tarfile.open(fileobj=stream, mode="w:gz") as tar:
+    with (
+        files.whole(target) as stream,
+        gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
         for path in packed:
             content = path.read_bytes()
             content = content[-_LOG_BYTES:] if path.suffix == ".log" else content
             entry = tarfile.TarInfo(str(path.relative_to(plan.root)))
-            entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
+            entry.size, entry.mtime = len(content), 0 if figures_only else int(path.stat().st_mtime)
             tar.addfile(entry, io.BytesIO(content))
     return len(packed)
 

@@ -32,6 +32,7 @@ PARTS = {
     "positions": "Held-out loss by position",
     "speed": "Speed and memory",
 }
+ARCHIVE = "runs.tar.gz"  # beside the page: what it is made from
 _KEPT = ("step", "tokens", "seconds", "train/loss")  # of the training log, besides held-out losses
 _MOST_COLUMNS = 8  # of a table
 _MOST_PANELS = 4  # of losses by position
@@ -77,7 +78,7 @@ def text(plan: Plan, results: Row, pictures: Mapping[str, str], maps: Mapping[st
         for stage in stages:
             rows = _shown([row for row in results["figures"] if (row["part"], row["stage"]) == (part, stage)])
             parts += [f"## {heading}{f', after {stage}' if stage else ''}", *_tables(rows, results, share)]
-    parts += ["## Data", data_table(results), "## Commands", _commands(results)]
+    parts += ["## Data", data_table(results), "## Commands", _commands(plan.name, results)]
     return "\n\n".join([*filter(None, parts), SIGNATURE]) + "\n"
 
 
@@ -202,7 +203,7 @@ def data_table(results: Row) -> str:
     return warning + table + "\n\n" + "\n".join(f"- {said}" for said in digests if said)
 
 
-def _commands(results: Row) -> str:
+def _commands(name: str, results: Row) -> str:
     lines = []
     for arm, each in results["arms"].items():
         for stage, record in each["stages"].items():
@@ -211,7 +212,9 @@ def _commands(results: Row) -> str:
                          f"`{shown(['python', *record['command'][1:]])}`")  # fmt: skip
     launched = {record.get("launched", "") for each in results["arms"].values() for record in each["stages"].values()}
     lines += ["", "The recipe of each is in results.json (`arms.<arm>.stages.<stage>.recipe`). They were begun by:", ""]
-    return "\n".join([*lines, *(f"- `{command}`" for command in sorted(filter(None, launched)))])
+    lines += [f"- `{command}`" for command in sorted(filter(None, launched))]
+    again = f"`python scripts/results.py {name} --import {ARCHIVE}`, with the keys that these commands end in, if any,"
+    return "\n".join([*lines, "", f"All figures are in [{ARCHIVE}]({ARCHIVE}); {again} makes this page of them."])
 
 
 # ---------------------------------------------------------------- pictures

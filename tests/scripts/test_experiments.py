@@ -356,6 +356,12 @@ def test_the_page_is_made_of_what_is_there_and_names_what_is_missing(tmp_path, c
     found = json.loads((page / "results.json").read_text())
     assert {row["arm"]: row["n"] for row in found["figures"]} == {"good": 8, "base": 8}
     assert (page / "work-needle.png").is_file()
+    again = tmp_path / "again"
+    elsewhere = ["--import", str(page / "runs.tar.gz"), "--output", str(again), f"root={again}/runs"]
+    assert results.main([str(path), *elsewhere]) == 0
+    assert not list(again.rglob("*.log"))
+    for each in page.iterdir():
+        assert (again / each.name).read_bytes() == each.read_bytes(), each.name
     (page / "README.md").write_text("my own")
     with pytest.raises(ValueError, match=r"README.md was not written by this program"):
         results.main([str(path), "--page", "--output", str(page)])
