@@ -277,6 +277,12 @@ MUTANTS = (
         ("test_pool.py::test_a_traceback_that_somebody_keeps_lends_nothing",),
     ),
     Mutant(
+        "rows_that_grow_make_one_cache_after_another", "eval/adapter.py",
+        "pool.reserve(rows, width - 1)",
+        "pass",
+        ("test_adapter.py::test_rows_that_grow_as_prompts_shrink_make_one_cache",),
+    ),
+    Mutant(
         "each_batch_of_an_evaluation_makes_a_cache", "eval/adapter.py",
         "            pool=pool,\n",
         "",
