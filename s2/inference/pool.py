@@ -23,8 +23,8 @@ class DecodePool:
 
     Reused are the memory of keys and values, by batches that need no more of it than the largest before, and the CUDA
     graph of the decode step, by batches of as many rows and a similar length. A batch finds a cache as a new one is,
-    empty and of zeros, and no longer than it needs: by a sixteenth at most, where the step is captured by a factor of
-    two, so that few are. A batch for which the memory is too small takes the place of it all.
+    empty and of zeros, and longer than it needs by a sixteenth or a block at most, where the step is captured by a
+    factor of two, so that few are. A batch for which the memory is too small takes the place of it all.
 
     Who generates while another generation with the pool has not ended, in this thread or in another, gets a cache for
     itself. After an error, or on another CUDA stream, nothing is reused. The pool holds its memory as long as it lives.
@@ -59,7 +59,7 @@ class DecodePool:
         `s2.inference.graph.decode_step` makes it of the other arguments.
 
         Raises:
-            ValueError: as `KVCache` and `decode_step`; the pool is as it was then.
+            ValueError: as `KVCache` and `decode_step`.
         """
         if not self._lent.acquire(blocking=False):
             cache = new_cache(self.model, batch_size, max_length)
