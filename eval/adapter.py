@@ -16,7 +16,7 @@ Differences from lm-eval's own Hugging Face model, all of them on purpose:
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from eval.encoding import PromptEncoder
 from eval.results import Answers
 from eval.sampling import MAX_NEW_TOKENS, Sampling
 from s2.arguments import DTYPES
+from s2.inference.cache import KVCache
 from s2.inference.folder import memory_for
 from s2.inference.pool import DecodePool
 from s2.inference.text import continue_texts
@@ -259,20 +260,34 @@ class S2LM(TemplateLM):
             prompts.append(self._fit(tokens, room, "prompt"))
             groups[options, len(prompts[-1])].append(i)
         generators = {options: options.generator(self._device) for options, _ in groups}
-        pool = DecodePool(self.checkpoint.model)  # the longest prompts come first, so that the others fit
+        batches: list[tuple[Sampling, int, list[int]]] = []  # with the tokens of a row, the longest prompts first
+        for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
+            width = length + options.max_new_tokens
+            rows = self._rows_of(width)
+            batches += [(options, width, members[first : first + rows]) for first in range(0, len(members), rows)]
+        pool = self._pool_for({(len(batch), width) for _, width, batch in batches})
         with progress("generate_until", len(requests), "request", quiet=disable_tqdm) as bar:
-            for (options, length), members in sorted(groups.items(), key=lambda item: -item[0][1]):
-                rows = self._rows_of(length + options.max_new_tokens)
-                for first in range(0, len(members), rows):
-                    batch = members[first : first + rows]
-                    with self._memory_for(len(batch), length + options.max_new_tokens):
-                        texts = self._generate_batch([prompts[i] for i in batch], options, generators[options], pool)
-                    for i, text in zip(batch, texts, strict=True):
-                        results[i] = text
-                        if options.temperature == 0:  # what is drawn differs each time
-                            self._keep("generate_until", requests[i].args, text, cut[i] or None)
-                    bar.update(len(batch))
+            for options, width, batch in batches:
+                with self._memory_for(len(batch), width):
+                    texts = self._generate_batch([prompts[i] for i in batch], options, generators[options], pool)
+                for i, text in zip(batch, texts, strict=True):
+                    results[i] = text
+                    if options.temperature == 0:  # what is drawn differs each time
+                        self._keep("generate_until", requests[i].args, text, cut[i] or None)
+                bar.update(len(batch))
         return results
+
+    def _pool_for(self, sizes: Collection[tuple[int, int]]) -> DecodePool:
+        """With memory for the largest cache of batches of so many rows and tokens: where rows are shorter there are
+        more of them, which together may take more."""
+        pool = DecodePool(self.checkpoint.model)
+        if sizes:
+            config, dtype = self.checkpoint.config, self.checkpoint.dtype
+            # the last token drawn is never fed back
+            rows, width = max(sizes, key=lambda size: KVCache.bytes_for(config, size[0], size[1] - 1, dtype))
+            with self._memory_for(rows, width):
+                pool.reserve(rows, width - 1)
+        return pool
 
     def _generate_batch(
         self, prompts: list[list[int]], options: Sampling, generator: torch.Generator | None, pool: DecodePool

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from s2.attention import Pattern
 from s2.attention.decode import MAX_TOKENS
-from s2.attention.regions import HeadGroup, lay_out, whole_group
 from s2.model.config import ModelConfig
 from s2.model.layouts import ranges
 
-from .storage import LayerStore, Step
+from .memory import Memory, Plans
+from .storage import Step
 
 
 class KVCache:
@@ -54,35 +54,15 @@ class KVCache:
         slack: int = MAX_TOKENS,
         keep_all: bool = False,
     ) -> None:
-        if batch_size < 1 or max_length < 1:
-            raise ValueError(f"batch_size={batch_size} and max_length={max_length} must be at least 1")
-        if max_length > config.max_position_embeddings:
-            raise ValueError(
-                f"a cache of {max_length} tokens is longer than max_position_embeddings="
-                f"{config.max_position_embeddings}; ask for fewer new tokens"
-            )
+        _check_size(config, batch_size, max_length)
         if slack < 0:
             raise ValueError(f"slack={slack} must be a number of tokens, 0 or more")
-        self._max_length, self._block_size = max_length, config.block_size
-        kv_heads = config.num_key_value_heads
-        num_blocks, spare = -(-max_length // config.block_size), -(-max(slack, MAX_TOKENS) // config.block_size)
-        groups: dict[tuple[Pattern, int], list[tuple[HeadGroup, Tensor]]] = {}
-        self._layers: list[LayerStore] = []
-        for pattern, rotation in zip(config.layout, config.layout.distinct_rotations(kv_heads), strict=True):
-            key = pattern, rotation
-            if key not in groups:  # layers that attend alike share tables
-                laid_out: tuple[HeadGroup, ...] = (whole_group(pattern, kv_heads, num_blocks),)
-                if not keep_all:
-                    laid_out = lay_out(pattern, kv_heads, rotation, num_blocks, spare)
-                groups[key] = [(group, group.table.to(device or torch.get_default_device())) for group in laid_out]
-            self._layers.append(LayerStore(*key, groups[key], batch_size, config.head_dim, device, dtype))
-        self._groups = [group for laid_out in groups.values() for group, _ in laid_out]
-        self._tables = [table for laid_out in groups.values() for _, table in laid_out]
-        self._lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self._held = [0] * batch_size  # the same on the host
-        self._written = [0] * batch_size  # the most tokens each sequence has had: rings are overwritten up to there
-        self._step: Step | None = None
-        self._kept: dict[Any, Any] = {}
+        device = torch.empty(0, device=device).device
+        self._block_size, self._plans = config.block_size, Plans(config, slack, keep_all, device)
+        # zeros, since what is not seen is multiplied by 0
+        values = torch.zeros(batch_size * self._plans.of(max_length).numel, device=device, dtype=dtype)
+        self._memory = Memory(values)
+        self._place(batch_size, max_length)
         if self.whole_layers and not keep_all:
             warnings.warn(
                 f"attention_layout {config.attention_layout!r}: layers {ranges(self.whole_layers)} have one rule a "
@@ -96,33 +76,64 @@ class KVCache:
         with warnings.catch_warnings(action="ignore"):
             return cls(config, batch_size, max_length, device="meta", dtype=dtype).num_bytes
 
-    def first(self, rows: int) -> Self:
-        """An empty cache in the memory of the first sequences: what one of the two is fed the other loses."""
-        if not 1 <= rows <= len(self._held):
-            raise ValueError(f"rows={rows} must be 1 to {len(self._held)}, the sequences that the cache was made for")
-        view = copy(self)
-        view._layers = [layer.first(rows) for layer in self._layers]
-        view._lengths, view._kept = self._lengths[:rows], {}
-        view._held = [0] * rows
-        view.reset()
-        return view
+    def first(self, rows: int, max_length: int | None = None) -> Self:
+        """An empty cache in the first part of this one's memory: of fewer sequences, of shorter ones (None: as long),
+        or of more that are so much shorter. What one of the two is fed the other loses; it says so when it is used.
 
+        Raises:
+            ValueError: as the class, or it does not fit into the memory (`has_room_for`).
+        """
+        max_length = self.max_length if max_length is None else max_length
+        if not self.has_room_for(rows, max_length):
+            raise ValueError(
+                f"{rows} sequences of {max_length} tokens do not fit into the memory of {len(self._held)} of "
+                f"{self.max_length}"
+            )
+        part = copy(self)
+        part._place(rows, max_length)
+        part.reset()
+        return part
+
+    def has_room_for(self, rows: int, max_length: int) -> bool:
+        """Whether the memory is enough for another cache of so many sequences and tokens (`first`).
+
+        Raises:
+            ValueError: as the class.
+        """
+        _check_size(self._plans.config, rows, max_length)
+        return rows * self._plans.of(max_length).numel <= self._memory.values.numel()
+
+    def _place(self, batch_size: int, max_length: int) -> None:
+        """Stand at the beginning of the memory, whatever is in it."""
+        plan = self._plans.of(max_length)
+        self._max_length, self._groups, self._tables = max_length, plan.groups, list(plan.tables.values())
+        self._values = self._memory.values[: batch_size * plan.numel]
+        self._layers = plan.stores(self._values, batch_size)
+        self._lengths = torch.zeros(batch_size, dtype=torch.int32, device=self._values.device)
+        self._taken = self._memory.taken  # by this cache
+        self._held = [0] * batch_size  # the lengths on the host
+        self._written = [0] * batch_size  # the most tokens each sequence has had: rings are overwritten up to there
+        self._step: Step | None = None
+        self._kept: dict[Any, Any] = {}
+
+    @torch.inference_mode()
     def reset(self) -> None:
-        """Make it as a new one is: empty, and of zeros."""
-        for layer in self._layers:
-            layer.reset()
+        """Make it as a new one is: empty, and of zeros. Another cache in its memory loses what it held."""
+        self._memory.taken += 1
+        self._taken = self._memory.taken
+        self._values.zero_()
         self._lengths.zero_()
         self._held, self._written, self._step = [0] * len(self._held), [0] * len(self._held), None
 
     @property
     def length(self) -> int:
         """Tokens held of the longest sequence."""
-        return max(self._held)
+        return max(self.lengths)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens held of each sequence."""
-        return tuple(self._held)
+        return (0,) * len(self._held) if self._is_lost else tuple(self._held)
 
     @property
     def max_length(self) -> int:
@@ -148,7 +159,7 @@ class KVCache:
     @property
     def oldest_length(self) -> int:
         """The shortest length, but for 0, that `truncate` takes."""
-        return max(map(self._oldest, range(len(self._held))))
+        return 0 if self._is_lost else max(map(self._oldest, range(len(self._held))))
 
     @property
     def positions(self) -> Tensor:
@@ -171,8 +182,8 @@ class KVCache:
         between the two.
 
         Raises:
-            ValueError: another batch size than the cache's, no room, counts that do not fit, or a call before that
-                failed with keys overwritten that these tokens see.
+            ValueError: another batch size than the cache's, no room, counts that do not fit, or keys that these tokens
+                see were overwritten, by a call before that failed or by another cache in the memory.
         """
         if batch_size != len(self._held):
             raise ValueError(f"the cache was made for {len(self._held)} sequences, got {batch_size}")
@@ -181,6 +192,11 @@ class KVCache:
             raise ValueError(
                 f"lengths={new} must be {batch_size} numbers of new tokens, the largest of them {num_tokens} as "
                 "input_ids is wide"
+            )
+        if self._is_lost and any(self._held):
+            raise ValueError(
+                "another cache in the memory of this one has overwritten its tokens: truncate(0) and feed the prompts "
+                "again"
             )
         ends = [held + count for held, count in zip(self._held, new, strict=True)]
         if max(ends) > self.max_length:
@@ -192,6 +208,8 @@ class KVCache:
                     f"a call that failed has overwritten keys before token {self._oldest(lost[0])} of sequence "
                     f"{lost[0]}, which has {self._held[lost[0]]} tokens: truncate(0) and feed the prompts again"
                 )
+        if self._is_lost:
+            self.reset()
         self._written = [max(pair) for pair in zip(self._written, ends, strict=True)]
         return new
 
@@ -273,7 +291,22 @@ class KVCache:
         return max(group.oldest_block(newest) for group in self._groups) * self._block_size
 
     @property
+    def _is_lost(self) -> bool:
+        """Whether another cache has taken the memory since this one did."""
+        return self._memory.taken != self._taken
+
+    @property
     def _begun(self) -> Step:
         if self._step is None:
             raise ValueError("no call has begun: feed the cache through Transformer.forward(cache=), or call begin")
         return self._step
+
+
+def _check_size(config: ModelConfig, batch_size: int, max_length: int) -> None:
+    if batch_size < 1 or max_length < 1:
+        raise ValueError(f"batch_size={batch_size} and max_length={max_length} must be at least 1")
+    if max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"a cache of {max_length} tokens is longer than max_position_embeddings="
+            f"{config.max_position_embeddings}; ask for fewer new tokens"
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from functools import cached_property
 
 import torch
@@ -71,7 +71,8 @@ def generate(
         generator=generator, prefill_chunk=prefill_chunk, is_enough=is_enough, cache=cache, graph=graph,
         pool=pool,
     )  # fmt: skip
-    return torch.stack([drawn.tokens for drawn in steps], dim=1)
+    with closing(steps):  # a traceback that somebody keeps shall not keep what a pool has lent
+        return torch.stack([drawn.tokens for drawn in steps], dim=1)
 
 
 class Drawn:
@@ -107,7 +108,7 @@ def stream(
     cache: KVCache | None = None,
     graph: bool | None = None,
     pool: DecodePool | None = None,
-) -> Iterator[Drawn]:
+) -> Generator[Drawn]:
     """`generate`, token by token, with its arguments. The next token is computed when it is asked for; the host waits
     for the device once a token where rows can end, else never.
 
@@ -150,7 +151,7 @@ def _stream(
     cache: KVCache | None,
     graph: bool | None,
     pool: DecodePool | None,
-) -> Iterator[Drawn]:
+) -> Generator[Drawn]:
     batch, width = input_ids.shape
     length = width + max_new_tokens - 1  # the last token drawn is never fed back
     with ExitStack() as stack:

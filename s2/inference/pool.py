@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,17 +15,19 @@ from s2.model.transformer import Transformer
 from .cache import KVCache
 from .graph import DecodeGraph, Step, decode_step, eager_step, takes_graph
 
+MOST_KEPT = 8  # sizes of batches whose caches and captured steps are kept: those of the latest
+
 
 class DecodePool:
     """Serves generations of one model, one after another: `generate(..., pool=pool)`.
 
-    Reused are the memory of keys and values, by batches that have no more rows and tokens than it was made for, and for
-    each number of rows the CUDA graph of its decode step. A batch finds the cache as a new one is, empty and of zeros.
-    One that does not fit takes the place of it all; its length is rounded up by a sixteenth at most, so that a
-    slightly longer one fits.
+    Reused are the memory of keys and values, by batches that need no more of it than the largest before, and the CUDA
+    graph of the decode step, by batches of as many rows and a similar length. A batch finds a cache as a new one is,
+    empty and of zeros, and longer than it needs by a sixteenth or a block at most, where the step is captured by a
+    factor of two, so that few are. A batch for which the memory is too small takes the place of it all.
 
-    Who generates while another generation with the pool has not ended gets a cache for itself. After an error nothing
-    is reused. The pool holds its memory as long as it lives.
+    Who generates while another generation with the pool has not ended, in this thread or in another, gets a cache for
+    itself. After an error, or on another CUDA stream, nothing is reused. The pool holds its memory as long as it lives.
 
     Args:
         model: on its device; its weights stay where they are.
@@ -32,7 +36,20 @@ class DecodePool:
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self._kept: _Kept | None = None
-        self._is_lent = False
+        self._lent = threading.Lock()  # held by the generation that `_kept` is lent to
+
+    def reserve(self, batch_size: int, max_length: int) -> None:
+        """Take memory for such a batch, so that smaller ones before it make no cache of their own.
+
+        Raises:
+            ValueError: as `KVCache`, or a generation with the pool has not ended.
+        """
+        if not self._lent.acquire(blocking=False):
+            raise ValueError("the pool's memory is lent: reserve before the first generation with it or after the last")
+        try:
+            self._enough(batch_size, max_length)
+        finally:
+            self._lent.release()
 
     @contextmanager
     def lend(
@@ -44,57 +61,79 @@ class DecodePool:
         Raises:
             ValueError: as `KVCache` and `decode_step`.
         """
-        if self._is_lent:
+        if not self._lent.acquire(blocking=False):
             cache = new_cache(self.model, batch_size, max_length)
             yield cache, decode_step(self.model, cache, new_tokens, graph)
             return
-        self._is_lent = True
         try:
-            kept = self._fitting(batch_size, max_length)
-            cache = kept.first(batch_size)
-            yield cache, kept.step(self.model, cache, new_tokens, graph)
-        except GeneratorExit:  # of a stream that is read no further
-            raise
-        except BaseException:
-            self._kept = None
-            raise
+            kept = self._enough(batch_size, max_length)
+            is_captured = takes_graph(self.model, kept.cache, new_tokens, graph)
+            try:
+                yield kept.lend(batch_size, max_length, is_captured)
+            except GeneratorExit:  # of a stream that is read no further
+                raise
+            except BaseException:
+                self._kept = None
+                raise
         finally:
-            self._is_lent = False
+            self._lent.release()
 
-    def _fitting(self, batch_size: int, max_length: int) -> _Kept:
-        if self._kept is None or not self._kept.fits(batch_size, max_length):
-            self._kept = None  # its memory first
-            self._kept = _Kept(new_cache(self.model, batch_size, _rounded(max_length, self.model)))
+    def _enough(self, batch_size: int, max_length: int) -> _Kept:
+        stream = _stream(self.model)
+        if self._kept and self._kept.cache.has_room_for(batch_size, max_length) and self._kept.stream == stream:
+            return self._kept
+        self._kept = None  # its memory first
+        self._kept = _Kept(self.model, new_cache(self.model, batch_size, _rounded(max_length, self.model)), stream)
         return self._kept
 
 
 class _Kept:
-    """What is reused: `cache`, in its memory one for each number of first rows, and the steps captured on those."""
+    """What is reused.
 
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self._firsts: dict[int, KVCache] = {}
-        self._graphs: dict[int, DecodeGraph] = {}
+    Attributes:
+        cache: whose memory the caches that are lent stand in; it is not fed itself.
+        stream: on which they are used one after another.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, stream: torch.cuda.Stream | None) -> None:
+        self._model, self.cache, self.stream = model, cache, stream
+        self._lent: dict[tuple[int, int], _Lent] = {}  # by rows and length, the latest last
         self._memory: Any = None  # of all graphs, of which one runs at a time
 
-    def fits(self, batch_size: int, max_length: int) -> bool:
-        return batch_size <= len(self._cache.lengths) and max_length <= self._cache.max_length
-
-    def first(self, rows: int) -> KVCache:
-        if rows not in self._firsts:
-            self._firsts[rows] = self._cache.first(rows)
-        self._firsts[rows].reset()
-        return self._firsts[rows]
-
-    def step(self, model: Transformer, cache: KVCache, new_tokens: int, graph: bool | None) -> Step:
-        if not takes_graph(model, cache, new_tokens, graph):
-            return eager_step(model, cache)
-        rows = len(cache.lengths)
-        if rows not in self._graphs:
-            if self._memory is None and model.model.embed_tokens.weight.is_cuda:
+    def lend(self, rows: int, max_length: int, is_captured: bool) -> tuple[KVCache, Step]:
+        size = rows, self._length(rows, max_length, is_captured)
+        lent = self._lent.pop(size, None)
+        if lent is None:
+            while len(self._lent) >= MOST_KEPT:
+                del self._lent[next(iter(self._lent))]
+            lent = _Lent(self.cache.first(*size))
+        else:
+            lent.cache.reset()
+        self._lent[size] = lent
+        if not is_captured:
+            return lent.cache, eager_step(self._model, lent.cache)
+        if lent.graph is None:
+            if self._memory is None and self._model.model.embed_tokens.weight.is_cuda:
                 self._memory = torch.cuda.graph_pool_handle()
-            self._graphs[rows] = DecodeGraph(model, cache, memory=self._memory)
-        return self._graphs[rows]
+            lent.graph = DecodeGraph(self._model, lent.cache, memory=self._memory)
+        return lent.cache, lent.graph
+
+    def _length(self, rows: int, max_length: int, is_captured: bool) -> int:
+        """Tokens that the cache for up to `max_length` is made for: rounded, as far as there is memory."""
+        rounded = _rounded(max_length, self._model)
+        if is_captured:
+            doubled = min(1 << (rounded - 1).bit_length(), max(rounded, self.cache.max_length))
+            if self.cache.has_room_for(rows, doubled):
+                return doubled
+        return rounded if self.cache.has_room_for(rows, rounded) else max_length
+
+
+@dataclass
+class _Lent:
+    """A cache, and the step captured on it, if one was."""
+
+    cache: KVCache
+    graph: DecodeGraph | None = None
 
 
 def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
@@ -103,6 +142,11 @@ def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
     return KVCache(model.config, batch_size, max_length, device=weight.device, dtype=weight.dtype)
 
 
+def _stream(model: Transformer) -> torch.cuda.Stream | None:
+    device = model.model.embed_tokens.weight.device
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def _rounded(tokens: int, model: Transformer) -> int:
-    step = max(1, (1 << tokens.bit_length()) // 32)
+    step = max(model.config.block_size, (1 << tokens.bit_length()) // 32)
     return max(tokens, min(-(-tokens // step) * step, model.config.max_position_embeddings))

@@ -13,9 +13,9 @@ Shapes: B sequences, S new tokens, Hq query heads, H KV heads, R regions, C slot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class LayerStore:
     Args:
         pattern, rotation: what the layer attends by.
         groups: where each head's keys stand (`lay_out`), and the tables on the device.
+        values: its keys and values, `[B * numel]`; finite, since what is not seen is multiplied by 0.
         batch_size, head_dim: B and D.
     """
 
@@ -87,31 +88,23 @@ class LayerStore:
         pattern: Pattern,
         rotation: int,
         groups: Sequence[tuple[HeadGroup, Tensor]],
+        values: Tensor,
         batch_size: int,
         head_dim: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
     ) -> None:
         self.pattern, self.rotation = pattern, rotation
         self.parts = []
         total = sum(group.end - group.begin for group, _ in groups)
         for group, table in groups:
-            shape = (batch_size, group.end - group.begin, group.num_blocks * pattern.block_size, head_dim)
-            # zeros, since what is not seen is multiplied by 0
-            k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-            self.parts.append(_Part(pattern, rotation, total, group, table, k, v))
+            shape = (2, batch_size, group.end - group.begin, group.num_blocks * pattern.block_size, head_dim)
+            pair, values = values[: prod(shape)].view(shape), values[prod(shape) :]
+            self.parts.append(_Part(pattern, rotation, total, group, table, pair[0], pair[1]))
 
-    def first(self, rows: int) -> LayerStore:
-        """The store of the first sequences, in the same memory."""
-        view = copy(self)
-        view.parts = [part.first(rows) for part in self.parts]
-        return view
-
-    def reset(self) -> None:
-        """Zeros, as at the beginning: what is not seen counts 0 times, and might be no number."""
-        for part in self.parts:
-            part.k.zero_()
-            part.v.zero_()
+    @staticmethod
+    def numel(pattern: Pattern, groups: Sequence[HeadGroup], head_dim: int) -> int:
+        """Elements of the keys and values of one sequence."""
+        slots = sum((group.end - group.begin) * group.num_blocks * pattern.block_size for group in groups)
+        return 2 * slots * head_dim
 
     @property
     def keys(self) -> tuple[int, int, torch.dtype]:
@@ -149,11 +142,6 @@ class _Part:
         self.pattern, self.rotation, self.total, self.block_size = pattern, rotation, total, pattern.block_size
         self.group, self.table, self.k, self.v = group, table, k, v
         self.heads = slice(group.begin, group.end)
-
-    def first(self, rows: int) -> _Part:
-        view = copy(self)
-        view.k, view.v = self.k[:rows], self.v[:rows]
-        return view
 
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `LayerStore.attend`, of the group's heads."""

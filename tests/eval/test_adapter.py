@@ -293,14 +293,32 @@ def test_a_batch_ends_when_each_row_has_ended_or_is_enough(folder, tmp_path, ste
     assert said[0] == first[:1] and said[1][:3] == second and len(said[1]) == len(steps) == 8
 
 
-def test_an_evaluation_makes_one_cache_for_all_batches_that_fit(lm, monkeypatch):
-    """Prompts of unlike lengths are batches of their own."""
+@pytest.fixture
+def caches(monkeypatch):
+    """Rows and length of each cache that is made, for a pool or for one batch."""
     made, new_cache = [], pooling.new_cache
-    monkeypatch.setattr(pooling, "new_cache", lambda *args: made.append(args[1:]) or new_cache(*args))
+    for module in (pooling, sys.modules["s2.inference.generate"]):
+        monkeypatch.setattr(module, "new_cache", lambda *args: made.append(args[1:]) or new_cache(*args))
+    return made
+
+
+def test_an_evaluation_makes_one_cache_for_all_batches_that_fit(lm, caches):
+    """Prompts of unlike lengths are batches of their own."""
     asked = [(prose(sentences, seed=sentences), {"max_gen_toks": 4, "until": []}) for sentences in (1, 3, 2, 4)]
     texts = lm.generate_until([Instance("generate_until", {}, args, 0) for args in asked])
-    assert len(made) == 1
+    assert len(caches) == 1
     assert texts == [lm.generate_until([Instance("generate_until", {}, args, 0)])[0] for args in asked]
+
+
+def test_rows_that_grow_as_prompts_shrink_make_one_cache(lm, caches):
+    """Of prompts that are no longer than a window a cache keeps all."""
+    options = {"max_gen_toks": 4, "until": []}
+    asked = [(prose(8), options)] + [(prose(3, seed=1), options)] * 3 + [(prose(1, seed=2), options)] * 9
+    batches = S2LM(lm.checkpoint, batch_tokens=200)
+    texts = batches.generate_until([Instance("generate_until", {}, args, 0) for args in asked])
+    assert len(caches) == 1 and caches[0][0] > 3
+    assert texts == [lm.generate_until([Instance("generate_until", {}, args, 0)])[0] for args in asked]
+    assert S2LM(lm.checkpoint).generate_until([]) == []
 
 
 def test_a_stop_sequence_of_several_tokens_ends_generation(lm, steps):

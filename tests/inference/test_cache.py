@@ -3,6 +3,7 @@ lengths; it holds as many bytes as it says; it goes back as far as its rings do.
 
 import itertools
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -154,7 +155,8 @@ def tensors_of(value, found=None):
 @pytest.mark.parametrize("layout", ["dense", "L2V4+sink1-inter", "dense|L1V3", "2*dense|2*W2"])
 def test_bytes_are_those_of_the_tensors_that_it_holds(layout):
     cache = new_cache(config_of(layout, layers=3), 2, 300, dtype=torch.bfloat16)
-    assert cache.num_bytes == sum(x.untyped_storage().nbytes() for x in tensors_of(cache))
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache)}
+    assert cache.num_bytes == sum(storages.values())
     assert len(cache.layer_bytes) == 3 and 0 < cache.num_bytes - sum(cache.layer_bytes) < 500
     if layout == "dense":
         assert cache.layer_bytes == (2 * 2 * 304 * 2 * 8 * 2,) * 3  # keys and values of whole blocks
@@ -248,6 +250,64 @@ def test_a_failed_call_that_overwrote_what_is_seen_is_not_continued():
         feed.call([1])
     feed.cache.truncate(0)
     feed.call([100])
+
+
+def test_the_memory_of_a_cache_serves_any_size_that_fits():
+    for layout in ("dense", "L2V4+sink1", "dense|L1V3"):
+        feed = Feed(config_of(layout, kv_heads=2, layers=2), [90, 60, 40])
+        whole = feed.cache
+        for lengths in ([80, 50, 33], [90, 70], [96], [20] * 5):
+            feed = Feed(feed.config, lengths)
+            alone, feed.cache = feed.cache, whole.first(len(lengths), max(lengths))
+            assert feed.cache.max_length == max(lengths) and feed.cache.num_bytes == alone.num_bytes
+            first = feed.cache._layers[0].parts[0].k
+            assert first.untyped_storage().data_ptr() == whole._memory.values.untyped_storage().data_ptr()
+            whole._memory.values.fill_(torch.nan)  # of which the part that it stands in is zeroed
+            feed.cache.reset()
+            for counts in ([length - 9 for length in lengths], [8] * len(lengths), [1] * len(lengths)):
+                feed.call(counts)
+        assert whole.first(2).max_length == 90
+    for rows, length, words in (
+        (4, 90, "4 sequences of 90 tokens do not fit into the memory of 3 of 90"),
+        (2, 200, "2 sequences of 200 tokens do not fit into the memory of 3 of 90"),
+        (0, 90, "batch_size=0 and max_length=90 must be at least 1"),
+        (1, 9000, "a cache of 9000 tokens is longer than max_position_embeddings=8000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            whole.first(rows, length)
+
+
+@pytest.mark.parametrize("layout", ["dense", "L2V4+sink1"])
+def test_of_caches_in_one_memory_the_one_that_is_fed_holds_tokens_and_the_others_none(layout):
+    feed = Feed(config_of(layout), [90, 60])
+    whole = feed.cache
+    feed.call([50, 20])
+    first = Feed(feed.config, [90])
+    first.cache = whole.first(1)
+    assert whole.lengths == (0, 0) and whole.length == whole.oldest_length == 0
+    first.call([60])
+    with pytest.raises(ValueError, match=r"another cache in the memory of this one has overwritten its tokens: trunc"):
+        feed.call([1, 1])
+    with pytest.raises(ValueError, match="cannot truncate to 20 tokens: the cache holds 0"):
+        whole.truncate(20)
+    assert first.cache.lengths == (60,)
+    whole.truncate(0)
+    first.call([1])  # nobody was fed meanwhile
+    feed.call([50, 20])
+    feed.call([1, 1])
+    assert first.cache.lengths == (0,) and whole.lengths == (51, 21)
+    first.cache.reset()
+    first.call([60])
+    assert whole.lengths == (0, 0) and first.cache.lengths == (60,)
+
+
+def test_a_copy_of_a_cache_is_a_cache_for_itself():
+    feed = Feed(config_of("L2V4"), [90, 60])
+    feed.call([50, 20])
+    kept, copied = feed.cache, deepcopy(feed.cache)
+    copied.first(1)
+    feed.call([8, 8])
+    assert kept.lengths == (58, 28) and copied.lengths == (0, 0)
 
 
 class Waits(TorchDispatchMode):

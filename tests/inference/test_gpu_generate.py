@@ -174,18 +174,20 @@ def test_batches_of_a_pool_replay_the_graphs_of_those_before_and_are_as_without_
     model, captured = build("L2V4+sink1-inter"), []
     capture = graphs._capture
     monkeypatch.setattr(graphs, "_capture", lambda *args, **options: captured.append(1) or capture(*args, **options))
-    batches = [[400, 7, 129], [60, 380], [200, 200, 200], [64, 1]]
-    prompts = [[torch.randint(128, (length,), device="cuda") for length in lengths] for lengths in batches]
-    pool = DecodePool(model)  # 431 tokens are rounded up to 432
+    batches = [[400, 7, 129], [60, 380], [300, 40, 7], [200, 200, 200], [64, 1]]
+    longest = [448, 448, 448, 256, 128]  # of the caches that are lent, on which the division of the work depends
+    pool = DecodePool(model)
     options = {"graph": True, "temperature": 0.8}
-    for seed, batch in enumerate(prompts):
+    for seed, (lengths, most) in enumerate(zip(batches, longest, strict=True)):
+        prompts = [torch.randint(128, (length,), device="cuda") for length in lengths]
         lone, pooled = (
-            generate(model, batch, 32, generator=torch.Generator("cuda").manual_seed(seed), **options, **more)
-            for more in ({"cache": KVCache(model.config, len(batch), 432, device="cuda", dtype=torch.bfloat16)},
+            generate(model, prompts, 32, generator=torch.Generator("cuda").manual_seed(seed), **options, **more)
+            for more in ({"cache": KVCache(model.config, len(prompts), most, device="cuda", dtype=torch.bfloat16)},
                          {"pool": pool})
         )  # fmt: skip
         assert torch.equal(pooled, lone)
-    assert len(captured) == 4 + 2
+    assert len(captured) == 5 + 4
+    assert [cache.cache.max_length for cache in pool._kept._lent.values()] == [448, 448, 256, 128]
 
 
 def test_layers_that_keep_everything_decode_eagerly():

@@ -242,15 +242,45 @@ MUTANTS = (
     ),
     Mutant(
         "a_reused_cache_keeps_the_values_of_another_batch", "s2/inference",
-        "        for layer in self._layers:\n            layer.reset()\n",
+        "        self._values.zero_()\n",
         "",
         ("test_pool.py",),
     ),
     Mutant(
         "two_generations_get_one_cache", "s2/inference",
-        "if self._is_lent:",
-        "if False:",
+        "if not self._lent.acquire(blocking=False):\n            cache =",
+        "if self._lent.acquire(blocking=False) and False:\n            cache =",
         ("test_pool.py",),
+    ),
+    Mutant(
+        "a_short_batch_takes_as_long_as_the_longest_before", "s2/inference",
+        "lent = _Lent(self.cache.first(*size))",
+        "lent = _Lent(self.cache.first(rows, max(size[1], self.cache.max_length)))",
+        ("test_pool.py::test_a_short_batch_costs_as_much_in_a_pool_of_long_ones_as_alone",),
+    ),
+    Mutant(
+        "a_cache_holds_what_another_in_its_memory_has_overwritten", "s2/inference",
+        "return self._memory.taken != self._taken",
+        "return False",
+        ("test_cache.py::test_of_caches_in_one_memory_the_one_that_is_fed_holds_tokens_and_the_others_none",),
+    ),
+    Mutant(
+        "a_pool_keeps_its_memory_after_an_error", "s2/inference",
+        "                self._kept = None\n                raise",
+        "                raise",
+        ("test_pool.py::test_however_a_generation_ends_the_next_one_is_as_with_a_new_cache",),
+    ),
+    Mutant(
+        "a_traceback_keeps_a_pool_lent", "s2/inference",
+        "with closing(steps):",
+        "if steps:",
+        ("test_pool.py::test_a_traceback_that_somebody_keeps_lends_nothing",),
+    ),
+    Mutant(
+        "rows_that_grow_make_one_cache_after_another", "eval/adapter.py",
+        "pool.reserve(rows, width - 1)",
+        "pass",
+        ("test_adapter.py::test_rows_that_grow_as_prompts_shrink_make_one_cache",),
     ),
     Mutant(
         "each_batch_of_an_evaluation_makes_a_cache", "eval/adapter.py",
