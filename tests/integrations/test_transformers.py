@@ -1,6 +1,7 @@
 """An exported folder in transformers: our logits, tokens and gradients, and refusals of what would change them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -421,10 +422,25 @@ def test_probabilities_dropout_and_heads_of_one_rank_are_refused(tmp_path):
         theirs(tokens(1, 6))
 
 
-def test_the_demos_start_of_an_earlier_export_opens():
-    theirs = AutoModelForCausalLM.from_pretrained("recipes/demo/start", dtype=torch.float32)
+def test_the_demos_start_is_an_export_as_they_are_now(tmp_path):
+    model = load_pretrained("recipes/demo/start", dtype=torch.bfloat16)
+    written = save_pretrained(model, model.config, tmp_path / "hf", source="recipes/demo/start")
+    names = [path.name for path in written.iterdir() if not path.name.startswith(".")]
+    for name in names:
+        assert (written / name).read_bytes() == Path("recipes/demo/start", name).read_bytes(), name
+    assert set(names) == {path.name for path in Path("recipes/demo/start").iterdir()} - {"README.md"}
+
+
+def test_an_export_without_files_of_its_own_opens_with_the_package(tmp_path):
+    """As they were written at first."""
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(Path("recipes/demo/start", name).read_bytes())
+    said = json.loads((tmp_path / "config.json").read_text())
+    said = {key: value for key, value in said.items() if key not in ("auto_map", "attn_implementation")}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours = load_pretrained("recipes/demo/start", dtype=torch.float32)
     ids = torch.arange(300)[None] % 97
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-3, rtol=1e-3)
-    assert AutoConfig.from_pretrained("recipes/demo/start").attention_layout == "L4V4-inter"
+    assert AutoConfig.from_pretrained(tmp_path).attention_layout == "L4V4-inter"

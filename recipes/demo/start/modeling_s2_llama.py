@@ -1,0 +1,1 @@
+../../../s2/integrations/modeling_s2_llama.py

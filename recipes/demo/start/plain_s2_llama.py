@@ -1,0 +1,1 @@
+../../../s2/integrations/plain_s2_llama.py
