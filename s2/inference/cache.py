@@ -8,7 +8,8 @@ whole, in pieces or token by token, and the sequences of a batch may differ in l
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, Self
 
@@ -254,8 +255,9 @@ class KVCache:
     def advance(self) -> None:
         """All layers have attended: the new tokens count as held."""
         new = self._begun.counts
-        self.advance_on_device()
-        self.commit(new)
+        with self.whole_steps():
+            self.advance_on_device()
+            self.commit(new)
 
     def advance_on_device(self) -> None:
         """What the device does of `advance`."""
@@ -265,6 +267,16 @@ class KVCache:
     def commit(self, new: Sequence[int]) -> None:
         """What the host does of `advance`: so many more tokens of each sequence, of `reserve`, are held."""
         self._held = [sum(pair) for pair in zip(self._held, new, strict=True)]
+
+    @contextmanager
+    def whole_steps(self) -> Iterator[None]:
+        """Where the device has advanced and something, Ctrl-C for instance, keeps the host from it, neither has."""
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # of a device that does nothing any more
+                self._lengths.copy_(torch.tensor(self._held, dtype=self._lengths.dtype))
+            raise
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on, e.g. to decode several continuations of one prompt. Shorter sequences

@@ -120,9 +120,9 @@ class DecodeGraph:
             raise ValueError("the cache is empty: feed the prompts before the first decode step")
         new = self._cache.reserve(*tokens.shape)
         self._tokens.copy_(tokens)
-        with torch.cuda.device_of(self._tokens):  # whose stream captures and replays
+        with self._cache.whole_steps(), torch.cuda.device_of(self._tokens):  # whose stream captures and replays
             logits = self._next()
-        self._cache.commit(new)
+            self._cache.commit(new)
         return logits
 
     def _next(self) -> Tensor:

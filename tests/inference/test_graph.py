@@ -135,6 +135,42 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch):
         torch.testing.assert_close(step(ids[:, at : at + 1]), eager(model, theirs, ids[:, at : at + 1]))
 
 
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["replay", "commit"])
+def test_an_interrupt_behind_a_replay_leaves_the_cache_as_it_was(monkeypatch, at):
+    """Ctrl-C is raised as the call that replays returns: the device has advanced by then."""
+    model = build("L2V4+dense1")
+    ours, theirs = (prefilled(model, [40, 9]) for _ in range(2))
+    step, recording = recorded(model, ours)
+    ids = tokens(2, 12)
+    for piece in ids[:, :4].split(1, dim=1):
+        torch.testing.assert_close(step(piece), eager(model, theirs, piece))
+    replay = step._replay
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if at == "replay":
+                patch.setattr(step, "_replay", lambda: (replay(), interrupted()))
+            else:
+                patch.setattr(ours, "commit", interrupted)
+            step(ids[:, 4:5])
+    assert ours.lengths == (44, 13) == tuple(ours._lengths.tolist()) and recording.replayed == 5
+    for piece in ids[:, 4:].split(1, dim=1):
+        torch.testing.assert_close(step(piece), eager(model, theirs, piece))
+
+
+def test_an_interrupt_in_the_last_moment_of_a_pass_leaves_the_cache_as_it_was(monkeypatch):
+    model = build("L2V4+dense1")
+    ours, theirs = (prefilled(model, [40, 9]) for _ in range(2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ours, "commit", interrupted)
+        eager(model, ours, tokens(2, 3))
+    assert ours.lengths == (40, 9) == tuple(ours._lengths.tolist())
+    torch.testing.assert_close(eager(model, ours, tokens(2, 5)), eager(model, theirs, tokens(2, 5)))
+
+
 @pytest.mark.parametrize("adds", [False, True], ids=["memory", "and another error behind it"])
 def test_a_capture_that_memory_runs_out_in_leaves_steps_that_run_eagerly(monkeypatch, adds):
     """What it had allocated is free before the step runs once more."""

@@ -224,8 +224,14 @@ MUTANTS = (
     ),
     Mutant(
         "replays_are_not_counted_on_the_host", "s2/inference",
-        "        self._cache.commit(new)\n        return logits",
+        "            self._cache.commit(new)\n        return logits",
         "        return logits",
+        ("test_graph.py",),
+    ),
+    Mutant(
+        "an_interrupted_step_leaves_the_device_ahead", "s2/inference",
+        "                self._lengths.copy_(torch.tensor(self._held, dtype=self._lengths.dtype))\n",
+        "                pass\n",
         ("test_graph.py",),
     ),
     Mutant(
