@@ -31,7 +31,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from eval import samples
@@ -55,7 +54,7 @@ from eval.samples import Batch, Part, Sample
 from eval.sweep import SCORE_NAMES, describe, read_sweep
 from s2 import ending, files
 from s2.arguments import new_parser, path
-from s2.inference.folder import bos_of
+from s2.inference.folder import bos_of, is_out_of_memory
 from s2.model.hf import load_config
 
 HAYSTACK_TOKENS = 1 << 20
@@ -203,7 +202,9 @@ def run_sweep(
                 scored = score(reader, prompts.tokenizer, built, generate, cache)
                 for sample, prompt, record in zip(step, built, scored, strict=True):
                     yield sample | {"prompt": samples.digest(prompt.tokens)} | record
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise MemoryError(
                 f"--lengths {length}: no room for so many tokens in the device's memory; what is done is in {file}"
             ) from None

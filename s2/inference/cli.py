@@ -218,8 +218,10 @@ def _texts(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         files = [_STDIN]
     for file in files:
         name = "standard input" if file == _STDIN else f"--prompt-file {file}"
-        if file != _STDIN and not file.is_file():
+        if file != _STDIN and not file.exists():
             raise FileNotFoundError(f"{name}: no such file")
+        if file.is_dir():
+            raise IsADirectoryError(f"{name}: a folder, not a text")
         try:
             text = sys.stdin.read() if file == _STDIN else file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

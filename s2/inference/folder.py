@@ -181,10 +181,15 @@ def memory_for(what: str, device: torch.device, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(f"{what} does not fit into the memory of {device}; {advice}") from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so: the CPU's allocator raises the plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def bos_of(tokenizer: Tokenizer) -> int | None:

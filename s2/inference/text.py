@@ -100,6 +100,8 @@ def stream_texts(
     Raises:
         ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.
     """
+    if "eos_token_id" in options:
+        raise ValueError("eos_token_id: a text ends at the tokens that its folder names (ModelFolder.eos_ids)")
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop={stop!r} must be a list of texts, none of them empty")
     ids = encode_prompts(folder, prompts)

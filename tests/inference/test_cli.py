@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -119,6 +121,7 @@ def change(folder, name):
         ("", ["--prompt", "a " * 300], r"--prompt: 30\d tokens and --max-new-tokens 12 make 31\d, more than max_pos"),
         ("", ["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: no such file"),
         ("", ["--prompt-file", "{folder}/model.safetensors"], "not a text in UTF-8"),
+        ("", ["--prompt-file", "{folder}"], "--prompt-file .*hf: a folder, not a text"),
         ("", ["--prompt", "a", "--chat"], "--chat: .*there is no chat template"),
         ("", ["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: expected at least 1"),
         ("", ["--prompt", "a", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
@@ -140,6 +143,18 @@ def test_wrong_input_is_one_sentence_before_the_weights_are_read(run, path, tmp_
     assert (code, out) == (ending.BAD_INPUT, "")
     assert len(err.splitlines()) == 1 and err.startswith("error: ")
     assert re.search(said, err), err
+
+
+def test_a_prompt_may_come_from_a_pipe(run, tmp_path):
+    """As `--prompt-file <(command)` gives one."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=["The old river"])
+    writer.start()
+    code, from_pipe, err = run("--prompt-file", str(pipe))
+    writer.join()
+    assert code == ending.DONE, err
+    assert run("--prompt", "The old river")[1] == from_pipe
 
 
 def test_a_terminal_without_a_prompt_is_not_waited_for(run, monkeypatch):

@@ -152,6 +152,7 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
         (["a"], {"stop": "x"}, "stop='x' must be a list of texts"),
         (["a"], {"stop": ["x", ""]}, "none of them empty"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0"),
+        (["a"], {"eos_token_id": 7}, "eos_token_id: a text ends at the tokens that its folder names"),
         (["a"], {"max_new_tokens": 255}, "2 prompt tokens and max_new_tokens=255 make 257"),
     ],
 )
