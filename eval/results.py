@@ -9,11 +9,11 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from s2.files import checksum, make_folder, move_aside, read_json, remove_files, write_json, write_text
+from s2.versions import version_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Conditions:
         return values | {
             "tasks": list(self.tasks),
             "num_fewshot": "task default" if self.num_fewshot is None else str(self.num_fewshot),
-            "lm_eval": version("lm_eval"),
+            "lm_eval": version_of("lm_eval"),
         }
 
     def content(self, files: Iterable[Path]) -> dict[str, str | None]:
@@ -93,7 +93,7 @@ def is_current(file: Path) -> bool:
         return False
     results = read_json(file)
     content = results["s2_files"]["content"]
-    return results["s2"]["lm_eval"] == version("lm_eval") and all(
+    return results["s2"]["lm_eval"] == version_of("lm_eval") and all(
         checksum_of(Path(source)) == checksum for source, checksum in content.items()
     )
 

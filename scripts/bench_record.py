@@ -12,12 +12,12 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from s2 import files
 from s2.arguments import without
+from s2.versions import version_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("--output", "--work")  # options that a record does not repeat
@@ -61,7 +61,7 @@ def new_record(
         "date": datetime.date.today().isoformat(),
         "commit": commit or here or "unknown",
         "command": shlex.join(["python", f"scripts/{script}.py", *without(argv, *PLACES)]),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version_of(name) or "unknown" for name in packages},
         **more,
     }
 

@@ -7,13 +7,13 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from s2 import files
+from s2.versions import version_of
 
 _PACKAGES = ("torch", "triton", "lightning", "deepspeed", "transformers", "lm_eval")
 _FILE = "environment.json"
@@ -22,11 +22,7 @@ _FILE = "environment.json"
 def environment() -> dict[str, Any]:
     """Of this process; `commit` is that of the tree the program runs from, S2_COMMIT where that is no checkout."""
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
+    versions |= {name: version_of(name) for name in _PACKAGES}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "device": devices[0] if devices else f"CPU, {os.cpu_count()} cores",

@@ -30,6 +30,12 @@ MUTANTS = (
         ("test_files.py",),
     ),
     Mutant(
+        "packages_without_metadata_have_no_version", "s2/versions.py",
+        "with suppress(PackageNotFoundError):\n        return",
+        "if True:\n        return",
+        ("test_versions.py",),
+    ),
+    Mutant(
         "two_writers_hold_a_lock", "s2/locks.py",
         "fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)",

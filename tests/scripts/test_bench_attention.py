@@ -327,6 +327,11 @@ def test_the_command_is_told_without_the_place_it_wrote_to():
     assert bench_record.new_record("bench_attention", argv, "cpu", ())["command"] == wanted
 
 
+def test_a_package_without_a_version_does_not_end_a_benchmark():
+    record = bench_record.new_record("bench_attention", [], "cpu", ("torch", "s2-no-such-package"))
+    assert record["versions"] == {"torch": torch.__version__, "s2-no-such-package": "unknown"}
+
+
 def test_peer_that_cannot_be_imported_is_skipped_and_one_that_can_gets_the_pattern(tmp_path, monkeypatch):
     (tmp_path / "my_peer.py").write_text("def make(q, k, v, pattern):\n    return lambda: (q, str(pattern))\n")
     monkeypatch.syspath_prepend(tmp_path)

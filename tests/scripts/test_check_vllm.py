@@ -32,7 +32,6 @@ def script(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", options)
     monkeypatch.setattr(check_vllm, "in_child", served)
     monkeypatch.setattr(check_vllm.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr("bench_record.version", lambda name: "1")
     return check_vllm
 
 
