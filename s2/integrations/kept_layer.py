@@ -138,7 +138,8 @@ class KeptLayer(DynamicLayer):
             return
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}) must be negative: the number of tokens to remove")
-        length = max(0, self.seen + tokens_to_remove)
+        removed = -int(tokens_to_remove)  # a tensor in some versions
+        length = max(0, self.seen - removed)
         if length == 0:
             self._forget()
             return
@@ -149,7 +150,7 @@ class KeptLayer(DynamicLayer):
                 "more sees; call cache.activate_past_recording() before the tokens that may be taken back"
             )
         self.seen = self._floor = length
-        spare = 2 + -tokens_to_remove // self._store.pattern.block_size
+        spare = 2 + removed // self._store.pattern.block_size
         if self._spare > 4 * spare:  # as behind a prompt that came with tokens to be taken back
             self._lay_out(self._blocks, spare)
 
@@ -399,8 +400,8 @@ def _move(old: LayerStore, new: LayerStore, rows: list[tuple[int, int]]) -> None
 
 
 def _moves(old: HeadGroup, new: HeadGroup, written: int, newest: int, size: int) -> np.ndarray:
-    """Int64 `[3, n]`, of the blocks that a row holds whose last is `newest`: head, block of slots in the old store, which
-    has had blocks up to `written`, and in the new one."""
+    """Int64 `[3, n]`, of the blocks that a row holds whose last is `newest`: head, block of slots in the old store,
+    which has had blocks up to `written`, and in the new one."""
     moves = []
     for head, regions in enumerate(new.regions):
         for region in regions:

@@ -147,17 +147,16 @@ def test_beams_are_those_of_a_cache_that_keeps_every_key():
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("helper", ["prompt lookup", "assistant", "itself"])
+@pytest.mark.parametrize("helper", ["prompt lookup", "assistant"])
 def test_assisted_tokens_are_the_greedy_ones(helper):
     model, prompt = build(), tokens(1, 70)
-    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 150}
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 50}
     expected = model.generate(prompt, **options)
     if helper == "prompt lookup":
         given = {"prompt_lookup_num_tokens": 40, "max_matching_ngram_size": 1}
     else:
-        assistant = build("L1V3", seed=0 if helper == "itself" else 1)
-        assistant.load_state_dict(model.state_dict() if helper == "itself" else assistant.state_dict())
-        assistant.generation_config.num_assistant_tokens = 45
+        assistant = build("L1V3")  # of the same weights, so that some tokens are right
+        assistant.generation_config.num_assistant_tokens = 24
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
         assistant.generation_config.assistant_confidence_threshold = 0
         given = {"assistant_model": assistant}
@@ -189,6 +188,19 @@ def test_tokens_are_taken_back_as_far_as_rings_hold_what_is_seen_or_as_was_asked
 
 
 @torch.no_grad()
+def test_a_prompt_that_may_be_taken_back_is_dropped_once_none_of_it_was():
+    model, ids = build("L1V4+dense1"), tokens(1, 1000)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :900], past_key_values=cache)
+    layer = cache.layers[0]
+    before = layer.num_bytes
+    cache.crop(-10)
+    assert layer.num_bytes < 0.5 * before
+    assert_close(model(ids[:, 890:], past_key_values=cache).logits, model(ids, use_cache=False).logits[:, 890:])
+
+
+@torch.no_grad()
 def test_longer_rings_do_not_claim_what_the_shorter_ones_had_dropped():
     model, ids = build("W2"), tokens(1, 400)
     cache = DynamicCache(config=model.config)
@@ -203,7 +215,7 @@ def test_longer_rings_do_not_claim_what_the_shorter_ones_had_dropped():
 
 @torch.no_grad()
 def test_rows_are_repeated_and_copies_are_apart():
-    model, ids = build(), tokens(2, 90)
+    model, ids = build("L1V3+sink1"), tokens(2, 90)
     pair = caches(model)
     both(model, pair, ids)
     for cache in pair:
@@ -212,9 +224,8 @@ def test_rows_are_repeated_and_copies_are_apart():
     both(model, pair, tokens(6, 40, seed=2))
     logits = both(model, twins, tokens(6, 1, seed=3))
     assert not torch.equal(logits[0], logits[3])
-    for cache in pair:
-        cache.reset()
-        assert cache.get_seq_length() == 0 and not sum(layer.num_bytes for layer in kept(cache))
+    pair[0].reset()
+    assert pair[0].get_seq_length() == 0 and not sum(layer.num_bytes for layer in kept(pair[0]))
     both(model, (pair[0], DynamicCache()), tokens(3, 30, seed=4))
 
 
@@ -232,14 +243,14 @@ def test_a_returned_cache_is_continued_by_another_prompt():
 @pytest.mark.parametrize("fed", ["at once", "in chunks and steps"])
 @torch.no_grad()
 def test_memory_at_8k_tokens_is_what_the_pattern_needs(fed):
-    model = build("L8V16-inter", block_size=64, num_hidden_layers=4, hidden_size=12, head_dim=2, intermediate_size=8)
+    model = build("L8V16-inter", block_size=64, num_hidden_layers=2, hidden_size=12, head_dim=2, intermediate_size=8)
     cache, ids = DynamicCache(config=model.config), tokens(1, 8192)
     pieces = [ids] if fed == "at once" else [*ids[:, :8128].split(1016, dim=1), *ids[:, 8128:].split(1, dim=1)]
     for piece in pieces:
         model(piece, past_key_values=cache, logits_to_keep=1)
     held = sum(layer.num_bytes if isinstance(layer, KeptLayer) else 2 * layer.keys.nbytes for layer in cache.layers)
     needed = kv_bytes_per_token(ModelConfig.from_hf_dict(model.config.to_dict()), 8192) * 8192 * 2  # in float32
-    assert needed < 0.6 * 4 * 2 * ids.shape[1] * 2 * 2 * 4  # of 4 layers with 2 heads of 2 in float32
+    assert needed < 0.6 * 8192 * 2 * 2 * 2 * 2 * 4  # of 2 layers with 2 heads of 2, keys and values in float32
     assert needed <= held < 1.03 * needed
 
 
