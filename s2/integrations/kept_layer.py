@@ -308,7 +308,8 @@ class KeptLayer(DynamicLayer):
         groups = tuple(part.group for part in old.parts)
         self._store = _new_store(old.pattern, old.rotation, groups, len(rows), like)
         if self._starts is not None:
-            self._starts = [self._starts[row] for row in rows.tolist()]
+            starts = [self._starts[row] for row in rows.tolist()]
+            self._starts = starts if any(starts) else None
         rows = rows.to(like.device)
         for source, target in zip(old.parts, self._store.parts, strict=True):
             torch.index_select(source.k, 0, rows, out=target.k)

@@ -15,7 +15,7 @@ from s2.model import ModelConfig
 from s2.model.layouts import kv_bytes_per_token
 
 LAYOUTS = [
-    "L2V4-inter", "L1V3+sink1+dense1", "L1V2<4V6", "L2V3<5+sink2", "W2", "dense|L1V2<4V6", "W1|L2V3+sink1-inter",
+    "L2V4-inter", "L1V3+sink1+dense1", "L1V3<5V4", "L2V3<5+sink2", "W2", "dense|L1V2<4V6", "W1|L2V3+sink1-inter",
 ]  # fmt: skip
 
 
@@ -211,6 +211,18 @@ def test_longer_rings_do_not_claim_what_the_shorter_ones_had_dropped():
     with pytest.raises(ValueError, match="cannot crop 200 tokens to 170"):
         cache.crop(-30)
     assert_close(model(ids[:, 200:], past_key_values=cache).logits, model(ids, use_cache=False).logits[:, 200:])
+
+
+@torch.no_grad()
+def test_rows_go_on_without_those_that_were_padded():
+    model, ids = build(), tokens(3, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :25] = 0
+    pair = caches(model)
+    both_padded(model, pair, ids, mask)
+    for cache in pair:
+        cache.batch_select_indices(torch.tensor([True, False, True]))
+    both(model, pair, ids[:2, :9])
 
 
 @torch.no_grad()

@@ -80,13 +80,13 @@ MUTANTS = (
         "a_store_grows_by_the_blocks_that_are_seen_alone", _KEPT,
         "lay_out(pattern, num_kv_heads, rotation, num_blocks + reach, spare)",
         "lay_out(pattern, num_kv_heads, rotation, num_blocks, spare)",
-        ("test_kept_layer.py",),
+        ("test_kept_layer.py::test_greedy_tokens_are_those_of_a_cache_that_keeps_every_key",),
     ),
     Mutant(
         "padding_of_a_chunk_stands_before_its_tokens", _KEPT,
         "if any(padding):",
         "if False:",
-        ("test_kept_layer.py",),
+        ("test_kept_layer.py::test_any_calls_give_the_logits_of_a_cache_that_keeps_every_key",),
     ),
     Mutant(
         "gradients_through_a_cache_are_lost", _MODELING,
