@@ -21,7 +21,7 @@ FLOORS = [
     ["s2.attention.*"],
     ["s2.attention.kernels", "s2.attention.kernels.*"],
     ["s2.attention.kernels.hopper.*", "s2.attention.kernels.hopper"],
-    ["s2.attention.op", "s2.attention.decode", "s2.attention.paged"],
+    ["s2.attention.op", "s2.attention.decode", "s2.attention.paged", "s2.attention.store"],
     ["s2.attention"],
     ["s2.integrations.*", "s2.integrations"],
     ["s2"],  # its __init__.py, which registers with transformers

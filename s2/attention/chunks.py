@@ -57,7 +57,7 @@ def frame_of(
         first = _standing_first(rule, taken, stop, left_out)
         row[: len(first)] = first[: len(row)]
         heads.append(Pattern(size, rule.local, ranges, len(first)))
-    places = np.stack([_places(*each, newest, size) for each in zip(blocks, group.regions, strict=True)])
+    places = np.stack([places_of(*each, newest, size) for each in zip(blocks, group.regions, strict=True)])
     blocks, places = np.where(places >= 0, blocks, -1), places.clip(min=0)
     if len(set(heads)) == 1:
         return Frame(heads[0], blocks, places)
@@ -66,7 +66,7 @@ def frame_of(
     return Frame(Pattern.per_head(heads), blocks, places)
 
 
-def _places(blocks: np.ndarray, regions: Sequence[Region], newest: int, block_size: int) -> np.ndarray:
+def places_of(blocks: np.ndarray, regions: Sequence[Region], newest: int, block_size: int) -> np.ndarray:
     """The blocks of slots that have these blocks after `newest` has been begun; -1 where none has. Of the regions that
     hold one it is the one that is seen furthest: where tokens have been taken back, rings may have lost more than
     `newest` tells, but then nothing that some query sees by them."""

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from s2.attention import Pattern
 from s2.attention.decode import MAX_TOKENS
+from s2.attention.store import Step
 from s2.model.config import ModelConfig
 from s2.model.layouts import ranges
 
 from .memory import Memory, Plans
-from .storage import Step
 
 
 class KVCache:

@@ -14,9 +14,8 @@ from torch import Tensor
 from s2.attention import Pattern
 from s2.attention.decode import MAX_TOKENS
 from s2.attention.regions import HeadGroup, lay_out, whole_group
+from s2.attention.store import LayerStore
 from s2.model.config import ModelConfig
-
-from .storage import LayerStore
 
 
 class Memory:

@@ -1,8 +1,9 @@
 """What `import s2` does for transformers: it waits for it.
 
-Nothing of transformers is imported, neither here nor when transformers itself is. As soon as one of three of its
-modules has run, a name of ours is registered there by its public `register` and stands for what `hf` has. That is
-imported when the name is used: a folder of type `s2_llama` is read, or a layer attends by "s2".
+Nothing of transformers is imported, neither here nor when transformers itself is. As soon as one of four of its
+modules has run, a name of ours is registered there, by its public `register` (types of cache layers have none), and
+stands for what `hf` has. That is imported when the name is used: a folder of type `s2_llama` is read, or a layer
+attends by "s2".
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TYPE, _ATTENTION = "s2_llama", "s2"
+_TYPE, _ATTENTION, _CACHE_LAYER = "s2_llama", "s2", "s2_sparse_attention"
 
 
 def _modeling() -> Any:
@@ -47,8 +48,17 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     return _modeling().batch_mask(*args, **kwargs)
 
 
+def _cache_layer(**kwargs: Any) -> Any:
+    return import_module("s2.integrations.kept_layer").KeptLayer(**kwargs)
+
+
+def _take_layer(module: Any) -> None:
+    module.DYNAMIC_LAYER_TYPE_MAPPING.setdefault(_CACHE_LAYER, _cache_layer)
+
+
 _STEPS: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": lambda module: module.AutoConfig.register(_TYPE, S2LlamaConfig),
+    "transformers.cache_utils": _take_layer,
     "transformers.modeling_utils": lambda module: module.AttentionInterface.register(_ATTENTION, _attend),
     "transformers.masking_utils": lambda module: module.AttentionMaskInterface.register(_ATTENTION, _mask),
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
@@ -31,6 +32,10 @@ try:
     from s2.attention import LayerLayout, s2_attention
 except ImportError:
     s2_attention = None  # type: ignore[assignment]
+try:
+    from s2.integrations.kept_layer import LAYER_TYPE
+except ImportError:
+    LAYER_TYPE = ""
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +44,7 @@ NAME = "s2"  # of the attention among transformers' own ("sdpa", "eager")
 MARK = "s2_attention"
 
 
+@strict
 class S2LlamaConfig(LlamaConfig):
     """Llama's keys and ours.
 
@@ -78,6 +84,22 @@ class S2LlamaConfig(LlamaConfig):
         if key == "rope_by_kind" and value:
             self.rope_parameters = dict(value["dense"])
 
+    @property
+    def layer_types(self) -> list[str]:
+        """What cache each layer gets: with the package sparse ones keep what later queries see, but for rules of query
+        heads that share a KV head. Without it there are no types, and all layers keep everything."""
+        try:
+            if s2_attention is None or not LAYER_TYPE:
+                raise ValueError("the package s2 is not installed")
+            rules = layout_rules(*_sizes(self))
+        except (ValueError, TypeError) as error:
+            raise AttributeError(f"no layer_types: {error}") from error
+        plain = [set(heads) == {DENSE} or len(heads) != self.num_key_value_heads for heads in rules]
+        return ["full_attention" if is_plain else LAYER_TYPE for is_plain in plain]
+
+    def validate_layer_type(self) -> None:
+        """The types follow from the layout."""
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "attn_implementation": MARK}
 
@@ -95,6 +117,7 @@ class Batch:
     Attributes:
         starts, ends: of each row's run of tokens; `starts` is None where no row has padding on its left.
         places: of each row's tokens, int64 `[n]`; None where each row is one run.
+        memo: what the layers of one forward share.
 
     Raises:
         ValueError: a mask of other than two dimensions.
@@ -104,6 +127,7 @@ class Batch:
         self.starts: list[int] | None = None
         self.ends: list[int] | None = None
         self.places: list[Tensor] | None = None
+        self.memo: dict[Any, Any] = {}
         self._borders: list[Tensor | None] = []
         if mask is None:
             return
@@ -119,6 +143,10 @@ class Batch:
             self.places = [row.nonzero().flatten() for row in mask]
             return
         self.starts = starts if any(starts) else None
+
+    def is_padded_left_alone(self, num_keys: int) -> bool:
+        """Whether the tokens of every row, if any, are one run up to the end."""
+        return self.places is None and (self.ends is None or set(self.ends) == {num_keys})
 
     def borders(self, position_ids: Tensor | None, rows: int, num_keys: int) -> Tensor | None:
         """Of packed documents, int32 `[n + 1]` over the tokens of all rows; None where each row is one document."""
@@ -185,8 +213,8 @@ def batch_mask(
 def attention_forward(
     module: Any,
     query: Tensor,  # [B, Hq, Sq, D]
-    key: Tensor,  # [B, Hkv, Skv, D]
-    value: Tensor,
+    key: Any,  # [B, Hkv, Skv, D]; of a cache layer that drops keys the new ones, in a `kept_layer.Arriving`
+    value: Any,
     attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -202,11 +230,22 @@ def attention_forward(
     Raises:
         ValueError: an option, a mask or a cache that would change what a layer sees.
     """
+    kept = None if isinstance(key, Tensor) else key.layer
+    if kept is not None:
+        key, value = key.states, value.states
     _check(module, key, dropout, kwargs)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     batch = attention_mask if isinstance(attention_mask, Batch) else Batch(attention_mask)
-    borders = batch.borders(position_ids, q.shape[0], k.shape[1]) if cu_seq_lens_q is None else cu_seq_lens_q
+    num_keys = k.shape[1] + (0 if kept is None else kept.seen)
+    borders = batch.borders(position_ids, q.shape[0], num_keys) if cu_seq_lens_q is None else cu_seq_lens_q
+    if kept is not None:
+        gets_gradients = torch.is_grad_enabled() and k.requires_grad  # through the cache, from tokens to come
+        if borders is None and batch.is_padded_left_alone(num_keys) and not (kept.is_empty and gets_gradients):
+            pattern, rotation = _patterns(*_sizes(module.config), module.config.block_size)[module.layer_idx]
+            out = kept.attend(q, k, v, pattern, rotation, scale=scale, starts=batch.starts, memo=batch.memo)
+            return out, None
+        k, v = (x.transpose(1, 2) for x in kept.keep_all(key, value))
     if borders is not None:
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         return _attend(module, scale, *tokens, borders=borders.int()).view(q.shape), None

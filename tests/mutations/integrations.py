@@ -6,6 +6,7 @@ from .mutant import Mutant
 
 _MODELING = "s2/integrations/modeling_s2_llama.py"
 _PLAIN = "s2/integrations/plain_s2_llama.py"
+_KEPT = "s2/integrations/kept_layer.py"
 
 MUTANTS = (
     Mutant(
@@ -68,6 +69,31 @@ MUTANTS = (
         "if self.config._attn_implementation != NAME:",
         "if self.config._attn_implementation is None:",
         ("test_transformers.py::test_another_attention_is_refused_whenever_it_is_asked_for",),
+    ),
+    Mutant(
+        "longer_rings_claim_what_shorter_ones_dropped", _KEPT,
+        "self._least = self._oldest()",
+        "pass",
+        ("test_kept_layer.py::test_longer_rings_do_not_claim_what_the_shorter_ones_had_dropped",),
+    ),
+    Mutant(
+        "a_store_grows_by_the_blocks_that_are_seen_alone", _KEPT,
+        "lay_out(pattern, num_kv_heads, rotation, num_blocks + reach, spare)",
+        "lay_out(pattern, num_kv_heads, rotation, num_blocks, spare)",
+        ("test_kept_layer.py::test_greedy_tokens_are_those_of_a_cache_that_keeps_every_key",),
+    ),
+    Mutant(
+        "padding_of_a_chunk_stands_before_its_tokens", _KEPT,
+        "if any(padding):",
+        "if False:",
+        ("test_kept_layer.py::test_any_calls_give_the_logits_of_a_cache_that_keeps_every_key",),
+    ),
+    Mutant(
+        "gradients_through_a_cache_are_lost", _MODELING,
+        "and not (kept.is_empty and gets_gradients)",
+        "",
+        ("test_kept_layer.py::test_gradients_go_through_a_cache_that_was_filled_with_them_and_to_new_tokens_behind_one_"
+         "that_was_not",),
     ),
     Mutant(
         "a_dense_export_keeps_the_modeling_file", "s2/model/hf.py",

@@ -102,7 +102,7 @@ MUTANTS = (
         ("test_chunks.py::test_a_chunk_sees_of_its_frame_what_it_sees_of_the_context",),
     ),
     Mutant(
-        "a_chunk_is_laid_out_for_its_first_token", "s2/inference",
+        "a_chunk_is_laid_out_for_its_first_token", "s2/attention",
         "self.group, start, q.shape[1])",
         "self.group, start, 1)",
         ("test_cache.py::test_any_calls_give_attention_over_the_whole_context",

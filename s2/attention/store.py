@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2.attention import Pattern, s2_attention
-from s2.attention.chunks import frame_of
-from s2.attention.decode import MAX_TOKENS, decode_attention, decode_workspace
-from s2.attention.regions import HeadGroup, held_blocks, slots_of
+from .chunks import frame_of
+from .decode import MAX_TOKENS, decode_attention, decode_workspace
+from .op import s2_attention
+from .pattern import Pattern
+from .regions import HeadGroup, held_blocks, slots_of
 
 
 @dataclass
@@ -145,7 +146,8 @@ class _Part:
 
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `LayerStore.attend`, of the group's heads."""
-        if step.is_decode and not self.group.is_whole:
+        takes_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if step.is_decode and not self.group.is_whole and not takes_gradients:
             self._write_few(step, k, v)
             shapes = q.shape, self.k.shape
             if shapes not in step.kept:
@@ -154,26 +156,31 @@ class _Part:
                 q, self.k, self.v, self.table, step.after, block=self.block_size, scale=q.shape[-1] ** -0.5,
                 workspace=step.kept[shapes],
             )  # fmt: skip
-        if self.group.is_in_order:
+        in_place = self.group.is_in_order and not takes_gradients
+        if in_place:
             self.write(step, k, v)
         if len(step.chunks) == 1:  # rows without new tokens give what nobody uses
-            out = self._attend_chunk(step, q, k, v, step.chunks[0][0], self.k, self.v)
+            out = self._attend_chunk(step, q, k, v, step.chunks[0][0], self.k, self.v, in_place)
         else:
             out = q.new_zeros(q.shape)
             for start, rows, count in step.chunks:
                 new_q, new_k, new_v = (x[rows, :count] for x in (q, k, v))
                 old_k, old_v = self.k[rows], self.v[rows]
-                out[rows, :count] = self._attend_chunk(step, new_q, new_k, new_v, start, old_k, old_v)
-        if not self.group.is_in_order:
+                out[rows, :count] = self._attend_chunk(step, new_q, new_k, new_v, start, old_k, old_v, in_place)
+        if not in_place:
             self.write(step, k, v)
         return out
 
     def _attend_chunk(
-        self, step: Step, q: Tensor, k: Tensor, v: Tensor, start: int, old_k: Tensor, old_v: Tensor
+        self, step: Step, q: Tensor, k: Tensor, v: Tensor, start: int, old_k: Tensor, old_v: Tensor, in_place: bool
     ) -> Tensor:
-        """Of sequences with `start` tokens before these."""
+        """Of sequences with `start` tokens before these, which are among the old ones already if `in_place`."""
         if self.group.is_in_order:
-            k, v = (x[:, :, : start + q.shape[1]].transpose(1, 2) for x in (old_k, old_v))
+            if in_place:
+                k, v = (x[:, :, : start + q.shape[1]].transpose(1, 2) for x in (old_k, old_v))
+            else:
+                pairs = (old_k, k), (old_v, v)
+                k, v = (torch.cat([old[:, :, :start].transpose(1, 2), new], dim=1) for old, new in pairs)
             pattern = self.pattern if self.group.is_whole else Pattern(self.block_size)  # dense
             return s2_attention(q, k, v, pattern, rotation=self.rotation)
         key = self.group, start
