@@ -26,6 +26,7 @@ from .reference import documents_of
 
 ROWS = 256  # most queries that have a mask of their own on a CPU
 MOST_OF_A_MASK = 32 << 20  # bytes
+MOST_ON_A_GPU = 256 << 20  # likewise: few rows would leave it idle
 MOST_KEPT = 64 << 20  # bytes of masks on a CPU, of one call at most half
 
 # fastest first, each with the function that says whether it is enabled
@@ -89,22 +90,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         raise ValueError(f"the block mask covers {covered} blocks but {needed} are needed")
     if q.device.type == "cpu" and q_len > 0 and is_plain(q, k, v):
         return _attend_seen(q, k, v, call)
-    pieces, first, heads = _num_pieces(call, q_len, k), kv_len - q_len, k.shape[2]
-    rows, outs = -(-q_len // pieces), []
-    for i in range(pieces):
-        end = kv_len if i == pieces - 1 else first + (i + 1) * rows
-        query = torch.arange(first + i * rows, end, device=q.device)
-        key = torch.arange(end, device=q.device)
-        mask = _mask_of(call, query, key, kv_len, heads)
-        piece = q[:, i * rows : end - first]
-        outs.append(_attend_masked(piece, *(x[:, :end].transpose(1, 2) for x in (k, v)), mask, call))
-    return outs[0] if pieces == 1 else torch.cat(outs, dim=1)
+    first, outs = kv_len - q_len, []
+    for begin, end in _pieces(call, q_len, k):
+        query = torch.arange(first + begin, first + end, device=q.device)
+        key = torch.arange(first + end, device=q.device)
+        mask = _mask_of(call, query, key, kv_len, k.shape[2])
+        keys, values = (x[:, : first + end].transpose(1, 2) for x in (k, v))
+        outs.append(_attend_masked(q[:, begin:end], keys, values, mask, call))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _num_pieces(call: Call, num_queries: int, k: Tensor) -> int:
-    """Into how many pieces queries are cut for masks `[H, n, keys]` of bool that are no larger than they may be."""
-    heads = _num_masks(call.pattern, k.shape[-2])
-    return max(1, -(-num_queries * k.shape[-3] * heads // MOST_OF_A_MASK))
+def _pieces(call: Call, num_queries: int, k: Tensor) -> list[tuple[int, int]]:
+    """Queries cut where masks `[Hkv or 1, n, keys]`, in the type in which torch adds them to scores, would be larger
+    than they may be: the first of each piece and the one behind its last."""
+    most = MOST_OF_A_MASK if k.device.type == "cpu" else MOST_ON_A_GPU
+    row_bytes = k.shape[-3] * _num_masks(call.pattern, k.shape[-2]) * k.element_size()
+    if num_queries * row_bytes <= most:  # nothing else that compiled graphs would have to be made again for
+        return [(0, num_queries)]
+    rows = max(1, most // row_bytes)
+    return [(begin, min(begin + rows, num_queries)) for begin in range(0, num_queries, rows)]
 
 
 def _attend_packed(
@@ -125,14 +129,13 @@ def _attend_packed(
     # keys of documents without queries, which may be longer than a mask, are hidden whatever their position
     key = torch.where((rows.lengths > 0)[keys.document], keys.position, 0).clamp(0, k.shape[0] - 1)
     q = torch.where(q.isfinite() & rows.inside[:, None, None], q, 0.0)
-    k, v = (torch.where(x.isfinite() & keys.inside[:, None, None], x, 0.0) for x in (k, v))
-    pieces, outs = _num_pieces(call, q.shape[0], k), []
-    step = -(-q.shape[0] // pieces)
-    for i in range(pieces):
-        piece = slice(i * step, q.shape[0] if i == pieces - 1 else (i + 1) * step)
-        mask = _mask_of(call, row[piece], key, k.shape[0], k.shape[1])
-        mask = mask & (rows.document[piece, None] == keys.document)  # [Hkv or 1, n, Tk]
-        outs.append(_attend_masked(q[None, piece], *(x[None].transpose(1, 2) for x in (k, v)), mask, call)[0])
+    num_keys, num_heads, pieces = k.shape[0], k.shape[1], _pieces(call, q.shape[0], k)
+    k, v = (torch.where(x.isfinite() & keys.inside[:, None, None], x, 0.0)[None].transpose(1, 2) for x in (k, v))
+    outs = []
+    for begin, end in pieces:
+        mask = _mask_of(call, row[begin:end], key, num_keys, num_heads)
+        mask = mask & (rows.document[begin:end, None] == keys.document)  # [Hkv or 1, n, Tk]
+        outs.append(_attend_masked(q[None, begin:end], k, v, mask, call)[0])
     out = torch.where(rows.inside[:, None, None], torch.cat(outs), 0.0)
     return torch.where(spoiled[:, None, None], float("nan"), out)
 
@@ -195,6 +198,9 @@ def _longest(pattern: Pattern) -> int:
 # ---------------------------------------------------------------- on a CPU
 
 
+_HOST = torch.device("cpu")  # whatever the default device is
+
+
 class _Heads(NamedTuple):
     """The KV heads of a call."""
 
@@ -234,7 +240,7 @@ def _attend_seen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=call.softmax_scale, enable_gqa=True).transpose(1, 2)
     seen = heads.rules[0].most_visible(num_blocks) * size if heads.rules and len(heads.runs) == 1 else kv_len
-    row_bytes = heads.num_masks * min(seen + ROWS, kv_len) * q.element_size()
+    row_bytes = heads.num_masks * min(4 * (seen + ROWS) // 3, kv_len) * q.element_size()
     keeps = kv_len * row_bytes <= MOST_KEPT // 2
     rows = ROWS
     while rows > 1 and rows * row_bytes > MOST_OF_A_MASK:
@@ -243,7 +249,8 @@ def _attend_seen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     outs = []
     for begin in range(first - first % rows, kv_len, rows):
         low, high = max(begin, first), min(begin + rows, kv_len)
-        inputs = q[:, low - first : high - first], k, v, call, low, begin if keeps else None
+        piece = q if high - low == q_len else q[:, low - first : high - first]
+        inputs = piece, k, v, call, low, (begin, min(begin + rows, _longest(call.pattern))) if keeps else None
         if recomputes:  # or the masks of all rows would be saved
             outs.append(checkpoint(_attend_rows, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -251,27 +258,25 @@ def _attend_seen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, call: Call, low: int, begin: int | None) -> Tensor:
-    """Attention of the queries `[B, n, Hq, D]` from position `low` on. Their mask is made for them alone or, with
-    `begin`, that of the `ROWS` from there on is kept."""
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, call: Call, low: int, kept: tuple[int, int] | None) -> Tensor:
+    """Attention of the queries `[B, n, Hq, D]` from position `low` on. Their mask is made for them alone, or it is part
+    of that of the positions `kept`, which is kept."""
     high, num_heads = low + q.shape[1], k.shape[2]
-    if begin is None:
+    if kept is None:
         tokens, bias = _rows(call, low, high, num_heads, q.dtype)
     else:
-        end = min(begin + ROWS, _longest(call.pattern))
-        key = (call.rules_key, num_heads, begin, q.dtype)
-        tokens, bias = MASKS.get(key, q.device, lambda: _rows(call, begin, end, num_heads, q.dtype))
-        bias = bias[:, low - begin : high - begin]
+        key = (call.rules_key, num_heads, kept, q.dtype)
+        tokens, bias = MASKS.get(key, q.device, lambda: _rows(call, *kept, num_heads, q.dtype))
+        bias = bias[:, low - kept[0] : high - kept[0]]
     if tokens is None:
-        k, v, bias = k[:, :high].transpose(1, 2), v[:, :high].transpose(1, 2), bias[..., :high]
+        if high < k.shape[1]:
+            k, v = k[:, :high], v[:, :high]
+        k, v, bias = k.transpose(1, 2), v.transpose(1, 2), bias[..., :high]
     else:
         tokens = tokens.clamp(max=k.shape[1] - 1)  # behind the last token, which nobody sees
         head = torch.arange(num_heads, device=_HOST)[:, None]
         k, v = k[:, tokens, head], v[:, tokens, head]  # [B, H, n, D]
     return _attend_masked(q, k, v, bias, call)
-
-
-_HOST = torch.device("cpu")
 
 
 class _Rows(NamedTuple):
@@ -287,9 +292,9 @@ def _rows(call: Call, begin: int, end: int, num_heads: int, dtype: torch.dtype) 
     first, num_blocks = begin // size, -(-end // size)
     seen = _seen(call, torch.arange(first, num_blocks, device=_HOST), num_blocks, num_heads)
     used = seen.any(dim=1)
-    count, before, tokens = int(used.sum(dim=1).max()), first, None
+    count, before, tokens = max(1, int(used.sum(dim=1).max())), first, None
     key = torch.arange(num_blocks * size, device=_HOST)[None]
-    if 4 * count <= 3 * num_blocks:
+    if 4 * count <= 3 * num_blocks:  # else a copy of what is seen is not worth its time
         chosen = used.int().sort(dim=1, descending=True, stable=True).indices[:, :count]
         seen = seen.gather(2, chosen[:, None].expand(-1, seen.shape[1], -1))
         tokens = key = (chosen[..., None] * size + torch.arange(size, device=_HOST)).flatten(1)
@@ -316,7 +321,7 @@ def _seen(call: Call, query: Tensor, num_blocks: int, num_heads: int) -> Tensor:
     return torch.stack([visible[rule] for rule in (rules if len(visible) > 1 else rules[:1])])
 
 
-# masks are few rows of one pattern after the other; those of a training step's short documents come again and again
+# of short sequences alone: training comes back to the first rows with every document and in every step
 MASKS: Kept[_Rows] = Kept(lambda rows: [x for x in rows if x is not None], MOST_KEPT)
 BLOCKS: Kept[Tensor] = Kept(lambda mask: (mask,))  # of mask patterns
 
@@ -339,7 +344,7 @@ def _mask_of(call: Call, query: Tensor, key: Tensor, length: int, num_heads: int
 # one opaque step, for torch.compile and whatever else watches; it does not wait for the device
 _library = torch.library.Library("s2", "FRAGMENT")
 _library.define(
-    f"token_mask(Tensor query, Tensor key, int num_blocks, int num_heads, int num_masks, {SCHEMA}) -> Tensor"
+    f"token_mask(Tensor query, Tensor key, SymInt num_blocks, int num_heads, int num_masks, {SCHEMA}) -> Tensor"
 )
 
 
