@@ -71,7 +71,7 @@ def test_a_captured_graph_outlives_what_other_calls_evict(backend, pattern, monk
         captured = s2_attention(*inputs, pattern, backend=backend)
     from s2.attention import sdpa
 
-    for kept in (LISTS, sdpa.MASKS):
+    for kept in (LISTS, sdpa.BLOCKS):
         monkeypatch.setattr(kept, "most_bytes", 0)
     call.CALLS.clear()
     op._CHECKED.clear()

@@ -37,7 +37,8 @@ def new_process(monkeypatch):
         monkeypatch.setattr(op, "_CHECKED", {})
         schedule._SCHEDULES.clear()
         schedule.LISTS.values.clear()
-        sdpa.MASKS.values.clear()
+        for each in (sdpa.MASKS, sdpa.BLOCKS):
+            each.values.clear()
 
     forget()
     return forget
