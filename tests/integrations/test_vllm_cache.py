@@ -27,6 +27,9 @@ from vllm.v1.request import Request
 
 from s2.integrations.vllm import cache
 from s2.integrations.vllm.cache import ShardedSpec
+from tests.inference.test_cache_bytes import LLAMA, SMOLLM2
+from tests.inference.test_cache_bytes import LONGEST as LONGEST_OF_RECIPES
+from tests.inference.test_cache_bytes import config_of as config_of_recipe
 
 BLOCK, STEP, LONGEST = 16, 96, 1024
 KV_HEADS = 3
@@ -44,8 +47,8 @@ def vllm_config(pages):
     )
 
 
-def spec_of(rule):
-    size = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16}
+def spec_of(rule, **changes):
+    size = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16} | changes
     if rule.is_dense:
         return FullAttentionSpec(**size)
     return ShardedSpec(**size, rule=rule, max_num_batched_tokens=STEP)
@@ -53,13 +56,18 @@ def spec_of(rule):
 
 def config_of(layout, num_layers, pages):
     """What vLLM makes of a model's layers, and the rule of each of them."""
+    return config_in(LayerLayout.parse(layout, num_layers, BLOCK), KV_HEADS, pages, 1 << 40)
+
+
+def config_in(layout, kv_heads, pages, num_bytes, **size):
+    """Likewise, of heads of another size, in so many bytes."""
     cache.register()
-    parsed, specs, rules = LayerLayout.parse(layout, num_layers, BLOCK), {}, {}
-    for layer, (pattern, rotation) in enumerate(zip(parsed.patterns, parsed.rotations, strict=True)):
-        for head, rule in enumerate(pattern.rules(KV_HEADS, layer=rotation)):
+    specs, rules = {}, {}
+    for layer, (pattern, rotation) in enumerate(zip(layout.patterns, layout.rotations, strict=True)):
+        for head, rule in enumerate(pattern.rules(kv_heads, layer=rotation)):
             name = f"model.layers.{layer}.self_attn.attn.kv_head{head}"
-            specs[name], rules[name] = spec_of(rule), rule
-    (config,) = get_kv_cache_configs(vllm_config(pages), [specs], [1 << 40])
+            specs[name], rules[name] = spec_of(rule, **size), rule
+    (config,) = get_kv_cache_configs(vllm_config(pages), [specs], [num_bytes])
     return config, rules
 
 
@@ -203,6 +211,28 @@ def test_a_request_is_admitted_whose_keys_were_never_there_all_at_once():
     assert server.begin(request) == 0
     while request.num_computed_tokens < LONGEST:
         assert server.go_on(request), "no page is missing on the way"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes", "kept", "freed", "more", "groups"),
+    [
+        ("1.3b/pretrain.yaml", {}, 4.2, 21.5, 16.2, 17),
+        ("7b/pretrain.yaml", {}, 1.6, 7.7, 6.5, 38),
+        ("llama3.1-8b/extend-8k.yaml", LLAMA, 6.2, 23.1, 20.2, 20),
+        ("smollm2/extend-8k.yaml", SMOLLM2, 35.6, 117.1, 101.5, 18),
+    ],
+)
+def test_sequences_of_128k_tokens_in_100_gib(monkeypatch, recipe, sizes, kept, freed, more, groups):
+    """The table of docs/inference.md; `pytest -s` prints it."""
+    model, found = config_of_recipe(recipe, sizes), []
+    monkeypatch.setattr(f"{__name__}.LONGEST", LONGEST_OF_RECIPES)
+    for step, each in ((2048, model.replace(attention_layout="dense")), (2048, model), (8192, model)):
+        monkeypatch.setattr(f"{__name__}.STEP", step)
+        size = {"block_size": model.block_size, "head_size": model.head_dim, "dtype": torch.bfloat16}
+        config, _ = config_in(each.layout, model.num_key_value_heads, None, 100 << 30, **size)
+        found.append(get_max_concurrency_for_kv_cache_config(vllm_config(None), config))
+    print(f"| {recipe} | {' | '.join(f'{value:.1f}' for value in found)} | {len(config.kv_cache_groups)} |")
+    assert found == pytest.approx([kept, freed, more], abs=0.051) and len(config.kv_cache_groups) == groups
 
 
 @pytest.mark.parametrize("layout", ["L2V4<20+dense0", "L2V4<20", "L1V6+dense1-2"])
