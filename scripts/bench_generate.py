@@ -55,12 +55,13 @@ METHOD = (
 
 
 def read_configs(recipe: Path, layouts: Sequence[str] | None, longest: int) -> list[ModelConfig]:
-    """The recipe's model with each of these layouts, for so many tokens. None: dense, its own, and its own without
-    dense layers."""
+    """The recipe's model with each of these layouts, for so many tokens. None: dense, its own, and its sparse
+    layers' in all layers."""
     said = load_recipe(recipe).get("model", {}).get("config", {})
     if layouts is None:
-        own = ModelConfig.from_dict(said).attention_layout
-        layouts = list(dict.fromkeys(("dense", own, own.partition("+dense")[0])))
+        own = ModelConfig.from_dict(said)
+        sparse = (str(pattern) for pattern in own.layout if not pattern.is_dense)
+        layouts = list(dict.fromkeys(("dense", own.attention_layout, *sparse)))
     return [
         ModelConfig.from_dict(said | {"attention_layout": layout, "max_position_embeddings": longest})
         for layout in layouts
@@ -248,7 +249,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, name="generate")
     add = parser.add_argument
     add("--recipe", type=Path, default=Path("recipes/7b/pretrain.yaml"), help="whose model (default: %(default)s)")
-    add("--layouts", type=split_layouts, help="default: dense, the recipe's, and the recipe's without its dense layers")
+    add("--layouts", type=split_layouts, help="default: dense, the recipe's, and its sparse layers' in all")
     add("--lengths", type=parse_lengths, default=(32768, 131072), help="tokens of a prompt (default: 32k,128k)")
     add("--chunk", type=parse_length, default=0, help="prompts in pieces of so many tokens (default: whole)")
     add("--most", type=int, default=256, help="sequences decoded at once at most (default: %(default)s)")

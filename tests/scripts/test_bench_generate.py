@@ -46,12 +46,14 @@ def test_every_layout_is_timed_at_every_length(recipe, tmp_path, monkeypatch):
     assert "## First token" in text and text.count("| L1V2+dense0,1 |") == 6
 
 
-def test_without_layouts_the_recipe_is_beside_dense_and_beside_itself_all_sparse():
-    configs = bench_generate.read_configs(RECIPES / "7b/pretrain.yaml", None, 1 << 17)
+@pytest.mark.parametrize(("recipe", "ending"), [("7b", "+dense"), ("demo", "-inter")])
+def test_without_layouts_the_recipe_is_beside_dense_and_beside_itself_all_sparse(recipe, ending):
+    configs = bench_generate.read_configs(RECIPES / recipe / "pretrain.yaml", None, 1 << 17)
     layouts = [config.attention_layout for config in configs]
     own = layouts[1]
-    assert "+dense" in own and layouts == ["dense", own, own.split("+dense")[0]]
-    assert {(config.num_hidden_layers, config.max_position_embeddings) for config in configs} == {(32, 1 << 17)}
+    assert ending in own and layouts == ["dense", own, own.split(ending)[0]]
+    assert not any(pattern.is_dense for pattern in configs[2].layout)
+    assert {config.max_position_embeddings for config in configs} == {1 << 17}
 
 
 def test_ratios_are_to_the_dense_model_of_the_same_length():
