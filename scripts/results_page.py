@@ -151,16 +151,22 @@ def gates_before(results: Row) -> str:
 
 
 def _tables(rows: Sequence[Row], results: Row, share: str) -> list[str]:
-    """Tables of one part and stage, arms in rows: figures, and in brackets the differences from the baseline."""
-    columns = list(dict.fromkeys((r["task"], r["length"], r["metric"]) for r in rows))
+    """Tables of one part and stage: figures, and in brackets the differences from the baseline. Arms are in rows, or in
+    columns where there are more figures than a table has columns, and fewer arms."""
+    figures = list(dict.fromkeys((r["task"], r["length"], r["metric"]) for r in rows))
     known = {(r["arm"], r["task"], r["length"], r["metric"]): r for r in rows}
     arms = [arm for arm in results["arms"] if any(r["arm"] == arm for r in rows)]
-    tables = []
-    for i in range(0, len(columns), _MOST_COLUMNS):
-        some = columns[i : i + _MOST_COLUMNS]
-        header = ["arm", *(title(*column) for column in some)]
-        body = [[arm, *(cell(known.get((arm, *column))) for column in some)] for arm in arms]
-        tables.append(markdown(header, body))
+    if len(arms) < _MOST_COLUMNS < len(figures):
+        tasks = list(dict.fromkeys((task, metric) for task, _, metric in figures))
+        figures.sort(key=lambda figure: tasks.index((figure[0], figure[2])))  # lengths of one below each other
+        body = [[title(*figure), *(cell(known.get((arm, *figure))) for arm in arms)] for figure in figures]
+        tables = [markdown(["", *arms], body)]
+    else:
+        tables = []
+        for i in range(0, len(figures), _MOST_COLUMNS):
+            some = figures[i : i + _MOST_COLUMNS]
+            body = [[arm, *(cell(known.get((arm, *figure))) for figure in some)] for arm in arms]
+            tables.append(markdown(["arm", *(title(*figure) for figure in some)], body))
     if rows[0]["part"] == "speed":
         return tables
     notes = []

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import results  # noqa: E402
 import results_heatmaps  # noqa: E402
+import results_page  # noqa: E402
 from results_collect import Figure, difference  # noqa: E402
 from results_plan import Job, load_plan, lost_weights  # noqa: E402
 
@@ -165,6 +166,32 @@ def test_differences_without_an_interval_are_said_to_be(page):
     text, _ = page
     losses = text.split("## Losses of the training log, after train")[1].split("##")[0]
     assert "4.000 [+1]" in losses and "A difference without an interval is one of means" in losses
+
+
+@pytest.mark.parametrize(("arms", "in_columns"), [(3, True), (7, True), (8, False)])
+def test_arms_are_columns_where_more_figures_are_compared_than_fit_beside_them(arms, in_columns):
+    """Twelve figures; beside each other, the lengths of one task follow one another."""
+    names = [f"arm{i}" for i in range(arms)]
+    rows = [
+        vars(Figure("extend", "ruler", task, length, "score", 10 * number + length / 1024, n=20)) | {"arm": arm}
+        for number, arm in enumerate(names)
+        for length in (1024, 2048, 4096)
+        for task in ("vt", "cwe", "fwe", "qa")
+    ]
+    *tables, note = results_page._tables(rows, {"arms": dict.fromkeys(names), "baseline": "arm0"}, "")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for table in tables for line in table.splitlines()]
+    assert note == "n = 20 a figure." and len(tables) == (1 if in_columns else 2)
+    if in_columns:
+        assert cells[0] == ["", *names] and [row[0][:7] for row in cells[2:6]] == [
+            "vt @1k,",
+            "vt @2k,",
+            "vt @4k,",
+            "cwe @1k",
+        ]
+        assert [row[2] for row in cells[2:5]] == ["11", "12", "14"]
+    else:
+        assert cells[0][:3] == ["arm", "vt @1k, score", "cwe @1k, score"] and len(cells[0]) == 9
+        assert cells[3][:2] == ["arm1", "11"]
 
 
 def test_mfu_is_said_by_each_definition(page):
