@@ -54,8 +54,9 @@ from eval.samples import Batch, Part, Sample
 from eval.sweep import SCORE_NAMES, describe, read_sweep
 from s2 import ending, files
 from s2.arguments import new_parser, path
-from s2.inference.folder import bos_of, is_out_of_memory
+from s2.inference.folder import bos_of
 from s2.model.hf import load_config
+from s2.out_of_memory import is_out_of_memory
 
 HAYSTACK_TOKENS = 1 << 20
 _RECORDED = ("key", "number", "position", "depth")  # of each needle

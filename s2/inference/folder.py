@@ -5,6 +5,7 @@ Token ids are those of tokenizer.json, as in training, whatever else in the fold
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from s2.model.config import ModelConfig, read_object
 from s2.model.hf import load_config, load_pretrained
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
+from s2.out_of_memory import is_out_of_memory
 
 from .detokenize import TextDecoder
 
@@ -179,17 +181,13 @@ def memory_for(what: str, device: torch.device, advice: str) -> Iterator[None]:
     Raises:
         MemoryError: instead of what torch raises.
     """
+    handled = sys.exception()  # by who tries less after something that found no memory
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error, handled=handled):
             raise
         raise MemoryError(f"{what} does not fit into the memory of {device}; {advice}") from None
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says so: the CPU's allocator raises the plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def bos_of(tokenizer: Tokenizer) -> int | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from s2.attention.decode import MAX_TOKENS
 from s2.model.layouts import ranges
 from s2.model.transformer import Transformer
+from s2.out_of_memory import is_out_of_memory
 
 from .cache import KVCache
 
@@ -139,7 +140,7 @@ class DecodeGraph:
         try:
             return self._capture(self._run)
         except RuntimeError as error:
-            if not _is_out_of_memory(error, handled):
+            if not is_out_of_memory(error, handled=handled):
                 raise
         warnings.warn(
             f"memory ran out while the decode step of {self._tokens.shape[0]} sequences was captured in a CUDA graph, "
@@ -194,10 +195,3 @@ def _capture(call: Callable[[], Tensor], device: torch.device, memory: Any) -> C
         return result
 
     return replay
-
-
-def _is_out_of_memory(error: BaseException | None, handled: BaseException | None) -> bool:
-    """Whether that is what went wrong first since `handled`: a capture that was broken off may add its own error."""
-    if error is None or error is handled:
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__, handled)

@@ -242,7 +242,7 @@ MUTANTS = (
     ),
     Mutant(
         "memory_that_runs_out_in_a_capture_ends_generation", "s2/inference",
-        "if not _is_out_of_memory(error, handled):",
+        "if not is_out_of_memory(error, handled=handled):",
         "if True:",
         ("test_graph.py",),
     ),
