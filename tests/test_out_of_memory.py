@@ -33,19 +33,18 @@ def test_names_of_running_out_of_memory(error: Exception, full: bool, expected: 
 
 def test_memory_that_ran_out_before_is_not_what_went_wrong_now() -> None:
     """Who tries a smaller batch after one that found no memory."""
+
+    def fails(error: Exception) -> None:
+        with memory_for("it", torch.device("cpu"), "lower it"):
+            raise error
+
     try:
         raise torch.OutOfMemoryError("CUDA out of memory")
     except torch.OutOfMemoryError as before:
-        try:
-            raise RuntimeError("another")
-        except RuntimeError as error:
-            assert is_out_of_memory(error) and not is_out_of_memory(error, handled=before)
         assert not is_out_of_memory(before, handled=before)
-        with pytest.raises(RuntimeError, match="another"), memory_for("it", torch.device("cpu"), "lower it"):
-            raise RuntimeError("another")
+        with pytest.raises(RuntimeError, match="another") as seen:
+            fails(RuntimeError("another"))
+        assert seen.value.__context__ is before
+        assert is_out_of_memory(seen.value) and not is_out_of_memory(seen.value, handled=before)
         with pytest.raises(MemoryError, match="it does not fit into the memory of cpu; lower it"):
-            try:
-                raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
-            except RuntimeError:
-                with memory_for("it", torch.device("cpu"), "lower it"):
-                    raise torch.OutOfMemoryError("CUDA out of memory") from None
+            fails(torch.OutOfMemoryError("CUDA out of memory"))

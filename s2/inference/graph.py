@@ -23,6 +23,7 @@ from s2.model.transformer import Transformer
 from s2.out_of_memory import is_out_of_memory
 
 from .cache import KVCache
+from .checks import whole
 
 LEAST_TOKENS = 32  # new tokens from which on a capture pays
 WARM_UP = 2  # steps that run eagerly: kernels are compiled, and libraries make their workspaces
@@ -97,8 +98,7 @@ class DecodeGraph:
         weight = model.model.embed_tokens.weight
         if capture is None and (reason := obstacle(weight.device, cache)):
             raise ValueError(f"no CUDA graph: {reason}")
-        if not 1 <= num_tokens <= MAX_TOKENS:
-            raise ValueError(f"num_tokens={num_tokens} must be 1 to {MAX_TOKENS}, as a decode step takes them")
+        whole("num_tokens", num_tokens, 1, MAX_TOKENS, must=f"1 to {MAX_TOKENS}, as a decode step takes them")
         self._model, self._cache = model, cache
         self._capture = capture or partial(_capture, device=weight.device, memory=memory)
         shape = len(cache.lengths), num_tokens

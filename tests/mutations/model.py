@@ -241,7 +241,7 @@ MUTANTS = (
         ("test_graph.py::test_captures_for_one_stream_share_a_stream",),
     ),
     Mutant(
-        "memory_that_runs_out_in_a_capture_ends_generation", "s2/inference",
+        "memory_that_runs_out_in_a_capture_ends_generation", "s2/inference/graph.py",
         "if not is_out_of_memory(error, handled=handled):",
         "if True:",
         ("test_graph.py",),
@@ -308,9 +308,51 @@ MUTANTS = (
     ),
     Mutant(
         "a_prefix_changes_with_the_rows_of_the_caller", "s2/inference",
-        "self._held = input_ids.clone()",
-        "self._held = input_ids",
+        "input_ids = input_ids.clone()",
+        "pass",
         ("test_prefix.py::test_rows_that_the_caller_overwrites_are_computed_anew",),
+    ),
+    Mutant(
+        "a_cache_goes_back_with_the_rings_of_later_tokens", "s2/inference",
+        "ring.copy_(marked)",
+        "pass",
+        ("test_cache.py::test_a_cache_goes_back_to_its_mark_however_many_tokens_follow",),
+    ),
+    Mutant(
+        "a_mark_holds_while_the_tokens_before_it_change", "s2/inference",
+        "self._mark = None  # what only grows",
+        "pass  # what only grows",
+        ("test_cache.py::test_a_mark_that_cannot_be_gone_back_to_is_refused",),
+    ),
+    Mutant(
+        "a_cache_that_is_half_gone_back_holds_all", "s2/inference",
+        "self._held = [0] * len(self._held)  # if something",
+        "pass  # if something",
+        ("test_prefix.py::test_a_pass_that_is_interrupted_anywhere_changes_no_later_one",),
+    ),
+    Mutant(
+        "a_mark_copies_lists_that_only_grow", "s2/attention/regions.py",
+        "if any(region.overwritten(newest) is not None for region in column)",
+        "if column",
+        ("inference/test_prefix.py::test_shared_beginnings_take_the_shrunk_cache_and_a_copy_of_its_rings",),
+    ),
+    Mutant(
+        "tokens_that_the_model_has_not_are_embedded", "s2/inference",
+        "    check_tokens(input_ids, model.config.vocab_size)\n    input_ids = input_ids.to(device)",
+        "    input_ids = input_ids.to(device)",
+        ("test_generate.py::test_a_token_that_the_model_has_not_is_refused_before_any_work",),
+    ),
+    Mutant(
+        "padding_has_to_be_tokens", "s2/inference",
+        "if min(prompts) < input_ids.shape[1]:",
+        "if False:",
+        ("test_generate.py::test_a_token_that_the_model_has_not_is_refused_before_any_work",),
+    ),
+    Mutant(
+        "texts_are_read_in_one_piece", "s2/inference",
+        'options = {"prefill_chunk": folder.prefill_chunk, **options}',
+        "options = dict(options)",
+        ("eval/test_adapter.py::test_prompts_are_continued_after_pieces_of_the_size_that_is_set",),
     ),
     Mutant(
         "a_cache_takes_keys_of_other_shapes", "s2/inference",
