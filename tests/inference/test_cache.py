@@ -259,6 +259,33 @@ def test_a_mark_that_cannot_be_gone_back_to_is_refused():
         feed.cache.rewind()
 
 
+@pytest.mark.parametrize("after", range(6))
+def test_a_cache_that_is_interrupted_while_it_goes_back_holds_nothing_or_what_was_marked(after, monkeypatch):
+    feed = Feed(config_of("W2", layers=2), [300])
+    feed.call([100])
+    feed.cache.mark()
+    feed.call([150])
+    copy, copies = torch.Tensor.copy_, []
+
+    def interrupted(*args):
+        copies.append(copy(*args))
+        if len(copies) == after + 1:
+            raise KeyboardInterrupt
+        return copies[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        if after < 5:  # keys and values of two layers, and lengths
+            with pytest.raises(KeyboardInterrupt):
+                feed.cache.rewind()
+        else:
+            feed.cache.rewind()
+    assert feed.cache.lengths == ((0,) if after < 5 else (100,))
+    feed.call([120])
+    feed.cache.truncate(0)
+    feed.call([90])
+
+
 def test_a_call_that_failed_is_gone_back_over_but_not_marked():
     feed = Feed(config_of("W2", layers=2), [200])
     feed.call([100])

@@ -328,7 +328,7 @@ MUTANTS = (
         "a_cache_that_is_half_gone_back_holds_all", "s2/inference",
         "self._held = [0] * len(self._held)  # if something",
         "pass  # if something",
-        ("test_prefix.py::test_a_pass_that_is_interrupted_anywhere_changes_no_later_one",),
+        ("test_cache.py::test_a_cache_that_is_interrupted_while_it_goes_back_holds_nothing_or_what_was_marked",),
     ),
     Mutant(
         "a_mark_copies_lists_that_only_grow", "s2/attention/regions.py",
