@@ -114,7 +114,7 @@ def stream(
     pool: DecodePool | None = None,
 ) -> Generator[Drawn]:
     """`generate`, token by token, with its arguments. The next token is computed when it is asked for; the host waits
-    for the device once a token where rows can end, else never.
+    for the device once a token where rows can end, and before all of them once, for prompts that are on the device.
 
     Closing the iterator before its end, or an exception out of it, leaves the model as it was. A `cache` of the
     caller's then holds, as it does after the end, of each row what it held before, the prompt and all new tokens but

@@ -110,7 +110,7 @@ class DecodeGraph:
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits `[B, num_tokens, V]` after tokens `[B, num_tokens]`, which count as held from then on. The next step
-        overwrites them.
+        overwrites them. That the model has these tokens is not checked: the host would wait for each step.
 
         Raises:
             ValueError: another shape, an empty cache, or no room in it.
