@@ -33,8 +33,10 @@ from eval.results import Answers
 from eval.sampling import MAX_NEW_TOKENS, Sampling
 from s2.arguments import DTYPES
 from s2.inference.cache import KVCache
+from s2.inference.checks import whole
 from s2.inference.folder import memory_for
 from s2.inference.pool import DecodePool
+from s2.inference.prefill import PREFILL_CHUNK
 from s2.inference.text import continue_texts
 from s2.progress import progress
 
@@ -55,6 +57,7 @@ class S2LM(TemplateLM):
         batch_tokens: tokens of a batch, padding included; a longer sequence is a batch of its own.
         add_bos_token: put BOS before every text (None: as the checkpoint's tokenizer does).
         on_overflow: "warn" cuts what is longer than max_length on the left and reports it, "error" stops.
+        prefill_chunk: tokens of a prompt that are read at once before it is continued.
     Raises:
         FileNotFoundError, ValueError: a folder that is no checkpoint, a max_length beyond the model's, BOS
             asked of a tokenizer without one, a setting out of range.
@@ -70,24 +73,26 @@ class S2LM(TemplateLM):
         batch_tokens: int = 16384,
         add_bos_token: bool | None = None,
         on_overflow: str = "warn",
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         super().__init__()
         if on_overflow not in ("warn", "error"):
             raise ValueError(f"on_overflow={on_overflow!r}: expected 'warn' or 'error'")
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens}: expected at least 1")
+        whole("batch_tokens", batch_tokens, 1)
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise ValueError(f"batch_size={batch_size!r}: expected a number of rows, or 'auto'")
         if isinstance(pretrained, Checkpoint):
-            if device is not None or dtype is not None:
-                raise ValueError(f"device={device}, dtype={dtype}: the checkpoint is loaded already")
+            if device is not None or dtype is not None or prefill_chunk != PREFILL_CHUNK:
+                given = f"device={device}, dtype={dtype}, prefill_chunk={prefill_chunk}"
+                raise ValueError(f"{given}: the checkpoint is loaded already")
             self.checkpoint = pretrained
         else:
-            self.checkpoint = Checkpoint.load(pretrained, device, getattr(torch, dtype) if dtype else None)
+            kind = getattr(torch, dtype) if dtype else None
+            self.checkpoint = Checkpoint.load(pretrained, device, kind, prefill_chunk=prefill_chunk)
         limit = self.checkpoint.max_length
-        if max_length is not None and not 1 < max_length <= limit:
+        if max_length is not None and not 1 < whole("max_length", max_length, 1) <= limit:
             raise ValueError(
                 f"max_length={max_length}: the checkpoint {self.checkpoint.folder} reads 2 to {limit} tokens"
                 " (max_position_embeddings in its config.json)"

@@ -18,7 +18,6 @@ from s2.model.hf import FOLDER_KIND, fingerprint
 from s2.model.loss import chunk_rows
 
 _ASK_EVERY = 8  # new tokens between questions whether they are enough
-_PREFILL_CHUNK = 1 << 18  # tokens of each row that are fed at once before a continuation: bounds activations
 
 
 def checkpoint_name(folder: str | Path) -> str:
@@ -50,18 +49,30 @@ class Checkpoint(ModelFolder):
         return fingerprint(self.folder)
 
     @torch.inference_mode()
-    def predict_last(self, rows: Sequence[list[int]], count: int, prefix: PrefixCache | None = None) -> list[list[int]]:
-        """Most likely next token after each of the last `count` tokens of each row, in one forward pass.
+    def predict_last(
+        self,
+        rows: Sequence[list[int]],
+        count: int,
+        prefix: PrefixCache | None = None,
+        following: Sequence[list[int]] = (),
+    ) -> list[list[int]]:
+        """Most likely next token after each of the last `count` tokens of each row, in one forward pass, or in pieces
+        of `prefill_chunk` tokens where rows are longer.
 
-        rows: of one length. prefix: what the rows before have computed of these is not computed again.
+        rows: of one length. prefix: what the rows before have computed of these is not computed again. following: the
+        rows after these, if any, with the same `prefix`.
         """
         input_ids = torch.tensor(rows, device=self.device)
-        feed = self.model if prefix is None else prefix
-        return feed(input_ids, logits_to_keep=count)[:, -count:].argmax(-1).tolist()
+        if prefix is None and input_ids.shape[1] <= self.prefill_chunk:
+            logits = self.model(input_ids, logits_to_keep=count)
+        else:
+            prefix = prefix or self.prefix_cache(*input_ids.shape)
+            logits = prefix(input_ids, count, torch.tensor(following, device=self.device) if following else None)
+        return logits.argmax(-1).tolist()
 
     def prefix_cache(self, rows: int, max_length: int) -> PrefixCache:
         """For `predict_last`, on batches of so many rows that begin alike."""
-        return PrefixCache(self.model, rows, max_length)
+        return PrefixCache(self.model, rows, max_length, self.prefill_chunk)
 
     @torch.inference_mode()
     def generate(
@@ -85,10 +96,9 @@ class Checkpoint(ModelFolder):
                         lengths[i] = len(tokens)
             return [length < max_new_tokens for length in lengths]
 
-        input_ids = torch.tensor(rows, device=self.device)
         new = generate(
-            self.model, input_ids, max_new_tokens, eos_token_id=self.eos_ids or None, is_enough=is_enough,
-            prefill_chunk=_PREFILL_CHUNK, pool=pool,
+            self.model, torch.tensor(rows), max_new_tokens, eos_token_id=self.eos_ids or None, is_enough=is_enough,
+            prefill_chunk=self.prefill_chunk, pool=pool,
         ).tolist()  # fmt: skip
         said = [tokens[:length] for tokens, length in zip(new, lengths, strict=True)]
         return [tokens[: next((i for i, t in enumerate(tokens) if t in self.eos_ids), None)] for tokens in said]

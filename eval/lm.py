@@ -36,6 +36,7 @@ from s2 import ending
 from s2.arguments import DTYPES, new_parser, path
 from s2.files import require_writable, temporary_folder
 from s2.inference.folder import check_folder
+from s2.inference.prefill import add_prefill_chunk
 from s2.progress import no_bars_in_logs
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -252,6 +253,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-tokens", type=int, default=16384, help="tokens of a batch; lower it where memory is full")
     add("--device", help="default: the GPU if there is one")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add_prefill_chunk(parser)
     add("--log-samples", action="store_true", help="keep documents and answers in the JSON, not scores alone")
     # fmt: on
     return parser.parse_args(argv)
@@ -279,6 +281,7 @@ def command(argv: Sequence[str] | None = None) -> Path:
         batch_tokens=args.batch_tokens,
         add_bos_token=_BOS[args.bos],
         on_overflow=args.overflow,
+        prefill_chunk=args.prefill_chunk,
     )
     results = evaluate(
         lm,

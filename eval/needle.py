@@ -54,8 +54,11 @@ from eval.samples import Batch, Part, Sample
 from eval.sweep import SCORE_NAMES, describe, read_sweep
 from s2 import ending, files
 from s2.arguments import new_parser, path
-from s2.inference.folder import bos_of, is_out_of_memory
+from s2.inference.folder import bos_of
+from s2.inference.prefill import add_prefill_chunk
+from s2.inference.prefix import PrefixCache
 from s2.model.hf import load_config
+from s2.out_of_memory import is_out_of_memory
 
 HAYSTACK_TOKENS = 1 << 20
 _RECORDED = ("key", "number", "position", "depth")  # of each needle
@@ -188,6 +191,9 @@ def run_sweep(
     def key(sample: Sample) -> Any:  # what shares a window is computed together
         return (sample["length"], sample["index"] // rows(sample)) if grid.shared else sample["length"]
 
+    def order(asked: tuple[Batch, list[Prompt]]) -> tuple[int, int]:
+        return -len(asked[0]), min(prompt.first for prompt in asked[1])
+
     def compute(batches: Sequence[Batch]) -> Iterator[Sample]:
         return (record for batch in batches for record in compute_batch(batch))
 
@@ -195,11 +201,14 @@ def run_sweep(
         length, cache = batch[0]["length"], None
         steps = samples.batches_of(batch, lambda sample: grid.shared and sample["depth"], rows)
         try:
-            for step in steps:
-                built = [prompts.build(sample) for sample in step]
+            # of those that begin alike the one that differs first comes first, so that each goes on from what is known
+            asked = sorted(((step, [prompts.build(sample) for sample in step]) for step in steps), key=order)
+            for (step, built), (_, following) in zip(asked, [*asked[1:], ([], [])], strict=True):
                 if grid.shared and (cache is None or cache.batch_size != len(step)):
+                    cache = None  # its memory first
                     cache = reader.prefix_cache(len(step), length)
-                scored = score(reader, prompts.tokenizer, built, generate, cache)
+                following = following if len(following) == len(built) else []
+                scored = score(reader, prompts.tokenizer, built, generate, cache, following)
                 for sample, prompt, record in zip(step, built, scored, strict=True):
                     yield sample | {"prompt": samples.digest(prompt.tokens)} | record
         except RuntimeError as error:
@@ -228,14 +237,21 @@ def _summary(file: Path, score: str) -> dict[str, Any]:
 
 
 def score(
-    reader: Checkpoint, tokenizer: Tokenizer, prompts: Sequence[Prompt], generate: bool = True, cache: Any = None
+    reader: Checkpoint,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    generate: bool = True,
+    cache: PrefixCache | None = None,
+    following: Sequence[Prompt] = (),
 ) -> list[dict[str, Any]]:
     """What the records of prompts of one length say beyond their place in the grid: needles, expected, generated,
-    scores. `cache`: see `Checkpoint.predict_last`."""
+    scores. `cache` and the prompts that follow: see `Checkpoint.predict_last`."""
     firsts = [min(needle.answer.start for needle in prompt.needles) for prompt in prompts]
     count = max(len(prompt.tokens) - first for prompt, first in zip(prompts, firsts, strict=True))
-    options = {} if cache is None else {"prefix": cache}
-    predicted = reader.predict_last([prompt.tokens[:-1] for prompt in prompts], count, **options)
+    more: dict[str, Any] = (
+        {} if cache is None else {"prefix": cache, "following": [prompt.tokens[:-1] for prompt in following]}
+    )
+    predicted = reader.predict_last([prompt.tokens[:-1] for prompt in prompts], count, **more)
     return [
         _record(reader, tokenizer, prompt, [*prompt.tokens[:-count], *said], generate)
         for prompt, said in zip(prompts, predicted, strict=True)
@@ -275,6 +291,7 @@ def _say(reader: Checkpoint, tokenizer: Tokenizer, tokens: list[int], needle: Ne
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("eval.needle", __doc__)
     samples.add_arguments(parser)
+    add_prefill_chunk(parser)
     add = parser.add_argument
     # fmt: off
     add("--kind", default="single", help=f"{', '.join(KINDS)} (default: %(default)s)")
@@ -321,7 +338,7 @@ def command(argv: Sequence[str]) -> Path:
     grid = Grid(lengths, depths, args.n, args.needles, args.distractors, args.seed, args.kind, args.shared_haystack)
     readable = max(trained, *grid.lengths) if args.beyond else trained
     check_lengths(grid.lengths, readable)
-    checkpoint = samples.open_checkpoint(args, readable)
+    checkpoint = samples.open_checkpoint(args, readable, args.prefill_chunk)
     tokenizer = checkpoint.tokenizer
     if args.kind == "passkey":
         haystack = filler(tokenizer, max(grid.lengths))

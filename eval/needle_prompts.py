@@ -82,11 +82,13 @@ class Needle:
 
 @dataclass(frozen=True)
 class Prompt:
-    """tokens: haystack with needles, questions and answers. on_boundary: no needle breaks a sentence."""
+    """tokens: haystack with needles, questions and answers. on_boundary: no needle breaks a sentence. first: position
+    of the first fact, before which prompts of one window are alike."""
 
     tokens: list[int]
     needles: tuple[Needle, ...]
     on_boundary: bool
+    first: int
 
 
 def filler(tokenizer: Tokenizer, tokens: int) -> Haystack:
@@ -177,7 +179,8 @@ def build_prompt(
         tokens += question + answer
         answered = slice(begins, begins + len(answer))
         hidden[i] = Needle(keys[i], numbers[i], 100 * places[i] / size, positions[i], answered)
-    return Prompt(tokens, tuple(filter(None, hidden)), bool(np.isin(places[:needles], marks).all()))
+    on_boundary = bool(np.isin(places[:needles], marks).all())
+    return Prompt(tokens, tuple(filter(None, hidden)), on_boundary, min(positions))
 
 
 def insert(

@@ -37,6 +37,7 @@ from s2 import ending
 from s2.arguments import new_parser, path
 from s2.inference.folder import bos_of, memory_for
 from s2.inference.pool import DecodePool
+from s2.inference.prefill import add_prefill_chunk
 from s2.model.hf import load_config
 
 SAMPLES = 20
@@ -125,6 +126,7 @@ def describe(summary: dict[str, Any]) -> str:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("eval.ruler", __doc__)
     samples.add_arguments(parser)
+    add_prefill_chunk(parser)
     add = parser.add_argument
     # fmt: off
     add("--lengths", help="tokens, answers included: 4k,8k (default: the model's, 1/2, 1/4, 1/8 of it)")
@@ -159,7 +161,7 @@ def command(argv: Sequence[str]) -> Path:
     lengths = default_lengths(trained) if args.lengths is None else parse_lengths(args.lengths)
     readable = max(trained, *lengths) if args.beyond else trained
     check_lengths(lengths, readable)
-    checkpoint = samples.open_checkpoint(args, readable)
+    checkpoint = samples.open_checkpoint(args, readable, args.prefill_chunk)
     source = args.haystack or find_heldout(args.ckpt)
     haystack = read_haystack(source, args.text_column, checkpoint.tokenizer)
     check_haystack(haystack, lengths)

@@ -25,6 +25,7 @@ from s2 import files
 from s2.arguments import DTYPES, path, without
 from s2.ending import FailureError
 from s2.inference.folder import check_folder
+from s2.inference.prefill import PREFILL_CHUNK
 from s2.model.hf import load_config
 from s2.progress import progress
 
@@ -289,8 +290,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> Path:
     """The folder or file of the results. Raises ValueError or FileNotFoundError before anything is computed."""
     check_folder(args.ckpt)
-    for name in ("processes", "batch_tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
+    for name in ("processes", "batch_tokens", "prefill_chunk"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if args.part and args.processes > 1:
         raise ValueError(f"--processes {args.processes} with --part: a part is one process's")
@@ -299,8 +300,8 @@ def check_arguments(args: argparse.Namespace) -> Path:
     return args.output or results_folder(args.ckpt)
 
 
-def open_checkpoint(args: argparse.Namespace, max_length: int = 0) -> Checkpoint:
-    return Checkpoint.open(args.ckpt, args.device, dtype_of(args.dtype), max_length)
+def open_checkpoint(args: argparse.Namespace, max_length: int = 0, prefill_chunk: int = PREFILL_CHUNK) -> Checkpoint:
+    return Checkpoint.open(args.ckpt, args.device, dtype_of(args.dtype), max_length, prefill_chunk)
 
 
 def batch_tokens(args: argparse.Namespace, checkpoint: Checkpoint) -> int:

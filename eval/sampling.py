@@ -1,12 +1,13 @@
 """Options of generation in lm-eval's words: what is implemented is used, what is not is refused by name."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from s2.inference.generate import check_sampling
+from s2.inference.checks import check_sampling
 
 MAX_NEW_TOKENS = 256  # lm-eval's, where a task does not say
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed")
@@ -72,7 +73,7 @@ class Sampling:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"generation option {name}={value!r}: expected a number")
     return float(value)
 

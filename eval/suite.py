@@ -30,6 +30,7 @@ from eval.needle_prompts import KINDS
 from eval.results import is_current
 from s2 import ending, files
 from s2.arguments import new_parser, path
+from s2.inference.prefill import PREFILL_CHUNK, add_prefill_chunk
 from s2.model.hf import load_config
 
 PARTS: dict[str, Callable[[Sequence[str]], Path]] = {
@@ -143,6 +144,7 @@ def _cell(row: Row, n: bool = True) -> str:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("eval.suite", __doc__)
     samples.add_arguments(parser)
+    add_prefill_chunk(parser)
     add = parser.add_argument
     # fmt: off
     add("--lengths", help="tokens of needle, RULER and loss: 4k,8k (default: the model's, 1/2, 1/4, 1/8 of it)")
@@ -185,6 +187,7 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
         "lengths": written, "batch_tokens": args.batch_tokens, "beyond": args.beyond,
         "processes": None if args.processes == 1 else args.processes,
     }  # fmt: skip
+    chunk = options(prefill_chunk=None if args.prefill_chunk == PREFILL_CHUNK else args.prefill_chunk)
     found = []
     if "positions" in args.parts:
         of_all = common + options(**split, documents=args.documents)
@@ -193,17 +196,17 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
             found.append(("positions", f"loss by position, {only}", of_all + options(source=only)))
     if "ruler" in args.parts:
         more = options(**split, n=args.ruler_n, tasks=args.ruler_tasks, haystack=args.haystack, qa=args.qa)
-        found.append(("ruler", "RULER", common + more))
+        found.append(("ruler", "RULER", common + more + chunk))
     for kind in args.kinds.split(",") if "needle" in args.parts else ():
         own = None if kind == "passkey" else args.haystack
         more = options(
             **split, kind=kind, depths=args.depths, n=args.needle_n, haystack=own, no_generate=True,
             shared_haystack=args.shared_haystack,
         )  # fmt: skip
-        found.append(("needle", f"needle {kind}", common + more))
+        found.append(("needle", f"needle {kind}", common + more + chunk))
     if "lm" in args.parts and args.tasks:
         more = options(tasks=args.tasks, data_dir=args.data_dir, limit=args.limit)
-        found.append(("lm", "lm-eval", common + more))
+        found.append(("lm", "lm-eval", common + more + chunk))
     return found
 
 

@@ -109,6 +109,14 @@ class HeadGroup:
         lost = ((region, region.overwritten(newest)) for regions in self.regions for region in regions)
         return max((block + region.far for region, block in lost if block is not None), default=0)
 
+    def rings(self, newest: int, block_size: int) -> list[slice]:
+        """The slots of regions in which blocks are lost once `newest` has been begun."""
+        return [
+            slice(column[0].begin, column[0].begin + column[0].capacity * block_size)
+            for column in zip(*self.regions, strict=True)  # of all heads, at the same slots
+            if any(region.overwritten(newest) is not None for region in column)
+        ]
+
 
 def lay_out(
     pattern: Pattern, num_kv_heads: int, rotation: int, num_blocks: int, spare: int = SPARE

@@ -117,6 +117,14 @@ class LayerStore:
         """Of keys and values."""
         return sum(part.k.nbytes + part.v.nbytes for part in self.parts)
 
+    def rings(self, newest: int) -> list[Tensor]:
+        """Of the keys and values those that tokens up to block `newest` overwrite, `[B, H, c, D]` each; the others are
+        written once."""
+        return [
+            x[:, :, slots] for part in self.parts for slots in part.group.rings(newest, part.block_size)
+            for x in (part.k, part.v)
+        ]  # fmt: skip
+
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the new tokens `[B, S, Hq, D]` see of their own keys and values `[B, S, H, D]`, which are kept, and of
         those before."""

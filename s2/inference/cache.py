@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,17 @@ from s2.attention.store import Step
 from s2.model.config import ModelConfig
 from s2.model.layouts import ranges
 
+from .checks import whole
 from .memory import Memory, Plans
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What `KVCache.rewind` comes back to: lengths, how far rings were written, and what stood in them."""
+
+    held: tuple[int, ...]
+    written: tuple[int, ...]
+    rings: list[Tensor]
 
 
 class KVCache:
@@ -56,8 +67,7 @@ class KVCache:
         keep_all: bool = False,
     ) -> None:
         _check_size(config, batch_size, max_length)
-        if slack < 0:
-            raise ValueError(f"slack={slack} must be a number of tokens, 0 or more")
+        slack = whole("slack", slack, 0, must="a number of tokens, 0 or more")
         device = torch.empty(0, device=device).device
         self._block_size, self._plans = config.block_size, Plans(config, slack, keep_all, device)
         # zeros, since what is not seen is multiplied by 0
@@ -115,6 +125,7 @@ class KVCache:
         self._held = [0] * batch_size  # the lengths on the host
         self._written = [0] * batch_size  # the most tokens each sequence has had: rings are overwritten up to there
         self._step: Step | None = None
+        self._mark: _Mark | None = None
         self._kept: dict[Any, Any] = {}
 
     @torch.inference_mode()
@@ -125,6 +136,7 @@ class KVCache:
         self._values.zero_()
         self._lengths.zero_()
         self._held, self._written, self._step = [0] * len(self._held), [0] * len(self._held), None
+        self._mark = None
 
     @property
     def length(self) -> int:
@@ -143,13 +155,19 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held, in bytes: keys, values, tables of where they stand, and lengths."""
-        return sum(self.layer_bytes) + sum(table.nbytes for table in self._tables) + self._lengths.nbytes
+        """Memory held, in bytes: keys, values, tables of where they stand, lengths, and what `mark` has copied."""
+        tables = sum(table.nbytes for table in self._tables)
+        return sum(self.layer_bytes) + tables + self._lengths.nbytes + self.marked_bytes
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:
         """Bytes of the keys and values of each layer."""
         return tuple(layer.num_bytes for layer in self._layers)
+
+    @property
+    def marked_bytes(self) -> int:
+        """Of them those that `mark` has copied, 0 without a mark."""
+        return sum(ring.nbytes for ring in self._mark.rings) if self._mark else 0
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
@@ -285,17 +303,53 @@ class KVCache:
         Raises:
             ValueError: `length` is beyond what is held, or rings have overwritten what a context of that length sees.
         """
-        if not 0 <= length <= self.length:
+        if not 0 <= whole("length", length, 0) <= self.length:
             raise ValueError(f"cannot truncate to {length} tokens: the cache holds {self.length}")
         if 0 < length < self.oldest_length:
             raise ValueError(
                 f"cannot truncate to {length} tokens: of {self.length} the layers with local windows have kept what a "
-                f"context of {self.oldest_length} or more sees; make the cache with more slack, or with keep_all=True"
+                f"context of {self.oldest_length} or more sees; make the cache with more slack, or with keep_all=True, "
+                "or mark what to come back to"
             )
         self._lengths.clamp_(max=length)
         self._held = [min(held, length) for held in self._held]
+        if self._mark and any(held < marked for held, marked in zip(self._held, self._mark.held, strict=True)):
+            self._mark = None  # what only grows is overwritten from here on
         if length == 0:
             self._written = [0] * len(self._held)
+
+    @torch.inference_mode()
+    def mark(self) -> None:
+        """Make `rewind` come back to these lengths, however many tokens follow. Rings are copied (`marked_bytes`);
+        sinks, blocks of strides and dense layers only grow and need no copy. There is one mark at a time.
+
+        Raises:
+            ValueError: keys that the next token sees were overwritten, as `reserve` says.
+        """
+        self.reserve(len(self._held), 0)
+        self._mark = None  # its memory first
+        self._mark = _Mark(tuple(self._held), tuple(self._written), [ring.clone() for ring in self._rings])
+
+    @torch.inference_mode()
+    def rewind(self) -> None:
+        """Hold what was held at the last `mark`, and nothing else; the mark stays.
+
+        Raises:
+            ValueError: there is none: nothing was marked, or `truncate` or another cache in the memory went below it.
+        """
+        if self._mark is None or self._is_lost:
+            raise ValueError("the cache has no mark to go back to: mark it, and truncate no further than that")
+        self._held = [0] * len(self._held)  # if something keeps the host from the rest
+        with self.whole_steps():
+            for ring, marked in zip(self._rings, self._mark.rings, strict=True):
+                ring.copy_(marked)
+            self._lengths.copy_(torch.tensor(self._mark.held, dtype=self._lengths.dtype))
+            self._held, self._written, self._step = list(self._mark.held), list(self._mark.written), None
+
+    @property
+    def _rings(self) -> list[Tensor]:
+        newest = (self._max_length - 1) // self._block_size
+        return [ring for layer in self._layers for ring in layer.rings(newest)]
 
     def _oldest(self, row: int) -> int:
         """The shortest length, but for 0, at which all that is seen of a sequence is still held."""
@@ -315,9 +369,8 @@ class KVCache:
 
 
 def _check_size(config: ModelConfig, batch_size: int, max_length: int) -> None:
-    if batch_size < 1 or max_length < 1:
-        raise ValueError(f"batch_size={batch_size} and max_length={max_length} must be at least 1")
-    if max_length > config.max_position_embeddings:
+    whole("batch_size", batch_size, 1)
+    if whole("max_length", max_length, 1) > config.max_position_embeddings:
         raise ValueError(
             f"a cache of {max_length} tokens is longer than max_position_embeddings="
             f"{config.max_position_embeddings}; ask for fewer new tokens"

@@ -32,10 +32,11 @@ import torch
 from s2 import ending
 from s2.arguments import DTYPES, new_parser, path
 
+from .checks import check_sampling
 from .encoding import TextEncoder
 from .folder import ModelFolder, memory_for
-from .generate import check_sampling
 from .pool import DecodePool
+from .prefill import add_prefill_chunk
 from .text import Piece, Reason, cache_size, stream_texts
 
 _STDIN = Path("-")
@@ -101,7 +102,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     add("--json", action="store_true", help="a line of JSON for each prompt instead of text")
     add("--batch-size", type=int, default=8, help="prompts side by side (default: %(default)s)")
-    add("--prefill-chunk", type=int, help="read prompts in pieces of so many tokens, which takes less memory")
+    add_prefill_chunk(parser)
     add("--graph", action=argparse.BooleanOptionalAction, default=None,
         help="decode by a CUDA graph (default: where it is possible and there are enough new tokens)")
     add("--device", help="default: the GPU if there is one")
@@ -109,7 +110,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: on
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "batch_size", "prefill_chunk"):
-        if (value := getattr(args, name)) is not None and value < 1:
+        if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if not 0 <= args.seed < 1 << 64:
         raise ValueError(f"--seed {args.seed}: expected a whole number from 0 to below 2**64")
@@ -122,7 +123,7 @@ def command(argv: Sequence[str]) -> None:
     """What the command line does. Whatever can be said without the weights is said before they are read."""
     args = _arguments(argv)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    folder = ModelFolder.open(args.ckpt, args.device, dtype)
+    folder = ModelFolder.open(args.ckpt, args.device, dtype, prefill_chunk=args.prefill_chunk)
     sampling = _sampling(args, folder)
     if args.graph and folder.device.type != "cuda":
         raise ValueError(f"--graph: the model is on {folder.device}, and a CUDA graph needs it on a GPU")
@@ -130,9 +131,7 @@ def command(argv: Sequence[str]) -> None:
     generator = torch.Generator(folder.device).manual_seed(args.seed)
     model = folder.model  # reads the weights
     pool = DecodePool(model) if len(asked) > args.batch_size else None
-    options = {
-        "generator": generator, "prefill_chunk": args.prefill_chunk, "graph": args.graph, "pool": pool, **sampling,
-    }  # fmt: skip
+    options = {"generator": generator, "graph": args.graph, "pool": pool, **sampling}
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     for begin in range(0, len(asked), args.batch_size):

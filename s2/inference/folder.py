@@ -5,6 +5,7 @@ Token ids are those of tokenizer.json, as in training, whatever else in the fold
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from s2.model.config import ModelConfig, read_object
 from s2.model.hf import load_config, load_pretrained
 from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
+from s2.out_of_memory import is_out_of_memory
 
+from .checks import whole
 from .detokenize import TextDecoder
+from .prefill import PREFILL_CHUNK
 
 _GENERATION = "generation_config.json"
 
@@ -28,34 +32,46 @@ _GENERATION = "generation_config.json"
 @dataclass(frozen=True)
 class ModelFolder:
     """A folder whose weights are read when they are first needed. `tokenizer` treats text that spells a special token
-    as text, as the shards do."""
+    as text, as the shards do; prompts are read in pieces of `prefill_chunk` tokens."""
 
     folder: Path
     config: ModelConfig
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+    prefill_chunk: int = PREFILL_CHUNK
 
     @classmethod
     def open(
-        cls, folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None, max_length: int = 0
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_length: int = 0,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> Self:
         """For `device` (default: the GPU if any) in `dtype` (default: bfloat16 there, else float32).
 
         Args:
             max_length: read so many tokens where config.json allows fewer, with RoPE as it is; for measuring how a
                 model does beyond the length it was trained on.
+            prefill_chunk: read prompts in pieces of so many tokens (`s2.inference.prefill`).
 
         Raises:
             FileNotFoundError: missing files.
-            ValueError: a tokenizer that does not fit the config, or a device that is not there.
+            ValueError: a tokenizer that does not fit the config, a device that is not there, or an option that is no
+                such thing.
         """
         folder = check_folder(folder)
+        whole("max_length", max_length, 0)
+        whole("prefill_chunk", prefill_chunk, 1)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype={dtype!r} must be a torch.dtype such as torch.bfloat16")
         config, where = load_config(folder), find_device(device)
         if max_length > config.max_position_embeddings:
             config = config.replace(max_position_embeddings=max_length)
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-        return cls(folder, config, load_tokenizer(folder), where, dtype)
+        return cls(folder, config, load_tokenizer(folder), where, dtype, prefill_chunk)
 
     @classmethod
     def load(cls, *args: Any, **options: Any) -> Self:
@@ -179,17 +195,13 @@ def memory_for(what: str, device: torch.device, advice: str) -> Iterator[None]:
     Raises:
         MemoryError: instead of what torch raises.
     """
+    handled = sys.exception()  # by who tries less after something that found no memory
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error, handled=handled):
             raise
         raise MemoryError(f"{what} does not fit into the memory of {device}; {advice}") from None
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says so: the CPU's allocator raises the plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def bos_of(tokenizer: Tokenizer) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
 
@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from s2.model.transformer import Transformer
 
 from .cache import KVCache
+from .checks import check_sampling, check_tokens, check_whole_tensors, whole
 from .graph import Step, decode_step
 from .pool import DecodePool, new_cache
+from .prefill import PREFILL_CHUNK, prefill
 
 IsEnough = Callable[[Tensor], Sequence[bool] | Tensor]
 
@@ -30,7 +32,7 @@ def generate(
     lengths: Tensor | Sequence[int] | None = None,
     top_k: int = 0,
     generator: torch.Generator | None = None,
-    prefill_chunk: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
     is_enough: IsEnough | None = None,
     cache: KVCache | None = None,
     graph: bool | None = None,
@@ -40,7 +42,8 @@ def generate(
 
     Args:
         model: on its device, in its dtype.
-        input_ids: int64 `[B, S]`, with padding on the right where `lengths` say so; or prompts `[S_b]` one by one.
+        input_ids: int64 `[B, S]`, with padding on the right where `lengths` say so; or prompts `[S_b]` one by one. On
+            the host or on the model's device; there the host waits once, to see that the model has all tokens.
         max_new_tokens: at most so many tokens are added.
         temperature: 0 takes the likeliest token, otherwise logits are divided by it and a token is drawn.
         top_p: draw only from the likeliest tokens that together reach this probability (nucleus sampling,
@@ -50,7 +53,7 @@ def generate(
         lengths: tokens of each prompt, of whatever token the padding behind them is. None: all rows are full.
         top_k: draw only from so many of the likeliest tokens, and those as likely as the last of them; 0 from all.
         generator: random numbers for the draw, on the model's device.
-        prefill_chunk: feed the prompt in pieces of so many tokens, which bounds activation memory at long
+        prefill_chunk: feed the prompts in pieces of so many tokens of each, which bounds activation memory at long
             context.
         is_enough: is asked after each token, of the new ones `[B, n]` on the host, which rows need no more. A row for
             which it once said so counts as ended.
@@ -63,8 +66,9 @@ def generate(
         int64 `[B, n]`, the new tokens only, `n <= max_new_tokens`.
 
     Raises:
-        ValueError: prompt and new tokens exceed max_position_embeddings or the cache, an option is out of range,
-            `graph` is True and none is possible, or `pool` is another model's or there is a `cache`, too.
+        ValueError: a token that the model has not, prompt and new tokens exceed max_position_embeddings or the cache,
+            an option is of another type or out of range, `graph` is True and none is possible, or `pool` is another
+            model's or there is a `cache`, too.
     """
     steps = stream(
         model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, lengths=lengths, top_k=top_k,
@@ -103,14 +107,14 @@ def stream(
     lengths: Tensor | Sequence[int] | None = None,
     top_k: int = 0,
     generator: torch.Generator | None = None,
-    prefill_chunk: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
     is_enough: IsEnough | None = None,
     cache: KVCache | None = None,
     graph: bool | None = None,
     pool: DecodePool | None = None,
 ) -> Generator[Drawn]:
     """`generate`, token by token, with its arguments. The next token is computed when it is asked for; the host waits
-    for the device once a token where rows can end, else never.
+    for the device once a token where rows can end, and before all of them once, for prompts that are on the device.
 
     Closing the iterator before its end, or an exception out of it, leaves the model as it was. A `cache` of the
     caller's then holds, as it does after the end, of each row what it held before, the prompt and all new tokens but
@@ -122,20 +126,22 @@ def stream(
         ValueError: as `generate`; what the arguments say by themselves before the iterator is returned.
     """
     check_sampling(temperature, top_p, top_k)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
+    device = model.model.embed_tokens.weight.device
+    _check_objects(generator, is_enough, graph, device)
+    ends = _ends(eos_token_id)
     input_ids, prompts = _padded(input_ids, lengths)
-    _check(model, prompts, max_new_tokens, prefill_chunk, cache)
+    _check_room(model, prompts, max_new_tokens, cache)
     if pool is not None and (pool.model is not model or cache is not None):
         raise ValueError("pool= lends a cache of the model it was made for: leave cache= out, and give it that model")
-    ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id, device="cpu").flatten().tolist()
-    if any(isinstance(index, float) for index in ends):
-        raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids")
+    check_tokens(input_ids, model.config.vocab_size)
+    input_ids = input_ids.to(device)
 
     def draw(logits: Tensor) -> Tensor:
         return _draw(logits, temperature, top_p, top_k, generator)
 
-    return _stream(
-        model, input_ids, prompts, max_new_tokens, draw, frozenset(ends), prefill_chunk, is_enough, cache, graph, pool
-    )
+    return _stream(model, input_ids, prompts, max_new_tokens, draw, ends, prefill_chunk, is_enough, cache, graph, pool)
 
 
 @torch.inference_mode()
@@ -146,7 +152,7 @@ def _stream(
     max_new_tokens: int,
     draw: Callable[[Tensor], Tensor],
     ends: frozenset[int],
-    prefill_chunk: int | None,
+    prefill_chunk: int,
     is_enough: IsEnough | None,
     cache: KVCache | None,
     graph: bool | None,
@@ -160,7 +166,7 @@ def _stream(
         else:
             cache = new_cache(model, batch, length) if cache is None else cache
             step = decode_step(model, cache, max_new_tokens, graph)
-        logits = _prefill(model, cache, input_ids, prompts, prefill_chunk or width)
+        logits = prefill(model, cache, input_ids, prefill_chunk, lengths=prompts)
         yield from _decode(step, logits, max_new_tokens, draw, ends, is_enough)
 
 
@@ -197,47 +203,45 @@ def _decode(
 
 
 def _padded(input_ids: Tensor | Sequence[Tensor], lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, list[int]]:
-    """Prompts as `[B, S]` and the tokens of each, S of the longest."""
+    """Prompts as int64 `[B, S]`, with zeros behind them, and the tokens of each, S of the longest."""
     if not isinstance(input_ids, Tensor):
-        rows = list(input_ids)
-        if lengths is not None or not rows or any(row.dim() != 1 for row in rows):
-            shapes = [list(row.shape) for row in rows]
-            raise ValueError(f"input_ids must be [B, S], with lengths, or prompts [S] one by one, got {shapes}")
+        rows = list(input_ids) if isinstance(input_ids, Iterable) else [input_ids]
+        if lengths is not None or not rows or not all(isinstance(row, Tensor) and row.dim() == 1 for row in rows):
+            got = [list(row.shape) if isinstance(row, Tensor) else type(row).__name__ for row in rows[:8]]
+            raise ValueError(f"input_ids must be [B, S], with lengths, or prompts [S] one by one, got {got}")
+        check_whole_tensors(rows)
         lengths, input_ids = [len(row) for row in rows], pad_sequence(rows, batch_first=True)
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must be [B, S] with at least one token, got {list(input_ids.shape)}")
+    check_whole_tensors([input_ids])
     batch, width = input_ids.shape
-    prompts = [width] * batch if lengths is None else [int(length) for length in lengths]
-    if len(prompts) != batch or not all(1 <= length <= width for length in prompts):
-        raise ValueError(f"lengths={prompts} must be {batch} numbers from 1 to {width}, the width of input_ids")
-    return input_ids[:, : max(prompts)], prompts
+    prompts = [width] * batch if lengths is None else _lengths(lengths, batch, width)
+    input_ids = input_ids[:, : max(prompts)].long()
+    if min(prompts) < input_ids.shape[1]:
+        ends = torch.tensor(prompts, device=input_ids.device)[:, None]
+        input_ids = input_ids.where(torch.arange(input_ids.shape[1], device=input_ids.device) < ends, 0)
+    return input_ids, prompts
 
 
-def _prefill(model: Transformer, cache: KVCache, input_ids: Tensor, prompts: list[int], chunk: int) -> Tensor:
-    """Logits `[B, 1, V]` of the last token of each prompt."""
-    logits: Tensor | None = None
-    for begin in range(0, input_ids.shape[1], chunk):
-        piece = input_ids[:, begin : begin + chunk]
-        width = piece.shape[1]
-        counts = [min(max(length - begin, 0), width) for length in prompts]
-        if min(counts) == width:
-            logits = model(piece, cache=cache, logits_to_keep=1)
-            continue
-        new = model(piece, cache=cache, logits_to_keep=1, lengths=counts)
-        has_any = torch.tensor(counts, device=new.device)[:, None, None] > 0
-        logits = new if logits is None else torch.where(has_any, new, logits)
-    assert logits is not None
-    return logits
+def _lengths(given: Tensor | Sequence[int], batch: int, width: int) -> list[int]:
+    values = given.tolist() if isinstance(given, Tensor) else given
+    values = list(values) if isinstance(values, Iterable) else [values]
+    try:
+        prompts = [whole("lengths", value, 1) for value in values]
+    except ValueError:
+        prompts = []
+    if len(prompts) != batch or max(prompts) > width:
+        raise ValueError(f"lengths={values} must be {batch} numbers from 1 to {width}, the width of input_ids")
+    return prompts
 
 
-def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
-    """Raises ValueError, naming the option, for one that is out of range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k={top_k!r} must be a whole number of tokens, or 0 for all")
+def _ends(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    """Ids that end a row; of any kind of whole numbers, also in tensors and arrays."""
+    try:
+        given = [] if eos_token_id is None else torch.as_tensor(eos_token_id, device="cpu").flatten().tolist()
+        return frozenset(whole("eos_token_id", index, 0) for index in given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids") from None
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None) -> Tensor:
@@ -267,13 +271,20 @@ def _either(ended: list[bool], said: Sequence[bool] | Tensor) -> list[bool]:
     return [was or is_now for was, is_now in zip(ended, enough.tolist(), strict=True)]
 
 
-def _check(
-    model: Transformer, prompts: list[int], max_new_tokens: int, prefill_chunk: int | None, cache: KVCache | None
+def _check_objects(
+    generator: torch.Generator | None, is_enough: IsEnough | None, graph: bool | None, device: torch.device
 ) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1 token")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={generator!r} must be a torch.Generator")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}, and the model draws on {device}")
+    if is_enough is not None and not callable(is_enough):
+        raise ValueError(f"is_enough={is_enough!r} must be a function of the new tokens")
+    if graph not in (None, True, False):
+        raise ValueError(f"graph={graph!r} must be True, False or None")
+
+
+def _check_room(model: Transformer, prompts: list[int], max_new_tokens: int, cache: KVCache | None) -> None:
     total, longest = max(prompts) + max_new_tokens, model.config.max_position_embeddings
     if total > longest:
         raise ValueError(

@@ -20,8 +20,10 @@ from torch import Tensor
 from s2.attention.decode import MAX_TOKENS
 from s2.model.layouts import ranges
 from s2.model.transformer import Transformer
+from s2.out_of_memory import is_out_of_memory
 
 from .cache import KVCache
+from .checks import whole
 
 LEAST_TOKENS = 32  # new tokens from which on a capture pays
 WARM_UP = 2  # steps that run eagerly: kernels are compiled, and libraries make their workspaces
@@ -96,8 +98,7 @@ class DecodeGraph:
         weight = model.model.embed_tokens.weight
         if capture is None and (reason := obstacle(weight.device, cache)):
             raise ValueError(f"no CUDA graph: {reason}")
-        if not 1 <= num_tokens <= MAX_TOKENS:
-            raise ValueError(f"num_tokens={num_tokens} must be 1 to {MAX_TOKENS}, as a decode step takes them")
+        whole("num_tokens", num_tokens, 1, MAX_TOKENS, must=f"1 to {MAX_TOKENS}, as a decode step takes them")
         self._model, self._cache = model, cache
         self._capture = capture or partial(_capture, device=weight.device, memory=memory)
         shape = len(cache.lengths), num_tokens
@@ -109,7 +110,7 @@ class DecodeGraph:
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits `[B, num_tokens, V]` after tokens `[B, num_tokens]`, which count as held from then on. The next step
-        overwrites them.
+        overwrites them. That the model has these tokens is not checked: the host would wait for each step.
 
         Raises:
             ValueError: another shape, an empty cache, or no room in it.
@@ -139,7 +140,7 @@ class DecodeGraph:
         try:
             return self._capture(self._run)
         except RuntimeError as error:
-            if not _is_out_of_memory(error, handled):
+            if not is_out_of_memory(error, handled=handled):
                 raise
         warnings.warn(
             f"memory ran out while the decode step of {self._tokens.shape[0]} sequences was captured in a CUDA graph, "
@@ -194,10 +195,3 @@ def _capture(call: Callable[[], Tensor], device: torch.device, memory: Any) -> C
         return result
 
     return replay
-
-
-def _is_out_of_memory(error: BaseException | None, handled: BaseException | None) -> bool:
-    """Whether that is what went wrong first since `handled`: a capture that was broken off may add its own error."""
-    if error is None or error is handled:
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__, handled)

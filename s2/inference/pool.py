@@ -13,6 +13,7 @@ import torch
 from s2.model.transformer import Transformer
 
 from .cache import KVCache
+from .checks import whole
 from .graph import DecodeGraph, Step, decode_step, eager_step, takes_graph
 
 MOST_KEPT = 8  # sizes of batches whose caches and captured steps are kept: those of the latest
@@ -44,6 +45,7 @@ class DecodePool:
         Raises:
             ValueError: as `KVCache`, or a generation with the pool has not ended.
         """
+        batch_size, max_length = whole("batch_size", batch_size, 1), whole("max_length", max_length, 1)
         if not self._lent.acquire(blocking=False):
             raise ValueError("the pool's memory is lent: reserve before the first generation with it or after the last")
         try:

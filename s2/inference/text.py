@@ -7,6 +7,7 @@ for said in continue_texts(folder, ["The river", "Once upon a time"], 100, stop=
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -95,14 +96,15 @@ def stream_texts(
         stop: a row ends before the first of these texts. A special token that is spelled with one ends it too.
         is_apart: new tokens are decoded without the prompt's, as lm-eval's `hf` does it. Tokenizers that mark words by
             a space before them (SentencePiece) drop that of the first word then.
-        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, prefill_chunk, graph, pool.
+        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, graph, pool; prefill_chunk, where it
+            is not to be the folder's.
 
     Raises:
         ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.
     """
     if "eos_token_id" in options:
         raise ValueError("eos_token_id: a text ends at the tokens that its folder names (ModelFolder.eos_ids)")
-    if isinstance(stop, str) or not all(stop):
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
         raise ValueError(f"stop={stop!r} must be a list of texts, none of them empty")
     ids = encode_prompts(folder, prompts)
     rows = [
@@ -116,12 +118,20 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
     """Token ids of each prompt, with exactly one BOS where the tokenizer puts one.
 
     Raises:
-        ValueError: no prompt, one without a token or with one that the model does not have; as `TextEncoder`.
+        ValueError: no prompt, one that is of no such kind, without a token or with one that the model does not have; as
+            `TextEncoder`.
     """
-    if isinstance(prompts, str) or not prompts:
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts={prompts!r} must be a list with at least one prompt")
     encoder = TextEncoder(folder)
-    ids = [_encode(encoder, prompt) for prompt in prompts]
+    ids = []
+    for i, prompt in enumerate(prompts):
+        try:
+            ids.append(_encode(encoder, prompt))
+        except TypeError:
+            raise ValueError(
+                f"prompt {i + 1} of {len(prompts)} must be a text, a list of token ids or a chat, got {prompt!r:.80}"
+            ) from None
     if not all(ids):
         raise ValueError(f"prompt {ids.index([]) + 1} of {len(ids)} is empty: there is no token to continue")
     for i, row in enumerate(ids):
@@ -137,9 +147,9 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
 def _encode(encoder: TextEncoder, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return encoder.encode(prompt)
-    if prompt and isinstance(prompt[0], Mapping):
+    if len(prompt) and isinstance(prompt[0], Mapping):
         return encoder.encode_chat(cast(Sequence[Message], prompt))
-    return list(cast(Sequence[int], prompt))
+    return [operator.index(index) for index in cast(Sequence[int], prompt)]
 
 
 def cache_size(folder: ModelFolder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
@@ -154,7 +164,8 @@ def _stream_texts(
     def have_ended(new: Tensor) -> list[bool]:
         return [row.add(token) for row, token in zip(rows, new[:, -1].tolist(), strict=True)]
 
-    ids = [torch.tensor(prompt, device=folder.device) for prompt in prompts]
+    ids = [torch.tensor(prompt, device="cpu") for prompt in prompts]
+    options = {"prefill_chunk": folder.prefill_chunk, **options}
     for _ in stream(folder.model, ids, max_new_tokens, is_enough=have_ended, **options):
         yield [row.piece for row in rows]
 

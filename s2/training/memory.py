@@ -1,8 +1,7 @@
-"""Memory: what a run will take, and running out of it, by whatever name a library reports that."""
+"""Memory: what a run will take, what it took, and what to turn where that is too much."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +11,6 @@ from s2.model.config import ModelConfig
 
 GIB = 2**30
 
-# What the allocator, cuDNN, cuBLAS, NCCL, the driver and the CPU's allocator say when there is no memory left. cuDNN
-# and cuBLAS report a failed allocation of their workspaces as an internal or an execution error; these count only with
-# little memory free (`device_is_full`).
-_SURE = re.compile(
-    r"out of memory|OutOfMemory|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED|CUSPARSE_STATUS_ALLOC_FAILED"
-    r"|CUSOLVER_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|can't allocate memory|Cannot allocate memory"
-    r"|DefaultCPUAllocator|std::bad_alloc",
-    re.IGNORECASE,
-)
-_PERHAPS = re.compile(
-    r"CUDNN_STATUS_(INTERNAL_ERROR|EXECUTION_FAILED|NOT_INITIALIZED)|CUBLAS_STATUS_(INTERNAL_ERROR|NOT_INITIALIZED"
-    r"|EXECUTION_FAILED)|ncclUnhandledCudaError|ncclSystemError|unhandled cuda error",
-    re.IGNORECASE,
-)
 _ALMOST_NONE = 0.03  # share of the device's memory that is free when a library finds none for its workspace
 
 
@@ -111,20 +96,6 @@ def memory_of(module: Any, data: Any, trainer: Any, precision: str | None = None
         checkpointing=module.activation_checkpointing,
         offload_optimizer=getattr(strategy, "offloads_optimizer", False),
     )
-
-
-def is_out_of_memory(error: BaseException, *, device_is_full: bool) -> bool:
-    """Whether an exception, or one that it came from, means that memory ran out; of errors that have other causes too
-    only if next to nothing was free when it was raised (`device_is_full`)."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        text = f"{type(cause).__name__}: {cause}"
-        if isinstance(cause, MemoryError) or _SURE.search(text) or (device_is_full and _PERHAPS.search(text)):
-            return True
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def device_is_full() -> bool:

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from s2 import ending, files, settings
 from s2.locks import lock
+from s2.out_of_memory import is_out_of_memory
 from s2.recipe import differences, dump_yaml
 from s2.training import gate, memory, run_folder, slurm
 from s2.training.callbacks import TrainingLog
@@ -213,7 +214,7 @@ class Stage:
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=False)
         except BaseException as error:
             full = memory.device_is_full()  # before what holds it is let go
-            if memory.is_out_of_memory(error, device_is_full=full):
+            if is_out_of_memory(error, device_is_full=full):
                 error = MemoryError(memory.advice(self.module, self.data, self.trainer))
             gaps.end_helpers(self.trainer)
             if gaps.was_interrupted(error):

@@ -149,6 +149,9 @@ def test_options_of_generation_are_read_as_lm_eval_and_transformers_read_them():
         ({"temperature": 1, "top_k": 1.5}, "top_k=1.5: expected a whole number of at least 0"),
         ({"temperature": 1, "seed": -1}, "seed=-1: expected a whole number"),
         ({"max_gen_toks": 0}, "max_gen_toks=0: expected a whole number of at least 1"),
+        ({"max_gen_toks": 2.5}, "max_gen_toks=2.5: expected a whole number of at least 1"),
+        ({"max_gen_toks": float("inf")}, "max_gen_toks=inf: expected a number"),
+        ({"temperature": float("nan")}, "temperature=nan: expected a number"),
     ],
 )
 def test_options_that_are_not_implemented_or_out_of_range_are_refused(lm, options, words):
@@ -319,6 +322,23 @@ def test_rows_that_grow_as_prompts_shrink_make_one_cache(lm, caches):
     assert len(caches) == 1 and caches[0][0] > 3
     assert texts == [lm.generate_until([Instance("generate_until", {}, args, 0)])[0] for args in asked]
     assert S2LM(lm.checkpoint).generate_until([]) == []
+
+
+@pytest.mark.parametrize("layout", ["dense", "L1V3+sink1"])
+def test_prompts_are_continued_after_pieces_of_the_size_that_is_set(tmp_path, layout):
+    path, widths = make_checkpoint(tmp_path / "hf", layout), []
+    expected = generate(S2LM(path, device="cpu"), {"max_gen_toks": 6, "until": []})
+    lm = S2LM(path, device="cpu", prefill_chunk=8)
+    forward = lm.checkpoint.model.forward
+    lm.checkpoint.model.forward = lambda ids, **more: widths.append(ids.shape[1]) or forward(ids, **more)
+    assert generate(lm, {"max_gen_toks": 6, "until": []}) == expected
+    assert len(lm.tok_encode(prose(2, 1))) > 16 and max(widths) == 8
+    with pytest.raises(ValueError, match="prefill_chunk=8: the checkpoint is loaded already"):
+        S2LM(lm.checkpoint, prefill_chunk=8)
+    for wrong in ({"prefill_chunk": 0}, {"prefill_chunk": "all"}, {"batch_tokens": 2.5}, {"max_length": 32.5}):
+        [(name, value)] = wrong.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number of at least 1"):
+            S2LM(path, device="cpu", **wrong)
 
 
 def test_a_stop_sequence_of_several_tokens_ends_generation(lm, steps):

@@ -19,6 +19,8 @@ from eval.haystack import Haystack, encode_each_inside, encode_inside
 from eval.ruler import main, plan, summarise
 from eval.ruler_tasks import TASKS, Maker, Reading, match
 from s2.inference.folder import load_tokenizer
+from s2.inference.prefill import PREFILL_CHUNK
+from s2.model.transformer import Transformer
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 NEW = {"vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # tokens of the answer; of the others 128
@@ -241,6 +243,24 @@ def test_the_command_writes_every_answer_and_goes_on(folder, squad, tmp_path, ca
     assert results["samples"][0]["prompt_tokens"] == 800 - 32 and results["conditions"]["n"] == 4
     assert results["conditions"]["bos"].startswith("exactly one") and results["conditions"]["sampling"] is False
     assert {row["task"] for row in results["summary"]["tasks"]} == {"vt", "qa"}
+
+
+def test_pieces_of_prompts_change_no_answer(folder, tmp_path, monkeypatch):
+    (tmp_path / "essays.txt").write_text(prose(300, 1))
+    command = ["--ckpt", str(folder), "--haystack", str(tmp_path / "essays.txt"), "--device", "cpu", "--lengths", "800"]
+    command += ["--tasks", "niah_single_2", "--n", "1"]
+    forward, widths = Transformer.forward, []
+    monkeypatch.setattr(
+        Transformer, "forward", lambda model, ids, **more: widths.append(ids.shape[1]) or forward(model, ids, **more)
+    )
+    found = []
+    for more in ([], ["--prefill-chunk", "90"]):
+        widths.clear()
+        file = tmp_path / f"{len(more)}.json"
+        main([*command, "--output", str(file), *more])
+        found.append(json.loads(file.read_text())["samples"])
+        assert max(widths) == 90 if more else 600 < max(widths) < PREFILL_CHUNK
+    assert found[0] == found[1]
 
 
 def test_prompts_made_in_other_processes_are_the_same(folder, maker, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from eval.gate import GateConfig
 from eval.haystack import Haystack
 from s2 import files
 from s2.inference.folder import load_tokenizer
+from s2.inference.prefill import PREFILL_CHUNK
 from s2.training.gate import thresholds_digest
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
@@ -43,6 +44,17 @@ def test_the_loss_of_one_source_is_asked_for_beside_that_of_all_documents(folder
     row = {"length": 512, "loss": 3.0, "documents": 4, "interval": [2.0, 4.0]}
     content = {"settings": {"source": "books"}, "summary": {"lengths": [row]}}
     assert [each["task"] for each in suite.rows_of("positions", content)] == ["loss of books"]
+
+
+def test_the_size_of_pieces_goes_to_those_who_read_prompts_and_only_if_it_is_set(folder, tmp_path):
+    """What is not set is no part of a command, by which the suite knows what it has done."""
+    words = ["--ckpt", str(folder), "--tasks", "s2_passkey"]
+    usual = suite.plan(suite._arguments(words), [512], tmp_path)
+    assert suite.plan(suite._arguments([*words, "--prefill-chunk", str(PREFILL_CHUNK)]), [512], tmp_path) == usual
+    assert "--prefill-chunk" not in {word for *_, each in usual for word in each}
+    other = suite.plan(suite._arguments([*words, "--prefill-chunk", "512"]), [512], tmp_path)
+    for (part, _, before), (_, _, after) in zip(usual, other, strict=True):
+        assert after == before + (["--prefill-chunk", "512"] if part != "positions" else [])
 
 
 def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_path, monkeypatch):

@@ -157,6 +157,13 @@ def test_bytes_are_those_of_the_tensors_that_it_holds(layout):
     cache = new_cache(config_of(layout, layers=3), 2, 300, dtype=torch.bfloat16)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache)}
     assert cache.num_bytes == sum(storages.values())
+    cache.mark()
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache)}
+    assert cache.num_bytes == sum(storages.values()) and (cache.marked_bytes > 0) == (
+        "V" in layout and "*" not in layout
+    )
+    cache.truncate(0)
+    cache.reset()
     assert len(cache.layer_bytes) == 3 and 0 < cache.num_bytes - sum(cache.layer_bytes) < 500
     if layout == "dense":
         assert cache.layer_bytes == (2 * 2 * 304 * 2 * 8 * 2,) * 3  # keys and values of whole blocks
@@ -202,6 +209,94 @@ def test_a_cache_that_keeps_all_goes_back_to_any_length():
         assert feed.cache.lengths == (length, min(length, 120)) and feed.cache.oldest_length == 0
         feed.call([150 - length, 120 - min(length, 120)])
     assert feed.cache.layer_bytes[0] == feed.cache.layer_bytes[1]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "2*dense|2*L1V4"])
+def test_a_cache_goes_back_to_its_mark_however_many_tokens_follow(layout):
+    kv_heads = 2 if "*" in layout else layout.count("|") + 1 if "|" in layout else 2
+    feed = Feed(config_of(layout, heads=2 * kv_heads, kv_heads=kv_heads, layers=2), [500, 300])
+    for counts in ([90, 37], [60, 0], [5, 5], [1, 1]):
+        feed.call(counts)
+        feed.cache.mark()
+        marked = feed.cache.lengths
+        for more in ([320, 240], [1, 3], [40, 0]):
+            feed.call(more)
+            feed.call([1, 1])
+            feed.cache.rewind()
+            assert feed.cache.lengths == marked
+            feed.call([1, 1])
+            feed.cache.rewind()
+        assert feed.cache.oldest_length <= max(0, feed.cache.length - 8)  # as without the mark
+    feed.call([200, 200])
+
+
+def test_a_mark_that_cannot_be_gone_back_to_is_refused():
+    feed = Feed(config_of("W2", layers=2), [300])
+    said = "the cache has no mark to go back to: mark it, and truncate no further than that"
+    with pytest.raises(ValueError, match=said):
+        feed.cache.rewind()
+    feed.call([100])
+    feed.cache.mark()
+    with pytest.raises(ValueError, match="or mark what to come back to"):
+        feed.call([100])
+        feed.cache.truncate(100)
+    feed.cache.rewind()
+    feed.cache.truncate(96)
+    with pytest.raises(ValueError, match=said):
+        feed.cache.rewind()
+    feed.cache.mark()
+    other = Feed(feed.config, [200])
+    other.cache = feed.cache.first(1, 200)
+    with pytest.raises(ValueError, match=said):
+        other.cache.rewind()
+    other.call([50])
+    with pytest.raises(ValueError, match=said):
+        feed.cache.rewind()
+    with pytest.raises(ValueError, match="another cache in the memory"):
+        feed.cache.mark()
+    feed.cache.reset()
+    with pytest.raises(ValueError, match=said):
+        feed.cache.rewind()
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_cache_that_is_interrupted_while_it_goes_back_holds_nothing_or_what_was_marked(after, monkeypatch):
+    feed = Feed(config_of("W2", layers=2), [300])
+    feed.call([100])
+    feed.cache.mark()
+    feed.call([150])
+    copy, copies = torch.Tensor.copy_, []
+
+    def interrupted(*args):
+        copies.append(copy(*args))
+        if len(copies) == after + 1:
+            raise KeyboardInterrupt
+        return copies[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        if after < 5:  # keys and values of two layers, and lengths
+            with pytest.raises(KeyboardInterrupt):
+                feed.cache.rewind()
+        else:
+            feed.cache.rewind()
+    assert feed.cache.lengths == ((0,) if after < 5 else (100,))
+    feed.call([120])
+    feed.cache.truncate(0)
+    feed.call([90])
+
+
+def test_a_call_that_failed_is_gone_back_over_but_not_marked():
+    feed = Feed(config_of("W2", layers=2), [200])
+    feed.call([100])
+    feed.cache.mark()
+    feed.cache.begin(1, 60)
+    feed.cache.attend(0, *(x[:, 100:160] for x in feed.qkv), *feed.layers[0])
+    with pytest.raises(ValueError, match="overwritten keys before token 128 of sequence 0"):
+        feed.cache.mark()
+    feed.cache.rewind()
+    feed.call([1])
+    feed.call([99])
 
 
 def test_truncating_leaves_shorter_sequences_as_they_are():
@@ -270,7 +365,7 @@ def test_the_memory_of_a_cache_serves_any_size_that_fits():
     for rows, length, words in (
         (4, 90, "4 sequences of 90 tokens do not fit into the memory of 3 of 90"),
         (2, 200, "2 sequences of 200 tokens do not fit into the memory of 3 of 90"),
-        (0, 90, "batch_size=0 and max_length=90 must be at least 1"),
+        (0, 90, "batch_size=0 must be a whole number of at least 1"),
         (1, 9000, "a cache of 9000 tokens is longer than max_position_embeddings=8000"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -50,3 +50,19 @@ def test_what_a_cache_keeps_of_128k_tokens(recipe, sizes, layout, less):
     print(f"{recipe:28} {config.attention_layout:24} {sizes} {dense / kept:5.2f}")
     assert dense / kept == pytest.approx(less, rel=0.01)
     assert kept == pytest.approx(kv_bytes_per_token(config, LONGEST) * LONGEST, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes", "less"),
+    [("1.3b/pretrain.yaml", {}, 7.06), ("7b/pretrain.yaml", {}, 5.45), ("llama3.1-8b/extend-8k.yaml", LLAMA, 4.18)],
+)
+def test_a_million_tokens_with_a_mark_take_the_shrunk_cache_and_little_more(recipe, sizes, less):
+    """What a sweep of needles in a shared haystack of 1M tokens holds beside the weights."""
+    config = config_of(recipe, sizes).replace(max_position_embeddings=1 << 20)
+    whole = KVCache(config, 1, 1 << 20, device="meta", dtype=torch.bfloat16, keep_all=True).num_bytes
+    cache = KVCache(config, 1, 1 << 20, device="meta", dtype=torch.bfloat16)
+    cache.mark()
+    marked = cache.marked_bytes
+    print(f"{recipe:28} {whole / 2**30:6.2f} GiB {cache.num_bytes / 2**30:6.2f} GiB, mark {marked / 2**20:.1f} MiB")
+    assert whole / cache.num_bytes == pytest.approx(less, rel=0.01)
+    assert 0 < marked < 0.004 * cache.num_bytes

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2.inference import KVCache, generate
+from s2.inference import DecodeGraph, KVCache, generate, stream
 from s2.model import ModelConfig, Transformer
 
 
@@ -49,7 +49,7 @@ SCALED = {"rope_type": "linear", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
-    "chunk", [pytest.param(None, marks=pytest.mark.nightly), 7, pytest.param(40, marks=pytest.mark.nightly)]
+    "chunk", [pytest.param(1000, marks=pytest.mark.nightly), 7, pytest.param(40, marks=pytest.mark.nightly)]
 )
 @pytest.mark.parametrize(
     ("layout", "changes"),
@@ -75,9 +75,11 @@ def test_rows_of_several_lengths_are_continued_as_if_alone(layout, changes, chun
 
 def test_lengths_that_do_not_fit_are_refused():
     model, ids = build(), tokens(2, 20)
-    for lengths in ([20], [20, 21], [0, 20], [20, 20, 20]):
+    for lengths in ([20], [20, 21], [0, 20], [20, 20, 20], [20, 2.5], torch.tensor([20.0, 3.0]), [20, "3"]):
         with pytest.raises(ValueError, match=r"lengths=\[.*must be 2 numbers from 1 to 20"):
             generate(model, ids, 5, lengths=lengths)
+    with pytest.raises(ValueError, match=r"lengths=\[20\] must be 2 numbers"):
+        generate(model, ids, 5, lengths=20)
     for prompts in ([], [ids], [ids[0], ids[:1]]):
         with pytest.raises(ValueError, match=r"input_ids must be \[B, S\], with lengths, or prompts \[S\] one by one"):
             generate(model, prompts, 5)
@@ -102,7 +104,7 @@ def test_the_last_positions_of_rows_of_several_lengths_are_those_of_their_tokens
     assert cache.lengths == (30, 17)
 
 
-@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("chunk", [1000, 7])
 def test_greedy_generation_takes_the_likeliest_token_of_the_full_forward(chunk):
     model = build()
     prompt = tokens(2, 50)
@@ -214,25 +216,86 @@ def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
-        ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature=nan"),
-        ({"max_new_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
-        ({"max_new_tokens": 1, "top_k": -1}, "top_k=-1"),
-        ({"max_new_tokens": 1, "top_k": 2.5}, "top_k=2.5"),
-        ({"max_new_tokens": 1, "prefill_chunk": 0}, "prefill_chunk=0"),
+        *(({"max_new_tokens": x}, rf"max_new_tokens={x!r} must be a whole number of at least 1") for x in (0, -3, 2.5)),
+        *(({"max_new_tokens": x}, "must be a whole number of at least 1") for x in ("5", True, None, torch.ones(1))),
+        ({"temperature": -1.0}, r"temperature=-1.0 must be 0 \(greedy\) or positive"),
+        ({"temperature": float("nan")}, "temperature=nan must be"),
+        ({"temperature": float("inf")}, "temperature=inf must be"),
+        *(({"temperature": x}, f"temperature={x!r} must be a number") for x in ("hot", "0.7", True, None)),
+        ({"temperature": torch.ones(2)}, "must be a number"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"top_p": float("nan")}, "top_p=nan must be above 0"),
+        ({"top_p": "all"}, "top_p='all' must be a number"),
+        *(({"top_k": x}, f"top_k={x!r} must be a whole number of tokens, or 0 for all") for x in (-1, 2.5, "5", None)),
+        *(({"prefill_chunk": x}, f"prefill_chunk={x!r} must be a whole number of at least 1") for x in (0, 2.5, None)),
+        *(({"eos_token_id": x}, "eos_token_id=.* must be token ids") for x in ("a", -1, [5, 1.5], [True], [5, None])),
+        ({"generator": 7}, r"generator=7 must be a torch\.Generator"),
+        ({"is_enough": True}, "is_enough=True must be a function of the new tokens"),
+        ({"graph": "no"}, "graph='no' must be True, False or None"),
     ],
 )
-def test_options_out_of_range_are_named(options, words):
+def test_options_of_another_type_or_out_of_range_are_named_before_any_work(options, words, monkeypatch):
+    model = build()
+    monkeypatch.setattr(model, "forward", None)
     with pytest.raises(ValueError, match=words):
-        generate(build(), tokens(1, 8), **options)
+        stream(model, tokens(1, 8), **{"max_new_tokens": 4, **options})  # not read yet
+
+
+def test_numbers_of_other_kinds_are_numbers():
+    model, ids = build(), tokens(2, 20)
+    expected = generate(model, ids, 6, 0.5, 0.9, top_k=3, generator=torch.Generator().manual_seed(0))
+    given = np.int64(6), np.float32(0.5), torch.tensor(0.9)
+    options = {"top_k": np.int32(3), "prefill_chunk": np.int64(7), "lengths": np.array([20, 20])}
+    new = generate(model, ids.int(), *given, generator=torch.Generator().manual_seed(0), **options)
+    assert torch.equal(new, expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 61, 1 << 40])
+def test_a_token_that_the_model_has_not_is_refused_before_any_work(wrong, monkeypatch):
+    """On a GPU it would be a device assert, after which the process can do nothing more there."""
+    model, ids = build(), tokens(2, 20)
+    ids[1, 7] = wrong
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", None)
+        for given in (ids, list(ids)):
+            with pytest.raises(ValueError, match=rf"input_ids have token {wrong}, and the model has tokens 0 to 60"):
+                stream(model, given, 4)
+    expected = generate(model, [ids[0], ids[1, :7]], 4)
+    assert torch.equal(generate(model, ids, 4, lengths=[20, 7]), expected), "padding is any token"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(1, 5), r"input_ids must be token ids, int64, got torch\.float32"),
+        (torch.zeros(1, 5, dtype=torch.bool), r"int64, got torch\.bool"),
+        ([torch.zeros(5, dtype=torch.int64), torch.zeros(3)], r"int64, got torch\.float32"),
+        ([[1, 2, 3]], r"prompts \[S\] one by one, got \['list'\]"),
+        ([1, 2], r"prompts \[S\] one by one, got \['int', 'int'\]"),
+        ("text", r"got \['str', 'str', 'str', 'str'\]"),
+        (None, r"got \['NoneType'\]"),
+    ],
+)
+def test_prompts_of_another_type_are_named(given, words):
+    with pytest.raises(ValueError, match=words):
+        stream(build(), given, 4)
 
 
 def test_cache_refuses_what_does_not_fit_and_can_be_cut_back():
     model = build()
     with pytest.raises(ValueError, match="161 tokens is longer than max_position_embeddings=160"):
         KVCache(model.config, 1, 161)
+    for sizes in ((1.5, 40), ("2", 40), (2, 40.0), (True, 40)):
+        with pytest.raises(ValueError, match=r"(batch_size|max_length)=.* must be a whole number of at least 1"):
+            KVCache(model.config, *sizes)
+    with pytest.raises(ValueError, match=r"slack=2\.5 must be a number of tokens, 0 or more"):
+        KVCache(model.config, 1, 40, slack=2.5)
     cache = KVCache(model.config, 2, 40)
+    for length in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"length={length} must be a whole number of at least 0"):
+            cache.truncate(length)
+    with pytest.raises(ValueError, match=r"num_tokens=1\.5 must be 1 to 8"):
+        DecodeGraph(model, cache, 1.5, capture=lambda call: call)
     assert cache.layer_bytes[1] == 2 * 2 * 48 * 2 * 8 * 4  # whole blocks
     with torch.no_grad():
         with pytest.raises(ValueError, match="41 tokens do not fit in a cache of max_length=40"):

@@ -364,7 +364,8 @@ def test_what_is_refused_leaves_the_pool_as_it_was(caches):
         (lambda: generate(model, prompts([150]), 12, pool=pool), "150 prompt tokens and max_new_tokens=12 make 162"),
         (lambda: generate(model, prompts([9]), 12, pool=pool, graph=True), "graph=True: the model is on cpu"),
         (lambda: pool.lend(1, 161, 12, None).__enter__(), "a cache of 161 tokens is longer"),
-        (lambda: pool.lend(0, 20, 12, None).__enter__(), "batch_size=0 and max_length=20 must be at least 1"),
+        (lambda: pool.lend(0, 20, 12, None).__enter__(), "batch_size=0 must be a whole number of at least 1"),
+        (lambda: pool.reserve(1, 2.5), r"max_length=2\.5 must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             refused()

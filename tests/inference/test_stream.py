@@ -78,7 +78,7 @@ def test_a_cache_of_the_caller_goes_on_where_a_stream_was_closed(model, prompts)
     assert cache.lengths == tuple(length + 19 for length in PROMPTS)
 
 
-@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("chunk", [1000, 16])
 def test_prompts_continue_what_a_cache_holds(model, prompts, chunk):
     cache = new_cache(model)
     first = generate(model, prompts, 4, cache=cache)
