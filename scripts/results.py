@@ -111,13 +111,13 @@ def show(jobs: Mapping[str, Sequence[Job]], gpus: int) -> None:
     print(f"{left:g} minutes on one GPU are left, {left / gpus:.0f} on {gpus}")
 
 
-def make_page(plan: Plan, jobs: Mapping[str, Sequence[Job]], output: Path | None) -> Path | None:
-    """The page of what is there; None where nothing is."""
+def make_page(plan: Plan, asked: str, jobs: Mapping[str, Sequence[Job]], output: Path | None) -> Path | None:
+    """The page of what is there; None where nothing is. asked: the plan's name or file, as the command gave it."""
     results = collect(jobs, plan.baseline, plan.also)
     if not results["arms"]:
         return None
     began = [a["began"] for each in results["arms"].values() for r in each["stages"].values() for a in r["attempts"]]
-    results = {"name": plan.name, "made": time.strftime("%Y-%m-%d"), "about": plan.about, **results}
+    results = {"name": plan.name, "plan": asked, "made": time.strftime("%Y-%m-%d"), "about": plan.about, **results}
     page = write(plan, results, output or Path("docs/results", f"{max(began)[:10]}-{plan.name}"), TITLES)
     pack(plan, page.with_name(ARCHIVE), figures_only=True)
     return page
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for lost in filter(None, map(lost_weights, plan.jobs().values())):
             print(lost)
     if args.add or args.page:
-        print(make_page(plan, plan.jobs(), args.output) or f"{plan.root} holds no results yet")
+        print(make_page(plan, args.name, plan.jobs(), args.output) or f"{plan.root} holds no results yet")
         return ending.DONE
     specs = plan.specs
     for job in (job for each in jobs.values() for job in each):
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = None if args.minutes is None else args.minutes - (time.monotonic() - began) / 60
         queue = Queue(jobs, gpus, left, about, lambda line: print(line, flush=True))
         queue.run()
-        print(make_page(plan, plan.jobs(), args.output) or "nothing is finished, so there is no page yet")
+        print(make_page(plan, args.name, plan.jobs(), args.output) or "nothing is finished, so there is no page yet")
     if queue.failed:
         raise FailureError("; ".join(f"{arm} {why}" for arm, why in queue.failed.items()))
     if queue.left:

@@ -78,7 +78,7 @@ def text(plan: Plan, results: Row, pictures: Mapping[str, str], maps: Mapping[st
         for stage in stages:
             rows = _shown([row for row in results["figures"] if (row["part"], row["stage"]) == (part, stage)])
             parts += [f"## {heading}{f', after {stage}' if stage else ''}", *_tables(rows, results, share)]
-    parts += ["## Data", data_table(results), "## Commands", _commands(plan.name, results)]
+    parts += ["## Data", data_table(results), "## Commands", _commands(results)]
     return "\n\n".join([*filter(None, parts), SIGNATURE]) + "\n"
 
 
@@ -209,7 +209,7 @@ def data_table(results: Row) -> str:
     return warning + table + "\n\n" + "\n".join(f"- {said}" for said in digests if said)
 
 
-def _commands(name: str, results: Row) -> str:
+def _commands(results: Row) -> str:
     lines = []
     for arm, each in results["arms"].items():
         for stage, record in each["stages"].items():
@@ -219,8 +219,9 @@ def _commands(name: str, results: Row) -> str:
     launched = {record.get("launched", "") for each in results["arms"].values() for record in each["stages"].values()}
     lines += ["", "The recipe of each is in results.json (`arms.<arm>.stages.<stage>.recipe`). They were begun by:", ""]
     lines += [f"- `{command}`" for command in sorted(filter(None, launched))]
-    again = f"`python scripts/results.py {name} --import {ARCHIVE}`, with the keys that these commands end in, if any,"
-    return "\n".join([*lines, "", f"All figures are in [{ARCHIVE}]({ARCHIVE}); {again} makes this page of them."])
+    again = f"`python scripts/results.py {results['plan']} --import {ARCHIVE}`"
+    whole = f"All figures are in [{ARCHIVE}]({ARCHIVE}); {again}, with the keys that these commands end in, if any,"
+    return "\n".join([*lines, "", f"{whole} makes this page of them."])
 
 
 # ---------------------------------------------------------------- pictures
