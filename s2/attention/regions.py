@@ -104,6 +104,10 @@ class HeadGroup:
         """Int32 `[H, R, 8]` on the host."""
         return torch.tensor(self.regions, dtype=torch.int32, device="cpu")
 
+    def most_blocks_of(self, span: int) -> int:
+        """Blocks that each head keeps at most of `span` neighbouring ones."""
+        return sum(min(region.capacity, -(-span // region.stride)) for region in self.regions[0])
+
     def oldest_block(self, newest: int) -> int:
         """The first block in which a query finds all that it sees, once `newest` has been begun."""
         lost = ((region, region.overwritten(newest)) for regions in self.regions for region in regions)

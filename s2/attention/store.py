@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .chunks import frame_of
 from .decode import MAX_TOKENS, decode_attention, decode_workspace
+from .kernels.triton.write import run_write_slots
 from .op import s2_attention
 from .pattern import Pattern
 from .regions import HeadGroup, held_blocks, slots_of
@@ -156,7 +157,7 @@ class _Part:
         """As `LayerStore.attend`, of the group's heads."""
         takes_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if step.is_decode and not self.group.is_whole and not takes_gradients:
-            self._write_few(step, k, v)
+            self.write(step, k, v)
             shapes = q.shape, self.k.shape
             if shapes not in step.kept:
                 step.kept[shapes] = decode_workspace(q, self.k, block=self.block_size) if q.is_cuda else None
@@ -211,11 +212,23 @@ class _Part:
 
     @torch.no_grad()
     def write(self, step: Step, k: Tensor, v: Tensor) -> None:
-        """Keep of the new keys and values what later queries see."""
+        """Keep of the new keys and values what later queries see. On a GPU one kernel does it, which costs by what is
+        kept and may be replayed by a CUDA graph with other lengths."""
+        if k.is_cuda:
+            with torch.cuda.device_of(k):  # kernels are launched on the current device
+                run_write_slots(self.k, self.v, k, v, self.group, self.table, step.before, step.after, self.block_size)
+        else:
+            self.write_by_torch(step, k, v)
+
+    def write_by_torch(self, step: Step, k: Tensor, v: Tensor) -> None:
+        """`write` without the kernel: a prompt costs by slots."""
+        if step.is_decode:
+            self._write_few(step, k, v)
+            return
         if self.group.is_in_order:
-            for start, rows, count in step.chunks:
+            for row, (start, count) in enumerate(zip(step.starts, step.counts, strict=True)):
                 for store, new in ((self.k, k), (self.v, v)):
-                    store[rows, :, start : start + count] = new[rows, :count].transpose(1, 2)
+                    store[row, :, start : start + count] = new[row, :count].transpose(0, 1)
             return
         held, _, _ = held_blocks(self.table, step.after, self.group.num_blocks, self.block_size)
         offset = torch.arange(self.block_size, device=held.device)
@@ -226,9 +239,8 @@ class _Part:
         for store, new in ((self.k, k), (self.v, v)):
             store.copy_(torch.where(is_new, new.transpose(1, 2).gather(2, token), store))
 
-    @torch.no_grad()
     def _write_few(self, step: Step, k: Tensor, v: Tensor) -> None:
-        """`write`, of as many tokens in each sequence; what it takes depends on their number alone."""
+        """`write_by_torch`, of as many tokens in each sequence; what it takes depends on their number alone."""
         if self.group not in step.memo:
             B, H = self.k.shape[:2]
             rows, heads = torch.arange(B, device=k.device), torch.arange(H, device=k.device)

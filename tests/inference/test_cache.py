@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2.attention import s2_attention
+from s2.attention import s2_attention, store
 from s2.inference import KVCache
 from s2.model import ModelConfig, Transformer
+from tests.attention.test_write import write_both_ways
 
 LAYOUTS = [
     "dense", "W1", "W3+sink1", "L2V4", "L1V3+sink2", "L2V5", "L1V2<6V4", "L2V3<7", "L1V2<4V6<9", "L2V2<6V3+sink1",
@@ -107,6 +108,17 @@ def test_any_calls_give_attention_over_the_whole_context(drawn):
 def test_a_sequence_that_gets_no_tokens_keeps_what_it_has():
     for layout in ("dense", "L1V3"):
         feed_all((config_of(layout), [[40, 35], [0, 40], [50, 20], [1, 1]]))
+
+
+@pytest.mark.parametrize("layout", ["dense|L1V2<4V4", "L1V3+sink1", "2*dense|2*L1V2"])
+def test_the_kernel_writes_what_plain_torch_writes(layout, monkeypatch):
+    """Prompts, chunks and steps of rows with several lengths, and after tokens have been taken back."""
+    monkeypatch.setattr(store._Part, "write", torch.no_grad()(write_both_ways))
+    feed = Feed(config_of(layout), [130, 120])
+    for counts in ([70, 9], [1, 1], [0, 40], [33, 50], [8, 8], [2, 3]):
+        feed.call(counts)
+    feed.cache.truncate(feed.cache.length - 8)
+    feed.call([3, 3])
 
 
 @pytest.mark.nightly

@@ -1,10 +1,14 @@
-"""The cache on a GPU: logits as of whole passes, and no step that waits for the device."""
+"""The cache on a GPU: logits as of whole passes, no step that waits for the device, and a kernel that writes what plain
+torch writes, also captured and beyond 2^31 elements."""
 
 import pytest
 import torch
 
+from s2.attention import Pattern, store
+from s2.attention.regions import lay_out
 from s2.inference import KVCache, generate
 from s2.model import ModelConfig, Transformer
+from tests.attention.test_write import part_of, step_of, write_both_ways
 
 pytestmark = pytest.mark.gpu
 
@@ -48,3 +52,65 @@ def test_rows_of_several_lengths_are_generated(model):
     prompts = [torch.randint(128, (length,), device="cuda") for length in (700, 64, 333)]
     new = generate(model, prompts, 20, prefill_chunk=256)
     assert new.shape == (3, 20) and new.is_cuda
+
+
+def test_the_kernel_writes_what_plain_torch_writes(model, monkeypatch):
+    """Prompts, chunks and steps of rows with several lengths, and after tokens have been taken back."""
+    monkeypatch.setattr(store._Part, "write", write_both_ways)
+    ids = torch.randint(128, (3, 700), device="cuda")
+    cache = KVCache(model.config, 3, 1200, device="cuda", dtype=torch.bfloat16, slack=64)
+    with torch.inference_mode():
+        for counts in ([700, 7, 129], [1, 1, 1], [250, 0, 64], [8, 8, 8], [3, 130, 1]):
+            model(ids[:, : max(counts)], cache=cache, lengths=counts)
+        cache.truncate(cache.length - 60)
+        for width in (1, 5, 1):
+            model(ids[:, :width], cache=cache)
+
+
+def written_case(spec, num_blocks, batch, tokens):
+    """Slots for blocks of 64, all zero, and keys and values of new tokens."""
+    (group,) = lay_out(Pattern.parse(spec, 64), 8, 1, num_blocks)
+    given = {"device": "cuda", "dtype": torch.bfloat16}
+    part = part_of(group, torch.zeros(2, batch, 8, group.num_blocks * 64, 128, **given), 64)
+    return part, torch.randn(2, batch, tokens, 8, 128, **given)
+
+
+@pytest.mark.parametrize("spec", ["dense", "L2V4+sink1", "L1V2<4V4"])
+@pytest.mark.parametrize("tokens", [1, 8, 300])
+def test_a_captured_write_replays_with_other_lengths(spec, tokens):
+    part, new = written_case(spec, 40, 3, tokens)
+    captured = step_of([0] * 3, [0] * 3, tokens)
+    part.write(captured, *new)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        part.write(captured, *new)
+    for before, counts in (
+        ([0, 0, 0], [tokens] * 3), ([1700, 64, 63], [tokens] * 3), ([130, 2000, 5], [tokens, 0, 1]),
+        ([64 * 40 - tokens, 0, 777], [tokens, tokens // 2, tokens]), ([0, 9, 0], [0, 0, 0]),
+    ):  # fmt: skip
+        step = step_of(before, [sum(pair) for pair in zip(before, counts, strict=True)], tokens)
+        captured.before.copy_(step.before)
+        captured.after.copy_(step.after)
+        for x in (part.k, part.v, new):
+            x.normal_()
+        old = part.k.clone(), part.v.clone()
+        graph.replay()
+        found = part.k.clone(), part.v.clone()
+        for x, y in ((part.k, old[0]), (part.v, old[1])):
+            x.copy_(y)
+        part.write_by_torch(step, *new)
+        assert torch.equal(found[0], part.k) and torch.equal(found[1], part.v), (before, counts)
+        assert torch.equal(found[0], old[0]) != any(counts)
+
+
+def test_slots_beyond_two_to_the_31_elements():
+    part, new = written_case("dense", 11_250, 3, 100)
+    assert part.k.numel() > 2**31
+    before = [0, 500_000, 719_900]
+    part.write(step_of(before, [begin + 100 for begin in before], 100), *new)
+    for row, begin in enumerate(before):
+        for kept, side in zip((part.k, part.v), new, strict=True):
+            slots = kept[row, :, begin : begin + 100]
+            assert torch.equal(slots, side[row].transpose(0, 1)), row
+            slots.zero_()
+    assert not part.k.any() and not part.v.any()

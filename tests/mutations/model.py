@@ -139,6 +139,12 @@ MUTANTS = (
         ("test_regions.py::test_each_query_finds_each_key_that_it_sees_once_and_not_overwritten",),
     ),
     Mutant(
+        "a_prompt_overwrites_what_was_kept_before_it", "s2/attention",
+        "is_new = ((token >= 0) & (token <",
+        "is_new = ((token >= -1) & (token <",
+        ("test_write.py::test_a_prompt_that_overflows_its_rings_leaves_its_last_blocks",),
+    ),
+    Mutant(
         "rings_are_taken_back_to_any_length", "s2/attention",
         "return block if block >= self.first else None",
         "return None",

@@ -236,4 +236,25 @@ _DECODE = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*_TRITON, *_DECODE, *_HOPPER_HOST)
+_WRITE = (
+    Mutant(
+        "a_slot_has_two_writers", f"{KERNELS}/triton/write.py",
+        "count = tl.minimum(capacity, tl.cdiv(span, stride))",
+        "count = tl.cdiv(span, stride)",
+        ("test_write.py::test_a_prompt_that_overflows_its_rings_leaves_its_last_blocks",),
+    ),
+    Mutant(
+        "padding_is_written", f"{KERNELS}/triton/write.py",
+        "end = tl.minimum(end, (block + 1) * BLOCK)",
+        "end = (block + 1) * BLOCK",
+        ("test_write.py::test_a_prompt_that_overflows_its_rings_leaves_its_last_blocks",),
+    ),
+    Mutant(
+        "tokens_of_a_block_that_had_begun_are_not_written", f"{KERNELS}/triton/write.py",
+        "return cls((tokens + block - 2) // block + 1,",
+        "return cls((tokens + block - 1) // block,",
+        ("test_write.py::test_blocks_in_several_tiles_and_heads_of_any_width",),
+    ),
+)  # fmt: skip
+
+MUTANTS = (*_TRITON, *_DECODE, *_WRITE, *_HOPPER_HOST)
