@@ -241,7 +241,7 @@ def _ends(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         given = [] if eos_token_id is None else torch.as_tensor(eos_token_id, device="cpu").flatten().tolist()
         return frozenset(whole("eos_token_id", index, 0) for index in given)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids") from None
+        raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids, or None: no token ends a row") from None
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None) -> Tensor:

@@ -228,7 +228,10 @@ def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():
         ({"top_p": "all"}, "top_p='all' must be a number"),
         *(({"top_k": x}, f"top_k={x!r} must be a whole number of tokens, or 0 for all") for x in (-1, 2.5, "5", None)),
         *(({"prefill_chunk": x}, f"prefill_chunk={x!r} must be a whole number of at least 1") for x in (0, 2.5, None)),
-        *(({"eos_token_id": x}, "eos_token_id=.* must be token ids") for x in ("a", -1, [5, 1.5], [True], [5, None])),
+        *(
+            ({"eos_token_id": x}, "eos_token_id=.* must be token ids, or None: no token")
+            for x in ("a", -1, [5, 1.5], [True], [5, None])
+        ),
         ({"generator": 7}, r"generator=7 must be a torch\.Generator"),
         ({"is_enough": True}, "is_enough=True must be a function of the new tokens"),
         ({"graph": "no"}, "graph='no' must be True, False or None"),
