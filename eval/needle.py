@@ -152,11 +152,11 @@ def check_lengths(lengths: Sequence[int], max_length: int) -> None:
         )
 
 
-def check_haystack(haystack: Haystack, lengths: Sequence[int]) -> None:
-    """Raises ValueError when the haystack is shorter than the longest length."""
+def check_haystack(haystack: Haystack, lengths: Sequence[int], option: str = "--lengths") -> None:
+    """Raises ValueError, naming the option, when the haystack is shorter than the longest length."""
     if max(lengths) > len(haystack.tokens):
         raise ValueError(
-            f"--lengths {max(lengths)}: the haystack {haystack.source} has only {len(haystack.tokens):,} tokens;"
+            f"{option} {max(lengths)}: the haystack {haystack.source} has only {len(haystack.tokens):,} tokens;"
             " give a longer one with --haystack FILE"
         )
 
