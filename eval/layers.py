@@ -179,7 +179,7 @@ def describe(found: dict[str, Any]) -> str:
     ]
     rows += [[name, f"{x['text']:.4f}", f"{x['answers']:.4f}", f"{x['exact']:.2f}"] for name, x in measured]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\n{found['documents']} documents, {found['prompts']} prompts"
+    return f"{table}\n\nDocuments: {found['documents']}, prompts: {found['prompts']}"
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -226,7 +226,7 @@ def read(args: argparse.Namespace, checkpoint: Checkpoint, length: int) -> Texts
     source = args.documents or args.haystack or find_heldout(args.ckpt)
     documents = read_documents(checkpoint, source, args.text_column, (length,), args.n, option="--length")[length]
     if len(documents) < args.n:
-        print(f"{source}: {len(documents)} documents have {length} tokens, of --n {args.n}", flush=True)
+        print(f"{source}: documents of {length} tokens or more: {len(documents)}, of --n {args.n}", flush=True)
     rows = max(1, samples.batch_tokens(args, checkpoint) // length)
     return Texts([tokens[:length] for _, tokens in documents], asked, rows)
 

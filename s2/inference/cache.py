@@ -166,7 +166,7 @@ class KVCache:
 
     @property
     def marked_bytes(self) -> int:
-        """Of them those that `mark` has copied, 0 without a mark."""
+        """Bytes that `mark` has copied, 0 without a mark."""
         return sum(ring.nbytes for ring in self._mark.rings) if self._mark else 0
 
     @property

@@ -122,7 +122,7 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
             `TextEncoder`.
     """
     if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts={prompts!r} must be a list with at least one prompt")
+        raise ValueError(f"prompts={prompts!r:.80} must be a list with at least one prompt")
     encoder = TextEncoder(folder)
     ids = []
     for i, prompt in enumerate(prompts):

@@ -140,8 +140,8 @@ def test_what_another_layout_has_given_is_kept_aside(folder, text, tmp_path, cap
 def test_fewer_documents_than_asked_for_are_counted(folder, text, tmp_path, capsys):
     found = run(folder, text, tmp_path, "--layout", "W1", "--dense", "1", "--length", "256", "--n", "5")
     assert (found["documents"], found["prompts"]) == (4, 5)
-    assert f"{text}: 4 documents have 256 tokens, of --n 5" in capsys.readouterr().out
-    assert "4 documents, 5 prompts" in (tmp_path / "layers.md").read_text()
+    assert f"{text}: documents of 256 tokens or more: 4, of --n 5" in capsys.readouterr().out
+    assert "Documents: 4, prompts: 5" in (tmp_path / "layers.md").read_text()
 
 
 @pytest.mark.parametrize(

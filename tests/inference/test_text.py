@@ -149,6 +149,7 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
     [
         ([], {}, "at least one prompt"),
         ("the river", {}, "prompts='the river' must be a list"),
+        ("the river" * 99, {}, "prompts='the river.{,80} must be a list"),
         (["a", []], {}, "prompt 2 of 2 is empty"),
         (["a", [3, 1_000_000]], {}, "prompt 2 of 2 has token 1000000"),
         ([[-1, 3]], {}, "prompt 1 of 1 has token -1"),
