@@ -10,8 +10,8 @@ checkpoint, and the mean loss of text hardly sees them. Of L layers, k of them d
 layouts are tried on 2 n texts; layers below the one that is tried are computed once for all, which halves the work.
 
 `layers.json` has the losses of every layout that was tried, of the checkpoint as it is and of the sparse layout;
-`layers.md` what was chosen. Both are written after each layer, and the same command goes on from there, also with more
-of `--dense`.
+`layers.md` what was chosen, `layers.png` the losses by layer. They are written after each layer, and the same command
+goes on from there, also with more of `--dense`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from eval import samples
@@ -33,6 +34,7 @@ from eval.grid import Grid, format_length, parse_length
 from eval.heldout import find_heldout
 from eval.needle import Prompts, check_haystack, read_haystack
 from eval.positions import read_documents
+from eval.report import figures
 from s2 import ending, files
 from s2.arguments import new_parser, path
 from s2.attention.layout import LayerLayout
@@ -182,6 +184,28 @@ def describe(found: dict[str, Any]) -> str:
     return f"{table}\n\nDocuments: {found['documents']}, prompts: {found['prompts']}"
 
 
+def figure_of(found: dict[str, Any]) -> Figure:
+    """The losses of text and answers together, by the layer that was dense beside those chosen before."""
+    figure = figures.new_figure(7.5, 4.0)
+    axes = figure.add_axes((0.09, 0.13, 0.62, 0.78))  # names of lines stand to the right
+    figures.style(axes, "dense layer", "nats per token, text + answers", found["checkpoint"])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    ends = []
+    for step, look in zip(found["steps"], figures.looks(len(found["steps"])), strict=True):
+        losses = {int(layer): losses["text"] + losses["answers"] for layer, losses in step["tried"].items()}
+        layers = sorted(losses)
+        [line] = axes.plot(layers, [losses[layer] for layer in layers], marker=".", markersize=3, linewidth=1)
+        line.set(**look)
+        axes.plot([step["layer"]], [losses[step["layer"]]], marker="o", color=look["color"])
+        ends.append((losses[layers[-1]], f"+ layer {step['layer']}", look["color"]))
+    for name, layout in (("sparse", found["layout"]), ("as_it_is", f"{found['attention_layout']} (as it is)")):
+        height = found[name]["text"] + found[name]["answers"]
+        axes.axhline(height, color=figures.PALE, linewidth=1, linestyle=":")
+        ends.append((height, layout, figures.PALE))
+    figures.label_ends(axes, ends)
+    return figure
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("eval.layers", __doc__)
     add = parser.add_argument
@@ -286,7 +310,7 @@ def _known(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(old, dict) and about.items() <= old.items():
         print(f"{file}: {len(old['steps'])} layers are there already", flush=True)
         return old
-    for outdated in filter(Path.is_file, (file, file.with_suffix(".md"))):
+    for outdated in filter(Path.is_file, map(file.with_suffix, (".json", ".md", ".png"))):
         print(f"{outdated} is of another checkpoint, layout or text; kept as {files.move_aside(outdated).name}")
     return None
 
@@ -294,6 +318,7 @@ def _known(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
 def _write(file: Path, found: dict[str, Any]) -> None:
     files.write_json(file, found)
     files.write_text(file.with_suffix(".md"), f"{describe(found)}\n")
+    figures.save(figure_of(found), file.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from eval.checkpoint import Checkpoint
 from eval.heldout import read_texts
-from eval.layers import Texts, check_layout, choose, main
+from eval.layers import Texts, check_layout, choose, figure_of, main
 from s2.inference.folder import load_tokenizer
 from s2.model.hf import load_pretrained, save_pretrained
 from s2.model.layouts import ranges
@@ -125,6 +125,18 @@ def test_a_run_that_is_interrupted_goes_on_with_the_layers_that_it_has(folder, t
     assert f"attention_layout: {whole['steps'][0]['layout']}\n" in capsys.readouterr().out
 
 
+def test_the_picture_has_the_losses_of_every_layer_that_was_tried(folder, text, tmp_path):
+    found = run(folder, text, tmp_path, "--layout", "W1+sink1", "--dense", "2", "--length", "256", "--n", "4")
+    assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
+    [axes] = figure_of(found).axes
+    tried, chosen = axes.lines[2], axes.lines[3]
+    second = found["steps"][1]
+    losses = {int(layer): losses["text"] + losses["answers"] for layer, losses in second["tried"].items()}
+    assert dict(zip(*tried.get_data(), strict=True)) == losses
+    assert chosen.get_xydata().tolist() == [[second["layer"], min(losses.values())]]
+    assert axes.lines[5].get_ydata()[0] == found["as_it_is"]["text"] + found["as_it_is"]["answers"]
+
+
 def test_what_another_layout_has_given_is_kept_aside(folder, text, tmp_path, capsys):
     command = "--dense", "1", "--length", "256", "--n", "4", "--layout"
     first = run(folder, text, tmp_path, *command, "W1+sink1")
@@ -133,7 +145,7 @@ def test_what_another_layout_has_given_is_kept_aside(folder, text, tmp_path, cap
     assert (first["block_size"], second["block_size"]) == (16, 32)
     assert second["sparse"]["text"] < first["sparse"]["text"], "a window of 32 tokens sees more than one of 16"
     assert json.loads((tmp_path / "layers.json.1").read_text()) == first
-    assert (tmp_path / "layers.md.1").read_text() == table
+    assert (tmp_path / "layers.md.1").read_text() == table and (tmp_path / "layers.png.1").is_file()
     assert "layers.json is of another checkpoint, layout or text; kept as layers.json.1" in capsys.readouterr().out
 
 
