@@ -215,7 +215,8 @@ def run_sweep(
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(
-                f"--lengths {length}: no room for so many tokens in the device's memory; what is done is in {file}"
+                f"--lengths {length}: no room for so many tokens in the device's memory; lower --batch-tokens or"
+                f" --prefill-chunk; what is done is in {file}"
             ) from None
 
     plan = samples.batches_of(grid.samples(), key, lambda sample: 1 << 30 if grid.shared else rows(sample))

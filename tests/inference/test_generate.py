@@ -1,5 +1,7 @@
 """Cached decoding equals the full forward on sparse layouts; generation repeats, stops and refuses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -319,3 +321,12 @@ def test_cache_and_documents_exclude_each_other():
     cache = KVCache(model.config, 1, 40)
     with pytest.raises(ValueError, match="cu_seqlens cannot be combined with cache"):
         model(tokens(1, 8), cache=cache, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
+
+
+def test_a_generator_of_another_device_is_refused_where_tokens_are_drawn(monkeypatch):
+    model, prompt = build("dense"), torch.tensor([[1, 2, 3]])
+    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "Generator", SimpleNamespace)
+    assert torch.equal(generate(model, prompt, 3, 0.0, generator=elsewhere), generate(model, prompt, 3, 0.0))
+    with pytest.raises(ValueError, match="generator is on cuda, and the model draws on cpu"):
+        generate(model, prompt, 3, 0.5, generator=elsewhere)
