@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from eval import samples
@@ -189,7 +190,7 @@ def figure_of(found: dict[str, Any]) -> Figure:
     figure = figures.new_figure(7.5, 4.0)
     axes = figure.add_axes((0.09, 0.13, 0.62, 0.78))  # names of lines stand to the right
     figures.style(axes, "dense layer", "nats per token, text + answers", found["checkpoint"])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     ends = []
     for step, look in zip(found["steps"], figures.looks(len(found["steps"])), strict=True):
         losses = {int(layer): losses["text"] + losses["answers"] for layer, losses in step["tried"].items()}
