@@ -6,39 +6,48 @@
 Nothing is trained: with every layer sparse, the layer whose return to dense attention lowers the loss most stays dense,
 then the one that does so beside it, and so on, `--dense` times. The loss is that of documents plus that of the numbers
 that needle prompts ask for, both in nats per token: the heads that fetch from afar sit in few layers, others in each
-checkpoint, and the mean loss of text hardly sees them. Of L layers, k of them dense, L + (L - 1) + ... (k terms) passes
-over 2 n texts are computed.
+checkpoint, and the mean loss of text hardly sees them. Of L layers, k of them dense, L + (L - 1) + ... (k terms)
+layouts are tried on 2 n texts; layers below the one that is tried are computed once for all, which halves the work.
 
 `layers.json` has the losses of every layout that was tried, of the checkpoint as it is and of the sparse layout;
-`layers.md` what was chosen.
+`layers.md` what was chosen, `layers.png` the losses by layer. They are written after each layer, and the same command
+goes on from there, also with more of `--dense`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from eval import samples
 from eval.checkpoint import Checkpoint, results_folder
 from eval.grid import Grid, format_length, parse_length
 from eval.heldout import find_heldout
-from eval.needle import Prompts, check_haystack, check_lengths, read_haystack
+from eval.needle import Prompts, check_haystack, read_haystack
 from eval.positions import read_documents
+from eval.report import figures
 from s2 import ending, files
 from s2.arguments import new_parser, path
 from s2.attention.layout import LayerLayout
 from s2.inference.folder import bos_of, check_folder, memory_for
 from s2.model.config import ModelConfig
 from s2.model.layouts import ranges
+from s2.model.transformer import Transformer
+from s2.progress import progress
 
 SAMPLES = 16
+
+Step = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,55 +70,86 @@ class Losses:
 @dataclass(frozen=True)
 class Texts:
     """What is read under each layout. documents: token ids of one length. prompts: token ids of one length, each with
-    the number of tokens at its end that are the answer."""
+    the number of tokens at its end that are the answer. rows: of a batch."""
 
     documents: list[list[int]]
     prompts: list[tuple[list[int], int]]
     rows: int
 
-    @torch.inference_mode()
     def losses(self, checkpoint: Checkpoint, config: ModelConfig) -> Losses:
-        """Under the layout of `config`.
+        """Under the layout of `config`. Raises as `losses_from`."""
+        return self.losses_from(checkpoint, config, {0: config})[0]
+
+    @torch.inference_mode()
+    def losses_from(
+        self, checkpoint: Checkpoint, base: ModelConfig, others: Mapping[int, ModelConfig]
+    ) -> dict[int, Losses]:
+        """Under each of these layouts, which are that of `base` below the layer that they are named by: what stands
+        there is computed once. The checkpoint attends by one of them afterwards.
 
         Raises:
             MemoryError: a batch that the device has no room for.
             ValueError: losses that are not finite.
         """
-        checkpoint.model.attend_as(config)
-        text, answers, exact = [], [], []
-        for values, _ in self._scores(checkpoint, [(row, len(row) - 1) for row in self.documents]):
-            text.append(-values.mean().item())
-        for values, hits in self._scores(checkpoint, self.prompts):
-            answers.append(-values.mean().item())
-            exact.append(float(hits.all()))
-        return Losses(fmean(text), fmean(answers), fmean(exact))
+        found: dict[int, tuple[list[float], ...]] = {layer: ([], [], []) for layer in others}
+        documents = [(row, len(row) - 1) for row in self.documents]
+        with progress("layers", len(others) * (len(documents) + len(self.prompts)), "text") as bar:
+            for layer, values, _ in self._scores(checkpoint, base, others, documents):
+                found[layer][0].append(-values.mean().item())
+                bar.update()
+            for layer, values, hits in self._scores(checkpoint, base, others, self.prompts):
+                found[layer][1].append(-values.mean().item())
+                found[layer][2].append(float(hits.all()))
+                bar.update()
+        return {layer: Losses(*map(fmean, each)) for layer, each in found.items()}
 
     def _scores(
-        self, checkpoint: Checkpoint, texts: Sequence[tuple[list[int], int]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`Checkpoint.log_likelihoods` of so many tokens at the end of each."""
+        self,
+        checkpoint: Checkpoint,
+        base: ModelConfig,
+        others: Mapping[int, ModelConfig],
+        texts: Sequence[tuple[list[int], int]],
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The layer that names the layout, and `Checkpoint.log_likelihoods` of so many tokens at the end of a text."""
         for at in range(0, len(texts), self.rows):
             batch = texts[at : at + self.rows]
             with memory_for(f"{len(batch)} x {len(batch[0][0])} tokens", checkpoint.device, "lower --batch-tokens"):
                 ids = torch.tensor([tokens for tokens, _ in batch], device=checkpoint.device)
-                hidden = checkpoint.model.model(ids[:, :-1], None, None)  # [B, S - 1, E]
-                for own, row, (_, count) in zip(hidden, ids, batch, strict=True):
-                    yield checkpoint.log_likelihoods(own[-count:], row[-count:])
+                for layer, hidden in _states(checkpoint.model, ids[:, :-1], base, others):
+                    for own, row, (_, count) in zip(hidden, ids, batch, strict=True):
+                        yield layer, *checkpoint.log_likelihoods(own[-count:], row[-count:])
 
 
-def choose(checkpoint: Checkpoint, texts: Texts, layout: str, count: int) -> Iterator[dict[str, Any]]:
-    """The layers of `layout` that stay dense, one after another: {layer, layout, losses, tried: {layer: losses}}.
+def _states(
+    model: Transformer, ids: Tensor, base: ModelConfig, others: Mapping[int, ModelConfig]
+) -> Iterator[tuple[int, Tensor]]:
+    """Hidden states `[B, S, E]` of tokens `[B, S]` under each of the layouts of `Texts.losses_from`."""
+    decoder, positions = model.model, torch.arange(ids.shape[1], device=ids.device)[None]
+    below, done = decoder.embed_tokens(ids), 0
+    for layer, config in sorted(others.items(), key=lambda pair: pair[0]):
+        model.attend_as(base)
+        below, done = decoder.through(below, positions, begin=done, end=layer), layer
+        model.attend_as(config)
+        yield layer, decoder.norm(decoder.through(below, positions, begin=layer))
 
-    The checkpoint attends by whatever layout was measured last.
-    """
-    config, chosen = checkpoint.config, list[int]()
+
+def choose(
+    checkpoint: Checkpoint, texts: Texts, sparse: ModelConfig, count: int, known: Sequence[Step] = ()
+) -> Iterator[Step]:
+    """The layers that stay dense where those of `sparse` do not, one after another, up to `count` with the `known`
+    ones: {layer, layout, losses, tried: {layer: losses}}."""
+    chosen = [step["layer"] for step in known]
 
     def with_dense(layers: Sequence[int]) -> ModelConfig:
-        return config.replace(attention_layout=f"{layout}+dense{ranges(sorted(layers))}")
+        if not layers:
+            return sparse
+        return sparse.replace(attention_layout=f"{sparse.attention_layout}+dense{ranges(sorted(layers))}")
 
-    for _ in range(count):
-        left = [layer for layer in range(config.num_hidden_layers) if layer not in chosen]
-        tried = {layer: texts.losses(checkpoint, with_dense([*chosen, layer])) for layer in left}
+    while len(chosen) < count:
+        left = [layer for layer in range(sparse.num_hidden_layers) if layer not in chosen]
+        tried = texts.losses_from(
+            checkpoint, with_dense(chosen), {layer: with_dense([*chosen, layer]) for layer in left}
+        )
         best = min(left, key=lambda layer: tried[layer].sum)
         chosen.append(best)
         yield {
@@ -141,7 +181,30 @@ def describe(found: dict[str, Any]) -> str:
         *((step["layout"], step["losses"]) for step in found["steps"]),
     ]
     rows += [[name, f"{x['text']:.4f}", f"{x['answers']:.4f}", f"{x['exact']:.2f}"] for name, x in measured]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\nDocuments: {found['documents']}, prompts: {found['prompts']}"
+
+
+def figure_of(found: dict[str, Any]) -> Figure:
+    """The losses of text and answers together, by the layer that was dense beside those chosen before."""
+    figure = figures.new_figure(7.5, 4.0)
+    axes = figure.add_axes((0.09, 0.13, 0.62, 0.78))  # names of lines stand to the right
+    figures.style(axes, "dense layer", "nats per token, text + answers", found["checkpoint"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ends = []
+    for step, look in zip(found["steps"], figures.looks(len(found["steps"])), strict=True):
+        losses = {int(layer): losses["text"] + losses["answers"] for layer, losses in step["tried"].items()}
+        layers = sorted(losses)
+        [line] = axes.plot(layers, [losses[layer] for layer in layers], marker=".", markersize=3, linewidth=1)
+        line.set(**look)
+        axes.plot([step["layer"]], [losses[step["layer"]]], marker="o", color=look["color"])
+        ends.append((losses[layers[-1]], f"+ layer {step['layer']}", look["color"]))
+    for name, layout in (("sparse", found["layout"]), ("as_it_is", f"{found['attention_layout']} (as it is)")):
+        height = found[name]["text"] + found[name]["answers"]
+        axes.axhline(height, color=figures.PALE, linewidth=1, linestyle=":")
+        ends.append((height, layout, figures.PALE))
+    figures.label_ends(axes, ends)
+    return figure
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -150,6 +213,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: off
     add("--ckpt", type=path, required=True, help="Hugging Face folder")
     add("--layout", required=True, help="the pattern of the sparse layers: L8V12+sink1")
+    add("--block-size", type=int, help="of the attention (default: config.json's, or 64)")
     add("--dense", type=int, required=True, help="layers that stay dense")
     add("--length", help="tokens of documents and prompts: 8k (default: the model's)")
     add("--n", type=int, default=SAMPLES, help="documents, and prompts with depths from 0 to 100 %% (%(default)s)")
@@ -163,8 +227,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--output", type=path, help="folder for layers.json (default: the run's results folder)")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.n < 2:
-        raise ValueError(f"--n {args.n}: expected at least 2")
+    for name, least in (("n", 2), ("batch_tokens", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     return args
 
 
@@ -178,13 +243,15 @@ def read(args: argparse.Namespace, checkpoint: Checkpoint, length: int) -> Texts
     haystack = read_haystack(args.haystack or find_heldout(args.ckpt), args.text_column, tokenizer)
     depths = tuple(100 * i / (args.n - 1) for i in range(args.n))
     prompts = Prompts(haystack, tokenizer, bos, Grid((length,), depths, 1, seed=args.seed))
-    check_haystack(haystack, (length,))
+    check_haystack(haystack, (length,), "--length")
     asked = []
     for prompt in map(prompts.build, prompts.grid.samples()):
         answer = prompt.needles[0].answer
         asked.append((prompt.tokens, answer.stop - answer.start))
     source = args.documents or args.haystack or find_heldout(args.ckpt)
-    documents = read_documents(checkpoint, source, args.text_column, (length,), args.n)[length]
+    documents = read_documents(checkpoint, source, args.text_column, (length,), args.n, option="--length")[length]
+    if len(documents) < args.n:
+        print(f"{source}: documents of {length} tokens or more: {len(documents)}, of --n {args.n}", flush=True)
     rows = max(1, samples.batch_tokens(args, checkpoint) // length)
     return Texts([tokens[:length] for _, tokens in documents], asked, rows)
 
@@ -195,27 +262,64 @@ def command(argv: Sequence[str]) -> Path:
     output = args.output or results_folder(check_folder(args.ckpt))
     files.require_writable(output)
     checkpoint = samples.open_checkpoint(args)
-    check_layout(args.layout, checkpoint.config, args.dense)
-    length = checkpoint.max_length if args.length is None else parse_length(args.length)
-    check_lengths((length,), checkpoint.max_length)
-    texts = read(args, checkpoint, length)
     config = checkpoint.config
-    found: dict[str, Any] = {
-        "kind": "layers", **checkpoint.describe(), "layout": args.layout, "length": length,
-        "documents": len(texts.documents), "prompts": len(texts.prompts), "seed": args.seed,
-        "as_it_is": texts.losses(checkpoint, config).to_dict(),
-        "sparse": texts.losses(checkpoint, config.replace(attention_layout=args.layout)).to_dict(),
-        "steps": [],
+    if args.block_size is not None:
+        config = config.replace(block_size=args.block_size)
+    check_layout(args.layout, config, args.dense)
+    sparse = config.replace(attention_layout=args.layout)
+    length = _length(args.length, checkpoint.max_length)
+    texts = read(args, checkpoint, length)
+    about = {
+        "kind": "layers", **checkpoint.describe(), "block_size": sparse.block_size, "layout": args.layout,
+        "length": length, "seed": args.seed, "documents": len(texts.documents), "prompts": len(texts.prompts),
+        "texts": samples.digest([texts.documents, texts.prompts]),
     }  # fmt: skip
-    for step in choose(checkpoint, texts, args.layout, args.dense):
+    file = output / "layers.json"
+    found = _known(file, about) or about | {
+        "as_it_is": texts.losses(checkpoint, checkpoint.config).to_dict(),
+        "sparse": texts.losses(checkpoint, sparse).to_dict(),
+        "steps": [],
+    }
+    _write(file, found)
+    for step in choose(checkpoint, texts, sparse, args.dense, found["steps"]):
         found["steps"].append(step)
         said = ", ".join(f"{name} {value:.4f}" for name, value in step["losses"].items())
         print(f"{step['layout']}: {said}", flush=True)
-        files.write_json(output / "layers.json", found)
-    table = describe(found)
-    files.write_text(output / "layers.md", f"{table}\n")
-    print(f"\n{table}\n\nattention_layout: {found['steps'][-1]['layout']}\n{output / 'layers.json'}")
-    return output / "layers.json"
+        _write(file, found)
+    print(f"\n{describe(found)}\n\nattention_layout: {found['steps'][args.dense - 1]['layout']}\n{file}")
+    return file
+
+
+def _length(text: str | None, longest: int) -> int:
+    try:
+        length = longest if text is None else parse_length(text)
+    except ValueError as error:
+        raise ValueError(f"--length: {error}") from None
+    if not 2 <= length <= longest:
+        raise ValueError(
+            f"--length {length}: the checkpoint reads 2 to {longest} tokens (max_position_embeddings in its"
+            " config.json)"
+        )
+    return length
+
+
+def _known(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run of the same checkpoint and texts has found; results of others move aside."""
+    if not file.is_file():
+        return None
+    old = files.read_json(file)
+    if isinstance(old, dict) and about.items() <= old.items():
+        print(f"{file}: {len(old['steps'])} layers are there already", flush=True)
+        return old
+    for outdated in filter(Path.is_file, map(file.with_suffix, (".json", ".md", ".png"))):
+        print(f"{outdated} is of another checkpoint, layout or text; kept as {files.move_aside(outdated).name}")
+    return None
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    files.write_json(file, found)
+    files.write_text(file.with_suffix(".md"), f"{describe(found)}\n")
+    figures.save(figure_of(found), file.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -152,11 +152,11 @@ def check_lengths(lengths: Sequence[int], max_length: int) -> None:
         )
 
 
-def check_haystack(haystack: Haystack, lengths: Sequence[int]) -> None:
-    """Raises ValueError when the haystack is shorter than the longest length."""
+def check_haystack(haystack: Haystack, lengths: Sequence[int], option: str = "--lengths") -> None:
+    """Raises ValueError, naming the option, when the haystack is shorter than the longest length."""
     if max(lengths) > len(haystack.tokens):
         raise ValueError(
-            f"--lengths {max(lengths)}: the haystack {haystack.source} has only {len(haystack.tokens):,} tokens;"
+            f"{option} {max(lengths)}: the haystack {haystack.source} has only {len(haystack.tokens):,} tokens;"
             " give a longer one with --haystack FILE"
         )
 
@@ -215,7 +215,8 @@ def run_sweep(
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(
-                f"--lengths {length}: no room for so many tokens in the device's memory; what is done is in {file}"
+                f"--lengths {length}: no room for so many tokens in the device's memory; lower --batch-tokens or"
+                f" --prefill-chunk; what is done is in {file}"
             ) from None
 
     plan = samples.batches_of(grid.samples(), key, lambda sample: 1 << 30 if grid.shared else rows(sample))

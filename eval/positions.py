@@ -130,12 +130,18 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_documents(
-    checkpoint: Checkpoint, source: Path, column: str, lengths: Sequence[int], n: int, only: str | None = None
+    checkpoint: Checkpoint,
+    source: Path,
+    column: str,
+    lengths: Sequence[int],
+    n: int,
+    only: str | None = None,
+    option: str = "--lengths",
 ) -> dict[int, list]:
     """By length, the number and token ids (to the longest length) of the first `n` documents that have so many.
     only: `source` of `eval.heldout.read_texts`.
 
-    Raises ValueError for a length that no document has.
+    Raises ValueError, naming the option, for a length that no document has.
     """
     tokenizer, longest = checkpoint.tokenizer, max(lengths)
     bos = bos_of(tokenizer)
@@ -163,7 +169,7 @@ def read_documents(
         most = max(most, len(encode(skipped)))
         where = f"source {only} in {source}" if only else str(source)
         raise ValueError(
-            f"--lengths {missing[0]}: no document of {where} has so many tokens (the longest: {most:,}); name longer"
+            f"{option} {missing[0]}: no document of {where} has so many tokens (the longest: {most:,}); name longer"
             " ones with --documents FILE"
         )
     return found

@@ -166,7 +166,7 @@ class KVCache:
 
     @property
     def marked_bytes(self) -> int:
-        """Of them those that `mark` has copied, 0 without a mark."""
+        """Bytes that `mark` has copied, 0 without a mark."""
         return sum(ring.nbytes for ring in self._mark.rings) if self._mark else 0
 
     @property
@@ -229,6 +229,8 @@ class KVCache:
                 )
         if self._is_lost:
             self.reset()
+        if self._mark and any(held < marked for held, marked in zip(self._held, self._mark.held, strict=True)):
+            self._mark = None  # what only grows is overwritten from here on
         self._written = [max(pair) for pair in zip(self._written, ends, strict=True)]
         return new
 
@@ -313,8 +315,6 @@ class KVCache:
             )
         self._lengths.clamp_(max=length)
         self._held = [min(held, length) for held in self._held]
-        if self._mark and any(held < marked for held, marked in zip(self._held, self._mark.held, strict=True)):
-            self._mark = None  # what only grows is overwritten from here on
         if length == 0:
             self._written = [0] * len(self._held)
 
@@ -335,10 +335,11 @@ class KVCache:
         """Hold what was held at the last `mark`, and nothing else; the mark stays.
 
         Raises:
-            ValueError: there is none: nothing was marked, or `truncate` or another cache in the memory went below it.
+            ValueError: there is none: nothing was marked, or this cache was fed from before it (after `truncate`), or
+                another one in the memory.
         """
         if self._mark is None or self._is_lost:
-            raise ValueError("the cache has no mark to go back to: mark it, and truncate no further than that")
+            raise ValueError("the cache has no mark to go back to: mark it, and feed it from no further back than that")
         self._held = [0] * len(self._held)  # if something keeps the host from the rest
         with self.whole_steps():
             for ring, marked in zip(self._rings, self._mark.rings, strict=True):

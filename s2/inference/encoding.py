@@ -77,7 +77,7 @@ class TextEncoder:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # the second of values that it joins to text
             raise ValueError(f"{self.folder.folder}: the chat template does not take these messages: {error}") from None
         return cast("str", text)
 

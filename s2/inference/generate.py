@@ -129,7 +129,7 @@ def stream(
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
     device = model.model.embed_tokens.weight.device
-    _check_objects(generator, is_enough, graph, device)
+    _check_objects(generator, is_enough, graph, device, draws=temperature > 0)
     ends = _ends(eos_token_id)
     input_ids, prompts = _padded(input_ids, lengths)
     _check_room(model, prompts, max_new_tokens, cache)
@@ -241,7 +241,7 @@ def _ends(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         given = [] if eos_token_id is None else torch.as_tensor(eos_token_id, device="cpu").flatten().tolist()
         return frozenset(whole("eos_token_id", index, 0) for index in given)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids") from None
+        raise ValueError(f"eos_token_id={eos_token_id!r} must be token ids, or None: no token ends a row") from None
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None) -> Tensor:
@@ -272,11 +272,16 @@ def _either(ended: list[bool], said: Sequence[bool] | Tensor) -> list[bool]:
 
 
 def _check_objects(
-    generator: torch.Generator | None, is_enough: IsEnough | None, graph: bool | None, device: torch.device
+    generator: torch.Generator | None,
+    is_enough: IsEnough | None,
+    graph: bool | None,
+    device: torch.device,
+    *,
+    draws: bool,
 ) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator={generator!r} must be a torch.Generator")
-    if generator is not None and generator.device.type != device.type:
+    if draws and generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator is on {generator.device}, and the model draws on {device}")
     if is_enough is not None and not callable(is_enough):
         raise ValueError(f"is_enough={is_enough!r} must be a function of the new tokens")

@@ -64,6 +64,10 @@ class PrefixCache:
                     f"rows {list(rows.shape)} with logits_to_keep={logits_to_keep} do not fit: there must be "
                     f"{self.batch_size} rows, and of each at least one logit and no more than it has tokens"
                 )
+        if input_ids.shape[1] > self._cache.max_length:
+            raise ValueError(
+                f"rows of {input_ids.shape[1]} tokens do not fit in a cache of max_length={self._cache.max_length}"
+            )
         check_whole_tensors([input_ids])
         check_tokens(input_ids, self._model.config.vocab_size)
         input_ids = input_ids.clone()  # callers may write into theirs
@@ -74,6 +78,7 @@ class PrefixCache:
         if shared >= begin and shared != self._marked:
             if shared > begin:
                 prefill(self._model, self._cache, input_ids[:, begin:shared], self._chunk)
+            self._marked = 0  # if something keeps the cache from it
             self._cache.mark()
             self._held, self._marked, begin = input_ids[:, :shared], shared, shared
         logits = last_logits(self._model, self._cache, input_ids[:, begin:], self._chunk, logits_to_keep)

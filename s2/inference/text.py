@@ -122,7 +122,7 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
             `TextEncoder`.
     """
     if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts={prompts!r} must be a list with at least one prompt")
+        raise ValueError(f"prompts={prompts!r:.80} must be a list with at least one prompt")
     encoder = TextEncoder(folder)
     ids = []
     for i, prompt in enumerate(prompts):
@@ -130,7 +130,8 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
             ids.append(_encode(encoder, prompt))
         except TypeError:
             raise ValueError(
-                f"prompt {i + 1} of {len(prompts)} must be a text, a list of token ids or a chat, got {prompt!r:.80}"
+                f"prompt {i + 1} of {len(prompts)} must be a text, a list of token ids or a chat (a list of messages), "
+                f"got {prompt!r:.80}"
             ) from None
     if not all(ids):
         raise ValueError(f"prompt {ids.index([]) + 1} of {len(ids)} is empty: there is no token to continue")
@@ -147,6 +148,8 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
 def _encode(encoder: TextEncoder, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return encoder.encode(prompt)
+    if isinstance(prompt, Mapping | bytes):  # one message of a chat, a text that is not decoded
+        raise TypeError
     if len(prompt) and isinstance(prompt[0], Mapping):
         return encoder.encode_chat(cast(Sequence[Message], prompt))
     return [operator.index(index) for index in cast(Sequence[int], prompt)]

@@ -49,11 +49,24 @@ class Decoder(nn.Module):
             positions = cache.positions  # [B or 1, S]
         else:
             positions = torch.arange(S, device=input_ids.device)[None]  # [1, S]
+        return self.norm(self.through(self.embed_tokens(input_ids), positions, cu_seqlens, cache))
+
+    def through(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        begin: int = 0,
+        end: int | None = None,
+    ) -> Tensor:
+        """What stands before layer `begin`, `[B, S, E]`, after the layers up to `end` (None: the last), which is left
+        out. positions: of the tokens, `[B or 1, S]`."""
         rotations = {rope: rope(positions) for rope in dict.fromkeys(self.ropes)}
-        x = self.embed_tokens(input_ids)
-        for block in self.blocks:
+        for block in self.blocks[begin:end]:
             x = block(x, *rotations[self.ropes[block.self_attn.pattern.is_dense]], cu_seqlens, cache)
-        return self.norm(x)
+        return x
 
 
 def _ropes(config: ModelConfig) -> tuple[RotaryEmbedding, RotaryEmbedding]:

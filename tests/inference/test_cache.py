@@ -244,7 +244,7 @@ def test_a_cache_goes_back_to_its_mark_however_many_tokens_follow(layout):
 
 def test_a_mark_that_cannot_be_gone_back_to_is_refused():
     feed = Feed(config_of("W2", layers=2), [300])
-    said = "the cache has no mark to go back to: mark it, and truncate no further than that"
+    said = "the cache has no mark to go back to: mark it, and feed it from no further back than that"
     with pytest.raises(ValueError, match=said):
         feed.cache.rewind()
     feed.call([100])
@@ -254,6 +254,9 @@ def test_a_mark_that_cannot_be_gone_back_to_is_refused():
         feed.cache.truncate(100)
     feed.cache.rewind()
     feed.cache.truncate(96)
+    feed.cache.rewind()  # nothing was fed
+    feed.cache.truncate(96)
+    feed.call([1])
     with pytest.raises(ValueError, match=said):
         feed.cache.rewind()
     feed.cache.mark()
@@ -294,6 +297,9 @@ def test_a_cache_that_is_interrupted_while_it_goes_back_holds_nothing_or_what_wa
             feed.cache.rewind()
     assert feed.cache.lengths == ((0,) if after < 5 else (100,))
     feed.call([120])
+    if after < 5:
+        with pytest.raises(ValueError, match="no mark to go back to"):  # of other tokens, perhaps
+            feed.cache.rewind()
     feed.cache.truncate(0)
     feed.call([90])
 

@@ -1,5 +1,7 @@
 """Cached decoding equals the full forward on sparse layouts; generation repeats, stops and refuses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -228,7 +230,10 @@ def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():
         ({"top_p": "all"}, "top_p='all' must be a number"),
         *(({"top_k": x}, f"top_k={x!r} must be a whole number of tokens, or 0 for all") for x in (-1, 2.5, "5", None)),
         *(({"prefill_chunk": x}, f"prefill_chunk={x!r} must be a whole number of at least 1") for x in (0, 2.5, None)),
-        *(({"eos_token_id": x}, "eos_token_id=.* must be token ids") for x in ("a", -1, [5, 1.5], [True], [5, None])),
+        *(
+            ({"eos_token_id": x}, "eos_token_id=.* must be token ids, or None: no token")
+            for x in ("a", -1, [5, 1.5], [True], [5, None])
+        ),
         ({"generator": 7}, r"generator=7 must be a torch\.Generator"),
         ({"is_enough": True}, "is_enough=True must be a function of the new tokens"),
         ({"graph": "no"}, "graph='no' must be True, False or None"),
@@ -316,3 +321,12 @@ def test_cache_and_documents_exclude_each_other():
     cache = KVCache(model.config, 1, 40)
     with pytest.raises(ValueError, match="cu_seqlens cannot be combined with cache"):
         model(tokens(1, 8), cache=cache, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
+
+
+def test_a_generator_of_another_device_is_refused_where_tokens_are_drawn(monkeypatch):
+    model, prompt = build("dense"), torch.tensor([[1, 2, 3]])
+    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "Generator", SimpleNamespace)
+    assert torch.equal(generate(model, prompt, 3, 0.0, generator=elsewhere), generate(model, prompt, 3, 0.0))
+    with pytest.raises(ValueError, match="generator is on cuda, and the model draws on cpu"):
+        generate(model, prompt, 3, 0.5, generator=elsewhere)

@@ -153,6 +153,16 @@ def test_a_pass_that_fails_leaves_only_what_is_known_to_be_held(model):
         torch.testing.assert_close(cached(rows[:, :50], logits_to_keep=1), model(rows[:, :50], logits_to_keep=1))
 
 
+def test_rows_that_are_too_long_are_refused_before_any_work():
+    rows = prompts(1, 120, [60])[0]
+    cached = PrefixCache(build("W1"), 1, 100, prefill_chunk=50)
+    cached(rows[:, :100], 1)
+    with pytest.raises(ValueError, match="rows of 120 tokens do not fit in a cache of max_length=100"):
+        cached(rows, 1)
+    cached(rows[:, :100], 1)
+    assert cached.computed == 101
+
+
 @pytest.mark.parametrize("fails_in", range(6))
 def test_a_pass_that_is_interrupted_anywhere_changes_no_later_one(fails_in, monkeypatch):
     """Also between the rings and the lengths of a cache that goes back."""
@@ -177,6 +187,26 @@ def test_a_pass_that_is_interrupted_anywhere_changes_no_later_one(fails_in, monk
         cached(batches[1], 2, batches[2])
     for batch, following in ((batches[1], batches[2]), (batches[2], None)):
         logits = cached(batch, 2, following)
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, model(batch, logits_to_keep=2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_rings_that_has_no_room_changes_no_later_batch(monkeypatch):
+    model = build("W1")
+    batches, clone = prompts(1, 200, [60, 150, 100, 120]), torch.Tensor.clone
+
+    def full(x):
+        if x.dim() == 4:  # of keys or values
+            raise torch.OutOfMemoryError
+        return clone(x)
+
+    cached = PrefixCache(model, 1, 200)
+    cached(batches[0], 2, batches[1])
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "clone", full)
+        cached(batches[1], 2, batches[2])
+    for batch in batches[2:]:
+        logits = cached(batch, 2)
         with torch.inference_mode():
             torch.testing.assert_close(logits, model(batch, logits_to_keep=2), rtol=1e-4, atol=1e-4)
 

@@ -120,6 +120,9 @@ def test_chats_go_through_the_template_with_one_bos(folder, changed):
     strict = changed(chat_template__jinja="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="does not take these messages: roles must alternate"):
         encode_prompts(strict, [chat])
+    joins = changed(chat_template__jinja="{{ messages[0].role + messages[0].content }}")
+    with pytest.raises(ValueError, match="does not take these messages: can only concatenate str"):
+        encode_prompts(joins, [[{"role": "user", "content": 5}]])
     with pytest.raises(ValueError, match="there is no chat template in it"):
         encode_prompts(folder, [chat])
 
@@ -146,10 +149,13 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
     [
         ([], {}, "at least one prompt"),
         ("the river", {}, "prompts='the river' must be a list"),
+        ("the river" * 99, {}, "prompts='the river.{,80} must be a list"),
         (["a", []], {}, "prompt 2 of 2 is empty"),
         (["a", [3, 1_000_000]], {}, "prompt 2 of 2 has token 1000000"),
         ([[-1, 3]], {}, "prompt 1 of 1 has token -1"),
-        ([3, 4], {}, "prompt 1 of 2 must be a text, a list of token ids or a chat, got 3"),
+        ([3, 4], {}, r"prompt 1 of 2 must be a text, a list of token ids or a chat \(a list of messages\), got 3"),
+        ([{"role": "user", "content": "a"}], {}, "prompt 1 of 1 must be a text, .*got {'role': 'user'"),
+        (["a", b"a"], {}, "prompt 2 of 2 must be a text, .*got b'a'"),
         (["a", [3, 1.5]], {}, r"prompt 2 of 2 must be a text, .*got \[3, 1\.5\]"),
         (["a", None], {}, "prompt 2 of 2 must be a text, .*got None"),
         (7, {}, "prompts=7 must be a list"),

@@ -337,6 +337,18 @@ MUTANTS = (
         ("test_cache.py::test_a_cache_that_is_interrupted_while_it_goes_back_holds_nothing_or_what_was_marked",),
     ),
     Mutant(
+        "a_prefix_goes_back_to_a_mark_that_had_no_room", "s2/inference",
+        "self._marked = 0  # if something keeps the cache from it",
+        "pass",
+        ("test_prefix.py::test_a_copy_of_rings_that_has_no_room_changes_no_later_batch",),
+    ),
+    Mutant(
+        "a_message_is_read_as_a_chat", "s2/inference",
+        "if isinstance(prompt, Mapping | bytes):",
+        "if isinstance(prompt, bytes):",
+        ("test_text.py::test_what_cannot_be_continued_is_refused_before_it_begins",),
+    ),
+    Mutant(
         "a_mark_copies_lists_that_only_grow", "s2/attention/regions.py",
         "if any(region.overwritten(newest) is not None for region in column)",
         "if column",
