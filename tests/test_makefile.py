@@ -50,3 +50,11 @@ def test_stages_are_measured_by_a_gate_before_the_next_begins(recipe, tmp_path):
         assert "--data-dir" not in said
         assert "--data-dir rows" in make("-n", "gate", f"RECIPE={recipe}", "EVAL_DATA=rows")
         assert f"eval.gate --ckpt runs/{recipe}/{name}/hf --config recipes/{recipe}/gates/{name}.yaml" in said
+
+
+def test_layers_are_chosen_for_any_layout():
+    said = make(
+        "-n", "layers", "CKPT=models/a", "LAYOUT=4*L8V12+sink1|5*W8", "DENSE=5", "HAYSTACK=b.txt", "ARGS=--n 32"
+    )
+    words = "eval.layers --ckpt models/a --layout '4*L8V12+sink1|5*W8' --dense 5 --haystack b.txt --n 32"
+    assert words in " ".join(said.replace("\\\n", " ").split())
