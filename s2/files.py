@@ -170,16 +170,18 @@ def make_folder(folder: Path, kind: str) -> Path:
 
 def check_folder(folder: Path, kind: str) -> None:
     """Refuse what `make_folder` refuses, without making or marking anything. Raises as that does."""
+    # Listed before the mark is read: of a folder that another process is just making, only what it marks is seen.
+    names = os.listdir(folder) if folder.is_dir() else []
+    others = sorted(name for name in names if not _TEMPORARY.fullmatch(name))
     marked = kind_of(folder)
     if marked not in (None, kind):
         raise NotOursError(f"{folder} holds {marked}, not {kind}; choose another folder")
-    if marked is None and folder.is_dir():
-        if others := sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name)):
-            raise NotOursError(
-                f"{folder} holds files that this program did not write ({', '.join(others[:3])}"
-                f"{', ...' if len(others) > 3 else ''}); choose another folder, or move them"
-            )
-    elif marked is None and os.path.lexists(folder):
+    if marked is None and others:
+        raise NotOursError(
+            f"{folder} holds files that this program did not write ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}); choose another folder, or move them"
+        )
+    if marked is None and os.path.lexists(folder) and not folder.is_dir():
         raise NotOursError(f"{folder} is a file, and a folder for {kind} is to stand there; move it")
 
 

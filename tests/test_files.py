@@ -53,6 +53,27 @@ def test_folders_of_others_are_refused_and_left_as_they_are(tmp_path: Path) -> N
     assert (theirs / "thesis.tex").read_text() == "x"
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_two_processes_may_make_one_folder_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """The other one makes and marks it right after this one has looked for a mark."""
+    folder, look = tmp_path / "made", files.kind_of
+    if is_there:
+        folder.mkdir()
+
+    def look_and_lose(path: Path) -> str | None:
+        found = look(path)
+        monkeypatch.setattr(files, "kind_of", look)
+        files.make_folder(folder, "shards")
+        (folder / "shard.bin").write_bytes(b"1")
+        return found
+
+    monkeypatch.setattr(files, "kind_of", look_and_lose)
+    assert files.make_folder(folder, "shards") == folder and (folder / "shard.bin").exists()
+    assert files.kind_of(folder) == "shards"
+
+
 def test_what_stands_in_the_way_of_a_folder_moves_aside_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("hf", "hf.partial"):
         (tmp_path / name).mkdir()
