@@ -1,15 +1,12 @@
 """The needle sweep: scores mean what they say, an interrupted sweep goes on, wrong input stops at once."""
 
 import importlib
-import itertools
 import json
-import operator
 import random
 import re
 import runpy
 import shutil
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +20,6 @@ from eval.haystack import Haystack
 from eval.needle import Prompts, main, run_sweep, score
 from eval.needle_prompts import KINDS, build_prompt, filler
 from eval.samples import place_in
-from s2.inference import KVCache
 from s2.inference.folder import bos_of, load_tokenizer
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
@@ -371,86 +367,6 @@ def test_a_reader_of_many_values_scores_each(tokenizer, haystack, tmp_path):
 
     [record] = score(TwoOfFour(), tokenizer, [prompt], generate=False)
     assert record["scores"]["exact"] == 0.5 and 0.5 < record["scores"]["partial"] < 1
-
-
-@pytest.fixture(scope="module", params=["L2V4-inter", "L1V3+sink1"])
-def sharing(request, folder, tmp_path_factory):
-    """A checkpoint that reads prompts in pieces, with and without dense layers."""
-    return make_checkpoint(tmp_path_factory.mktemp("sharing") / "hf", request.param, max_length=512)
-
-
-@pytest.mark.parametrize("kind", ["single", "multi-query", "distractors"])
-def test_prompts_that_share_a_haystack_score_the_same_computed_at_once_and_anew(
-    sharing, haystack, tokenizer, tmp_path, kind
-):
-    """Keys and values of a shared beginning are computed once, and scores are those of whole forward passes."""
-    checkpoint = Checkpoint.load(sharing, "cpu", prefill_chunk=100)
-    prompts = Prompts(
-        haystack, tokenizer, 0, Grid((420, 500), (0.0, 20.0, 40.0, 60.0, 100.0), 3, kind=kind, shared=True)
-    )
-    caches = []
-
-    class Watched:
-        max_length, predict_last, generate = checkpoint.max_length, checkpoint.predict_last, checkpoint.generate
-
-        def prefix_cache(self, rows, length):
-            caches.append(checkpoint.prefix_cache(rows, length))
-            return caches[-1]
-
-    results = run_sweep(Watched(), prompts, tmp_path / "needle.json", {}, generate=False, batch_tokens=1000)
-    read_whole = Checkpoint.load(sharing, "cpu")
-    whole, most = [], 0
-    for length, indices in itertools.product((420, 500), ((0, 1), (2,))):  # as many rows as a batch has
-        firsts = defaultdict(list)
-        for sample in prompts.grid.samples():
-            if sample["length"] == length and sample["index"] in indices:
-                prompt = prompts.build(sample)
-                [record] = score(read_whole, tokenizer, [prompt], generate=False)
-                whole.append(sample | {"prompt": samples.digest(prompt.tokens)} | record)
-                firsts[sample["depth"]].append(prompt.first)
-        shared = sorted(map(min, firsts.values()))[:-1]
-        most += len(indices) * (len(firsts) * (length - 1) - sum(shared))
-    key = operator.itemgetter("id")
-    assert sorted(results["samples"], key=key) == sorted(whole, key=key)
-    fed = sum(cache.computed * cache.batch_size for cache in caches)
-    assert 0.95 * most < fed <= most
-
-
-def test_a_sweep_in_a_shared_haystack_holds_the_shrunk_cache_and_reads_pieces(folder, haystack, tokenizer, tmp_path):
-    """With every key held, a million tokens of a 1.3B would take 192 GiB."""
-    checkpoint = Checkpoint.load(make_checkpoint(tmp_path / "hf", "L1V8", max_length=2048), "cpu", prefill_chunk=128)
-    prompts = Prompts(haystack, tokenizer, 0, Grid((2048,), (0.0, 50.0, 100.0), 1, shared=True))
-    caches, forward, widths = [], checkpoint.model.forward, []
-
-    class Watched:
-        max_length, predict_last, generate = checkpoint.max_length, checkpoint.predict_last, checkpoint.generate
-
-        def prefix_cache(self, rows, length):
-            caches.append(checkpoint.prefix_cache(rows, length))
-            return caches[-1]
-
-    checkpoint.model.forward = lambda ids, **more: widths.append(ids.shape[1]) or forward(ids, **more)
-    run_sweep(Watched(), prompts, tmp_path / "needle.json", {}, batch_tokens=2048)
-    assert max(widths) == 128
-    config, dtype = checkpoint.config, checkpoint.dtype
-    dense = KVCache.bytes_for(config.replace(attention_layout="dense"), 1, 2048, dtype)
-    [cache] = caches
-    assert KVCache.bytes_for(config, 1, 2048, dtype) < cache.num_bytes < 0.17 * dense
-
-
-@pytest.mark.parametrize("layout", ["dense", "L2V4-inter", "L1V3+sink1"])
-def test_prompts_read_in_pieces_have_the_tokens_of_one_pass(haystack, tokenizer, tmp_path, layout):
-    path = make_checkpoint(tmp_path / "hf", layout)
-    rows = [build_prompt(haystack, tokenizer, 0, length=250, depth=40, seed=seed).tokens for seed in "ab"]
-    whole, widths = Checkpoint.load(path, "cpu"), []
-    for chunk in (249, 100, 17):
-        pieces = Checkpoint.load(path, "cpu", prefill_chunk=chunk)
-        forward = pieces.model.forward
-        pieces.model.forward = lambda ids, _of=forward, **more: widths.append(ids.shape[1]) or _of(ids, **more)
-        assert pieces.predict_last(rows, 60) == whole.predict_last(rows, 60)
-        assert pieces.generate(rows, 5) == whole.generate(rows, 5)
-        assert max(widths) == chunk
-        widths.clear()
 
 
 @pytest.mark.parametrize("way", [pytest.param("processes", marks=pytest.mark.nightly), "parts"])

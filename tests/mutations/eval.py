@@ -21,13 +21,13 @@ MUTANTS = (
         "depths_share_less_than_they_could", "eval/needle.py",
         "for step in steps), key=order)",
         "for step in steps), key=lambda _: 0)",
-        ("test_needle.py::test_prompts_that_share_a_haystack_score_the_same_computed_at_once_and_anew",),
+        ("test_needle_pieces.py::test_prompts_that_share_a_haystack_score_the_same_computed_at_once_and_anew",),
     ),
     Mutant(
         "what_the_next_depth_shares_is_not_kept", "eval/needle.py",
         "following = following if len(following) == len(built) else []",
         "following = []",
-        ("test_needle.py::test_prompts_that_share_a_haystack_score_the_same_computed_at_once_and_anew",),
+        ("test_needle_pieces.py::test_prompts_that_share_a_haystack_score_the_same_computed_at_once_and_anew",),
     ),
     Mutant(
         "needle_accepts_a_prefix", "eval",
