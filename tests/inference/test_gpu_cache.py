@@ -1,14 +1,15 @@
-"""The cache on a GPU: logits as of whole passes, no step that waits for the device, and a kernel that writes what plain
-torch writes, also captured and beyond 2^31 elements."""
+"""The cache on a GPU: logits as of whole passes, also of prompts that begin alike, no step that waits for the device, and
+a kernel that writes what plain torch writes, also captured and beyond 2^31 elements."""
 
 import pytest
 import torch
 
 from s2.attention import Pattern, store
 from s2.attention.regions import lay_out
-from s2.inference import KVCache, generate
+from s2.inference import KVCache, PrefixCache, generate
 from s2.model import ModelConfig, Transformer
 from tests.attention.test_write import part_of, step_of, write_both_ways
+from tests.inference.test_prefix import prompts
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +33,21 @@ def test_cached_forward_equals_full_forward(model, pieces):
         expected = model(ids)
         exact = model.float()(ids)
     assert (logits - exact).norm() < 2 * (expected - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("chunk", [1 << 15, 256])
+def test_prompts_that_begin_alike_have_the_logits_of_whole_passes(model, chunk):
+    """What is shared is computed once, in a cache that drops keys and goes back to where prompts part."""
+    leaves = [200, 640, 1500]
+    batches = [batch.cuda() for batch in prompts(2, 1900, leaves)]
+    cached = PrefixCache(model, 2, 1900, chunk)
+    found = [cached(batch, 8, *batches[i + 1 : i + 2]) for i, batch in enumerate(batches)]
+    assert cached.computed == 1900 + (1900 - leaves[0]) + (1900 - leaves[1])
+    with torch.inference_mode():
+        expected = [model(batch, logits_to_keep=8) for batch in batches]
+        exact = [model.float()(batch, logits_to_keep=8) for batch in batches]
+    for logits, rounded, wide in zip(found, expected, exact, strict=True):
+        assert (logits - wide).norm() < 2 * (rounded - wide).norm() + 1e-3 * wide.norm()
 
 
 def test_a_decode_step_does_not_wait_for_the_device(model):
