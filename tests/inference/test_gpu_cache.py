@@ -1,5 +1,5 @@
-"""The cache on a GPU: logits as of whole passes, also of prompts that begin alike, no step that waits for the device, and
-a kernel that writes what plain torch writes, also captured and beyond 2^31 elements."""
+"""The cache on a GPU: logits as of whole passes, also of prompts that begin alike, no step that waits for the device,
+and a kernel that writes what plain torch writes, also captured and beyond 2^31 elements."""
 
 import pytest
 import torch
