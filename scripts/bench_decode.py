@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import torch
@@ -28,11 +28,13 @@ from s2.attention import Pattern
 from s2.ending import FailureError
 from s2.tables import markdown
 
-FIGURES = ("us", "bytes", "share")
+FIGURES = ("us", "plan_us", "bytes", "share")
 
 METHOD = (
     "one new token a sequence, all of one length; us: one call among many in a CUDA graph, which go around "
     f"{COLD_BYTES >> 20} MB of keys or all that are there, so that they come from memory",
+    "plan: us of the kernel that says which keys each program reads, once in a step for all layers of one kind; not in "
+    "the figure before it",
     "read: keys and values that the layout shows the token; share: of the rate of a copy in the same process, "
     "whose bytes count as they are read and as they are written",
     "mixed: sequences of the length down to a sixteenth of it, each shorter by the same factor",
@@ -43,7 +45,7 @@ METHOD = (
 # ---------------------------------------------------------------- figures
 
 
-def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+def in_turn(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
 
@@ -54,9 +56,11 @@ def measure(shape: Shape, pool: Tensor, copy_tb_s: float, timing: Timing) -> Row
     row |= {"heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "bytes": bytes_of(shape)}
     with noted(row, "us"), torch.inference_mode():
         calls = calls_of(shape, pool)
-        if shape.layout == "SDPA":
-            row["note"] = chosen_kernel(*calls[0].args)
-        row["us"] = 1e3 * graph_ms(in_turn(calls), timing)
+        if calls.plan:
+            row["plan_us"] = 1e3 * graph_ms(calls.plan, timing)
+        else:
+            row["note"] = chosen_kernel(*calls.attend[0].args)
+        row["us"] = 1e3 * graph_ms(in_turn(calls.attend), timing)
         row["share"] = row["bytes"] / row["us"] / 1e6 / copy_tb_s
     return row
 
@@ -65,20 +69,33 @@ def measure(shape: Shape, pool: Tensor, copy_tb_s: float, timing: Timing) -> Row
 
 
 def table(rows: list[Row]) -> str:
-    header = ("heads", "batch", "length", "layout", "us", "read, MB", "TB/s", "share of copy", "over SDPA", "note")
+    header = (
+        "heads",
+        "batch",
+        "length",
+        "layout",
+        "us",
+        "plan",
+        "read, MB",
+        "TB/s",
+        "share of copy",
+        "over SDPA",
+        "note",
+    )
     dense_us = {(r["heads"], r["batch"], r["seq_len"]): r["us"] for r in rows if r["name"] == "SDPA"}
     body = []
     for row in rows:
         at = [row["heads"], str(row["batch"]), f"{row['seq_len']:,}", row["name"]]
         read = f"{row['bytes'] / 1e6:,.1f}"
         if row["us"] is None:
-            body.append([*at, row["status"], read, "-", "-", "-", row["note"]])
+            body.append([*at, row["status"], "-", read, "-", "-", "-", row["note"]])
             continue
         base = dense_us.get((row["heads"], row["batch"], row["seq_len"]))
         over = "-" if base is None or row["name"] == "SDPA" or "mixed" in row["name"] else f"{base / row['us']:.2f}"
         rate = f"{row['bytes'] / row['us'] / 1e6:.2f}"
-        body.append([*at, f"{row['us']:,.1f}", read, rate, f"{row['share']:.2f}", over, row["note"]])
-    return markdown(header, body, numbers=(1, 2, *range(4, 9)))
+        plan = "-" if row["plan_us"] is None else f"{row['plan_us']:.1f}"
+        body.append([*at, f"{row['us']:,.1f}", plan, read, rate, f"{row['share']:.2f}", over, row["note"]])
+    return markdown(header, body, numbers=(1, 2, *range(4, 10)))
 
 
 def parts(record: Record) -> list[str]:

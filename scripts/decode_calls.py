@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from s2.attention import Pattern
-from s2.attention.decode import decode_attention, decode_workspace, reference_decode
+from s2.attention.decode import decode_attention, decode_shares, decode_workspace, reference_decode
 from s2.attention.regions import HeadGroup, lay_out
 from s2.ending import FailureError
 
@@ -90,8 +90,17 @@ def copies_of(shape: Shape, held: int, room: int) -> int:
 # ---------------------------------------------------------------- calls
 
 
-def calls_of(shape: Shape, pool: Tensor) -> list[Callable[[], Tensor]]:
-    """Calls to time, each with keys and values of its own from the pool's random numbers."""
+@dataclass(frozen=True)
+class Calls:
+    """attend: calls to time, each with keys and values of its own from the pool's random numbers. plan: what layers of
+    one kind share in a step (`decode_shares`), which `attend` is given; None of SDPA."""
+
+    attend: list[partial[Tensor]]
+    plan: Callable[[], Tensor] | None = None
+
+
+def calls_of(shape: Shape, pool: Tensor) -> Calls:
+    """FailureError: the pool is too small."""
     slots = shape.length if shape.layout == "SDPA" else shape.group.num_blocks * shape.block
     size = (shape.batch, shape.kv_heads, slots, shape.head_dim)
     held = 2 * shape.batch * shape.kv_heads * slots * shape.head_dim
@@ -102,14 +111,19 @@ def calls_of(shape: Shape, pool: Tensor) -> list[Callable[[], Tensor]]:
     q = torch.randn(shape.batch, 1, shape.heads, shape.head_dim, dtype=DTYPE, device=pool.device)
     pairs = [pool[n * held : (n + 1) * held].view(2, *size) for n in range(copies_of(shape, held, len(pool)))]
     if shape.layout == "SDPA":
-        return [partial(dense, q.transpose(1, 2), *pair.unbind()) for pair in pairs]
+        return Calls([partial(dense, q.transpose(1, 2), *pair.unbind()) for pair in pairs])
     table = shape.group.table.to(pool.device)
     lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=pool.device)
-    settings = {"block": shape.block, "scale": shape.head_dim**-0.5}
+    plan = partial(decode_shares, q, pairs[0][0], table, lengths, block=shape.block)
+    settings = {"block": shape.block, "scale": shape.head_dim**-0.5, "shares": plan()}
     workspace = decode_workspace(q, pairs[0][0], block=shape.block)
-    return [
-        partial(decode_attention, q, *pair.unbind(), table, lengths, workspace=workspace, **settings) for pair in pairs
-    ]
+    return Calls(
+        [
+            partial(decode_attention, q, *pair.unbind(), table, lengths, workspace=workspace, **settings)
+            for pair in pairs
+        ],
+        plan,
+    )
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from peer_report import Shape
 from peer_selection import Pages, all_pages, first_places, keep, kept_pages, page_bounds, quest_pages
 from torch import Tensor
 
-from s2.attention.decode import decode_attention, decode_workspace
+from s2.attention.decode import decode_attention, decode_shares, decode_workspace
 from s2.attention.regions import HeadGroup
 
 BLOCK, PAGE, DTYPE = 64, peers.QUEST_PAGE, torch.bfloat16
@@ -148,6 +148,7 @@ def _ours(made: Row, shape: Shape, q: Tensor, caches: list[Tensor], group: HeadG
     settings = {"block": BLOCK, "scale": q.shape[-1] ** -0.5}
     if q.is_cuda:
         settings["workspace"] = decode_workspace(query, caches[0][0], block=BLOCK)
+        settings["shares"] = decode_shares(query, caches[0][0], table, lengths, block=BLOCK)
     calls = [partial(decode_attention, query, *cache.unbind(), table, lengths, **settings) for cache in caches]
     made["time"] = time(calls)
     return calls[0]()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .decode_sdpa import masked_decode
-from .kernels.triton.decode_launch import Grid, Workspace, run_decode
+from .kernels.triton.decode_launch import Grid, Workspace, run_decode, run_plan
 from .pattern import BLOCK_SIZES
 from .regions import Region
 
@@ -37,12 +37,14 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @overload
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, *, block: int, scale: float,
-    return_lse: Literal[False] = ..., workspace: Workspace | None = ..., backend: str | None = ...,
+    return_lse: Literal[False] = ..., workspace: Workspace | None = ..., shares: Tensor | None = ...,
+    backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, *, block: int, scale: float,
-    return_lse: Literal[True], workspace: Workspace | None = ..., backend: str | None = ...,
+    return_lse: Literal[True], workspace: Workspace | None = ..., shares: Tensor | None = ...,
+    backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode_attention(
     q: Tensor,
@@ -55,6 +57,7 @@ def decode_attention(
     scale: float,
     return_lse: bool = False,
     workspace: Workspace | None = None,
+    shares: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence to what its KV heads hold.
@@ -72,6 +75,7 @@ def decode_attention(
         scale: factor of the scores, usually D ** -0.5.
         return_lse: return the log-sum-exp of the scores too, to merge with attention to other keys.
         workspace: of `decode_workspace`; by default a new one for each call.
+        shares: of `decode_shares`; by default each call works them out anew, by a kernel more.
         backend: "triton", the kernel; "sdpa", torch's attention under a mask, which gives no lse; "reference", the
             definition. None: the kernel for tensors on a GPU, else "sdpa", with `return_lse` the definition.
 
@@ -92,7 +96,7 @@ def decode_attention(
         out, lse = reference_decode(q, k, v, table, lengths, block=block, scale=scale)
     else:
         with torch.cuda.device_of(q):  # kernels are launched on the current device
-            out, lse = run_decode(q, k, v, table, lengths, block, scale, workspace)
+            out, lse = run_decode(q, k, v, table, lengths, block, scale, workspace, shares=shares)
     return (out, lse) if return_lse else out
 
 
@@ -105,6 +109,19 @@ def decode_workspace(q: Tensor, k: Tensor, *, block: int) -> Workspace:
         block: tokens in a block.
     """
     return Grid.of(q, k, block).workspace(q.device)
+
+
+def decode_shares(q: Tensor, k: Tensor, table: Tensor, lengths: Tensor, *, block: int) -> Tensor:
+    """Which keys each program of the kernel reads, int32 `[n, H, words]`, in calls of `decode_attention` with tensors
+    of these shapes and dtypes, this table and these lengths: in all layers of one kind in a step. A kernel works it
+    out; nothing is read on the host.
+
+    Args:
+        q, k: as the calls will have; their values do not count.
+        table, lengths, block: as of `decode_attention`.
+    """
+    with torch.cuda.device_of(q):  # kernels are launched on the current device
+        return run_plan(q, k, table, lengths, block)
 
 
 # ---------------------------------------------------------------- the definition

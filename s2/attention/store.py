@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .chunks import frame_of
-from .decode import MAX_TOKENS, decode_attention, decode_workspace
+from .decode import MAX_TOKENS, decode_attention, decode_shares, decode_workspace
 from .kernels.triton.write import run_write_slots
 from .op import s2_attention
 from .pattern import Pattern
@@ -158,13 +158,16 @@ class _Part:
         takes_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if step.is_decode and not self.group.is_whole and not takes_gradients:
             self.write(step, k, v)
-            shapes = q.shape, self.k.shape
-            if shapes not in step.kept:
-                step.kept[shapes] = decode_workspace(q, self.k, block=self.block_size) if q.is_cuda else None
             return decode_attention(
-                q, self.k, self.v, self.table, step.after, block=self.block_size, scale=q.shape[-1] ** -0.5,
-                workspace=step.kept[shapes],
-            )  # fmt: skip
+                q,
+                self.k,
+                self.v,
+                self.table,
+                step.after,
+                block=self.block_size,
+                scale=q.shape[-1] ** -0.5,
+                **self._shared(step, q),
+            )
         in_place = self.group.is_in_order and not takes_gradients
         if in_place:
             self.write(step, k, v)
@@ -179,6 +182,17 @@ class _Part:
         if not in_place:
             self.write(step, k, v)
         return out
+
+    def _shared(self, step: Step, q: Tensor) -> dict[str, Any]:
+        """What the decode kernel shares with other calls, and with other layers of the step."""
+        if not q.is_cuda:
+            return {}
+        shapes, layers = (q.shape, self.k.shape), (self.group, q.shape)
+        if shapes not in step.kept:
+            step.kept[shapes] = decode_workspace(q, self.k, block=self.block_size)
+        if layers not in step.memo:
+            step.memo[layers] = decode_shares(q, self.k, self.table, step.after, block=self.block_size)
+        return {"workspace": step.kept[shapes], "shares": step.memo[layers]}
 
     def _attend_chunk(
         self, step: Step, q: Tensor, k: Tensor, v: Tensor, start: int, old_k: Tensor, old_v: Tensor, in_place: bool

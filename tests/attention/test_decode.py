@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s2.attention import Pattern
-from s2.attention.decode import decode_attention, decode_workspace, reference_decode
+from s2.attention.decode import decode_attention, decode_shares, decode_workspace, reference_decode
 from s2.attention.kernels.triton.decode_launch import Grid, run_decode
 from tests.attention.decode_cases import DecodeCase, table_of
 
@@ -220,6 +220,20 @@ def test_a_workspace_serves_calls_that_need_no_more_of_it():
     small = Grid.of(given[0][:1], given[1][:1], 16, 2).workspace(given[0].device)
     with pytest.raises(ValueError, match=f"holds 2 rows, but .* need {len(workspace.logs)} of 32"):
         decode_attention(*given, workspace=small, **settings)
+
+
+@pytest.mark.parametrize("lengths", [(300,), (300, 10, 0, 77)])
+def test_layers_of_a_step_share_what_programs_do(lengths):
+    """Of other keys, of the same shape, table and lengths."""
+    case = DecodeCase(Pattern.parse("L2V3+sink1", 16), lengths, 2, 4, 2, 32)
+    first, _ = case.inputs(torch.float32, DEVICE, 1)
+    settings = {"block": 16, "scale": case.scale, "backend": "triton"}
+    shares = decode_shares(*first[:2], *first[3:], block=16)
+    for seed in (1, 2):
+        given, _ = case.inputs(torch.float32, DEVICE, seed)
+        assert torch.equal(decode_attention(*given, shares=shares, **settings), decode_attention(*given, **settings))
+    with pytest.raises(ValueError, match=r"shares \[.*\] on .* must be \[.*decode_shares"):
+        decode_attention(*given, shares=shares[:, :1], **settings)
 
 
 def test_empty_tensors_give_empty_results():

@@ -1,4 +1,4 @@
-"""The decode kernel builds for sm_90 as it is launched there, within shared memory and without spills to speak of,
+"""The decode kernels build for sm_90 as they are launched there, within shared memory and without spills to speak of,
 checked without a GPU on what ptxas says."""
 
 import pytest
@@ -23,31 +23,40 @@ from triton.compiler import ASTSource
 from s2.attention.kernels.triton.config import decode_config
 from s2.attention.kernels.triton.decode import attention_decode
 from s2.attention.kernels.triton.decode_launch import Grid
+from s2.attention.kernels.triton.decode_plan import plan_decode, share_words
 
-knobs.nvidia.dump_ptxas_log = True
 case = json.loads(sys.argv[1])
 dtype, dim, batch = getattr(torch, case["dtype"]), case["head_dim"], case["batch"]
 q = torch.empty(batch, case["tokens"], 8 * case["group"], dim, dtype=dtype, device="meta")
 k = torch.empty(batch, 8, 131072, dim, dtype=dtype, device="meta")
 grid = Grid.of(q, k, case["block"], 4)
-constants = grid.constants | {"REGIONS": case["regions"]}
+words = {"REGIONS": case["regions"], "WORDS": share_words(case["regions"])}
 element = {"bfloat16": "*bf16", "float32": "*fp32"}[case["dtype"]]
-types, names = {}, attention_decode.arg_names
-for name in names:
-    if name in constants:
-        types[name] = "constexpr"
-    elif name in ("table", "lengths", "arrivals"):
-        types[name] = "*i32"
-    elif name in ("lse", "partials", "logs"):
-        types[name] = "*fp32"
-    elif name in ("q", "k", "v", "out"):
-        types[name] = element
-    else:
-        types[name] = "fp32" if name.startswith("scale") else "i32"
-aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types[name][0] == "*" or "stride" in name}
-used = {(n,): constants[name] for n, name in enumerate(names) if name in constants}
-source = ASTSource(attention_decode, types, used, aligned)
-kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": grid.num_warps})
+
+
+def compiled(function, constants, num_warps):
+    types, names = {}, function.arg_names
+    for name in names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in ("table", "lengths", "arrivals", "shares"):
+            types[name] = "*i32"
+        elif name in ("lse", "partials", "logs"):
+            types[name] = "*fp32"
+        elif name in ("q", "k", "v", "out"):
+            types[name] = element
+        else:
+            types[name] = "fp32" if name.startswith("scale") else "i32"
+    is_aligned = [types[name][0] == "*" or "stride" in name for name in names]
+    aligned = {(n,): [["tt.divisibility", 16]] for n, whole in enumerate(is_aligned) if whole}
+    used = {(n,): constants[name] for n, name in enumerate(names) if name in constants}
+    source = ASTSource(function, types, used, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+
+
+compiled(plan_decode, grid.planned | words, 1)
+knobs.nvidia.dump_ptxas_log = True
+kernel = compiled(attention_decode, grid.constants | words, grid.num_warps)
 per_processor = decode_config(dim, dtype.itemsize, (9, 0)).per_processor
 print(json.dumps({"shared": kernel.metadata.shared, "threads": 32 * grid.num_warps, "programs": per_processor}))
 """

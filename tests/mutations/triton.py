@@ -193,28 +193,28 @@ _HOPPER_HOST = (
 
 _DECODE = (
     Mutant(
-        "decode_rings_do_not_wrap", f"{KERNELS}/triton/decode_plan.py",
-        "return tl.where(slot >= end, slot - slots, slot)",
-        "return tl.where(slot >= end, end - slots, slot)",
+        "decode_rings_do_not_wrap", f"{KERNELS}/triton/decode.py",
+        "slot = tl.where(slot >= region_end, slot - slots, slot)",
+        "slot = tl.where(slot >= region_end, region_end - slots, slot)",
         ("test_decode.py::test_tiles_of_several_blocks_wrap_at_any_of_them",),
     ),
     Mutant(
         "decode_sees_a_token_to_come", f"{KERNELS}/triton/decode.py",
-        "offset % BLOCK)[None, :] <= position[:, None]",
-        "offset % BLOCK)[None, :] <= position[:, None] + 1",
+        "(key[None, :] <= position[:, None])",
+        "(key[None, :] <= position[:, None] + 1)",
         ("test_decode.py::test_new_tokens_on_both_sides_of_a_border",),
     ),
     Mutant(
         "decode_drops_the_end_of_the_window", f"{KERNELS}/triton/decode_plan.py",
-        "edge_tokens = tl.maximum(end - edge, 0) * BLOCK",
-        "edge_tokens = tl.minimum(end - edge, 0) * BLOCK",
+        "oldest = tl.maximum(length - TOKENS, 0) // BLOCK if TOKENS > 1 else newest",
+        "oldest = newest",
         ("test_decode.py::test_new_tokens_on_both_sides_of_a_border",),
     ),
     Mutant(
         "decode_reads_what_is_not_written", f"{KERNELS}/triton/decode_plan.py",
-        "tokens = tl.maximum((high - rest) * BLOCK - missing, 0)",
-        "tokens = tl.maximum((high - rest) * BLOCK, 0)",
-        ("test_decode_plan.py::test_only_the_queries_own_block_is_masked",),
+        "tl.maximum((high - low) * BLOCK - missing, 0)",
+        "tl.maximum((high - low) * BLOCK, 0)",
+        ("test_decode_plan.py::test_no_key_is_read_that_nobody_sees",),
     ),
     Mutant(
         "decode_merges_from_the_last_part_on", f"{KERNELS}/triton/decode.py",
@@ -227,6 +227,18 @@ _DECODE = (
         "tl.store(counter, 0)",
         "tl.store(counter, 1)",
         ("test_decode.py::test_every_block_size_with_rings_that_wrap",),
+    ),
+    Mutant(
+        "decode_leaves_a_tile_to_nobody", f"{KERNELS}/triton/decode_plan.py",
+        "(part + 1) * num_tiles // parts))",
+        "(part + 1) * num_tiles // parts - part))",
+        ("test_decode.py::test_every_block_size_with_rings_that_wrap",),
+    ),
+    Mutant(
+        "decode_idle_programs_have_a_share", f"{KERNELS}/triton/decode_plan.py",
+        "tl.store(share + word, 0)",
+        "tl.store(share + word, 1)",
+        ("test_decode.py::test_empty_sequences_give_zeros_and_the_others_what_they_give_alone",),
     ),
     Mutant(
         "decode_parts_in_turn_for_all", f"{KERNELS}/triton/decode_plan.py",

@@ -55,7 +55,9 @@ def test_calls_attend_to_the_keys_of_the_pool(monkeypatch):
     outputs = {}
     for layout in ("dense", "SDPA", "L1V2"):
         torch.manual_seed(0)
-        calls = decode_calls.calls_of(Shape(4, 2, 2, 128, layout, 32, 16), pool)
+        found = decode_calls.calls_of(Shape(4, 2, 2, 128, layout, 32, 16), pool)
+        calls = found.attend
+        assert layout == "SDPA" or torch.equal(found.plan(), calls[0].keywords["shares"])
         turn = bench_decode.in_turn(calls)
         outputs[layout] = [turn() for _ in range(len(calls) + 1)]
         assert len(calls) >= 3 and torch.equal(outputs[layout][0], outputs[layout][-1])
@@ -88,7 +90,7 @@ def test_what_fails_is_a_row():
 def rows():
     sdpa, ours, failed, skipped = (bench_decode.blank_row(name, 8192, bench_decode.FIGURES) for name in "abcd")
     sdpa |= {"name": "SDPA", "us": 20.0, "share": 0.5, "note": "flash"}
-    ours |= {"name": "L1V15", "us": 8.0, "share": 0.25}
+    ours |= {"name": "L1V15", "us": 8.0, "plan_us": 3.21, "share": 0.25}
     failed |= {"name": "dense", "status": "failed", "note": "no kernel"}
     skipped |= {"name": "SDPA", "seq_len": 32768, "status": "skipped"}
     return [row | {"heads": "32/8", "batch": 16, "bytes": 4_000_000} for row in (sdpa, ours, failed, skipped)]
@@ -102,10 +104,10 @@ def test_the_page_sets_ours_beside_sdpa(tmp_path):
     page = save(record, tmp_path / "x", "Decoding", bench_decode.parts(record))
     assert "A copy moves 4.32 TB/s." in page
     assert page.splitlines()[-4:] == [
-        "| 32/8 | 16 | 8,192 | SDPA | 20.0 | 4.0 | 0.20 | 0.50 | - | flash |",
-        "| 32/8 | 16 | 8,192 | L1V15 | 8.0 | 4.0 | 0.50 | 0.25 | 2.50 |  |",
-        "| 32/8 | 16 | 8,192 | dense | failed | 4.0 | - | - | - | no kernel |",
-        "| 32/8 | 16 | 32,768 | SDPA | skipped | 4.0 | - | - | - |  |",
+        "| 32/8 | 16 | 8,192 | SDPA | 20.0 | - | 4.0 | 0.20 | 0.50 | - | flash |",
+        "| 32/8 | 16 | 8,192 | L1V15 | 8.0 | 3.2 | 4.0 | 0.50 | 0.25 | 2.50 |  |",
+        "| 32/8 | 16 | 8,192 | dense | failed | - | 4.0 | - | - | - | no kernel |",
+        "| 32/8 | 16 | 32,768 | SDPA | skipped | - | 4.0 | - | - | - |  |",
     ]
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows()
 
@@ -179,6 +181,7 @@ def test_a_run_writes_all_rows_and_leaves_out_what_has_no_time(monkeypatch, tmp_
         (192, "L8V16+sink1, mixed", "skipped"),
     ]  # fmt: skip
     assert found[0]["bytes"] == 2 * 2 * 64 * 128 * 2 and found[0]["us"] == pytest.approx(2.0)
+    assert found[0]["plan_us"] is None and found[1]["plan_us"] == pytest.approx(2.0)
     assert found[0]["share"] == pytest.approx(found[0]["bytes"] / 2e6 / 4.0)
     assert "no time left" in page.read_text()
 

@@ -1,7 +1,7 @@
 """Decode kernel: the last few queries of each sequence against the keys that the regions of a KV head hold.
 
 The rows of a program are all query heads of one KV head times the new tokens, so a key is read once. The key tiles of a
-head (`decode_plan`) are divided among programs, and what these found is merged by the last of them to arrive: a second
+head are divided among programs (`decode_plan`), and what these found is merged by the last of them to arrive: a second
 kernel would wait for the whole grid and cost every layer another launch. Which program merges is left to chance, but
 not what is merged in which order: results repeat bit for bit.
 """
@@ -9,8 +9,7 @@ not what is merged in which order: results repeat bit for bit.
 import triton
 import triton.language as tl
 
-from ..index import count_tiles
-from .decode_plan import FIELDS, decode_plan, find_tile, load_regions, locate_share, slots_of
+from .decode_plan import HEADER, find_tile, load_ranges, load_words
 from .forward import LN2
 from .tiles import (
     add_product,
@@ -28,7 +27,7 @@ from .tiles import (
 @triton.jit
 def key_step(
     state, queries, k_rows, v_rows, exists, seen, scale_log2,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr, SPREAD: tl.constexpr = False,
 ):  # fmt: skip
     """Adds a tile of keys to the softmax of the rows. Both loads come first, so that a tile outside the pipelined loop
     waits once."""
@@ -36,46 +35,43 @@ def key_step(
     scores = product(queries, keys)
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
-    probs, rescale, row_max, row_sum = softmax_step(scores, state[1], state[2], scale_log2, MASKED)
+    probs, rescale, row_max, row_sum = softmax_step(scores, state[1], state[2], scale_log2, MASKED, SPREAD)
     acc = add_product(rescaled(state[0], rescale[:, None]), probs.to(values[0].dtype), values)
     return acc, row_max, row_sum
 
 
 @triton.jit
 def _walk_share(
-    queries, position, begin, end, full, masked, k, v, stride_kt, stride_vt, scale_log2,
+    queries, position, begin, end, ranges, k, v, stride_kt, stride_vt, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of values, maxima and sums of probabilities of the rows over key tiles `begin` to `end` of a plan."""
+    """Sums of values, maxima and sums of probabilities of the rows over tiles `begin` to `end` of the ranges. All tiles
+    are masked: few need it, but a loop of their own would begin when the others' ends, and wait for memory again."""
+    SPREAD: tl.constexpr = ROWS <= 32  # sums of more rows would not fit the registers
     state = (
         zero_parts(ROWS, D0, D1),
         tl.full([ROWS], float("-inf"), dtype=tl.float32),
-        tl.zeros([ROWS], dtype=tl.float32),
+        tl.zeros([ROWS, TILE] if SPREAD else [ROWS], dtype=tl.float32),
     )
-    num_full = count_tiles(full)
-    for n in tl.range(begin, tl.minimum(end, num_full), num_stages=STAGES):
-        index, found = find_tile(n, full)
-        slot = slots_of(found[1] + index * TILE, found[2], found[3], TILE, BLOCK)
-        if TILE <= BLOCK:
-            k_rows, v_rows = consecutive_rows(k, slot, stride_kt, TILE), consecutive_rows(v, slot, stride_vt, TILE)
-        else:
-            k_rows, v_rows = gathered_rows(k, slot, stride_kt), gathered_rows(v, slot, stride_vt)
-        state = key_step(state, queries, k_rows, v_rows, True, True, scale_log2, D, D0, D1, False)
-    for n in tl.range(tl.maximum(begin - num_full, 0), end - num_full, num_stages=1):
-        index, found = find_tile(n, masked)
+    for n in tl.range(begin, end, num_stages=STAGES):
+        index, found = find_tile(n, ranges)
         _, start, region_end, slots, member, tokens, stride, residue, near, far = found
-        offset = index * TILE + tl.arange(0, TILE)
-        slot = start + offset
-        slot = tl.where(slot >= region_end, slot - slots, slot)
-        block = residue + (member + offset // BLOCK) * stride
-        distance = position[:, None] // BLOCK - block[None, :]
-        causal = (block * BLOCK + offset % BLOCK)[None, :] <= position[:, None]
+        first = index * TILE
+        offset = first + tl.arange(0, TILE)
         exists = offset < tokens
-        seen = exists[None, :] & (distance >= near) & (distance < far) & causal
-        k_rows, v_rows = gathered_rows(k, slot, stride_kt), gathered_rows(v, slot, stride_vt)
-        state = key_step(state, queries, k_rows, v_rows, exists, seen, scale_log2, D, D0, D1, True)
-    return state
+        place = offset if TILE > BLOCK else first  # of a tile within a block the first slot is enough
+        slot, block = start + place, residue + (member + place // BLOCK) * stride
+        slot = tl.where(slot >= region_end, slot - slots, slot)
+        if TILE > BLOCK:
+            k_rows, v_rows = gathered_rows(k, slot, stride_kt), gathered_rows(v, slot, stride_vt)
+        else:
+            k_rows, v_rows = consecutive_rows(k, slot, stride_kt, TILE), consecutive_rows(v, slot, stride_vt, TILE)
+        distance = position[:, None] // BLOCK - (block[None, :] if TILE > BLOCK else block)
+        key = block * BLOCK + offset % BLOCK
+        seen = exists[None, :] & (distance >= near) & (distance < far) & (key[None, :] <= position[:, None])
+        state = key_step(state, queries, k_rows, v_rows, exists, seen, scale_log2, D, D0, D1, True, SPREAD)
+    return state[0], state[1], tl.sum(state[2], 1) if SPREAD else state[2]
 
 
 @triton.jit
@@ -108,29 +104,27 @@ def merge(
     return sums / some[:, None], tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
 
 
-@triton.jit(do_not_specialize=["batch_size", "kv_heads", "splits"])
+@triton.jit
 def attention_decode(
-    q, k, v, out, lse, table, lengths, partials, logs, arrivals, batch_size, kv_heads, splits, scale_log2,
+    q, k, v, out, lse, shares, partials, logs, arrivals, scale_log2,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, REGIONS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    STORED: tl.constexpr, ROW_TILES: tl.constexpr, BATCH: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STORED: tl.constexpr, ROW_TILES: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, SEQUENCES: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    # q [B, S, Hq, D], k/v [B, Hkv, C, D], table [Hkv, REGIONS, 8], lengths [B] -> out [B, S, Hq, D], lse [B, S, Hq];
+    # q [B, S, Hq, D], k/v [B, Hkv, C, D], shares [programs of a head, Hkv, WORDS] -> out [B, S, Hq, D], lse [B, S, Hq];
     # of each program partials [STORED, D] and logs [STORED]; arrivals [B, Hkv, ROW_TILES], zero before and after
-    program = tl.program_id(0)
-    row_tile = program % ROW_TILES
-    head = program // ROW_TILES % kv_heads
-    regions = load_regions(table + head * (REGIONS * FIELDS), REGIONS)
-    batch, part, parts = locate_share(
-        program // ROW_TILES // kv_heads, regions, lengths, batch_size, splits, TOKENS, BLOCK, TILE, BATCH, LEAST
-    )
-    if batch >= batch_size:
-        return
-    length = tl.load(lengths + batch)
-    full, masked = decode_plan(regions, length, TOKENS, BLOCK, TILE)
-    num_tiles = count_tiles(full) + count_tiles(masked)
+    nth, head, row_tile = tl.program_id(0), tl.program_id(1) // ROW_TILES, tl.program_id(1) % ROW_TILES
+    kv_heads = tl.num_programs(1) // ROW_TILES
+    program = nth * tl.num_programs(1) + tl.program_id(1)
+    share = shares + (nth * kv_heads + head).to(tl.int64) * WORDS
+    header = load_words(share, HEADER)
+    ranges = load_ranges(share, REGIONS)
+    length, part, parts = header[1], header[2], header[3]
+    batch = header[0]
+    if SEQUENCES < 2:  # each program has its own, or all have one: the queries need not wait for the share
+        batch = nth if SEQUENCES == 0 else nth * 0
 
     row = row_tile * ROWS + tl.arange(0, ROWS)
     token, group_head = row // GROUP, row % GROUP
@@ -139,7 +133,7 @@ def attention_decode(
     q += wide_batch * stride_qb + wide_head * GROUP * stride_qh
     queries = load_parts(q + token * stride_qt + group_head * stride_qh, valid, D, D0, D1, True)
     acc, row_max, row_sum = _walk_share(
-        queries, length - TOKENS + token, part * num_tiles // parts, (part + 1) * num_tiles // parts, full, masked,
+        queries, length - TOKENS + token, header[4], header[5], ranges,
         k + wide_batch * stride_kb + wide_head * stride_kh, v + wide_batch * stride_vb + wide_head * stride_vh,
         stride_kt, stride_vt, scale_log2, D, D0, D1, BLOCK, TILE, ROWS, STAGES,
     )  # fmt: skip
@@ -152,7 +146,7 @@ def attention_decode(
     if parts == 1:
         store_parts(out + target * D, valid, acc, (1.0 / some)[:, None], D, D0, D1)
         tl.store(lse + target, log * LN2, mask=valid)
-    else:
+    elif parts > 1:
         own = program.to(tl.int64) * STORED + tl.arange(0, ROWS)
         store_parts(partials + own * D, valid, acc, (1.0 / some)[:, None], D, D0, D1)
         tl.store(logs + own, log, mask=valid)

@@ -1,4 +1,4 @@
-"""Host side of the decode kernel: grid, workspace and launch, all from shapes: a captured CUDA graph may be replayed
+"""Host side of the decode kernels: grid, workspace and launches, all from shapes: a captured CUDA graph may be replayed
 with other lengths."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .config import (
     split_head_dim,
 )
 from .decode import attention_decode
+from .decode_plan import plan_decode, share_words
 from .forward import LOG2E
 
 _FEWEST_SEQUENCES = 32  # that a kernel for several is compiled for: smaller batches share it
@@ -43,12 +44,14 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Grid:
-    """Of calls with one shape. `programs` times `stored` rows go through the workspace, if `splits` is above 1."""
+    """Of calls with one shape. `programs` times `stored` rows go through the workspace, if `splits` is above 1.
+    `planned` and `constants` are those of the two kernels."""
 
     programs: int
     splits: int
     stored: int
     pairs: int
+    planned: dict[str, int]
     constants: dict[str, int]
     num_warps: int
 
@@ -56,6 +59,11 @@ class Grid:
     def of(cls, q: Tensor, k: Tensor, block: int, splits: int | None = None) -> Grid:
         """`splits`: programs a sequence and KV head, if not the best for the device."""
         return _grid(tuple(q.shape), tuple(k.shape), q.dtype, q.device, block, splits)
+
+    def shares(self, table: Tensor) -> tuple[int, int, int]:
+        """Shape of what `run_plan` gives for tables `[H, R, 8]` of this shape."""
+        kv_heads, regions = table.shape[:2]
+        return self.programs // (kv_heads * self.constants["ROW_TILES"]), kv_heads, share_words(regions)
 
     def workspace(self, device: torch.device) -> Workspace:
         programs = self.programs if self.splits > 1 else 0
@@ -87,34 +95,46 @@ def _grid(
     splits = splits or decode_splits(kv_heads * row_tiles, batch, slots, stored * head_dim * 4, config, processors)
     d0, d1 = split_head_dim(head_dim, dtype.itemsize, capability)
     width = triton.next_power_of_2(head_dim)
-    constants = {
-        "TOKENS": tokens,
+    sequences = 0 if splits == 1 else 1 if batch == 1 else max(_FEWEST_SEQUENCES, triton.next_power_of_2(batch))
+    shared = {"TOKENS": tokens, "BLOCK": block, "TILE": config.block_n}
+    constants = shared | {
         "GROUP": group,
         "D": head_dim,
         "D0": d0,
         "D1": d1,
         "WIDTH": width,
-        "BLOCK": block,
-        "TILE": config.block_n,
         "ROWS": rows,
         "STORED": stored,
         "ROW_TILES": row_tiles,
-        "BATCH": 0 if splits == 1 else 1 if batch == 1 else max(_FEWEST_SEQUENCES, triton.next_power_of_2(batch)),
-        "LEAST": LEAST_DECODE_TILES,
         "CHUNK": merge_chunk(stored, width),
         "STAGES": config.num_stages,
+        "SEQUENCES": min(sequences, 2),
     }
-    return Grid(pairs * splits, splits, stored, pairs, constants, config.num_warps)
+    planned = shared | {"BATCH": sequences, "LEAST": LEAST_DECODE_TILES}
+    return Grid(pairs * splits, splits, stored, pairs, planned, constants, config.num_warps)
+
+
+def run_plan(q: Tensor, k: Tensor, table: Tensor, lengths: Tensor, block: int, splits: int | None = None) -> Tensor:
+    """What each program of `run_decode` does, int32 `[n, H, words]` for n programs a KV head: of calls with these
+    shapes, this table `[H, R, 8]` and these lengths."""
+    grid = Grid.of(q, k, block, splits)
+    shares = torch.empty(grid.shares(table), dtype=torch.int32, device=q.device)
+    if shares.numel():
+        plan_decode[shares.shape[:2]](
+            shares, table, lengths, q.shape[0], grid.splits, REGIONS=table.shape[1], WORDS=shares.shape[2],
+            **grid.planned, num_warps=1 if grid.planned["BATCH"] <= _FEWEST_SEQUENCES else 4,
+        )  # fmt: skip
+    return shares
 
 
 def run_decode(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, block: int, scale: float,
-    workspace: Workspace | None = None, splits: int | None = None,
+    workspace: Workspace | None = None, splits: int | None = None, shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q `[B, S, Hq, D]`, k/v `[B, H, C, D]`, table `[H, R, 8]` -> out `[B, S, Hq, D]`, lse `[B, S, Hq]`.
 
     Raises:
-        ValueError: the workspace is too small, or the head dimension is not supported.
+        ValueError: the workspace is too small, the shares are of another call, or the head dimension is not supported.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -133,10 +153,16 @@ def run_decode(
             f"the workspace holds {len(workspace.logs)} rows, but q {list(q.shape)} and k {list(k.shape)} need "
             f"{grid.programs * grid.stored} of {q.shape[3]}: make it with decode_workspace for these shapes"
         )
-    attention_decode[(grid.programs,)](
-        q, k, v, out, lse, table, lengths, workspace.partials, workspace.logs, workspace.arrivals,
-        q.shape[0], k.shape[1], grid.splits, scale * LOG2E.value,
+    if shares is None:
+        shares = run_plan(q, k, table, lengths, block, splits)
+    elif shares.shape != grid.shares(table) or not shares.is_contiguous() or shares.device != q.device:
+        raise ValueError(
+            f"shares {list(shares.shape)} on {shares.device} must be {list(grid.shares(table))} on {q.device} and "
+            "contiguous: make them with decode_shares for these shapes and this table"
+        )
+    attention_decode[(len(shares), shares.shape[1] * grid.constants["ROW_TILES"])](
+        q, k, v, out, lse, shares, workspace.partials, workspace.logs, workspace.arrivals, scale * LOG2E.value,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        REGIONS=table.shape[1], **grid.constants, num_warps=grid.num_warps,
+        REGIONS=table.shape[1], WORDS=shares.shape[2], **grid.constants, num_warps=grid.num_warps,
     )  # fmt: skip
     return out, lse

@@ -1,5 +1,14 @@
-"""Index arithmetic of the decode kernel: which key tiles of a head's regions the newest queries of a sequence read, and
-which program reads which of them.
+"""The plan of a decode step: which key tiles of a head's regions the newest queries of a sequence read, and which
+program of the decode kernel reads which of them.
+
+It follows from lengths and tables, which layers of one kind share, by divisions and searches that take longer than
+reading a few keys. So a kernel of its own (`plan_decode`) works it out, once a step for all these layers, and each
+program of the decode kernel reads what it has to do, its share, int32:
+
+    batch, length     the sequence, and its tokens
+    part, parts       which part of its tiles, of how many; all zeros: nothing to do
+    begin, end        of these tiles
+    ranges            `decode_plan`'s
 
 A region (`s2.attention.decode`) holds the blocks of one class in consecutive slots, the `member`-th block of the class
 in slots `begin + member % capacity * BLOCK`. What the queries see of it is one run of members, so its tiles follow from
@@ -9,9 +18,11 @@ a few integers. `length` is a scalar, or in counts a vector of sequences.
 import triton
 import triton.language as tl
 
-from ..index import members_below
+from ..index import count_tiles, members_below
 
 FIELDS = tl.constexpr(8)  # of a region in the table
+HEADER = tl.constexpr(6)  # words of a share before its ranges
+RANGE = tl.constexpr(10)  # of a range
 CANDIDATES = tl.constexpr(16)  # shares that are tried
 MANY = tl.constexpr(1 << 30)
 
@@ -33,30 +44,16 @@ def _load_region(row):
 
 
 @triton.jit
-def _plan(region, length, TOKENS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """What the last `TOKENS` queries of a sequence see of a region, as runs of members. `(first member, tiles)`: all of
-    them see these in full. `(first member, tokens)` behind those need masks: the queries' own blocks, and blocks that
-    do not fill a tile; so do `(first member, tokens)` at the far end, which only queries in the older block see."""
+def _run(region, length, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """What the last `TOKENS` queries of a sequence see of a region, a run of members: the first one, and the tokens."""
     _, capacity, stride, residue, first, last, near, far = region
     newest = (length + BLOCK - 1) // BLOCK - 1  # block of the last query, -1 of an empty sequence
     oldest = tl.maximum(length - TOKENS, 0) // BLOCK if TOKENS > 1 else newest
-    low = members_below(tl.maximum(first, newest - far + 1), stride, residue)
-    whole = members_below(tl.minimum(last, oldest - tl.maximum(near, 1) + 1), stride, residue)
+    low = members_below(tl.maximum(first, oldest - far + 1), stride, residue)
     high = members_below(tl.minimum(last, newest - near + 1), stride, residue)
-    high = tl.maximum(high, low)
     low = tl.maximum(low, high - capacity)  # never outside the region, whatever `length` is
-    whole = tl.minimum(tl.maximum(whole, low), high)
-    per_tile: tl.constexpr = TILE // BLOCK if TILE > BLOCK else 1
-    full = (whole - low) // per_tile * per_tile
-    rest = low + full
     missing = tl.maximum((residue + (high - 1) * stride + 1) * BLOCK - length, 0)  # tokens of the last block
-    tokens = tl.maximum((high - rest) * BLOCK - missing, 0)
-    edge, edge_tokens = low, low * 0
-    if TOKENS > 1:
-        edge = tl.maximum(members_below(tl.maximum(first, oldest - far + 1), stride, residue), high - capacity)
-        end = tl.minimum(low, members_below(last, stride, residue))
-        edge_tokens = tl.maximum(end - edge, 0) * BLOCK
-    return low, full * BLOCK // TILE, rest, tokens, edge, edge_tokens
+    return low, tl.maximum((high - low) * BLOCK - missing, 0)
 
 
 @triton.jit
@@ -64,44 +61,26 @@ def count_key_tiles(regions, length, TOKENS: tl.constexpr, BLOCK: tl.constexpr, 
     """Key tiles of a sequence in all regions of a head."""
     tiles = length * 0
     for nth in tl.static_range(len(regions)):
-        _, full, _, tokens, _, edge_tokens = _plan(regions[nth], length, TOKENS, BLOCK, TILE)
-        tiles += full + tl.cdiv(tokens, TILE) + tl.cdiv(edge_tokens, TILE)
+        tiles += tl.cdiv(_run(regions[nth], length, TOKENS, BLOCK)[1], TILE)
     return tiles
 
 
 @triton.jit
 def decode_plan(regions, length, TOKENS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Ranges of key tiles without and with masks. A range is `(tiles, first slot, end of the region's slots, slots)`,
-    one with masks goes on with `(first member, tokens, stride, residue, near, far)`."""
-    full, masked = _ranges(regions[0], length, TOKENS, BLOCK, TILE)
+    """A range of key tiles for each region: `(tiles, first slot, end of the region's slots, slots, first member,
+    tokens, stride, residue, near, far)`."""
+    ranges = (_range(regions[0], length, TOKENS, BLOCK, TILE),)
     for nth in tl.static_range(1, len(regions)):
-        more_full, more_masked = _ranges(regions[nth], length, TOKENS, BLOCK, TILE)
-        full, masked = full + more_full, masked + more_masked
-    return full, masked
+        ranges = ranges + (_range(regions[nth], length, TOKENS, BLOCK, TILE),)  # type: ignore[assignment]  # noqa: RUF005
+    return ranges
 
 
 @triton.jit
-def _ranges(region, length, TOKENS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    low, tiles, rest, tokens, edge, edge_tokens = _plan(region, length, TOKENS, BLOCK, TILE)
-    slot, end, slots = _slots(region, low, BLOCK)
-    full, masked = (tiles, slot, end, slots), _masked_range(region, rest, tokens, BLOCK, TILE)
-    if TOKENS > 1:
-        return (full,), (masked, _masked_range(region, edge, edge_tokens, BLOCK, TILE))
-    else:
-        return (full,), (masked,)
-
-
-@triton.jit
-def _slots(region, member, BLOCK: tl.constexpr):
-    begin, capacity = region[0], region[1]
-    return begin + member % capacity * BLOCK, begin + capacity * BLOCK, capacity * BLOCK
-
-
-@triton.jit
-def _masked_range(region, member, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    slot, end, slots = _slots(region, member, BLOCK)
-    tiles = tl.cdiv(tokens, TILE)
-    return tiles, slot, end, slots, member, tokens, region[2], region[3], region[6], region[7]
+def _range(region, length, TOKENS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    begin, capacity, stride, residue, _, _, near, far = region
+    member, tokens = _run(region, length, TOKENS, BLOCK)
+    slot, slots = begin + member % capacity * BLOCK, capacity * BLOCK
+    return tl.cdiv(tokens, TILE), slot, begin + slots, slots, member, tokens, stride, residue, near, far
 
 
 @triton.jit
@@ -125,18 +104,59 @@ def _choose(condition, these, others):
     return chosen
 
 
-@triton.jit
-def slots_of(start, end, slots, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Slots of a tile of SIZE tokens that starts at `start`, which may be past the end of a ring by less than a turn. A
-    tile inside one block gets its first slot only, one of several blocks a vector: it may wrap within."""
-    if SIZE <= BLOCK:
-        return tl.where(start >= end, start - slots, start)
-    else:
-        slot = start + tl.arange(0, SIZE)
-        return tl.where(slot >= end, slot - slots, slot)
-
-
 # ------------------------------------------------------------------ which program does what
+
+
+def share_words(regions: int) -> int:
+    """Words of a program's share."""
+    return HEADER.value + regions * RANGE.value
+
+
+@triton.jit(do_not_specialize=["batch_size", "splits"])
+def plan_decode(
+    shares, table, lengths, batch_size, splits,
+    TOKENS: tl.constexpr, REGIONS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr,
+    LEAST: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    # table [Hkv, REGIONS, 8], lengths [B] -> shares [programs of a head, Hkv, WORDS]
+    nth, head, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    regions = load_regions(table + head * (REGIONS * FIELDS), REGIONS)
+    batch, part, parts = locate_share(nth, regions, lengths, batch_size, splits, TOKENS, BLOCK, TILE, BATCH, LEAST)
+    share = shares + (nth * kv_heads + head).to(tl.int64) * WORDS
+    if batch >= batch_size:
+        for word in tl.static_range(WORDS):
+            tl.store(share + word, 0)
+        return
+    length = tl.load(lengths + batch)
+    ranges = decode_plan(regions, length, TOKENS, BLOCK, TILE)
+    num_tiles = count_tiles(ranges)
+    _store_words(share, (batch, length, part, parts, part * num_tiles // parts, (part + 1) * num_tiles // parts))
+    for region in tl.static_range(len(ranges)):
+        _store_words(share + HEADER + region * RANGE, ranges[region])
+
+
+@triton.jit
+def _store_words(pointer, words):
+    for nth in tl.static_range(len(words)):
+        tl.store(pointer + nth, words[nth])
+
+
+@triton.jit
+def load_words(pointer, NUM: tl.constexpr):
+    """The words that stand there, a tuple."""
+    words = (tl.load(pointer),)
+    for nth in tl.static_range(1, NUM):
+        words = words + (tl.load(pointer + nth),)  # type: ignore[assignment]  # noqa: RUF005
+    return words
+
+
+@triton.jit
+def load_ranges(share, REGIONS: tl.constexpr):
+    """The ranges of a share."""
+    ranges = (load_words(share + HEADER, RANGE),)
+    for nth in tl.static_range(1, REGIONS):
+        ranges = ranges + (load_words(share + HEADER + nth * RANGE, RANGE),)  # type: ignore[assignment]  # noqa: RUF005
+    return ranges
 
 
 @triton.jit

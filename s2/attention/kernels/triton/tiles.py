@@ -101,16 +101,20 @@ def rescaled(parts, factor):
 
 
 @triton.jit
-def softmax_step(scores, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
+def softmax_step(scores, row_max, row_sum, scale_log2, MASKED: tl.constexpr, SPREAD: tl.constexpr = False):
     """Online softmax in base 2 over another tile of scores: its probabilities, the factor of what was summed before,
-    and maxima and sums of the rows. `MASKED`: scores may be -inf."""
+    and maxima and sums of the rows. `MASKED`: scores may be -inf. `SPREAD`: sums are of each column of the tiles, of
+    which the caller makes those of the rows when all is done; in between no warp waits for another's."""
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
     finite_max = new_max
     if MASKED:
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen nothing yet
     probs = tl.exp2(scores * scale_log2 - finite_max[:, None])
     rescale = tl.exp2(row_max - finite_max)
-    return probs, rescale, new_max, row_sum * rescale + tl.sum(probs, 1)
+    if SPREAD:
+        return probs, rescale, new_max, row_sum * rescale[:, None] + probs
+    else:
+        return probs, rescale, new_max, row_sum * rescale + tl.sum(probs, 1)
 
 
 @triton.jit
