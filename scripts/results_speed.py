@@ -63,10 +63,11 @@ class DecodeStep:
         if length > 1:
             self.cache.begin(1, length - 1)
             self.cache.advance()
-        self.cache.begin(1, 1)
+        self.cache.reserve(1, 1)
 
     @torch.inference_mode()
     def __call__(self) -> list[torch.Tensor]:
+        self.cache.begin_on_device(1)  # without an end, so that the next call does the same
         return [self.cache.attend(layer, *self.new, *attends) for layer, attends in enumerate(self.layers)]
 
 

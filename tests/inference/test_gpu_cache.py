@@ -64,6 +64,21 @@ def test_a_decode_step_does_not_wait_for_the_device(model):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_layers_of_a_kind_share_the_plan_of_a_step(model, monkeypatch):
+    planned = []
+    plan = store.decode_shares
+    monkeypatch.setattr(store, "decode_shares", lambda *args, **way: planned.append(args[2]) or plan(*args, **way))
+    ids = torch.randint(128, (2, 300), device="cuda")
+    cache = KVCache(model.config, 2, 320, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        model(ids, cache=cache)
+        for _ in range(3):
+            planned.clear()
+            model(ids[:, :1], cache=cache)
+            tables = {table.data_ptr() for table in planned}
+            assert len(planned) == len(tables) < len(model.model.blocks), "each table once"
+
+
 def test_rows_of_several_lengths_are_generated(model):
     prompts = [torch.randint(128, (length,), device="cuda") for length in (700, 64, 333)]
     new = generate(model, prompts, 20, prefill_chunk=256)
