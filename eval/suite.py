@@ -141,7 +141,8 @@ def _cell(row: Row, n: bool = True) -> str:
     return f"{row['value']:.{digits}f}{within}{' ' + str(row['n']) if n else ''}"
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What the words of the command line ask for; nothing is looked up. Raises ValueError, SystemExit."""
     parser = new_parser("eval.suite", __doc__)
     samples.add_arguments(parser)
     add_prefill_chunk(parser)
@@ -212,7 +213,7 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
 
 def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
-    args = _arguments(argv)
+    args = read_arguments(argv)
     output = samples.check_arguments(args)
     if output.suffix == ".json":
         raise ValueError(f"--output {output}: the suite writes several files; name a folder")
