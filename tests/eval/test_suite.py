@@ -122,12 +122,16 @@ def test_parts_that_read_one_haystack_tokenise_it_once(folder, data, tmp_path, m
         (["--lengths", "1k"], ValueError, "--lengths 1024: the checkpoint reads at most 512 tokens"),
         (["--haystack", "nowhere.txt"], FileNotFoundError, "nowhere.txt: no such file"),
         (["--part", "1/2"], ValueError, "split it with --processes"),
+        (["--ruler-tasks", "vtt"], ValueError, "--tasks vtt: expected some of"),
+        (["--lengths", "64,512"], ValueError, "--lengths 64: no room for niah_single_2"),
+        (["--depths", "0,101"], ValueError, "101"),
+        (["--limit", "-1"], SystemExit, "2"),
     ],
 )
 def test_the_suite_refuses_bad_input_before_any_part(folder, data, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         run_suite(folder, data, tmp_path / "out", *arguments)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 def write_config(data, file, text):
