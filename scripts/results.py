@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ending.DONE
     specs = plan.specs
     for job in (job for each in jobs.values() for job in each):
-        job.check([spec.output for spec in specs.values()])
+        job.check(list(specs.values()))
     for lost in filter(None, map(lost_weights, jobs.values())):
         raise ValueError(lost)
     gpus = gpus_at_hand(args.gpus)

@@ -543,3 +543,12 @@ def test_what_nothing_reads_is_not_prepared(key):
     paths[key].append({"name": "b", "path": "./web/train"} if key == "validation" else {"path": "./web/train"})
     assert len(PackedDataModule(8, 1, prepare=sections, **paths).section.specs) == 2
     assert len(PackedDataModule(8, 1, prepare=sections).section.components) == 2
+
+
+def test_a_mixture_takes_no_source_that_is_not_prepared():
+    prepare = {"output": "d", "sources": ["a.jsonl", {"path": "b.jsonl", "name": "b"}], "tokenizer": {"path": "t.json"}}
+    mixture = [{"path": "./d/train", "source": "b"}, {"path": "d/train", "source": "a"}]
+    with pytest.raises(ValueError, match=r"data\.mixture\[1\]\.source: 'a' is none of .*: a\.jsonl, b;"):
+        PackedDataModule(8, 1, mixture=mixture, validation=[], prepare=prepare)
+    mixture[1]["source"] = "a.jsonl"
+    PackedDataModule(8, 1, mixture=mixture, validation=[], prepare=prepare)

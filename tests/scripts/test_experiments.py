@@ -141,6 +141,18 @@ def test_a_command_that_could_not_run_after_training_is_refused_before_it(words,
     assert results.main([str(path), "--dry-run"]) == 0
 
 
+def test_sources_that_the_plan_does_not_prepare_are_refused_before_they_are_missed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(
+        "smollm2", [f"inputs.checkpoint={ROOT / 'recipes/demo/start'}", "data.corpus.sources=[texts/books.jsonl.gz]"]
+    )
+    job = plan.jobs(["dense"])["dense"][0]
+    with pytest.raises(
+        ValueError, match=r"arm dense, stage train: data\.mixture\[1\]\.source: 'books' is none of .*name"
+    ):
+        job.check(list(plan.specs.values()))
+
+
 def test_data_that_is_there_and_was_made_otherwise_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("corpus.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(20)))
@@ -172,7 +184,7 @@ def test_the_arms_of_a_shipped_experiment_differ_in_their_attention_alone(name, 
     jobs = plan.jobs()
     assert all(spec.seed is not None for spec in plan.specs.values())
     for job in (job for each in jobs.values() for job in each):
-        job.check([spec.output for spec in plan.specs.values()])
+        job.check(list(plan.specs.values()))
     trained = [{job.stage: job.recipe for job in each if job.recipe} for each in jobs.values()]
     trained = [each for each in trained if each]
     allowed = {"run.recipe", "model.init_from", "model.config.attention_layout", "model.config.block_size"}
