@@ -1,5 +1,6 @@
 # Every target makes the environment it needs first (test-gpu takes the one at hand); `make help` lists them.
-#   RECIPE=demo|1.3b|7b|smollm2|llama3.1-8b   TO=<extension stage>   CKPT=<Hugging Face folder>   GPUS=<per node>   ARGS="key=value ..."
+#   RECIPE=demo|1.3b|7b|smollm2|llama3.1-8b   TO=<extension stage>   CKPT=<Hugging Face folder, default that of TO, else the newest>
+#   GPUS=<per node>   ARGS="key=value ..."
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,20 +11,24 @@ BIN := $(VENV)/bin
 RECIPE ?= demo
 GPUS ?=
 ARGS ?=
+GATE ?=
 TASKS ?=
 HELDOUT ?=
 WORKERS ?= 2
 # the extension stages of the recipe, shortest first: extend-2k.yaml -> 2k
 STAGES := $(shell ls recipes/$(RECIPE)/extend-*.yaml 2>/dev/null | sed 's/.*extend-\(.*\)\.yaml/\1/' | sort -n)
 TO ?= $(firstword $(STAGES))
-# the newest stage that has been exported, unless CKPT says otherwise
-CKPT ?= $(firstword $(wildcard $(foreach s,$(shell printf '%s\n' $(STAGES) | sort -rn),runs/$(RECIPE)/extend-$(s)/hf)) runs/$(RECIPE)/pretrain/hf)
+# the stage TO where it is named, else the newest that has been exported, unless CKPT says otherwise
+IS_STAGE_NAMED = $(filter command environment,$(firstword $(origin TO)))
+EXPORTED = $(wildcard $(foreach s,$(shell printf '%s\n' $(STAGES) | sort -rn),runs/$(RECIPE)/extend-$(s)/hf))
+FIRST = $(if $(wildcard recipes/$(RECIPE)/pretrain.yaml),pretrain,$(if $(TO),extend-$(TO),pretrain))
+CKPT ?= $(if $(IS_STAGE_NAMED),runs/$(RECIPE)/extend-$(TO)/hf,$(firstword $(EXPORTED) runs/$(RECIPE)/$(FIRST)/hf))
 AT_HAND = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DEVICES := $(if $(GPUS),trainer.devices=$(GPUS))
 export TOKENIZERS_PARALLELISM ?= true
 
 # what `data`, `tokenizer` and `data-report` work on: the recipe's stage, or SOURCES into OUT
-STAGE := recipes/$(RECIPE)/$(if $(filter command environment,$(firstword $(origin TO))),extend-$(TO),pretrain).yaml
+STAGE := recipes/$(RECIPE)/$(if $(IS_STAGE_NAMED),extend-$(TO),pretrain).yaml
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
@@ -66,18 +71,22 @@ tokenizer: setup ## only the tokenizer of RECIPE (TO), or SOURCES="path ..." OUT
 data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report/report.md and plots beside the shards
 	$(BIN)/python -m data.report $(if $(OUT),--output '$(OUT)',--recipe $(STAGE)) $(ARGS)
 
-pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished), then measure its gate, if it has one
+pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished), then measure its gate, if it has one (GATE=no: do not)
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)
 	@$(call measure,pretrain)
 
-extend: setup ## extend RECIPE's last stage to the context length TO, then measure its gate, if it has one
+extend: setup ## extend RECIPE's last stage to the context length TO, then measure its gate, if it has one (GATE=no: do not)
 	@test -n '$(TO)' || { echo 'error: recipes/$(RECIPE) has no extend-*.yaml'; exit 2; }
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/extend-$(TO).yaml $(DEVICES) $(ARGS)
 	@$(call measure,extend-$(TO))
 
-# the gate of a stage of RECIPE, where there is one; its run may lie elsewhere (ARGS="run.root=...")
-measure = if [ -f recipes/$(RECIPE)/gates/$(1).yaml ] && [ -d runs/$(RECIPE)/$(1)/hf ]; then \
-	$(MAKE) --no-print-directory gate RECIPE=$(RECIPE) CKPT=runs/$(RECIPE)/$(1)/hf CONFIG= ARGS=; fi
+# the gate of a stage of RECIPE, where there is one, unless GATE=no; not of a run that ARGS has given another folder
+THRESHOLDS = recipes/$(RECIPE)/gates/$(1).yaml
+ELSEWHERE = $(filter run.root=% run.recipe=% run.stage=%,$(ARGS))
+measure = $(if $(filter no,$(GATE)),:,if [ -f $(THRESHOLDS) ]; then $(if $(ELSEWHERE), \
+	echo 'ARGS gives the run a folder of its own and its gate is not measured; make gate CKPT=<folder>/hf CONFIG=$(THRESHOLDS) does that', \
+	if [ -d runs/$(RECIPE)/$(1)/hf ]; then \
+	$(MAKE) --no-print-directory gate RECIPE=$(RECIPE) CKPT=runs/$(RECIPE)/$(1)/hf CONFIG= ARGS=; fi); fi)
 
 gate: setup ## CKPT against the thresholds of CONFIG (default: recipes/RECIPE/gates/<stage>.yaml), into gate.json; stages with run.gate=required begin only from what has passed; EVAL_DATA=<folder of jsonl> for its tasks, else the hub
 	$(BIN)/python -m eval.gate --ckpt $(CKPT) --config $(or $(CONFIG),recipes/$(RECIPE)/gates/$(notdir $(patsubst %/hf,%,$(CKPT))).yaml) \

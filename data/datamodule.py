@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from data.corpus.sources import LOST
 from data.corpus.tokenizer import DROPPED, UNKNOWN
-from data.prepare import prepare
+from data.prepare import prepare_all
 from data.section import DataSection
 from data.shards.loader import Collate, HeldOutDataset, RankSampler, Sample, TrainDataset
 from data.shards.mixture import Curriculum, Mixture, PackedStream, Passes
@@ -80,8 +80,7 @@ class PackedDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make missing shards (global rank 0 only; the others wait)."""
-        for spec in self.section.specs:
-            prepare(spec)
+        prepare_all(self.section.specs)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and check that they fit together; on `fit`, begin a new run at sample 0 unless this

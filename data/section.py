@@ -149,6 +149,25 @@ class DataSection(Settings):
         names = [heldout.name for heldout in self.heldout_sets]
         if twice := {name for name in names if names.count(name) > 1}:
             raise SettingError("validation", f"the name {twice.pop()!r} occurs twice")
+        self._check_outputs()
+        for key, selections in (("mixture", self.mixture), ("validation", self.validation)):
+            for i, each in enumerate(selections or ()):
+                check_source(each.path, each.source, self.specs, f"{key}[{i}].source")
+
+    def _check_outputs(self) -> None:
+        """Refuse to prepare what nothing reads, as when `output` is another one and the mixture's paths are not."""
+        read = [each.path for each in (*self.components, *self.heldout_sets)]
+        for spec in self.specs:
+            fillers = [source.retrieval.filler for source in spec.sources if source.retrieval]
+            read += [path for path in (*fillers, spec.tokenizer.path, *(each.path for each in spec.sources)) if path]
+        for spec in self._prepared:
+            if not any(os.path.abspath(path).startswith(os.path.abspath(spec.output) + os.sep) for path in read):
+                paths = ", ".join(dict.fromkeys(each.path for each in self.components))
+                reason = (
+                    f"nothing reads what is prepared in {spec.output}: the mixture takes {paths}; change the paths in "
+                    f"mixture and validation with output, or take the section out (null, where it is the only one)"
+                )
+                raise SettingError("prepare", reason)
 
     @cached_property
     def specs(self) -> list[PrepareSpec]:
@@ -191,6 +210,16 @@ class DataSection(Settings):
     @property
     def phases(self) -> tuple[Phase, ...]:
         return self.curriculum or ()
+
+
+def check_source(path: str, source: str | None, specs: Sequence[PrepareSpec], key: str) -> None:
+    """Raises SettingError where `path` is a folder that one of `specs` prepares, and `source` none of its sources."""
+    for spec in specs:
+        labels = [each.label for each in spec.sources]
+        is_prepared = any(os.path.abspath(path) == os.path.abspath(folder) for folder in spec.folders.values())
+        if source is not None and is_prepared and source not in labels:
+            reason = f"{source!r} is none of the sources that {spec.output} is prepared of: {', '.join(labels)}"
+            raise SettingError(key, f"{reason}; a source has the `name` that it is given")
 
 
 def data_section(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import argparse
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
@@ -261,6 +261,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def command(argv: Sequence[str] | None = None) -> Path:
     """What the command line does; the JSON file of the results."""
+    return ready(argv)()
+
+
+def ready(argv: Sequence[str] | None = None) -> Callable[[], Path]:
+    """`command` when all that can be wrong with the arguments has been looked up: what computes."""
     args = _arguments(argv)
     check_folder(args.ckpt)
     tasks = list(dict.fromkeys(name for part in args.tasks.split(",") if (name := part.strip())))
@@ -273,33 +278,37 @@ def command(argv: Sequence[str] | None = None) -> Path:
         find_heldout(args.ckpt)  # now, and not after the model is loaded
     output = args.output or results_folder(args.ckpt)
     require_writable(output)
-    lm = S2LM(
-        args.ckpt,
-        device=args.device,
-        dtype=args.dtype,
-        max_length=args.max_length,
-        batch_tokens=args.batch_tokens,
-        add_bos_token=_BOS[args.bos],
-        on_overflow=args.overflow,
-        prefill_chunk=args.prefill_chunk,
-    )
-    results = evaluate(
-        lm,
-        tasks,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        data_dir=args.data_dir,
-        metadata=args.metadata | ({"heldout": str(args.heldout)} if args.heldout else {}),
-        log_samples=args.log_samples,
-        unfinished=output,
-    )
-    text = table(results)
-    print(f"\n{text}", flush=True)  # first: whatever happens to the files, the numbers are there
-    written = write_results(output, results, text)
-    print("\n".join(map(str, written)))
-    if lm.answers is not None:
-        lm.answers.discard()
-    return written[0]
+
+    def work() -> Path:
+        lm = S2LM(
+            args.ckpt,
+            device=args.device,
+            dtype=args.dtype,
+            max_length=args.max_length,
+            batch_tokens=args.batch_tokens,
+            add_bos_token=_BOS[args.bos],
+            on_overflow=args.overflow,
+            prefill_chunk=args.prefill_chunk,
+        )
+        results = evaluate(
+            lm,
+            tasks,
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+            data_dir=args.data_dir,
+            metadata=args.metadata | ({"heldout": str(args.heldout)} if args.heldout else {}),
+            log_samples=args.log_samples,
+            unfinished=output,
+        )
+        text = table(results)
+        print(f"\n{text}", flush=True)  # first: whatever happens to the files, the numbers are there
+        written = write_results(output, results, text)
+        print("\n".join(map(str, written)))
+        if lm.answers is not None:
+            lm.answers.discard()
+        return written[0]
+
+    return work
 
 
 def main(argv: Sequence[str] | None = None) -> None:

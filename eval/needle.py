@@ -24,7 +24,7 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -327,6 +327,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
+    return ready(argv)()
+
+
+def ready(argv: Sequence[str]) -> Callable[[], Path]:
+    """`command` when all that can be wrong with the arguments and texts has been looked up: what computes."""
     args = _arguments(argv)
     output = samples.check_arguments(args)
     if args.score == "generated" and args.no_generate:
@@ -354,17 +359,21 @@ def command(argv: Sequence[str]) -> Path:
     about["conditions"] = samples.conditions(checkpoint, prompts.bos_id, scoring)
     tokens = None if args.haystack_tokens == HAYSTACK_TOKENS else args.haystack_tokens
     stem = result_stem(grid, trained, args.haystack, tokens, not args.no_generate)
-    file = samples.place_in(output, stem, {"kind": "needle", **about, "settings": prompts.settings()})
-    if args.processes > 1:
-        samples.split("needle", argv, args)
-    tokens_of_batch = samples.batch_tokens(args, checkpoint)
-    run_sweep(checkpoint, prompts, file, about, not args.no_generate, tokens_of_batch, args.part)
-    if args.part is None:
-        sweep = read_sweep([file], score=args.score)
-        picture = file.with_suffix(".png" if args.score == "exact" else f".{args.score}.png")
-        draw([sweep], picture)
-        print(f"{describe(sweep)}\n{file}\n{picture}")
-    return file
+
+    def work() -> Path:
+        file = samples.place_in(output, stem, {"kind": "needle", **about, "settings": prompts.settings()})
+        if args.processes > 1:
+            samples.split("needle", argv, args)
+        tokens_of_batch = samples.batch_tokens(args, checkpoint)
+        run_sweep(checkpoint, prompts, file, about, not args.no_generate, tokens_of_batch, args.part)
+        if args.part is None:
+            sweep = read_sweep([file], score=args.score)
+            picture = file.with_suffix(".png" if args.score == "exact" else f".{args.score}.png")
+            draw([sweep], picture)
+            print(f"{describe(sweep)}\n{file}\n{picture}")
+        return file
+
+    return work
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,11 @@ def may_have(tokenizer: Tokenizer) -> Callable[[str, int], bool]:
 
 def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
+    return ready(argv)()
+
+
+def ready(argv: Sequence[str]) -> Callable[[], Path]:
+    """`command` when all that can be wrong with the arguments and texts has been looked up: what computes."""
     args = _arguments(argv)
     samples.check_arguments(args)
     trained = load_config(args.ckpt).max_position_embeddings
@@ -235,7 +241,7 @@ def command(argv: Sequence[str]) -> Path:
     evaluation = Evaluation(
         "positions", _SCORING, settings, plan, lambda sample: sample["length"], compute, summarise, describe, cuts=False
     )
-    return evaluation.run(argv, args, checkpoint, "-".join(parts))
+    return partial(evaluation.run, argv, args, checkpoint, "-".join(parts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

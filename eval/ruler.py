@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
@@ -155,6 +155,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
+    return ready(argv)()
+
+
+def ready(argv: Sequence[str]) -> Callable[[], Path]:
+    """`command` when all that can be wrong with the arguments and texts has been looked up: what computes."""
     args = _arguments(argv)
     samples.check_arguments(args)
     trained = load_config(args.ckpt).max_position_embeddings
@@ -219,7 +224,7 @@ def command(argv: Sequence[str]) -> Path:
         return sample["task"], sample["length"]
 
     evaluation = Evaluation("ruler", _SCORING, settings, wanted, key, compute, summarise, describe)
-    return evaluation.run(argv, args, checkpoint, "-".join(parts))
+    return partial(evaluation.run, argv, args, checkpoint, "-".join(parts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from s2.arguments import new_parser, path
 from s2.inference.prefill import PREFILL_CHUNK, add_prefill_chunk
 from s2.model.hf import load_config
 
-PARTS: dict[str, Callable[[Sequence[str]], Path]] = {
-    "positions": positions.command,
-    "ruler": ruler.command,
-    "needle": needle.command,
-    "lm": lm.command,
+PARTS: dict[str, Callable[[Sequence[str]], Callable[[], Path]]] = {
+    "positions": positions.ready,
+    "ruler": ruler.ready,
+    "needle": needle.ready,
+    "lm": lm.ready,
 }
 
 Row = dict[str, Any]
@@ -141,7 +142,8 @@ def _cell(row: Row, n: bool = True) -> str:
     return f"{row['value']:.{digits}f}{within}{' ' + str(row['n']) if n else ''}"
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What the words of the command line ask for; nothing is looked up. Raises ValueError, SystemExit."""
     parser = new_parser("eval.suite", __doc__)
     samples.add_arguments(parser)
     add_prefill_chunk(parser)
@@ -212,7 +214,7 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
 
 def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
-    args = _arguments(argv)
+    args = read_arguments(argv)
     output = samples.check_arguments(args)
     if output.suffix == ".json":
         raise ValueError(f"--output {output}: the suite writes several files; name a folder")
@@ -235,16 +237,20 @@ def command(argv: Sequence[str]) -> Path:
     is_former = former.get("fingerprint") == about["fingerprint"] and former.get("dtype") == about["dtype"]
     known = {part["command"]: part for part in former.get("parts", ())} if is_former else {}
     suite: dict[str, Any] = {"kind": "suite", **about, "lengths": list(lengths), "parts": [], "rows": [], "bos": ""}
+    works: list[Callable[[], Path]] = []
+    for part, _, words in commands:
+        old = known.get(_shown(part, words))
+        if part == "lm" and old and is_current(output / old["file"]):  # it alone does not know itself what is done
+            works.append(partial(output.joinpath, old["file"]))
+        else:
+            works.append(PARTS[part](words))
     for part, name, words in commands:
-        shown = f"python -m eval.{part} {shlex.join(words)}"
+        shown = _shown(part, words)
         started = time.monotonic()
         old = known.get(shown)
-        if part == "lm" and old and is_current(output / old["file"]):  # it alone does not know itself what is done
-            result, seconds = output / old["file"], old["seconds"]
-        else:
-            print(f"\n{shown}", flush=True)
-            result = PARTS[part](words)
-            seconds = (old["seconds"] if old else 0.0) + time.monotonic() - started
+        print(f"\n{shown}", flush=True)
+        result = works.pop(0)()  # nothing else holds its weights
+        seconds = (old["seconds"] if old else 0.0) + time.monotonic() - started
         content = files.read_json(result)
         entry = {"part": part, "name": name, "file": result.name, "seconds": round(seconds, 1), "command": shown}
         suite["parts"].append(entry)
@@ -258,6 +264,10 @@ def command(argv: Sequence[str]) -> Path:
     files.write_text(file.with_suffix(".md"), text)
     print(f"\n{text}\n{file}\n{file.with_suffix('.md')}")
     return file
+
+
+def _shown(part: str, words: Sequence[str]) -> str:
+    return f"python -m eval.{part} {shlex.join(words)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,8 +8,9 @@
     python scripts/results.py patterns --import day1.tar.gz   # adds them to what is here, and makes the page
 
 The plan is recipes/experiments/<name>/plan.yaml (scripts/results_plan.py says what is in it); `key=value` overrides its
-keys: `data.corpus.sources='[/data/*.parquet]'`. Each arm runs on one GPU. The page is docs/results/<date>-<name>/, made
-of whatever arms are there, and names those that are missing.
+keys: `data.corpus.sources='[/data/*.parquet]'`. Each arm runs on one GPU. The page is docs/results/<date>-<name>/ (with
+a number behind it where the page of other runs is there), made of whatever arms are there, and names those that are
+missing.
 
 Exit codes: 0 everything is done, 1 an arm failed (its log says why), 75 the time is over, or stopped: start it again.
 """
@@ -25,12 +26,13 @@ from typing import Any
 
 from results_collect import collect
 from results_pack import pack, unpack
-from results_page import ARCHIVE, shards, write
+from results_page import ARCHIVE, page_folder, shards, write
 from results_plan import Job, Plan, load_plan, lost_weights, shown
 from results_queue import Queue, status
 
-from data.prepare.run import prepare
+from data.prepare.run import check, prepare
 from data.prepare.spec import PrepareSpec
+from data.shards.reader import MANIFEST, read_manifest
 from s2 import ending
 from s2.ending import FailureError
 from s2.locks import lock
@@ -76,13 +78,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare_data(specs: Mapping[str, PrepareSpec]) -> None:
-    """Prepare what is missing. Folders that are finished are taken as they are, wherever they were made."""
+    """Prepare what is missing. Folders that are finished are taken as they are, wherever they were made; how the plan
+    would make them otherwise is said."""
+    missing = {}
     for name, spec in specs.items():
-        if all((folder / "manifest.json").is_file() for folder in spec.folders.values()):
-            print(f"data.{name}: {spec.output} is there", flush=True)
-        else:
-            print(f"data.{name}: preparing {spec.output}", flush=True)
-            prepare(spec)
+        manifests = [folder / MANIFEST for folder in spec.folders.values()]
+        if not all(map(Path.is_file, manifests)):
+            missing[name] = spec
+            continue
+        changed = spec.changes(read_manifest(manifests[0].parent)["settings"])
+        note = f", made with other settings (there != asked): {'; '.join(changed[:3])}" if changed else ""
+        print(f"data.{name}: {spec.output} is there{note}", flush=True)
+    check(list(missing.values()))
+    for name, spec in missing.items():
+        print(f"data.{name}: preparing {spec.output}", flush=True)
+        prepare(spec)
 
 
 def data_folders(plan: Plan) -> dict[str, Path]:
@@ -118,7 +128,8 @@ def make_page(plan: Plan, asked: str, jobs: Mapping[str, Sequence[Job]], output:
         return None
     began = [a["began"] for each in results["arms"].values() for r in each["stages"].values() for a in r["attempts"]]
     results = {"name": plan.name, "plan": asked, "made": time.strftime("%Y-%m-%d"), "about": plan.about, **results}
-    page = write(plan, results, output or Path("docs/results", f"{max(began)[:10]}-{plan.name}"), TITLES)
+    folder = output or page_folder(Path("docs/results", f"{max(began)[:10]}-{plan.name}"), results)
+    page = write(plan, results, folder, TITLES)
     pack(plan, page.with_name(ARCHIVE), figures_only=True)
     return page
 
@@ -145,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ending.DONE
     specs = plan.specs
     for job in (job for each in jobs.values() for job in each):
-        job.check()
+        job.check(list(specs.values()))
     for lost in filter(None, map(lost_weights, jobs.values())):
         raise ValueError(lost)
     gpus = gpus_at_hand(args.gpus)

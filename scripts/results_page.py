@@ -38,6 +38,28 @@ _MOST_COLUMNS = 8  # of a table
 _MOST_PANELS = 4  # of losses by position
 
 
+def page_folder(usual: Path, results: Row) -> Path:
+    """Where the page goes: `usual`, or with a number behind it where that has the page of other runs. Runs are told
+    apart by when their stages began; a page goes on as long as one of them is the same."""
+    for folder in (usual, *(usual.with_name(f"{usual.name}-{number}") for number in range(2, 1000))):
+        page, file = folder / "README.md", folder / "results.json"
+        if not file.is_file() and not page.is_file():
+            return folder
+        if file.is_file() and _beginnings(files.read_json(file)) & _beginnings(results):
+            return folder
+    raise ValueError(f"{usual}: there are a thousand pages already; name a folder with --output")
+
+
+def _beginnings(results: Row) -> set[tuple[str, str, str]]:
+    """(arm, stage, when it first began) of each stage of a page."""
+    return {
+        (arm, stage, first["began"])
+        for arm, each in results["arms"].items()
+        for stage, record in each["stages"].items()
+        for first in record["attempts"][:1]
+    }
+
+
 def write(plan: Plan, results: Row, output: Path, titles: Mapping[str, str]) -> Path:
     """Write all files of the page into `output` and return README.md.
 

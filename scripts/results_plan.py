@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data.prepare.spec import PrepareSpec
+from data.section import check_source
 from s2.files import read_json
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
@@ -46,6 +47,7 @@ from s2.training.config import read_stage
 
 EXPERIMENTS = Path("recipes/experiments")
 MOST_IN_FRONT = 4  # arms side by side in front.png
+_READS = ("--haystack", "--documents", "--data-dir", "--qa", "--ckpt", "--config")  # options of commands
 _Name = Annotated[str, Check("a name of letters, digits, '-', '_' and '.'", lambda s: re.fullmatch(r"\w[\w.\-]*", s))]
 
 
@@ -221,9 +223,13 @@ class Job:
             return (self.folder / self.stage / "summary.json").is_file()
         return all(glob.glob(pattern) for pattern in self.leaves)
 
-    def check(self) -> None:
-        """Raises ValueError, FileNotFoundError for a recipe that cannot be trained, and as `check_done`."""
-        if self.recipe is not None:
+    def check(self, prepared: Sequence[PrepareSpec] = ()) -> None:
+        """Raises ValueError, FileNotFoundError for a recipe that cannot be trained or a command that has nothing to
+        read, and as `check_done`. prepared: the plan's data."""
+        if self.recipe is None:
+            self._check_command([spec.output for spec in prepared])
+        else:
+            self._check_sources(prepared)
             read_stage(self.recipe, self.recipe_file)
             model = self.recipe.get("model") or {}
             source, where = model.get("init_from"), f"arm {self.arm}, stage {self.stage}: model"
@@ -235,6 +241,32 @@ class Job:
                     f"{where}.init_from={source} has no config.json; name a Hugging Face folder with `inputs`"
                 )
         self.check_done()
+
+    def _check_sources(self, prepared: Sequence[PrepareSpec]) -> None:
+        """Whether the plan's data has the sources that the recipe takes of it."""
+        section = (self.recipe or {}).get("data") or {}
+        section = section.get("init_args") or section
+        for part in ("mixture", "validation"):
+            for i, each in enumerate(section.get(part) or ()):
+                key = f"arm {self.arm}, stage {self.stage}: data.{part}[{i}].source"
+                check_source(str(each.get("path")), each.get("source"), prepared, key)
+
+    def _check_command(self, prepared: Sequence[str]) -> None:
+        """What a command would say when the stages before it have run."""
+        where = f"arm {self.arm}, stage {self.stage}"
+        if self.is_done:
+            return
+        for option, word in pairwise(self.command):
+            is_made = any(map(Path(word).is_relative_to, (self.root, *prepared)))
+            if option in _READS and not is_made and not Path(word).exists():
+                raise FileNotFoundError(f"{where}: {option} {word}: no such file or folder; name another by `inputs`")
+        if self.command[:3] == ["python", "-m", "eval.suite"]:
+            from eval import suite  # torch
+
+            try:
+                suite.read_arguments(self.command[3:])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
 
     def check_done(self) -> None:
         """Raises ValueError for a stage that was finished with another recipe or command: figures of two settings do

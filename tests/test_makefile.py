@@ -16,8 +16,8 @@ RECIPES = sorted(path.name for path in (ROOT / "recipes").iterdir() if (path / "
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 
 
-def make(*words: str) -> str:
-    done = subprocess.run(["make", "--no-print-directory", *words], cwd=ROOT, capture_output=True, text=True)
+def make(*words: str, folder: Path = ROOT) -> str:
+    done = subprocess.run(["make", "--no-print-directory", *words], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -58,3 +58,35 @@ def test_layers_are_chosen_for_any_layout():
     )
     words = "eval.layers --ckpt models/a --layout '4*L8V12+sink1|5*W8' --dense 5 --haystack b.txt --n 32"
     assert words in " ".join(said.replace("\\\n", " ").split())
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for name in ("Makefile", "recipes", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs/smollm2/extend-8k/hf").mkdir(parents=True)
+    (tmp_path / "runs/smollm2/extend-32k/hf").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("target", ["needle", "eval", "suite", "generate", "gate"])
+def test_a_stage_that_is_named_is_the_one_that_is_measured(target, clone):
+    said = make("-n", target, "RECIPE=smollm2", "TO=8k", "PROMPT=a", folder=clone)
+    assert "--ckpt runs/smollm2/extend-8k/hf" in said and "32k" not in said
+    assert "--ckpt runs/smollm2/extend-32k/hf" in make("-n", target, "RECIPE=smollm2", "PROMPT=a", folder=clone)
+    assert "--ckpt models/a" in make("-n", target, "RECIPE=smollm2", "TO=8k", "CKPT=models/a", folder=clone)
+
+
+@pytest.mark.parametrize(("recipe", "first"), [("1.3b", "pretrain"), ("llama3.1-8b", "extend-8k")])
+def test_without_exports_the_checkpoint_is_that_of_the_first_stage_that_the_recipe_has(recipe, first, clone):
+    assert f"--ckpt runs/{recipe}/{first}/hf" in make("-n", "needle", f"RECIPE={recipe}", folder=clone)
+
+
+def test_a_gate_is_of_the_run_that_was_trained(clone):
+    words = ("-n", "extend", "RECIPE=smollm2", "TO=8k")
+    measured = "gate RECIPE=smollm2 CKPT=runs/smollm2/extend-8k/hf"
+    assert measured in make(*words, folder=clone)
+    for more in ("GATE=no", "ARGS=run.stage=dense-8k", "ARGS=a.b=1 run.root='/data/my runs'", "ARGS=run.recipe=b"):
+        said = make(*words, more, folder=clone)
+        assert measured not in said
+        assert ("CONFIG=recipes/smollm2/gates/extend-8k.yaml" in said) == (more != "GATE=no")

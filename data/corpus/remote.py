@@ -250,7 +250,10 @@ def _with_retries(url: str, attempt: Callable[[], T], offset: Callable[[], int] 
         failures = failures + 1 if offset() == reached else 0
         reached = offset()
         if failures >= RETRIES.attempts:
-            raise SourceError(f"{url}: gave up at offset {reached} after {failures} attempts ({reason})") from problem
+            raise SourceError(
+                f"{url}: gave up at offset {reached} after {failures} attempts ({reason}); the same command goes on"
+                " from there, or name files on disk as `sources` in its place"
+            ) from problem
         wait = RETRIES.first_wait * 2 ** max(failures - 1, 0) * _JITTER.uniform(0.75, 1.25)
         wait = max(min(wait, RETRIES.longest_wait), _asked_wait(problem))
         again = f"trying again in {wait:.1f} s (attempt {failures + 1} of {RETRIES.attempts})"

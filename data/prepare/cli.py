@@ -10,7 +10,7 @@ from typing import Any
 from data.corpus.sources import Source
 from data.corpus.tokenizer import TextTokenizer
 from data.prepare.output import TOKENIZER
-from data.prepare.run import changed_note, changed_sources, is_prepared, prepare
+from data.prepare.run import changed_note, changed_sources, check, is_prepared, prepare
 from data.prepare.spec import PrepareSpec
 from data.section import parse_arguments, prepare_section
 from data.shards.reader import TokenShards, read_manifest
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{option} goes with --sources; a recipe says it in its prepare section")
     if args.sources and "output" not in given:
         parser.error("--sources needs --output")
-    for spec in prepare_section(args.recipe, overrides) if args.recipe else [_spec(args.sources, given)]:
+    specs = prepare_section(args.recipe, overrides) if args.recipe else [_spec(args.sources, given)]
+    check(specs)
+    for spec in specs:
         _prepare(replace(spec, workers=spec.workers if args.workers is None else args.workers), args.only_tokenizer)
 
 

@@ -141,6 +141,38 @@ def prepare(spec: PrepareSpec, *, only_tokenizer: bool = False) -> None:
         ) from error
 
 
+def prepare_all(specs: Sequence[PrepareSpec]) -> None:
+    """`prepare` one after another, unless `check` finds something wrong with one of them. Raises as they do."""
+    check(specs)
+    for spec in specs:
+        prepare(spec)
+
+
+def check(specs: Sequence[PrepareSpec]) -> None:
+    """What would stop a later one of several preparations, looked up before the first begins: its tokenizer, its
+    sources on disk and what lies in its output. What an earlier one writes is taken to be there.
+
+    Raises FileNotFoundError, ValueError, `s2.files.NotOursError` as `prepare`.
+    """
+    outputs = [Path(spec.output).absolute() for spec in specs]
+    for number, spec in enumerate(specs[1:], 1):
+        if is_prepared(spec):
+            continue
+        brought, before = spec.tokenizer, outputs[:number]
+        reads = [(source.retrieval and source.retrieval.filler) or source.path for source in spec.sources]
+        if brought.path is not None and not _is_below(brought.path, before):
+            TextTokenizer(brought.path, brought.bos, brought.eos)
+        for source, path in zip(spec.sources, reads, strict=True):
+            if not _is_below(path, before):
+                source.resolve()
+        if not any(_is_below(path, before) for path in (*reads, brought.path or "")):
+            check_output(spec)
+
+
+def _is_below(path: str, folders: Sequence[Path]) -> bool:
+    return any(Path(path).expanduser().absolute().is_relative_to(folder) for folder in folders)
+
+
 def changed_note(spec: PrepareSpec, lines: Sequence[str]) -> str:
     more = f" (and {len(lines) - 3:,} more)" if len(lines) > 3 else ""
     return f"{spec.output}: the sources are not what was prepared: {'; '.join(lines[:3])}{more}"

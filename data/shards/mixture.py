@@ -54,7 +54,8 @@ class PackedStream:
             raise ValueError(
                 f"{where}: none of the {len(of_source):,} documents in {shards.folder} has at least"
                 f" {min_tokens}{bound} tokens; the longest has {lengths[of_source].max():,},"
-                f" the shortest {lengths[of_source].min():,}"
+                f" the shortest {lengths[of_source].min():,}; change that bound, or prepare other documents (more"
+                " held-out ones by `heldout_fraction`)"
             )
         self.documents = np.flatnonzero(keep).astype(np.int32 if len(keep) < 1 << 31 else np.int64)  # [n] kept ones
         kept = lengths[self.documents]

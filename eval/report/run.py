@@ -108,9 +108,9 @@ def read_run(folder: Path) -> Run:
     """A run folder, its `hf`, or a Hugging Face folder of others that was evaluated here. Raises as `read_runs`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"run {folder}: no such folder; expected something like runs/demo/extend-2k")
-    results = results_folder(folder)
+    results, given = results_folder(folder), folder
     folder = results.parent
-    weights = next((place for place in (folder / "hf", folder) if (place / "config.json").is_file()), None)
+    weights = next((place for place in (folder / "hf", folder, given) if (place / "config.json").is_file()), None)
     now = fingerprint(weights) if weights and any(weights.glob("*.safetensors")) else None  # of results brought here
     recipe = load_recipe(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     found: dict[str, Any] = {kind: {} for kind in ("lm", "needle", "ruler", "positions")}

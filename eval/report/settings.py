@@ -67,7 +67,7 @@ def settings(runs: Sequence[Run]) -> list[str]:
     parts = [table(rows, runs, mark=len(runs) > 1)]
     if len(runs) > 1:
         parts.append(f"In bold: other than {runs[0].name}.")
-        flat = [dict(_flat(run.recipe)) for run in runs]
+        flat = [dict(_flat(run.recipe)) if run.recipe else {} for run in runs]
         keys = [key for key in dict.fromkeys(key for each in flat for key in each) if not key.startswith(_SAID)]
         differing = [key for key in keys if len({str(each.get(key)) for each in flat if each}) > 1]
         others: list[Row] = [(key.replace(".init_args", ""), partial(_leaf, key)) for key in differing]

@@ -50,11 +50,11 @@ def check_gate(init_from: str | None, gate: str, recipe: Path) -> dict[str, Any]
     about |= {"thresholds": thresholds and str(thresholds)}
     found = about | _verdict(folder, file, thresholds, about["fingerprint"])
     if gate == "required" and found["state"] != "passed":
-        measure = f"`make gate RECIPE={folder.parent.parent.name} CKPT={folder}`"
-        first = f"train it further, then {measure}" if found["state"] == "missed" else measure
+        measure = f"`make gate RECIPE={folder.parent.parent.name} CKPT={folder}` measures it"
+        first = {"missed": f"train it further, then {measure} again", "absent": measure}
         raise ValueError(
-            f"run.gate=required: {found['said']}; {first} measures it again, and ARGS=run.gate=ignore begins from it "
-            f"all the same, which the run records"
+            f"run.gate=required: {found['said']}; {first.get(found['state'], f'{measure} again')}, and "
+            f"ARGS=run.gate=ignore begins from it all the same, which the run records"
         )
     return found
 

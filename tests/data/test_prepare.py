@@ -18,7 +18,7 @@ from data.corpus.sample import sample_texts
 from data.corpus.sources import Source
 from data.corpus.tokenizer import TextTokenizer
 from data.datamodule import PackedDataModule
-from data.prepare import changed_sources, is_prepared, prepare
+from data.prepare import changed_sources, is_prepared, prepare, prepare_all
 from data.prepare.cli import main
 from data.prepare.spec import PrepareSpec
 from data.section import DataSection
@@ -287,6 +287,37 @@ def test_a_single_document_is_refused_before_it_is_tokenized(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sources": ["nowhere/*.jsonl"]}, r"source path 'nowhere/\*\.jsonl': no such file"),
+        ({"tokenizer": {"path": "nowhere/tokenizer.json"}}, r"nowhere/tokenizer\.json"),
+        ({"output": "finished", "seed": 3}, r"finished/train was prepared with other settings \(seed: 0 != 3"),
+        ({"output": "notes.txt"}, r"output notes\.txt is not a folder"),
+    ],
+)
+def test_what_would_stop_a_later_preparation_shows_before_the_first_begins(
+    wrong, message, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    prepare(spec(corpus, "finished"))
+    Path("notes.txt").write_text("mine")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare_all([spec(corpus, "first"), spec(corpus, **{"output": "second"} | wrong)])
+    assert not Path("first").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["first/tokenizer.json", "brought/tokenizer.json"])
+def test_a_later_preparation_may_read_what_an_earlier_one_makes(tokenizer, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(spec(corpus, "brought"), only_tokenizer=True)
+    facts = {"documents": 4, "facts": [2, 3], "chars": [200, 300], "filler": "first/train"}
+    second = {"sources": [{"path": "retrieval", "retrieval": facts}], "tokenizer": {"path": tokenizer}}
+    asked = [spec(corpus, "first"), spec(None, "second", **second, heldout_fraction=0)]
+    prepare_all(asked)
+    assert all(map(is_prepared, asked))
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"sources": []}, r"prepare\.sources: expected a list"),
@@ -499,3 +530,25 @@ def test_a_source_that_is_named_twice_is_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(corpus.parent)
     with pytest.raises(ValueError, match="is named 2 times"):
         main(["--sources", str(corpus), f"./{corpus.name}", "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("key", ["mixture", "validation"])
+def test_what_nothing_reads_is_not_prepared(key):
+    """As when `output` is changed on the command line and the paths of the mixture are not."""
+    source = {"sources": ["a.jsonl"], "tokenizer": {"path": "books/tokenizer.json"}}
+    sections = [source | {"output": "books"}, source | {"output": "web"}]
+    paths = {"mixture": [{"path": "books/train"}], "validation": [{"name": "a", "path": "books/heldout"}]}
+    with pytest.raises(ValueError, match=r"data\.prepare: nothing reads what is prepared in web: .* books/train;"):
+        PackedDataModule(8, 1, prepare=sections, **paths)
+    paths[key].append({"name": "b", "path": "./web/train"} if key == "validation" else {"path": "./web/train"})
+    assert len(PackedDataModule(8, 1, prepare=sections, **paths).section.specs) == 2
+    assert len(PackedDataModule(8, 1, prepare=sections).section.components) == 2
+
+
+def test_a_mixture_takes_no_source_that_is_not_prepared():
+    prepare = {"output": "d", "sources": ["a.jsonl", {"path": "b.jsonl", "name": "b"}], "tokenizer": {"path": "t.json"}}
+    mixture = [{"path": "./d/train", "source": "b"}, {"path": "d/train", "source": "a"}]
+    with pytest.raises(ValueError, match=r"data\.mixture\[1\]\.source: 'a' is none of .*: a\.jsonl, b;"):
+        PackedDataModule(8, 1, mixture=mixture, validation=[], prepare=prepare)
+    mixture[1]["source"] = "a.jsonl"
+    PackedDataModule(8, 1, mixture=mixture, validation=[], prepare=prepare)

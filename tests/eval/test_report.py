@@ -402,3 +402,16 @@ def test_losses_by_position_are_paired_over_documents(tmp_path):
     )
     assert "difference to demo/a in nats a token, of perplexities in percent, with its 95 % interval" in text
     assert "| 128 | 64 to 128 | 4.000 (3.00 to 5.00) | 4.250 (3.00 to 5.00)<br>**+0.250 (+0.25 to +0.25)** |" in text
+
+
+def test_a_checkpoint_of_others_beside_a_run_has_its_own_model_and_no_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = Path("models/a")
+    others.mkdir(parents=True)
+    (others / "config.json").write_text(json.dumps(ModelConfig(**MODEL).to_hf_dict()))
+    evaluated = make_run(Path("runs/eval/models-a"), recipe=None)
+    (evaluated / "logs/metrics.csv").unlink()
+    runs = read_runs([others, make_run(tmp_path / "b")])
+    assert runs[0].folder == evaluated and runs[0].model == ModelConfig(**MODEL)
+    text = "\n".join(settings.settings(runs))
+    assert "other keys of the recipes are alike" in text and "Other keys that differ" not in text

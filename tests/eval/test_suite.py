@@ -39,7 +39,7 @@ def run_suite(folder, data, output, *more):
 
 def test_the_loss_of_one_source_is_asked_for_beside_that_of_all_documents(folder, tmp_path):
     words = ["--ckpt", str(folder), "--parts", "positions", "--document-source", "books", "--documents", "shards"]
-    (_, _, every), (_, name, one) = suite.plan(suite._arguments(words), [512], tmp_path)
+    (_, _, every), (_, name, one) = suite.plan(suite.read_arguments(words), [512], tmp_path)
     assert one == [*every, "--source", "books"] and name == "loss by position, books"
     row = {"length": 512, "loss": 3.0, "documents": 4, "interval": [2.0, 4.0]}
     content = {"settings": {"source": "books"}, "summary": {"lengths": [row]}}
@@ -49,10 +49,10 @@ def test_the_loss_of_one_source_is_asked_for_beside_that_of_all_documents(folder
 def test_the_size_of_pieces_goes_to_those_who_read_prompts_and_only_if_it_is_set(folder, tmp_path):
     """What is not set is no part of a command, by which the suite knows what it has done."""
     words = ["--ckpt", str(folder), "--tasks", "s2_passkey"]
-    usual = suite.plan(suite._arguments(words), [512], tmp_path)
-    assert suite.plan(suite._arguments([*words, "--prefill-chunk", str(PREFILL_CHUNK)]), [512], tmp_path) == usual
+    usual = suite.plan(suite.read_arguments(words), [512], tmp_path)
+    assert suite.plan(suite.read_arguments([*words, "--prefill-chunk", str(PREFILL_CHUNK)]), [512], tmp_path) == usual
     assert "--prefill-chunk" not in {word for *_, each in usual for word in each}
-    other = suite.plan(suite._arguments([*words, "--prefill-chunk", "512"]), [512], tmp_path)
+    other = suite.plan(suite.read_arguments([*words, "--prefill-chunk", "512"]), [512], tmp_path)
     for (part, _, before), (_, _, after) in zip(usual, other, strict=True):
         assert after == before + (["--prefill-chunk", "512"] if part != "positions" else [])
 
@@ -122,12 +122,16 @@ def test_parts_that_read_one_haystack_tokenise_it_once(folder, data, tmp_path, m
         (["--lengths", "1k"], ValueError, "--lengths 1024: the checkpoint reads at most 512 tokens"),
         (["--haystack", "nowhere.txt"], FileNotFoundError, "nowhere.txt: no such file"),
         (["--part", "1/2"], ValueError, "split it with --processes"),
+        (["--ruler-tasks", "vtt"], ValueError, "--tasks vtt: expected some of"),
+        (["--lengths", "64,512"], ValueError, "--lengths 64: no room for niah_single_2"),
+        (["--depths", "0,101"], ValueError, "101"),
+        (["--limit", "-1"], SystemExit, "2"),
     ],
 )
 def test_the_suite_refuses_bad_input_before_any_part(folder, data, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         run_suite(folder, data, tmp_path / "out", *arguments)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 def write_config(data, file, text):

@@ -137,4 +137,10 @@ MUTANTS = (
         "(targets + 1) / targets.sum()",
         ("test_unigram.py",),
     ),
+    Mutant(
+        "only_the_first_preparation_is_looked_up", "data",
+        "for number, spec in enumerate(specs[1:], 1):",
+        "for number, spec in enumerate(specs[1:1], 1):",
+        ("test_prepare.py",),
+    ),
 )  # fmt: skip

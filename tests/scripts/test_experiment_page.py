@@ -127,6 +127,22 @@ def page(path) -> tuple[str, dict]:
     return (path.parent / "page" / "README.md").read_text(), rows
 
 
+def test_a_page_of_other_runs_of_the_same_day_stays(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert results.main([str(path), "--page"]) == 0
+    [first] = Path("docs/results").iterdir()
+    mine = json.loads((first / "results.json").read_text())
+    for each in mine["arms"].values():
+        for record in each["stages"].values():
+            record["attempts"][0]["began"] = "2020-01-01T00:00:00+0000"
+    (first / "results.json").write_text(json.dumps(mine))
+    before = {file.name: file.read_bytes() for file in first.iterdir()}
+    for _ in range(2):  # and a page that is made again stays where it is
+        assert results.main([str(path), "--page"]) == 0
+        assert {file.name: file.read_bytes() for file in first.iterdir()} == before
+        assert {folder.name for folder in Path("docs/results").iterdir()} == {first.name, f"{first.name}-2"}
+
+
 def test_tasks_and_losses_are_compared_with_a_second_arm_across_stages(page):
     text, rows = page
     mean = rows["hybrid", "extend", "mean of 2", None, "acc_norm or acc"]

@@ -23,6 +23,7 @@ from results_pack import pack, unpack  # noqa: E402
 from results_plan import load_plan  # noqa: E402
 from results_queue import Queue, status  # noqa: E402
 
+from data.prepare.spec import PrepareSpec  # noqa: E402
 from s2.ending import FailureError  # noqa: E402
 from s2.model.config import ModelConfig  # noqa: E402
 from s2.recipe import differences  # noqa: E402
@@ -118,6 +119,53 @@ def test_a_recipe_is_refused_before_anything_runs(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "error", "sentence"),
+    [
+        (["--haystack", "nowhere.jsonl"], FileNotFoundError, r"--haystack nowhere\.jsonl: no such file or folder"),
+        (["--documents", "{data}/train"], FileNotFoundError, r"--documents .*data/train: no such file or folder"),
+        (["--parts", "needles"], ValueError, r"--parts needles: expected some of"),
+    ],
+)
+def test_a_command_that_could_not_run_after_training_is_refused_before_it(words, error, sentence, tmp_path):
+    suite = ["python", "-m", "eval.suite", "--ckpt", "{arm}/train/hf"]
+    stage = {"name": "evaluate", "leaves": ["{arm}/train/results/suite*.json"]}
+    data = {"output": "{data}", "sources": [str(tmp_path / "*.yaml")], "tokenizer": {"path": "t.json"}}
+    inputs = {"data": str(tmp_path / "data")}
+    stages = [{"name": "train", "recipe": RECIPE}, stage | {"command": suite + words}]
+    path = write_plan(tmp_path, "", [{"name": "a"}], stages=stages, inputs=inputs)
+    with pytest.raises(error, match=f"arm a, stage evaluate: {sentence}"):
+        results.main([str(path), "--dry-run"])
+    stages[1]["command"] = [*suite, "--documents", "{data}/train"]  # which the plan prepares
+    path = write_plan(tmp_path, "", [{"name": "a"}], stages=stages, inputs=inputs, data={"corpus": data})
+    assert results.main([str(path), "--dry-run"]) == 0
+
+
+def test_sources_that_the_plan_does_not_prepare_are_refused_before_they_are_missed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(
+        "smollm2", [f"inputs.checkpoint={ROOT / 'recipes/demo/start'}", "data.corpus.sources=[texts/books.jsonl.gz]"]
+    )
+    job = plan.jobs(["dense"])["dense"][0]
+    with pytest.raises(
+        ValueError, match=r"arm dense, stage train: data\.mixture\[1\]\.source: 'books' is none of .*name"
+    ):
+        job.check(list(plan.specs.values()))
+
+
+def test_data_that_is_there_and_was_made_otherwise_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(20)))
+    values = {"output": "out", "sources": ["corpus.jsonl"], "heldout_fraction": 0.5}
+    values["tokenizer"] = {"path": str(ROOT / "recipes/demo/start/tokenizer.json")}
+    results.prepare_data({"corpus": PrepareSpec.parse(values)})
+    results.prepare_data({"corpus": PrepareSpec.parse(values)})
+    results.prepare_data({"corpus": PrepareSpec.parse(values | {"seed": 4})})
+    same, other = capsys.readouterr().out.splitlines()[1:]
+    assert same == "data.corpus: out is there"
+    assert other == "data.corpus: out is there, made with other settings (there != asked): seed: 0 != 4"
+
+
 def test_an_unknown_experiment_or_arm_names_those_that_there_are(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"recipes/experiments/patern/plan.yaml; there are patterns"):
         load_plan("patern")
@@ -136,7 +184,7 @@ def test_the_arms_of_a_shipped_experiment_differ_in_their_attention_alone(name, 
     jobs = plan.jobs()
     assert all(spec.seed is not None for spec in plan.specs.values())
     for job in (job for each in jobs.values() for job in each):
-        job.check()
+        job.check(list(plan.specs.values()))
     trained = [{job.stage: job.recipe for job in each if job.recipe} for each in jobs.values()]
     trained = [each for each in trained if each]
     allowed = {"run.recipe", "model.init_from", "model.config.attention_layout", "model.config.block_size"}

@@ -91,6 +91,11 @@ def test_a_missed_check_is_named_with_its_figure_and_threshold_and_with_both_way
     assert gate_warning(found).startswith("begun with run.gate=ignore although ") and "value 0.5" in found["said"]
 
 
+def test_what_was_never_measured_is_not_measured_again(checkpoint: Path, recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match=rf"`make gate RECIPE=tiny CKPT={checkpoint}` measures it, and ARGS"):
+        check_gate(str(checkpoint), "required", recipe_file)
+
+
 def test_other_thresholds_than_the_recipes_do_not_count(checkpoint: Path, recipe_file: Path) -> None:
     """A gate that was measured against a lax file, and one whose thresholds were changed since."""
     write_gate(checkpoint, True, config="lax.yaml", config_digest="0" * 16)
