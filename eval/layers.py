@@ -260,7 +260,6 @@ def command(argv: Sequence[str]) -> Path:
     """What the command line does; the file of the results."""
     args = _arguments(argv)
     output = args.output or results_folder(check_folder(args.ckpt))
-    files.require_writable(output)
     checkpoint = samples.open_checkpoint(args)
     config = checkpoint.config
     if args.block_size is not None:
@@ -269,6 +268,7 @@ def command(argv: Sequence[str]) -> Path:
     sparse = config.replace(attention_layout=args.layout)
     length = _length(args.length, checkpoint.max_length)
     texts = read(args, checkpoint, length)
+    files.require_writable(output)
     about = {
         "kind": "layers", **checkpoint.describe(), "block_size": sparse.block_size, "layout": args.layout,
         "length": length, "seed": args.seed, "documents": len(texts.documents), "prompts": len(texts.prompts),

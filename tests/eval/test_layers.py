@@ -187,4 +187,5 @@ def test_a_length_beyond_the_texts_or_the_model_is_refused_before_anything_is_re
         (["--block-size", "17"], "block_size"),
     ):
         with pytest.raises(ValueError, match=said):
-            run(folder, text, tmp_path, *sparse, *more)
+            run(folder, text, tmp_path / "results", *sparse, *more)
+    assert not (tmp_path / "results").exists()
