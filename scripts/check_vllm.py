@@ -7,7 +7,8 @@ chunked prefill and prefix caching: all prompts together, then once more. Its to
 `s2.inference.generate`, prompt by prompt. Where vLLM chose another token than the likeliest of our model in float32,
 our logits of the two must be as close as rounding to bfloat16 makes them. As a control the same weights with dense
 layers say how much of the text depends on the layout. Beside it: how many sequences of the longest length vLLM counts
-on in the same memory, with pages freed, with all pages kept, and for the dense model, a plain Llama.
+on in the same memory, with pages freed, with all pages kept, and for the dense model, a plain Llama. The last two
+start beside the first, eagerly, for that number alone; one that fails is in the report with what it said.
 
 Writes docs/benchmarks/<date>-<machine>-vllm.{md,json}. Exit code 0 if all agree, 1 if not. Needs vLLM 0.24.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import importlib.util
 import math
@@ -23,7 +25,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -49,7 +51,7 @@ METHOD = (
     "noise: of our model's logits of a prompt's new tokens, the largest difference between bfloat16 and float32",
     f"margin: how far below the best logit, in float32, the token is that vLLM chose; up to {NOISES} noises it may be",
     "sequences: of the longest prompt and its new tokens, by vLLM's own count, in the same memory for pages",
-    "s: both rounds of all prompts; start: weights, kernels, graphs",
+    "s: both rounds of all prompts; start: weights, kernels, graphs; engines without prompts start beside it, eagerly",
 )
 
 Row = dict[str, Any]
@@ -113,31 +115,38 @@ def compare(
 ) -> list[Row]:  # fmt: skip
     """A row for each round and prompt."""
     narrow = load_pretrained(folder, device=device, dtype=dtype)
+
+    @functools.cache
+    def figures(nth: int, new: tuple[int, ...]) -> Row:
+        """Of a prompt, and tokens that rounds often have in common."""
+        prompt, chosen = prompts[nth], torch.tensor(new, device=device)
+        logits = new_logits(wide, prompt, list(new), device)
+        margins = logits.amax(1) - logits.gather(1, chosen[:, None])[:, 0]
+        other = new_logits(control, prompt, list(new), device).argmax(1)
+        return {
+            "best": int((margins == 0).sum()),
+            "margin": float(margins.max()),
+            "noise": float((new_logits(narrow, prompt, list(new), device) - logits).abs().max()),
+            "spread": float(logits.std(1).mean()),
+            "control": float((other == chosen).float().mean()),
+        }
+
     ours = [
         generate(narrow, [torch.tensor(prompt, device=device)], len(new), prefill_chunk=chunk)[0].tolist()
         for prompt, new in zip(prompts, rounds[0], strict=True)
     ]
     wide, control = (load_pretrained(path, device=device, dtype=torch.float32) for path in (folder, dense))
-    rows = []
-    for nth, served in enumerate(rounds):
-        for prompt, new, own in zip(prompts, served, ours, strict=True):
-            logits = new_logits(wide, prompt, new, device)
-            noise = float((new_logits(narrow, prompt, new, device) - logits).abs().max())
-            chosen = torch.tensor(new, device=device)
-            margins = logits.amax(1) - logits.gather(1, chosen[:, None])[:, 0]
-            other = new_logits(control, prompt, new, device).argmax(1)
-            rows.append({
-                "round": nth + 1,
-                "prompt": len(prompt),
-                "equal": next((i for i, (a, b) in enumerate(zip(new, own, strict=True)) if a != b), len(new)),
-                "best": int((margins == 0).sum()),
-                "new": len(new),
-                "margin": float(margins.max()),
-                "noise": noise,
-                "spread": float(logits.std(1).mean()),
-                "control": float((other == chosen).float().mean()),
-            })  # fmt: skip
-    return rows
+    return [
+        {
+            "round": nth + 1,
+            "prompt": len(prompts[i]),
+            "equal": next((n for n, (a, b) in enumerate(zip(new, own, strict=True)) if a != b), len(new)),
+            "new": len(new),
+            **figures(i, tuple(new)),
+        }
+        for nth, served in enumerate(rounds)
+        for i, (new, own) in enumerate(zip(served, ours, strict=True))
+    ]
 
 
 def is_close(row: Row) -> bool:
@@ -166,12 +175,18 @@ def parts(record: Record) -> Iterator[str]:
     header = ("", "sequences", "tokens", "groups of tables", "start s", "s")
     body = []
     for name, row in record["engines"].items():
+        if "error" in row:
+            body.append((name, "**failed**", *["-"] * 4))
+            continue
         seconds = " + ".join(f"{x:.1f}" for x in row["seconds"])
         counts = (f"{row['sequences']:.2f}", f"{row['capacity']:,}", str(row["groups"]))
         body.append((name, *counts, f"{row['start_s']:.0f}", seconds))
     longest = sizes["longest"]
     yield f"## Memory\n\n{record['cache_gib']:g} GiB of pages, sequences of {longest:,} tokens."
     yield markdown(header, body, range(1, 6))
+    for name, row in record["engines"].items():
+        if "error" in row:
+            yield f"{name}: `{row['error']}`"
 
 
 def main() -> int:
@@ -207,14 +222,19 @@ def check(args: argparse.Namespace, work: Path, device: str) -> int:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     engine = {
         "dtype": str(dtype).removeprefix("torch."), "kv_cache_memory_bytes": int(args.cache_gib * (1 << 30)),
+        "gpu_memory_utilization": 0.1,  # of it nothing is taken, but so much must be free as each engine starts
         "max_num_batched_tokens": args.step, "max_num_seqs": len(prompts), "enforce_eager": args.eager,
     }  # fmt: skip
     backend = {"attention_backend": args.dense_backend} if args.dense_backend else {}
-    engines = {
-        FREED: in_child(str(folders["sparse"]), prompts, args.new, engine),
-        KEPT: in_child(str(folders["sparse"]), [], args.new, engine | {"disable_hybrid_kv_cache_manager": True}),
-        DENSE: in_child(str(folders["dense"]), [], args.new, engine | backend),
-    }
+    counted = engine | {"enforce_eager": True}
+    with ThreadPoolExecutor(3) as together:
+        freed = together.submit(in_child, str(folders["sparse"]), prompts, args.new, engine)
+        kept = counted | {"disable_hybrid_kv_cache_manager": True}
+        others = {
+            KEPT: together.submit(in_child, str(folders["sparse"]), [], args.new, kept),
+            DENSE: together.submit(in_child, str(folders["dense"]), [], args.new, counted | backend),
+        }
+        engines = {FREED: freed.result()} | {name: _row(other) for name, other in others.items()}
     rounds = engines[FREED].pop("tokens")
     rows = compare(folders["sparse"], folders["dense"], prompts, rounds, device, dtype, args.step)
     sizes = sizes_of(args) | {"new": args.new, "step": args.step, "dtype": engine["dtype"]}
@@ -232,7 +252,15 @@ def check(args: argparse.Namespace, work: Path, device: str) -> int:
         rows=rows,
     )
     print(save(record, args.output / stem(record), "vLLM", parts(record)))
-    return int(not all(map(is_close, rows)))
+    return int(not all(map(is_close, rows)) or any("error" in row for row in engines.values()))
+
+
+def _row(engine: Future[Row]) -> Row:
+    """What an engine came to, or why it failed: what the first one chose is to be compared nevertheless."""
+    try:
+        return engine.result()
+    except Exception as error:  # anything vLLM raises
+        return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ vLLM."""
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,50 @@ def test_the_report_has_all_prompts_and_engines(script, tmp_path):
         assert wanted in page
     record = json.loads(next(tmp_path.glob("*-vllm.json")).read_text())
     assert [(row["round"], row["prompt"]) for row in record["rows"]] == [(1, 40), (1, 65), (2, 40), (2, 65)]
+
+
+def test_engines_that_are_only_counted_start_eagerly_beside_the_one_that_serves(script, monkeypatch):
+    together, asked = threading.Barrier(3, timeout=30), []
+
+    def counted(folder, prompts, new_tokens, engine):
+        asked.append((bool(prompts), engine["enforce_eager"]))
+        together.wait()  # for all three
+        return served(folder, prompts, new_tokens, engine)
+
+    monkeypatch.setattr(script, "in_child", counted)
+    assert script.main() == 0
+    assert sorted(asked) == [(False, True), (False, True), (True, False)]
+
+
+def test_an_engine_that_is_only_counted_may_fail_and_tokens_are_compared_nevertheless(script, monkeypatch, tmp_path):
+    def failing(folder, prompts, new_tokens, engine):
+        if not prompts and folder.endswith("dense"):
+            raise RuntimeError("no backend\nfor dense layers")
+        return served(folder, prompts, new_tokens, engine)
+
+    monkeypatch.setattr(script, "in_child", failing)
+    assert script.main() == 1
+    page = next(tmp_path.glob("*-vllm.md")).read_text()
+    assert "| 1 | 40 | 0 | 5 of 5 |" in page and "| all pages kept | 2.50 |" in page
+    assert "| dense layers | **failed** |" in page and "dense layers: `no backend`" in page
+
+
+def test_the_engine_that_serves_may_not_fail(script, monkeypatch):
+    def failing(folder, prompts, *others):
+        if prompts:
+            raise RuntimeError("no kernel")
+        return served(folder, prompts, *others)
+
+    monkeypatch.setattr(script, "in_child", failing)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        script.main()
+
+
+def test_tokens_that_rounds_have_in_common_are_looked_at_once(script, monkeypatch):
+    prompts, logits = [], script.new_logits
+    monkeypatch.setattr(script, "new_logits", lambda *arguments: prompts.append(1) or logits(*arguments))
+    assert script.main() == 0
+    assert len(prompts) == 2 * 3  # prompts, models
 
 
 def test_another_token_ends_in_exit_code_1(script, monkeypatch, tmp_path):
