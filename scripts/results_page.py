@@ -282,6 +282,8 @@ def _curves(results: Row, logs: Row) -> Any:
         for arm, each in logs.items():
             style = {**_style(results, arm), "marker": ""}
             rows = [row for row in each.get(stage, []) if "train/loss" in row]
+            if not rows:
+                continue
             width = max(1, len(rows) // 50)
             losses = [row["train/loss"] for row in rows]
             smooth = [statistics.fmean(losses[max(0, at - width) : at + 1]) for at in range(len(losses))]
@@ -313,6 +315,8 @@ def _positions(results: Row, logs: Row) -> Any:
         for arm in results["arms"]:
             where = arm, stage, name, length
             here = [(end, r) for (n, end), r in rows if (r["arm"], r["stage"], n, r["length"]) == where]
+            if not here:
+                continue
             ends = [end for end, _ in here]
             panel.plot(ends, [r["value"] for _, r in here], markersize=3, label=arm, **_style(results, arm))
             shown_ends |= set(ends)

@@ -235,3 +235,21 @@ def test_stages_that_began_past_a_gate_are_named_in_a_line_each():
     assert "`python scripts/results.py plans/a.yaml --import runs.tar.gz`" in text
     line = "- dense extend: begun with run.gate=ignore although runs/a/train/hf has not passed its gate\n"
     assert line in text and text.count("begun with") == 1
+
+
+def test_pictures_name_the_arms_that_are_in_them():
+    """An imported checkpoint has no training log; a stage may be missing from an arm."""
+    point = {"train/loss": 2.0, "tokens": 1e6, "seconds": 60.0}
+    logs = {"import": {}, "dense": {"train": [point] * 3}, "s2": {"train": [point], "extend": [point]}}
+    row = {
+        "part": "positions",
+        "task": "loss 0-64",
+        "metric": "nats/token",
+        "stage": "train",
+        "length": 128,
+        "value": 2.0,
+    }
+    results = {"arms": dict.fromkeys(logs), "baseline": "dense", "figures": [{**row, "arm": "dense"}]}
+    for drawn, names in ((results_page._curves, ["dense", "s2"]), (results_page._positions, ["dense"])):
+        axes = drawn(results, logs).axes[0]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == names
