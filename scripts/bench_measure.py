@@ -58,6 +58,7 @@ def event_ms(function: Call) -> float:
 @torch.no_grad()
 def graph_ms(function: Call, timing: Timing) -> float:
     """In a CUDA graph, which is replayed ten times and holds a quarter of `rep` of calls."""
+    torch.cuda.synchronize()  # the calls go on a stream that does not wait for what made their inputs
     return triton.testing.do_bench_cudagraph(function, rep=max(1, timing.rep // 4), return_mode="median")
 
 

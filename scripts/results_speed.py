@@ -77,6 +77,7 @@ def decode_ms(config: ModelConfig, length: int) -> float:
 
     step = DecodeStep(config, length, "cuda")
     step()  # what is compiled and allocated once
+    torch.cuda.synchronize()  # the next steps go on another stream, and share its workspace
     return float(do_bench_cudagraph(step, rep=50, return_mode="median"))
 
 

@@ -239,8 +239,9 @@ def test_layers_of_a_step_share_what_programs_do(lengths):
 def test_empty_tensors_give_empty_results():
     table, slots = table_of(list(Pattern.parse("W2", 16).rules(1)), 4, 16)
     k = torch.zeros(0, 1, slots, 32, device=DEVICE)
-    lengths = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-    out = decode_attention(
-        k.new_zeros(0, 1, 2, 32), k, k, table.to(DEVICE), lengths, block=16, scale=1.0, backend="triton"
-    )
-    assert out.shape == (0, 1, 2, 32)
+    q, table, lengths = k.new_zeros(0, 1, 2, 32), table.to(DEVICE), torch.zeros(0, dtype=torch.int32, device=DEVICE)
+    shares = decode_shares(q, k, table, lengths, block=16)
+    assert len(shares) == 0
+    for shared in ({}, {"workspace": decode_workspace(q, k, block=16), "shares": shares}):
+        out = decode_attention(q, k, k, table, lengths, block=16, scale=1.0, backend="triton", **shared)
+        assert out.shape == (0, 1, 2, 32)

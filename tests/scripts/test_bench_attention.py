@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as `python scripts/bench_attention.py` has it
 
@@ -195,6 +196,15 @@ def test_kernel_that_computes_something_else_is_marked(no_clock):
     assert "WRONG" not in measure(lambda q, k, v: lambda: base * 1.001, pattern, known)["note"]
     assert "WRONG" in measure(lambda q, k, v: lambda: base * float("nan"), pattern, known)["note"]
     assert "shape" in measure(lambda q, k, v: lambda: base[:, :64], pattern, known)["note"]
+
+
+def test_calls_in_a_graph_begin_when_their_inputs_are_made(monkeypatch):
+    """They go on a stream of their own."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("inputs"))
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", lambda call, **_: order.append(call()) or 0.5)
+    assert bench_measure.graph_ms(lambda: "calls", bench_measure.Timing(1, 4)) == 0.5
+    assert order == ["inputs", "calls"]
 
 
 # ---------------------------------------------------------------- arguments

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import triton
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -170,6 +172,16 @@ def test_the_decode_step_that_is_timed_sees_what_a_cache_of_that_length_keeps(la
         seen = (step.new[2] / out).float().mean(dim=-1).flatten()
         assert set(seen.round().int().tolist()) == tokens
     assert step.cache.lengths == (length - 1,)
+
+
+def test_steps_on_another_stream_begin_when_the_first_has_ended(monkeypatch):
+    """They share its workspace."""
+    order = []
+    monkeypatch.setattr(results_speed, "DecodeStep", lambda *_: lambda: order.append("step"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("ended"))
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", lambda step, **_: step() or 0.5)
+    assert results_speed.decode_ms(ModelConfig(**MODEL), 128) == 0.5
+    assert order == ["step", "ended", "step"]
 
 
 def test_the_bytes_of_the_cache_are_those_of_its_rings_and_lists():

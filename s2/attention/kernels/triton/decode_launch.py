@@ -92,7 +92,9 @@ def _grid(
     rows = max(FEWEST_DECODE_ROWS, min(stored, max_decode_rows(head_dim, dtype.itemsize)))
     row_tiles, stored = -(-group * tokens // rows), min(stored, rows)
     pairs = batch * kv_heads * row_tiles
-    splits = splits or decode_splits(kv_heads * row_tiles, batch, slots, stored * head_dim * 4, config, processors)
+    if splits is None:
+        row_bytes = stored * head_dim * 4
+        splits = decode_splits(kv_heads * row_tiles, batch, slots, row_bytes, config, processors) if batch else 1
     d0, d1 = split_head_dim(head_dim, dtype.itemsize, capability)
     width = triton.next_power_of_2(head_dim)
     sequences = 0 if splits == 1 else 1 if batch == 1 else max(_FEWEST_SEQUENCES, triton.next_power_of_2(batch))
