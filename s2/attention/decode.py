@@ -113,8 +113,8 @@ def decode_workspace(q: Tensor, k: Tensor, *, block: int) -> Workspace:
 
 def decode_shares(q: Tensor, k: Tensor, table: Tensor, lengths: Tensor, *, block: int) -> Tensor:
     """Which keys each program of the kernel reads, int32 `[n, H, words]`, in calls of `decode_attention` with tensors
-    of these shapes and dtypes, this table and these lengths: in all layers of one kind in a step. A kernel works it
-    out; nothing is read on the host.
+    of these shapes and dtypes, this table and these lengths: in a step, those of all layers with one pattern and
+    rotation. A kernel works it out; nothing is read on the host.
 
     Args:
         q, k: as the calls will have; their values do not count.
