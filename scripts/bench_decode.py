@@ -70,18 +70,8 @@ def measure(shape: Shape, pool: Tensor, copy_tb_s: float, timing: Timing) -> Row
 
 def table(rows: list[Row]) -> str:
     header = (
-        "heads",
-        "batch",
-        "length",
-        "layout",
-        "us",
-        "plan",
-        "read, MB",
-        "TB/s",
-        "share of copy",
-        "over SDPA",
-        "note",
-    )
+        "heads", "batch", "length", "layout", "us", "plan", "read, MB", "TB/s", "share of copy", "over SDPA", "note",
+    )  # fmt: skip
     dense_us = {(r["heads"], r["batch"], r["seq_len"]): r["us"] for r in rows if r["name"] == "SDPA"}
     body = []
     for row in rows:

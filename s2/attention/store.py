@@ -159,15 +159,9 @@ class _Part:
         if step.is_decode and not self.group.is_whole and not takes_gradients:
             self.write(step, k, v)
             return decode_attention(
-                q,
-                self.k,
-                self.v,
-                self.table,
-                step.after,
-                block=self.block_size,
-                scale=q.shape[-1] ** -0.5,
+                q, self.k, self.v, self.table, step.after, block=self.block_size, scale=q.shape[-1] ** -0.5,
                 **self._shared(step, q),
-            )
+            )  # fmt: skip
         in_place = self.group.is_in_order and not takes_gradients
         if in_place:
             self.write(step, k, v)
