@@ -113,7 +113,7 @@ def _grid(
         "SEQUENCES": min(sequences, 2),
     }
     planned = shared | {"BATCH": sequences, "LEAST": LEAST_DECODE_TILES}
-    return Grid(pairs * splits, splits, stored, pairs, planned, constants, config.num_warps)
+    return Grid(pairs * splits, splits, stored, pairs, planned, constants, config.warps(rows))
 
 
 def run_plan(q: Tensor, k: Tensor, table: Tensor, lengths: Tensor, block: int, splits: int | None = None) -> Tensor:
