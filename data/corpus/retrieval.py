@@ -65,8 +65,10 @@ class Retrieval(Settings):
 
     documents: how many. facts: [fewest, most] of a document. rounds: [fewest, most] times that all of them are asked
         for.
-    chars: [shortest, longest] document, in characters; filled up from `filler`. Without it a document is as long as its
-        facts and questions.
+    tokens: [shortest, longest] document, in tokens of the filler's tokenizer, those that frame it included; filled up
+        from `filler`. Up to the length of a window none is cut. Without it a document is as long as its facts and
+        questions.
+    chars: the same in characters.
     filler: a folder of token shards whose text lies around the facts; give a `train` folder, so that nothing held out
         is trained on.
     recite: no sentences, but a list of that many names and numbers, given again `rounds` times in its order.
@@ -76,6 +78,7 @@ class Retrieval(Settings):
     documents: Positive
     facts: Annotated[tuple[int, int], _range(1000)]
     rounds: Annotated[tuple[int, int], _range(100)] = (1, 1)
+    tokens: Annotated[tuple[int, int], _range(1 << 30)] | None = None
     chars: Annotated[tuple[int, int], _range(1 << 30)] | None = None
     filler: str | None = None
     recite: bool = False
@@ -83,14 +86,22 @@ class Retrieval(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.chars is None) != (self.filler is None):
+        if self.tokens is not None and self.chars is not None:
+            raise SettingError("", "tokens and chars both say how long the documents are; give one")
+        if (self.length is None) != (self.filler is None):
             raise SettingError(
-                "", "chars and filler belong together: how long the documents are, and what fills them up"
+                "", "tokens (or chars) and filler belong together: how long the documents are, and what fills them up"
             )
+
+    @property
+    def length(self) -> tuple[int, int] | None:
+        return self.chars if self.tokens is None else self.tokens
 
     @property
     def mean_chars(self) -> int:
         """A rough size of a document."""
+        if self.tokens is not None:
+            return 2 * sum(self.tokens)
         return sum(self.chars) // 2 if self.chars is not None else 20 * sum(self.facts) * (1 + sum(self.rounds))
 
     def check(self) -> None:
@@ -121,15 +132,22 @@ def document(settings: Retrieval, number: int) -> str:
     statements = [_sentence(rng.choice(_STATEMENTS), fact) for fact in facts]
     asked = [fact for _ in range(rng.randint(*settings.rounds)) for fact in rng.sample(facts, count)]
     questions = [_sentence(usual if rng.random() < 0.5 else rng.choice(_QUESTIONS), fact) for fact in asked]
-    return "\n".join(_scattered(settings, rng, statements, sum(map(len, questions)))) + "\n\n" + "\n".join(questions)
+    return "\n".join(_scattered(settings, rng, statements, questions)) + "\n\n" + "\n".join(questions)
 
 
-def _scattered(settings: Retrieval, rng: random.Random, statements: list[str], questions: int) -> list[str]:
-    """The statements at random places between lines of filler, in their order; `questions`: characters to come."""
-    if settings.chars is None or settings.filler is None:
+def _scattered(settings: Retrieval, rng: random.Random, statements: list[str], questions: list[str]) -> list[str]:
+    """The statements at random places between lines of filler, in their order."""
+    if settings.length is None or settings.filler is None:
         return statements
-    room = rng.randint(*settings.chars) - questions - sum(len(statement) + 1 for statement in statements)
-    lines = _filler(settings.filler).lines(room, rng)
+    filler = _filler(settings.filler)
+    room = rng.randint(*settings.length)
+    if settings.tokens is not None:
+        # a newline may be a token
+        taken = sum(filler.count([*statements, *questions])) + len(statements) + len(questions) + 1 + len(filler.frame)
+        lines = filler.lines_of_tokens(room - taken, rng)
+    else:
+        taken = sum(map(len, questions)) + sum(len(statement) + 1 for statement in statements)
+        lines = filler.lines(room - taken, rng)
     places = sorted(rng.randint(0, len(lines)) for _ in statements)
     body: list[str] = []
     for place, end, statement in zip([0, *places], places, statements, strict=False):
@@ -149,17 +167,38 @@ class _Filler:
         """About `chars` characters in whole lines, none where that is too few for one."""
         found: list[str] = []
         while chars > 0:
-            tokens = min(max(64, chars // 2), int(self.shards.offsets[-1]))
-            start = rng.randrange(int(self.shards.offsets[-1]) - tokens + 1)
-            ids = self.shards.read(start, start + tokens)
-            text = self.tokenizer.decode(ids[~np.isin(ids, self.frame)])
-            for line in text.split("\n")[1:-1]:  # the first and the last may be cut
+            for line in self._some(chars // 2, rng):
                 chars -= len(line) + 1
                 if chars < 0:
                     return found
                 found.append(line)
             chars -= 1
         return found
+
+    def lines_of_tokens(self, tokens: int, rng: random.Random) -> list[str]:
+        """The same, of about and at most `tokens` tokens."""
+        found: list[str] = []
+        while tokens > 0:
+            lines = self._some(tokens, rng)
+            for line, count in zip(lines, self.count(lines), strict=True):
+                tokens -= count + 1
+                if tokens < 0:
+                    return found
+                found.append(line)
+            tokens -= 1
+        return found
+
+    def count(self, texts: list[str]) -> list[int]:
+        """Tokens of each, without a frame."""
+        return [len(ids) - len(self.frame) for ids in self.tokenizer.encode_documents(texts)]
+
+    def _some(self, tokens: int, rng: random.Random) -> list[str]:
+        """The whole lines in about so many tokens."""
+        tokens = min(max(64, tokens), int(self.shards.offsets[-1]))
+        start = rng.randrange(int(self.shards.offsets[-1]) - tokens + 1)
+        ids = self.shards.read(start, start + tokens)
+        text = self.tokenizer.decode(ids[~np.isin(ids, self.frame)])
+        return text.split("\n")[1:-1]  # the first and the last may be cut
 
 
 _filler = lru_cache(maxsize=4)(_Filler)

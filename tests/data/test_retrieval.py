@@ -9,6 +9,7 @@ import pytest
 from data.corpus import retrieval
 from data.corpus.retrieval import Retrieval, document
 from data.corpus.sources import Source
+from data.corpus.tokenizer import TextTokenizer
 from data.datamodule import PackedDataModule
 from data.prepare import prepare
 from data.prepare.spec import PrepareSpec
@@ -81,6 +82,14 @@ def test_filler_fills_up_to_the_length_asked_for_and_facts_lie_at_every_depth(fi
         assert body.count("long and quiet text") > 20
         depths.append(re.search(rf"\b{answers[0]}\b", body).start() / len(body))
     assert np.histogram(depths, bins=5, range=(0, 1))[0].min() > 30
+
+
+def test_documents_of_so_many_tokens_fit_a_window(filler):
+    """Framed, as they are stored: what is cut asks for facts that stand in another window."""
+    settings = Retrieval(documents=60, facts=(1, 9), rounds=(1, 2), tokens=(900, 1500), filler=str(filler / "train"))
+    texts = [document(settings, number) for number in range(60)]
+    lengths = [len(ids) for ids in TextTokenizer(filler / "tokenizer.json").encode_documents(texts)]
+    assert min(lengths) >= 850 and max(lengths) <= 1500 and max(lengths) - min(lengths) > 300
 
 
 def test_no_wording_key_or_filler_of_the_evaluations_occurs():
@@ -161,7 +170,10 @@ def test_prepare_makes_the_documents_where_a_recipe_or_an_override_says_their_sh
         ({"documents": 0, "facts": [1, 2]}, "documents: expected a whole number >= 1, got 0"),
         ({"documents": 5, "facts": [3, 2]}, r"facts: expected \[least, most\] with 1 <= least <= most <= 1,000, got"),
         ({"documents": 5, "facts": 3}, r"facts: expected a list, got 3"),
-        ({"documents": 5, "facts": [1, 2], "chars": [10, 20]}, "chars and filler belong together"),
+        ({"documents": 5, "facts": [1, 2], "chars": [10, 20]}, r"tokens \(or chars\) and filler belong together"),
+        ({"documents": 5, "facts": [1, 2], "filler": "x"}, r"tokens \(or chars\) and filler belong together"),
+        ({"documents": 5, "facts": [1, 2], "tokens": [9, 9], "chars": [9, 9], "filler": "x"}, "give one"),
+        ({"documents": 5, "facts": [1, 2], "tokens": [9, 8], "filler": "x"}, r"tokens: expected \[least, most\]"),
         ({"documents": 5, "facts": [1, 2], "fillers": "x"}, "unknown key 'fillers'"),
         (None, "settings of a source with `path: retrieval`"),
     ],

@@ -131,11 +131,11 @@ def test_retrieval_documents_are_an_option_of_every_extension(path: Path) -> Non
     assert on.components[:-1] == off.components and on.specs[:-1] == off.specs
     share = on.components[-1].weight / sum(component.weight for component in on.components)
     assert share == pytest.approx(0.1) and on.heldout_sets[-1].name == "retrieval"
-    # enough for a tenth of the stage, at about four characters a token, and as long as its windows
+    # enough for a tenth of the stage, and as long as its windows
     [source] = on.specs[-1].sources
     tokens = load_recipe(path)["trainer"]["max_steps"] * load_recipe(path)["run"]["tokens_per_step"]
-    assert 0.9 < source.retrieval.documents * source.retrieval.mean_chars / 4.5 / (0.1 * tokens) < 2
-    assert source.retrieval.chars[1] == pytest.approx(4 * on.seq_len, rel=0.05)
+    assert 0.9 < source.retrieval.documents * source.retrieval.mean_chars / 4 / (0.1 * tokens) < 2
+    assert source.retrieval.tokens[1] == on.seq_len
     first = Path(values["mixture"][-1]["path"])
     assert (Path(source.retrieval.filler), first.name) == (first, "train")
 
