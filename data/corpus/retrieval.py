@@ -54,6 +54,8 @@ _QUESTIONS = (
     "{key}, {attribute}: {value}.",
 )
 
+_SLACK = 64  # tokens that a document of a number of tokens may lack
+
 
 def _range(most: int) -> Check:
     return Check(f"[least, most] with 1 <= least <= most <= {most:,}", lambda r: 1 <= r[0] <= r[1] <= most)
@@ -66,8 +68,8 @@ class Retrieval(Settings):
     documents: how many. facts: [fewest, most] of a document. rounds: [fewest, most] times that all of them are asked
         for.
     tokens: [shortest, longest] document, in tokens of the filler's tokenizer, those that frame it included; filled up
-        from `filler`. Up to the length of a window none is cut. Without it a document is as long as its facts and
-        questions.
+        from `filler`. Up to the length of a window none is cut. Without it, or where they need more, a document is as
+        long as its facts and questions.
     chars: the same in characters.
     filler: a folder of token shards whose text lies around the facts; give a `train` folder, so that nothing held out
         is trained on.
@@ -142,8 +144,9 @@ def _scattered(settings: Retrieval, rng: random.Random, statements: list[str], q
     filler = _filler(settings.filler)
     room = rng.randint(*settings.length)
     if settings.tokens is not None:
-        # a newline may be a token
-        taken = sum(filler.count([*statements, *questions])) + len(statements) + len(questions) + 1 + len(filler.frame)
+        # a newline may be a token, and a statement may divide another that was one
+        newlines = 2 * len(statements) + len(questions) + 1
+        taken = sum(filler.count([*statements, *questions])) + newlines + len(filler.frame)
         lines = filler.lines_of_tokens(room - taken, rng)
     else:
         taken = sum(map(len, questions)) + sum(len(statement) + 1 for statement in statements)
@@ -176,16 +179,18 @@ class _Filler:
         return found
 
     def lines_of_tokens(self, tokens: int, rng: random.Random) -> list[str]:
-        """The same, of about and at most `tokens` tokens."""
+        """The same, of at most `tokens` tokens, and hardly less."""
         found: list[str] = []
-        while tokens > 0:
-            lines = self._some(tokens, rng)
+        left = tokens
+        while left > _SLACK:
+            lines = self._some(2 * left, rng)
+            before = left
             for line, count in zip(lines, self.count(lines), strict=True):
-                tokens -= count + 1
-                if tokens < 0:
-                    return found
-                found.append(line)
-            tokens -= 1
+                if count < left:
+                    found.append(line)
+                    left -= count + 1
+            # newlines may be part of other tokens, so there is more room than that
+            left = min(tokens - self.count(["\n".join(found)])[0], before) - 1
         return found
 
     def count(self, texts: list[str]) -> list[int]:
