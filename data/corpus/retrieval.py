@@ -55,6 +55,7 @@ _QUESTIONS = (
 )
 
 _SLACK = 64  # tokens that a document of a number of tokens may lack
+_TRIES = 8  # to find a line that fits
 
 
 def _range(most: int) -> Check:
@@ -181,16 +182,17 @@ class _Filler:
     def lines_of_tokens(self, tokens: int, rng: random.Random) -> list[str]:
         """The same, of at most `tokens` tokens, and hardly less."""
         found: list[str] = []
-        left = tokens
-        while left > _SLACK:
-            lines = self._some(2 * left, rng)
-            before = left
+        left, in_vain = tokens, 0
+        while left > _SLACK and in_vain < _TRIES:
+            lines, before = self._some(2 * left, rng), len(found)
             for line, count in zip(lines, self.count(lines), strict=True):
                 if count < left:
                     found.append(line)
                     left -= count + 1
-            # newlines may be part of other tokens, so there is more room than that
-            left = min(tokens - self.count(["\n".join(found)])[0], before) - 1
+            if len(found) == before:  # lines are longer than what is left
+                in_vain += 1
+            else:  # newlines may be part of other tokens, so there may be more room than that
+                in_vain, left = 0, min(tokens - self.count(["\n".join(found)])[0], left + len(found) - before) - 1
         return found
 
     def count(self, texts: list[str]) -> list[int]:
