@@ -92,6 +92,23 @@ def test_documents_of_so_many_tokens_fit_a_window(filler):
     assert min(lengths) >= 850 and max(lengths) <= 1500 and max(lengths) - min(lengths) > 300
 
 
+def test_lines_that_never_fit_are_given_up(tmp_path, monkeypatch):
+    (tmp_path / "long.txt").write_text("\n".join("a long line " * 300 for _ in range(40)))
+    spec = {
+        "output": str(tmp_path / "data"),
+        "sources": [str(tmp_path / "long.txt")],
+        "tokenizer": {"train": {"vocab_size": 300, "sample_bytes": 20_000}},
+        "heldout_fraction": 0,
+    }
+    prepare(PrepareSpec.parse(spec))
+    read = []
+    some = retrieval._Filler._some
+    monkeypatch.setattr(retrieval._Filler, "_some", lambda self, *args: read.append(args) or some(self, *args))
+    settings = Retrieval(documents=1, facts=(1, 1), tokens=(300, 300), filler=str(tmp_path / "data" / "train"))
+    assert "a long line" not in document(settings, 0)
+    assert len(read) == retrieval._TRIES
+
+
 def test_no_wording_key_or_filler_of_the_evaluations_occurs():
     """A model trained on these documents is measured on other sentences about other things."""
     text = "\n".join(document(Retrieval(documents=2000, facts=(1, 8)), number) for number in range(2000)).lower()

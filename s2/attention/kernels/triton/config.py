@@ -121,9 +121,9 @@ def decode_config(head_dim: int, itemsize: int, capability: tuple[int, int]) -> 
         return DecodeConfig(64, 8, 3, 1)
     if head_dim <= 64:
         return DecodeConfig(64, 4, 4, 2)
-    # 16 rows with two warps rather than four: one dense sequence of 8k or 32k 10 to 16 % faster, a sparse one of 128k
-    # 19 %, others within 4 % (H200), although their addresses do not fit the registers. Tiles of 32 keys, which do, are
-    # no faster.
+    # 16 rows with two warps rather than four: 10 to 16 % less time for a dense sequence of 8k or 32k, 19 % for a sparse
+    # one of 128k, 16 % more for one of 8k (which varied as much), others within 4 % (H200), although their addresses do
+    # not fit the registers. Tiles of 32 keys, which do, are no faster.
     return DecodeConfig(64, 4, 3, 2, few_warps=2)
 
 
