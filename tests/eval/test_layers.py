@@ -7,7 +7,8 @@ import torch
 
 from eval.checkpoint import Checkpoint
 from eval.heldout import read_texts
-from eval.layers import Texts, check_layout, choose, figure_of, main
+from eval.layers import check_layout, choose, figure_of, main
+from eval.untrained import Texts
 from s2.inference.folder import load_tokenizer
 from s2.model.hf import load_pretrained, save_pretrained
 from s2.model.layouts import ranges

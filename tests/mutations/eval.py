@@ -6,13 +6,13 @@ from .mutant import Mutant
 
 MUTANTS = (
     Mutant(
-        "layers_below_attend_as_the_last_layout_did", "eval/layers.py",
+        "layers_below_attend_as_the_last_layout_did", "eval/untrained.py",
         "model.attend_as(base)",
         "pass",
         ("test_layers.py::test_layers_below_are_computed_once_and_give_the_losses_of_whole_passes",),
     ),
     Mutant(
-        "results_of_another_layout_are_taken_for_this_one", "eval/layers.py",
+        "results_of_another_layout_are_taken_for_this_one", "eval/untrained.py",
         "about.items() <= old.items()",
         "old",
         ("eval/test_layers.py::test_what_another_layout_has_given_is_kept_aside",),
