@@ -32,7 +32,7 @@ STAGE := recipes/$(RECIPE)/$(if $(IS_STAGE_NAMED),extend-$(TO),pretrain).yaml
 PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
 	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
 
-.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend gate generate eval suite layers needle report results bench clean
+.PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend gate generate eval suite layers rope needle report results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -109,6 +109,10 @@ suite: setup ## needle, RULER, loss by position and TASKS of CKPT in one table: 
 layers: setup ## which DENSE=5 layers of the dense checkpoint CKPT stay dense under LAYOUT=L8V12+sink1, by losses without training: HAYSTACK=<text> DOCUMENTS=<text>
 	@test -n '$(and $(LAYOUT),$(DENSE))' || { echo 'error: name the sparse layout and the number of dense layers; for example LAYOUT=L8V12+sink1 DENSE=5'; exit 2; }
 	$(BIN)/python -m eval.layers --ckpt $(CKPT) --layout '$(LAYOUT)' --dense $(DENSE) $(if $(HAYSTACK),--haystack $(HAYSTACK)) \
+		$(if $(DOCUMENTS),--documents $(DOCUMENTS)) $(ARGS)
+
+rope: setup ## which RoPE the checkpoint CKPT begins its extension to LENGTHS=8k,16k,32k with, by losses without training: HAYSTACK=<text> DOCUMENTS=<text>
+	$(BIN)/python -m eval.rope --ckpt $(CKPT) $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(HAYSTACK),--haystack $(HAYSTACK)) \
 		$(if $(DOCUMENTS),--documents $(DOCUMENTS)) $(ARGS)
 
 needle: setup ## needle-in-a-haystack heatmap of CKPT

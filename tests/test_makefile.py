@@ -60,6 +60,12 @@ def test_layers_are_chosen_for_any_layout():
     assert words in " ".join(said.replace("\\\n", " ").split())
 
 
+def test_rotations_are_tried_at_lengths_beyond_the_trained_one():
+    said = make("-n", "rope", "CKPT=a", "LENGTHS=8k,32k", "DOCUMENTS=b.txt", "ARGS=--rope '{rope_theta: 2.0e+5}'")
+    words = "eval.rope --ckpt a --lengths 8k,32k --documents b.txt --rope '{rope_theta: 2.0e+5}'"
+    assert words in " ".join(said.replace("\\\n", " ").split())
+
+
 @pytest.fixture
 def clone(tmp_path):
     for name in ("Makefile", "recipes", "pyproject.toml", "constraints.txt"):

@@ -18,6 +18,18 @@ MUTANTS = (
         ("eval/test_layers.py::test_what_another_layout_has_given_is_kept_aside",),
     ),
     Mutant(
+        "rotations_are_tried_with_the_scaling_of_the_checkpoint", "eval/rope.py",
+        "max(trained, longest), **rotation)",
+        "max(trained, longest), rope_theta=1e6)",
+        ("eval/test_rope.py::test_the_command_measures_at_each_length_and_names_the_best",),
+    ),
+    Mutant(
+        "rotations_that_are_known_are_measured_again", "eval/rope.py",
+        'if any(step["rotation"] == rotation for step in found["steps"]):',
+        "if False:",
+        ("eval/test_rope.py::test_a_run_that_is_interrupted_goes_on_and_others_are_added",),
+    ),
+    Mutant(
         "depths_share_less_than_they_could", "eval/needle.py",
         "for step in steps), key=order)",
         "for step in steps), key=lambda _: 0)",

@@ -1,0 +1,194 @@
+"""Rotations to begin an extension with: each measured as a checkpoint that has it, also beyond the trained length."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from eval.checkpoint import Checkpoint
+from eval.rope import best, figure_of, main, name, parse, raised, usual
+from eval.untrained import Texts
+from s2.model.config import ModelConfig
+from s2.model.hf import load_pretrained
+from tests.eval.small_checkpoint import make_checkpoint, prose
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("rope") / "hf", layout="L1V4+sink1+dense0")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "prose.jsonl"
+    file.write_text("".join(f"{json.dumps({'text': prose(120, seed)})}\n" for seed in range(3)))
+    return file
+
+
+def run(folder, text, output, *arguments):
+    main(["--ckpt", str(folder), "--haystack", str(text), "--output", str(output), "--device", "cpu", *arguments])
+    return json.loads((output / "rope.json").read_text())
+
+
+def config(**changed):
+    return ModelConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=8192, attention_layout="dense", block_size=64,
+        **changed,
+    )  # fmt: skip
+
+
+def test_each_rotation_is_measured_as_a_checkpoint_that_has_it(folder):
+    """Also where the texts are longer than the checkpoint was trained for, and after another rotation."""
+    checkpoint = Checkpoint.load(folder, "cpu")
+    rows = [torch.randint(2, 512, (401,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(2)]
+    texts, given = Texts([rows[0]], [(rows[1], 6)], rows=1), []
+    for rotation in (
+        {"rope_theta": 500.0, "rope_scaling": None},
+        {"rope_theta": 1e4, "rope_scaling": YARN},
+        {"rope_theta": 1e4, "rope_scaling": {"dense": YARN, "sparse": None}},
+    ):
+        changed = rotation | {"max_position_embeddings": 512}
+        losses = texts.losses(checkpoint, checkpoint.config.replace(**changed))
+        model = load_pretrained(folder, overrides=changed)
+
+        def mean(row, count, model=model):
+            scores = model(torch.tensor([row[:-1]])).log_softmax(-1)[0, -count:]
+            return -scores[torch.arange(count), torch.tensor(row[-count:])].mean().item()
+
+        assert (losses.text, losses.answers) == pytest.approx((mean(rows[0], 400), mean(rows[1], 6)), abs=1e-4)
+        given.append(losses.text)
+    assert len({round(loss, 3) for loss in given}) == 3
+
+
+def test_the_command_measures_at_each_length_and_names_the_best(folder, text, tmp_path, capsys):
+    found = run(folder, text, tmp_path, "--lengths", "256,512", "--n", "2")
+    said = capsys.readouterr().out
+    own = Checkpoint.open(folder, "cpu").config
+    assert [step["rotation"] for step in found["steps"]] == usual(own, 512)
+    for step in found["steps"]:
+        assert step["losses"].keys() == {"256", "512"}
+        assert all(each.keys() == {"text", "answers", "exact"} for each in step["losses"].values())
+    texts = {(step["losses"]["256"]["text"], step["losses"]["512"]["text"]) for step in found["steps"]}
+    assert len(texts) == len(found["steps"]), "no two rotations give the same losses"
+    chosen = best(found)
+    sums = {
+        name(step["rotation"]): sum(step["losses"]["512"][k] for k in ("text", "answers")) for step in found["steps"]
+    }
+    assert sums[name(chosen)] == min(sums.values())
+    assert f"least at 512, text and answers together: {name(chosen)}\n" in said
+    assert (tmp_path / "rope.md").read_text() in said
+    [line] = [line for line in said.splitlines() if line.startswith("model.config: ")]
+    assert parse(line.removeprefix("model.config: "), own) == chosen, "the line can be put into a recipe"
+    assert (tmp_path / "rope.png").read_bytes()[:4] == b"\x89PNG"
+    for axes, key in zip(figure_of(found).axes, ("text", "answers"), strict=True):
+        drawn = [line.get_xydata().tolist() for line in axes.lines[1:]]
+        assert drawn == [[[n, step["losses"][str(n)][key]] for n in (256, 512)] for step in found["steps"]]
+
+
+def test_a_run_that_is_interrupted_goes_on_and_others_are_added(folder, text, tmp_path, monkeypatch):
+    measure, calls = Texts.losses, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    command = folder, text, tmp_path, "--lengths", "512", "--n", "2"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Texts, "losses", interrupted)
+        run(*command)
+    before = json.loads((tmp_path / "rope.json").read_text())
+    assert len(before["steps"]) == 2
+    monkeypatch.setattr(Texts, "losses", interrupted)
+    whole = run(*command)
+    assert whole["steps"][:2] == before["steps"] and len(calls) == 1 + len(whole["steps"])
+    more = run(*command, "--rope", "{rope_theta: 777}", "--rope", "{rope_theta: 777.0}")
+    assert more["steps"][:-1] == whole["steps"] and len(calls) == 2 + len(whole["steps"])
+    assert more["steps"][-1]["rotation"] == {"rope_theta": 777.0, "rope_scaling": None}
+
+
+def test_what_other_texts_have_given_is_kept_aside(folder, text, tmp_path, capsys):
+    first = run(folder, text, tmp_path, "--lengths", "256", "--n", "2")
+    second = run(folder, text, tmp_path, "--lengths", "256", "--n", "2", "--seed", "1")
+    assert first["texts"] != second["texts"]
+    assert json.loads((tmp_path / "rope.json.1").read_text()) == first
+    assert (tmp_path / "rope.md.1").is_file() and (tmp_path / "rope.png.1").is_file()
+    assert "rope.json is of another checkpoint, layout or text" in capsys.readouterr().out
+
+
+def test_the_base_is_raised_until_the_slowest_pair_turns_slower_by_the_factor():
+    theta, dims = raised(1e5, 4.0, 64), torch.arange(0, 64, 2) / 64
+    slower = theta**dims / 1e5**dims
+    assert slower[0] == 1 and slower[-1].item() == pytest.approx(4, rel=5e-3)
+    assert theta == 418_000, "three digits are what a recipe says"
+
+
+def test_what_is_tried_stretches_the_trained_length_to_the_longest():
+    own = {"rope_theta": 1e5, "rope_scaling": None}
+    assert usual(config(rope_theta=1e5), 8192) == usual(config(rope_theta=1e5), 100) == [own]
+    tried = usual(config(rope_theta=1e5), 32768)
+    assert tried[0] == own and len({name(each) for each in tried}) == len(tried) == 8
+    kinds = [(each["rope_scaling"] or {}).get("rope_type") for each in tried]
+    assert kinds == [None, None, "linear", "llama3", "yarn", "yarn", "yarn", "yarn"]
+    for each in tried[2:]:
+        scaling = each["rope_scaling"]
+        length = scaling.get("original_max_position_embeddings", 8192)
+        assert length * scaling["factor"] in (32768, 2 * 16384)
+        config(**each)  # valid
+    assert {each["rope_theta"] for each in tried} == {1e5, raised(1e5, 4, 64), raised(1e5, 2, 64)}
+    scaled = config(rope_theta=1e5, rope_scaling=YARN)
+    assert [each["rope_scaling"] for each in usual(scaled, 32768)] == [YARN, YARN], "whose factor counts from before it"
+
+
+def test_names_say_what_differs():
+    def said(**rotation):
+        return name({"rope_theta": 1e5, "rope_scaling": None} | rotation)
+
+    assert said() == said(rope_scaling={"rope_type": "default"}) == "theta 100000"
+    assert said(rope_theta=2e6, rope_scaling=YARN) == "theta 2e+06, yarn 2 from 256"
+    assert said(rope_scaling=YARN | {"attention_factor": 1.0}) == "theta 100000, yarn 2 from 256 times 1"
+    assert said(rope_scaling={"rope_type": "linear", "factor": 4.0}) == "theta 100000, linear 4"
+    assert said(rope_scaling={"dense": YARN, "sparse": None}) == "theta 100000, dense yarn 2 from 256"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{rope_theta: [", "not YAML"),
+        ("8.0", "expected a mapping of rope_theta and rope_scaling"),
+        ("{}", "expected a mapping"),
+        ("{theta: 2.0e+5}", "expected a mapping"),
+        ("{1: 2}", "expected a mapping"),
+        ("{rope_theta: 2e5}", "rope_theta"),  # YAML reads a string
+        ("{rope_theta: -1}", "rope_theta"),
+        ("{rope_scaling: {rope_type: yarn, factor: 4}}", "original_max_position_embeddings"),
+        ("{rope_scaling: {rope_type: spiral}}", "spiral"),
+        ("{rope_scaling: 4}", "rope_scaling"),
+    ],
+)
+def test_rotations_that_no_model_can_have_are_refused(given, said):
+    with pytest.raises(ValueError, match=rf"^--rope {re.escape(given)}: .*{said}"):
+        parse(given, config())
+
+
+def test_lengths_and_texts_that_cannot_be_read_are_refused_before_anything_is_written(folder, text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(prose(3))
+    for more, said in (
+        (["--lengths", "1,256"], "--lengths 1,256: expected at least 2 tokens each"),
+        (["--lengths", "8x"], "--lengths 8x: '8x' is no length"),
+        (
+            ["--lengths", "512", "--documents", str(short)],
+            "--lengths 512: no document of .*short.txt has so many tokens",
+        ),
+        (["--lengths", "512", "--haystack", str(short)], "--lengths 512: the haystack short.txt has only"),
+        (["--n", "1"], "--n 1: expected at least 2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(folder, text, tmp_path / "results", *more)
+    assert not (tmp_path / "results").exists()
