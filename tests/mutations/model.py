@@ -9,19 +9,19 @@ MUTANTS = (
         "rope_turns_the_other_way", "s2/model",
         "torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)",
         "torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)",
-        ("test_rope.py",),
+        ("model/test_rope.py",),
     ),
     Mutant(
         "rope_positions_run_on_into_the_next_document", "s2/model",
         "document = torch.searchsorted(cu_seqlens, token, right=True) - 1",
         "document = torch.searchsorted(cu_seqlens, token) - 1",
-        ("test_rope.py",),
+        ("model/test_rope.py",),
     ),
     Mutant(
         "llama3_blends_the_wrong_way", "s2/model",
         "return keep * inv_freq + (1 - keep) * inv_freq / scaling",
         "return (1 - keep) * inv_freq + keep * inv_freq / scaling",
-        ("test_rope.py",),
+        ("model/test_rope.py",),
     ),
     Mutant(
         "loss_counts_what_is_masked", "s2/model",
