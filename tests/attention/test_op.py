@@ -1,5 +1,7 @@
 """The custom op: opcheck, torch.compile in one graph, activation checkpointing, and argument errors."""
 
+from types import BuiltinMethodType
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -353,7 +355,7 @@ def test_a_call_through_the_op_is_the_call_of_its_settings():
 def test_this_torch_has_the_private_names_that_make_calls_fast():
     for name in ("_dispatch_modes", "_functorch_level", "sdp_order"):
         assert getattr(modes, name).__module__ != modes.__name__, f"{name} is the fallback"
-    assert modes.apply_function(op._Attention) != op._Attention.apply
+    assert isinstance(modes.apply_function(op._Attention), BuiltinMethodType), "Python stands before it"
 
 
 def test_calls_are_right_without_torchs_private_names(monkeypatch):

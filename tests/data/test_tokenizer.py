@@ -196,8 +196,11 @@ def test_ids_of_a_sentencepiece_model_are_those_of_sentencepiece(name, sentencep
     first = 0 if tokenizer.bos_id is None else 1
     for text, document in zip(texts, tokenizer.encode_documents(texts), strict=True):
         ids, expected = document[first:-1].tolist(), reference.encode(text)
-        if settings["model_type"] == "unigram" and sorted(ids) == sorted(expected):
-            continue  # "-" and "--" in "---" have the same score in both orders
+        if settings["model_type"] == "unigram":  # pieces of equal scores: "-" and "--" in "---", sums rounded to fp32
+            total = sum(map(reference.get_score, expected))
+            is_tie = sum(map(reference.get_score, ids)) == pytest.approx(total, rel=1e-6)
+            if is_tie and reference.decode(ids) == reference.decode(expected):
+                continue
         if settings["model_type"] == "bpe" and text in settings.get("user_defined_symbols", ()):
             continue  # see data/spm.py
         assert ids == expected, text

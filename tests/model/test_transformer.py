@@ -165,7 +165,8 @@ def test_checkpointing_changes_no_gradient(mode, packed):
     again, recomputed = gradients(model, cu_seqlens)
     assert torch.equal(loss, again)
     for name, gradient in expected.items():
-        torch.testing.assert_close(recomputed[name], gradient, atol=0, rtol=0, msg=name)
+        rounding = 4 * torch.finfo().eps * gradient.abs().max().item()  # torch 2.14 packed, up to 2.13 none
+        torch.testing.assert_close(recomputed[name], gradient, atol=rounding, rtol=0, msg=name)
 
 
 def calls_in_backward(mode):

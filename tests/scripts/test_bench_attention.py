@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -339,7 +340,7 @@ def test_the_command_is_told_without_the_place_it_wrote_to():
 
 def test_a_package_without_a_version_does_not_end_a_benchmark():
     record = bench_record.new_record("bench_attention", [], "cpu", ("torch", "s2-no-such-package"))
-    assert record["versions"] == {"torch": torch.__version__, "s2-no-such-package": "unknown"}
+    assert record["versions"] == {"torch": version("torch"), "s2-no-such-package": "unknown"}
 
 
 def test_peer_that_cannot_be_imported_is_skipped_and_one_that_can_gets_the_pattern(tmp_path, monkeypatch):
