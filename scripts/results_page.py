@@ -224,11 +224,13 @@ def data_table(results: Row) -> str:
     table = markdown(["arm", "stage", "component", "tokens trained on", "tokens there", "passes"], rows, (3, 4, 5))
     digests: dict[str, list[str]] = {}
     for arm, each in results["arms"].items():
-        for record in each["stages"].values():
-            said = "; ".join(f"{n} {d['tokens']:,} tokens, digest {d['digest']}" for n, d in record["data"].items())
-            digests.setdefault(said, []).append(arm)
+        for stage in each["summaries"]:  # those that trained
+            data = each["stages"][stage]["data"]
+            said = "; ".join(f"{n} {d['tokens']:,} tokens, digest {d['digest']}" for n, d in data.items())
+            if said and arm not in digests.setdefault(said, []):
+                digests[said].append(arm)
     warning = "" if len(digests) < 2 else "**The arms were not trained on the same data.**\n\n"
-    return warning + table + "\n\n" + "\n".join(f"- {said}" for said in digests if said)
+    return warning + table + "\n\n" + "\n".join(f"- {', '.join(arms)}: {said}" for said, arms in digests.items())
 
 
 def _commands(results: Row) -> str:

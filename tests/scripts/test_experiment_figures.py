@@ -249,6 +249,22 @@ def test_stages_that_began_past_a_gate_are_named_in_a_line_each():
     assert line in text and text.count("begun with") == 1
 
 
+def test_only_arms_that_trained_are_compared_by_their_data():
+    part = {"component": "web", "asked": 50, "available": 100, "passes": 0.5}
+
+    def trained(digest):
+        evaluated = {"data": {"web": {"tokens": 90, "digest": "evaluated"}}}
+        stages = {"train": {"data": {"web": {"tokens": 100, "digest": digest}}}, "evaluate": evaluated}
+        return {"summaries": {"train": {"data": [part]}}, "stages": stages}
+
+    imported = {"summaries": {}, "stages": {"evaluate": {"data": {"web": {"tokens": 90, "digest": "older"}}}}}
+    said = results_page.data_table({"arms": {"import": imported, "dense": trained("d1"), "s2": trained("d1")}})
+    assert "not trained on the same data" not in said and said.endswith("- dense, s2: web 100 tokens, digest d1")
+    said = results_page.data_table({"arms": {"import": imported, "dense": trained("d1"), "s2": trained("d2")}})
+    assert said.startswith("**The arms were not trained on the same data.**")
+    assert said.endswith("- dense: web 100 tokens, digest d1\n- s2: web 100 tokens, digest d2")
+
+
 def test_pictures_name_the_arms_that_are_in_them():
     """An imported checkpoint has no training log; a stage may be missing from an arm."""
     point = {"train/loss": 2.0, "tokens": 1e6, "seconds": 60.0}
