@@ -146,7 +146,7 @@ def command(argv: Sequence[str]) -> Path:
     about = {
         "kind": "layers", **checkpoint.describe(), "block_size": sparse.block_size, "layout": args.layout,
         "length": length, "seed": args.seed, "documents": len(texts.documents), "prompts": len(texts.prompts),
-        "texts": samples.digest([texts.documents, texts.prompts]),
+        "texts": texts.digest,
     }  # fmt: skip
     file = output / "layers.json"
     found = untrained.known(file, about, "steps") or about | {

@@ -4,14 +4,15 @@
         --haystack essays.jsonl.gz --documents books.jsonl.gz
 
 Nothing is trained: each rotation is measured at each length, also beyond the one that the checkpoint was trained at, by
-the loss of documents and of the numbers that needle prompts ask for, in nats per token. What an extension of few tokens
-ends with depends on where it begins; what costs little at the old lengths and most helps at the new ones, the figures
-say together. `usual` lists what is tried; `--rope` names others, by the recipe's keys of `model.config`:
+the loss of documents and of the numbers that needle prompts ask for, in nats per token.
+What an extension of few tokens ends with depends on where it begins. Prompts have several needles, and their losses
+stand by distance too: a model may miss some distances and find what lies nearer and farther. `usual` lists what is
+tried; `--rope` names others, by the recipe's keys of `model.config`:
 
     --rope '{rope_theta: 2.0e+5, rope_scaling: {rope_type: yarn, factor: 4, original_max_position_embeddings: 8192}}'
 
-`rope.json` has the losses, `rope.md` a table, `rope.png` both over length. They are written after each rotation; the
-same command goes on from there, and other `--rope` are added.
+`rope.json` has the losses, `rope.md` a table, `rope.png` both over length and the answers over distance. They are
+written after each rotation; the same command goes on from there, and other `--rope` are added.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -35,6 +37,8 @@ from s2.inference.folder import check_folder
 from s2.model.config import ModelConfig
 from s2.model.rope import scales_by_kind
 
+NEEDLES = 16  # of a prompt
+RANGES = 16  # of distances
 _KEYS = ("rope_theta", "rope_scaling")
 
 Rotation = dict[str, Any]
@@ -110,22 +114,37 @@ def parse(text: str, config: ModelConfig) -> Rotation:
     return {key: getattr(changed, key) for key in _KEYS}
 
 
+def by_distance(needles: Sequence[tuple[int, float]], length: int) -> list[float | None]:
+    """Mean losses of the answers in `RANGES` equal ranges of distances up to `length`; None where there are none."""
+    losses: list[list[float]] = [[] for _ in range(RANGES)]
+    for distance, loss in needles:
+        losses[min(RANGES * distance // length, RANGES - 1)].append(loss)
+    return [round(fmean(each), 4) if each else None for each in losses]
+
+
+def worst(ranges: Sequence[float | None]) -> float:
+    return max(loss for loss in ranges if loss is not None)
+
+
 def describe(found: dict[str, Any]) -> str:
     """A Markdown table, a row for each rotation."""
     lengths = [format_length(length) for length in found["lengths"]]
-    rows = [["rotation", *(f"text, {n}" for n in lengths), *(f"answers, {n}" for n in lengths)]]
-    rows.append(["---", *["---:"] * (2 * len(lengths))])
+    texts, answers = ([f"{what}, {n}" for n in lengths] for what in ("text", "answers"))
+    rows = [["rotation", *texts, *answers, f"worst distances, {lengths[-1]}"]]
+    rows.append(["---", *["---:"] * (2 * len(lengths) + 1)])
     for step in found["steps"]:
         losses = [step["losses"][str(length)] for length in found["lengths"]]
+        texts = [f"{each['text']:.3f}" for each in losses]
         answers = [f"{each['answers']:.3f} ({each['exact']:.2f})" for each in losses]
-        rows.append([name(step["rotation"]), *(f"{each['text']:.3f}" for each in losses), *answers])
+        rows.append([name(step["rotation"]), *texts, *answers, f"{worst(losses[-1]['distances']):.3f}"])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     counts = ", ".join(
         f"{found['documents'][str(n)]} and {found['prompts']} at {format_length(n)}" for n in found["lengths"]
     )
     return (
-        f"{table}\n\nNats per token of documents, and of the numbers that needle prompts ask for (share of prompts"
-        f" whose number is most likely whole); documents and prompts: {counts}"
+        f"{table}\n\nNats per token of documents, and of the numbers that needle prompts ask for,"
+        f" {found['needles']} each (share of numbers that are most likely whole); of {RANGES} ranges of distances"
+        f" between a number and its question the worst. Documents and prompts: {counts}"
     )
 
 
@@ -137,21 +156,30 @@ def best(found: dict[str, Any]) -> Rotation:
 
 
 def figure_of(found: dict[str, Any]) -> Figure:
-    """Losses over length, of text to the left, of answers to the right, a line for each rotation."""
-    figure = figures.new_figure(11.0, 4.2)
-    lengths = found["lengths"]
-    for left, key, title in ((0.06, "text", "documents"), (0.42, "answers", "needles' numbers")):
-        axes = figure.add_axes((left, 0.13, 0.3, 0.78))
+    """Losses over length, of text, then of answers, then those of answers at the longest length over distance; a line
+    for each rotation."""
+    figure = figures.new_figure(14.0, 4.2)
+    lengths, longest = found["lengths"], max(found["lengths"])
+    steps = list(zip(found["steps"], figures.looks(len(found["steps"])), strict=True))
+    ends = []
+    for left, key, title in ((0.045, "text", "documents"), (0.3, "answers", "needles' numbers")):
+        axes = figure.add_axes((left, 0.13, 0.21, 0.76))
         figures.style(axes, "tokens", "nats per token", f"{found['checkpoint']}: {title}")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [format_length(length) for length in lengths])
         axes.axvline(found["max_position_embeddings"], color=figures.PALE, linewidth=1, linestyle=":")
-        ends = []
-        for step, look in zip(found["steps"], figures.looks(len(found["steps"])), strict=True):
+        for step, look in steps:
             losses = [step["losses"][str(length)][key] for length in lengths]
             [line] = axes.plot(lengths, losses, marker=".", markersize=4, linewidth=1)
             line.set(**look)
-            ends.append((losses[-1], name(step["rotation"]), look["color"]))
+    axes = figure.add_axes((0.555, 0.13, 0.21, 0.76))
+    figures.style(axes, "tokens from the number to its question", "", f"the numbers at {format_length(longest)}")
+    for step, look in steps:
+        ranges = list(enumerate(step["losses"][str(longest)]["distances"]))
+        points = [((i + 0.5) * longest / RANGES, loss) for i, loss in ranges if loss is not None]
+        [line] = axes.plot(*zip(*points, strict=True), marker=".", markersize=4, linewidth=1)
+        line.set(**look)
+        ends.append((points[-1][1], name(step["rotation"]), look["color"]))
     figures.label_ends(axes, ends)
     return figure
 
@@ -162,11 +190,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--lengths", help="tokens of documents and prompts: 4k,8k,32k (default: the trained one, 2 and 4 times it)")
+    add("--needles", type=int, default=NEEDLES, help="that a prompt asks for, one after another (%(default)s)")
     add("--rope", action="append", metavar="YAML", help="rope_theta and rope_scaling instead of the usual; repeatable")
     add("--output", type=path, help="folder for rope.json (default: the run's results folder)")
     # fmt: on
     args = parser.parse_args(argv)
     untrained.check_arguments(args)
+    if args.needles < 1:
+        raise ValueError(f"--needles {args.needles}: expected at least 1")
     return args
 
 
@@ -181,12 +212,12 @@ def command(argv: Sequence[str]) -> Path:
     rotations = [own, *(parse(text, config) for text in args.rope)] if args.rope else usual(config, longest)
     if min(lengths) < 2:
         raise ValueError(f"--lengths {args.lengths}: expected at least 2 tokens each")
-    texts = untrained.read(args, checkpoint, lengths, "--lengths")
+    texts = untrained.read(args, checkpoint, lengths, "--lengths", args.needles)
     files.require_writable(output)
     about = {
         "kind": "rope", **checkpoint.describe(), "lengths": list(lengths), "seed": args.seed,
         "documents": {str(length): len(each.documents) for length, each in texts.items()}, "prompts": args.n,
-        "texts": samples.digest([[each.documents, each.prompts] for each in texts.values()]),
+        "needles": args.needles, "texts": samples.digest([each.digest for each in texts.values()]),
     }  # fmt: skip
     file = output / "rope.json"
     found = untrained.known(file, about, "steps") or about | {"steps": []}
@@ -194,10 +225,13 @@ def command(argv: Sequence[str]) -> Path:
         if any(step["rotation"] == rotation for step in found["steps"]):
             continue
         tried = config.replace(max_position_embeddings=max(trained, longest), **rotation)
-        losses = {str(length): each.losses(checkpoint, tried).to_dict() for length, each in texts.items()}
+        losses = {}
+        for length, each in texts.items():
+            measured = each.losses(checkpoint, tried)
+            losses[str(length)] = measured.to_dict() | {"distances": by_distance(measured.needles, length)}
         found["steps"].append({"rotation": rotation, "losses": losses})
         at_end = losses[str(longest)]
-        said = ", ".join(f"{key} {value:.3f}" for key, value in at_end.items())
+        said = ", ".join(f"{key} {at_end[key]:.3f}" for key in ("text", "answers", "exact"))
         print(f"{name(rotation)}: at {format_length(longest)} {said}", flush=True)
         files.write_json(file, found)
         files.write_text(file.with_suffix(".md"), f"{describe(found)}\n")

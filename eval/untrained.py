@@ -19,9 +19,10 @@ from torch import Tensor
 
 from eval import samples
 from eval.checkpoint import Checkpoint
-from eval.grid import Grid
+from eval.grid import Grid, format_length
 from eval.heldout import find_heldout
 from eval.needle import Prompts, check_haystack, read_haystack
+from eval.needle_prompts import Prompt
 from eval.positions import read_documents
 from s2 import files
 from s2.arguments import path
@@ -35,12 +36,13 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class Losses:
-    """In nats per token. text: of documents. answers: of the numbers asked for; exact: the share of prompts whose
-    every token of the number is the most likely one."""
+    """In nats per token. text: of documents. answers: of the numbers asked for; exact: the share of numbers whose
+    every token is the most likely one. needles: of each, the tokens from its fact to its answer, and its loss."""
 
     text: float
     answers: float
     exact: float
+    needles: tuple[tuple[int, float], ...] = ()
 
     @property
     def sum(self) -> float:
@@ -52,12 +54,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is read each time. documents: token ids of one length. prompts: token ids of one
-    length, each with the number of tokens at its end that are the answer. rows: of a batch."""
+    """What is read each time. documents: token ids of one length. prompts: of one length. rows: of a batch."""
 
     documents: list[list[int]]
-    prompts: list[tuple[list[int], int]]
+    prompts: list[Prompt]
     rows: int
+
+    @property
+    def digest(self) -> str:
+        return samples.digest([self.documents, [prompt.tokens for prompt in self.prompts]])
 
     def losses(self, checkpoint: Checkpoint, config: ModelConfig) -> Losses:
         """Under the layout and rotations of `config`. Raises as `losses_from`."""
@@ -74,33 +79,43 @@ class Texts:
             MemoryError: a batch that the device has no room for.
             ValueError: losses that are not finite.
         """
-        found: dict[int, tuple[list[float], ...]] = {layer: ([], [], []) for layer in others}
-        documents = [(row, len(row) - 1) for row in self.documents]
-        with progress("losses", len(others) * (len(documents) + len(self.prompts)), "text") as bar:
-            for layer, values, _ in self._scores(checkpoint, base, others, documents):
-                found[layer][0].append(-values.mean().item())
+        documents: dict[int, list[float]] = {layer: [] for layer in others}
+        needles: dict[int, list[tuple[int, float, bool]]] = {layer: [] for layer in others}
+        whole = [(row, (slice(1, len(row)),)) for row in self.documents]
+        asked = [(prompt.tokens, tuple(needle.answer for needle in prompt.needles)) for prompt in self.prompts]
+        with progress("losses", len(others) * (len(whole) + len(asked)), "text") as bar:
+            for layer, _, [(values, _)] in self._scores(checkpoint, base, others, whole):
+                documents[layer].append(-values.mean().item())
                 bar.update()
-            for layer, values, hits in self._scores(checkpoint, base, others, self.prompts):
-                found[layer][1].append(-values.mean().item())
-                found[layer][2].append(float(hits.all()))
+            for layer, at, scores in self._scores(checkpoint, base, others, asked):
+                for needle, (values, hits) in zip(self.prompts[at].needles, scores, strict=True):
+                    distance = needle.answer.start - needle.position
+                    needles[layer].append((distance, -values.mean().item(), bool(hits.all())))
                 bar.update()
-        return {layer: Losses(*map(fmean, each)) for layer, each in found.items()}
+
+        def mean_of(layer: int) -> Losses:
+            distances, answers, exact = zip(*needles[layer], strict=True)
+            pairs = tuple(zip(distances, answers, strict=True))
+            return Losses(fmean(documents[layer]), fmean(answers), fmean(exact), pairs)
+
+        return {layer: mean_of(layer) for layer in others}
 
     def _scores(
         self,
         checkpoint: Checkpoint,
         base: ModelConfig,
         others: Mapping[int, ModelConfig],
-        texts: Sequence[tuple[list[int], int]],
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The layer that names the layout, and `Checkpoint.log_likelihoods` of so many tokens at the end of a text."""
+        texts: Sequence[tuple[list[int], tuple[slice, ...]]],
+    ) -> Iterator[tuple[int, int, list[tuple[Tensor, Tensor]]]]:
+        """The layer that names the layout, the text's place, and `Checkpoint.log_likelihoods` of each of its slices."""
         for at in range(0, len(texts), self.rows):
             batch = texts[at : at + self.rows]
             with memory_for(f"{len(batch)} x {len(batch[0][0])} tokens", checkpoint.device, "lower --batch-tokens"):
                 ids = torch.tensor([tokens for tokens, _ in batch], device=checkpoint.device)
                 for layer, hidden in _states(checkpoint.model, ids[:, :-1], base, others):
-                    for own, row, (_, count) in zip(hidden, ids, batch, strict=True):
-                        yield layer, *checkpoint.log_likelihoods(own[-count:], row[-count:])
+                    for place, (own, row, (_, parts)) in enumerate(zip(hidden, ids, batch, strict=True), at):
+                        behind = [own[part.start - 1 : part.stop - 1] for part in parts]
+                        yield layer, place, list(map(checkpoint.log_likelihoods, behind, [row[part] for part in parts]))
 
 
 def _states(
@@ -139,11 +154,14 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
 
-def read(args: argparse.Namespace, checkpoint: Checkpoint, lengths: Sequence[int], option: str) -> dict[int, Texts]:
-    """By length, the documents and prompts that the arguments name. option: that names the lengths.
+def read(
+    args: argparse.Namespace, checkpoint: Checkpoint, lengths: Sequence[int], option: str, needles: int = 1
+) -> dict[int, Texts]:
+    """By length, the documents and prompts that the arguments name. option: that names the lengths. needles: that a
+    prompt asks for, one after another.
 
     Raises as `eval.needle.read_haystack` and `eval.positions.read_documents`, and ValueError for a haystack that is too
-    short.
+    short, or a length that the needles do not fit.
     """
     tokenizer, bos = checkpoint.tokenizer, bos_of(checkpoint.tokenizer)
     haystack = read_haystack(args.haystack or find_heldout(args.ckpt), args.text_column, tokenizer)
@@ -153,11 +171,12 @@ def read(args: argparse.Namespace, checkpoint: Checkpoint, lengths: Sequence[int
     documents = read_documents(checkpoint, source, args.text_column, lengths, args.n, option=option)
     found = {}
     for length in lengths:
-        prompts = Prompts(haystack, tokenizer, bos, Grid((length,), depths, 1, seed=args.seed))
-        asked = []
-        for prompt in map(prompts.build, prompts.grid.samples()):
-            answer = prompt.needles[0].answer
-            asked.append((prompt.tokens, answer.stop - answer.start))
+        kind = "single" if needles == 1 else "multi-query"
+        prompts = Prompts(haystack, tokenizer, bos, Grid((length,), depths, 1, needles, seed=args.seed, kind=kind))
+        try:
+            asked = list(map(prompts.build, prompts.grid.samples()))
+        except ValueError as error:
+            raise ValueError(f"{option} {format_length(length)}, {needles} to a prompt: {error}") from None
         if len(documents[length]) < args.n:
             said = f"documents of {length} tokens or more: {len(documents[length])}, of --n {args.n}"
             print(f"{source}: {said}", flush=True)

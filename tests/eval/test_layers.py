@@ -8,6 +8,7 @@ import torch
 from eval.checkpoint import Checkpoint
 from eval.heldout import read_texts
 from eval.layers import check_layout, choose, figure_of, main
+from eval.needle_prompts import Needle, Prompt
 from eval.untrained import Texts
 from s2.inference.folder import load_tokenizer
 from s2.model.hf import load_pretrained, save_pretrained
@@ -44,6 +45,11 @@ def folder(tmp_path_factory, text):
     return made
 
 
+def asking(tokens, count):
+    """A prompt of tokens whose last `count` are the answer."""
+    return Prompt(tokens, (Needle("key", "1", 0.0, 0, slice(len(tokens) - count, len(tokens))),), True, 0)
+
+
 def run(folder, text, output, *arguments):
     main(["--ckpt", str(folder), "--haystack", str(text), "--output", str(output), "--device", "cpu", *arguments])
     return json.loads((output / "layers.json").read_text())
@@ -65,7 +71,7 @@ def test_each_layout_is_measured_as_a_checkpoint_that_has_it(folder):
     """Documents in every predicted token, prompts in the answer alone, whatever the batch."""
     checkpoint = Checkpoint.load(folder, "cpu")
     rows = [torch.randint(2, 512, (97,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
-    texts = Texts(rows[:2], [(rows[2], 5), (rows[0], 7)], rows=2)
+    texts = Texts(rows[:2], [asking(rows[2], 5), asking(rows[0], 7)], rows=2)
     [step] = choose(checkpoint, texts, checkpoint.config.replace(attention_layout="L1V4"), 1)
     one_by_one = Texts(texts.documents, texts.prompts, rows=1)
     chosen = one_by_one.losses(checkpoint, checkpoint.config.replace(attention_layout=step["layout"])).to_dict()
@@ -88,7 +94,7 @@ def test_layers_below_are_computed_once_and_give_the_losses_of_whole_passes(fold
     """Residues rotate anew from the changed layer on."""
     checkpoint = Checkpoint.load(folder, "cpu")
     rows = [torch.randint(2, 512, (150,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(2)]
-    texts = Texts(rows, [(rows[1], 9)], rows=2)
+    texts = Texts(rows, [asking(rows[1], 9)], rows=2)
     sparse = checkpoint.config.replace(attention_layout=layout)
     layers, computed = checkpoint.model.model.blocks, []
     for layer in layers:

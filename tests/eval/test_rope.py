@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from eval.checkpoint import Checkpoint
-from eval.rope import best, figure_of, main, name, parse, raised, usual
+from eval.needle_prompts import Needle, Prompt
+from eval.rope import RANGES, best, by_distance, figure_of, main, name, parse, raised, usual, worst
 from eval.untrained import Texts
 from s2.model.config import ModelConfig
 from s2.model.hf import load_pretrained
@@ -29,7 +30,8 @@ def text(tmp_path_factory):
 
 
 def run(folder, text, output, *arguments):
-    main(["--ckpt", str(folder), "--haystack", str(text), "--output", str(output), "--device", "cpu", *arguments])
+    to = ["--haystack", str(text), "--output", str(output), "--device", "cpu", "--needles", "2"]
+    main(["--ckpt", str(folder), *to, *arguments])
     return json.loads((output / "rope.json").read_text())
 
 
@@ -45,7 +47,8 @@ def test_each_rotation_is_measured_as_a_checkpoint_that_has_it(folder):
     """Also where the texts are longer than the checkpoint was trained for, and after another rotation."""
     checkpoint = Checkpoint.load(folder, "cpu")
     rows = [torch.randint(2, 512, (401,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(2)]
-    texts, given = Texts([rows[0]], [(rows[1], 6)], rows=1), []
+    needles = Needle("a", "1", 10.0, 40, slice(380, 386)), Needle("b", "2", 50.0, 200, slice(395, 401))
+    texts, given = Texts([rows[0]], [Prompt(rows[1], needles, True, 40)], rows=1), []
     for rotation in (
         {"rope_theta": 500.0, "rope_scaling": None},
         {"rope_theta": 1e4, "rope_scaling": YARN},
@@ -55,11 +58,15 @@ def test_each_rotation_is_measured_as_a_checkpoint_that_has_it(folder):
         losses = texts.losses(checkpoint, checkpoint.config.replace(**changed))
         model = load_pretrained(folder, overrides=changed)
 
-        def mean(row, count, model=model):
-            scores = model(torch.tensor([row[:-1]])).log_softmax(-1)[0, -count:]
-            return -scores[torch.arange(count), torch.tensor(row[-count:])].mean().item()
+        def mean(row, part, model=model):
+            scores = model(torch.tensor([row])).log_softmax(-1)[0, part.start - 1 : part.stop - 1]
+            return -scores[torch.arange(len(scores)), torch.tensor(row[part])].mean().item()
 
-        assert (losses.text, losses.answers) == pytest.approx((mean(rows[0], 400), mean(rows[1], 6)), abs=1e-4)
+        answers = [mean(rows[1], needle.answer) for needle in needles]
+        wanted = mean(rows[0], slice(1, 401)), sum(answers) / 2
+        assert (losses.text, losses.answers) == pytest.approx(wanted, abs=1e-4)
+        assert [distance for distance, _ in losses.needles] == [340, 195]
+        assert [loss for _, loss in losses.needles] == pytest.approx(answers, abs=1e-4)
         given.append(losses.text)
     assert len({round(loss, 3) for loss in given}) == 3
 
@@ -71,7 +78,10 @@ def test_the_command_measures_at_each_length_and_names_the_best(folder, text, tm
     assert [step["rotation"] for step in found["steps"]] == usual(own, 512)
     for step in found["steps"]:
         assert step["losses"].keys() == {"256", "512"}
-        assert all(each.keys() == {"text", "answers", "exact"} for each in step["losses"].values())
+        for length, each in step["losses"].items():
+            assert each.keys() == {"text", "answers", "exact", "distances"}
+            known = [loss for loss in each["distances"] if loss is not None]
+            assert len(each["distances"]) == RANGES and min(known) <= each["answers"] <= max(known), length
     texts = {(step["losses"]["256"]["text"], step["losses"]["512"]["text"]) for step in found["steps"]}
     assert len(texts) == len(found["steps"]), "no two rotations give the same losses"
     chosen = best(found)
@@ -84,7 +94,15 @@ def test_the_command_measures_at_each_length_and_names_the_best(folder, text, tm
     [line] = [line for line in said.splitlines() if line.startswith("model.config: ")]
     assert parse(line.removeprefix("model.config: "), own) == chosen, "the line can be put into a recipe"
     assert (tmp_path / "rope.png").read_bytes()[:4] == b"\x89PNG"
-    for axes, key in zip(figure_of(found).axes, ("text", "answers"), strict=True):
+    *by_length, last = figure_of(found).axes
+    for line, step in zip(last.lines, found["steps"], strict=True):
+        known = [
+            (512 / RANGES * (i + 0.5), loss)
+            for i, loss in enumerate(step["losses"]["512"]["distances"])
+            if loss is not None
+        ]
+        assert line.get_xydata() == pytest.approx(torch.tensor(known).numpy())
+    for axes, key in zip(by_length, ("text", "answers"), strict=True):
         drawn = [line.get_xydata().tolist() for line in axes.lines[1:]]
         assert drawn == [[[n, step["losses"][str(n)][key]] for n in (256, 512)] for step in found["steps"]]
 
@@ -119,6 +137,13 @@ def test_what_other_texts_have_given_is_kept_aside(folder, text, tmp_path, capsy
     assert json.loads((tmp_path / "rope.json.1").read_text()) == first
     assert (tmp_path / "rope.md.1").is_file() and (tmp_path / "rope.png.1").is_file()
     assert "rope.json is of another checkpoint, layout or text" in capsys.readouterr().out
+
+
+def test_answers_stand_in_equal_ranges_of_their_distance():
+    length = 100 * RANGES
+    ranges = by_distance([(1, 1.0), (99, 2.0), (100, 4.0), (length - 1, 8.0), (length, 9.0)], length)
+    assert ranges == [1.5, 4.0, *[None] * (RANGES - 3), 8.5]
+    assert worst(ranges) == 8.5
 
 
 def test_the_base_is_raised_until_the_slowest_pair_turns_slower_by_the_factor():
@@ -188,6 +213,8 @@ def test_lengths_and_texts_that_cannot_be_read_are_refused_before_anything_is_wr
         ),
         (["--lengths", "512", "--haystack", str(short)], "--lengths 512: the haystack short.txt has only"),
         (["--n", "1"], "--n 1: expected at least 2"),
+        (["--needles", "0"], "--needles 0: expected at least 1"),
+        (["--needles", "16"], "--lengths 256, 16 to a prompt: length 256 leaves no room for a haystack: 16 needle"),
     ):
         with pytest.raises(ValueError, match=said):
             run(folder, text, tmp_path / "results", *more)
