@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import textwrap
 import unicodedata
 from pathlib import Path
@@ -196,11 +197,12 @@ def test_ids_of_a_sentencepiece_model_are_those_of_sentencepiece(name, sentencep
     first = 0 if tokenizer.bos_id is None else 1
     for text, document in zip(texts, tokenizer.encode_documents(texts), strict=True):
         ids, expected = document[first:-1].tolist(), reference.encode(text)
-        if settings["model_type"] == "unigram":  # pieces of equal scores: "-" and "--" in "---", sums rounded to fp32
-            total = sum(map(reference.get_score, expected))
-            is_tie = sum(map(reference.get_score, ids)) == pytest.approx(total, rel=1e-6)
-            if is_tie and reference.decode(ids) == reference.decode(expected):
-                continue
+        if settings["model_type"] == "unigram" and sorted(ids) == sorted(expected):
+            continue  # "-" and "--" in "---" have the same score in both orders
+        if settings["model_type"] == "unigram" and reference.decode(ids) == reference.decode(expected):
+            ours, theirs = (math.fsum(map(reference.get_score, each)) for each in (ids, expected))
+            if theirs <= ours <= theirs + 1e-6 * abs(theirs):
+                continue  # the reference, which sums in fp32, has taken a path that is a little worse
         if settings["model_type"] == "bpe" and text in settings.get("user_defined_symbols", ()):
             continue  # see data/spm.py
         assert ids == expected, text

@@ -164,8 +164,9 @@ def test_checkpointing_changes_no_gradient(mode, packed):
     model.set_activation_checkpointing(mode)
     again, recomputed = gradients(model, cu_seqlens)
     assert torch.equal(loss, again)
+    rounds = packed and mode == "selective"  # which watches ops: on a CPU attention masks then instead of gathering
     for name, gradient in expected.items():
-        rounding = 4 * torch.finfo().eps * gradient.abs().max().item()  # torch 2.14 packed, up to 2.13 none
+        rounding = 4 * torch.finfo().eps * gradient.abs().max().item() if rounds else 0
         torch.testing.assert_close(recomputed[name], gradient, atol=rounding, rtol=0, msg=name)
 
 
