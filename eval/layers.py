@@ -154,12 +154,12 @@ def command(argv: Sequence[str]) -> Path:
         "sparse": texts.losses(checkpoint, sparse).to_dict(),
         "steps": [],
     }
-    _write(file, found)
+    untrained.write(file, found, describe(found), figure_of(found))
     for step in choose(checkpoint, texts, sparse, args.dense, found["steps"]):
         found["steps"].append(step)
         said = ", ".join(f"{name} {value:.4f}" for name, value in step["losses"].items())
         print(f"{step['layout']}: {said}", flush=True)
-        _write(file, found)
+        untrained.write(file, found, describe(found), figure_of(found))
     print(f"\n{describe(found)}\n\nattention_layout: {found['steps'][args.dense - 1]['layout']}\n{file}")
     return file
 
@@ -175,12 +175,6 @@ def _length(text: str | None, longest: int) -> int:
             " config.json)"
         )
     return length
-
-
-def _write(file: Path, found: dict[str, Any]) -> None:
-    files.write_json(file, found)
-    files.write_text(file.with_suffix(".md"), f"{describe(found)}\n")
-    figures.save(figure_of(found), file.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

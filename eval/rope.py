@@ -4,10 +4,9 @@
         --haystack essays.jsonl.gz --documents books.jsonl.gz
 
 Nothing is trained: each rotation is measured at each length, also beyond the one that the checkpoint was trained at, by
-the loss of documents and of the numbers that needle prompts ask for, in nats per token.
-What an extension of few tokens ends with depends on where it begins. Prompts have several needles, and their losses
-stand by distance too: a model may miss some distances and find what lies nearer and farther. `usual` lists what is
-tried; `--rope` names others, by the recipe's keys of `model.config`:
+the loss of documents and of the numbers that needle prompts ask for, in nats per token. Prompts have several needles,
+and their losses stand by distance too: a model may miss some distances and find what lies nearer and farther. `usual`
+lists what is tried; `--rope` names others, by the recipe's keys of `model.config`:
 
     --rope '{rope_theta: 2.0e+5, rope_scaling: {rope_type: yarn, factor: 4, original_max_position_embeddings: 8192}}'
 
@@ -233,9 +232,7 @@ def command(argv: Sequence[str]) -> Path:
         at_end = losses[str(longest)]
         said = ", ".join(f"{key} {at_end[key]:.3f}" for key in ("text", "answers", "exact"))
         print(f"{name(rotation)}: at {format_length(longest)} {said}", flush=True)
-        files.write_json(file, found)
-        files.write_text(file.with_suffix(".md"), f"{describe(found)}\n")
-        figures.save(figure_of(found), file.with_suffix(".png"))
+        untrained.write(file, found, describe(found), figure_of(found))
     chosen = best(found)
     keys = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=1000).strip()
     print(f"\n{describe(found)}\n\nleast at {format_length(longest)}, text and answers together: {name(chosen)}")

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from eval import samples
@@ -24,6 +25,7 @@ from eval.heldout import find_heldout
 from eval.needle import Prompts, check_haystack, read_haystack
 from eval.needle_prompts import Prompt
 from eval.positions import read_documents
+from eval.report import figures
 from s2 import files
 from s2.arguments import path
 from s2.inference.folder import bos_of, memory_for
@@ -197,3 +199,10 @@ def known(file: Path, about: dict[str, Any], steps: str) -> dict[str, Any] | Non
     for outdated in filter(Path.is_file, map(file.with_suffix, (".json", ".md", ".png"))):
         print(f"{outdated} is of another checkpoint, layout or text; kept as {files.move_aside(outdated).name}")
     return None
+
+
+def write(file: Path, found: dict[str, Any], table: str, figure: Figure) -> None:
+    """The results, and beside them their table (.md) and picture (.png)."""
+    files.write_json(file, found)
+    files.write_text(file.with_suffix(".md"), f"{table}\n")
+    figures.save(figure, file.with_suffix(".png"))

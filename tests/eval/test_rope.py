@@ -107,6 +107,11 @@ def test_the_command_measures_at_each_length_and_names_the_best(folder, text, tm
         assert drawn == [[[n, step["losses"][str(n)][key]] for n in (256, 512)] for step in found["steps"]]
 
 
+def test_without_lengths_the_trained_one_twice_and_four_times_are_measured(folder, text, tmp_path):
+    found = run(folder, text, tmp_path, "--n", "2", "--rope", "{rope_theta: 2.0e+4}")
+    assert found["lengths"] == [256, 512, 1024] and len(found["steps"]) == 2
+
+
 def test_a_run_that_is_interrupted_goes_on_and_others_are_added(folder, text, tmp_path, monkeypatch):
     measure, calls = Texts.losses, []
 
