@@ -54,12 +54,17 @@ _QUESTIONS = (
     "{key}, {attribute}: {value}.",
 )
 
+_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_ITEMS = (4, 16)  # of a line in lists among filler
 _SLACK = 64  # tokens that a document of a number of tokens may lack
 _TRIES = 8  # to find a line that fits
 
 
 def _range(most: int) -> Check:
     return Check(f"[least, most] with 1 <= least <= most <= {most:,}", lambda r: 1 <= r[0] <= r[1] <= most)
+
+
+_SHARE = Check("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,10 @@ class Retrieval(Settings):
     chars: the same in characters.
     filler: a folder of token shards whose text lies around the facts; give a `train` folder, so that nothing held out
         is trained on.
-    recite: no sentences, but a list of that many names and numbers, given again `rounds` times in its order.
+    opening: the share of the documents with filler that begin with a fact: a place at random is hardly ever the first,
+        and the first tokens of a text are what attention falls back on.
+    recite: no sentences, but a list of that many names and numbers, given again `rounds` times in its order; with
+        `filler`, of names, numbers and codes, in lines that lie scattered and are given again in another order.
     seed: another one, other documents.
     """
 
@@ -84,6 +92,7 @@ class Retrieval(Settings):
     tokens: Annotated[tuple[int, int], _range(1 << 30)] | None = None
     chars: Annotated[tuple[int, int], _range(1 << 30)] | None = None
     filler: str | None = None
+    opening: Annotated[float, _SHARE] = 0.0
     recite: bool = False
     seed: Count = 0
 
@@ -95,6 +104,8 @@ class Retrieval(Settings):
             raise SettingError(
                 "", "tokens (or chars) and filler belong together: how long the documents are, and what fills them up"
             )
+        if self.opening and self.filler is None:
+            raise SettingError("opening", "is about documents with filler; without it each begins with a fact")
 
     @property
     def length(self) -> tuple[int, int] | None:
@@ -123,9 +134,15 @@ def document(settings: Retrieval, number: int) -> str:
     """The text of one document."""
     rng = random.Random(f"{settings.seed}/{number}")
     count = rng.randint(*settings.facts)
-    if settings.recite:
+    if settings.recite and settings.filler is None:
         items = " ".join(_name(rng) if rng.random() < 0.7 else _number(rng) for _ in range(count))
         return "\n".join([items] * (1 + rng.randint(*settings.rounds)))
+    stated, asked = _lists(settings, rng, count) if settings.recite else _facts(settings, rng, count)
+    return "\n".join(_scattered(settings, rng, stated, asked)) + "\n\n" + "\n".join(asked)
+
+
+def _facts(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
+    """Statements, and questions with their answers."""
     keys: dict[str, None] = {}
     while len(keys) < count:
         keys[_key(rng)] = None
@@ -134,8 +151,19 @@ def document(settings: Retrieval, number: int) -> str:
     usual = rng.choice(_QUESTIONS)
     statements = [_sentence(rng.choice(_STATEMENTS), fact) for fact in facts]
     asked = [fact for _ in range(rng.randint(*settings.rounds)) for fact in rng.sample(facts, count)]
-    questions = [_sentence(usual if rng.random() < 0.5 else rng.choice(_QUESTIONS), fact) for fact in asked]
-    return "\n".join(_scattered(settings, rng, statements, questions)) + "\n\n" + "\n".join(questions)
+    return statements, [_sentence(usual if rng.random() < 0.5 else rng.choice(_QUESTIONS), fact) for fact in asked]
+
+
+def _lists(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
+    """`count` names, numbers and codes in lines, and the lines in another order: the first item of a line says which
+    one it is."""
+    items = [rng.choices((_name, _number, _code), (0.4, 0.4, 0.2))[0](rng) for _ in range(count)]
+    lines: list[str] = []
+    while items:
+        size = rng.randint(*_ITEMS)
+        lines.append(" ".join(items[:size]))
+        del items[:size]
+    return lines, [line for _ in range(rng.randint(*settings.rounds)) for line in rng.sample(lines, len(lines))]
 
 
 def _scattered(settings: Retrieval, rng: random.Random, statements: list[str], questions: list[str]) -> list[str]:
@@ -153,6 +181,8 @@ def _scattered(settings: Retrieval, rng: random.Random, statements: list[str], q
         taken = sum(map(len, questions)) + sum(len(statement) + 1 for statement in statements)
         lines = filler.lines(room - taken, rng)
     places = sorted(rng.randint(0, len(lines)) for _ in statements)
+    if settings.opening and rng.random() < settings.opening:
+        places[0] = 0
     body: list[str] = []
     for place, end, statement in zip([0, *places], places, statements, strict=False):
         body += [*lines[place:end], statement]
@@ -228,6 +258,11 @@ def _name(rng: random.Random) -> str:
     syllables = [rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 2))]
     name = "".join(syllables) + rng.choice(_ENDINGS)
     return _name(rng) if name in _NOT_NAMES else name
+
+
+def _code(rng: random.Random) -> str:
+    """Letters and digits without a pattern, in groups."""
+    return "-".join("".join(rng.choices(_LETTERS, k=rng.randint(3, 6))) for _ in range(rng.randint(2, 4)))
 
 
 def _number(rng: random.Random) -> str:

@@ -16,6 +16,7 @@ from data.prepare.spec import PrepareSpec
 from data.section import prepare_section
 from data.shards import TokenShards
 from eval import needle_prompts
+from s2.settings import SettingError
 
 
 def facts(text):
@@ -82,6 +83,32 @@ def test_filler_fills_up_to_the_length_asked_for_and_facts_lie_at_every_depth(fi
         assert body.count("long and quiet text") > 20
         depths.append(re.search(rf"\b{answers[0]}\b", body).start() / len(body))
     assert np.histogram(depths, bins=5, range=(0, 1))[0].min() > 30
+
+
+def test_a_share_of_the_documents_begins_with_a_fact(filler):
+    settings = Retrieval(documents=200, facts=(1, 2), chars=(2000, 3000), opening=0.3, filler=str(filler / "train"))
+    first = [document(settings, number).split("\n")[0] for number in range(200)]
+    assert 40 < sum("quiet text" not in line for line in first) < 80
+    with pytest.raises(SettingError, match="opening"):
+        Retrieval(documents=1, facts=(1, 1), opening=0.3)
+
+
+def test_lists_lie_scattered_among_filler_and_are_given_again_line_by_line(filler):
+    settings = Retrieval(
+        documents=60, facts=(20, 40), recite=True, tokens=(2500, 3500), filler=str(filler / "train"), seed=3
+    )
+    tokenizer, reordered, kinds, gaps = TextTokenizer(filler / "tokenizer.json"), 0, set(), []
+    for number in range(60):
+        text = document(settings, number)
+        assert 2400 <= len(tokenizer.encode_documents([text])[0]) <= 3500
+        body, _, again = text.rpartition("\n\n")
+        stated = [line for line in body.split("\n") if "quiet text" not in line]
+        assert sorted(stated) == sorted(again.split("\n")) and 20 <= sum(len(line.split()) for line in stated) <= 40
+        assert all(4 <= len(line.split()) <= 16 for line in stated[:-1])
+        reordered += stated != again.split("\n")
+        gaps += [len(body) - body.index(line) for line in stated]
+        kinds |= {(item.isalpha(), item.isdigit(), "-" in item) for line in stated for item in line.split()}
+    assert reordered > 30 and len(kinds) == 3 and min(gaps) < 1000 < 4000 < max(gaps)
 
 
 def test_documents_of_so_many_tokens_fit_a_window(filler):
