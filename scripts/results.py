@@ -6,6 +6,7 @@
     python scripts/results.py patterns --status               # what another process is doing
     python scripts/results.py patterns --export day1.tar.gz   # results without weights, to carry to another machine
     python scripts/results.py patterns --import day1.tar.gz   # adds them to what is here, and makes the page
+    python scripts/results.py patterns --import day1.tar.gz --only dense     # of its arms, this one
 
 The plan is recipes/experiments/<name>/plan.yaml (scripts/results_plan.py says what is in it); `key=value` overrides its
 keys: `data.corpus.sources='[/data/*.parquet]'`. Each arm runs on one GPU. The page is docs/results/<date>-<name>/ (with
@@ -58,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("name", help="of the experiment, or a plan's YAML file")
     add("overrides", nargs="*", metavar="key=value", help="keys of the plan")
-    add("--only", default="", help="arms to run, separated by commas (default: all, in the plan's order)")
+    add("--only", default="", help="arms to run, pack or add, separated by commas (default: all, in the plan's order)")
     add("--gpus", type=int, help="GPUs to use (default: all at hand; without any, the CPU)")
     add("--minutes", type=float, help="stop by then: what runs is saved, arms that do not fit are not begun")
     add("--output", type=Path, help="folder of the page (default: docs/results/<date>-<name>)")
@@ -137,18 +138,19 @@ def make_page(plan: Plan, asked: str, jobs: Mapping[str, Sequence[Job]], output:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     plan = load_plan(args.name, args.overrides)
-    jobs = plan.jobs([name for name in args.only.split(",") if name])
+    only = [name for name in args.only.split(",") if name]
+    jobs = plan.jobs(only)
     if args.status:
         print(markdown(["arm", "stage", "state", "progress"], status(jobs)))
         return ending.DONE
     if args.export:
-        print(f"{args.export}: {pack(plan, args.export)} files")
+        print(f"{args.export}: {pack(plan, args.export, only=only)} files")
         return ending.DONE
     for job in (job for each in plan.jobs().values() for job in each):
         job.check_done()  # of arms that are not run now too: the page shows them
     if args.add:
         with lock(_root(plan)):
-            print(f"{len(unpack(plan, args.add))} new files in {plan.root}")
+            print(f"{len(unpack(plan, args.add, only))} new files in {plan.root}")
         for lost in filter(None, map(lost_weights, plan.jobs().values())):
             print(lost)
     if args.add or args.page:

@@ -143,4 +143,16 @@ MUTANTS = (
         "for number, spec in enumerate(specs[1:1], 1):",
         ("test_prepare.py",),
     ),
+    Mutant(
+        "lists_among_filler_are_given_again_in_their_order", "data/corpus/retrieval.py",
+        "for line in rng.sample(lines, len(lines))",
+        "for line in lines",
+        ("test_retrieval.py::test_lists_lie_scattered_among_filler_and_are_given_again_line_by_line",),
+    ),
+    Mutant(
+        "no_document_with_filler_begins_with_a_fact", "data/corpus/retrieval.py",
+        "places[0] = 0",
+        "pass",
+        ("test_retrieval.py::test_a_share_of_the_documents_begins_with_a_fact",),
+    ),
 )  # fmt: skip

@@ -370,6 +370,25 @@ def test_carried_results_of_another_command_are_refused_before_any_is_added(tmp_
     assert not (tmp_path / "here").exists()
 
 
+def test_arms_of_a_tar_file_are_taken_one_by_one(tmp_path):
+    """From the results of another plan too, where the arm's stages are this plan's; repacked by tar as well, which
+    names folders."""
+    path, (here, there) = write_plan(tmp_path, LEAVE, [{"name": "a"}, {"name": "b"}]), here_and_there(tmp_path)
+    run(path, overrides=there)
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "there/runs/a", "a")
+        tar.add(tmp_path / "there/runs/b", "old")
+    plan = load_plan(str(path), here)
+    with pytest.raises(ValueError, match=r"'old' is no arm of test \(a, b\); --only leaves it out"):
+        unpack(plan, tmp_path / "x.tar.gz")
+    with pytest.raises(ValueError, match=r"--only b: .*x.tar.gz has the arms a, old"):
+        unpack(plan, tmp_path / "x.tar.gz", ["b"])
+    added = unpack(plan, tmp_path / "x.tar.gz", ["a"])
+    assert added and {name.split("/")[0] for name in added} == {"a"}
+    assert not (tmp_path / "here/runs/old").exists() and plan.jobs()["a"][0].is_done
+    assert pack(load_plan(str(path), there), tmp_path / "b.tar.gz", only=["b"]) == len(added)
+
+
 @pytest.mark.parametrize("name", ["../a/x", "/a/x", "other/x", "x"])
 def test_a_tar_file_of_something_else_is_refused(tmp_path, name):
     plan = load_plan(str(write_plan(tmp_path, "", [{"name": "a"}])))
