@@ -245,8 +245,9 @@ def score(
     cache: PrefixCache | None = None,
     following: Sequence[Prompt] = (),
 ) -> list[dict[str, Any]]:
-    """What the records of prompts of one length say beyond their place in the grid: needles, expected, generated,
-    scores. `cache` and the prompts that follow: see `Checkpoint.predict_last`."""
+    """What the records of prompts of one length say beyond their place in the grid: needles, expected, predicted (the
+    most likely tokens, each after the true ones before it), generated, scores. `cache` and the prompts that follow: see
+    `Checkpoint.predict_last`."""
     firsts = [min(needle.answer.start for needle in prompt.needles) for prompt in prompts]
     count = max(len(prompt.tokens) - first for prompt, first in zip(prompts, firsts, strict=True))
     more: dict[str, Any] = (
@@ -267,10 +268,14 @@ def _record(
     hits = [
         [predicted[i] == tokens[i] for i in range(needle.answer.start, needle.answer.stop)] for needle in prompt.needles
     ]
+    likely = [
+        tokenizer.decode(predicted[n.answer.start : n.answer.stop], skip_special_tokens=False) for n in prompt.needles
+    ]
     record: dict[str, Any] = {
         "needles": [{key: getattr(needle, key) for key in _RECORDED} for needle in prompt.needles],
         "on_boundary": prompt.on_boundary,
         "expected": ", ".join(needle.number for needle in prompt.needles),
+        "predicted": likely[0] if len(likely) == 1 else likely,
         "scores": {"exact": fmean([all(h) for h in hits]), "partial": fmean([fmean(h) for h in hits])},
     }
     if generate:

@@ -129,6 +129,7 @@ def test_one_wrong_digit_fails_exact_but_counts_in_part(tokenizer, haystack):
     tokens = prompt.needles[0].answer.stop - prompt.needles[0].answer.start
     assert record["scores"] == {"exact": 0, "partial": pytest.approx(1 - 1 / tokens), "generated": 0}
     assert record["expected"] == prompt.needles[0].number != record["generated"].strip()
+    assert record["predicted"].strip() != record["expected"]
 
 
 def test_records_say_where_what_and_which_seed(tokenizer, haystack, tmp_path):
@@ -367,6 +368,8 @@ def test_a_reader_of_many_values_scores_each(tokenizer, haystack, tmp_path):
 
     [record] = score(TwoOfFour(), tokenizer, [prompt], generate=False)
     assert record["scores"]["exact"] == 0.5 and 0.5 < record["scores"]["partial"] < 1
+    right = [said.strip() == needle.number for said, needle in zip(record["predicted"], prompt.needles, strict=True)]
+    assert right == [False, False, True, True]
 
 
 @pytest.mark.parametrize("way", [pytest.param("processes", marks=pytest.mark.nightly), "parts"])
