@@ -5,8 +5,10 @@
 
 Nothing is trained: each rotation is measured at each length, also beyond the one that the checkpoint was trained at, by
 the loss of documents and of the numbers that needle prompts ask for, in nats per token. Prompts have several needles,
-and their losses stand by distance too: a model may miss some distances and find what lies nearer and farther. `usual`
-lists what is tried; `--rope` names others, by the recipe's keys of `model.config`:
+and their losses stand by distance too: a model may miss some distances and find what lies nearer and farther. In as
+many prompts as one has needles, each number stands at each distance once: give `--n` a multiple of that. `usual` lists
+what is tried; `--rope` names others, by the recipe's keys of `model.config`, and `--layout` the attention layout that a
+dense checkpoint is to have:
 
     --rope '{rope_theta: 2.0e+5, rope_scaling: {rope_type: yarn, factor: 4, original_max_position_embeddings: 8192}}'
 
@@ -84,6 +86,8 @@ def name(rotation: Rotation) -> str:
     said = [f"theta {rotation['rope_theta']:g}"]
     kinds = scaling.items() if scales_by_kind(scaling) else [("", scaling)]
     for kind, each in kinds:
+        if each and "rope_theta" in each:
+            said.append(f"{kind} theta {each['rope_theta']:g}")
         if not each or each.get("rope_type", "default") == "default":
             continue
         length = each.get("original_max_position_embeddings")
@@ -111,6 +115,16 @@ def parse(text: str, config: ModelConfig) -> Rotation:
     except ValueError as error:
         raise ValueError(f"--rope {text}: {error}") from None
     return {key: getattr(changed, key) for key in _KEYS}
+
+
+def _under(config: ModelConfig, layout: str | None) -> ModelConfig:
+    """The config with another attention layout. Raises ValueError where the model cannot have it."""
+    if layout is None:
+        return config
+    try:
+        return config.replace(attention_layout=layout)
+    except ValueError as error:
+        raise ValueError(f"--layout {layout}: {error}") from None
 
 
 def by_distance(needles: Sequence[tuple[int, float]], length: int) -> list[float | None]:
@@ -191,6 +205,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--lengths", help="tokens of documents and prompts: 4k,8k,32k (default: the trained one, 2 and 4 times it)")
     add("--needles", type=int, default=NEEDLES, help="that a prompt asks for, one after another (%(default)s)")
     add("--rope", action="append", metavar="YAML", help="rope_theta and rope_scaling instead of the usual; repeatable")
+    add("--layout", help="attention layout to measure under (default: the checkpoint's)")
     add("--output", type=path, help="folder for rope.json (default: the run's results folder)")
     # fmt: on
     args = parser.parse_args(argv)
@@ -205,7 +220,7 @@ def command(argv: Sequence[str]) -> Path:
     args = _arguments(argv)
     output = args.output or results_folder(check_folder(args.ckpt))
     checkpoint = samples.open_checkpoint(args)
-    config, trained = checkpoint.config, checkpoint.max_length
+    config, trained = _under(checkpoint.config, args.layout), checkpoint.max_length
     lengths = parse_lengths(args.lengths) if args.lengths else (trained, 2 * trained, 4 * trained)
     own, longest = {key: getattr(config, key) for key in _KEYS}, max(lengths)
     rotations = [own, *(parse(text, config) for text in args.rope)] if args.rope else usual(config, longest)
@@ -214,7 +229,8 @@ def command(argv: Sequence[str]) -> Path:
     texts = untrained.read(args, checkpoint, lengths, "--lengths", args.needles)
     files.require_writable(output)
     about = {
-        "kind": "rope", **checkpoint.describe(), "lengths": list(lengths), "seed": args.seed,
+        "kind": "rope", **checkpoint.describe(), "attention_layout": config.attention_layout,
+        "lengths": list(lengths), "seed": args.seed,
         "documents": {str(length): len(each.documents) for length, each in texts.items()}, "prompts": args.n,
         "needles": args.needles, "texts": samples.digest([each.digest for each in texts.values()]),
     }  # fmt: skip

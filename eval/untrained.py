@@ -160,7 +160,7 @@ def read(
     args: argparse.Namespace, checkpoint: Checkpoint, lengths: Sequence[int], option: str, needles: int = 1
 ) -> dict[int, Texts]:
     """By length, the documents and prompts that the arguments name. option: that names the lengths. needles: that a
-    prompt asks for, one after another.
+    prompt asks for, one after another; of several, `_turned` says where they lie.
 
     Raises as `eval.needle.read_haystack` and `eval.positions.read_documents`, and ValueError for a haystack that is too
     short, or a length that the needles do not fit.
@@ -175,8 +175,9 @@ def read(
     for length in lengths:
         kind = "single" if needles == 1 else "multi-query"
         prompts = Prompts(haystack, tokenizer, bos, Grid((length,), depths, 1, needles, seed=args.seed, kind=kind))
+        places = prompts.grid.samples() if needles == 1 else _turned(length, args.n, needles, args.seed)
         try:
-            asked = list(map(prompts.build, prompts.grid.samples()))
+            asked = list(map(prompts.build, places))
         except ValueError as error:
             raise ValueError(f"{option} {format_length(length)}, {needles} to a prompt: {error}") from None
         if len(documents[length]) < args.n:
@@ -185,6 +186,16 @@ def read(
         rows = max(1, samples.batch_tokens(args, checkpoint) // length)
         found[length] = Texts([tokens[:length] for _, tokens in documents[length]], asked, rows)
     return found
+
+
+def _turned(length: int, n: int, needles: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Samples of `n` prompts. As many as a prompt has needles have the same numbers, which lie one place further each
+    time: each number stands at each distance once, so that no distance has the harder ones."""
+    groups = -(-n // needles)
+    for index in range(n):
+        group, turn = divmod(index, needles)
+        depth = 100 * (turn + (group + 0.5) / groups) / needles
+        yield {"length": length, "depth": depth, "seed": f"{seed}/{length}/{group}"}
 
 
 def known(file: Path, about: dict[str, Any], steps: str) -> dict[str, Any] | None:

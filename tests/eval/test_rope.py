@@ -1,5 +1,6 @@
 """Rotations to begin an extension with: each measured as a checkpoint that has it, also beyond the trained length."""
 
+import argparse
 import json
 import re
 
@@ -9,9 +10,9 @@ import torch
 from eval.checkpoint import Checkpoint
 from eval.needle_prompts import Needle, Prompt
 from eval.rope import RANGES, best, by_distance, figure_of, main, name, parse, raised, usual, worst
-from eval.untrained import Texts
+from eval.untrained import Texts, read
 from s2.model.config import ModelConfig
-from s2.model.hf import load_pretrained
+from s2.model.hf import load_pretrained, save_pretrained
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
@@ -107,6 +108,39 @@ def test_the_command_measures_at_each_length_and_names_the_best(folder, text, tm
         assert drawn == [[[n, step["losses"][str(n)][key]] for n in (256, 512)] for step in found["steps"]]
 
 
+def test_each_number_stands_at_each_distance_once(folder, text):
+    """In as many prompts as one has needles, so that the losses of distances are not those of their numbers."""
+    args = argparse.Namespace(
+        ckpt=folder, n=8, haystack=text, documents=None, text_column="text", seed=3, batch_tokens=None, device="cpu"
+    )
+    length = 1024
+    prompts = read(args, Checkpoint.open(folder, "cpu", max_length=length), [length], "--lengths", 4)[length].prompts
+    places, spans = {}, []
+    for prompt in prompts:
+        assert len(prompt.tokens) == length and len(prompt.needles) == 4
+        for needle in prompt.needles:
+            places.setdefault(needle.number, []).append(needle.depth)
+            spans.append(needle.position)
+    assert len(places) == 8, "four numbers in each half of the prompts"
+    for found in places.values():
+        assert sorted(int(depth / 25) for depth in found) == [0, 1, 2, 3]
+    assert len(set(spans)) > 16, "and the halves lie off each other"
+
+
+def test_a_layout_is_measured_as_a_checkpoint_that_has_it(folder, text, tmp_path):
+    command = ("--lengths", "512", "--n", "2", "--rope", "{rope_theta: 2.0e+4}")
+    own = run(folder, text, tmp_path / "own", *command)
+    as_own = run(folder, text, tmp_path / "same", *command, "--layout", "L1V4+sink1+dense0")
+    dense = run(folder, text, tmp_path / "dense", *command, "--layout", "dense")
+    assert as_own == own and dense["attention_layout"] == "dense"
+    assert [step["losses"] for step in dense["steps"]] != [step["losses"] for step in own["steps"]]
+    model = load_pretrained(folder, overrides={"attention_layout": "dense"})
+    saved = save_pretrained(model, model.config, tmp_path / "hf", folder / "tokenizer.json", torch.float32)
+    assert run(saved, text, tmp_path / "saved", *command)["steps"] == dense["steps"]
+    with pytest.raises(ValueError, match=r"--layout L1V4\+sink1\+dense7: .*dense layer 7 does not exist"):
+        run(folder, text, tmp_path / "bad", *command, "--layout", "L1V4+sink1+dense7")
+
+
 def test_without_lengths_the_trained_one_twice_and_four_times_are_measured(folder, text, tmp_path):
     found = run(folder, text, tmp_path, "--n", "2", "--rope", "{rope_theta: 2.0e+4}")
     assert found["lengths"] == [256, 512, 1024] and len(found["steps"]) == 2
@@ -184,6 +218,10 @@ def test_names_say_what_differs():
     assert said(rope_scaling=YARN | {"attention_factor": 1.0}) == "theta 100000, yarn 2 from 256 times 1"
     assert said(rope_scaling={"rope_type": "linear", "factor": 4.0}) == "theta 100000, linear 4"
     assert said(rope_scaling={"dense": YARN, "sparse": None}) == "theta 100000, dense yarn 2 from 256"
+    plain = {"rope_type": "default", "rope_theta": 2e6}
+    assert (
+        said(rope_scaling={"dense": plain, "sparse": YARN}) == "theta 100000, dense theta 2e+06, sparse yarn 2 from 256"
+    )
 
 
 @pytest.mark.parametrize(

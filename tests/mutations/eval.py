@@ -24,6 +24,12 @@ MUTANTS = (
         ("eval/test_rope.py::test_the_command_measures_at_each_length_and_names_the_best",),
     ),
     Mutant(
+        "numbers_stay_at_their_distance", "eval/untrained.py",
+        "depth = 100 * (turn + (group + 0.5) / groups) / needles",
+        "depth = 100 * (group + 0.5) / groups / needles",
+        ("eval/test_rope.py::test_each_number_stands_at_each_distance_once",),
+    ),
+    Mutant(
         "rotations_that_are_known_are_measured_again", "eval/rope.py",
         'if any(step["rotation"] == rotation for step in found["steps"]):',
         "if False:",
