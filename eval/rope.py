@@ -4,42 +4,48 @@
         --haystack essays.jsonl.gz --documents books.jsonl.gz
 
 Nothing is trained: each rotation is measured at each length, also beyond the one that the checkpoint was trained at, by
-the loss of documents and of the numbers that needle prompts ask for, in nats per token. Prompts have several needles,
-and their losses stand by distance too: a model may miss some distances and find what lies nearer and farther. In as
-many prompts as one has needles, each number stands at each distance once: give `--n` a multiple of that. `usual` lists
-what is tried; `--rope` names others, by the recipe's keys of `model.config`, and `--layout` the attention layout that a
-dense checkpoint is to have:
+the loss of documents and of the numbers that needle prompts ask for, in nats per token; and at each distance, by short
+prompts whose positions jump between fact and answer. The distances that fail there are those that SmolLM2 missed after
+it was trained (docs/results.md, "Extending SmolLM2"). `usual` lists what is tried; `--rope` names others, by the
+recipe's keys of `model.config`, and `--layout` the attention layout that a dense checkpoint is to have:
 
     --rope '{rope_theta: 2.0e+5, rope_scaling: {rope_type: yarn, factor: 4, original_max_position_embeddings: 8192}}'
 
-`rope.json` has the losses, `rope.md` a table, `rope.png` both over length and the answers over distance. They are
-written after each rotation; the same command goes on from there, and other `--rope` are added.
+`rope.json` has the losses, `rope.md` a table, `rope.png` both over length and those after jumps over distance. They
+are written after each rotation; the same command goes on from there, and other `--rope` are added.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 from matplotlib.figure import Figure
 
 from eval import samples, untrained
-from eval.checkpoint import results_folder
-from eval.grid import format_length, parse_lengths
+from eval.checkpoint import Checkpoint, results_folder
+from eval.grid import Grid, format_length, parse_lengths
+from eval.heldout import find_heldout
+from eval.needle import Prompts, read_haystack
+from eval.needle_prompts import Prompt
 from eval.report import figures
 from s2 import ending, files
 from s2.arguments import new_parser, path
-from s2.inference.folder import check_folder
+from s2.inference.folder import bos_of, check_folder, memory_for
 from s2.model.config import ModelConfig
 from s2.model.rope import scales_by_kind
+from s2.progress import progress
 
 NEEDLES = 16  # of a prompt
-RANGES = 16  # of distances
+SHORT = 256  # tokens of a text whose positions jump
+STEPS = 48  # of distances, up to the longest length
 _KEYS = ("rope_theta", "rope_scaling")
 
 Rotation = dict[str, Any]
@@ -127,37 +133,90 @@ def _under(config: ModelConfig, layout: str | None) -> ModelConfig:
         raise ValueError(f"--layout {layout}: {error}") from None
 
 
-def by_distance(needles: Sequence[tuple[int, float]], length: int) -> list[float | None]:
-    """Mean losses of the answers in `RANGES` equal ranges of distances up to `length`; None where there are none."""
-    losses: list[list[float]] = [[] for _ in range(RANGES)]
-    for distance, loss in needles:
-        losses[min(RANGES * distance // length, RANGES - 1)].append(loss)
-    return [round(fmean(each), 4) if each else None for each in losses]
+@dataclass(frozen=True)
+class Jumps:
+    """prompts: short ones of one length, with one needle each. distances: from its first token to that of its answer.
+    rows: of a batch."""
+
+    prompts: list[Prompt]
+    distances: list[int]
+    rows: int
+
+    @property
+    def digest(self) -> str:
+        return samples.digest([[prompt.tokens for prompt in self.prompts], self.distances])
+
+    @torch.inference_mode()
+    def losses(self, checkpoint: Checkpoint, config: ModelConfig) -> list[float]:
+        """Of the numbers, nats per token, at each distance: positions jump halfway between a fact and its answer.
+
+        Attention under RoPE depends on distances alone, so this is what the rotation does to a fact so far away, with
+        none of the text that would lie between.
+
+        Raises:
+            MemoryError: a batch that the device has no room for.
+            ValueError: losses that are not finite.
+        """
+        checkpoint.model.attend_as(config)
+        with progress("jumps", len(self.distances), "distance") as bar:
+            found = []
+            for distance in self.distances:
+                found.append(fmean(self._losses(checkpoint, distance)))
+                bar.update()
+        return found
+
+    def _losses(self, checkpoint: Checkpoint, distance: int) -> Iterator[float]:
+        decoder, device = checkpoint.model.model, checkpoint.device
+        for at in range(0, len(self.prompts), self.rows):
+            batch = self.prompts[at : at + self.rows]
+            ids = torch.tensor([prompt.tokens for prompt in batch], device=device)
+            steps = torch.arange(ids.shape[1] - 1, device=device)
+            answers = [(prompt.needles[0].position, prompt.needles[0].answer) for prompt in batch]
+            middles = torch.tensor([[(fact + answer.start) // 2] for fact, answer in answers], device=device)
+            jumps = torch.tensor([[distance - (answer.start - fact)] for fact, answer in answers], device=device)
+            with memory_for(f"{len(batch)} x {ids.shape[1]} tokens", device, "lower --batch-tokens"):
+                hidden = decoder.through(decoder.embed_tokens(ids[:, :-1]), steps + jumps * (steps >= middles))
+                for own, row, (_, answer) in zip(decoder.norm(hidden), ids, answers, strict=True):
+                    values, _ = checkpoint.log_likelihoods(own[answer.start - 1 : answer.stop - 1], row[answer])
+                    yield -values.mean().item()
 
 
-def worst(ranges: Sequence[float | None]) -> float:
-    return max(loss for loss in ranges if loss is not None)
+def read_jumps(args: argparse.Namespace, checkpoint: Checkpoint, longest: int) -> Jumps:
+    """`args.n` prompts, each asked at `STEPS` distances up to `longest`, without those within a prompt.
+
+    Raises ValueError where a fact and its question have no room in a prompt.
+    """
+    tokenizer = checkpoint.tokenizer
+    haystack = read_haystack(args.haystack or find_heldout(args.ckpt), args.text_column, tokenizer)
+    grid = Grid((min(SHORT, longest),), (25.0,), args.n, seed=args.seed)
+    prompts = list(map(Prompts(haystack, tokenizer, bos_of(tokenizer), grid).build, grid.samples()))
+    distances = [longest * step // STEPS for step in range(1, STEPS + 1)]
+    rows = max(1, samples.batch_tokens(args, checkpoint) // SHORT)
+    return Jumps(prompts, [each for each in distances if each >= grid.lengths[0]], rows)
 
 
 def describe(found: dict[str, Any]) -> str:
     """A Markdown table, a row for each rotation."""
     lengths = [format_length(length) for length in found["lengths"]]
     texts, answers = ([f"{what}, {n}" for n in lengths] for what in ("text", "answers"))
-    rows = [["rotation", *texts, *answers, f"worst distances, {lengths[-1]}"]]
-    rows.append(["---", *["---:"] * (2 * len(lengths) + 1)])
+    rows = [["rotation", *texts, *answers, f"jumps up to {lengths[-1]}", "worst jump"]]
+    rows.append(["---", *["---:"] * (2 * len(lengths) + 2)])
     for step in found["steps"]:
         losses = [step["losses"][str(length)] for length in found["lengths"]]
         texts = [f"{each['text']:.3f}" for each in losses]
         answers = [f"{each['answers']:.3f} ({each['exact']:.2f})" for each in losses]
-        rows.append([name(step["rotation"]), *texts, *answers, f"{worst(losses[-1]['distances']):.3f}"])
+        jumps, distances = step["jumps"], found["distances"]
+        worst = f"{max(jumps):.3f} at {distances[jumps.index(max(jumps))]:,}"
+        rows.append([name(step["rotation"]), *texts, *answers, f"{fmean(jumps):.3f}", worst])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     counts = ", ".join(
         f"{found['documents'][str(n)]} and {found['prompts']} at {format_length(n)}" for n in found["lengths"]
     )
     return (
         f"{table}\n\nNats per token of documents, and of the numbers that needle prompts ask for,"
-        f" {found['needles']} each (share of numbers that are most likely whole); of {RANGES} ranges of distances"
-        f" between a number and its question the worst. Documents and prompts: {counts}"
+        f" {found['needles']} each (share of numbers that are most likely whole). Documents and prompts: {counts}."
+        f" Jumps: numbers of {found['prompts']} short prompts whose positions jump, so that the answer stands at one of"
+        f" {len(found['distances'])} distances from its fact: the mean of these, and the worst"
     )
 
 
@@ -168,11 +227,15 @@ def best(found: dict[str, Any]) -> Rotation:
     return step["rotation"]
 
 
+def flattest(found: dict[str, Any]) -> Rotation:
+    """That with the least loss at its worst distance."""
+    return min(found["steps"], key=lambda step: max(step["jumps"]))["rotation"]
+
+
 def figure_of(found: dict[str, Any]) -> Figure:
-    """Losses over length, of text, then of answers, then those of answers at the longest length over distance; a line
-    for each rotation."""
+    """Losses over length, of text, then of answers, then those after jumps over distance; a line for each rotation."""
     figure = figures.new_figure(14.0, 4.2)
-    lengths, longest = found["lengths"], max(found["lengths"])
+    lengths = found["lengths"]
     steps = list(zip(found["steps"], figures.looks(len(found["steps"])), strict=True))
     ends = []
     for left, key, title in ((0.045, "text", "documents"), (0.3, "answers", "needles' numbers")):
@@ -186,13 +249,11 @@ def figure_of(found: dict[str, Any]) -> Figure:
             [line] = axes.plot(lengths, losses, marker=".", markersize=4, linewidth=1)
             line.set(**look)
     axes = figure.add_axes((0.555, 0.13, 0.21, 0.76))
-    figures.style(axes, "tokens from the number to its question", "", f"the numbers at {format_length(longest)}")
+    figures.style(axes, "tokens from fact to answer", "", "numbers after jumps")
     for step, look in steps:
-        ranges = list(enumerate(step["losses"][str(longest)]["distances"]))
-        points = [((i + 0.5) * longest / RANGES, loss) for i, loss in ranges if loss is not None]
-        [line] = axes.plot(*zip(*points, strict=True), marker=".", markersize=4, linewidth=1)
+        [line] = axes.plot(found["distances"], step["jumps"], marker=".", markersize=3, linewidth=1)
         line.set(**look)
-        ends.append((points[-1][1], name(step["rotation"]), look["color"]))
+        ends.append((step["jumps"][-1], name(step["rotation"]), look["color"]))
     figures.label_ends(axes, ends)
     return figure
 
@@ -227,12 +288,14 @@ def command(argv: Sequence[str]) -> Path:
     if min(lengths) < 2:
         raise ValueError(f"--lengths {args.lengths}: expected at least 2 tokens each")
     texts = untrained.read(args, checkpoint, lengths, "--lengths", args.needles)
+    jumps = read_jumps(args, checkpoint, longest)
     files.require_writable(output)
     about = {
         "kind": "rope", **checkpoint.describe(), "attention_layout": config.attention_layout,
         "lengths": list(lengths), "seed": args.seed,
         "documents": {str(length): len(each.documents) for length, each in texts.items()}, "prompts": args.n,
-        "needles": args.needles, "texts": samples.digest([each.digest for each in texts.values()]),
+        "needles": args.needles, "distances": jumps.distances,
+        "texts": samples.digest([jumps.digest, *(each.digest for each in texts.values())]),
     }  # fmt: skip
     file = output / "rope.json"
     found = untrained.known(file, about, "steps") or about | {"steps": []}
@@ -240,19 +303,21 @@ def command(argv: Sequence[str]) -> Path:
         if any(step["rotation"] == rotation for step in found["steps"]):
             continue
         tried = config.replace(max_position_embeddings=max(trained, longest), **rotation)
-        losses = {}
-        for length, each in texts.items():
-            measured = each.losses(checkpoint, tried)
-            losses[str(length)] = measured.to_dict() | {"distances": by_distance(measured.needles, length)}
-        found["steps"].append({"rotation": rotation, "losses": losses})
+        losses = {str(length): each.losses(checkpoint, tried).to_dict() for length, each in texts.items()}
+        after = [round(loss, 4) for loss in jumps.losses(checkpoint, tried)]
+        found["steps"].append({"rotation": rotation, "losses": losses, "jumps": after})
         at_end = losses[str(longest)]
         said = ", ".join(f"{key} {at_end[key]:.3f}" for key in ("text", "answers", "exact"))
-        print(f"{name(rotation)}: at {format_length(longest)} {said}", flush=True)
+        print(f"{name(rotation)}: at {format_length(longest)} {said}; worst jump {max(after):.3f}", flush=True)
         untrained.write(file, found, describe(found), figure_of(found))
-    chosen = best(found)
-    keys = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=1000).strip()
-    print(f"\n{describe(found)}\n\nleast at {format_length(longest)}, text and answers together: {name(chosen)}")
-    print(f"model.config: {keys}\n{file}")
+    print(f"\n{describe(found)}\n")
+    for said, chosen in (
+        (f"least at {format_length(longest)}, text and answers together", best(found)),
+        ("least at the worst distance", flattest(found)),
+    ):
+        keys = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=1000).strip()
+        print(f"{said}: {name(chosen)}\n    model.config: {keys}")
+    print(file)
     return file
 
 

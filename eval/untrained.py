@@ -39,12 +39,11 @@ SAMPLES = 16
 @dataclass(frozen=True)
 class Losses:
     """In nats per token. text: of documents. answers: of the numbers asked for; exact: the share of numbers whose
-    every token is the most likely one. needles: of each, the tokens from its fact to its answer, and its loss."""
+    every token is the most likely one."""
 
     text: float
     answers: float
     exact: float
-    needles: tuple[tuple[int, float], ...] = ()
 
     @property
     def sum(self) -> float:
@@ -82,23 +81,20 @@ class Texts:
             ValueError: losses that are not finite.
         """
         documents: dict[int, list[float]] = {layer: [] for layer in others}
-        needles: dict[int, list[tuple[int, float, bool]]] = {layer: [] for layer in others}
+        needles: dict[int, list[tuple[float, bool]]] = {layer: [] for layer in others}
         whole = [(row, (slice(1, len(row)),)) for row in self.documents]
         asked = [(prompt.tokens, tuple(needle.answer for needle in prompt.needles)) for prompt in self.prompts]
         with progress("losses", len(others) * (len(whole) + len(asked)), "text") as bar:
-            for layer, _, [(values, _)] in self._scores(checkpoint, base, others, whole):
+            for layer, [(values, _)] in self._scores(checkpoint, base, others, whole):
                 documents[layer].append(-values.mean().item())
                 bar.update()
-            for layer, at, scores in self._scores(checkpoint, base, others, asked):
-                for needle, (values, hits) in zip(self.prompts[at].needles, scores, strict=True):
-                    distance = needle.answer.start - needle.position
-                    needles[layer].append((distance, -values.mean().item(), bool(hits.all())))
+            for layer, scores in self._scores(checkpoint, base, others, asked):
+                needles[layer] += [(-values.mean().item(), bool(hits.all())) for values, hits in scores]
                 bar.update()
 
         def mean_of(layer: int) -> Losses:
-            distances, answers, exact = zip(*needles[layer], strict=True)
-            pairs = tuple(zip(distances, answers, strict=True))
-            return Losses(fmean(documents[layer]), fmean(answers), fmean(exact), pairs)
+            answers, exact = zip(*needles[layer], strict=True)
+            return Losses(fmean(documents[layer]), fmean(answers), fmean(exact))
 
         return {layer: mean_of(layer) for layer in others}
 
@@ -108,16 +104,16 @@ class Texts:
         base: ModelConfig,
         others: Mapping[int, ModelConfig],
         texts: Sequence[tuple[list[int], tuple[slice, ...]]],
-    ) -> Iterator[tuple[int, int, list[tuple[Tensor, Tensor]]]]:
-        """The layer that names the layout, the text's place, and `Checkpoint.log_likelihoods` of each of its slices."""
+    ) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+        """The layer that names the layout, and `Checkpoint.log_likelihoods` of each slice of a text."""
         for at in range(0, len(texts), self.rows):
             batch = texts[at : at + self.rows]
             with memory_for(f"{len(batch)} x {len(batch[0][0])} tokens", checkpoint.device, "lower --batch-tokens"):
                 ids = torch.tensor([tokens for tokens, _ in batch], device=checkpoint.device)
                 for layer, hidden in _states(checkpoint.model, ids[:, :-1], base, others):
-                    for place, (own, row, (_, parts)) in enumerate(zip(hidden, ids, batch, strict=True), at):
+                    for own, row, (_, parts) in zip(hidden, ids, batch, strict=True):
                         behind = [own[part.start - 1 : part.stop - 1] for part in parts]
-                        yield layer, place, list(map(checkpoint.log_likelihoods, behind, [row[part] for part in parts]))
+                        yield layer, list(map(checkpoint.log_likelihoods, behind, [row[part] for part in parts]))
 
 
 def _states(
@@ -160,7 +156,7 @@ def read(
     args: argparse.Namespace, checkpoint: Checkpoint, lengths: Sequence[int], option: str, needles: int = 1
 ) -> dict[int, Texts]:
     """By length, the documents and prompts that the arguments name. option: that names the lengths. needles: that a
-    prompt asks for, one after another; of several, `_turned` says where they lie.
+    prompt asks for, one after another.
 
     Raises as `eval.needle.read_haystack` and `eval.positions.read_documents`, and ValueError for a haystack that is too
     short, or a length that the needles do not fit.
@@ -175,9 +171,8 @@ def read(
     for length in lengths:
         kind = "single" if needles == 1 else "multi-query"
         prompts = Prompts(haystack, tokenizer, bos, Grid((length,), depths, 1, needles, seed=args.seed, kind=kind))
-        places = prompts.grid.samples() if needles == 1 else _turned(length, args.n, needles, args.seed)
         try:
-            asked = list(map(prompts.build, places))
+            asked = list(map(prompts.build, prompts.grid.samples()))
         except ValueError as error:
             raise ValueError(f"{option} {format_length(length)}, {needles} to a prompt: {error}") from None
         if len(documents[length]) < args.n:
@@ -186,16 +181,6 @@ def read(
         rows = max(1, samples.batch_tokens(args, checkpoint) // length)
         found[length] = Texts([tokens[:length] for _, tokens in documents[length]], asked, rows)
     return found
-
-
-def _turned(length: int, n: int, needles: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Samples of `n` prompts. As many as a prompt has needles have the same numbers, which lie one place further each
-    time: each number stands at each distance once, so that no distance has the harder ones."""
-    groups = -(-n // needles)
-    for index in range(n):
-        group, turn = divmod(index, needles)
-        depth = 100 * (turn + (group + 0.5) / groups) / needles
-        yield {"length": length, "depth": depth, "seed": f"{seed}/{length}/{group}"}
 
 
 def known(file: Path, about: dict[str, Any], steps: str) -> dict[str, Any] | None:

@@ -1,16 +1,17 @@
 """Rotations to begin an extension with: each measured as a checkpoint that has it, also beyond the trained length."""
 
-import argparse
 import json
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 
 from eval.checkpoint import Checkpoint
 from eval.needle_prompts import Needle, Prompt
-from eval.rope import RANGES, best, by_distance, figure_of, main, name, parse, raised, usual, worst
-from eval.untrained import Texts, read
+from eval.rope import STEPS, Jumps, best, figure_of, flattest, main, name, parse, raised, usual
+from eval.untrained import Texts
 from s2.model.config import ModelConfig
 from s2.model.hf import load_pretrained, save_pretrained
 from tests.eval.small_checkpoint import make_checkpoint, prose
@@ -66,8 +67,6 @@ def test_each_rotation_is_measured_as_a_checkpoint_that_has_it(folder):
         answers = [mean(rows[1], needle.answer) for needle in needles]
         wanted = mean(rows[0], slice(1, 401)), sum(answers) / 2
         assert (losses.text, losses.answers) == pytest.approx(wanted, abs=1e-4)
-        assert [distance for distance, _ in losses.needles] == [340, 195]
-        assert [loss for _, loss in losses.needles] == pytest.approx(answers, abs=1e-4)
         given.append(losses.text)
     assert len({round(loss, 3) for loss in given}) == 3
 
@@ -80,9 +79,9 @@ def test_the_command_measures_at_each_length_and_names_the_best(folder, text, tm
     for step in found["steps"]:
         assert step["losses"].keys() == {"256", "512"}
         for length, each in step["losses"].items():
-            assert each.keys() == {"text", "answers", "exact", "distances"}
-            known = [loss for loss in each["distances"] if loss is not None]
-            assert len(each["distances"]) == RANGES and min(known) <= each["answers"] <= max(known), length
+            assert each.keys() == {"text", "answers", "exact"}, length
+        assert len(step["jumps"]) == len(found["distances"]) and len(set(step["jumps"])) > STEPS // 4
+    assert found["distances"] == [512 * k // STEPS for k in range(STEPS // 2, STEPS + 1)]
     texts = {(step["losses"]["256"]["text"], step["losses"]["512"]["text"]) for step in found["steps"]}
     assert len(texts) == len(found["steps"]), "no two rotations give the same losses"
     chosen = best(found)
@@ -91,40 +90,49 @@ def test_the_command_measures_at_each_length_and_names_the_best(folder, text, tm
     }
     assert sums[name(chosen)] == min(sums.values())
     assert f"least at 512, text and answers together: {name(chosen)}\n" in said
+    worst = {name(step["rotation"]): max(step["jumps"]) for step in found["steps"]}
+    assert worst[name(flattest(found))] == min(worst.values())
+    assert f"least at the worst distance: {name(flattest(found))}\n" in said
     assert (tmp_path / "rope.md").read_text() in said
-    [line] = [line for line in said.splitlines() if line.startswith("model.config: ")]
-    assert parse(line.removeprefix("model.config: "), own) == chosen, "the line can be put into a recipe"
+    lines = [line.strip().removeprefix("model.config: ") for line in said.splitlines() if "model.config: " in line]
+    assert [parse(line, own) for line in lines] == [chosen, flattest(found)], "the lines can be put into a recipe"
     assert (tmp_path / "rope.png").read_bytes()[:4] == b"\x89PNG"
     *by_length, last = figure_of(found).axes
     for line, step in zip(last.lines, found["steps"], strict=True):
-        known = [
-            (512 / RANGES * (i + 0.5), loss)
-            for i, loss in enumerate(step["losses"]["512"]["distances"])
-            if loss is not None
-        ]
-        assert line.get_xydata() == pytest.approx(torch.tensor(known).numpy())
+        assert line.get_xydata().tolist() == list(map(list, zip(found["distances"], step["jumps"], strict=True)))
     for axes, key in zip(by_length, ("text", "answers"), strict=True):
         drawn = [line.get_xydata().tolist() for line in axes.lines[1:]]
         assert drawn == [[[n, step["losses"][str(n)][key]] for n in (256, 512)] for step in found["steps"]]
 
 
-def test_each_number_stands_at_each_distance_once(folder, text):
-    """In as many prompts as one has needles, so that the losses of distances are not those of their numbers."""
-    args = argparse.Namespace(
-        ckpt=folder, n=8, haystack=text, documents=None, text_column="text", seed=3, batch_tokens=None, device="cpu"
-    )
-    length = 1024
-    prompts = read(args, Checkpoint.open(folder, "cpu", max_length=length), [length], "--lengths", 4)[length].prompts
-    places, spans = {}, []
-    for prompt in prompts:
-        assert len(prompt.tokens) == length and len(prompt.needles) == 4
-        for needle in prompt.needles:
-            places.setdefault(needle.number, []).append(needle.depth)
-            spans.append(needle.position)
-    assert len(places) == 8, "four numbers in each half of the prompts"
-    for found in places.values():
-        assert sorted(int(depth / 25) for depth in found) == [0, 1, 2, 3]
-    assert len(set(spans)) > 16, "and the halves lie off each other"
+def test_positions_jump_to_each_distance(folder, tmp_path):
+    """As transformers computes a text whose tokens from halfway between fact and answer on stand that much later."""
+    checkpoint = Checkpoint.load(folder, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    prompts = []
+    for fact, answer in ((20, slice(90, 96)), (31, slice(80, 87)), (5, slice(91, 94))):
+        tokens = torch.randint(2, 512, (answer.stop,), generator=generator).tolist()
+        tokens += torch.randint(2, 512, (96 - len(tokens),), generator=generator).tolist()
+        prompts.append(Prompt(tokens, (Needle("a", "1", 10.0, fact, answer),), True, fact))
+    changed = {"rope_theta": 500.0, "max_position_embeddings": 4096, "attention_layout": "dense"}
+    found = Jumps(prompts, [96, 200, 4000], rows=2).losses(checkpoint, checkpoint.config.replace(**changed))
+    ours = load_pretrained(folder, overrides=changed)
+    saved = save_pretrained(ours, ours.config, tmp_path / "hf", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    for distance, loss in zip([96, 200, 4000], found, strict=True):
+        wanted = []
+        for prompt in prompts:
+            fact, answer = prompt.needles[0].position, prompt.needles[0].answer
+            middle = (fact + answer.start) // 2
+            positions = [*range(middle), *(i + distance - (answer.start - fact) for i in range(middle, 96))]
+            assert positions[answer.start] - positions[fact] == distance
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt.tokens]), position_ids=torch.tensor([positions])).logits
+            wanted.append(
+                F.cross_entropy(logits[0, answer.start - 1 : answer.stop - 1], torch.tensor(prompt.tokens[answer]))
+            )
+        assert loss == pytest.approx(torch.stack(wanted).mean().item(), abs=1e-4)
+    assert len({round(loss, 3) for loss in found}) == 3
 
 
 def test_a_layout_is_measured_as_a_checkpoint_that_has_it(folder, text, tmp_path):
@@ -176,13 +184,6 @@ def test_what_other_texts_have_given_is_kept_aside(folder, text, tmp_path, capsy
     assert json.loads((tmp_path / "rope.json.1").read_text()) == first
     assert (tmp_path / "rope.md.1").is_file() and (tmp_path / "rope.png.1").is_file()
     assert "rope.json is of another checkpoint, layout or text" in capsys.readouterr().out
-
-
-def test_answers_stand_in_equal_ranges_of_their_distance():
-    length = 100 * RANGES
-    ranges = by_distance([(1, 1.0), (99, 2.0), (100, 4.0), (length - 1, 8.0), (length, 9.0)], length)
-    assert ranges == [1.5, 4.0, *[None] * (RANGES - 3), 8.5]
-    assert worst(ranges) == 8.5
 
 
 def test_the_base_is_raised_until_the_slowest_pair_turns_slower_by_the_factor():

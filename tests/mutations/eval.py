@@ -24,10 +24,16 @@ MUTANTS = (
         ("eval/test_rope.py::test_the_command_measures_at_each_length_and_names_the_best",),
     ),
     Mutant(
-        "numbers_stay_at_their_distance", "eval/untrained.py",
-        "depth = 100 * (turn + (group + 0.5) / groups) / needles",
-        "depth = 100 * (group + 0.5) / groups / needles",
-        ("eval/test_rope.py::test_each_number_stands_at_each_distance_once",),
+        "positions_jump_by_the_distance_and_not_to_it", "eval/rope.py",
+        "[[distance - (answer.start - fact)] for fact, answer in answers]",
+        "[[distance] for fact, answer in answers]",
+        ("eval/test_rope.py::test_positions_jump_to_each_distance",),
+    ),
+    Mutant(
+        "positions_jump_behind_the_answer", "eval/rope.py",
+        "[[(fact + answer.start) // 2] for fact, answer in answers]",
+        "[[answer.stop] for fact, answer in answers]",
+        ("eval/test_rope.py::test_positions_jump_to_each_distance",),
     ),
     Mutant(
         "rotations_that_are_known_are_measured_again", "eval/rope.py",
