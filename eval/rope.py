@@ -18,6 +18,7 @@ are written after each rotation; the same command goes on from there, and other 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from s2.progress import progress
 NEEDLES = 16  # of a prompt
 SHORT = 256  # tokens of a text whose positions jump
 STEPS = 48  # of distances, up to the longest length
+_MARGIN = 1.5
 _KEYS = ("rope_theta", "rope_scaling")
 
 Rotation = dict[str, Any]
@@ -57,9 +59,18 @@ def raised(theta: float, factor: float, head_dim: int) -> float:
     return float(f"{theta * factor ** (head_dim / (head_dim - 2)):.3g}")
 
 
+def within(theta: float, factor: float, trained: int) -> float:
+    """The base that keeps the angles of every pair of dimensions within the trained ones: a pair that turned once in
+    the trained length then turns once in `factor` times that, and half as much again. Those that turned more often have
+    seen all angles ("critical dimension", arXiv 2310.05209)."""
+    share = min(1.0, math.log(trained / (2 * math.pi)) / math.log(theta))  # of the pairs have turned
+    return float(f"{theta * (_MARGIN * factor) ** (1 / share):.3g}")
+
+
 def usual(config: ModelConfig, longest: int) -> list[Rotation]:
-    """What is tried for `longest` tokens: the checkpoint's own rotation; a higher base; and where it has no scaling,
-    linear, Llama 3's and YaRN's, the last also from half the trained length, and beside a higher base."""
+    """What is tried for `longest` tokens: the checkpoint's own rotation; two higher bases; and where it has no scaling,
+    linear, Llama 3's and YaRN's, the last also from half the trained length, and beside a higher base; and the highest
+    base with half of YaRN's temperature."""
     own, trained = {key: getattr(config, key) for key in _KEYS}, config.max_position_embeddings
     if (factor := longest / trained) <= 1:
         return [own]
@@ -72,7 +83,8 @@ def usual(config: ModelConfig, longest: int) -> list[Rotation]:
 
     theta = config.rope_theta
     higher = raised(theta, factor, config.head_dim)
-    found = [own, own | {"rope_theta": higher}]
+    highest = within(theta, factor, trained)
+    found = [own, own | {"rope_theta": higher}, own | {"rope_theta": highest}]
     if config.rope_scaling:  # a factor counts from the length before that scaling
         return found
     return [
@@ -83,6 +95,7 @@ def usual(config: ModelConfig, longest: int) -> list[Rotation]:
         scaled(theta, "yarn", 2 * factor, trained // 2),
         scaled(raised(theta, factor**0.5, config.head_dim), "yarn", factor, trained),
         scaled(higher, "yarn", 2.0, longest // 2),
+        scaled(highest, "yarn", 1.0, longest, attention_factor=round(1 + 0.05 * math.log(factor), 3)),
     ]
 
 
@@ -96,12 +109,14 @@ def name(rotation: Rotation) -> str:
             said.append(f"{kind} theta {each['rope_theta']:g}")
         if not each or each.get("rope_type", "default") == "default":
             continue
-        length = each.get("original_max_position_embeddings")
-        said.append(
-            f"{kind} {each['rope_type']} {each['factor']:g}".strip()
-            + (f" from {format_length(length)}" if length else "")
-            + (f" times {each['attention_factor']:g}" if each.get("attention_factor") else "")
-        )
+        words, length = [kind], each.get("original_max_position_embeddings")
+        if each["factor"] != 1:
+            words.append(
+                f"{each['rope_type']} {each['factor']:g}" + (f" from {format_length(length)}" if length else "")
+            )
+        if each.get("attention_factor"):
+            words.append(f"times {each['attention_factor']:g}")
+        said.append(" ".join(filter(None, words)))
     return ", ".join(said)
 
 

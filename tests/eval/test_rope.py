@@ -10,10 +10,11 @@ import transformers
 
 from eval.checkpoint import Checkpoint
 from eval.needle_prompts import Needle, Prompt
-from eval.rope import STEPS, Jumps, best, figure_of, flattest, main, name, parse, raised, usual
+from eval.rope import STEPS, Jumps, best, figure_of, flattest, main, name, parse, raised, usual, within
 from eval.untrained import Texts
 from s2.model.config import ModelConfig
 from s2.model.hf import load_pretrained, save_pretrained
+from s2.model.rope import rope_frequencies
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
@@ -193,21 +194,37 @@ def test_the_base_is_raised_until_the_slowest_pair_turns_slower_by_the_factor():
     assert theta == 418_000, "three digits are what a recipe says"
 
 
+@pytest.mark.parametrize(
+    "theta,trained,factor", [(1e5, 8192, 4.0), (1e4, 2048, 2.0), (5e5, 8192, 16.0), (1e4, 131072, 2.0)]
+)
+def test_the_highest_base_keeps_every_angle_within_the_trained_ones(theta, trained, factor):
+    """What has not turned once in the trained length turns no further in the longer one."""
+    before, after = (rope_frequencies(128, base, None)[0] for base in (theta, within(theta, factor, trained)))
+    slow = before * trained < 2 * torch.pi
+    assert (after * trained * factor <= before * trained)[slow].all()
+    assert slow.any() == (trained < 1e5)
+    if slow.any():
+        assert (after * trained * factor)[slow].max() > 0.5 * (before * trained)[slow].max(), "and hardly less"
+
+
 def test_what_is_tried_stretches_the_trained_length_to_the_longest():
     own = {"rope_theta": 1e5, "rope_scaling": None}
     assert usual(config(rope_theta=1e5), 8192) == usual(config(rope_theta=1e5), 100) == [own]
     tried = usual(config(rope_theta=1e5), 32768)
-    assert tried[0] == own and len({name(each) for each in tried}) == len(tried) == 8
+    assert tried[0] == own and len({name(each) for each in tried}) == len(tried) == 10
     kinds = [(each["rope_scaling"] or {}).get("rope_type") for each in tried]
-    assert kinds == [None, None, "linear", "llama3", "yarn", "yarn", "yarn", "yarn"]
-    for each in tried[2:]:
+    assert kinds == [None, None, None, "linear", "llama3", "yarn", "yarn", "yarn", "yarn", "yarn"]
+    for each in tried[3:]:
         scaling = each["rope_scaling"]
         length = scaling.get("original_max_position_embeddings", 8192)
         assert length * scaling["factor"] in (32768, 2 * 16384)
         config(**each)  # valid
-    assert {each["rope_theta"] for each in tried} == {1e5, raised(1e5, 4, 64), raised(1e5, 2, 64)}
+    assert {each["rope_theta"] for each in tried} == {1e5, raised(1e5, 4, 64), raised(1e5, 2, 64), within(1e5, 4, 8192)}
+    yarns_own = rope_frequencies(64, 1e5, tried[5]["rope_scaling"])[1]
+    factor = tried[-1]["rope_scaling"]["attention_factor"]
+    assert factor == pytest.approx(1 + (yarns_own - 1) / 2, abs=1e-3)
     scaled = config(rope_theta=1e5, rope_scaling=YARN)
-    assert [each["rope_scaling"] for each in usual(scaled, 32768)] == [YARN, YARN], "whose factor counts from before it"
+    assert [each["rope_scaling"] for each in usual(scaled, 32768)] == [YARN] * 3, "whose factor counts from before it"
 
 
 def test_names_say_what_differs():
@@ -216,6 +233,7 @@ def test_names_say_what_differs():
 
     assert said() == said(rope_scaling={"rope_type": "default"}) == "theta 100000"
     assert said(rope_theta=2e6, rope_scaling=YARN) == "theta 2e+06, yarn 2 from 256"
+    assert said(rope_scaling=YARN | {"attention_factor": 1.07, "factor": 1.0}) == "theta 100000, times 1.07"
     assert said(rope_scaling=YARN | {"attention_factor": 1.0}) == "theta 100000, yarn 2 from 256 times 1"
     assert said(rope_scaling={"rope_type": "linear", "factor": 4.0}) == "theta 100000, linear 4"
     assert said(rope_scaling={"dense": YARN, "sparse": None}) == "theta 100000, dense yarn 2 from 256"
