@@ -5,8 +5,8 @@
 
 Nothing is trained: each rotation is measured at each length, also beyond the one that the checkpoint was trained at, by
 the loss of documents and of the numbers that needle prompts ask for, in nats per token; and at each distance, by short
-prompts whose positions jump between fact and answer. The distances that fail there are those that SmolLM2 missed after
-it was trained (docs/results.md, "Extending SmolLM2"). `usual` lists what is tried; `--rope` names others, by the
+prompts whose positions jump between fact and answer. A distance that fails there may still be missed after training
+(docs/results.md, "Extending SmolLM2"). `usual` lists what is tried; `--rope` names others, by the
 recipe's keys of `model.config`, and `--layout` the attention layout that a dense checkpoint is to have:
 
     --rope '{rope_theta: 2.0e+5, rope_scaling: {rope_type: yarn, factor: 4, original_max_position_embeddings: 8192}}'
@@ -116,7 +116,8 @@ def name(rotation: Rotation) -> str:
             )
         if each.get("attention_factor"):
             words.append(f"times {each['attention_factor']:g}")
-        said.append(" ".join(filter(None, words)))
+        if words[1:]:
+            said.append(" ".join(filter(None, words)))
     return ", ".join(said)
 
 
@@ -204,7 +205,10 @@ def read_jumps(args: argparse.Namespace, checkpoint: Checkpoint, longest: int) -
     tokenizer = checkpoint.tokenizer
     haystack = read_haystack(args.haystack or find_heldout(args.ckpt), args.text_column, tokenizer)
     grid = Grid((min(SHORT, longest),), (25.0,), args.n, seed=args.seed)
-    prompts = list(map(Prompts(haystack, tokenizer, bos_of(tokenizer), grid).build, grid.samples()))
+    try:
+        prompts = list(map(Prompts(haystack, tokenizer, bos_of(tokenizer), grid).build, grid.samples()))
+    except ValueError as error:
+        raise ValueError(f"prompts of {grid.lengths[0]} tokens, whose positions jump: {error}") from None
     distances = [longest * step // STEPS for step in range(1, STEPS + 1)]
     rows = max(1, samples.batch_tokens(args, checkpoint) // SHORT)
     return Jumps(prompts, [each for each in distances if each >= grid.lengths[0]], rows)
@@ -231,7 +235,8 @@ def describe(found: dict[str, Any]) -> str:
         f"{table}\n\nNats per token of documents, and of the numbers that needle prompts ask for,"
         f" {found['needles']} each (share of numbers that are most likely whole). Documents and prompts: {counts}."
         f" Jumps: numbers of {found['prompts']} short prompts whose positions jump, so that the answer stands at one of"
-        f" {len(found['distances'])} distances from its fact: the mean of these, and the worst"
+        f" {len(found['distances'])} distances from its fact: the mean of these, and the worst. Layout:"
+        f" {found['attention_layout']}"
     )
 
 

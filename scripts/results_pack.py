@@ -75,6 +75,8 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
     try:
         with tarfile.open(source) as tar:
             entries = [entry for entry in tar.getmembers() if not entry.isdir()]
+            for entry in entries:  # ./a/b is a/b
+                entry.name = str(PurePosixPath(entry.name))
             for entry in entries:
                 parts = PurePosixPath(entry.name).parts
                 if not entry.isfile() or entry.name.startswith("/") or ".." in parts or len(parts) < 2:

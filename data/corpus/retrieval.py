@@ -82,7 +82,7 @@ class Retrieval(Settings):
     opening: the share of the documents with filler that begin with a fact: a place at random is hardly ever the first,
         and the first tokens of a text are what attention falls back on.
     recite: no sentences, but a list of that many names and numbers, given again `rounds` times in its order; with
-        `filler`, of names, numbers and codes, in lines that lie scattered and are given again in another order.
+        `filler`, of names, numbers and codes, in lines that lie scattered and are given again in a random order.
     seed: another one, other documents.
     """
 
@@ -155,8 +155,8 @@ def _facts(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[st
 
 
 def _lists(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
-    """`count` names, numbers and codes in lines, and the lines in another order: the first item of a line says which
-    one it is."""
+    """`count` names, numbers and codes in lines, the last of which may be short, and the lines in a random order: the
+    first item of a line says which one it is."""
     items = [rng.choices((_name, _number, _code), (0.4, 0.4, 0.2))[0](rng) for _ in range(count)]
     lines: list[str] = []
     while items:

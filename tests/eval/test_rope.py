@@ -142,6 +142,7 @@ def test_a_layout_is_measured_as_a_checkpoint_that_has_it(folder, text, tmp_path
     as_own = run(folder, text, tmp_path / "same", *command, "--layout", "L1V4+sink1+dense0")
     dense = run(folder, text, tmp_path / "dense", *command, "--layout", "dense")
     assert as_own == own and dense["attention_layout"] == "dense"
+    assert (tmp_path / "dense" / "rope.md").read_text().rstrip().endswith("Layout: dense")
     assert [step["losses"] for step in dense["steps"]] != [step["losses"] for step in own["steps"]]
     model = load_pretrained(folder, overrides={"attention_layout": "dense"})
     saved = save_pretrained(model, model.config, tmp_path / "hf", folder / "tokenizer.json", torch.float32)
@@ -234,6 +235,7 @@ def test_names_say_what_differs():
     assert said() == said(rope_scaling={"rope_type": "default"}) == "theta 100000"
     assert said(rope_theta=2e6, rope_scaling=YARN) == "theta 2e+06, yarn 2 from 256"
     assert said(rope_scaling=YARN | {"attention_factor": 1.07, "factor": 1.0}) == "theta 100000, times 1.07"
+    assert said(rope_scaling=YARN | {"factor": 1.0}) == "theta 100000"
     assert said(rope_scaling=YARN | {"attention_factor": 1.0}) == "theta 100000, yarn 2 from 256 times 1"
     assert said(rope_scaling={"rope_type": "linear", "factor": 4.0}) == "theta 100000, linear 4"
     assert said(rope_scaling={"dense": YARN, "sparse": None}) == "theta 100000, dense yarn 2 from 256"

@@ -367,6 +367,10 @@ def test_carried_results_of_another_command_are_refused_before_any_is_added(tmp_
     sentence = r"x.tar.gz: a/work.run.json: arm a, stage work is finished with `go`, and the plan says `stop`"
     with pytest.raises(ValueError, match=sentence):
         unpack(load_plan(str(path), [*here, "inputs.word=stop"]), tmp_path / "x.tar.gz")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "there/runs/a", "./a")
+    with pytest.raises(ValueError, match=sentence):
+        unpack(load_plan(str(path), [*here, "inputs.word=stop"]), tmp_path / "x.tar.gz")
     assert not (tmp_path / "here").exists()
 
 
