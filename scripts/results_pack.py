@@ -84,7 +84,7 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
             held = {PurePosixPath(entry.name).parts[0] for entry in entries}
             if lacking := [name for name in only if name not in held]:
                 raise ValueError(f"--only {lacking[0]}: {source} has the arms {', '.join(sorted(held))}")
-            if not only and (others := held - arms):
+            if others := (set(only) or held) - arms:
                 known = f"{plan.name} ({', '.join(sorted(arms))})"
                 raise ValueError(f"{source}: {min(others)!r} is no arm of {known}; --only leaves it out")
             entries = [entry for entry in entries if not only or PurePosixPath(entry.name).parts[0] in only]
