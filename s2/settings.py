@@ -85,6 +85,7 @@ class Check:
 Count = Annotated[int, Check("a whole number >= 0", lambda n: n >= 0)]
 Positive = Annotated[int, Check("a whole number >= 1", lambda n: n >= 1)]
 Share = Annotated[float, Check("a number between 0 and 1", lambda x: 0 < x < 1)]
+Ratio = Annotated[float, Check("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Weight = Annotated[float, Check("a positive number", lambda x: 0 < x < math.inf)]
 
 

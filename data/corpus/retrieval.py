@@ -21,7 +21,7 @@ import numpy as np
 from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
 from data.shards.reader import TokenShards
-from s2.settings import Check, Count, Positive, SettingError, Settings
+from s2.settings import Check, Count, Positive, Ratio, SettingError, Settings
 
 _ADJECTIVES = (  # noqa: SIM905
     "tall narrow broken frozen hidden painted wooden quiet crooked dusty hollow rusty polished wild heavy gentle "
@@ -64,9 +64,6 @@ def _range(most: int) -> Check:
     return Check(f"[least, most] with 1 <= least <= most <= {most:,}", lambda r: 1 <= r[0] <= r[1] <= most)
 
 
-_SHARE = Check("a number from 0 to 1", lambda x: 0 <= x <= 1)
-
-
 @dataclass(frozen=True)
 class Retrieval(Settings):
     """`retrieval` of a source with `path: retrieval`.
@@ -92,7 +89,7 @@ class Retrieval(Settings):
     tokens: Annotated[tuple[int, int], _range(1 << 30)] | None = None
     chars: Annotated[tuple[int, int], _range(1 << 30)] | None = None
     filler: str | None = None
-    opening: Annotated[float, _SHARE] = 0.0
+    opening: Ratio = 0.0
     recite: bool = False
     seed: Count = 0
 

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from s2.settings import Check, Count, Settings, Weight
+from s2.settings import Check, Count, Ratio, Settings, Weight
 
 if TYPE_CHECKING:  # recipes are checked without it
     import torch
@@ -56,7 +56,7 @@ class ScheduleConfig(Settings):
 
     name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
-    min_ratio: Annotated[float, Check("a number from 0 to 1", lambda x: 0 <= x <= 1)] = 0.1
+    min_ratio: Ratio = 0.1
     decay_ratio: Annotated[float, Check("a number above 0 and up to 1", lambda x: 0 < x <= 1)] = 0.1
     decay_shape: Literal["sqrt", "linear"] = "sqrt"
 
