@@ -55,7 +55,7 @@ _QUESTIONS = (
 )
 
 _LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_ITEMS = (4, 16)  # of a line in lists among filler
+_ITEMS = (4, 16)  # of a line in lists among filler; the last may have more
 _SLACK = 64  # tokens that a document of a number of tokens may lack
 _TRIES = 8  # to find a line that fits
 
@@ -152,12 +152,16 @@ def _facts(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[st
 
 
 def _lists(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
-    """`count` names, numbers and codes in lines, the last of which may be short, and the lines in a random order: the
-    first item of a line says which one it is."""
-    items = [rng.choices((_name, _number, _code), (0.4, 0.4, 0.2))[0](rng) for _ in range(count)]
-    lines: list[str] = []
+    """`count` different names, numbers and codes in lines, and the lines in a random order: the first item of a line
+    says which one it is. Too few for another line lengthen the last."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[rng.choices((_name, _number, _code), (0.4, 0.4, 0.2))[0](rng)] = None
+    items, lines = list(found), []
     while items:
         size = rng.randint(*_ITEMS)
+        if len(items) < size + _ITEMS[0]:
+            size = len(items)
         lines.append(" ".join(items[:size]))
         del items[:size]
     return lines, [line for _ in range(rng.randint(*settings.rounds)) for line in rng.sample(lines, len(lines))]
