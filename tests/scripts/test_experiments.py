@@ -148,7 +148,7 @@ def test_sources_that_the_plan_does_not_prepare_are_refused_before_they_are_miss
     )
     job = plan.jobs(["dense"])["dense"][0]
     with pytest.raises(
-        ValueError, match=r"arm dense, stage train: data\.mixture\[1\]\.source: 'web' is none of .*name"
+        ValueError, match=r"arm dense, stage train: data\.mixture\[1\]\.source: 'books' is none of .*name"
     ):
         job.check(list(plan.specs.values()))
 
