@@ -99,6 +99,9 @@ def usual(config: ModelConfig, longest: int) -> list[Rotation]:
     ]
 
 
+_IN_WORDS = frozenset({"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"})
+
+
 def name(rotation: Rotation) -> str:
     """For tables: `theta 2e+05, yarn 4 from 8k`."""
     scaling = rotation["rope_scaling"] or {}
@@ -116,6 +119,7 @@ def name(rotation: Rotation) -> str:
             )
         if each.get("attention_factor"):
             words.append(f"times {each['attention_factor']:g}")
+        words += [f"{key} {value}" for key, value in each.items() if key not in _IN_WORDS and value is not None]
         if words[1:]:
             said.append(" ".join(filter(None, words)))
     return ", ".join(said)

@@ -238,6 +238,8 @@ def test_names_say_what_differs():
     assert said(rope_scaling=YARN | {"factor": 1.0}) == "theta 100000"
     assert said(rope_scaling=YARN | {"attention_factor": 1.0}) == "theta 100000, yarn 2 from 256 times 1"
     assert said(rope_scaling={"rope_type": "linear", "factor": 4.0}) == "theta 100000, linear 4"
+    steep = {"beta_fast": 4, "beta_slow": None, "truncate": False}
+    assert said(rope_scaling=YARN | steep) == "theta 100000, yarn 2 from 256 beta_fast 4 truncate False"
     assert said(rope_scaling={"dense": YARN, "sparse": None}) == "theta 100000, dense yarn 2 from 256"
     plain = {"rope_type": "default", "rope_theta": 2e6}
     assert (
