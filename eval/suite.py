@@ -241,7 +241,7 @@ def command(argv: Sequence[str]) -> Path:
     for part, _, words in commands:
         old = known.get(_shown(part, words))
         if part == "lm" and old and is_current(output / old["file"]):  # it alone does not know itself what is done
-            works.append(partial(output.joinpath, old["file"]))
+            works.append(partial(_kept, output / old["file"]))
         else:
             works.append(PARTS[part](words))
     for part, name, words in commands:
@@ -264,6 +264,11 @@ def command(argv: Sequence[str]) -> Path:
     files.write_text(file.with_suffix(".md"), text)
     print(f"\n{text}\n{file}\n{file.with_suffix('.md')}")
     return file
+
+
+def _kept(table: Path) -> Path:
+    print(f"{table}: there already, of this checkpoint", flush=True)
+    return table
 
 
 def _shown(part: str, words: Sequence[str]) -> str:

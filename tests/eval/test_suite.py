@@ -57,7 +57,7 @@ def test_the_size_of_pieces_goes_to_those_who_read_prompts_and_only_if_it_is_set
         assert after == before + (["--prefill-chunk", "512"] if part != "positions" else [])
 
 
-def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_path, monkeypatch):
+def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_path, monkeypatch, capsys):
     first, text = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
     assert [part["part"] for part in first["parts"]] == ["positions", "ruler", "needle", "needle", "lm"]
     assert all((tmp_path / part["file"]).is_file() for part in first["parts"])
@@ -79,6 +79,7 @@ def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_
     again, _ = run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
     assert again["rows"] == first["rows"]
     table = tmp_path / first["parts"][-1]["file"]
+    assert f"{table}: there already, of this checkpoint\n" in capsys.readouterr().out
     table.write_text(json.dumps(kept | {"s2": kept["s2"] | {"lm_eval": "0.1"}}))
     with pytest.raises(TypeError, match="not callable"):  # a table of another lm-eval is made anew
         run_suite(folder, data, tmp_path, "--kinds", "single,passkey")
