@@ -124,7 +124,8 @@ def test_resolution_outlives_a_flaky_hub_and_reports_a_dead_one(hub, monkeypatch
     hub.fail("/tree/", "hang")  # the libraries would wait for ever
     assert len(hub_files("owner/fineweb", None, "train", None)[0]) == 2
     assert not hub.pending_faults()
-    assert capsys.readouterr().err.count("hf://datasets/owner/fineweb: ") == 4
+    # huggingface_hub 2 asks again itself where a listing hangs
+    assert capsys.readouterr().err.count("hf://datasets/owner/fineweb: ") in (4, 5)
     hub.stop()
     with pytest.raises(SourceError, match=r"hf://datasets/owner/fineweb: gave up .* after 4 attempts"):
         hub_files("owner/fineweb", None, "train", None)
@@ -294,10 +295,12 @@ def test_other_protocols_go_through_fsspec(monkeypatch):
 
 
 def test_a_new_process_needs_only_the_environment_and_no_torch(hub, tmp_path):
+    """But for what the libraries bring: datasets 4 imports torch."""
     program = (
-        "import sys; from data.corpus.remote import hub_files, open_remote\n"
+        "import sys, datasets; torch = 'torch' in sys.modules\n"
+        "from data.corpus.remote import hub_files, open_remote\n"
         "files = hub_files('owner/fineweb', 'sample-10BT', 'train', None)[0]\n"
-        "print(len(open_remote(files[0]).read()), 'torch' in sys.modules)"
+        "print(len(open_remote(files[0]).read()), 'torch' in sys.modules and not torch)"
     )
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
