@@ -44,6 +44,19 @@ NAME = "s2"  # of the attention among transformers' own ("sdpa", "eager")
 MARK = "s2_attention"
 
 
+def _rope_of(kind: str, ropes: list[Any], outside: float | None) -> dict[str, Any]:
+    """The complete rope of a kind of layer, of `rope_theta` and one or both of the two mappings."""
+    own = [{"rope_type": "default", **(rope[kind] or {})} for rope in ropes]
+    own[0].setdefault("rope_theta", outside or own[-1].get("rope_theta", 10000.0))
+    own[-1].setdefault("rope_theta", own[0]["rope_theta"])
+    if own[0] != own[-1]:
+        raise ValueError(
+            f"rope_theta and rope_scaling say {own[0]} of the {kind} layers, rope_parameters.{kind} {own[-1]}; change"
+            " both or remove one"
+        )
+    return own[-1]
+
+
 @strict
 class S2LlamaConfig(LlamaConfig):
     """Llama's keys and ours.
@@ -65,12 +78,11 @@ class S2LlamaConfig(LlamaConfig):
     rope_by_kind: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        theta = kwargs.get("rope_theta") or (self.rope_parameters or {}).get("rope_theta") or 10000.0
-        ropes: list[Any] = [kwargs.get("rope_scaling"), self.rope_parameters]
-        for rope in ropes:  # the second is the complete one
-            if rope and "sparse" in rope:
-                plain = {"rope_type": "default", "rope_theta": theta}
-                self.rope_by_kind = {kind: plain | (rope[kind] or {}) for kind in ("dense", "sparse")}
+        outside = kwargs.get("rope_theta")
+        theta = outside or (self.rope_parameters or {}).get("rope_theta") or 10000.0
+        ropes = [rope for rope in (kwargs.get("rope_scaling"), self.rope_parameters) if rope and "sparse" in rope]
+        if ropes:
+            self.rope_by_kind = {kind: _rope_of(kind, ropes, outside) for kind in ("dense", "sparse")}
         if self.rope_by_kind:
             kwargs.pop("rope_scaling", None)
             self.rope_parameters, self.rope_theta = dict(self.rope_by_kind["dense"]), theta  # both are saved

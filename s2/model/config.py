@@ -302,6 +302,19 @@ def _check_window(values: Mapping[str, Any], longest: int, source: str) -> None:
         )
 
 
+def _check_same(scaling: Mapping[str, Any], complete: Mapping[str, Any], outside: float | None, source: str) -> None:
+    """Of two that say it by kind of layer, one of which was changed, nobody knows which is meant."""
+    for kind in ("dense", "sparse"):
+        ropes = [{"rope_type": "default"} | (each[kind] or {}) for each in (scaling, complete)]
+        ropes[0].setdefault("rope_theta", outside or ropes[1].get("rope_theta"))
+        ropes[1].setdefault("rope_theta", ropes[0]["rope_theta"])
+        if ropes[0] != ropes[1]:
+            raise ValueError(
+                f"{source}: rope_theta and rope_scaling say {ropes[0]} of the {kind} layers, rope_parameters.{kind}"
+                f" {ropes[1]}; change both or remove one"
+            )
+
+
 def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[float, dict[str, Any] | None]:
     """`rope_theta` and `rope_scaling` from either spelling. Where both are present they are read as transformers reads
     them: `rope_scaling` wins, and a theta inside wins over one outside."""
@@ -315,6 +328,8 @@ def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[fl
         validate_rope_scaling(scaling, source)
         # transformers keeps none outside; our class for it says in rope_parameters what the dense layers have
         said = [values.get("rope_parameters") or {}]
+        if "rope_by_kind" not in values and scales_by_kind(said[0]):
+            _check_same(scaling, said[0], outside, source)
         lacking = [kind for kind in ("dense", "sparse") if not (scaling[kind] or {}).get("rope_theta")]
         said += [said[0].get(kind) or {} for kind in lacking] or [scaling["dense"]]
         return outside or next(filter(None, (each.get("rope_theta") for each in said)), 10000.0), scaling

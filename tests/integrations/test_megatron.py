@@ -463,6 +463,9 @@ def test_weights_that_do_not_fit_are_refused():
         from_megatron(theirs, tied)
     with pytest.raises(ValueError, match="do not divide by 5 ranks"):
         to_megatron(state, config, tp_size=5)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"tp_rank={rank} must be one of the 2 ranks"):
+            to_megatron(state, config, tp_size=2, tp_rank=rank)
     with pytest.raises(ValueError, match="vocab_size=60 must be at least the model's 61"):
         to_megatron(state, config, vocab_size=60)
 

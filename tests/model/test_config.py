@@ -1,5 +1,8 @@
 """ModelConfig: derived sizes, Hugging Face dictionaries of both spellings, errors that name what is wrong."""
 
+import json
+from functools import partial
+
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -87,6 +90,27 @@ def test_layers_whose_rope_a_file_leaves_unsaid_do_not_turn_as_those_of_the_othe
     ours, theirs = ModelConfig.from_hf_dict(written), S2LlamaConfig(**written)
     assert ours.rope(dense=False)[0] == theta == theirs.rope_by_kind["sparse"]["rope_theta"]
     assert ours.rope(dense=True)[0] == 2e5 == theirs.rope_by_kind["dense"]["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind"),
+    [
+        (lambda c: c.update(rope_theta=1e6), "dense"),
+        (lambda c: c["rope_scaling"]["sparse"].update(rope_theta=1e6), "sparse"),
+        (lambda c: c["rope_parameters"]["sparse"].update(rope_theta=1e6), "sparse"),
+        (lambda c: c["rope_parameters"]["dense"].update(factor=4.0), "dense"),
+        (lambda c: c["rope_scaling"].update(dense=None), "dense"),
+    ],
+)
+def test_ropes_by_kind_of_which_one_spelling_was_edited_are_refused(edit, kind):
+    """Ours and transformers' class would each read another."""
+    values = SIZES | {"rope_theta": 5e5, "rope_scaling": BY_KIND, "attention_layout": "L2V4+dense1"}
+    written = json.loads(json.dumps(ModelConfig.from_dict(values).to_hf_dict()))
+    assert S2LlamaConfig(**written).rope_by_kind == written["rope_parameters"]
+    edit(written)
+    for read in (partial(ModelConfig.from_hf_dict, written), partial(S2LlamaConfig, **written)):
+        with pytest.raises(ValueError, match=rf"of the {kind} layers, rope_parameters\.{kind} .*; change both or"):
+            read()
 
 
 def test_what_a_family_leaves_unsaid_is_as_in_transformers():

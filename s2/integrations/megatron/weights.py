@@ -79,11 +79,14 @@ def to_megatron(
         use_transformer_engine: the names in its layers.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape; sizes that the ranks cannot divide.
+        ValueError: a tensor is missing, unexpected or of another shape; sizes that the ranks cannot divide; no such
+            rank.
     """
     rows = config.vocab_size if vocab_size is None else vocab_size
     if rows < config.vocab_size:
         raise ValueError(f"vocab_size={rows} must be at least the model's {config.vocab_size}")
+    if not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank={tp_rank} must be one of the {tp_size} ranks of tp_size, from 0 on")
     left = dict(state)
     if config.tie_word_embeddings:
         head, table = left.pop("lm_head.weight", None), left.get("model.embed_tokens.weight")
