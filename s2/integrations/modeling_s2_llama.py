@@ -46,7 +46,7 @@ MARK = "s2_attention"
 
 def _rope_of(kind: str, ropes: list[Any], outside: float | None) -> dict[str, Any]:
     """The complete rope of a kind of layer, of `rope_theta` and one or both of the two mappings."""
-    own = [{"rope_type": "default", **(rope[kind] or {})} for rope in ropes]
+    own = [{"rope_type": "default", **((rope[kind] if "sparse" in rope else rope) or {})} for rope in ropes]
     own[0].setdefault("rope_theta", outside or own[-1].get("rope_theta", 10000.0))
     own[-1].setdefault("rope_theta", own[0]["rope_theta"])
     if own[0] != own[-1]:
@@ -80,7 +80,9 @@ class S2LlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         outside = kwargs.get("rope_theta")
         theta = outside or (self.rope_parameters or {}).get("rope_theta") or 10000.0
-        ropes = [rope for rope in (kwargs.get("rope_scaling"), self.rope_parameters) if rope and "sparse" in rope]
+        ropes = [rope for rope in (kwargs.get("rope_scaling"), self.rope_parameters) if rope]
+        if ropes and "sparse" not in ropes[-1]:
+            ropes = [rope for rope in ropes if "sparse" in rope]
         if ropes:
             self.rope_by_kind = {kind: _rope_of(kind, ropes, outside) for kind in ("dense", "sparse")}
         if self.rope_by_kind:

@@ -303,9 +303,10 @@ def _check_window(values: Mapping[str, Any], longest: int, source: str) -> None:
 
 
 def _check_same(scaling: Mapping[str, Any], complete: Mapping[str, Any], outside: float | None, source: str) -> None:
-    """Of two that say it by kind of layer, one of which was changed, nobody knows which is meant."""
+    """Where two spellings say it by kind of layer and one of them was changed, nobody knows which is meant."""
     for kind in ("dense", "sparse"):
-        ropes = [{"rope_type": "default"} | (each[kind] or {}) for each in (scaling, complete)]
+        of_kind = [each[kind] if scales_by_kind(each) else each for each in (scaling, complete)]
+        ropes = [{"rope_type": "default", **(each or {})} for each in of_kind]
         ropes[0].setdefault("rope_theta", outside or ropes[1].get("rope_theta"))
         ropes[1].setdefault("rope_theta", ropes[0]["rope_theta"])
         if ropes[0] != ropes[1]:
@@ -319,22 +320,25 @@ def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[fl
     """`rope_theta` and `rope_scaling` from either spelling. Where both are present they are read as transformers reads
     them: `rope_scaling` wins, and a theta inside wins over one outside."""
     # by kind of layer transformers cannot say it: our class for it has a key of its own
-    rope = values.get("rope_by_kind") or values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"{source}: rope_scaling={rope!r} must be null or a mapping with a rope_type")
-    scaling = dict(rope)
+    said = {key: values.get(key) or {} for key in ("rope_by_kind", "rope_scaling", "rope_parameters")}
+    for key, rope in said.items():
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{source}: {key}={rope!r} must be null or a mapping with a rope_type")
+    scaling = dict(said["rope_by_kind"] or said["rope_scaling"] or said["rope_parameters"])
+    parameters = said["rope_parameters"]
     outside = values.get("rope_theta")
     if scales_by_kind(scaling):
         validate_rope_scaling(scaling, source)
+    if not said["rope_by_kind"] and scales_by_kind(parameters):
+        validate_rope_scaling(parameters, source, "rope_parameters")
+        _check_same(scaling, parameters, outside, source)
+    if scales_by_kind(scaling):
         # transformers keeps none outside; our class for it says in rope_parameters what the dense layers have
-        said = [values.get("rope_parameters") or {}]
-        if "rope_by_kind" not in values and scales_by_kind(said[0]):
-            _check_same(scaling, said[0], outside, source)
         lacking = [kind for kind in ("dense", "sparse") if not (scaling[kind] or {}).get("rope_theta")]
-        said += [said[0].get(kind) or {} for kind in lacking] or [scaling["dense"]]
-        return outside or next(filter(None, (each.get("rope_theta") for each in said)), 10000.0), scaling
-    if outside is None and values.get("rope_parameters"):
-        outside = values["rope_parameters"].get("rope_theta")
+        ropes = [parameters, *([parameters.get(kind) or {} for kind in lacking] or [scaling["dense"]])]
+        return outside or next(filter(None, (each.get("rope_theta") for each in ropes)), 10000.0), scaling
+    if outside is None:
+        outside = parameters.get("rope_theta")
     theta = scaling.pop("rope_theta", None) or outside or 10000.0
     legacy = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", legacy or "default")

@@ -43,24 +43,24 @@ def rope_of_kind(
     return theta, dict(scaling) if scaling and scaling.get("rope_type", "default") != "default" else None
 
 
-def validate_rope_scaling(scaling: Mapping[str, Any] | None, source: str) -> None:
+def validate_rope_scaling(scaling: Mapping[str, Any] | None, source: str, key: str = "rope_scaling") -> None:
     """Check a `rope_scaling` mapping (`rope_type` plus the keys of its kind), or two of them by kind of layer.
 
     Raises:
         ValueError: names `source` (a file or "ModelConfig"), the key, its value and what would be right.
     """
     if scaling is None or not scales_by_kind(scaling):
-        return _validate(scaling, f"{source}: rope_scaling")
+        return _validate(scaling, f"{source}: {key}")
     if scaling.keys() != set(_LAYERS):
         raise ValueError(
-            f"{source}: rope_scaling by kind of layer has the keys {sorted(scaling)}, must have dense and sparse; null "
+            f"{source}: {key} by kind of layer has the keys {sorted(scaling)}, must have dense and sparse; null "
             f"leaves a kind unscaled"
         )
     for kind, each in scaling.items():
-        where = f"{source}: rope_scaling.{kind}"
+        where = f"{source}: {key}.{kind}"
         if isinstance(each, Mapping):
             _require_positive(each.get("rope_theta", 1.0), f"{where}.rope_theta")
-            each = {key: value for key, value in each.items() if key != "rope_theta"}
+            each = {name: value for name, value in each.items() if name != "rope_theta"}
             if each in ({}, {"rope_type": "default"}):
                 continue
         _validate(each, where)

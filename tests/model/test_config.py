@@ -100,6 +100,8 @@ def test_layers_whose_rope_a_file_leaves_unsaid_do_not_turn_as_those_of_the_othe
         (lambda c: c["rope_parameters"]["sparse"].update(rope_theta=1e6), "sparse"),
         (lambda c: c["rope_parameters"]["dense"].update(factor=4.0), "dense"),
         (lambda c: c["rope_scaling"].update(dense=None), "dense"),
+        (lambda c: c.update(rope_scaling=LLAMA3), "sparse"),
+        (lambda c: c.update(rope_scaling=YARN), "dense"),
     ],
 )
 def test_ropes_by_kind_of_which_one_spelling_was_edited_are_refused(edit, kind):
@@ -111,6 +113,21 @@ def test_ropes_by_kind_of_which_one_spelling_was_edited_are_refused(edit, kind):
     for read in (partial(ModelConfig.from_hf_dict, written), partial(S2LlamaConfig, **written)):
         with pytest.raises(ValueError, match=rf"of the {kind} layers, rope_parameters\.{kind} .*; change both or"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ("x", "rope_parameters='x' must be null or a mapping"),
+        ({"dense": {"rope_theta": 1}}, "rope_parameters by kind of layer has the keys .'dense'., must have"),
+        ({"dense": None, "sparse": "y"}, "rope_parameters.sparse='y' must be null or have a rope_type"),
+        ({"dense": {"rope_theta": -1}, "sparse": None}, "rope_parameters.dense.rope_theta=-1 must be a positive"),
+    ],
+)
+def test_a_wrong_second_spelling_of_ropes_by_kind_is_named(rope, said):
+    values = SIZES | {"rope_theta": 5e5, "rope_scaling": BY_KIND, "attention_layout": "L2V4+dense1"}
+    with pytest.raises(ValueError, match=said):
+        ModelConfig.from_hf_dict(ModelConfig.from_dict(values).to_hf_dict() | {"rope_parameters": rope})
 
 
 def test_what_a_family_leaves_unsaid_is_as_in_transformers():
