@@ -104,9 +104,21 @@ MUTANTS = (
     ),
     Mutant(
         "rope_by_kind_is_lost_on_the_way_back", "s2/model/config.py",
-        'rope = values.get("rope_by_kind") or values',
-        "rope = values",
+        'scaling = dict(said["rope_by_kind"] or said',
+        "scaling = dict(said",
         ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
+    ),
+    Mutant(
+        "one_edited_spelling_of_ropes_by_kind_wins", "s2/model/config.py",
+        "        if ropes[0] != ropes[1]:",
+        "        if False:",
+        ("test_config.py::test_ropes_by_kind_of_which_one_spelling_was_edited_are_refused",),
+    ),
+    Mutant(
+        "transformers_reads_one_edited_spelling_of_ropes_by_kind", _MODELING,
+        "    if own[0] != own[-1]:",
+        "    if False:",
+        ("test_config.py::test_ropes_by_kind_of_which_one_spelling_was_edited_are_refused",),
     ),
     Mutant(
         "steps_are_taken_before_the_module_has_run", "s2/integrations/lazy.py",
