@@ -11,7 +11,7 @@ so. What a document says depends on the settings, the seed and its number alone.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
@@ -140,9 +140,7 @@ def document(settings: Retrieval, number: int) -> str:
 
 def _facts(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
     """Statements, and questions with their answers."""
-    keys: dict[str, None] = {}
-    while len(keys) < count:
-        keys[_key(rng)] = None
+    keys = _different(count, lambda: _key(rng))
     one = rng.choice(_ATTRIBUTES) if rng.random() < 0.5 else None
     facts = [{"attribute": one or rng.choice(_ATTRIBUTES), "key": key, "value": _number(rng)} for key in keys]
     usual = rng.choice(_QUESTIONS)
@@ -154,10 +152,8 @@ def _facts(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[st
 def _lists(settings: Retrieval, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
     """`count` different names, numbers and codes in lines, and the lines in a random order: the first item of a line
     says which one it is. Too few for another line lengthen the last."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[rng.choices((_name, _number, _code), (0.4, 0.4, 0.2))[0](rng)] = None
-    items, lines = list(found), []
+    items = _different(count, lambda: rng.choices((_name, _number, _code), (0.4, 0.4, 0.2))[0](rng))
+    lines: list[str] = []
     while items:
         size = rng.randint(*_ITEMS)
         if len(items) < size + _ITEMS[0]:
@@ -245,6 +241,13 @@ _filler = lru_cache(maxsize=4)(_Filler)
 def _sentence(wording: str, fact: dict[str, str]) -> str:
     text = wording.format(**fact)
     return text[0].upper() + text[1:]
+
+
+def _different(count: int, make: Callable[[], str]) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[make()] = None
+    return list(found)
 
 
 def _key(rng: random.Random) -> str:

@@ -124,8 +124,9 @@ def test_resolution_outlives_a_flaky_hub_and_reports_a_dead_one(hub, monkeypatch
     hub.fail("/tree/", "hang")  # the libraries would wait for ever
     assert len(hub_files("owner/fineweb", None, "train", None)[0]) == 2
     assert not hub.pending_faults()
-    # huggingface_hub 2 asks again itself where a listing hangs
-    assert capsys.readouterr().err.count("hf://datasets/owner/fineweb: ") in (4, 5)
+    said = [line for line in capsys.readouterr().err.split("\n") if line.startswith("hf://datasets/owner/fineweb: ")]
+    silent = sum("timed out" in line for line in said)  # a newer huggingface_hub asks again itself after a hang
+    assert len(said) - silent == 4 and silent <= 1
     hub.stop()
     with pytest.raises(SourceError, match=r"hf://datasets/owner/fineweb: gave up .* after 4 attempts"):
         hub_files("owner/fineweb", None, "train", None)
