@@ -219,7 +219,8 @@ class Pattern:
 
     @property
     def is_dense(self) -> bool:
-        return self.mask is None and not self.heads and self.local >= UNBOUNDED
+        # torch.compile does not trace `not` of a tuple
+        return self.mask is None and len(self.heads) == 0 and self.local >= UNBOUNDED
 
     @property
     def max_stride(self) -> int:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from s2.attention import Pattern, modes, op, s2_attention, sdpa
 from s2.attention.call import Call, call_of
+from s2.attention.layout import LayerLayout
 from s2.attention.op import attention_backward, attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +64,8 @@ def test_compiles_in_one_graph_and_gives_the_same_gradients(kind):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
+@pytest.mark.parametrize("spec", ["L1V3+sink1", "1*L1V3|1*W2", "dense"])
+def test_the_hopper_kernels_are_chosen_while_compiling(spec, monkeypatch):
     from s2.attention import op
     from s2.attention.kernels.hopper import launch, support
 
@@ -71,7 +73,7 @@ def test_the_hopper_kernels_are_chosen_while_compiling(monkeypatch):
     monkeypatch.setattr(op, "_default_backend", lambda q: "triton")
     monkeypatch.setattr(support, "on_hopper", lambda x: True)
     monkeypatch.setattr(launch, "run_forward", lambda q, *rest: calls.append(rest) or (q * 2, q[..., 0].mT.float()))
-    pattern = Pattern.parse("L1V3+sink1")
+    pattern = LayerLayout.parse(spec, 1)[0]
     q = torch.randn(1, 100, 2, 128, device=DEVICE, dtype=torch.bfloat16)
     run = torch.compile(lambda q: s2_attention(q, q, q, pattern), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
