@@ -65,6 +65,7 @@ class KeptLayer(DynamicLayer):
         self.seen = self._written = self._floor = self._least = 0
         self._starts: list[int] | None = None
         self._store: LayerStore | None = None
+        self._fed: tuple[Tensor, Tensor] | None = None  # by `update`, and not taken by the attention
         self._blocks = self._spare = 0
 
     # ---------------------------------------------------------------- what transformers asks for
@@ -104,11 +105,24 @@ class KeptLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Where keys are dropped, or are yet to be: what the attention "s2" alone takes (`Arriving`)."""
+        self._keep_fed()
         if self._is_whole:
             return super().update(key_states, value_states)
+        self._fed = key_states, value_states
         return Arriving(self, key_states), Arriving(self, value_states)
 
+    def _keep_fed(self) -> None:
+        """Keep whole what came without an attention to it, as in `DynamicCache(data, config=...)`.
+
+        Raises:
+            ValueError: keys were dropped before it.
+        """
+        if self._fed is not None:
+            fed, self._fed = self._fed, None
+            self.keep_all(*fed)
+
     def get_seq_length(self) -> int:
+        self._keep_fed()
         return super().get_seq_length() if self._is_whole else self.seen
 
     def reset(self) -> None:
@@ -127,11 +141,13 @@ class KeptLayer(DynamicLayer):
         self.record_past, self._floor = True, self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens.
+        """Forget the newest `-tokens_to_remove` tokens. What was once written over stays so: crops one after the other
+        reach back from the newest token ever fed.
 
         Raises:
             ValueError: a context so short sees keys that were dropped.
         """
+        self._keep_fed()
         if self._is_whole:
             super().crop(tokens_to_remove)
         if self._store is None:
@@ -182,6 +198,10 @@ class KeptLayer(DynamicLayer):
 
     # ---------------------------------------------------------------- what the attention "s2" asks for
 
+    def take(self) -> None:
+        """The attention has what `update` was given."""
+        self._fed = None
+
     @property
     def is_empty(self) -> bool:
         return self._store is None
@@ -194,8 +214,9 @@ class KeptLayer(DynamicLayer):
         """
         if self._store is not None:
             raise ValueError(
-                "padding between or behind tokens, or packed documents, cannot follow tokens whose keys were dropped; "
-                "a DynamicCache() without a config keeps all keys"
+                "padding between or behind tokens, packed documents, or keys that no attention was asked for cannot "
+                "follow tokens whose keys were dropped; a DynamicCache() without a config keeps all keys. Where the "
+                "pad token is in the text, transformers infers a mask with padding there: pass the attention_mask"
             )
         self._is_whole = True
         return super().update(key, value)
@@ -247,7 +268,8 @@ class KeptLayer(DynamicLayer):
             raise ValueError(
                 f"{k.shape[0]} rows in {k.dtype} cannot continue a cache of {self._batch_size} in {store.keys[2]}"
             )
-        if starts != self._starts:
+        pairs = zip(starts or [0] * len(k), self._starts or [0] * len(k), strict=True)
+        if any(new != old and min(new, old) < self.seen for new, old in pairs):  # a row without a token may yet begin
             raise ValueError(
                 f"the attention_mask has rows that begin at {starts or 0}, but those in the cache begin at "
                 f"{self._starts or 0}; continue a cache with the mask of all its tokens"
@@ -264,7 +286,7 @@ class KeptLayer(DynamicLayer):
         """The fewest columns at which all that is seen of every row is still held."""
         assert self._store is not None
         size, oldest = self._store.pattern.block_size, self._least
-        for start in set(self._starts or [0]):
+        for start in {start for start in self._starts or [0] if start < self._written}:
             newest = (self._written - start - 1) // size
             blocks = max(part.group.oldest_block(newest) for part in self._store.parts)
             oldest = max(oldest, start + blocks * size)
@@ -273,7 +295,7 @@ class KeptLayer(DynamicLayer):
     def _make_room(self, k: Tensor, pattern: Pattern, rotation: int, end: int) -> None:
         """For tokens up to column `end`, and for as many of them in rings as `crop` may take back."""
         size = pattern.block_size
-        blocks, spare = -(-(end - min(self._starts or [0])) // size), 1
+        blocks, spare = max(1, -(-(end - min(self._starts or [0])) // size)), 1
         if self.record_past:
             spare += -(-(end - self._floor) // size)
         if self._store is None:

@@ -13,6 +13,8 @@ of keys and values, D head dimension.
 
 import copy
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import logging
 
-from .plain_s2_llama import DENSE, layout_rules, plain_attention
+from .plain_s2_llama import BLOCK_SIZES, DENSE, layout_rules, plain_attention, plain_documents
 
 try:
     from s2.attention import LayerLayout, s2_attention
@@ -129,7 +131,9 @@ class Batch:
     """Where the tokens of a batch's rows are. It takes the place of a mask on its way to the layers.
 
     Attributes:
-        starts, ends: of each row's run of tokens; `starts` is None where no row has padding on its left.
+        starts, ends: of each row's run of tokens; `starts` is None where no row has padding on its left. Of a row
+            without a token (yet) both are the number of columns.
+        unlike: what transformers asked for that no pattern is, for the layer that is given this.
         places: of each row's tokens, int64 `[n]`; None where each row is one run.
         memo: what the layers of one forward share.
 
@@ -137,7 +141,8 @@ class Batch:
         ValueError: a mask of other than two dimensions.
     """
 
-    def __init__(self, mask: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor | None = None, unlike: str = "") -> None:
+        self.unlike = unlike
         self.starts: list[int] | None = None
         self.ends: list[int] | None = None
         self.places: list[Tensor] | None = None
@@ -149,7 +154,7 @@ class Batch:
             raise ValueError(f"attention_mask of shape {list(mask.shape)} must be [batch, tokens]: 1 token, 0 padding")
         mask = mask.bool()
         column = torch.arange(mask.shape[1], device=mask.device)
-        start = mask.int().argmax(dim=1)
+        start = torch.where(mask, column, mask.shape[1]).amin(dim=1)
         end = start + mask.sum(dim=1)
         one_run = (mask == (column >= start[:, None]) & (column < end[:, None])).all(dim=1)
         starts, self.ends, whole = torch.stack([start, end, one_run]).tolist()
@@ -161,6 +166,9 @@ class Batch:
     def is_padded_left_alone(self, num_keys: int) -> bool:
         """Whether the tokens of every row, if any, are one run up to the end."""
         return self.places is None and (self.ends is None or set(self.ends) == {num_keys})
+
+    def has_padding(self, num_keys: int) -> bool:
+        return self.starts is not None or not self.is_padded_left_alone(num_keys)
 
     def borders(self, position_ids: Tensor | None, rows: int, num_keys: int) -> Tensor | None:
         """Of packed documents, int32 `[n + 1]` over the tokens of all rows; None where each row is one document."""
@@ -174,22 +182,29 @@ class Batch:
             self._check_places(self.places, position_ids, num_keys)
             return None
         starts = torch.tensor(self.starts or [0], device=position_ids.device)
-        length = position_ids.shape[1]
-        if length < num_keys:
-            if (position_ids[:, 0] < num_keys - length - starts).any():
-                raise ValueError(
-                    f"position_ids of fewer tokens than the {num_keys - length} in the cache: padding needs an "
-                    f"attention_mask, and packed documents cannot be continued"
-                )
-            return None
+        before = num_keys - position_ids.shape[1]
         restart = position_ids[:, 1:] - position_ids[:, :-1] != 1
         if self.ends is not None:
-            column = torch.arange(1, length, device=restart.device)
+            column = torch.arange(before + 1, num_keys, device=restart.device)
             ends = torch.tensor(self.ends, device=restart.device)
             restart = restart & (column > starts[:, None]) & (column < ends[:, None])
+        if before:
+            if (position_ids[:, 0] < before - starts).any():
+                raise ValueError(
+                    f"position_ids of fewer tokens than the {before} in the cache: padding needs an attention_mask, "
+                    f"and packed documents cannot be continued"
+                )
+            if restart.any():
+                raise ValueError(
+                    f"position_ids must grow by 1 from token to token behind the {before} in the cache: packed "
+                    f"documents cannot follow there"
+                )
+            return None
         if not restart.any():
             return None
-        if self.starts is not None:
+        if self.starts is not None and any(
+            start < end for start, end in zip(self.starts, self.ends or (), strict=True) if start
+        ):
             raise ValueError("position_ids of packed documents with padding on the left; pad them on the right")
         if (position_ids[:, 1:][restart] != 0).any():
             raise ValueError("position_ids must grow by 1 from token to token, or begin again at 0 with a new document")
@@ -207,10 +222,20 @@ class Batch:
                 )
 
 
+def _joined(function: Callable) -> list[Callable]:
+    """The mask functions that transformers' `and_masks` has joined, or the one that it is."""
+    inner = inspect.getclosurevars(function).nonlocals.get("mask_functions")
+    if not inner or not function.__qualname__.startswith("and_masks"):
+        return [function]
+    return [part for each in inner for part in _joined(each)]
+
+
 def batch_mask(
-    *, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask: Tensor | None = None, **_: Any
-) -> Batch:
-    """What transformers calls for a mask of the attention `NAME`."""
+    *, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask: Tensor | None = None,
+    mask_function: Callable | None = None, **_: Any,
+) -> Batch:  # fmt: skip
+    """What transformers calls for a mask of the attention `NAME`: once for each kind of layer that a class may have, so
+    one that is not causal is refused where a layer takes it (`Batch.unlike`)."""
     tokens = int(q_offset) + q_length
     masked = tokens if attention_mask is None else attention_mask.shape[-1]
     if (kv_length, masked) != (tokens, tokens):
@@ -218,7 +243,12 @@ def batch_mask(
             f"{kv_length} keys and an attention_mask of {masked} for {tokens} tokens: the attention {NAME!r} takes a "
             f"cache that grows with the tokens (DynamicCache) and a mask of them all"
         )
-    return Batch(attention_mask)
+    names = [] if mask_function is None else [part.__qualname__.split(".")[0] for part in _joined(mask_function)]
+    return Batch(attention_mask, ", ".join(name for name in names if name not in _CAUSAL))
+
+
+# Of transformers' mask functions those that a pattern is within; documents are found in `position_ids` again
+_CAUSAL = ("causal_mask_function", "packed_sequence_mask_function")
 
 
 # ---------------------------------------------------------------- attention
@@ -246,17 +276,25 @@ def attention_forward(
     """
     kept = None if isinstance(key, Tensor) else key.layer
     if kept is not None:
+        kept.take()
         key, value = key.states, value.states
     _check(module, key, dropout, kwargs)
+    query, key, value = (_as_autocast_has_it(x) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     batch = attention_mask if isinstance(attention_mask, Batch) else Batch(attention_mask)
     num_keys = k.shape[1] + (0 if kept is None else kept.seen)
+    if batch.unlike:
+        raise ValueError(
+            f"the attention {NAME!r} is causal, and this model's mask is not of that alone: {batch.unlike}"
+        )
+    if cu_seq_lens_q is not None and batch.has_padding(num_keys):
+        raise ValueError("an attention_mask with padding beside cu_seq_lens_q; leave it out, the borders say it all")
     borders = batch.borders(position_ids, q.shape[0], num_keys) if cu_seq_lens_q is None else cu_seq_lens_q
     if kept is not None:
         gets_gradients = torch.is_grad_enabled() and k.requires_grad  # through the cache, from tokens to come
         if borders is None and batch.is_padded_left_alone(num_keys) and not (kept.is_empty and gets_gradients):
-            pattern, rotation = _patterns(*_sizes(module.config), module.config.block_size)[module.layer_idx]
+            pattern, rotation = _patterns(*_sizes_of(module), module.config.block_size)[module.layer_idx]
             out = kept.attend(q, k, v, pattern, rotation, scale=scale, starts=batch.starts, memo=batch.memo)
             return out, None
         k, v = (x.transpose(1, 2) for x in kept.keep_all(key, value))
@@ -273,11 +311,18 @@ def attention_forward(
                 out[row, new] = _attend(module, scale, q[row, new][None], k[row, place][None], v[row, place][None])[0]
         return out, None
     assert batch.starts is not None
-    for start in set(batch.starts):  # positions and blocks count from a row's first token
+    for start in set(batch.starts) - {num_keys}:  # positions and blocks count from a row's first token
         rows = [row for row, other in enumerate(batch.starts) if other == start]
         first = max(0, start - k.shape[1] + q.shape[1])
         out[rows, first:] = _attend(module, scale, q[rows, first:], k[rows, start:], v[rows, start:])
     return out, None
+
+
+def _as_autocast_has_it(x: Tensor) -> Tensor:
+    """As torch's own attention casts it. RoPE leaves queries and keys in the dtype of the weights."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check(module: Any, key: Tensor, dropout: float, options: dict[str, Any]) -> None:
@@ -291,6 +336,8 @@ def _check(module: Any, key: Tensor, dropout: float, options: dict[str, Any]) ->
         )
     if dropout:
         raise ValueError(f"attention_dropout={dropout} is not supported; set it to 0")
+    if options.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise ValueError(f"is_causal=False is not supported by the attention {NAME!r}")
     for name in ("sliding_window", "softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f"{name}={options[name]!r} is not supported by the attention {NAME!r}")
@@ -299,6 +346,12 @@ def _check(module: Any, key: Tensor, dropout: float, options: dict[str, Any]) ->
 def _sizes(config: Any) -> tuple[str, int, int, int]:
     layout, layers = config.attention_layout, config.num_hidden_layers
     return layout, layers, config.num_attention_heads, config.num_key_value_heads
+
+
+def _sizes_of(module: Any) -> tuple[str, int, int, int]:
+    """`_sizes` of the model that this attention was made for; early exit has `config` say fewer layers for a while."""
+    layout, layers, *heads = _sizes(module.config)
+    return layout, getattr(module, "num_layers", layers), *heads
 
 
 @functools.lru_cache(maxsize=64)
@@ -313,15 +366,11 @@ def _attend(module: Any, scale: float, q: Tensor, k: Tensor, v: Tensor, *, borde
     """Rows of one document each, `[B, S, H, D]`, or with `borders` documents beside each other, `[T, H, D]`."""
     config, layer = module.config, module.layer_idx
     if s2_attention is not None:
-        pattern, rotation = _patterns(*_sizes(config), config.block_size)[layer]
+        pattern, rotation = _patterns(*_sizes_of(module), config.block_size)[layer]
         return s2_attention(q, k, v, pattern, rotation=rotation, softmax_scale=scale, cu_seqlens=borders)
     logger.warning_once("The package s2 is not installed: attention runs in plain torch, which is right and slow.")
-    how = layout_rules(*_sizes(config))[layer], config.block_size, scale
-    if borders is None:
-        return plain_attention(q, k, v, *how)
-    lengths = borders.diff().tolist()
-    documents = zip(*(x[None].split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([plain_attention(*document, *how)[0] for document in documents])
+    how = layout_rules(*_sizes_of(module))[layer], config.block_size, scale
+    return plain_attention(q, k, v, *how) if borders is None else plain_documents(q, k, v, borders, *how)
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -367,12 +416,15 @@ class S2LlamaModel(LlamaModel):
         if by_kind and {**rope, **by_kind["dense"]} != rope:
             raise ValueError(f"rope_parameters={rope} would be ignored; assign rope_by_kind, which is {by_kind}")
         rules = layout_rules(*_sizes(config))
+        if config.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size={config.block_size!r} is not supported; use one of {BLOCK_SIZES}")
         super().__init__(config)
         made: Any = Qwen2Attention if config.qkv_bias else Qwen3Attention if config.qk_norm else LlamaAttention
         layers: Any = self.layers
         for index, layer in enumerate(layers):
             if made is not LlamaAttention:
                 layer.self_attn = made(config, index)
+            layer.self_attn.num_layers = len(rules)
             if config.rope_by_kind:
                 take = functools.partial(_take_rope, "dense" if set(rules[index]) == {DENSE} else "sparse")
                 layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)

@@ -12,6 +12,7 @@ values, D head dimension.
 """
 
 import functools
+import itertools
 import re
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # as with the package
 MOST_SCORES = 1 << 26  # scores that `plain_attention` computes at once
 _FAR = 1 << 30  # a block distance that no context reaches
 
@@ -133,6 +135,25 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], bl
         else:
             pieces.append(_attend_piece(*inputs))
     return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def plain_documents(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, rules: tuple[Rule, ...], block_size: int, scale: float
+) -> Tensor:
+    """Documents beside each other, `[T, H, D]`, from one of the `borders` `[n + 1]` to the next; zeros behind the last.
+
+    Raises:
+        ValueError: borders that do not grow from 0, or leave the tokens.
+    """
+    ends = borders.tolist()
+    if ends[0] != 0 or ends != sorted(ends) or ends[-1] > len(q):
+        raise ValueError(f"the borders of documents must grow from 0 to at most {len(q)} tokens, got {ends!s:.80}")
+    pieces = [
+        plain_attention(*(x[None, begin:end] for x in (q, k, v)), rules, block_size, scale)[0]
+        for begin, end in itertools.pairwise(ends)
+        if begin < end
+    ]
+    return torch.cat([*pieces, torch.zeros_like(q[ends[-1] :])])
 
 
 def _attend_piece(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], first: int, scale: float) -> Tensor:

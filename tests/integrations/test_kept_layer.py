@@ -401,3 +401,14 @@ def test_what_does_not_continue_a_cache_is_refused():
     model.config.attention_layout = "L1V4"
     with pytest.raises(ValueError, match=r"attends by L1V4 .* filled by L2V4"):
         model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_made_of_data_keeps_all_of_it():
+    model, ids = build(), tokens(2, 60)
+    whole = DynamicCache()
+    model(ids[:, :50], past_key_values=whole)
+    cache = DynamicCache([(layer.keys, layer.values) for layer in whole.layers], config=model.config)
+    assert kept(cache) and cache.get_seq_length() == 50
+    expected = model(ids[:, 50:], past_key_values=whole).logits
+    assert_close(model(ids[:, 50:], past_key_values=cache).logits, expected)

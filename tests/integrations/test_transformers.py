@@ -1,5 +1,6 @@
 """An exported folder in transformers: our logits, tokens and gradients, and refusals of what would change them."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -329,7 +331,90 @@ def test_any_llama_attends_by_a_layout_of_its_config():
     assert_close(theirs(tokens(2, 100), attention_mask=mask).logits[0, 30:], ours(tokens(2, 100)[:1, 30:])[0])
 
 
+@torch.no_grad()
+def test_autocast_on_weights_in_fp32_attends_in_its_dtype(tmp_path, path):
+    theirs, ids = opened(build(), tmp_path), tokens(2, 80)
+    expected = theirs(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        got = theirs(ids, use_cache=True)
+        theirs(ids[:, :1], past_key_values=got.past_key_values)
+    torch.testing.assert_close(got.logits.float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("layout", ["dense", "L1V3+sink1+dense1"])
+@torch.no_grad()
+def test_padding_on_the_left_may_be_longer_than_a_chunk_of_the_prompt(layout, tmp_path, path):
+    theirs, ids = opened(build(attention_layout=layout), tmp_path), tokens(3, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :45] = mask[1, :20] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(theirs.generate(ids, prefill_chunk_size=20, **given), theirs.generate(ids, **given))
+
+
+@torch.no_grad()
+def test_borders_may_name_a_document_without_tokens_and_leave_some_behind(tmp_path, path):
+    theirs, ids = opened(build(), tmp_path), tokens(1, 100)
+    for borders in ([0, 30, 30, 100], [0, 30, 90]):
+        given = {"cu_seq_lens_q": torch.tensor(borders, dtype=torch.int32)}
+        logits = theirs(ids, position_ids=torch.arange(100)[None], **given).logits
+        for begin, end in itertools.pairwise(borders):
+            if begin < end:
+                assert_close(logits[:, begin:end], theirs(ids[:, begin:end]).logits)
+    for borders in ([0, 30, 120], [10, 100], [0, 60, 30, 100]):
+        with pytest.raises(ValueError, match=r"borders|cu_seqlens"):
+            theirs(ids, cu_seq_lens_q=torch.tensor(borders, dtype=torch.int32))
+
+
+@torch.no_grad()
+def test_early_exit_drafts_with_the_first_layers_of_the_same_layout(tmp_path, path):
+    theirs, ids = opened(build(attention_layout="L1V3+sink1+dense2"), tmp_path), tokens(1, 60)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    expected = theirs.generate(ids, **given)
+    assert torch.equal(theirs.generate(ids, assistant_early_exit=2, **given), expected)
+
+
 # ---------------------------------------------------------------- what is refused
+
+
+@torch.no_grad()
+def test_a_mask_beside_borders_positions_within_a_chunk_and_odd_blocks_are_refused(tmp_path, path):
+    theirs, ids, mask = opened(build(), tmp_path), tokens(1, 60), torch.ones(1, 60).long()
+    borders = torch.tensor([0, 60], dtype=torch.int32)
+    assert theirs(ids, attention_mask=mask, cu_seq_lens_q=borders).logits.isfinite().all()
+    mask[0, 50:] = 0
+    with pytest.raises(ValueError, match="attention_mask with padding beside cu_seq_lens_q"):
+        theirs(ids, attention_mask=mask, cu_seq_lens_q=borders)
+    for positions in ([40, 41, 41, 42], [40, 41, 43, 44], [40, 41, 0, 1]):
+        cache = theirs(ids[:, :40]).past_key_values
+        with pytest.raises(ValueError, match="must grow by 1 from token to token behind the 40"):
+            theirs(ids[:, 40:44], past_key_values=cache, position_ids=torch.tensor([positions]))
+    theirs.config.block_size = 17
+    with pytest.raises(ValueError, match=r"block_size=17 is not supported"):
+        type(theirs)(theirs.config)
+
+
+@torch.no_grad()
+def test_classes_with_other_masks_than_causal_ones_are_refused_by_the_name_of_the_mask():
+    sizes = {
+        "vocab_size": 61, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 8, "attn_implementation": "s2",
+    }  # fmt: skip
+    full = {"sliding_window": 512, "layer_types": ["full_attention"] * 2}
+    for config, name in (
+        (LlamaConfig(**sizes, is_causal=False), "is_causal=False is not supported"),
+        (
+            Gemma3TextConfig(**sizes, **full, use_bidirectional_attention=True),
+            "is causal, and this model's mask|is_causal=False",
+        ),
+        (Gemma3TextConfig(**sizes, **full), ""),
+    ):
+        theirs = AutoModelForCausalLM.from_config(config).eval()
+        theirs.config.attention_layout, theirs.config.block_size = "dense", 16
+        if name:
+            with pytest.raises(ValueError, match=name):
+                theirs(tokens(1, 50))
+        else:
+            assert theirs(tokens(1, 50)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2"])
