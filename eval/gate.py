@@ -12,7 +12,8 @@
     shared_haystack: true                     # of the needle, as in eval.needle; default: false
     data_dir: data/eval                       # of the tasks (--data-dir), without it the hub; limit: 500
     tasks:
-      - {task: piqa, metric: acc, max_drop: 0.01}
+      - {task: piqa, metric: acc, max_drop: 0.01}       # of what is better the lower it is: max or max_rise
+      - {task: s2_heldout, metric: bits_per_byte, max_rise: 0.01}
 
 `gate.json`, beside the other results, has each figure beside its threshold and whether all hold, and the losses by
 bucket. The figures come from `eval.positions`, `eval.needle` and `eval.lm`, whose files say more; samples that are
@@ -43,7 +44,7 @@ from s2 import ending, files
 from s2.arguments import DTYPES, new_parser, path
 from s2.inference.folder import check_folder
 from s2.recipe import load_recipe
-from s2.training.gate import thresholds_digest
+from s2.training.gate import holds, thresholds_digest
 
 Length = Annotated[int, BeforeValidator(lambda value: parse_length(str(value)))]
 FILE = "gate.json"
@@ -89,17 +90,31 @@ class NeedleCheck(_Section):
 
 
 class TaskCheck(_Section):
-    """A metric of an lm-eval task."""
+    """A metric of an lm-eval task; `max` and `max_rise` are of those that are better the lower they are."""
 
     task: str
     metric: str = "acc"
     min: float | None = None
+    max: float | None = None
     max_drop: float | None = None
+    max_rise: float | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TaskCheck:
-        _one_of(self, "min", "max_drop")
+        _one_of(self, "min", "max", "max_drop", "max_rise")
         return self
+
+    def check_direction(self, is_higher_better: bool | None) -> None:
+        """Raises ValueError for a threshold that a worse model would pass; None: nobody says which is better."""
+        if is_higher_better is None:
+            return
+        lower, higher = ("max", "max_rise"), ("min", "max_drop")
+        fitting, others = (higher, lower) if is_higher_better else (lower, higher)
+        if wrong := next((key for key in others if getattr(self, key) is not None), None):
+            raise ValueError(
+                f"tasks: {self.metric} of {self.task} is better the {'higher' if is_higher_better else 'lower'} it is;"
+                f" expected {' or '.join(fitting)}, not {wrong}: {getattr(self, wrong):g}"
+            )
 
 
 class GateConfig(_Section):
@@ -143,11 +158,11 @@ class GateConfig(_Section):
 
 def _one_of(check: BaseModel, *names: str) -> None:
     if sum(getattr(check, name) is not None for name in names) != 1:
-        raise ValueError(f"expected one of {' and '.join(names)}")
+        raise ValueError(f"expected one of {', '.join(names[:-1])} and {names[-1]}")
 
 
 def _is_relative(check: Any) -> bool:
-    return getattr(check, "max_rise", getattr(check, "max_drop", None)) is not None
+    return any(getattr(check, name, None) is not None for name in ("max_rise", "max_drop"))
 
 
 def check_gate(
@@ -176,6 +191,11 @@ def check_gate(
     lengths = [*(check.length for check in config.loss), *(check.length for check in config.needle)]
     check_lengths(lengths or [1], about.max_length)
     without = lm.unavailable([check.task for check in config.tasks], config.data_dir)
+    try:
+        for check in config.tasks:
+            check.check_direction(lm.is_higher_better(check.task, check.metric))
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
     measured = [check for check in config.checks() if getattr(check, "task", None) not in without]
     if not measured:
         raise ValueError(f"{config_file}: nothing can be measured: {'; '.join(without.values())}")
@@ -214,15 +234,10 @@ def _given(check: Any) -> dict[str, Any]:
 
 def _judged(check: Any, row: Row, before: float | None) -> dict[str, Any]:
     """A figure beside its threshold."""
-    given = _given(check)
-    value = row["value"]
-    if before is None:
-        passed = value <= given["max"] if "max" in given else value >= given["min"]
-    else:
-        passed = value - before <= given["max_rise"] if "max_rise" in given else before - value <= given["max_drop"]
     base = {} if before is None else {"base": before}
     figure = {key: row.get(key) for key in ("value", "n", "interval", "stderr", "file") if row.get(key) is not None}
-    return {**given, **figure, **base, "passed": bool(passed)}
+    judged = {**_given(check), **figure, **base}
+    return judged | {"passed": holds(judged)}
 
 
 class _Figures:
@@ -262,6 +277,7 @@ class _Figures:
             if not found:
                 metrics = ", ".join(row["metric"] for row in rows)
                 raise ValueError(f"tasks: {check.task} has no metric {check.metric!r}; it has {metrics}")
+            check.check_direction(found[0]["higher_is_better"])  # of a group, and of what its YAML does not say
         return found[0] | {"file": file.name}
 
     def losses(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.api import registry
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
@@ -174,6 +175,17 @@ def unavailable(tasks: Sequence[str], data_dir: Path | None) -> dict[str, str]:
             except (ConnectionError, FileNotFoundError) as error:
                 reasons[name] = str(error)
     return reasons
+
+
+def is_higher_better(task: str, metric: str) -> bool | None:
+    """Whether more of a task's metric is better, as the task's YAML has it, else lm-eval of a metric of that name; None
+    for a metric that the YAML does not list."""
+    tasks = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False) if task in OWN_TASKS else stock_tasks()
+    listed = (tasks.task_index[task].cfg or {}).get("metric_list") or ()
+    found = next((each for each in listed if each["metric"] == metric), None)
+    if found is None or "higher_is_better" in found:
+        return found and found["higher_is_better"]
+    return registry.is_higher_better(metric)
 
 
 def check_amounts(limit: float | None, num_fewshot: int | None, stock: Sequence[str]) -> None:

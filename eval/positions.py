@@ -228,8 +228,9 @@ def ready(argv: Sequence[str]) -> Callable[[], Path]:
 
     settings = {
         "documents": source.name or str(source),
-        "documents_digest": checksum_of(source) or str(source.resolve()),
+        "documents_digest": checksum_of(source),
         "bos_id": bos_of(checkpoint.tokenizer),
+        **({"text_column": args.text_column} if args.text_column != "text" else {}),
         **({"source": args.source} if args.source else {}),
     }
     plan = [{"id": f"{length}/{number}", "length": length, "document": number} for length, number in tokens]

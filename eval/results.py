@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.corpus.sources import Source
+from eval.samples import digest
 from s2.files import checksum, make_folder, move_aside, read_json, remove_files, write_json, write_text
 from s2.versions import version_of
 
@@ -105,9 +107,16 @@ def threshold(check: dict[str, Any]) -> str:
 
 
 def checksum_of(source: Path) -> str | None:
-    """A checksum of a file or of a shard folder's manifest; None for other folders and patterns."""
+    """A checksum of texts that are read: of a file, of a shard folder's manifest, or of the names and contents of the
+    files that a folder or pattern stands for; None where nothing is there."""
     file = source / "manifest.json" if source.is_dir() else source
-    return checksum(file) if file.is_file() else None
+    if file.is_file():
+        return checksum(file)
+    try:
+        found = Source(path=str(source)).resolve().files
+    except FileNotFoundError:
+        return None
+    return digest([[name, checksum(Path(path))] for path, name in found])
 
 
 def _name(value: Any) -> str:

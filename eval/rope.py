@@ -43,6 +43,7 @@ from s2.inference.folder import bos_of, check_folder, memory_for
 from s2.model.config import ModelConfig
 from s2.model.rope import scales_by_kind
 from s2.progress import progress
+from s2.recipe import parse_yaml
 
 NEEDLES = 16  # of a prompt
 SHORT = 256  # tokens of a text whose positions jump
@@ -131,7 +132,7 @@ def parse(text: str, config: ModelConfig) -> Rotation:
     Raises ValueError for other keys, and values that `ModelConfig` refuses.
     """
     try:
-        keys = yaml.safe_load(text)
+        keys = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--rope {text}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(keys, Mapping) or not keys or not set(keys) <= set(_KEYS):

@@ -7,17 +7,11 @@ from typing import Any
 
 import torch
 
-from s2.inference.checks import check_sampling
+from s2.inference.checks import NEUTRAL, check_sampling
 
 MAX_NEW_TOKENS = 256  # lm-eval's, where a task does not say
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
-# Values of options that are not implemented with which they do nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("num_beams", "num_return_sequences", "repetition_penalty", "length_penalty", "typical_p"), (1,)),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_p", "min_new_tokens"), (0,)),
-    **dict.fromkeys(("use_cache", "early_stopping"), (True, False)),
-}
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Sampling:
         """
         given = {key: value for key, value in options.items() if value is not None}
         for key, value in given.items():
-            if key not in (*_KNOWN, *_LENGTHS) and value not in _NEUTRAL.get(key, ()):
+            if key not in (*_KNOWN, *_LENGTHS) and value not in NEUTRAL.get(key, ()):
                 raise ValueError(
                     f"generation option {key}={value!r} is not supported; supported are {', '.join(_KNOWN)}"
                 )

@@ -10,6 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Options of transformers' generation that are not implemented, each with the values with which it does nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "diversity_penalty", "min_p", "penalty_alpha"), (0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length"), (0,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), ([],)),
+    **dict.fromkeys(("sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "top_h"), ()),
+    **dict.fromkeys(("use_cache", "early_stopping"), (True, False)),
+}
+
 
 def whole(name: str, value: Any, least: int, most: int | None = None, *, must: str = "") -> int:
     """`value` as an int.

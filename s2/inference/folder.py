@@ -22,7 +22,7 @@ from s2.model.tokenizer_files import read_tokenizer
 from s2.model.transformer import Transformer
 from s2.out_of_memory import is_out_of_memory
 
-from .checks import whole
+from .checks import NEUTRAL, whole
 from .detokenize import TextDecoder
 from .prefill import PREFILL_CHUNK
 
@@ -116,8 +116,18 @@ class ModelFolder:
     @property
     def sampling(self) -> dict[str, Any]:
         """`temperature`, `top_p` and `top_k` as generation_config.json has them, for `generate`; only those it names,
-        and temperature 0 where it does not say `do_sample`."""
+        and temperature 0 where it does not say `do_sample`.
+
+        Raises:
+            ValueError: one of them that is no number, or another option of generation that does something.
+        """
         said = self._generation
+        for key, neutral in NEUTRAL.items():
+            if said.get(key) is not None and said[key] not in neutral:
+                raise ValueError(
+                    f"{self.folder / _GENERATION}: {key}={said[key]!r} is not supported; supported are do_sample,"
+                    " temperature, top_p, top_k"
+                )
         if not said.get("do_sample"):
             return {"temperature": 0.0}
         named = {key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,8 @@ from s2.model.hf import fingerprint
 from s2.recipe import load_recipe
 
 BEFORE = "gate-before.json"
-_SAID = (
-    *("check", "task", "metric", "kind", "length", "from", "to"),
-    *("value", "base", "max", "min", "max_rise", "max_drop"),
-)
+THRESHOLDS = ("max", "min", "max_rise", "max_drop")  # of a check, one of them
+_SAID = ("check", "task", "metric", "kind", "length", "from", "to", "value", "base", *THRESHOLDS)
 
 
 def check_gate(init_from: str | None, gate: str, recipe: Path) -> dict[str, Any]:
@@ -85,6 +84,18 @@ def _verdict(folder: Path, file: Path, thresholds: Path | None, weights: str) ->
         return found | {"state": "missed", "said": said}
     without = f"; not measured: {'; '.join(left_out)}" if left_out else ""
     return found | {"state": "passed", "said": f"{folder} has passed its gate ({file}){without}"}
+
+
+def holds(check: Mapping[str, Any]) -> bool:
+    """Whether the `value` of a check in gate.json keeps its threshold, and where that is `max_rise` or `max_drop`,
+    beside the `base` checkpoint's. What is no finite number does not."""
+    threshold, limit = next((key, check[key]) for key in THRESHOLDS if check.get(key) is not None)
+    figure = check["value"] - (check["base"] if threshold in ("max_rise", "max_drop") else 0)
+    if not math.isfinite(figure):
+        return False
+    if threshold in ("max", "max_rise"):
+        return figure <= limit
+    return figure >= limit if threshold == "min" else -figure <= limit
 
 
 def _said(check: Mapping[str, Any]) -> str:

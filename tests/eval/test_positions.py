@@ -101,6 +101,35 @@ def test_documents_of_one_source_alone_are_read_where_shards_know_it(folder, doc
     assert (tmp_path / "all" / "positions-train-of-books.json").is_file()
 
 
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+def test_losses_of_a_folder_or_pattern_are_measured_again_when_its_texts_change(folder, tmp_path, pattern):
+    texts, output = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+
+    def measured():
+        main(["--ckpt", str(folder), "--device", "cpu", "--documents", str(texts / pattern), "--lengths", "100",
+              "--output", str(output)])  # fmt: skip
+        newest = max(output.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        return newest, json.loads(newest.read_text())
+
+    (texts / "a.jsonl").write_text(json.dumps({"text": prose(40, 1)}) + "\n")
+    first, before = measured()
+    again, same = measured()
+    assert again == first and same["samples"] == before["samples"]
+    (texts / "a.jsonl").write_text(json.dumps({"text": prose(40, 2)}) + "\n")
+    second, after = measured()
+    assert second != first and after["samples"][0]["prompt"] != before["samples"][0]["prompt"]
+    assert after["summary"]["lengths"][0]["loss"] != before["summary"]["lengths"][0]["loss"]
+
+
+def test_losses_of_another_column_are_not_those_of_the_first(folder, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": prose(40, 1), "summary": prose(40, 2)}) + "\n")
+    run(folder, texts, tmp_path, "--lengths", "100")
+    with pytest.raises(ValueError, match=r"positions\.json is of another checkpoint, haystack or kind"):
+        run(folder, texts, tmp_path, "--lengths", "100", "--text-column", "summary")
+
+
 @pytest.fixture
 def encoded(monkeypatch):
     """The texts that are encoded."""

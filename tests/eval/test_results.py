@@ -95,6 +95,20 @@ def test_a_table_of_other_data_or_another_lm_eval_is_not_current(tmp_path):
     assert not is_current(file) and is_current(write()) and not is_current(write("0.4"))
 
 
+def test_a_table_of_a_folder_whose_texts_have_changed_is_not_current(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a river")
+    for source in (texts, texts / "*.txt"):
+        about = {"fingerprint": "one", "lm_eval": version("lm_eval")}
+        content = {"name": "lm-a-0", "content": {str(source): checksum_of(source)}}
+        file, _ = write_results(tmp_path / "out", {"s2": about, "s2_files": content}, "table")
+        assert is_current(file) and checksum_of(source) is not None
+        (texts / "a.txt").write_text(f"{(texts / 'a.txt').read_text()} of stones")
+        assert not is_current(file)
+    assert checksum_of(tmp_path / "nowhere") is None
+
+
 def test_text_without_spaces_has_an_infinite_perplexity_per_word_and_finite_bits_per_byte(folder, tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "河水流过石桥" * 60}, ensure_ascii=False) + "\n", encoding="utf-8")

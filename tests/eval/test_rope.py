@@ -255,7 +255,8 @@ def test_names_say_what_differs():
         ("{}", "expected a mapping"),
         ("{theta: 2.0e+5}", "expected a mapping"),
         ("{1: 2}", "expected a mapping"),
-        ("{rope_theta: 2e5}", "rope_theta"),  # YAML reads a string
+        ("{rope_theta: 1.0, rope_theta: 2.0}", "the key 'rope_theta' stands twice"),
+        ("{rope_theta: no}", "expected a number, got 'no'"),
         ("{rope_theta: -1}", "rope_theta"),
         ("{rope_scaling: {rope_type: yarn, factor: 4}}", "original_max_position_embeddings"),
         ("{rope_scaling: {rope_type: spiral}}", "spiral"),
@@ -265,6 +266,10 @@ def test_names_say_what_differs():
 def test_rotations_that_no_model_can_have_are_refused(given, said):
     with pytest.raises(ValueError, match=rf"^--rope {re.escape(given)}: .*{said}"):
         parse(given, config())
+
+
+def test_a_rotation_is_read_as_a_recipe_reads_it():
+    assert [parse(text, config())["rope_theta"] for text in ("{rope_theta: 2e5}", "{rope_theta: 200_000}")] == [2e5] * 2
 
 
 def test_lengths_and_texts_that_cannot_be_read_are_refused_before_anything_is_written(folder, text, tmp_path):

@@ -188,6 +188,55 @@ def test_the_gate_keeps_the_losses_by_bucket_and_the_digest_of_its_thresholds(fo
     assert written["config_digest"] == thresholds_digest(config)
 
 
+def test_a_gate_on_a_metric_that_is_better_the_lower_it_is_stops_a_worse_model(folder, data, tmp_path, monkeypatch):
+    """Bits per byte that rise are missed, those that fall pass, and thresholds that would have it the other way round
+    are refused before anything is scored."""
+    base = shutil.copytree(folder, tmp_path / "base")
+    text = f"base: {base}\ntasks:\n"
+    for metric, threshold in (("bits_per_byte", "max_rise: 0.01"), ("word_perplexity", "max: 900")):
+        text += f"- {{task: s2_heldout, metric: {metric}, {threshold}}}\n"
+    config = write_config(data, tmp_path / "gate.yaml", text)
+    own, before = {}, {"bits_per_byte": 2.0, "word_perplexity": 800.0}
+
+    def scored(words):
+        figures = before if str(base) in words else own
+        content = {
+            "results": {"s2_heldout": {f"{metric},none": value for metric, value in figures.items()}},
+            "higher_is_better": {"s2_heldout": dict.fromkeys(figures, False)},
+            "documents": {},
+        }
+        files.write_json(tmp_path / "lm.json", content)
+        return tmp_path / "lm.json"
+
+    monkeypatch.setattr(lm, "command", scored)
+    for bits, perplexity, passed in ((3.0, 1000.0, False), (1.0, 800.0, True)):
+        own |= {"bits_per_byte": bits, "word_perplexity": perplexity}
+        checks = gate.check_gate(folder, config, tmp_path / "out", ["--device", "cpu"])["checks"]
+        assert [check["passed"] for check in checks] == [passed, passed]
+    assert checks[0]["base"] == 2.0 and "base" not in checks[1]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"better the lower it is; .*, not min: 5"):
+        patch.setattr(lm, "is_higher_better", lambda task, metric: None)  # a group: its results say so
+        text = "tasks:\n- {task: s2_heldout, metric: bits_per_byte, min: 5}\n"
+        gate.check_gate(folder, write_config(data, tmp_path / "gate.yaml", text), tmp_path / "out", ["--device", "cpu"])
+    monkeypatch.setattr(lm, "command", None)
+    for task, metric, threshold, said in (
+        ("s2_heldout", "bits_per_byte", "max_drop: 0.01", "better the lower it is; expected max or max_rise"),
+        ("lambada_openai", "perplexity", "min: 5", "better the lower it is; expected max or max_rise"),
+        ("s2_passkey", "acc", "max_rise: 0.01", "better the higher it is; expected min or max_drop"),
+    ):
+        text = f"base: {base}\ntasks:\n- {{task: {task}, metric: {metric}, {threshold}}}\n"
+        config = write_config(data, tmp_path / "gate.yaml", text)
+        monkeypatch.setattr(lm, "unavailable", lambda tasks, data_dir: {})
+        with pytest.raises(ValueError, match=rf"gate\.yaml: tasks: {metric} of {task} is {said}, not {threshold}"):
+            gate.check_gate(folder, config, tmp_path / "out", ["--device", "cpu"])
+
+
+def test_the_direction_of_a_metric_is_what_lm_eval_says_of_it():
+    assert lm.is_higher_better("piqa", "acc") is True and lm.is_higher_better("lambada_openai", "perplexity") is False
+    assert lm.is_higher_better("wikitext", "bits_per_byte") is False  # whose YAML does not say
+    assert lm.is_higher_better("s2_passkey", "acc_512") is True and lm.is_higher_better("mmlu", "acc") is None
+
+
 def test_a_gate_reads_local_tasks_and_says_which_it_had_no_rows_for(folder, data, tmp_path, capsys):
     (tmp_path / "rows/piqa").mkdir(parents=True)
     row = {"goal": "eat", "sol1": "with a spoon", "sol2": "with a saw", "label": 0}

@@ -139,6 +139,12 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
         changed(generation_config__json={"eos_token_id": "x"}).eos_ids  # noqa: B018
     with pytest.raises(ValueError, match=r"generation_config\.json: temperature='0\.7' must be a number"):
         changed(generation_config__json={"do_sample": True, "temperature": "0.7"}).sampling  # noqa: B018
+    neutral = {"repetition_penalty": 1.0, "min_p": None, "num_beams": 1, "suppress_tokens": [], "use_cache": True}
+    assert changed(generation_config__json=neutral).sampling == {"temperature": 0.0}
+    for key, value in {"repetition_penalty": 1.1, "min_p": 0.05, "typical_p": 0.9, "suppress_tokens": [3]}.items():
+        for said in ({"do_sample": True}, {}):  # penalties change what is likeliest
+            with pytest.raises(ValueError, match=rf"generation_config\.json: {key}=.* is not supported; supported are"):
+                changed(generation_config__json=said | {key: value}).sampling  # noqa: B018
     (opened.folder / "generation_config.json").unlink()
     bare = ModelFolder.open(opened.folder, "cpu")
     assert bare.sampling == {"temperature": 0.0} and bare.eos_ids == (1,)

@@ -263,4 +263,10 @@ MUTANTS = (
         'for document in shards.documents_of(None, "--documents"):',
         ("test_positions.py",),
     ),
+    Mutant(
+        "a_worse_model_passes_where_lower_is_better", "eval/gate.py",
+        "(higher, lower) if is_higher_better else (lower, higher)",
+        "(higher, lower)",
+        ("test_suite.py::test_a_gate_on_a_metric_that_is_better_the_lower_it_is_stops_a_worse_model",),
+    ),
 )  # fmt: skip
