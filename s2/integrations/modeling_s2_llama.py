@@ -28,7 +28,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import logging
 
-from .plain_s2_llama import BLOCK_SIZES, DENSE, layout_rules, plain_attention, plain_documents
+from .plain_s2_llama import BLOCK_SIZES, DENSE, as_autocast_has_it, layout_rules, plain_attention, plain_documents
 
 try:
     from s2.attention import LayerLayout, s2_attention
@@ -279,7 +279,7 @@ def attention_forward(
         kept.take()
         key, value = key.states, value.states
     _check(module, key, dropout, kwargs)
-    query, key, value = (_as_autocast_has_it(x) for x in (query, key, value))
+    query, key, value = (as_autocast_has_it(x) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     batch = attention_mask if isinstance(attention_mask, Batch) else Batch(attention_mask)
@@ -318,13 +318,6 @@ def attention_forward(
     return out, None
 
 
-def _as_autocast_has_it(x: Tensor) -> Tensor:
-    """As torch's own attention casts it. RoPE leaves queries and keys in the dtype of the weights."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
 def _check(module: Any, key: Tensor, dropout: float, options: dict[str, Any]) -> None:
     config = module.config
     if None in (getattr(config, "attention_layout", None), getattr(config, "block_size", None)):
@@ -350,8 +343,8 @@ def _sizes(config: Any) -> tuple[str, int, int, int]:
 
 def _sizes_of(module: Any) -> tuple[str, int, int, int]:
     """`_sizes` of the model that this attention was made for; early exit has `config` say fewer layers for a while."""
-    layout, layers, *heads = _sizes(module.config)
-    return layout, getattr(module, "num_layers", layers), *heads
+    layout, layers, heads, kv_heads = _sizes(module.config)
+    return layout, getattr(module, "num_layers", layers), heads, kv_heads
 
 
 @functools.lru_cache(maxsize=64)

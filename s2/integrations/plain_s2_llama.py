@@ -148,12 +148,17 @@ def plain_documents(
     ends = borders.tolist()
     if ends[0] != 0 or ends != sorted(ends) or ends[-1] > len(q):
         raise ValueError(f"the borders of documents must grow from 0 to at most {len(q)} tokens, got {ends!s:.80}")
-    pieces = [
-        plain_attention(*(x[None, begin:end] for x in (q, k, v)), rules, block_size, scale)[0]
-        for begin, end in itertools.pairwise(ends)
-        if begin < end
-    ]
+    how = rules, block_size, scale
+    documents = [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
+    pieces = [plain_attention(q[None, own], k[None, own], v[None, own], *how)[0] for own in documents]
     return torch.cat([*pieces, torch.zeros_like(q[ends[-1] :])])
+
+
+def as_autocast_has_it(x: Tensor) -> Tensor:
+    """As torch's own attention casts it. RoPE leaves queries and keys in the dtype of the weights."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _attend_piece(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], first: int, scale: float) -> Tensor:
