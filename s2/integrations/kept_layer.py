@@ -198,7 +198,7 @@ class KeptLayer(DynamicLayer):
 
     # ---------------------------------------------------------------- what the attention "s2" asks for
 
-    def take(self) -> None:
+    def received(self) -> None:
         """The attention has what `update` was given."""
         self._fed = None
 

@@ -13,7 +13,6 @@ of keys and values, D head dimension.
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -202,9 +201,7 @@ class Batch:
             return None
         if not restart.any():
             return None
-        if self.starts is not None and any(
-            start < end for start, end in zip(self.starts, self.ends or (), strict=True) if start
-        ):
+        if any(0 < start < end for start, end in zip(self.starts or (), self.ends or (), strict=False)):
             raise ValueError("position_ids of packed documents with padding on the left; pad them on the right")
         if (position_ids[:, 1:][restart] != 0).any():
             raise ValueError("position_ids must grow by 1 from token to token, or begin again at 0 with a new document")
@@ -224,10 +221,10 @@ class Batch:
 
 def _joined(function: Callable) -> list[Callable]:
     """The mask functions that transformers' `and_masks` has joined, or the one that it is."""
-    inner = inspect.getclosurevars(function).nonlocals.get("mask_functions")
-    if not inner or not function.__qualname__.startswith("and_masks"):
+    if getattr(function, "__name__", "") != "and_mask":
         return [function]
-    return [part for each in inner for part in _joined(each)]
+    (inner,) = function.__closure__ or ()
+    return [part for each in inner.cell_contents for part in _joined(each)]
 
 
 def batch_mask(
@@ -243,7 +240,8 @@ def batch_mask(
             f"{kv_length} keys and an attention_mask of {masked} for {tokens} tokens: the attention {NAME!r} takes a "
             f"cache that grows with the tokens (DynamicCache) and a mask of them all"
         )
-    names = [] if mask_function is None else [part.__qualname__.split(".")[0] for part in _joined(mask_function)]
+    parts = [] if mask_function is None else _joined(mask_function)
+    names = [getattr(part, "__qualname__", repr(part)).split(".")[0] for part in parts]
     return Batch(attention_mask, ", ".join(name for name in names if name not in _CAUSAL))
 
 
@@ -276,7 +274,7 @@ def attention_forward(
     """
     kept = None if isinstance(key, Tensor) else key.layer
     if kept is not None:
-        kept.take()
+        kept.received()
         key, value = key.states, value.states
     _check(module, key, dropout, kwargs)
     query, key, value = (as_autocast_has_it(x) for x in (query, key, value))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from s2.attention import LayerLayout, s2_attention
+from s2.attention.pattern import BLOCK_SIZES
 from s2.integrations import plain_s2_llama as plain
 
 CASES = 60
@@ -119,3 +120,7 @@ def test_what_is_no_layout_is_refused_as_the_package_does(spec):
         LayerLayout.parse(spec, 4).check_heads(4, 2)
     with pytest.raises(ValueError, match="attention_layout="):
         plain.layout_rules(spec, 4, 4, 2)
+
+
+def test_the_sizes_of_blocks_are_the_packages():
+    assert plain.BLOCK_SIZES == BLOCK_SIZES

@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -399,6 +400,7 @@ def test_classes_with_other_masks_than_causal_ones_are_refused_by_the_name_of_th
         "vocab_size": 61, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 8, "attn_implementation": "s2",
     }  # fmt: skip
+    experts = {"intermediate_size_mlp": 96, "num_local_experts": 2, "interleave_moe_layer_step": 99}
     full = {"sliding_window": 512, "layer_types": ["full_attention"] * 2}
     for config, name in (
         (LlamaConfig(**sizes, is_causal=False), "is_causal=False is not supported"),
@@ -406,6 +408,7 @@ def test_classes_with_other_masks_than_causal_ones_are_refused_by_the_name_of_th
             Gemma3TextConfig(**sizes, **full, use_bidirectional_attention=True),
             "is causal, and this model's mask|is_causal=False",
         ),
+        (Llama4TextConfig(**sizes, **experts, attention_chunk_size=32), "this model's mask is not .*: chunked_overlay"),
         (Gemma3TextConfig(**sizes, **full), ""),
     ):
         theirs = AutoModelForCausalLM.from_config(config).eval()
