@@ -9,8 +9,10 @@ package (`pip install gguf`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,39 +21,143 @@ from s2 import ending, files
 from s2.model.config import ModelConfig
 from s2.model.hf import save_pretrained
 
-_SCALED_ROPE = ("rope_freqs.weight", ".rope.scaling.factor")  # a tensor of Llama 3.1, a key of linear and yarn
-_HEADER = 64 << 20  # bytes with all keys, the vocabulary among them, and the names of all tensors
+try:
+    from gguf import GGUFReader
+except ImportError:  # optional; `convert` says so
+    GGUFReader = None  # type: ignore[assignment, misc]
+
+# Tensors of a layer behind "blk.N.", by the architecture whose models are ours.
+_LAYER = tuple(
+    f"{name}.weight"
+    for name in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+)
+_TENSORS = {
+    "llama": _LAYER,
+    "qwen2": (*_LAYER, "attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    "qwen3": (*_LAYER, "attn_q_norm.weight", "attn_k_norm.weight"),
+}
+# Keys behind "<architecture>." and the field of ModelConfig that each must have become.
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "rope.dimension_count": "head_dim",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "vocab_size": "vocab_size",
+}
+_OPTIONAL = ("rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length", "vocab_size")
+# Keys that change nothing with these values, by llama.cpp's reading of them.
+_WITHOUT_EFFECT: dict[str, Callable[[Any], bool]] = {
+    "expert_count": lambda value: value == 0,
+    "expert_used_count": lambda value: value == 0,
+    "attention.causal": lambda value: value is True,
+    "rope.scale_linear": lambda value: value in (0, 1),
+    "rope.scaling.type": lambda value: value == "none",
+    "rope.scaling.factor": lambda value: value in (0, 1),
+    "rope.scaling.attn_factor": lambda value: value == 1,
+    "rope.scaling.finetuned": lambda value: isinstance(value, bool),
+    "rope.scaling.original_context_length": lambda value: True,  # of the scaling that the other keys rule out
+    "tensor_data_layout": lambda value: isinstance(value, str),  # of files of 2023; transformers reads both
+}
+_ELSEWHERE = "; take the original Hugging Face folder"
 
 
 def convert(source: Path, folder: Path) -> Path:
-    """Write `folder` from a GGUF file.
+    """Write `folder` from a GGUF file of a Llama, Qwen2 or Qwen3 model.
+
+    Every key and tensor that says what the model computes is accounted for; a file with others is refused, since
+    transformers, which reads it, leaves out what it does not know and draws what it does not find.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: `gguf` is not installed, the file is no GGUF, or it holds no model that can be taken, or one whose
-            RoPE would be lost.
+        ValueError: `gguf` is not installed, the file is no GGUF or cut off, or the model is another than
+            transformers would read from it.
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such GGUF file")
-    with source.open("rb") as stream:
-        header = stream.read(_HEADER)
-    if scaled := [name for name in _SCALED_ROPE if name.encode() in header]:
-        raise ValueError(
-            f"{source}: its RoPE is scaled ({scaled[0]}), which transformers does not read from GGUF; take the original"
-            " Hugging Face folder"
-        )
+    if GGUFReader is None:
+        raise ValueError(f"{source}: reading it needs the gguf package (pip install gguf)")
+    said = _read_keys(source)
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(**place)
-    except (ImportError, ValueError, KeyError) as error:
+    except (ImportError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{source}: {error}") from None
+    for problem in ("missing", "unexpected", "mismatched"):  # of sizes: (name, in the file, in the model)
+        if keys := loading[f"{problem}_keys"]:
+            raise ValueError(f"{source}: transformers reads it with {problem} weights: {sorted(keys)[0]}")
     values = model.config.to_dict()
     values.pop("quantization_config", None)  # the weights are not quantised any more
     config = ModelConfig.from_hf_dict(values, str(source))
+    for key, value in said.items():
+        taken = getattr(config, _FIELDS[key])
+        if not math.isclose(taken, value, rel_tol=1e-6):  # floats are of 32 bits in the file
+            raise ValueError(f"{source}: {key} is {value}, and transformers takes {taken} from it{_ELSEWHERE}")
     with files.temporary_folder() as beside:
         tokenizer.save_pretrained(beside)
         return save_pretrained(model.state_dict(), config, folder, beside / "tokenizer.json", dtype=torch.float32)
+
+
+def _read_keys(source: Path) -> dict[str, float]:
+    """The values of _FIELDS, those that the file leaves out as llama.cpp takes them; all else is checked."""
+    try:
+        reader = GGUFReader(source)
+        keys = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # it checks neither lengths nor types: struct, index, overflow and other errors
+        raise ValueError(f"{source}: no GGUF file, or cut off ({error})") from None
+    architecture = keys.get("general.architecture")
+    if architecture not in _TENSORS:
+        raise ValueError(f"{source}: general.architecture is {architecture!r}; taken are {', '.join(_TENSORS)}")
+    prefix = f"{architecture}."
+    own = {key.removeprefix(prefix): value for key, value in keys.items() if key.startswith(prefix)}
+    for key, value in own.items():
+        if key not in _FIELDS and not _WITHOUT_EFFECT.get(key, lambda _: False)(value):
+            what = "its RoPE is scaled, which" if key.startswith("rope.scal") else "it has a key that"
+            raise ValueError(
+                f"{source}: {what} transformers does not read from GGUF ({architecture}.{key}: {value!r}){_ELSEWHERE}"
+            )
+    for key in _FIELDS:
+        if key not in own and key not in _OPTIONAL:
+            raise ValueError(f"{source}: it has no key {architecture}.{key}")
+        if key in own and (isinstance(own[key], bool) or not isinstance(own[key], int | float)):
+            raise ValueError(f"{source}: {architecture}.{key} is {own[key]!r}, and one number for all layers is taken")
+    if own["attention.head_count"] < 1:
+        raise ValueError(f"{source}: {architecture}.attention.head_count is {own['attention.head_count']}")
+    _check_tensors(source, {tensor.name for tensor in reader.tensors}, architecture, own["block_count"])
+    said = {key: own[key] for key in _FIELDS if key in own}
+    width = own["embedding_length"] / own["attention.head_count"]
+    return {"rope.freq_base": 10_000.0, "rope.dimension_count": own.get("attention.key_length", width)} | said
+
+
+def _check_tensors(source: Path, found: set[str], architecture: str, num_layers: int) -> None:
+    if "rope_freqs.weight" in found:
+        raise ValueError(
+            f"{source}: its RoPE is scaled, which transformers does not read from GGUF (rope_freqs.weight){_ELSEWHERE}"
+        )
+    known = {"output.weight"}  # left out where it is the embedding's
+    for name in _tensor_names(architecture, num_layers):
+        if name not in found:  # at once, however many layers a broken file says
+            raise ValueError(f"{source}: it has no tensor {name} (a part of a split file? llama-gguf-split joins them)")
+        known.add(name)
+    if left := sorted(found - known):
+        raise ValueError(
+            f"{source}: a {architecture} model has no tensor {left[0]}, and transformers would leave it out{_ELSEWHERE}"
+        )
+
+
+def _tensor_names(architecture: str, num_layers: int) -> Iterator[str]:
+    yield from ("token_embd.weight", "output_norm.weight")
+    for layer in range(num_layers):
+        yield from (f"blk.{layer}.{name}" for name in _TENSORS[architecture])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
