@@ -115,6 +115,12 @@ def interval(results: Mapping[str, Any], task: str, metric: str) -> tuple[float,
     return (value - Z95 * error, value + Z95 * error) if isinstance(error, int | float) else None
 
 
+def count(results: Mapping[str, Any], task: str, metric: str) -> int | None:
+    """Of how many documents a figure is. lm-eval's own count is one number a task, however many of its documents a
+    metric says something of."""
+    return len(_rows(results, task, metric)) or results.get("n-samples", {}).get(task, {}).get("effective")
+
+
 def whole_tasks(results: Mapping[str, Any]) -> list[str]:
     """The tasks that a mean over tasks counts: a group as one, its parts not."""
     parts = {part for parts in results.get("group_subtasks", {}).values() for part in parts}

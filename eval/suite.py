@@ -78,7 +78,6 @@ def rows_of(part: str, results: dict[str, Any]) -> list[Row]:
 
 def _lm_rows(task: str, results: dict[str, Any]) -> list[Row]:
     rows, values = [], results["results"][task]
-    count = results.get("n-samples", {}).get(task, {}).get("effective")
     better = results.get("higher_is_better", {}).get(task, {})
     for name, value in values.items():
         metric, _, filtered = name.partition(",")
@@ -87,7 +86,8 @@ def _lm_rows(task: str, results: dict[str, Any]) -> list[Row]:
         stderr = values.get(f"{metric}_stderr,{filtered}")
         stderr = stderr if isinstance(stderr, int | float) else None
         interval = [round(end, 5) for end in documents.interval(results, task, name) or ()] or None
-        row = _row("lm", task, None, metric, value, count, interval, better.get(metric, True))
+        n = documents.count(results, task, name)
+        row = _row("lm", task, None, metric, value, n, interval, better.get(metric, True))
         rows.append(row | {"stderr": stderr})
     return rows
 

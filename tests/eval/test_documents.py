@@ -138,3 +138,16 @@ def test_the_mean_of_differences_adds_distances_in_squares():
     assert found.value == pytest.approx(7.0) and found.paired
     half = each[0].high - each[0].value  # the other one's is 4/3 of it, together 5/3, of two
     assert (found.value - found.low, found.high - found.value) == pytest.approx((half * 5 / 6, half * 5 / 6))
+
+
+def test_a_metric_counts_the_documents_it_says_something_of():
+    scores = {"acc,none": [1, 0, 1], "acc_256,none": [1, None, None]}
+    results = {
+        "results": {"t": {}, "group": {}, "old": {}},
+        "documents": {"t": {"digest": "d", "scores": scores}},
+        "group_subtasks": {"group": ["t"]},
+        "n-samples": {"t": {"effective": 1}, "old": {"effective": 7}},
+    }
+    assert [documents.count(results, "t", metric) for metric in scores] == [3, 1]
+    assert documents.count(results, "group", "acc,none") == 3
+    assert documents.count(results, "old", "acc,none") == 7  # of a file without documents

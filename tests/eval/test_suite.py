@@ -67,6 +67,7 @@ def test_one_command_runs_every_part_and_brings_them_together(folder, data, tmp_
         ("ruler", "mean", 400, "all"): 1,
         ("positions", "loss", 512, "nats/token"): 4,
         ("lm", "s2_passkey", None, "acc"): 40,
+        ("lm", "s2_passkey", None, "acc_256"): 20,  # of one length alone
     }.items():
         assert rows[key]["n"] == n and len(rows[key]["interval"]) == 2
     assert rows["positions", "loss", 512, "nats/token"]["higher_is_better"] is False
