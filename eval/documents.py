@@ -115,7 +115,7 @@ def interval(results: Mapping[str, Any], task: str, metric: str) -> tuple[float,
     return (value - Z95 * error, value + Z95 * error) if isinstance(error, int | float) else None
 
 
-def count(results: Mapping[str, Any], task: str, metric: str) -> int | None:
+def count_of(results: Mapping[str, Any], task: str, metric: str) -> int | None:
     """Of how many documents a figure is. lm-eval's own count is one number a task, however many of its documents a
     metric says something of."""
     return len(_rows(results, task, metric)) or results.get("n-samples", {}).get(task, {}).get("effective")

@@ -86,14 +86,21 @@ def _lm_rows(task: str, results: dict[str, Any]) -> list[Row]:
         stderr = values.get(f"{metric}_stderr,{filtered}")
         stderr = stderr if isinstance(stderr, int | float) else None
         interval = [round(end, 5) for end in documents.interval(results, task, name) or ()] or None
-        n = documents.count(results, task, name)
+        n = documents.count_of(results, task, name)
         row = _row("lm", task, None, metric, value, n, interval, better.get(metric, True))
         rows.append(row | {"stderr": stderr})
     return rows
 
 
 def _row(
-    part: str, task: str, length: int | None, metric: str, value: float, n: int, interval: Any, better: bool = True
+    part: str,
+    task: str,
+    length: int | None,
+    metric: str,
+    value: float,
+    n: int | None,
+    interval: Any,
+    better: bool = True,
 ) -> Row:
     return {
         "part": part, "task": task, "length": length, "metric": metric, "value": value, "n": n, "interval": interval,

@@ -264,7 +264,7 @@ def _tasks(content: Mapping[str, Any], stage: str) -> Iterator[Figure]:
                 continue
             error = values.get(f"{metric}_stderr,{filtered}")
             error = error if isinstance(error, float) else None
-            n = documents.count(content, task, name)
+            n = documents.count_of(content, task, name)
             better = "higher" if content.get("higher_is_better", {}).get(task, {}).get(metric, True) else "lower"
             interval = documents.interval(content, task, name)
             yield Figure(

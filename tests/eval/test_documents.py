@@ -148,6 +148,6 @@ def test_a_metric_counts_the_documents_it_says_something_of():
         "group_subtasks": {"group": ["t"]},
         "n-samples": {"t": {"effective": 1}, "old": {"effective": 7}},
     }
-    assert [documents.count(results, "t", metric) for metric in scores] == [3, 1]
-    assert documents.count(results, "group", "acc,none") == 3
-    assert documents.count(results, "old", "acc,none") == 7  # of a file without documents
+    assert [documents.count_of(results, "t", metric) for metric in scores] == [3, 1]
+    assert documents.count_of(results, "group", "acc,none") == 3
+    assert documents.count_of(results, "old", "acc,none") == 7  # of a file without documents
