@@ -120,4 +120,10 @@ MUTANTS = (
         "if thresholds and not thresholds_digest(thresholds):",
         ("test_gate.py::test_other_thresholds_than_the_recipes_do_not_count",),
     ),
+    Mutant(
+        "an_edited_record_opens_a_gate", "s2/training/gate.py",
+        'is_right = check["passed"] is holds(check)',
+        "is_right = True",
+        ("test_gate.py::test_an_edited_record_opens_no_stage",),
+    ),
 )  # fmt: skip
