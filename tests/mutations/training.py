@@ -126,4 +126,10 @@ MUTANTS = (
         "is_right = True",
         ("test_gate.py::test_an_edited_record_opens_no_stage",),
     ),
+    Mutant(
+        "a_callback_finishes_a_stage", "s2/training/saving.py",
+        "if step >= last or is_timed:",
+        "if step >= 0 or is_timed:",
+        ("test_ends.py::test_a_callback_that_ends_training_leaves_a_checkpoint_and_no_export",),
+    ),
 )  # fmt: skip
