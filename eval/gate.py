@@ -24,6 +24,7 @@ which gate.json and the stage after it say. The command ends with code 2 where t
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from eval import lm, needle, positions
 from eval.checkpoint import Checkpoint, results_folder
 from eval.grid import SAMPLES, parse_length
+from eval.heldout import find_heldout
 from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
 from eval.positions import DOCUMENTS
@@ -195,7 +197,7 @@ def check_gate(
     config, digest = GateConfig.load(config_file), thresholds_digest(config_file)
     config = config if data_dir is None else config.model_copy(update={"data_dir": data_dir})
     output = output or results_folder(check_folder(folder))
-    if config.base:
+    if config.base and any(map(_is_relative, config.checks())):
         check_folder(config.base)
     about = Checkpoint.open(folder, "cpu")
     lengths = [*(check.length for check in config.loss), *(check.length for check in config.needle)]
@@ -209,9 +211,11 @@ def check_gate(
     measured = [check for check in config.checks() if getattr(check, "task", None) not in without]
     if not measured:
         raise ValueError(f"{config_file}: nothing can be measured: {'; '.join(without.values())}")
+    _check_texts(folder, config, config_file, measured)
     own, base = _Figures(folder, output, config, measured, options), None
-    if config.base:
-        relative = [check for check in measured if _is_relative(check)]
+    if relative := [check for check in measured if _is_relative(check)]:
+        assert config.base is not None  # GateConfig asks for it
+        _check_texts(config.base, config, config_file, relative)
         base = _Figures(config.base, results_folder(config.base), config, relative, ["--beyond", *options])
     checks = []
     for check in config.checks():
@@ -234,6 +238,18 @@ def check_gate(
     }
     files.write_json(output / FILE, gate)
     return gate
+
+
+def _check_texts(folder: Path, config: GateConfig, config_file: Path, checks: Sequence[Any]) -> None:
+    """Raises FileNotFoundError for texts that one of the checks reads and that are not there."""
+    for key, kind in (("documents", LossCheck), ("haystack", NeedleCheck)):
+        if not any(isinstance(check, kind) and getattr(check, "kind", None) != "passkey" for check in checks):
+            continue
+        given = getattr(config, key)
+        if given is None:
+            find_heldout(folder)
+        elif not (given.exists() or glob.glob(str(given))):
+            raise FileNotFoundError(f"{config_file}: {key}: {given}: no such file or folder")
 
 
 def _given(check: Any) -> dict[str, Any]:
