@@ -24,6 +24,7 @@ which gate.json and the stage after it say. The command ends with code 2 where t
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from eval import lm, needle, positions
 from eval.checkpoint import Checkpoint, results_folder
 from eval.grid import SAMPLES, parse_length
+from eval.heldout import find_heldout
 from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
 from eval.positions import DOCUMENTS
@@ -47,6 +49,12 @@ from s2.recipe import load_recipe
 from s2.training.gate import holds, thresholds_digest
 
 Length = Annotated[int, BeforeValidator(lambda value: parse_length(str(value)))]
+Begin = Annotated[int, BeforeValidator(lambda value: 0 if str(value) == "0" else parse_length(str(value)))]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, Field(strict=True)]
+Loss = Annotated[float, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Change = Annotated[float, Field(strict=True, ge=-1, le=1)]  # of a share
 FILE = "gate.json"
 
 
@@ -58,10 +66,10 @@ class LossCheck(_Section):
     """Mean loss of the tokens at positions `from` to `to` of documents read to `length`, in nats."""
 
     length: Length
-    begin: Annotated[int, BeforeValidator(lambda value: value and parse_length(str(value)))] = Field(0, alias="from")
+    begin: Begin = Field(0, alias="from")
     end: Length | None = Field(None, alias="to")
-    max: float | None = None
-    max_rise: float | None = None
+    max: Loss | None = None
+    max_rise: Number | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LossCheck:
@@ -80,8 +88,8 @@ class NeedleCheck(_Section):
 
     length: Length
     kind: Literal[tuple(KINDS)] = "single"  # type: ignore[valid-type]
-    min: float | None = None
-    max_drop: float | None = None
+    min: Share | None = None
+    max_drop: Change | None = None
 
     @model_validator(mode="after")
     def _check(self) -> NeedleCheck:
@@ -94,14 +102,18 @@ class TaskCheck(_Section):
 
     task: str
     metric: str = "acc"
-    min: float | None = None
-    max: float | None = None
-    max_drop: float | None = None
-    max_rise: float | None = None
+    min: Number | None = None
+    max: Number | None = None
+    max_drop: Number | None = None
+    max_rise: Number | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TaskCheck:
         _one_of(self, "min", "max", "max_drop", "max_rise")
+        for name, least in (("min", 0), ("max", 0), ("max_drop", -1), ("max_rise", -1)):
+            threshold = getattr(self, name)
+            if self.metric.startswith("acc") and threshold is not None and not least <= threshold <= 1:
+                raise ValueError(f"{name}: {threshold:g}, and {self.metric} is a share, from 0 to 1")
         return self
 
     def check_direction(self, is_higher_better: bool | None) -> None:
@@ -127,10 +139,10 @@ class GateConfig(_Section):
     haystack: Path | None = None
     data_dir: Path | None = None
     base: Path | None = None
-    limit: int | None = Field(None, ge=1)
-    needle_n: int = Field(SAMPLES, ge=1)
-    shared_haystack: bool = False
-    documents_n: int = Field(DOCUMENTS, ge=1)
+    limit: Count | None = None
+    needle_n: Count = SAMPLES
+    shared_haystack: bool = Field(False, strict=True)
+    documents_n: Count = DOCUMENTS
 
     @model_validator(mode="after")
     def _check(self) -> GateConfig:
@@ -153,7 +165,7 @@ class GateConfig(_Section):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "the file"
             reason = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{file}: {key}: {reason}; it is {str(first['input'])[:200]}") from None
+            raise ValueError(f"{file}: {key}: {reason}; it is {repr(first['input'])[:200]}") from None
 
 
 def _one_of(check: BaseModel, *names: str) -> None:
@@ -185,7 +197,7 @@ def check_gate(
     config, digest = GateConfig.load(config_file), thresholds_digest(config_file)
     config = config if data_dir is None else config.model_copy(update={"data_dir": data_dir})
     output = output or results_folder(check_folder(folder))
-    if config.base:
+    if config.base and any(map(_is_relative, config.checks())):
         check_folder(config.base)
     about = Checkpoint.open(folder, "cpu")
     lengths = [*(check.length for check in config.loss), *(check.length for check in config.needle)]
@@ -199,9 +211,11 @@ def check_gate(
     measured = [check for check in config.checks() if getattr(check, "task", None) not in without]
     if not measured:
         raise ValueError(f"{config_file}: nothing can be measured: {'; '.join(without.values())}")
+    _check_texts(folder, config, config_file, measured)
     own, base = _Figures(folder, output, config, measured, options), None
-    if config.base:
-        relative = [check for check in measured if _is_relative(check)]
+    if relative := [check for check in measured if _is_relative(check)]:
+        assert config.base is not None  # GateConfig asks for it
+        _check_texts(config.base, config, config_file, relative)
         base = _Figures(config.base, results_folder(config.base), config, relative, ["--beyond", *options])
     checks = []
     for check in config.checks():
@@ -226,6 +240,18 @@ def check_gate(
     return gate
 
 
+def _check_texts(folder: Path, config: GateConfig, config_file: Path, checks: Sequence[Any]) -> None:
+    """Raises FileNotFoundError for texts that one of the checks reads and that are not there."""
+    for key, kind in (("documents", LossCheck), ("haystack", NeedleCheck)):
+        if not any(isinstance(check, kind) and getattr(check, "kind", None) != "passkey" for check in checks):
+            continue
+        given = getattr(config, key)
+        if given is None:
+            find_heldout(folder)
+        elif not (given.exists() or glob.glob(str(given))):
+            raise FileNotFoundError(f"{config_file}: {key}: {given}: no such file or folder")
+
+
 def _given(check: Any) -> dict[str, Any]:
     """A check as gate.json says it."""
     kind = type(check).__name__.removesuffix("Check").lower()
@@ -235,8 +261,8 @@ def _given(check: Any) -> dict[str, Any]:
 def _judged(check: Any, row: Row, before: float | None) -> dict[str, Any]:
     """A figure beside its threshold."""
     base = {} if before is None else {"base": before}
-    figure = {key: row.get(key) for key in ("value", "n", "interval", "stderr", "file") if row.get(key) is not None}
-    judged = {**_given(check), **figure, **base}
+    figure = {key: row.get(key) for key in ("n", "interval", "stderr", "file") if row.get(key) is not None}
+    judged = {**_given(check), "value": row.get("value"), **figure, **base}
     return judged | {"passed": holds(judged)}
 
 
@@ -318,7 +344,8 @@ def describe(gate: dict[str, Any]) -> str:
             lines.append(f"| {name} | - | {threshold(check)} | not measured: {reason} |")
             continue
         verdict = "passed" if check["passed"] else "missed"
-        lines.append(f"| {name} | {check['value']:.4g} | {threshold(check)} | {verdict} |")
+        value = "-" if check["value"] is None else f"{check['value']:.4g}"
+        lines.append(f"| {name} | {value} | {threshold(check)} | {verdict} |")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ def find_heldout(checkpoint: str | Path) -> Path:
     raise FileNotFoundError(
         f"checkpoint {checkpoint} has no held-out shards near it (expected {folder.parent.parent}/data/heldout); name"
         " documents to read (text, jsonl, parquet or a shard folder): --heldout FILE for s2_heldout, --haystack FILE"
-        " for the needle"
+        " for the needle, --documents FILE for the loss by position"
     )
 
 

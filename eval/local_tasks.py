@@ -9,6 +9,7 @@ dataset_name says.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise ValueError("not a JSON object")
                 yield line, row
                 number += 1
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}, line {number}: {error}") from None
 
 

@@ -178,9 +178,25 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.parts = [part.strip() for part in args.parts.split(",")]
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise ValueError(f"--parts {unknown[0]}: expected some of {', '.join(PARTS)}")
+    if args.parts == ["lm"] and not args.tasks:
+        raise ValueError("--parts lm: name the tasks with --tasks")
     if args.part:
         raise ValueError("--part: the suite has several parts of its own; split it with --processes")
     return args
+
+
+def texts(args: argparse.Namespace) -> dict[str, Path | None]:
+    """What the parts that are chosen read, by its option; None: the run's held-out documents."""
+    found: dict[str, Path | None] = {}
+    if "positions" in args.parts:
+        found["--documents"] = args.documents
+    if "ruler" in args.parts or ("needle" in args.parts and set(args.kinds.split(",")) != {"passkey"}):
+        found["--haystack"] = args.haystack
+    if "ruler" in args.parts and args.qa:
+        found["--qa"] = args.qa
+    if "lm" in args.parts and args.tasks and args.data_dir:
+        found["--data-dir"] = args.data_dir
+    return found
 
 
 def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list[tuple[str, str, list[str]]]:
@@ -228,12 +244,12 @@ def command(argv: Sequence[str]) -> Path:
     trained = load_config(args.ckpt).max_position_embeddings
     lengths = default_lengths(trained) if args.lengths is None else parse_lengths(args.lengths)
     check_lengths(lengths, max(trained, *lengths) if args.beyond else trained)
-    for given in (args.haystack, args.documents, args.qa, args.data_dir):
-        if given and not given.exists():
-            raise FileNotFoundError(f"{given}: no such file or folder")
-    if not (args.haystack and args.documents):
-        find_heldout(args.ckpt)
-    if args.tasks:
+    for option, given in texts(args).items():
+        if given is None:
+            find_heldout(args.ckpt)
+        elif not given.exists():
+            raise FileNotFoundError(f"{option} {given}: no such file or folder")
+    if args.tasks and "lm" in args.parts:
         lm.check_tasks(args.tasks.split(","), args.data_dir)
     files.require_writable(output)
     commands = plan(args, lengths, output)

@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -65,13 +66,17 @@ def download(packages: Sequence[str], folder: Path) -> list[Path]:
 
 
 def documents(wheel: Path) -> Iterator[dict[str, str]]:
-    """The folders of one wheel: `text`, and `id`, the folder's path, numbered where it makes several documents."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = sorted((each.filename for each in archive.infolist() if _is_text(each)), key=_place)
-        for folder, group in itertools.groupby(names, key=lambda name: _place(name)[0]):
-            for number, text in enumerate(_joined(archive, group)):
-                if len(text) in DOCUMENT_CHARS:
-                    yield {"id": f"{folder}:{number}", "text": text}
+    """The folders of one wheel: `text`, and `id`, the folder's path, numbered where it makes several documents. Raises
+    ValueError for a damaged one."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted((each.filename for each in archive.infolist() if _is_text(each)), key=_place)
+            for folder, group in itertools.groupby(names, key=lambda name: _place(name)[0]):
+                for number, text in enumerate(_joined(archive, group)):
+                    if len(text) in DOCUMENT_CHARS:
+                        yield {"id": f"{folder}:{number}", "text": text}
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{wheel}: damaged ({error})") from None
 
 
 def _is_text(entry: zipfile.ZipInfo) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +21,7 @@ _WEIGHTS = (".safetensors", ".bin", ".npy", ".pt")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model")
 _LOG_BYTES = 200_000  # of the end of a log
 _NO_FIGURES = (".log", ".png")
+_UNPACK = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}  # by how files begin
 
 
 def pack(plan: Plan, target: Path, *, only: Sequence[str] = (), figures_only: bool = False) -> int:
@@ -59,11 +63,11 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
     """Add the arms of a tar file, or `only` these of them, to what is there and return the new files. What is there of
     an arm that has a finished stage or a checkpoint here stays as it is.
 
-    Raises ValueError, before anything is added, for a file that is no such tar, holds other arms than the plan or names
-    outside of its folder, lacks one of `only`, or holds a stage that was finished with another recipe or command than
-    the plan has.
+    Raises ValueError, before anything is added, for a file that is no such tar, is damaged, holds other arms than the
+    plan or names outside of its folder, lacks one of `only`, or holds a stage that was finished with another recipe or
+    command than the plan has.
     """
-    arms, added = {arm.name for arm in plan.arms}, []
+    arms = {arm.name for arm in plan.arms}
     jobs = [job for each in plan.jobs().values() for job in each]
     finished = {job.arm for job in jobs if job.is_done}
     records = {f"{job.arm}/{job.record_file.name}": job for job in jobs}
@@ -72,36 +76,42 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
         has_begun = any(Path(plan.root, parts[0]).glob("*/checkpoints/step-*"))
         return Path(plan.root, *parts).exists() and (parts[0] in finished or has_begun)
 
+    held = _contents(source)
+    arms_held = {PurePosixPath(name).parts[0] for name in held}
+    if lacking := [name for name in only if name not in arms_held]:
+        raise ValueError(f"--only {lacking[0]}: {source} has the arms {', '.join(sorted(arms_held))}")
+    if others := (set(only) or arms_held) - arms:
+        known = f"{plan.name} ({', '.join(sorted(arms))})"
+        raise ValueError(f"{source}: {min(others)!r} is no arm of {known}; --only leaves it out")
+    new = {name: content for name, content in held.items() if not only or PurePosixPath(name).parts[0] in only}
+    new = {name: content for name, content in new.items() if not stays(PurePosixPath(name).parts)}
+    for name in (name for name in new if name in records):
+        records[name].check_record(json.loads(new[name]), f"{source}: {name}")
+    for name, content in new.items():
+        with files.whole(Path(plan.root, name)) as stream:
+            stream.write(content)
+    return list(new)
+
+
+def _contents(source: Path) -> dict[str, bytes]:
+    """The files of a tar of results, all of it read and checked: tarfile itself takes a header that it cannot read for
+    the end, and leaves the checksum of what is packed unread. Raises ValueError for anything else."""
+    packed, held = source.read_bytes(), dict[str, bytes]()
     try:
-        with tarfile.open(source) as tar:
-            entries = [entry for entry in tar.getmembers() if not entry.isdir()]
-            for entry in entries:  # ./a/b is a/b
-                entry.name = str(PurePosixPath(entry.name))
-            for entry in entries:
-                parts = PurePosixPath(entry.name).parts
-                if not entry.isfile() or entry.name.startswith("/") or ".." in parts or len(parts) < 2:
-                    raise ValueError(f"{source}: {entry.name!r} is no file of an arm")
-            held = {PurePosixPath(entry.name).parts[0] for entry in entries}
-            if lacking := [name for name in only if name not in held]:
-                raise ValueError(f"--only {lacking[0]}: {source} has the arms {', '.join(sorted(held))}")
-            if others := (set(only) or held) - arms:
-                known = f"{plan.name} ({', '.join(sorted(arms))})"
-                raise ValueError(f"{source}: {min(others)!r} is no arm of {known}; --only leaves it out")
-            entries = [entry for entry in entries if not only or PurePosixPath(entry.name).parts[0] in only]
-            for entry in entries:
-                parts = PurePosixPath(entry.name).parts
-                if entry.name in records and not stays(parts):
-                    content = tar.extractfile(entry)
-                    record = json.loads(content.read() if content else b"{}")
-                    records[entry.name].check_record(record, f"{source}: {entry.name}")
-            for entry in entries:
-                parts = PurePosixPath(entry.name).parts
-                if stays(parts):
-                    continue
+        unpacked = next((unpack(packed) for magic, unpack in _UNPACK.items() if packed.startswith(magic)), packed)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+        raise ValueError(f"{source}: damaged, or not all of it is here ({error}); nothing is taken from it") from None
+    try:
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
+            for entry in (entry for entry in tar.getmembers() if not entry.isdir()):
+                name = PurePosixPath(entry.name)  # ./a/b is a/b
+                if not entry.isfile() or name.is_absolute() or ".." in name.parts or len(name.parts) < 2:
+                    raise ValueError(f"{source}: {str(name)!r} is no file of an arm")
                 content = tar.extractfile(entry)
-                with files.whole(Path(plan.root, *parts)) as stream:
-                    stream.write(content.read() if content else b"")
-                added.append(entry.name)
+                held[str(name)] = content.read() if content else b""
+            rest = unpacked[tar.offset :]
     except tarfile.TarError as error:
-        raise ValueError(f"{source}: not a tar file of results ({error})") from None
-    return added
+        raise ValueError(f"{source}: not a tar file of results, or damaged ({error})") from None
+    if not rest or rest.strip(b"\0"):
+        raise ValueError(f"{source}: damaged, or not all of it is here: no entry, nor the end, at byte {tar.offset:,}")
+    return held

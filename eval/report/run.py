@@ -13,7 +13,7 @@ from s2.files import read_json
 from s2.model.config import ModelConfig
 from s2.model.hf import fingerprint, load_config
 from s2.recipe import load_recipe
-from s2.training.gate import BEFORE
+from s2.training.gate import BEFORE, what_is_wrong
 from s2.training.metrics import read_metrics
 
 _TABLE = ("results", "versions", "n-shot", "higher_is_better")  # what lm-eval makes a table of
@@ -130,6 +130,9 @@ def read_run(folder: Path) -> Run:
     if now and gate.get("fingerprint") not in (None, now):
         gate = {}
         left_out.append("gate.json (of other weights than the run has now)")
+    if gate and (wrong := what_is_wrong(gate)):
+        gate = {}
+        left_out.append(f"gate.json ({wrong})")
     summary = _object(folder / "summary.json")
     run = Run(
         folder=folder,

@@ -11,7 +11,8 @@ On several GPUs of one node: trainer.devices=8. On several nodes: one task per G
 
 Exit codes: 0 finished (or nothing to do), 1 crash, 2 something in the recipe or its files is wrong, 3 the training
 diverged, 4 no checkpoint is whole, 5 out of memory, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved: run it
-again to continue. S2_DEBUG=1 shows tracebacks.
+again to continue. What ends training before trainer.max_steps (a callback of the recipe) ends with 75 too. S2_DEBUG=1
+shows tracebacks.
 """
 
 from __future__ import annotations

@@ -52,10 +52,11 @@ class RunConfig(Settings):
         root: where runs live; `~` is the home folder.
         resume: `auto` continues from the newest complete checkpoint, `never` starts over (the old run moves aside).
         tokens_per_step: global batch in tokens. Gradient accumulation follows from it, so the same recipe takes
-            the same optimizer steps on any number of GPUs. None: trainer.accumulate_grad_batches as it is.
+            the same optimizer steps on any number of GPUs. trainer.accumulate_grad_batches is for None.
         validate_every: optimizer steps between validations; the first and the last step are always validated.
         checkpoint_every: optimizer steps between checkpoints; the last step always writes one. None: nothing is saved,
-            neither checkpoints nor the export, as when only rates and memory are measured.
+            neither checkpoints nor the export, as when only rates and memory are measured; only then may
+            trainer.max_time end the stage before trainer.max_steps.
         keep_checkpoints: newest checkpoints kept.
         max_skipped_steps: so many steps in a row whose gradient is not finite, or whose loss jumps, end the run.
         loss_spike_factor: a step whose loss is over so many times the running mean is skipped. None: none is.
@@ -132,9 +133,14 @@ class ModelSection(Settings):
 
 @dataclass(frozen=True)
 class _TrainerLimits(Settings):
-    """Of the arguments of Lightning's Trainer those that it would take and ignore, or stumble over later."""
+    """Of the arguments of Lightning's Trainer those that it would take and ignore, stumble over later, or end a stage
+    by before it is finished."""
 
     max_steps: Positive  # a stage ends there
+    max_epochs: Annotated[Any, Check("null or -1, trainer.max_steps says it", lambda x: x in (None, -1))] = None
+    limit_train_batches: Annotated[
+        Any, Check("null, trainer.max_steps says it", lambda x: x is None or (isinstance(x, float) and x == 1))
+    ] = None
     gradient_clip_val: (
         Annotated[float, Check("a number >= 0 (0 clips nothing)", lambda x: 0 <= x < math.inf)] | None
     ) = None
@@ -142,6 +148,16 @@ class _TrainerLimits(Settings):
     log_every_n_steps: Positive | None = None
     val_check_interval: Annotated[Any, Check("null, run.validate_every says it", lambda x: x is None)] = None
     default_root_dir: Annotated[Any, Check("null, run.root says it", lambda x: x is None)] = None
+    check_val_every_n_epoch: Annotated[
+        Any, Check("null or 1, run.validate_every says it", lambda x: x in (None, 1))
+    ] = None
+    overfit_batches: Annotated[Any, Check("0; for few texts name them in data.mixture", lambda x: not x)] = 0.0
+    fast_dev_run: Annotated[
+        Any, Check("false; for a few steps set trainer.max_steps and run.checkpoint_every=null", lambda x: not x)
+    ] = False
+    barebones: Annotated[
+        Any, Check("false; run.checkpoint_every=null saves nothing, trainer.logger=false logs less", lambda x: not x)
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -210,9 +226,27 @@ def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str
         trainer = TRAINER_DEFAULTS | sections["trainer"]
         ours = {name: trainer[name] for name in settings.parameters(_TrainerLimits) if name in trainer}
         trainer |= settings.arguments(ours, _TrainerLimits, "trainer")
+        _check_together(run, trainer)
         seed = settings.convert(recipe.get("seed_everything", 1234), _Seed, "seed_everything")
     model.schedule.factor(0, trainer["max_steps"])  # refuses a warmup beyond the end
     return StageConfig(run, model, sections["data"], trainer, seed, origin)
+
+
+def _check_together(run: RunConfig, trainer: Mapping[str, Any]) -> None:
+    """Raises SettingError for arguments of the Trainer that `run` leaves nothing to say."""
+    given = trainer.get("accumulate_grad_batches")
+    if run.tokens_per_step is not None and given not in (None, 1):  # 1: Lightning's default, as config.yaml has it
+        raise settings.SettingError(
+            "trainer.accumulate_grad_batches",
+            f"{given} would be ignored, it follows from run.tokens_per_step={run.tokens_per_step}; name one of them",
+        )
+    if run.checkpoint_every is not None and trainer.get("max_time") is not None:
+        raise settings.SettingError(
+            "trainer.max_time",
+            f"{trainer['max_time']} ends a stage before trainer.max_steps={trainer['max_steps']}, which only a run "
+            f"that saves nothing may do (run.checkpoint_every=null); SIGTERM stops any other with a checkpoint to "
+            f"go on from, as in `timeout 1h <command>`",
+        )
 
 
 def names_in_source(module: str, name: str) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,14 @@ def _verdict(folder: Path, file: Path, thresholds: Path | None, weights: str) ->
     found: dict[str, Any] = {"state": "invalid", "file": str(file)}
     try:
         gate = read_json(file)
-        checks, measured = gate["checks"], gate["fingerprint"]
-        missed = [_said(check) for check in checks if not check["passed"] and "unmeasured" not in check]
-        left_out = [_said(check) for check in checks if "unmeasured" in check]
-        passed = gate["passed"] and not missed and len(checks) > len(left_out)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return found | {"said": f"{file} is no record of a gate ({error})"}
+    if wrong := what_is_wrong(gate):
+        return found | {"said": f"{file} {wrong}"}
+    checks, measured = gate["checks"], gate.get("fingerprint")
+    taken = [check for check in checks if "unmeasured" not in check]
+    missed = [_said(check) for check in taken if not holds(check)]
+    left_out = [_said(check) for check in checks if "unmeasured" in check]
     found |= {"digest": gate.get("config_digest"), "checks": checks}
     if measured != weights:
         return found | {"said": f"{file} is of other weights than {folder} has now"}
@@ -77,9 +79,11 @@ def _verdict(folder: Path, file: Path, thresholds: Path | None, weights: str) ->
         if thresholds and thresholds_digest(thresholds) != found["digest"]:
             own = gate.get("config", "others")
             return found | {"said": f"{file} was measured with the thresholds of {own}, not with {thresholds} as it is"}
-    except ValueError as error:
-        return found | {"said": str(error)}
-    if not passed:
+        if thresholds and (wrong := _other_checks(checks, thresholds)):
+            return found | {"said": f"{file} has other checks than {thresholds}: {wrong}"}
+    except (ValueError, TypeError, AttributeError) as error:
+        return found | {"said": f"{thresholds}: {error}"}
+    if missed or not taken:
         said = f"{folder} has not passed its gate ({file}): {'; '.join(missed) or 'no check is passed'}"
         return found | {"state": "missed", "said": said}
     without = f"; not measured: {'; '.join(left_out)}" if left_out else ""
@@ -88,14 +92,62 @@ def _verdict(folder: Path, file: Path, thresholds: Path | None, weights: str) ->
 
 def holds(check: Mapping[str, Any]) -> bool:
     """Whether the `value` of a check in gate.json keeps its threshold, and where that is `max_rise` or `max_drop`,
-    beside the `base` checkpoint's. What is no finite number does not."""
-    threshold, limit = next((key, check[key]) for key in THRESHOLDS if check.get(key) is not None)
-    figure = check["value"] - (check["base"] if threshold in ("max_rise", "max_drop") else 0)
+    beside the `base` checkpoint's. What is no finite number (null in JSON) does not.
+
+    Raises:
+        ValueError: a check without a threshold, or with several; a figure that is no number. KeyError: no figure.
+    """
+    given = [key for key in THRESHOLDS if check.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"a check with {' and '.join(given) or 'no threshold'}, expected one of {', '.join(THRESHOLDS)}"
+        )
+    [threshold] = given
+    names = ["value", "base", threshold] if threshold in ("max_rise", "max_drop") else ["value", threshold]
+    for name in names:
+        if check[name] is not None and (isinstance(check[name], bool) or not isinstance(check[name], int | float)):
+            raise ValueError(f"{name} is {json.dumps(check[name])}, expected a number")
+    value, *base, limit = (math.nan if check[name] is None else check[name] for name in names)
+    figure = value - sum(base)
     if not math.isfinite(figure):
         return False
     if threshold in ("max", "max_rise"):
         return figure <= limit
     return figure >= limit if threshold == "min" else -figure <= limit
+
+
+def what_is_wrong(gate: Any) -> str:
+    """Why the content of a gate.json is no record of one, or what it says has passed against its own figures; "" where
+    nothing is wrong."""
+    try:
+        for check in gate["checks"]:
+            if "unmeasured" not in check:
+                is_right = check["passed"] is holds(check)
+            else:  # of tasks alone, whose rows are elsewhere
+                is_right = check["check"] == "task" and check["value"] is None and check["passed"] is None
+            if not is_right:
+                said = f"passed {json.dumps(check['passed'])}"
+                return f"contradicts itself: {_said(check)} is recorded as {said}; a check is judged by its figures"
+        together = all(holds(check) for check in gate["checks"] if "unmeasured" not in check)
+        if gate["passed"] is not together:
+            return f"contradicts itself: passed is {json.dumps(gate['passed'])}, and its checks say otherwise"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"is no record of a gate ({error})"
+    return ""
+
+
+def _other_checks(checks: Sequence[Mapping[str, Any]], thresholds: Path) -> str:
+    """How the checks of gate.json differ from those of a YAML in what is not a length; "" where they do not."""
+    recipe, names = load_recipe(thresholds), ("task", "metric", "kind", *THRESHOLDS)
+    wanted = [
+        {"check": kind} | {key: each[key] for key in names if each.get(key) is not None}
+        for kind, section in (("loss", "loss"), ("needle", "needle"), ("task", "tasks"))
+        for each in recipe.get(section) or ()
+    ]
+    if len(checks) != len(wanted):
+        return f"{len(checks)}, and there are {len(wanted)}"
+    pairs = ((check, each) for check, each in zip(checks, wanted, strict=True) if not each.items() <= check.items())
+    return next((f"{_said(check)}, and there it is {_said(each)}" for check, each in pairs), "")
 
 
 def _said(check: Mapping[str, Any]) -> str:

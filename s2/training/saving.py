@@ -38,6 +38,10 @@ class Stopped(Preempted):
     exit_code = ending.INTERRUPTED
 
 
+class EndedEarly(Preempted):
+    """Something else than the run's last step has ended the training."""
+
+
 class RunCheckpoint(EachStep, Checkpoint):
     """Save every `run.checkpoint_every` steps, at the end, and when told to stop.
 
@@ -100,6 +104,25 @@ class RunCheckpoint(EachStep, Checkpoint):
         self._overdue = due and self.guard.counters.in_a_row > 0
         if due and not self._overdue and step < trainer.max_steps:
             self._save(trainer, module)
+
+    def check_end(self, trainer: Trainer, module: Any) -> None:
+        """Refuse to take for finished a stage that a callback of the recipe has ended before its last step.
+
+        Raises EndedEarly, with what was trained in a checkpoint. A run that saves nothing may end by trainer.max_time.
+        """
+        step, last, every = trainer.global_step, trainer.max_steps, self.run.checkpoint_every
+        is_timed = every is None and (self.recipe.get("trainer") or {}).get("max_time") is not None
+        if step >= last or is_timed:
+            return
+        self.on_train_end(trainer, module)
+        saved = "nothing is saved (run.checkpoint_every=null)"
+        if every is not None:
+            folder = run_folder.checkpoint_folder(self.checkpoints, step)
+            saved = f"the checkpoint to go on from is {folder}"
+        raise EndedEarly(
+            f"training was ended at step {step} of {last} by something other than trainer.max_steps, a callback in "
+            f"trainer.callbacks as it seems; nothing is exported, {saved}"
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._saved_step and self.run.checkpoint_every is not None:

@@ -71,6 +71,7 @@ class Finish(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         data = trainer.datamodule
+        self.checkpoint.check_end(trainer, pl_module)
         if not pl_module.validation_is_finite:
             raise DivergedError(
                 f"held-out losses at the last step are {pl_module.validation_losses}, so nothing is exported; the "
@@ -113,6 +114,8 @@ class Finish(Callback):
             "validation": validation,
         }
         files.write_json(folder / "summary.json", summary)
+        if step < trainer.max_steps:
+            print(f"trainer.max_time has ended the stage at step {step} of {trainer.max_steps}", flush=True)
         baselines = {name: values["unigram_loss"] for name, values in validation.items()}
         plot_losses(rows, folder / "loss.png", baselines, f"{self.run.recipe} {self.run.stage}")
 

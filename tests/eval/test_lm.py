@@ -328,6 +328,15 @@ def test_missing_local_data_is_named(lm, local_data, tmp_path):
             evaluate(lm, ["arc_easy"], data_dir=tmp_path)
 
 
+def test_damaged_local_data_is_named(lm, tmp_path):
+    packed = gzip.compress(b"".join(b'{"id": %d}\n' % (i * 7919 % 1000) for i in range(2000)))
+    (tmp_path / "arc_easy").mkdir()
+    for damaged in (packed[:-20], packed[:10] + b"\xff" * 50 + packed[60:], packed[:-8] + b"12345678"):
+        (tmp_path / "arc_easy" / "test.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"test\.jsonl\.gz, line \d+: "):
+            evaluate(lm, ["arc_easy"], data_dir=tmp_path)
+
+
 @pytest.fixture(scope="module")
 def heldout(sparse):
     """Held-out shards where a recipe keeps them, beside the run of `sparse`."""

@@ -38,7 +38,7 @@ def test_both_pages_have_every_section_and_the_html_needs_no_other_file(tmp_path
         write_ruler(run / "results" / "ruler.json", right)
         write_positions(run / "results" / "positions.json", shift=right / 10)
     (runs[1] / "gate.json").write_text(
-        '{"checks": [{"check": "needle", "length": 512, "value": 0.5, "min": 0.9, "passed": false}]}'
+        '{"checks": [{"check": "needle", "length": 512, "value": 0.5, "min": 0.9, "passed": false}], "passed": false}'
     )
     main([*map(str, runs), "--output", str(tmp_path / "report.html")])
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
@@ -169,6 +169,11 @@ def test_a_gate_is_read_as_it_is_written(tmp_path):
     assert "| loss | 8k, 0 to 8,192 | 3.000 | max_rise 0.02 of 2.99 | passed |" in text
     assert "| needle single | 8k | 0.900 | max_drop 0.02 of 1 | **not passed** |" in text
     assert "| task piqa |  | - | min 0.6 | not measured: no rows |" in text
+    write_json(run / "results" / "gate.json", {"kind": "gate", "passed": True, "checks": checks[1:]})
+    (read,) = read_runs([run])
+    assert not read.gate and read.left_out == (
+        "gate.json (contradicts itself: passed is true, and its checks say otherwise)",
+    )
 
 
 def test_a_stage_that_began_past_a_missed_gate_says_so_in_a_line(tmp_path):

@@ -124,6 +124,7 @@ def test_parts_that_read_one_haystack_tokenise_it_once(folder, data, tmp_path, m
         (["--lengths", "1k"], ValueError, "--lengths 1024: the checkpoint reads at most 512 tokens"),
         (["--haystack", "nowhere.txt"], FileNotFoundError, "nowhere.txt: no such file"),
         (["--part", "1/2"], ValueError, "split it with --processes"),
+        (["--parts", "lm", "--tasks", ""], ValueError, "--parts lm: name the tasks with --tasks"),
         (["--ruler-tasks", "vtt"], ValueError, "--tasks vtt: expected some of"),
         (["--lengths", "64,512"], ValueError, "--lengths 64: no room for niah_single_2"),
         (["--depths", "0,101"], ValueError, "101"),
@@ -134,6 +135,37 @@ def test_the_suite_refuses_bad_input_before_any_part(folder, data, tmp_path, arg
     with pytest.raises(error, match=message):
         run_suite(folder, data, tmp_path / "out", *arguments)
     assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "needed"),
+    [
+        (["--parts", "positions"], ["--documents"]),
+        (["--parts", "ruler", "--ruler-tasks", "niah_single_2"], ["--haystack"]),
+        (["--parts", "needle"], ["--haystack"]),
+        (["--parts", "needle", "--kinds", "passkey"], []),
+        (["--parts", "needle,positions", "--kinds", "passkey,single"], ["--haystack", "--documents"]),
+        (["--parts", "lm", "--tasks", "s2_passkey"], []),
+    ],
+)
+def test_only_the_texts_that_the_chosen_parts_read_are_asked_for(folder, data, tmp_path, monkeypatch, chosen, needed):
+    """Of a checkpoint without held-out documents near it; what no part reads may be missing."""
+    given = {"--haystack": str(data / "essays.txt"), "--documents": str(data / "books.jsonl")}
+    monkeypatch.setitem(suite.PARTS, "lm", lambda words: lambda: pytest.fail("ran"))  # its texts are asked for above
+    for part in ("positions", "ruler", "needle"):
+        ready = suite.PARTS[part]
+        monkeypatch.setitem(suite.PARTS, part, lambda words, ready=ready: ready(words) and (lambda: pytest.fail("ran")))
+    command = ["--ckpt", str(folder), "--device", "cpu", "--output", str(tmp_path), "--lengths", "400", *chosen]
+    unread = [word for option in given if option not in needed for word in (option, str(tmp_path / "nowhere"))]
+    read = {option: [option, given[option]] for option in needed}
+    with pytest.raises(pytest.fail.Exception, match="ran"):
+        suite.command([*command, *unread, *(word for words in read.values() for word in words)])
+    for option in needed:
+        others = [word for name, words in read.items() if name != option for word in words]
+        with pytest.raises(FileNotFoundError, match="has no held-out shards near it"):
+            suite.command([*command, *others])
+        with pytest.raises(FileNotFoundError, match=f"{option} nowhere: no such file"):
+            suite.command([*command, *others, option, "nowhere"])
 
 
 def write_config(data, file, text):
@@ -164,6 +196,27 @@ def test_a_gate_holds_each_figure_against_its_threshold(folder, data, tmp_path, 
     config.write_text(config.read_text().replace("min: 0.5", "min: 0"))
     gate.main(command)
     assert json.loads((tmp_path / "out/gate.json").read_text())["passed"] is True
+
+
+def test_a_gate_asks_for_no_file_that_no_check_reads(folder, tmp_path):
+    """And before any figure is taken for those that one does."""
+    unread = "base: nowhere\nhaystack: nowhere\ndocuments: nowhere\ndata_dir: nowhere\nlimit: 2\n"
+    (tmp_path / "gate.yaml").write_text(f"{unread}tasks: [{{task: s2_passkey, min: 0}}]\n")
+    [check] = gate.check_gate(folder, tmp_path / "gate.yaml", tmp_path, ["--device", "cpu"])["checks"]
+    assert check["passed"] is True
+    (tmp_path / "gate.yaml").write_text(f"{unread}tasks: [{{task: s2_passkey, max_drop: 0}}]\n")
+    with pytest.raises(FileNotFoundError, match="checkpoint nowhere: no such folder"):
+        gate.check_gate(folder, tmp_path / "gate.yaml", tmp_path, ["--device", "cpu"])
+    for check, said in (
+        ("loss: [{length: 256, max: 9}]", "gate.yaml: documents: nowhere: no such file"),
+        ("needle: [{length: 256, min: 0}]", "gate.yaml: haystack: nowhere: no such file"),
+        ("needle: [{length: 256, min: 0}]\nhaystack: null", "has no held-out shards near it"),
+    ):
+        text = unread.replace("haystack: nowhere\n", "") if "null" in check else unread
+        (tmp_path / "gate.yaml").write_text(f"{text}{check}\ntasks: [{{task: s2_passkey, min: 0}}]\n")
+        with pytest.raises(FileNotFoundError, match=said):
+            gate.check_gate(folder, tmp_path / "gate.yaml", tmp_path / "new", ["--device", "cpu"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_loss_of_some_positions_is_theirs_alone(folder, data, tmp_path):
@@ -279,7 +332,17 @@ def test_a_task_that_the_hub_does_not_give_is_left_out(monkeypatch):
         ("needle: [{length: 256, min: 1, kind: two}]", r"needle\.0\.kind: .*'single'"),
         ("loss: [{length: 256, max: .inf}]", r"loss\.0\.max: .*finite number; it is inf"),
         ("needle: [{length: 256, min: .nan}]", r"needle\.0\.min: .*finite number; it is nan"),
-        ("tasks: [{task: piqa, min: x}]", r"tasks\.0\.min: .*number.*; it is x"),
+        ("tasks: [{task: piqa, min: x}]", r"tasks\.0\.min: .*number.*; it is 'x'"),
+        ("tasks: [{task: piqa, min: 62}]", r"tasks\.0: min: 62, and acc is a share, from 0 to 1"),
+        ("loss: [{length: 256, max: '9'}]", r"loss\.0\.max: .*number; it is '9'"),
+        ("loss: [{length: 256, max: true}]", r"loss\.0\.max: .*number; it is True"),
+        ("loss: [{length: 256, max: -1}]", r"loss\.0\.max: .*greater than or equal to 0; it is -1"),
+        ("loss: [{length: 256, from: false, max: 3}]", r"loss\.0\.from: 'False' is no length"),
+        ("needle: [{length: 256, min: 2}]", r"needle\.0\.min: .*less than or equal to 1; it is 2"),
+        ("needle: [{length: 256, max_drop: 5}]", r"needle\.0\.max_drop: .*less than or equal to 1; it is 5"),
+        ("needle: [{length: 256, min: 1}]\nneedle_n: '5'", r"needle_n: .*integer; it is '5'"),
+        ("needle: [{length: 256, min: 1}]\nlimit: true", r"limit: .*integer; it is True"),
+        ("needle: [{length: 256, min: 1}]\nshared_haystack: 1", r"shared_haystack: .*boolean; it is 1"),
         ("needles: []", r"needles: .*not permitted"),
         ("loss: [{length: 2x, max: 3}]", r"loss\.0\.length: '2x' is no length"),
     ],

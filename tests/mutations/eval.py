@@ -175,8 +175,8 @@ MUTANTS = (
     ),
     Mutant(
         "carried_records_are_not_looked_at", "scripts",
-        "if entry.name in records and not stays(parts):",
-        "if False:",
+        "for name in (name for name in new if name in records):",
+        "for name in ():",
         ("test_experiments.py",),
     ),
     Mutant(
@@ -268,5 +268,17 @@ MUTANTS = (
         "(higher, lower) if is_higher_better else (lower, higher)",
         "(higher, lower)",
         ("test_suite.py::test_a_gate_on_a_metric_that_is_better_the_lower_it_is_stops_a_worse_model",),
+    ),
+    Mutant(
+        "text_is_a_threshold_of_a_gate", "eval/gate.py",
+        "Loss = Annotated[float, Field(strict=True, ge=0)]",
+        "Loss = Annotated[float, Field(ge=0)]",
+        ("test_suite.py::test_wrong_thresholds_are_named",),
+    ),
+    Mutant(
+        "a_header_that_cannot_be_read_ends_carried_results", "scripts/results_pack.py",
+        'if not rest or rest.strip(b"\\0"):',
+        "if not rest:",
+        ("test_carried_results.py",),
     ),
 )  # fmt: skip

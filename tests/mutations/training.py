@@ -120,4 +120,16 @@ MUTANTS = (
         "if thresholds and not thresholds_digest(thresholds):",
         ("test_gate.py::test_other_thresholds_than_the_recipes_do_not_count",),
     ),
+    Mutant(
+        "an_edited_record_opens_a_gate", "s2/training/gate.py",
+        'is_right = check["passed"] is holds(check)',
+        "is_right = True",
+        ("test_gate.py::test_an_edited_record_opens_no_stage",),
+    ),
+    Mutant(
+        "a_callback_finishes_a_stage", "s2/training/saving.py",
+        "if step >= last or is_timed:",
+        "if step >= 0 or is_timed:",
+        ("test_ends.py::test_a_callback_that_ends_training_leaves_a_checkpoint_and_no_export",),
+    ),
 )  # fmt: skip

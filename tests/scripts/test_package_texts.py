@@ -42,6 +42,16 @@ def test_a_large_folder_is_divided_between_files(tmp_path, monkeypatch):
     assert [(each["id"], each["text"].count("# pkg/")) for each in found] == [("pkg:0", 2), ("pkg:1", 1)]
 
 
+def test_a_damaged_wheel_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pkg/a.py", "".join(f"x_{i * 7919 % 1000} = {i}\n" for i in range(2000)))
+    packed = (tmp_path / "a.whl").read_bytes()
+    for damaged in (packed[:3000], packed[:1000] + b"!" * 50 + packed[1050:]):
+        (tmp_path / "a.whl").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.whl: damaged"):
+            list(package_texts.documents(tmp_path / "a.whl"))
+
+
 def test_a_file_that_is_there_stays(tmp_path):
     (tmp_path / "out.jsonl.gz").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="there is one already"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from s2 import ending, files
 from s2.model.config import ModelConfig
@@ -38,7 +40,8 @@ def recipe_file(tmp_path: Path) -> Path:
 
 
 def write_gate(checkpoint: Path, *passed: bool | None, **more: Any) -> Path:
-    """gate.json with a check for each of `passed`; None: not measured."""
+    """gate.json with a check for each of `passed` (None: not measured), and the thresholds that it was measured with.
+    more: what it says beside or otherwise."""
     file = checkpoint.parent / "results" / "gate.json"
     file.parent.mkdir(exist_ok=True)
     checks: list[dict[str, Any]] = [
@@ -48,7 +51,11 @@ def write_gate(checkpoint: Path, *passed: bool | None, **more: Any) -> Path:
         for each in passed
     ]
     thresholds = checkpoint.parents[3] / "recipes/tiny/gates/pretrain.yaml"
-    digest = {"config_digest": thresholds_digest(thresholds)} if thresholds.is_file() else {}
+    kinds = {"needle": {"length": 64, "min": 0.9}, "task": {"task": "piqa", "min": 0.6}}
+    asked = {"needle" if kind == "needle" else "tasks": [each for check in checks if check["check"] == kind]
+             for kind, each in kinds.items() if any(check["check"] == kind for check in checks)}  # fmt: skip
+    thresholds.write_text(yaml.safe_dump(asked))
+    digest = {"config_digest": thresholds_digest(thresholds)}
     gate = {"fingerprint": fingerprint(checkpoint), "passed": all(p in (True, None) for p in passed), "checks": checks}
     file.write_text(json.dumps(gate | digest | more))
     return file
@@ -122,11 +129,37 @@ def test_a_task_that_could_not_be_measured_is_said(checkpoint: Path, recipe_file
         check_gate(str(checkpoint), "required", recipe_file)
 
 
-@pytest.mark.parametrize("more", [{"passed": True}, {"passed": False}])
-def test_both_the_sum_and_the_checks_have_to_say_so(checkpoint: Path, recipe_file: Path, more: dict[str, bool]) -> None:
-    write_gate(checkpoint, not more["passed"], **more)
-    with pytest.raises(ValueError, match="has not passed its gate"):
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"passed": False}, "contradicts itself: passed is false"),
+        ({"passed": "true"}, 'contradicts itself: passed is "true"'),
+        ({"value": 0.5}, "contradicts itself: check needle, .*value 0.5, min 0.9 is recorded as passed true"),
+        ({"check passed": "no"}, 'contradicts itself: .*recorded as passed "no"'),
+        ({"check passed": 1}, "contradicts itself: .*recorded as passed 1"),
+        ({"check passed": None, "unmeasured": "x", "value": None}, "contradicts itself: check needle, "),
+        ({"min": 0.1}, "has other checks than .*pretrain.yaml: .*min 0.1, and there it is .*min 0.9"),
+        ({"value": "1.5"}, 'is no record of a gate .value is "1.5", expected a number'),
+        ({"value": True}, "is no record of a gate .value is true, expected a number"),
+        ({"max": 9}, "is no record of a gate .a check with max and min"),
+    ],
+)
+def test_an_edited_record_opens_no_stage(checkpoint: Path, recipe_file: Path, edit: dict[str, Any], said: str) -> None:
+    gate = json.loads((file := write_gate(checkpoint, True)).read_text())
+    for key, value in edit.items():
+        (gate if key == "passed" else gate["checks"][0])[key.removeprefix("check ")] = value
+    file.write_text(json.dumps(gate))
+    with pytest.raises(ValueError, match=said):
         check_gate(str(checkpoint), "required", recipe_file)
+    assert check_gate(str(checkpoint), "ignore", recipe_file)["state"] == "invalid"
+
+
+@pytest.mark.parametrize("value", [math.nan, None])
+def test_a_figure_that_is_no_number_has_not_passed(checkpoint: Path, recipe_file: Path, value: float | None) -> None:
+    gate = json.loads((file := write_gate(checkpoint, False)).read_text())
+    gate["checks"][0]["value"] = value
+    file.write_text(json.dumps(gate))
+    assert check_gate(str(checkpoint), "ignore", recipe_file)["state"] == "missed"
 
 
 @pytest.mark.parametrize(
