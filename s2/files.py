@@ -34,6 +34,7 @@ import xxhash
 
 MARK = ".s2-folder.json"
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.s2-tmp")
+_OF_A_STREAM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _ABANDONED = 3600.0  # seconds after which the temporary file of a process that this host does not have is litter
 
 
@@ -58,7 +59,7 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.s2-tmp")
     try:
-        with temporary.open("wb") as stream:
+        with naming(path), temporary.open("wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -69,6 +70,17 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of a stream (a full disk, a quota) name the file: the system knows the stream's number alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OF_A_STREAM:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def sweep(path: Path, *, is_alone: bool = False) -> None:

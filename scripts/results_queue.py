@@ -112,7 +112,7 @@ class Queue:
             visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
             env["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
         job.folder.mkdir(parents=True, exist_ok=True)
-        with job.log_file.open("ab") as log:
+        with files.naming(job.log_file), job.log_file.open("ab") as log:
             log.write(f"\n$ {' '.join(job.words)}\n".encode())
             log.flush()
             words = [sys.executable if word == "python" else word for word in job.words]

@@ -2,7 +2,9 @@
 every run unless S2_SEED is another number than 0."""
 
 import os
+import resource
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -44,3 +46,12 @@ def _linear(monkeypatch: pytest.MonkeyPatch) -> None:
 def seed(request: pytest.FixtureRequest) -> int:
     """Of a test's own draws."""
     return zlib.crc32(f"{SEED} {request.node.nodeid}".encode())
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process grows beyond 64 KiB, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

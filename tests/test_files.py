@@ -212,3 +212,20 @@ def test_a_folder_in_the_place_of_a_file_is_named_before_anything_is_written(tmp
     with pytest.raises(IsADirectoryError, match="page is a folder, and a file is to be written there"):
         files.write_text(tmp_path / "page", "x")
     assert os.listdir(tmp_path) == ["page"]
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path, small_files):
+    target = tmp_path / "results.json"
+    target.write_text("old")
+    with pytest.raises(OSError, match="File too large") as raised:
+        files.write_text(target, "x" * (1 << 17))
+    assert raised.value.filename == str(target)
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_errors_that_name_a_file_or_are_no_streams_stay_as_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, files.naming(tmp_path / "a"):
+        (tmp_path / "b").read_text()
+    assert raised.value.filename == str(tmp_path / "b")
+    with pytest.raises(OSError, match="^a sentence$"), files.naming(tmp_path / "a"):
+        raise OSError("a sentence")

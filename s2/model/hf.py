@@ -11,6 +11,8 @@ in an error.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +33,7 @@ from .tokenizer_files import write_tokenizer
 from .transformer import Transformer
 
 FOLDER_KIND = "a Hugging Face checkpoint"  # in the mark of folders that `save_pretrained` made
+_ERRNO = re.compile(r"\(os error (\d+)\)")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -268,7 +271,12 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype,
     )
     for file, names in plan.filename_to_tensors.items():
         shard = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if number := _ERRNO.search(str(error)):  # a full disk is no fault of the program
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / file)) from None
+            raise
         (folder / file).chmod((folder / MARK).stat().st_mode)  # safetensors lets the owner alone read them
     if plan.is_sharded:
         write_json(folder / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from s2 import ending
+from s2 import ending, files
 from s2.training.config import RunConfig
 from s2.training.gaps.lightning import EachStep
 
@@ -103,7 +103,8 @@ class StepGuard(EachStep, Callback):
                 f"{counters.skipped} in all"
             )
             record = {"step": step, "position": self._position, "why": why, "in_a_row": counters.in_a_row}
-            with (self.run.folder / "logs" / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            path = self.run.folder / "logs" / "skipped.jsonl"
+            with files.naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if counters.in_a_row < self.run.max_skipped_steps:
             return

@@ -61,7 +61,7 @@ class MetricsFile:
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one row; it is on disk when this returns."""
-        with self.path.open("a", newline="") as file:
+        with files.naming(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(_text(row))
 
 

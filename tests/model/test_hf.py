@@ -419,3 +419,10 @@ def test_an_incomplete_state_dict_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"'model.norm.weight' has shape \[0\], but the config asks for \[48\]"):
         save_pretrained(state, ours.config, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_full_disk_is_an_error_of_the_file_and_no_crash(tmp_path, small_files):
+    ours = model()
+    with pytest.raises(OSError, match="File too large") as raised:
+        save_pretrained(ours.state_dict(), ours.config, tmp_path / "hf")
+    assert raised.value.filename == str(tmp_path / "hf" / "model.safetensors")
