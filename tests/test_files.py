@@ -227,5 +227,5 @@ def test_errors_that_name_a_file_or_are_no_streams_stay_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError) as raised, files.naming(tmp_path / "a"):
         (tmp_path / "b").read_text()
     assert raised.value.filename == str(tmp_path / "b")
-    with pytest.raises(OSError, match="^a sentence$"), files.naming(tmp_path / "a"):
+    with pytest.raises(OSError, match=r"^a sentence$"), files.naming(tmp_path / "a"):
         raise OSError("a sentence")
