@@ -21,6 +21,7 @@ _WEIGHTS = (".safetensors", ".bin", ".npy", ".pt")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model")
 _LOG_BYTES = 200_000  # of the end of a log
 _NO_FIGURES = (".log", ".png")
+_MARK = {"comment": "results, written by scripts/results.py, which replaces them"}  # opens the tar
 _UNPACK = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}  # by how files begin
 
 
@@ -36,7 +37,7 @@ def pack(plan: Plan, target: Path, *, only: Sequence[str] = (), figures_only: bo
     with (
         files.whole(target) as stream,
         gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as zipped,
-        tarfile.open(fileobj=zipped, mode="w") as tar,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT, pax_headers=_MARK) as tar,
     ):
         for path in packed:
             content = path.read_bytes()
@@ -45,6 +46,19 @@ def pack(plan: Plan, target: Path, *, only: Sequence[str] = (), figures_only: bo
             entry.size, entry.mtime = len(content), 0 if figures_only else int(path.stat().st_mtime)
             tar.addfile(entry, io.BytesIO(content))
     return len(packed)
+
+
+def require_ours(target: Path) -> None:
+    """Refuse a place for `pack` where another file stands than one that it has written. Raises NotOursError."""
+    if not target.is_file():
+        return
+    try:
+        with tarfile.open(target) as tar:
+            comment = tar.pax_headers.get("comment")
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError):
+        comment = None
+    if comment != _MARK["comment"]:
+        raise files.NotOursError(f"{target} was not written by this program; name another file, or move it")
 
 
 def _light_files(plan: Plan, only: Sequence[str]) -> Iterator[Path]:
