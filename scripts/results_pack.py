@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import json
 import lzma
 import tarfile
 import zlib
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from results_plan import Plan
+from results_record import checked
 
 from s2 import files
 
@@ -78,8 +78,8 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
     an arm that has a finished stage or a checkpoint here stays as it is.
 
     Raises ValueError, before anything is added, for a file that is no such tar, is damaged, holds other arms than the
-    plan or names outside of its folder, lacks one of `only`, or holds a stage that was finished with another recipe or
-    command than the plan has.
+    plan or names outside of its folder, lacks one of `only`, or holds what is no record of a stage, or one of a stage
+    that was finished with another recipe or command than the plan has.
     """
     arms = {arm.name for arm in plan.arms}
     jobs = [job for each in plan.jobs().values() for job in each]
@@ -100,7 +100,9 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
     new = {name: content for name, content in held.items() if not only or PurePosixPath(name).parts[0] in only}
     new = {name: content for name, content in new.items() if not stays(PurePosixPath(name).parts)}
     for name in (name for name in new if name in records):
-        records[name].check_record(json.loads(new[name]), f"{source}: {name}")
+        place = f"{source}: {name}"
+        record = files.parse_json(Path(place), new[name].decode("utf-8", "replace"))
+        records[name].check_record(checked(record, place), place)
     for name, content in new.items():
         with files.whole(Path(plan.root, name)) as stream:
             stream.write(content)

@@ -4,9 +4,12 @@ have made stays."""
 from __future__ import annotations
 
 import gzip
+import json
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -153,3 +156,47 @@ def test_figures_of_speed_take_the_place_of_no_file_of_others(tmp_path, monkeypa
         with pytest.raises(NotOursError, match=r"--output .*speed\.json: another file"):
             results_speed.main(["--config", "hf", "--output", str(file)])
         assert file.read_text() == text
+
+
+def broken(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Texts in a record's place, and what is said of each."""
+    yield "{", "not valid JSON"
+    yield "[]", r"not a record of a stage \(expected a mapping, got \[\]\)"
+    for key in ("seconds", "attempts", "command", "versions"):
+        yield json.dumps({k: v for k, v in record.items() if k != key}), rf"missing key '{key}'"
+    yield json.dumps(record | {"seconds": "1"}), "seconds: expected a number, got '1'"
+    yield json.dumps(record | {"attempts": []}), "attempts: expected one or more"
+    yield json.dumps(record | {"attempts": [{"began": "noon", "pid": 1}]}), r"attempts\[0\].began: expected a time like"
+    yield json.dumps(record | {"attempts": [{"began": record["attempts"][0]["began"]}]}), r"missing key 'pid'"
+
+
+def test_a_record_that_is_none_is_named_by_whatever_reads_it(plan_file, tmp_path):
+    file = tmp_path / "runs/b/work.run.json"
+    for text, said in broken(json.loads(file.read_text())):
+        file.write_text(text)
+        for option in ("--status", "--page"):
+            with pytest.raises(ValueError, match=rf"runs/b/work\.run\.json.*{said}"):
+                results.main([str(plan_file), option, "--output", str(tmp_path / "page")])
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            tar.add(tmp_path / "runs" / "a", "a")
+            tar.add(tmp_path / "runs" / "b", "b")
+        with pytest.raises(ValueError, match=rf"x\.tar: b/work\.run\.json.*{said}"):
+            unpack(elsewhere(plan_file), tmp_path / "x.tar")
+    assert not (tmp_path / "there").exists() and not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("work/results/needle.json", {"kind": "needle", "summary": {"exact": {}}, "settings": {}}),
+        ("work/results/needle.json", {"kind": "needle", "summary": [], "samples": []}),
+        ("work/results/positions.json", {"kind": "positions", "summary": {}}),
+        ("work/results/lm.json", {"results": {"piqa": 1}, "s2": {}}),
+        ("speed.json", {"kind": "speed", "decode_ms": 1.0}),
+        ("speed.json", []),
+    ],
+)
+def test_results_that_lack_what_a_page_reads_are_named(plan_file, tmp_path, name, content):
+    write_json(tmp_path / "runs/a" / name, content)
+    with pytest.raises(ValueError, match=rf"{name}: not as it was written"):
+        results.main([str(plan_file), "--page", "--output", str(tmp_path / "page")])
