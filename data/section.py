@@ -1,5 +1,6 @@
 """The `data` section of a recipe: which shard folders are mixed, held out, prepared, and in windows of which length."""
 
+import math
 import os
 import re
 from argparse import ArgumentParser, Namespace
@@ -37,6 +38,15 @@ class Selection(Settings):
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             reason = f"{self.max_tokens} is below min_tokens {self.min_tokens}, so no document is left"
             raise SettingError("max_tokens", reason)
+
+    def shares_documents_with(self, other: "Selection") -> bool:
+        """Whether both may select a document, as far as settings tell."""
+        if os.path.realpath(self.path) != os.path.realpath(other.path):
+            return False
+        if None not in (self.source, other.source) and self.source != other.source:
+            return False
+        most = min(each.max_tokens or math.inf for each in (self, other))
+        return max(self.min_tokens, other.min_tokens) <= most
 
     def pack(self, shards: TokenShards, seq_len: int, where: str) -> PackedStream:
         """The documents in windows. Raises as `PackedStream`."""
@@ -149,10 +159,23 @@ class DataSection(Settings):
         names = [heldout.name for heldout in self.heldout_sets]
         if twice := {name for name in names if names.count(name) > 1}:
             raise SettingError("validation", f"the name {twice.pop()!r} occurs twice")
+        self._check_held_out()
         self._check_outputs()
         for key, selections in (("mixture", self.mixture), ("validation", self.validation)):
             for i, each in enumerate(selections or ()):
                 check_source(each.path, each.source, self.specs, f"{key}[{i}].source")
+
+    def _check_held_out(self) -> None:
+        """Refuse to score text that is trained on as if it were held out."""
+        for i, heldout in enumerate(self.validation or ()):
+            for j, component in enumerate(self.components):
+                if heldout.shares_documents_with(component):
+                    trained = f"mixture[{j}]" if self.mixture else "the mixture"
+                    reason = (
+                        f"{heldout.path} is trained on too ({trained}), so that its loss says nothing of other text; "
+                        f"name a folder that is held out, or another source of this one, or leave the set out"
+                    )
+                    raise SettingError(f"validation[{i}].path", reason)
 
     def _check_outputs(self) -> None:
         """Refuse to prepare what nothing reads, as when `output` is another one and the mixture's paths are not."""

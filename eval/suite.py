@@ -24,7 +24,7 @@ from typing import Any
 from eval import documents, lm, needle, positions, ruler, samples
 from eval.checkpoint import Checkpoint
 from eval.differences import loss_name
-from eval.grid import default_lengths, format_length, parse_lengths
+from eval.grid import default_lengths, format_length, parse_depths, parse_lengths
 from eval.heldout import find_heldout
 from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
@@ -180,6 +180,11 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"--parts {unknown[0]}: expected some of {', '.join(PARTS)}")
     if args.parts == ["lm"] and not args.tasks:
         raise ValueError("--parts lm: name the tasks with --tasks")
+    if unknown := [kind for kind in args.kinds.split(",") if kind not in KINDS]:
+        raise ValueError(f"--kinds {unknown[0]}: expected some of {', '.join(KINDS)}")
+    if args.lengths is not None:
+        parse_lengths(args.lengths)
+    parse_depths(args.depths)
     if args.part:
         raise ValueError("--part: the suite has several parts of its own; split it with --processes")
     return args

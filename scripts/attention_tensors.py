@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -62,6 +63,15 @@ def tensors_of(checkpoint: ModelFolder, tokens: Sequence[int], layer: int) -> di
     return recorder.found
 
 
+def _is_ours(file: Path) -> bool:
+    """Whether a file has what `main` writes about it."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return (tensors.metadata() or {}).get("source", "").startswith("layer ")
+    except (OSError, SafetensorError):
+        return False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ckpt", type=Path, help="a Hugging Face folder")
@@ -70,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layer", type=int, help="counted from 0 (default: the middle one)")
     parser.add_argument("--length", type=int, help="tokens (default: what the model takes)")
     args = parser.parse_args(argv)
+    if args.output.exists() and not _is_ours(args.output):
+        raise files.NotOursError(f"{args.output} was not written by this program; name another file, or move it")
     checkpoint = ModelFolder.load(args.ckpt)
     length = args.length or checkpoint.max_length
     layer = checkpoint.config.num_hidden_layers // 2 if args.layer is None else args.layer

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from results_collect import collect
-from results_pack import pack, unpack
+from results_pack import pack, require_ours, unpack
 from results_page import ARCHIVE, page_folder, shards, write
 from results_plan import Job, Plan, load_plan, lost_weights, shown
 from results_queue import Queue, status
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(markdown(["arm", "stage", "state", "progress"], status(jobs)))
         return ending.DONE
     if args.export:
+        require_ours(args.export)
         print(f"{args.export}: {pack(plan, args.export, only=only)} files")
         return ending.DONE
     for job in (job for each in plan.jobs().values() for job in each):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from results_plan import Job
+from results_record import as_written
 
 from eval import documents
 from eval.differences import (
@@ -118,11 +119,17 @@ def arm_results(jobs: Sequence[Job]) -> dict[str, Any] | None:
     done = [job for job in jobs if job.is_done]
     if not done:
         return None
-    figures = [figure for job in done if job.recipe is not None for figure in training_figures(job)]
+    figures = list[Figure]()
+    for job in (job for job in done if job.recipe is not None):
+        with as_written(job.folder / job.stage / "summary.json"):
+            figures += training_figures(job)
     for file in sorted(done[0].folder.glob("*/results/*.json")):
-        figures += evaluation_figures(file)
-    for row in map(files.read_json, sorted(done[0].folder.glob("*.json"))):
-        figures += speed_figures(row) if row.get("kind") == "speed" else []
+        with as_written(file):
+            figures += evaluation_figures(file)
+    for file in sorted(done[0].folder.glob("*.json")):
+        with as_written(file):
+            row = files.read_json(file)
+            figures += speed_figures(row) if row.get("kind") == "speed" else []
     figures += list(_mean_of_tasks(figures))
     config = model_of(done)
     return {

@@ -31,7 +31,7 @@ def _sweeps(plan: Plan) -> Found:
     for name in sorted((arm.name for arm in plan.arms), key=lambda name: name != plan.baseline):
         for file in sorted(Path(plan.root, name).glob("*/results/needle*.json")):
             content = files.read_json(file)
-            if kind_of(content) == "single" and "summary" in content:
+            if isinstance(content, dict) and kind_of(content) == "single" and "summary" in content:
                 found.setdefault((file.parts[-3], file.stem), {})[name] = file
     return found
 

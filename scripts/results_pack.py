@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import json
 import lzma
 import tarfile
 import zlib
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from results_plan import Plan
+from results_record import checked
 
 from s2 import files
 
@@ -21,6 +21,7 @@ _WEIGHTS = (".safetensors", ".bin", ".npy", ".pt")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model")
 _LOG_BYTES = 200_000  # of the end of a log
 _NO_FIGURES = (".log", ".png")
+_MARK = {"comment": "results, written by scripts/results.py, which replaces them"}  # opens the tar
 _UNPACK = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}  # by how files begin
 
 
@@ -36,7 +37,7 @@ def pack(plan: Plan, target: Path, *, only: Sequence[str] = (), figures_only: bo
     with (
         files.whole(target) as stream,
         gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as zipped,
-        tarfile.open(fileobj=zipped, mode="w") as tar,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT, pax_headers=_MARK) as tar,
     ):
         for path in packed:
             content = path.read_bytes()
@@ -45,6 +46,19 @@ def pack(plan: Plan, target: Path, *, only: Sequence[str] = (), figures_only: bo
             entry.size, entry.mtime = len(content), 0 if figures_only else int(path.stat().st_mtime)
             tar.addfile(entry, io.BytesIO(content))
     return len(packed)
+
+
+def require_ours(target: Path) -> None:
+    """Refuse a place for `pack` where another file stands than one that it has written. Raises NotOursError."""
+    if not target.is_file():
+        return
+    try:
+        with tarfile.open(target) as tar:
+            comment = tar.pax_headers.get("comment")
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError):
+        comment = None
+    if comment != _MARK["comment"]:
+        raise files.NotOursError(f"{target} was not written by this program; name another file, or move it")
 
 
 def _light_files(plan: Plan, only: Sequence[str]) -> Iterator[Path]:
@@ -64,8 +78,8 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
     an arm that has a finished stage or a checkpoint here stays as it is.
 
     Raises ValueError, before anything is added, for a file that is no such tar, is damaged, holds other arms than the
-    plan or names outside of its folder, lacks one of `only`, or holds a stage that was finished with another recipe or
-    command than the plan has.
+    plan or names outside of its folder, lacks one of `only`, or holds what is no record of a stage, or one of a stage
+    that was finished with another recipe or command than the plan has.
     """
     arms = {arm.name for arm in plan.arms}
     jobs = [job for each in plan.jobs().values() for job in each]
@@ -86,7 +100,9 @@ def unpack(plan: Plan, source: Path, only: Sequence[str] = ()) -> list[str]:
     new = {name: content for name, content in held.items() if not only or PurePosixPath(name).parts[0] in only}
     new = {name: content for name, content in new.items() if not stays(PurePosixPath(name).parts)}
     for name in (name for name in new if name in records):
-        records[name].check_record(json.loads(new[name]), f"{source}: {name}")
+        place = f"{source}: {name}"
+        record = files.parse_json(Path(place), new[name].decode("utf-8", "replace"))
+        records[name].check_record(checked(record, place), place)
     for name, content in new.items():
         with files.whole(Path(plan.root, name)) as stream:
             stream.write(content)

@@ -63,11 +63,16 @@ def _beginnings(results: Row) -> set[tuple[str, str, str]]:
 def write(plan: Plan, results: Row, output: Path, titles: Mapping[str, str]) -> Path:
     """Write all files of the page into `output` and return README.md.
 
-    Raises ValueError where that is somebody else's.
+    Raises NotOursError where that is somebody else's: README.md has no signature, or is not there and other files are.
     """
     page = output / "README.md"
-    if page.is_file() and SIGNATURE not in page.read_text(encoding="utf-8"):
-        raise ValueError(f"{page} was not written by this program; choose another --output, or move it")
+    if page.is_file() and SIGNATURE not in page.read_text(encoding="utf-8", errors="replace"):
+        raise files.NotOursError(f"{page} was not written by this program; choose another --output, or move it")
+    if not page.is_file():
+        if others := sorted(path.name for path in output.glob("[!.]*") if path.is_file()):
+            shown = ", ".join(others[:3])
+            raise files.NotOursError(f"{output} holds files of others ({shown}); choose another --output, or move them")
+        files.write_text(page, f"{SIGNATURE}\n")  # whatever of the rest a kill leaves is known to be ours
     logs = results.pop("logs")
     thin = {
         arm: {stage: [{k: row[k] for k in row if k in _KEPT or k.startswith("val/")} for row in rows]

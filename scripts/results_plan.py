@@ -34,15 +34,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
+
+from results_record import checked
 
 from data.prepare.spec import PrepareSpec
-from data.section import check_source
+from data.section import DATAMODULE, DataSection, check_source
 from s2.files import read_json
 from s2.model.config import ModelConfig
 from s2.model.hf import load_config
 from s2.recipe import apply_overrides, differences, load_recipe
-from s2.settings import Check, SettingError, Settings, Weight, read
+from s2.settings import Check, SettingError, Settings, Weight, below, convert, read
 from s2.training.config import read_stage
 
 EXPERIMENTS = Path("recipes/experiments")
@@ -67,6 +69,8 @@ class Stage(Settings):
         super().__post_init__()
         if (self.recipe is None) == (not self.command):
             raise SettingError("", f"stage {self.name!r} needs either a recipe or a command")
+        if not isinstance(self.recipe, Mapping | str | None):
+            raise SettingError("recipe", f"expected a mapping of keys, or the path of a recipe, got {self.recipe!r}")
         if bool(self.command) != bool(self.leaves):
             raise SettingError("leaves", f"stage {self.name!r}: the files that tell that its command is done")
 
@@ -83,6 +87,12 @@ class Arm(Settings):
     inputs: dict[str, Any] = field(default_factory=dict)
     minutes: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        with below("minutes"):
+            for stage, minutes in self.minutes.items():
+                convert(minutes, Weight, stage)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Settings):
@@ -91,13 +101,14 @@ class Plan(Settings):
     name: _Name
     stages: tuple[Stage, ...]
     arms: tuple[Arm, ...]
-    root: str
+    root: Annotated[str, Check("a folder", lambda s: s.strip())]
     about: str = ""
     baseline: str | None = None
     also: str | None = None
     front: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    file: ClassVar[Path | None] = None  # that it was read from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +147,7 @@ class Plan(Settings):
         }
 
     def _job(self, arm: Arm, stage: Stage) -> Job:
-        where = f"{self.name}: arm {arm.name}, stage {stage.name}"
+        where = f"{self.file or self.name}: arm {arm.name}, stage {stage.name}"
         folder = Path(self.root) / arm.name
         values = {"arm": str(folder), "root": self.root} | self.inputs | arm.inputs
         for _ in range(3):  # they may name each other
@@ -145,8 +156,9 @@ class Plan(Settings):
         if stage.recipe is not None:
             recipe = load_recipe(Path(stage.recipe)) if isinstance(stage.recipe, str) else stage.recipe
             recipe = _filled(recipe, values, where)
-            run = dict(recipe.get("run") or {}, root=self.root, recipe=arm.name, stage=stage.name)
-            recipe = {**recipe, "run": run}
+            if not isinstance(run := recipe.get("run") or {}, Mapping):
+                raise ValueError(f"{where}: recipe.run: expected a mapping of keys, got {run!r}")
+            recipe = {**recipe, "run": {**run, "root": self.root, "recipe": arm.name, "stage": stage.name}}
             apply_overrides(recipe, _filled([*stage.overrides, *arm.overrides], values, where))
         words, leaves = (_filled(list(each), values, where) for each in (stage.command, stage.leaves))
         command = [str(word) for word in words]
@@ -211,8 +223,8 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is known of its runs so far; {} before the first."""
-        return read_json(self.record_file) if self.record_file.is_file() else {}
+        """What is known of its runs so far; {} before the first. Raises ValueError for a file that is no record."""
+        return checked(read_json(self.record_file), str(self.record_file)) if self.record_file.is_file() else {}
 
     @property
     def is_done(self) -> bool:
@@ -229,8 +241,8 @@ class Job:
         if self.recipe is None:
             self._check_command([spec.output for spec in prepared])
         else:
-            self._check_sources(prepared)
             read_stage(self.recipe, self.recipe_file)
+            self._check_data(prepared)
             model = self.recipe.get("model") or {}
             source, where = model.get("init_from"), f"arm {self.arm}, stage {self.stage}: model"
             if source is None or Path(source, "config.json").is_file():
@@ -242,31 +254,34 @@ class Job:
                 )
         self.check_done()
 
-    def _check_sources(self, prepared: Sequence[PrepareSpec]) -> None:
-        """Whether the plan's data has the sources that the recipe takes of it."""
-        section = (self.recipe or {}).get("data") or {}
-        section = section.get("init_args") or section
+    def _check_data(self, prepared: Sequence[PrepareSpec]) -> None:
+        """The recipe's section, and whether the plan's data has the sources that it takes of it."""
+        data, where = (self.recipe or {})["data"], f"arm {self.arm}, stage {self.stage}: data"
+        if data["class_path"] != DATAMODULE:
+            return
+        section = read(DataSection, data.get("init_args") or {}, where)
         for part in ("mixture", "validation"):
-            for i, each in enumerate(section.get(part) or ()):
-                key = f"arm {self.arm}, stage {self.stage}: data.{part}[{i}].source"
-                check_source(str(each.get("path")), each.get("source"), prepared, key)
+            for i, each in enumerate(getattr(section, part) or ()):
+                check_source(each.path, each.source, prepared, f"{where}.{part}[{i}].source")
 
     def _check_command(self, prepared: Sequence[str]) -> None:
         """What a command would say when the stages before it have run."""
         where = f"arm {self.arm}, stage {self.stage}"
         if self.is_done:
             return
-        for option, word in pairwise(self.command):
-            is_made = any(map(Path(word).is_relative_to, (self.root, *prepared)))
-            if option in _READS and not is_made and not Path(word).exists():
-                raise FileNotFoundError(f"{where}: {option} {word}: no such file or folder; name another by `inputs`")
+        reads = _READS
         if self.command[:3] == ["python", "-m", "eval.suite"]:
             from eval import suite  # torch
 
             try:
-                suite.read_arguments(self.command[3:])
+                texts = suite.texts(suite.read_arguments(self.command[3:]))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
+            reads = ("--ckpt", *texts)
+        for option, word in pairwise(self.command):
+            is_made = any(map(Path(word).is_relative_to, (self.root, *prepared)))
+            if option in reads and not is_made and not Path(word).exists():
+                raise FileNotFoundError(f"{where}: {option} {word}: no such file or folder; name another by `inputs`")
 
     def check_done(self) -> None:
         """Raises ValueError for a stage that was finished with another recipe or command: figures of two settings do
@@ -361,12 +376,14 @@ def load_plan(name: str, overrides: Sequence[str] = ()) -> Plan:
         values["data"] = load_recipe(Path(values["data"])).get("data")
     apply_overrides(values, overrides)
     try:
-        return read(Plan, values | {
+        plan = read(Plan, values | {
             "stages": tuple(read(Stage, s, f"stages[{i}]") for i, s in enumerate(_listed(values, "stages"))),
             "arms": tuple(read(Arm, a, f"arms[{i}]") for i, a in enumerate(_listed(values, "arms"))),
         }, "")  # fmt: skip
     except SettingError as error:
         raise ValueError(f"{path}: {error}") from error
+    object.__setattr__(plan, "file", path)
+    return plan
 
 
 def _listed(values: Mapping[str, Any], key: str) -> list[Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,16 @@ def measure(config: ModelConfig, length: int) -> dict[str, Any]:
     return row | attention_ms(config, length) | {"decode_ms": decode_ms(config, length)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a Hugging Face folder; its config.json is read")
     parser.add_argument("--length", type=parse_length, default="128k", help="tokens (default: 128k)")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.output.is_file() and not {"attention_layout", "kv_bytes_per_token"} <= set(
+        files.read_record(args.output) or ()
+    ):
+        raise files.NotOursError(f"--output {args.output}: another file than this program's figures; name another one")
     row = measure(load_config(args.config), args.length)
     files.write_json(args.output, row)
     print(row)

@@ -206,6 +206,21 @@ def test_wrong_settings_name_their_key(folders, tmp_path):
         datamodule(folders, validation=[{"name": "v", "path": str(folders / "foreign")}]).setup()
 
 
+def test_what_is_trained_on_is_not_held_out(folders):
+    (folders / "link").symlink_to(folders / "train")
+    for path in (folders / "train", f"{folders}/train/", folders / "link", folders / "heldout" / ".." / "train"):
+        with pytest.raises(ValueError, match=r"data\.validation\[1\]\.path: .* is trained on too \(mixture\[0\]\)"):
+            datamodule(folders, validation=[{"name": "a", "path": "x"}, {"name": "b", "path": str(path)}])
+    train = {"path": str(folders / "train")}
+    same = [{"source": "a"}, {"source": "a"}], [{}, {"source": "a"}], [{"max_tokens": 9}, {"min_tokens": 9}]
+    apart = [{"source": "a"}, {"source": "b"}], [{"max_tokens": 8}, {"min_tokens": 9}]
+    for mixture, heldout in same:
+        with pytest.raises(ValueError, match="is trained on too"):
+            datamodule(folders, mixture=[train | mixture], validation=[{"name": "v"} | train | heldout])
+    for mixture, heldout in apart:
+        datamodule(folders, mixture=[train | mixture], validation=[{"name": "v"} | train | heldout])
+
+
 def test_vocabulary_and_tokenizer_are_checked(folders):
     dm = datamodule(folders)
     assert dm.vocab_size == 500

@@ -225,7 +225,7 @@ def test_batches_drawn_before_the_checkpoint_are_an_error(make_data):
 def test_resume_on_another_sequence_names_the_difference(tmp_path, make_data, change, message):
     state = make_data().state_dict()
     if "mixture" in change:
-        change = {"mixture": [{"path": str(tmp_path / "heldout")}]}
+        change = {"mixture": [{"path": str(tmp_path / "heldout")}], "validation": []}
     with pytest.raises(ValueError, match=message):
         make_data(**change).load_state_dict(state)
 

@@ -155,4 +155,10 @@ MUTANTS = (
         "pass",
         ("test_retrieval.py::test_a_share_of_the_documents_begins_with_a_fact",),
     ),
+    Mutant(
+        "a_folder_is_trained_on_and_held_out", "data/section.py",
+        "if os.path.realpath(self.path) != os.path.realpath(other.path):",
+        "if self.path != other.path:",
+        ("test_loader.py::test_what_is_trained_on_is_not_held_out",),
+    ),
 )  # fmt: skip

@@ -36,7 +36,10 @@ RECIPE = {
     "seed_everything": 7,
     "run": {"recipe": "x", "stage": "x"},
     "model": {"config": MODEL},
-    "data": {"class_path": "data.datamodule.PackedDataModule", "init_args": {"seq_len": 64, "micro_batch_size": 1}},
+    "data": {
+        "class_path": "data.datamodule.PackedDataModule",
+        "init_args": {"seq_len": 64, "micro_batch_size": 1, "mixture": [{"path": "shards/train"}]},
+    },
     "trainer": {"max_steps": 4},
 }
 WORK = """
@@ -214,10 +217,12 @@ def test_a_recipe_that_is_finished_and_now_another_is_refused(tmp_path):
     job = load_plan(str(path)).jobs()["a"][0]
     (job.folder / "train").mkdir(parents=True)
     (job.folder / "train" / "summary.json").write_text("{}")
-    job.record_file.write_text(json.dumps({"exit_code": 0, "recipe": job.recipe}))
+    record = {"command": job.words, "attempts": [{"began": "2026-01-02T03:04:05", "exit_code": 0}], "exit_code": 0}
+    record |= {"seconds": 1.0, "commit": "abc", "device": "the CPU", "versions": {}, "data": {}}
+    job.record_file.write_text(json.dumps(record | {"recipe": job.recipe}))
     job.check()
     moved = load_plan(str(path), ["root=elsewhere"]).jobs()["a"][0]
-    job.record_file.write_text(json.dumps({"exit_code": 0, "recipe": moved.recipe, "root": "elsewhere"}))
+    job.record_file.write_text(json.dumps(record | {"recipe": moved.recipe, "root": "elsewhere"}))
     job.check()
     with pytest.raises(ValueError, match=r"finished with trainer.max_steps=4, and the plan says 9"):
         load_plan(str(path), ["stages.0.recipe.trainer.max_steps=9"]).jobs()["a"][0].check()

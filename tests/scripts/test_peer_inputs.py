@@ -83,6 +83,11 @@ def test_a_layer_of_a_checkpoint_is_what_its_attention_gets(tmp_path, monkeypatc
     peer_inputs.load(path, "cpu", torch.float32)
     with pytest.raises(ValueError, match=r"--layer 99: .*hf has layers 0 to"):
         attention_tensors.main([str(folder), str(text), str(path), "--layer", "99", "--length", "96"])
+    for other in (text, tmp_path / "hf" / "model.safetensors"):
+        before = other.read_bytes()
+        with pytest.raises(ValueError, match=f"{other} was not written by this program"):
+            attention_tensors.main([str(folder), str(text), str(other), "--layer", "1", "--length", "96"])
+        assert other.read_bytes() == before
     text.write_text("short")
     with pytest.raises(ValueError, match="fewer than --length 96"):
         attention_tensors.main([str(folder), str(text), str(path), "--length", "96"])
