@@ -281,4 +281,22 @@ MUTANTS = (
         "if not rest:",
         ("test_carried_results.py",),
     ),
+    Mutant(
+        "an_export_replaces_any_file", "scripts/results.py",
+        "require_ours(args.export)",
+        "pass",
+        ("test_carried_results.py::test_an_export_takes_the_place_of_no_file_but_an_earlier_one",),
+    ),
+    Mutant(
+        "every_text_of_a_suite_has_to_be_there", "eval/suite.py",
+        'if "positions" in args.parts:\n        found["--documents"]',
+        'if True:\n        found["--documents"]',
+        ("test_suite.py::test_only_the_texts_that_the_chosen_parts_read_are_asked_for",),
+    ),
+    Mutant(
+        "any_json_is_a_record", "scripts/results_record.py",
+        "if not isinstance(record, dict):",
+        "if False:",
+        ("test_carried_results.py::test_a_record_that_is_none_is_named_by_whatever_reads_it",),
+    ),
 )  # fmt: skip
