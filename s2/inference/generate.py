@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from s2.model.config import ModelConfig
 from s2.model.transformer import Transformer
 
 from .cache import KVCache
@@ -125,11 +126,13 @@ def stream(
     Raises:
         ValueError: as `generate`; what the arguments say by themselves before the iterator is returned.
     """
+    if not isinstance(getattr(model, "config", None), ModelConfig):  # a compiled model passes its attributes on
+        raise ValueError(f"model must be a Transformer of s2.model, got {type(model).__name__}")
     check_sampling(temperature, top_p, top_k)
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
     device = model.model.embed_tokens.weight.device
-    _check_objects(generator, is_enough, graph, device, draws=temperature > 0)
+    _check_objects(generator, is_enough, cache, graph, pool, device, draws=temperature > 0)
     ends = _ends(eos_token_id)
     input_ids, prompts = _padded(input_ids, lengths)
     _check_room(model, prompts, max_new_tokens, cache)
@@ -265,16 +268,22 @@ def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generato
 
 def _either(ended: list[bool], said: Sequence[bool] | Tensor) -> list[bool]:
     """The rows that have ended, with those of which `is_enough` said so."""
-    enough = torch.as_tensor(said, dtype=torch.bool, device="cpu")
-    if enough.shape != (len(ended),):
-        raise ValueError(f"is_enough gave {list(enough.shape)} for {len(ended)} rows; it must say it of each row")
+    try:
+        enough = torch.as_tensor(said, dtype=torch.bool, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        enough = None
+    if enough is None or enough.shape != (len(ended),):
+        got = f"{said!r:.80}" if enough is None else list(enough.shape)
+        raise ValueError(f"is_enough gave {got} for {len(ended)} rows; it must say it of each row")
     return [was or is_now for was, is_now in zip(ended, enough.tolist(), strict=True)]
 
 
 def _check_objects(
     generator: torch.Generator | None,
     is_enough: IsEnough | None,
+    cache: KVCache | None,
     graph: bool | None,
+    pool: DecodePool | None,
     device: torch.device,
     *,
     draws: bool,
@@ -287,6 +296,9 @@ def _check_objects(
         raise ValueError(f"is_enough={is_enough!r} must be a function of the new tokens")
     if graph not in (None, True, False):
         raise ValueError(f"graph={graph!r} must be True, False or None")
+    for name, given, kind in (("cache", cache, KVCache), ("pool", pool, DecodePool)):
+        if given is not None and not isinstance(given, kind):
+            raise ValueError(f"{name}={given!r:.80} must be a {kind.__name__} of s2.inference, or None")
 
 
 def _check_room(model: Transformer, prompts: list[int], max_new_tokens: int, cache: KVCache | None) -> None:

@@ -8,7 +8,7 @@ for said in continue_texts(folder, ["The river", "Once upon a time"], 100, stop=
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -20,6 +20,13 @@ from .detokenize import RowText
 from .encoding import Message, TextEncoder
 from .folder import ModelFolder
 from .generate import stream
+
+# Options of `s2.inference.generate` that texts have no use for.
+_NOT_FOR_TEXTS = {
+    "eos_token_id": "a text ends at the tokens that its folder names (ModelFolder.eos_ids)",
+    "is_enough": "a text ends at those tokens and at its stop strings; close the iterator to end all of them",
+    "lengths": "prompts are as long as they are",
+}
 
 Reason = Literal["eos", "stop", "length"]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -57,7 +64,12 @@ class Continuation:
 
 
 def continue_texts(
-    folder: ModelFolder, prompts: Sequence[Prompt], max_new_tokens: int, *, stop: Sequence[str] = (), **options: Any
+    folder: ModelFolder,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    *,
+    stop: Iterable[str] | None = (),
+    **options: Any,
 ) -> list[Continuation]:
     """`stream_texts`, with its arguments, to the end."""
     ids = encode_prompts(folder, prompts)
@@ -78,7 +90,7 @@ def stream_texts(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     *,
-    stop: Sequence[str] = (),
+    stop: Iterable[str] | None = (),
     is_apart: bool = False,
     **options: Any,
 ) -> Iterator[list[Piece]]:
@@ -93,7 +105,8 @@ def stream_texts(
         prompts: texts; token ids, taken as they are; or chats, lists of messages with `role` and `content`, which go
             through the folder's chat template.
         max_new_tokens: of each row.
-        stop: a row ends before the first of these texts. A special token that is spelled with one ends it too.
+        stop: a row ends before the first of these texts; None: at none. A special token that is spelled with one ends
+            it too.
         is_apart: new tokens are decoded without the prompt's, as lm-eval's `hf` does it. Tokenizers that mark words by
             a space before them (SentencePiece) drop that of the first word then.
         options: of `s2.inference.generate`: temperature, top_p, top_k, generator, graph, pool; prefill_chunk, where it
@@ -102,16 +115,23 @@ def stream_texts(
     Raises:
         ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.
     """
-    if "eos_token_id" in options:
-        raise ValueError("eos_token_id: a text ends at the tokens that its folder names (ModelFolder.eos_ids)")
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop={stop!r} must be a list of texts, none of them empty")
+    for name, reason in _NOT_FOR_TEXTS.items():
+        if name in options:
+            raise ValueError(f"{name}: {reason}")
+    stop = _texts(stop)
     ids = encode_prompts(folder, prompts)
     rows = [
         _Row(RowText(folder.decoder, stop, () if is_apart else prompt), folder.eos_ids, max_new_tokens)
         for prompt in ids
     ]
     return _stream_texts(folder, ids, rows, max_new_tokens, options)
+
+
+def _texts(stop: Iterable[str] | None) -> list[str]:
+    given = [] if stop is None else list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [None]
+    if not all(isinstance(text, str) and text for text in given):
+        raise ValueError(f"stop={stop!r} must be a list of texts, none of them empty")
+    return cast(list[str], given)
 
 
 def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -121,6 +141,8 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
         ValueError: no prompt, one that is of no such kind, without a token or with one that the model does not have; as
             `TextEncoder`.
     """
+    if not isinstance(folder, ModelFolder):
+        raise ValueError(f"folder={folder!r:.80} must be a ModelFolder, as ModelFolder.load(path) opens it")
     if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts={prompts!r:.80} must be a list with at least one prompt")
     encoder = TextEncoder(folder)
@@ -147,11 +169,17 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
 
 def _encode(encoder: TextEncoder, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(
+                f"a prompt holds half a character (a lone surrogate), which no tokenizer takes: {prompt!r:.80}"
+            )
         return encoder.encode(prompt)
     if isinstance(prompt, Mapping | bytes):  # one message of a chat, a text that is not decoded
         raise TypeError
     if len(prompt) and isinstance(prompt[0], Mapping):
         return encoder.encode_chat(cast(Sequence[Message], prompt))
+    if getattr(prompt, "dtype", None) == torch.bool or any(isinstance(index, bool) for index in prompt):
+        raise TypeError
     return [operator.index(index) for index in cast(Sequence[int], prompt)]
 
 

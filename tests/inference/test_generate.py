@@ -237,13 +237,26 @@ def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():
         ({"generator": 7}, r"generator=7 must be a torch\.Generator"),
         ({"is_enough": True}, "is_enough=True must be a function of the new tokens"),
         ({"graph": "no"}, "graph='no' must be True, False or None"),
+        ({"cache": "x"}, "cache='x' must be a KVCache of s2.inference, or None"),
+        ({"pool": "x"}, "pool='x' must be a DecodePool of s2.inference, or None"),
+        ({"model": "x"}, "model must be a Transformer of s2.model, got str"),
+        ({"model": torch.nn.Linear(1, 1)}, "model must be a Transformer of s2.model, got Linear"),
     ],
 )
 def test_options_of_another_type_or_out_of_range_are_named_before_any_work(options, words, monkeypatch):
     model = build()
     monkeypatch.setattr(model, "forward", None)
     with pytest.raises(ValueError, match=words):
-        stream(model, tokens(1, 8), **{"max_new_tokens": 4, **options})  # not read yet
+        stream(**{"model": model, "input_ids": tokens(1, 8), "max_new_tokens": 4, **options})  # not read yet
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [(None, "gave None for 2"), (True, r"gave \[\] for 2"), ("no", "gave 'no'"), ([True], r"gave \[1\]")],
+)
+def test_an_answer_that_is_none_of_each_row_is_refused(said, words):
+    with pytest.raises(ValueError, match=f"is_enough {words}.*it must say it of each row"):
+        generate(build(), tokens(2, 8), 4, is_enough=lambda new: said)
 
 
 def test_numbers_of_other_kinds_are_numbers():

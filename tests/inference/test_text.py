@@ -171,9 +171,29 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
         (["a"], {"stop": ["x", ""]}, "none of them empty"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0"),
         (["a"], {"eos_token_id": 7}, "eos_token_id: a text ends at the tokens that its folder names"),
+        (["a"], {"is_enough": all}, "is_enough: a text ends at those tokens and at its stop strings"),
+        (["a"], {"lengths": [1]}, "lengths: prompts are as long as they are"),
+        (["a"], {"stop": 7}, "stop=7 must be a list of texts"),
+        (["a", [True, False]], {}, r"prompt 2 of 2 must be a text, .*got \[True, False\]"),
+        (["a", torch.tensor([True])], {}, "prompt 2 of 2 must be a text, .*got tensor"),
+        (["a", "b\ud800"], {}, "holds half a character"),
         (["a"], {"max_new_tokens": 255}, "2 prompt tokens and max_new_tokens=255 make 257"),
     ],
 )
 def test_what_cannot_be_continued_is_refused_before_it_begins(folder, prompts, options, words):
     with pytest.raises(ValueError, match=words):
         next(stream_texts(folder, prompts, **{"max_new_tokens": 5, **options}))
+
+
+def test_stop_strings_may_come_one_by_one_or_not_at_all(folder):
+    texts = ["the river", "a"]
+    some = continue_texts(folder, texts, 12)
+    stop = next(said.text[1:3] for said in some if len(said.text) > 3)
+    expected = continue_texts(folder, texts, 12, stop=[stop])
+    assert expected != some and continue_texts(folder, texts, 12, stop=(text for text in [stop])) == expected
+    assert continue_texts(folder, texts, 12, stop=None) == some
+
+
+def test_a_folder_is_opened_before_its_texts_are_continued(folder):
+    with pytest.raises(ValueError, match=r"must be a ModelFolder, as ModelFolder.load\(path\) opens it"):
+        continue_texts(folder.folder, ["a"], 3)

@@ -466,6 +466,16 @@ def test_weights_that_do_not_fit_are_refused():
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=f"tp_rank={rank} must be one of the 2 ranks"):
             to_megatron(state, config, tp_size=2, tp_rank=rank)
+    for option, wrong in (
+        ("tp_size", "2"),
+        ("tp_size", 0),
+        ("tp_rank", None),
+        ("vocab_size", 64.5),
+        ("vocab_size", True),
+    ):
+        with pytest.raises(ValueError, match=f"{option}: expected a whole number"):
+            to_megatron(state, config, **{option: wrong})
+    assert to_megatron(state, config, vocab_size=64.0)["embedding.word_embeddings.weight"].shape == (64, 48)
     with pytest.raises(ValueError, match="vocab_size=60 must be at least the model's 61"):
         to_megatron(state, config, vocab_size=60)
 

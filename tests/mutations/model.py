@@ -308,8 +308,8 @@ MUTANTS = (
     ),
     Mutant(
         "one_answer_ends_every_row", "s2/inference",
-        "if enough.shape != (len(ended),):",
-        "if False:",
+        "if enough is None or enough.shape != (len(ended),):",
+        "if enough is None:",
         ("test_prefix.py::test_what_is_enough_is_said_of_each_row",),
     ),
     Mutant(

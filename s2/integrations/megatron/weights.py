@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from s2.model import ModelConfig
+from s2.settings import Positive, convert
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _EXTRA = "_extra_state"
@@ -82,7 +83,8 @@ def to_megatron(
         ValueError: a tensor is missing, unexpected or of another shape; sizes that the ranks cannot divide; no such
             rank.
     """
-    rows = config.vocab_size if vocab_size is None else vocab_size
+    rows = convert(config.vocab_size if vocab_size is None else vocab_size, Positive, "vocab_size")
+    tp_rank, tp_size = convert(tp_rank, int, "tp_rank"), convert(tp_size, Positive, "tp_size")
     if rows < config.vocab_size:
         raise ValueError(f"vocab_size={rows} must be at least the model's {config.vocab_size}")
     if not 0 <= tp_rank < tp_size:
