@@ -17,7 +17,7 @@ from s2.files import read_json
 from s2.integrations import HF_MODELING
 from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
 
-from .rope import rope_of_kind, scales_by_kind, validate_rope_scaling
+from .rope import KINDS, require_positive, rope_of_kind, scales_by_kind, validate_rope_scaling
 
 
 class _Family(NamedTuple):
@@ -39,6 +39,7 @@ _FAMILIES = {
     "mistral": _Family("MistralForCausalLM", _PLAIN, _MISTRAL),
 }
 _WINDOW = 4096  # tokens, where a Mistral or Qwen config.json with a window does not say how wide
+_THETA = 10000.0  # where a config.json does not say it
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # A sparse model has a type of its own, so that no library opens it as a dense Llama without a word.
 _SPARSE_TYPE = "s2_llama"
@@ -302,51 +303,73 @@ def _check_window(values: Mapping[str, Any], longest: int, source: str) -> None:
         )
 
 
-def _check_same(scaling: Mapping[str, Any], complete: Mapping[str, Any], outside: float | None, source: str) -> None:
+def _check_same(
+    said: Mapping[str, Mapping[str, Any]], named: str, other: str, outside: float | None, source: str
+) -> None:
     """Where two spellings say it by kind of layer and one of them was changed, nobody knows which is meant."""
     for kind in ("dense", "sparse"):
-        of_kind = [each[kind] if scales_by_kind(each) else each for each in (scaling, complete)]
+        of_kind = [each[kind] if scales_by_kind(each) else each for each in (said[named], said[other])]
         ropes = [{"rope_type": "default", **(each or {})} for each in of_kind]
         ropes[0].setdefault("rope_theta", outside or ropes[1].get("rope_theta"))
         ropes[1].setdefault("rope_theta", ropes[0]["rope_theta"])
         if ropes[0] != ropes[1]:
             raise ValueError(
-                f"{source}: rope_theta and rope_scaling say {ropes[0]} of the {kind} layers, rope_parameters.{kind}"
-                f" {ropes[1]}; change both or remove one"
+                f"{source}: rope_theta and {named} say {ropes[0]} of the {kind} layers, {other}.{kind} {ropes[1]};"
+                " change both or remove one"
             )
 
 
 def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[float, dict[str, Any] | None]:
     """`rope_theta` and `rope_scaling` from either spelling. Where both are present they are read as transformers reads
-    them: `rope_scaling` wins, and a theta inside wins over one outside."""
+    them: `rope_scaling` wins, a theta inside wins over one outside, an original length outside over one inside."""
     # by kind of layer transformers cannot say it: our class for it has a key of its own
     said = {key: values.get(key) or {} for key in ("rope_by_kind", "rope_scaling", "rope_parameters")}
     for key, rope in said.items():
         if not isinstance(rope, Mapping):
             raise ValueError(f"{source}: {key}={rope!r} must be null or a mapping with a rope_type")
-    scaling = dict(said["rope_by_kind"] or said["rope_scaling"] or said["rope_parameters"])
-    parameters = said["rope_parameters"]
+        said[key] = _with_original(rope, values.get("original_max_position_embeddings"), source)
+    named = next((key for key, rope in said.items() if rope), "rope_scaling")
+    scaling, parameters = dict(said[named]), said["rope_parameters"]
     outside = values.get("rope_theta")
-    if scales_by_kind(scaling):
-        validate_rope_scaling(scaling, source)
-    if not said["rope_by_kind"] and scales_by_kind(parameters):
-        validate_rope_scaling(parameters, source, "rope_parameters")
-        _check_same(scaling, parameters, outside, source)
+    for key, rope in said.items():
+        if scales_by_kind(rope):
+            validate_rope_scaling(rope, source, key)
+            _check_same(said, named, key, outside, source)
     if scales_by_kind(scaling):
         # transformers keeps none outside; our class for it says in rope_parameters what the dense layers have
         lacking = [kind for kind in ("dense", "sparse") if not (scaling[kind] or {}).get("rope_theta")]
         ropes = [parameters, *([parameters.get(kind) or {} for kind in lacking] or [scaling["dense"]])]
-        return outside or next(filter(None, (each.get("rope_theta") for each in ropes)), 10000.0), scaling
-    if outside is None:
-        outside = parameters.get("rope_theta")
-    theta = scaling.pop("rope_theta", None) or outside or 10000.0
+        thetas = (outside, *(each.get("rope_theta") for each in ropes), _THETA)
+        return next(theta for theta in thetas if theta is not None), scaling
+    theta = next(each for each in (scaling.pop("rope_theta", None), outside, _THETA) if each is not None)
     legacy = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", legacy or "default")
     if scaling.pop("partial_rotary_factor", None) not in (None, 1.0):
         raise ValueError(f"{source}: partial_rotary_factor must be 1.0: all dimensions of a head are rotated")
     if kind == "default":
+        for key, value in scaling.items():
+            if key != "rope_type" and value is not None:
+                raise ValueError(
+                    f"{source}: {named}.{key}={value!r} is not supported where {named} has no rope_type of its own, or "
+                    f"'default', which takes rope_theta alone; name one of {list(KINDS)}, or remove it"
+                )
         return theta, None
     if kind == "yarn" and scaling.get("original_max_position_embeddings") is None:
         scaling["original_max_position_embeddings"] = longest
-    validate_rope_scaling(scaling, source)
+    validate_rope_scaling(scaling, source, named)
     return theta, scaling
+
+
+def _with_original(rope: Mapping[str, Any], original: Any, source: str) -> Mapping[str, Any]:
+    """`rope`, or its parts by kind of layer, with the original length that config.json has outside of it."""
+    if original is None:
+        return rope
+    if scales_by_kind(rope):
+        return {
+            kind: _with_original(each, original, source) if isinstance(each, Mapping) else each
+            for kind, each in rope.items()
+        }
+    if rope.get("rope_type", rope.get("type")) not in ("llama3", "yarn"):
+        return rope
+    require_positive(original, f"{source}: original_max_position_embeddings")
+    return {**rope, "original_max_position_embeddings": original}

@@ -59,7 +59,7 @@ def validate_rope_scaling(scaling: Mapping[str, Any] | None, source: str, key: s
     for kind, each in scaling.items():
         where = f"{source}: {key}.{kind}"
         if isinstance(each, Mapping):
-            _require_positive(each.get("rope_theta", 1.0), f"{where}.rope_theta")
+            require_positive(each.get("rope_theta", 1.0), f"{where}.rope_theta")
             each = {name: value for name, value in each.items() if name != "rope_theta"}
             if each in ({}, {"rope_type": "default"}):
                 continue
@@ -87,7 +87,7 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
         if key in required and value is None:
             raise ValueError(f"{where}.{key} is null but type {kind!r} needs a number")
         if value is not None:
-            _require_positive(value, f"{where}.{key}")
+            require_positive(value, f"{where}.{key}")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError(f"{where}.truncate={scaling['truncate']!r} must be true or false")
     if scaling["factor"] < 1:
@@ -99,7 +99,8 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
         )
 
 
-def _require_positive(value: Any, key: str) -> None:
+def require_positive(value: Any, key: str) -> None:
+    """Raises ValueError, naming the key, for what is no positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{key}={value!r} must be a positive number")
 
