@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from s2.attention import LayerLayout
 from s2.files import read_json
 from s2.integrations import HF_MODELING
-from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
+from s2.settings import Check, Count, Settings, UnknownKeyError, Weight, read
 
 from .rope import KINDS, require_positive, rope_of_kind, scales_by_kind, validate_rope_scaling
 
@@ -60,6 +60,17 @@ _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why n
 }
 
 
+def _up_to(most: int) -> Check:
+    return Check(f"a whole number from 1 to {most}", lambda n: 1 <= n <= most)
+
+
+# Beyond these torch could not count the elements of a tensor, and making layers would not end.
+_WIDEST = 1 << 24
+_Width = Annotated[int, _up_to(_WIDEST)]
+_Layers = Annotated[int, _up_to(10_000)]
+_Tokens = Annotated[int, _up_to((1 << 31) - 1)]
+
+
 @dataclass(frozen=True)
 class ModelConfig(Settings):
     """A hybrid Llama (or Mistral, Qwen2, Qwen3): keys, meaning and defaults of Hugging Face Llama, plus the layout.
@@ -91,16 +102,16 @@ class ModelConfig(Settings):
         ValueError: a value does not fit; the message names the key, the value and what would be right.
     """
 
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: Positive = None  # type: ignore[assignment]  # resolved below
+    vocab_size: _Width
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_hidden_layers: _Layers
+    num_attention_heads: _Width
+    num_key_value_heads: _Width = None  # type: ignore[assignment]  # resolved below
     head_dim: Annotated[int, Check("a positive even number (RoPE rotates pairs)", lambda n: n > 0 and n % 2 == 0)] = (
         None  # type: ignore[assignment]  # resolved below
     )
-    max_position_embeddings: Positive = 2048
+    max_position_embeddings: _Tokens = 2048
     rms_norm_eps: Weight = 1e-5
     rope_theta: Weight = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -125,6 +136,8 @@ class ModelConfig(Settings):
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
             super().__post_init__()
+        if heads * self.head_dim > _WIDEST:
+            raise ValueError(f"head_dim={self.head_dim} of {heads} heads makes more than {_WIDEST} columns")
         if self.qkv_bias and self.qk_norm:
             raise ValueError("qkv_bias=True and qk_norm=True: no Hugging Face class has both; choose one")
         validate_rope_scaling(self.rope_scaling, "ModelConfig")
@@ -263,10 +276,11 @@ class ModelConfig(Settings):
             if wrong := [key for key in family.parts if known.get(key, family.parts[key]) != family.parts[key]]:
                 raise ValueError(f"{source}: {wrong[0]}={known[wrong[0]]!r} is not what model_type={name!r} has")
             known |= family.parts
-        longest = known.get("max_position_embeddings", cls.max_position_embeddings)
+        rope: dict[str, Any] = {"rope_theta": _THETA, "rope_scaling": None}
+        longest = cls.from_dict(known | rope, source).max_position_embeddings  # a number, as all sizes are then
         _check_window(values, longest, source)
-        theta, scaling = _read_rope(values, longest, source)
-        config = cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
+        rope["rope_theta"], rope["rope_scaling"] = _read_rope(values, longest, source)
+        config = cls.from_dict(known | rope, source)
         if name != _SPARSE_TYPE and not config.is_dense:
             raise ValueError(
                 f"{source}: model_type={name!r} with attention_layout={config.attention_layout!r}: other libraries"
@@ -296,11 +310,18 @@ def _check_window(values: Mapping[str, Any], longest: int, source: str) -> None:
     """Refuse layers that see less than the whole context, which no layout of ours says to the token."""
     has_window = {"mistral": True, "qwen2": values.get("use_sliding_window"), "qwen3": values.get("use_sliding_window")}
     window = values.get("sliding_window", _WINDOW) if has_window.get(values["model_type"]) else None
-    if window is not None and window < longest:
-        raise ValueError(
-            f"{source}: sliding_window={window} is shorter than max_position_embeddings={longest}; windows of tokens"
-            f" are not supported, so set max_position_embeddings there to at most {window}, where this one never counts"
-        )
+    if window is not None:
+        require_positive(window, f"{source}: sliding_window")
+        if window < longest:
+            raise ValueError(
+                f"{source}: sliding_window={window} is shorter than max_position_embeddings={longest}; windows of "
+                f"tokens are not supported, so set max_position_embeddings there to at most {window}, where this one "
+                f"never counts"
+            )
+    types = values.get("layer_types") or []
+    known = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
+    if values["model_type"] != _SPARSE_TYPE and not (isinstance(types, list) and all(kind in known for kind in types)):
+        raise ValueError(f"{source}: layer_types={types!r:.200} must be null or a list of {' and '.join(known)}")
 
 
 def _check_same(

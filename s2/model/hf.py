@@ -282,12 +282,16 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     if (folder / _INDEX).exists():
         weight_map = read_object(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / _INDEX}: lacks weight_map; it should name the file of every tensor")
+            raise ValueError(
+                f"{folder / _INDEX}: weight_map={weight_map!r:.80} must be a mapping that names the file of each tensor"
+            )
         shards: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
+            if not isinstance(file, str) or not file:
+                raise ValueError(f"{folder / _INDEX}: weight_map[{name!r}]={file!r} must be the name of a file")
             shards.setdefault(folder / file, []).append(name)
         for path in shards:
-            if not path.exists():
+            if not path.is_file():
                 raise FileNotFoundError(f"{path}: missing, but {_INDEX} lists it; was the copy interrupted?")
         if unlisted := sorted(present - {path.name for path in shards}):
             raise ValueError(f"{folder / unlisted[0]}: {_INDEX} does not list it; remove what is no part of the model")

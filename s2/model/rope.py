@@ -26,6 +26,7 @@ _KEYS = {
 }
 KINDS = tuple(_KEYS)
 _LAYERS = ("dense", "sparse")
+_LARGEST = 1e15  # of numbers that torch multiplies frequencies by
 
 
 def scales_by_kind(scaling: Mapping[str, Any] | None) -> bool:
@@ -72,7 +73,7 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
     if not isinstance(scaling, Mapping) or "rope_type" not in scaling:
         raise ValueError(f"{where}={scaling!r} must be null or have a rope_type, one of {list(KINDS)}")
     kind = scaling["rope_type"]
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"{where}.rope_type={kind!r} is not supported; use one of {list(KINDS)}")
     required, optional = _KEYS[kind]
     given = set(scaling) - {"rope_type"}
@@ -100,9 +101,9 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
 
 
 def require_positive(value: Any, key: str) -> None:
-    """Raises ValueError, naming the key, for what is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}={value!r} must be a positive number")
+    """Raises ValueError, naming the key, for what is no positive number, or one that no rotation can have."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise ValueError(f"{key}={value!r} must be a positive number of at most {_LARGEST:.0e}")
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:

@@ -379,6 +379,21 @@ def test_tensors_and_files_that_the_index_leaves_out_are_named(tmp_path):
         load_state_dict(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        (None, r"index.json: weight_map=None must be a mapping"),
+        ({"model.norm.weight": None}, r"index.json: weight_map\['model.norm.weight'\]=None must be the name of a file"),
+        ({"model.norm.weight": 5}, r"index.json: weight_map\['model.norm.weight'\]=5 must be the name of a file"),
+        ({"model.norm.weight": "."}, r"missing, but model.safetensors.index.json lists it"),
+    ],
+)
+def test_an_index_that_names_no_file_is_named(folder, weight_map, words):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_pretrained(folder)
+
+
 def test_stored_rotary_frequencies_have_to_be_those_of_the_config(folder):
     state = load_file(folder / "model.safetensors")
     frequencies = 5e4 ** (-torch.arange(0, 8, 2) / 8)
