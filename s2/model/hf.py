@@ -27,7 +27,7 @@ from s2.integrations import HF_FILES
 
 from .config import ModelConfig, read_object
 from .rope import rope_frequencies
-from .tokenizer_files import write_tokenizer
+from .tokenizer_files import copy_terms, write_slow_tokenizer, write_tokenizer
 from .transformer import Transformer
 
 FOLDER_KIND = "a Hugging Face checkpoint"  # in the mark of folders that `save_pretrained` made
@@ -56,9 +56,9 @@ def save_pretrained(
         tokenizer_file: a `tokenizer.json`; what lies beside it goes along (see `write_tokenizer`).
         dtype: of the saved weights.
         max_shard_size: bytes, or text such as "5GB".
-        source: the Hugging Face folder that training started from. Its generation_config.json and, without
-            `tokenizer_file`, its tokenizer go with the weights; of its token ids only those change that `config`
-            changes.
+        source: the Hugging Face folder that training started from. Its generation_config.json, licenses and, without
+            `tokenizer_file`, its tokenizer go with the weights; where it has no tokenizer.json, `tokenizer_file` is
+            that of its tokenizer, whose other files go too. Of its token ids only those change that `config` changes.
 
     Returns:
         The folder.
@@ -72,15 +72,21 @@ def save_pretrained(
     weights = _fitted(model.state_dict() if isinstance(model, nn.Module) else model, config, "save_pretrained")
     inherited = read_object(Path(source) / "config.json") if source is not None else {}
     changed = _changed_ids(config, inherited, str(source))
-    if tokenizer_file is None and source is not None and (Path(source) / "tokenizer.json").is_file():
-        tokenizer_file = Path(source) / "tokenizer.json"
+    origin = None if source is None else Path(source)
+    is_fast = origin is not None and (origin / "tokenizer.json").is_file()
+    if tokenizer_file is None and origin is not None and is_fast:
+        tokenizer_file = origin / "tokenizer.json"
     make_folder(folder, FOLDER_KIND)
     remove_files(folder, "config.json", _INDEX, "model*.safetensors", *(file.name for file in HF_FILES))
     for file in () if config.is_dense else HF_FILES:
         shutil.copyfile(file, folder / file.name)
     if tokenizer_file is not None:
         tokens = {key.removesuffix("_id"): changed[key] for key in changed}
-        write_tokenizer(Path(tokenizer_file), config, folder, tokens)
+        write_tokenizer(Path(tokenizer_file), config, folder, tokens, None if is_fast else origin)
+    elif origin is not None:
+        write_slow_tokenizer(origin, config, folder)
+    if origin is not None:
+        copy_terms(origin, folder)
     _write_weights(weights, folder, dtype, max_shard_size)
 
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
