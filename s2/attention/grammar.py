@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 UNBOUNDED = 1 << 30  # a distance no context reaches, in blocks
+_MOST_HEADS = 1 << 16  # that one rule is written for
 
 _RULE = re.compile(r"dense|W(?P<window>\d+)|L(?P<local>\d+)")
 _RANGE = re.compile(r"V(\d+)(?:<(\d+))?")
@@ -120,8 +121,8 @@ class Reader:
         while True:
             at = self.at
             count = self.take(r"(\d+)\*")
-            if count is not None and int(count[1]) < 1:
-                raise self.error("a number of heads must be at least 1", at)
+            if count is not None and not 1 <= int(count[1]) <= _MOST_HEADS:
+                raise self.error(f"a number of heads must be at least 1, and at most {_MOST_HEADS}", at)
             rules += [self._rule()] * (int(count[1]) if count is not None else 1)
             more = self.take(r"\|") is not None
             one_a_head |= count is not None or more

@@ -15,9 +15,9 @@ from typing import Annotated, Any, NamedTuple
 from s2.attention import LayerLayout
 from s2.files import read_json
 from s2.integrations import HF_MODELING
-from s2.settings import Check, Count, Positive, Settings, UnknownKeyError, Weight, read
+from s2.settings import Check, Count, Settings, UnknownKeyError, Weight, read
 
-from .rope import rope_of_kind, scales_by_kind, validate_rope_scaling
+from .rope import KINDS, require_positive, rope_of_kind, scales_by_kind, validate_rope_scaling
 
 
 class _Family(NamedTuple):
@@ -39,6 +39,7 @@ _FAMILIES = {
     "mistral": _Family("MistralForCausalLM", _PLAIN, _MISTRAL),
 }
 _WINDOW = 4096  # tokens, where a Mistral or Qwen config.json with a window does not say how wide
+_THETA = 10000.0  # where a config.json does not say it
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # A sparse model has a type of its own, so that no library opens it as a dense Llama without a word.
 _SPARSE_TYPE = "s2_llama"
@@ -57,6 +58,17 @@ _HF_FIXED: dict[str, tuple[Any, str]] = {  # key -> what we implement, and why n
     "partial_rotary_factor": (1.0, "all dimensions of a head are rotated"),
     "quantization_config": (None, "quantised weights cannot be trained here"),
 }
+
+
+def _up_to(most: int) -> Check:
+    return Check(f"a whole number from 1 to {most}", lambda n: 1 <= n <= most)
+
+
+# Beyond these torch could not count the elements of a tensor, and making layers would not end.
+_WIDEST = 1 << 24
+_Width = Annotated[int, _up_to(_WIDEST)]
+_Layers = Annotated[int, _up_to(10_000)]
+_Tokens = Annotated[int, _up_to((1 << 31) - 1)]
 
 
 @dataclass(frozen=True)
@@ -90,16 +102,16 @@ class ModelConfig(Settings):
         ValueError: a value does not fit; the message names the key, the value and what would be right.
     """
 
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: Positive = None  # type: ignore[assignment]  # resolved below
+    vocab_size: _Width
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_hidden_layers: _Layers
+    num_attention_heads: _Width
+    num_key_value_heads: _Width = None  # type: ignore[assignment]  # resolved below
     head_dim: Annotated[int, Check("a positive even number (RoPE rotates pairs)", lambda n: n > 0 and n % 2 == 0)] = (
         None  # type: ignore[assignment]  # resolved below
     )
-    max_position_embeddings: Positive = 2048
+    max_position_embeddings: _Tokens = 2048
     rms_norm_eps: Weight = 1e-5
     rope_theta: Weight = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -124,6 +136,8 @@ class ModelConfig(Settings):
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
             super().__post_init__()
+        if heads * self.head_dim > _WIDEST:
+            raise ValueError(f"head_dim={self.head_dim} of {heads} heads makes more than {_WIDEST} columns")
         if self.qkv_bias and self.qk_norm:
             raise ValueError("qkv_bias=True and qk_norm=True: no Hugging Face class has both; choose one")
         validate_rope_scaling(self.rope_scaling, "ModelConfig")
@@ -262,10 +276,11 @@ class ModelConfig(Settings):
             if wrong := [key for key in family.parts if known.get(key, family.parts[key]) != family.parts[key]]:
                 raise ValueError(f"{source}: {wrong[0]}={known[wrong[0]]!r} is not what model_type={name!r} has")
             known |= family.parts
-        longest = known.get("max_position_embeddings", cls.max_position_embeddings)
+        rope: dict[str, Any] = {"rope_theta": _THETA, "rope_scaling": None}
+        longest = cls.from_dict(known | rope, source).max_position_embeddings  # a number, as all sizes are then
         _check_window(values, longest, source)
-        theta, scaling = _read_rope(values, longest, source)
-        config = cls.from_dict({**known, "rope_theta": theta, "rope_scaling": scaling}, source)
+        rope["rope_theta"], rope["rope_scaling"] = _read_rope(values, longest, source)
+        config = cls.from_dict(known | rope, source)
         if name != _SPARSE_TYPE and not config.is_dense:
             raise ValueError(
                 f"{source}: model_type={name!r} with attention_layout={config.attention_layout!r}: other libraries"
@@ -295,58 +310,87 @@ def _check_window(values: Mapping[str, Any], longest: int, source: str) -> None:
     """Refuse layers that see less than the whole context, which no layout of ours says to the token."""
     has_window = {"mistral": True, "qwen2": values.get("use_sliding_window"), "qwen3": values.get("use_sliding_window")}
     window = values.get("sliding_window", _WINDOW) if has_window.get(values["model_type"]) else None
-    if window is not None and window < longest:
-        raise ValueError(
-            f"{source}: sliding_window={window} is shorter than max_position_embeddings={longest}; windows of tokens"
-            f" are not supported, so set max_position_embeddings there to at most {window}, where this one never counts"
-        )
+    if window is not None:
+        require_positive(window, f"{source}: sliding_window")
+        if window < longest:
+            raise ValueError(
+                f"{source}: sliding_window={window} is shorter than max_position_embeddings={longest}; windows of "
+                f"tokens are not supported, so set max_position_embeddings there to at most {window}, where this one "
+                f"never counts"
+            )
+    types = values.get("layer_types") or []
+    known = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
+    if values["model_type"] != _SPARSE_TYPE and not (isinstance(types, list) and all(kind in known for kind in types)):
+        raise ValueError(f"{source}: layer_types={types!r:.200} must be null or a list of {' and '.join(known)}")
 
 
-def _check_same(scaling: Mapping[str, Any], complete: Mapping[str, Any], outside: float | None, source: str) -> None:
+def _check_same(
+    said: Mapping[str, Mapping[str, Any]], named: str, other: str, outside: float | None, source: str
+) -> None:
     """Where two spellings say it by kind of layer and one of them was changed, nobody knows which is meant."""
     for kind in ("dense", "sparse"):
-        of_kind = [each[kind] if scales_by_kind(each) else each for each in (scaling, complete)]
+        of_kind = [each[kind] if scales_by_kind(each) else each for each in (said[named], said[other])]
         ropes = [{"rope_type": "default", **(each or {})} for each in of_kind]
         ropes[0].setdefault("rope_theta", outside or ropes[1].get("rope_theta"))
         ropes[1].setdefault("rope_theta", ropes[0]["rope_theta"])
         if ropes[0] != ropes[1]:
             raise ValueError(
-                f"{source}: rope_theta and rope_scaling say {ropes[0]} of the {kind} layers, rope_parameters.{kind}"
-                f" {ropes[1]}; change both or remove one"
+                f"{source}: rope_theta and {named} say {ropes[0]} of the {kind} layers, {other}.{kind} {ropes[1]};"
+                " change both or remove one"
             )
 
 
 def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[float, dict[str, Any] | None]:
     """`rope_theta` and `rope_scaling` from either spelling. Where both are present they are read as transformers reads
-    them: `rope_scaling` wins, and a theta inside wins over one outside."""
+    them: `rope_scaling` wins, a theta inside wins over one outside, an original length outside over one inside."""
     # by kind of layer transformers cannot say it: our class for it has a key of its own
     said = {key: values.get(key) or {} for key in ("rope_by_kind", "rope_scaling", "rope_parameters")}
     for key, rope in said.items():
         if not isinstance(rope, Mapping):
             raise ValueError(f"{source}: {key}={rope!r} must be null or a mapping with a rope_type")
-    scaling = dict(said["rope_by_kind"] or said["rope_scaling"] or said["rope_parameters"])
-    parameters = said["rope_parameters"]
+        said[key] = _with_original(rope, values.get("original_max_position_embeddings"), source)
+    named = next((key for key, rope in said.items() if rope), "rope_scaling")
+    scaling, parameters = dict(said[named]), said["rope_parameters"]
     outside = values.get("rope_theta")
-    if scales_by_kind(scaling):
-        validate_rope_scaling(scaling, source)
-    if not said["rope_by_kind"] and scales_by_kind(parameters):
-        validate_rope_scaling(parameters, source, "rope_parameters")
-        _check_same(scaling, parameters, outside, source)
+    for key, rope in said.items():
+        if scales_by_kind(rope):
+            validate_rope_scaling(rope, source, key)
+            _check_same(said, named, key, outside, source)
     if scales_by_kind(scaling):
         # transformers keeps none outside; our class for it says in rope_parameters what the dense layers have
         lacking = [kind for kind in ("dense", "sparse") if not (scaling[kind] or {}).get("rope_theta")]
         ropes = [parameters, *([parameters.get(kind) or {} for kind in lacking] or [scaling["dense"]])]
-        return outside or next(filter(None, (each.get("rope_theta") for each in ropes)), 10000.0), scaling
-    if outside is None:
-        outside = parameters.get("rope_theta")
-    theta = scaling.pop("rope_theta", None) or outside or 10000.0
+        thetas = (outside, *(each.get("rope_theta") for each in ropes), _THETA)
+        return next(theta for theta in thetas if theta is not None), scaling
+    theta = next(each for each in (scaling.pop("rope_theta", None), outside, _THETA) if each is not None)
     legacy = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", legacy or "default")
     if scaling.pop("partial_rotary_factor", None) not in (None, 1.0):
         raise ValueError(f"{source}: partial_rotary_factor must be 1.0: all dimensions of a head are rotated")
     if kind == "default":
+        for key, value in scaling.items():
+            if key != "rope_type" and value is not None:
+                raise ValueError(
+                    f"{source}: {named}.{key}={value!r} is not supported where {named} has no rope_type of its own, or "
+                    f"'default', which takes rope_theta alone; name one of {list(KINDS)}, or remove it"
+                )
         return theta, None
     if kind == "yarn" and scaling.get("original_max_position_embeddings") is None:
         scaling["original_max_position_embeddings"] = longest
-    validate_rope_scaling(scaling, source)
+    validate_rope_scaling(scaling, source, named)
     return theta, scaling
+
+
+def _with_original(rope: Mapping[str, Any], original: Any, source: str) -> Mapping[str, Any]:
+    """`rope`, or its parts by kind of layer, with the original length that config.json has outside of it."""
+    if original is None:
+        return rope
+    if scales_by_kind(rope):
+        return {
+            kind: _with_original(each, original, source) if isinstance(each, Mapping) else each
+            for kind, each in rope.items()
+        }
+    if rope.get("rope_type", rope.get("type")) not in ("llama3", "yarn"):
+        return rope
+    require_positive(original, f"{source}: original_max_position_embeddings")
+    return {**rope, "original_max_position_embeddings": original}

@@ -29,7 +29,7 @@ from s2.integrations import HF_FILES
 
 from .config import ModelConfig, read_object
 from .rope import rope_frequencies
-from .tokenizer_files import write_tokenizer
+from .tokenizer_files import copy_terms, write_slow_tokenizer, write_tokenizer
 from .transformer import Transformer
 
 FOLDER_KIND = "a Hugging Face checkpoint"  # in the mark of folders that `save_pretrained` made
@@ -59,9 +59,9 @@ def save_pretrained(
         tokenizer_file: a `tokenizer.json`; what lies beside it goes along (see `write_tokenizer`).
         dtype: of the saved weights.
         max_shard_size: bytes, or text such as "5GB".
-        source: the Hugging Face folder that training started from. Its generation_config.json and, without
-            `tokenizer_file`, its tokenizer go with the weights; of its token ids only those change that `config`
-            changes.
+        source: the Hugging Face folder that training started from. Its generation_config.json, licenses and, without
+            `tokenizer_file`, its tokenizer go with the weights; where it has no tokenizer.json, `tokenizer_file` is
+            that of its tokenizer, whose other files go too. Of its token ids only those change that `config` changes.
 
     Returns:
         The folder.
@@ -75,15 +75,21 @@ def save_pretrained(
     weights = _fitted(model.state_dict() if isinstance(model, nn.Module) else model, config, "save_pretrained")
     inherited = read_object(Path(source) / "config.json") if source is not None else {}
     changed = _changed_ids(config, inherited, str(source))
-    if tokenizer_file is None and source is not None and (Path(source) / "tokenizer.json").is_file():
-        tokenizer_file = Path(source) / "tokenizer.json"
+    origin = None if source is None else Path(source)
+    is_fast = origin is not None and (origin / "tokenizer.json").is_file()
+    if tokenizer_file is None and origin is not None and is_fast:
+        tokenizer_file = origin / "tokenizer.json"
     make_folder(folder, FOLDER_KIND)
     remove_files(folder, "config.json", _INDEX, "model*.safetensors", *(file.name for file in HF_FILES))
     for file in () if config.is_dense else HF_FILES:
         shutil.copyfile(file, folder / file.name)
     if tokenizer_file is not None:
         tokens = {key.removesuffix("_id"): changed[key] for key in changed}
-        write_tokenizer(Path(tokenizer_file), config, folder, tokens)
+        write_tokenizer(Path(tokenizer_file), config, folder, tokens, None if is_fast else origin)
+    elif origin is not None:
+        write_slow_tokenizer(origin, config, folder)
+    if origin is not None:
+        copy_terms(origin, folder)
     _write_weights(weights, folder, dtype, max_shard_size)
 
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -290,12 +296,16 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     if (folder / _INDEX).exists():
         weight_map = read_object(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / _INDEX}: lacks weight_map; it should name the file of every tensor")
+            raise ValueError(
+                f"{folder / _INDEX}: weight_map={weight_map!r:.80} must be a mapping that names the file of each tensor"
+            )
         shards: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
+            if not isinstance(file, str) or not file:
+                raise ValueError(f"{folder / _INDEX}: weight_map[{name!r}]={file!r} must be the name of a file")
             shards.setdefault(folder / file, []).append(name)
         for path in shards:
-            if not path.exists():
+            if not path.is_file():
                 raise FileNotFoundError(f"{path}: missing, but {_INDEX} lists it; was the copy interrupted?")
         if unlisted := sorted(present - {path.name for path in shards}):
             raise ValueError(f"{folder / unlisted[0]}: {_INDEX} does not list it; remove what is no part of the model")

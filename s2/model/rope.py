@@ -26,6 +26,7 @@ _KEYS = {
 }
 KINDS = tuple(_KEYS)
 _LAYERS = ("dense", "sparse")
+_LARGEST = 1e15  # of numbers that torch multiplies frequencies by
 
 
 def scales_by_kind(scaling: Mapping[str, Any] | None) -> bool:
@@ -59,7 +60,7 @@ def validate_rope_scaling(scaling: Mapping[str, Any] | None, source: str, key: s
     for kind, each in scaling.items():
         where = f"{source}: {key}.{kind}"
         if isinstance(each, Mapping):
-            _require_positive(each.get("rope_theta", 1.0), f"{where}.rope_theta")
+            require_positive(each.get("rope_theta", 1.0), f"{where}.rope_theta")
             each = {name: value for name, value in each.items() if name != "rope_theta"}
             if each in ({}, {"rope_type": "default"}):
                 continue
@@ -72,7 +73,7 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
     if not isinstance(scaling, Mapping) or "rope_type" not in scaling:
         raise ValueError(f"{where}={scaling!r} must be null or have a rope_type, one of {list(KINDS)}")
     kind = scaling["rope_type"]
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"{where}.rope_type={kind!r} is not supported; use one of {list(KINDS)}")
     required, optional = _KEYS[kind]
     given = set(scaling) - {"rope_type"}
@@ -87,7 +88,7 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
         if key in required and value is None:
             raise ValueError(f"{where}.{key} is null but type {kind!r} needs a number")
         if value is not None:
-            _require_positive(value, f"{where}.{key}")
+            require_positive(value, f"{where}.{key}")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError(f"{where}.truncate={scaling['truncate']!r} must be true or false")
     if scaling["factor"] < 1:
@@ -99,9 +100,10 @@ def _validate(scaling: Mapping[str, Any] | None, where: str) -> None:
         )
 
 
-def _require_positive(value: Any, key: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}={value!r} must be a positive number")
+def require_positive(value: Any, key: str) -> None:
+    """Raises ValueError, naming the key, for what is no positive number, or one that no rotation can have."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise ValueError(f"{key}={value!r} must be a positive number of at most {_LARGEST:.0e}")
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:

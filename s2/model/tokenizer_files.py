@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -12,22 +13,26 @@ from s2.files import write_json
 
 from .config import ModelConfig, read_object
 
-# What transformers and other readers find beside tokenizer.json, and what goes with it.
+# What transformers and other readers find beside tokenizer.json, and what goes with it; as patterns.
 _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "tokenizer.model",
     "vocab.json",
     "merges.txt",
     "tekken.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",  # Llama's license asks for it and the others
+    "tokenizer.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "vocab.txt",
+    "*.tiktoken",
+    "tokenization_*.py",
 )
+# Licenses ask for it, Llama's for its policy too.
+_TERMS = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
 _MORE_TEMPLATES = "additional_chat_templates"
+_SETTINGS = "tokenizer_config.json"
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
@@ -46,7 +51,11 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 def write_tokenizer(
-    tokenizer_file: Path, config: ModelConfig, folder: Path, changed: Mapping[str, int | None] | None = None
+    tokenizer_file: Path,
+    config: ModelConfig,
+    folder: Path,
+    changed: Mapping[str, int | None] | None = None,
+    origin: Path | None = None,
 ) -> None:
     """Copy `tokenizer.json` and write `tokenizer_config.json` into `folder`.
 
@@ -56,6 +65,7 @@ def write_tokenizer(
 
     Args:
         changed: `bos_token`, `eos_token` that are no longer what lies beside the source says, by id.
+        origin: a folder whose tokenizer this is without a tokenizer.json there; what it has goes along first.
 
     Raises:
         FileNotFoundError: no such tokenizer file.
@@ -67,10 +77,11 @@ def write_tokenizer(
     if size > config.vocab_size:
         raise ValueError(f"{tokenizer_file}: {size} tokens do not fit in vocab_size={config.vocab_size}")
 
-    beside = tokenizer_file.parent
+    places = [place for place in (origin, tokenizer_file.parent) if place is not None]
     eos = config.eos_token_ids[0] if config.eos_token_ids else None
-    if (beside / "tokenizer_config.json").is_file():
-        settings = read_object(beside / "tokenizer_config.json")
+    described = next((place for place in places if (place / _SETTINGS).is_file()), None)
+    if described is not None:
+        settings = read_object(described / _SETTINGS)
         tokens = _tokens(tokenizer, changed or {}, tokenizer_file)
     else:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -78,17 +89,43 @@ def write_tokenizer(
         tokens = {key: token for key, token in tokens.items() if token is not None}
     settings |= tokens
     settings["model_max_length"] = config.max_position_embeddings
-    if folder.resolve() != beside.resolve() or tokenizer_file.name != "tokenizer.json":
+    if folder.resolve() != tokenizer_file.parent.resolve() or tokenizer_file.name != "tokenizer.json":
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
-        for source in (beside / name for name in _COMPANIONS):
-            if source.is_file():
-                shutil.copyfile(source, folder / source.name)
-        if (beside / _MORE_TEMPLATES).is_dir():
-            shutil.copytree(beside / _MORE_TEMPLATES, folder / _MORE_TEMPLATES, dirs_exist_ok=True)
+        for place in reversed(places):
+            copy_companions(place, folder)
     special = folder / "special_tokens_map.json"
     if tokens and special.is_file():
         write_json(special, read_object(special) | tokens)
-    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / _SETTINGS, settings)
+
+
+def write_slow_tokenizer(origin: Path, config: ModelConfig, folder: Path) -> None:
+    """Copy the tokenizer of a folder that has no tokenizer.json, if it has any, as it is but for its longest text."""
+    copy_companions(origin, folder)
+    if (origin / _SETTINGS).is_file():
+        settings = read_object(origin / _SETTINGS) | {"model_max_length": config.max_position_embeddings}
+        write_json(folder / _SETTINGS, settings)
+
+
+def copy_companions(origin: Path, folder: Path) -> None:
+    """Copy what goes with a tokenizer, chat templates among it, and the terms under which it may be used."""
+    if origin.resolve() == folder.resolve():
+        return
+    copy_terms(origin, folder)
+    for file in origin.iterdir():
+        if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in _COMPANIONS):
+            shutil.copyfile(file, folder / file.name)
+    if (origin / _MORE_TEMPLATES).is_dir():
+        shutil.copytree(origin / _MORE_TEMPLATES, folder / _MORE_TEMPLATES, dirs_exist_ok=True)
+
+
+def copy_terms(origin: Path, folder: Path) -> None:
+    """Copy the licenses and policies of a folder, however their names are written."""
+    if origin.resolve() == folder.resolve():
+        return
+    for file in origin.iterdir():
+        if file.is_file() and any(fnmatchcase(file.name.lower(), pattern) for pattern in _TERMS):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _tokens(tokenizer: Tokenizer, ids: Mapping[str, int | None], source: Path) -> dict[str, str | None]:

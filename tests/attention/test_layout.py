@@ -60,6 +60,7 @@ def test_layout_density_averages_layers():
         ("2*dense|L8V16x", "at character 14 ('x')"),
         ("", "''"),
         ("L0V2+dense1", "L0V2"),
+        ("1000000000000*dense", "at most 65536, at character 1"),
     ],
 )
 def test_errors_name_the_wrong_part(spec, names):

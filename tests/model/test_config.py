@@ -183,6 +183,24 @@ def test_yarn_without_original_length_means_the_current_one():
         ({"hidden_size": None}, ["hidden_size", "lacks"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'", "llama3", "yarn"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["lacks", "low_freq_factor"]),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, ["rope_scaling.rope_type=['linear']"]),
+        ({"rope_parameters": {"type": {}, "rope_type": {}}}, ["rope_parameters.rope_type={}"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**30}}, ["rope_scaling.factor=1000000"]),
+        ({"max_position_embeddings": "128", "rope_scaling": YARN}, ["max_position_embeddings", "'128'"]),
+        ({"model_type": "mistral", "max_position_embeddings": "128"}, ["max_position_embeddings", "'128'"]),
+        ({"model_type": "mistral", "sliding_window": "x"}, ["sliding_window='x'", "a positive number"]),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, ["layer_types=['sliding_attention'"]),
+        ({"layer_types": 5}, ["layer_types=5"]),
+        *(
+            ({key: size}, [key, f"from 1 to {most}", repr(size)])
+            for key, most in {
+                **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 1 << 24),
+                **{"num_key_value_heads": 1 << 24, "num_hidden_layers": 10_000},
+                "max_position_embeddings": (1 << 31) - 1,
+            }.items()
+            for size in (1e30, 10**30)
+        ),
+        ({"head_dim": 1e30}, ["head_dim", "of 6 heads", "more than 16777216 columns"]),
     ],
 )
 def test_unsupported_hf_configs_name_file_key_and_value(change, words):
@@ -221,6 +239,8 @@ def test_unsupported_hf_configs_name_file_key_and_value(change, words):
         ({"rope_scaling": {"dense": None, "sparse": {"rope_theta": -1}}}, ["rope_scaling.sparse.rope_theta=-1"]),
         ({"rope_scaling": {"dense": {"rope_theta": NAN}, "sparse": None}}, ["rope_scaling.dense.rope_theta=nan"]),
         ({"rope_scaling": {"dense": {"rope_theta": INF}, "sparse": None}}, ["rope_scaling.dense.rope_theta=inf"]),
+        ({"rope_scaling": {"rope_type": [], "factor": 2.0}}, ["rope_scaling.rope_type=[]"]),
+        ({"rope_scaling": {"dense": {"rope_type": {}}, "sparse": None}}, ["rope_scaling.dense.rope_type={}"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": NAN}}, ["rope_scaling.factor=nan"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": INF}}, ["rope_scaling.factor=inf"]),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": INF}}, ["rope_scaling.high_freq_factor=inf"]),

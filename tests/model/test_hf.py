@@ -266,6 +266,36 @@ def test_what_a_model_came_with_goes_through_every_stage(tmp_path, chat_model):
         assert after == before | {"model_max_length": saved["max_position_embeddings"]}
 
 
+COMPANIONS = ["tokenizer.model", "tokenizer.model.v3", "chat_template.jinja", "additional_chat_templates/tool.jinja"]
+TERMS = ["LICENSE", "License.md", "LICENCE-2.0", "NOTICE.txt", "USE_POLICY.md"]
+
+
+@pytest.mark.parametrize("data_has_one", [True, False])
+def test_a_model_with_a_slow_tokenizer_keeps_its_files(tmp_path, chat_model, tokenizer_file, data_has_one):
+    """Its data brings the tokenizer.json that was made of it."""
+    (chat_model / "tokenizer.json").unlink()
+    (chat_model / "additional_chat_templates").mkdir()
+    for name in (*COMPANIONS, *TERMS):
+        (chat_model / name).write_text(name)
+    ours = load_pretrained(chat_model, overrides={"max_position_embeddings": 512})
+    given = tokenizer_file if data_has_one else None
+    folder = save_pretrained(ours, ours.config, tmp_path / "out", given, source=chat_model)
+    for name in (*COMPANIONS, *TERMS, "special_tokens_map.json"):
+        assert (folder / name).read_text() == (chat_model / name).read_text(), name
+    before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (chat_model, folder))
+    assert after == before | {"model_max_length": 512}
+    assert (folder / "tokenizer.json").is_file() == data_has_one
+
+
+def test_under_a_tokenizer_of_another_the_terms_of_the_model_stay(tmp_path, chat_model, tokenizer_file):
+    for name in TERMS:
+        (chat_model / name).write_text(name)
+    ours = load_pretrained(chat_model)
+    folder = save_pretrained(ours, ours.config, tmp_path / "out", tokenizer_file, source=chat_model)
+    assert all((folder / name).read_text() == name for name in TERMS)
+    assert not (folder / "chat_template.jinja").exists()
+
+
 def test_token_ids_change_where_the_config_says_so_and_nowhere_else(tmp_path, chat_model):
     ended = load_pretrained(chat_model, overrides={"eos_token_id": 4})
     folder = save_pretrained(ended, ended.config, tmp_path / "out", source=chat_model)
@@ -377,6 +407,21 @@ def test_tensors_and_files_that_the_index_leaves_out_are_named(tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match=r"model.safetensors and model.fp16.safetensors are there"):
         load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        (None, r"index.json: weight_map=None must be a mapping"),
+        ({"model.norm.weight": None}, r"index.json: weight_map\['model.norm.weight'\]=None must be the name of a file"),
+        ({"model.norm.weight": 5}, r"index.json: weight_map\['model.norm.weight'\]=5 must be the name of a file"),
+        ({"model.norm.weight": "."}, r"missing, but model.safetensors.index.json lists it"),
+    ],
+)
+def test_an_index_that_names_no_file_is_named(folder, weight_map, words):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_pretrained(folder)
 
 
 def test_stored_rotary_frequencies_have_to_be_those_of_the_config(folder):

@@ -104,8 +104,8 @@ MUTANTS = (
     ),
     Mutant(
         "rope_by_kind_is_lost_on_the_way_back", "s2/model/config.py",
-        'scaling = dict(said["rope_by_kind"] or said',
-        "scaling = dict(said",
+        'named = next((key for key, rope in said.items() if rope), "rope_scaling")',
+        'named = "rope_scaling" if said["rope_scaling"] else "rope_parameters"',
         ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
     ),
     Mutant(

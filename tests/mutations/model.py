@@ -392,7 +392,7 @@ MUTANTS = (
     ),
     Mutant(
         "a_rope_factor_is_infinite", "s2/model/rope.py",
-        "not 0 < value < math.inf",
+        "not 0 < value <= _LARGEST",
         "not 0 < value",
         ("test_config.py::test_wrong_values_are_named",),
     ),
