@@ -129,7 +129,7 @@ def stream(
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
     device = model.model.embed_tokens.weight.device
-    _check_objects(generator, is_enough, graph, device, draws=temperature > 0)
+    _check_objects(generator, is_enough, graph, cache, pool, device, draws=temperature > 0)
     ends = _ends(eos_token_id)
     input_ids, prompts = _padded(input_ids, lengths)
     _check_room(model, prompts, max_new_tokens, cache)
@@ -265,7 +265,10 @@ def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, generato
 
 def _either(ended: list[bool], said: Sequence[bool] | Tensor) -> list[bool]:
     """The rows that have ended, with those of which `is_enough` said so."""
-    enough = torch.as_tensor(said, dtype=torch.bool, device="cpu")
+    try:
+        enough = torch.as_tensor(said, dtype=torch.bool, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"is_enough gave {said!r:.80}; it must say true or false of each row") from None
     if enough.shape != (len(ended),):
         raise ValueError(f"is_enough gave {list(enough.shape)} for {len(ended)} rows; it must say it of each row")
     return [was or is_now for was, is_now in zip(ended, enough.tolist(), strict=True)]
@@ -275,6 +278,8 @@ def _check_objects(
     generator: torch.Generator | None,
     is_enough: IsEnough | None,
     graph: bool | None,
+    cache: KVCache | None,
+    pool: DecodePool | None,
     device: torch.device,
     *,
     draws: bool,
@@ -285,8 +290,12 @@ def _check_objects(
         raise ValueError(f"generator is on {generator.device}, and the model draws on {device}")
     if is_enough is not None and not callable(is_enough):
         raise ValueError(f"is_enough={is_enough!r} must be a function of the new tokens")
-    if graph not in (None, True, False):
+    if graph is not None and not isinstance(graph, bool):
         raise ValueError(f"graph={graph!r} must be True, False or None")
+    if cache is not None and not isinstance(cache, KVCache):
+        raise ValueError(f"cache={cache!r} must be a KVCache")
+    if pool is not None and not isinstance(pool, DecodePool):
+        raise ValueError(f"pool={pool!r} must be a DecodePool")
 
 
 def _check_room(model: Transformer, prompts: list[int], max_new_tokens: int, cache: KVCache | None) -> None:

@@ -8,7 +8,7 @@ for said in continue_texts(folder, ["The river", "Once upon a time"], 100, stop=
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,6 +23,13 @@ from .generate import stream
 
 Reason = Literal["eos", "stop", "length"]
 Prompt = str | Sequence[int] | Sequence[Message]
+
+_OPTIONS = {"temperature", "top_p", "top_k", "generator", "graph", "pool", "cache", "prefill_chunk"}
+_NOT_TAKEN = {
+    "eos_token_id": "a text ends at the tokens that its folder names (ModelFolder.eos_ids)",
+    "is_enough": "a text ends at its stop strings; leave an iterator of stream_texts to end sooner",
+    "lengths": "prompts are given one by one, without padding",
+}
 
 
 class Piece(NamedTuple):
@@ -100,15 +107,17 @@ def stream_texts(
             is not to be the folder's.
 
     Raises:
-        ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.
+        ValueError: no prompt, one without a token, an empty stop string, an option that is none of those; as `generate`
+            and `TextEncoder`.
     """
-    if "eos_token_id" in options:
-        raise ValueError("eos_token_id: a text ends at the tokens that its folder names (ModelFolder.eos_ids)")
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+    for name in sorted(options.keys() - _OPTIONS):
+        raise ValueError(f"{name}: {_NOT_TAKEN.get(name, f'no such option; there are {sorted(_OPTIONS)}')}")
+    stops = None if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
+    if stops is None or not all(isinstance(text, str) and text for text in stops):
         raise ValueError(f"stop={stop!r} must be a list of texts, none of them empty")
     ids = encode_prompts(folder, prompts)
     rows = [
-        _Row(RowText(folder.decoder, stop, () if is_apart else prompt), folder.eos_ids, max_new_tokens)
+        _Row(RowText(folder.decoder, stops, () if is_apart else prompt), folder.eos_ids, max_new_tokens)
         for prompt in ids
     ]
     return _stream_texts(folder, ids, rows, max_new_tokens, options)

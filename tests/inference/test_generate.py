@@ -236,6 +236,9 @@ def test_prompt_and_new_tokens_may_fill_the_context_but_not_exceed_it():
         ),
         ({"generator": 7}, r"generator=7 must be a torch\.Generator"),
         ({"is_enough": True}, "is_enough=True must be a function of the new tokens"),
+        ({"pool": "x"}, "pool='x' must be a DecodePool"),
+        ({"cache": "x"}, "cache='x' must be a KVCache"),
+        ({"graph": []}, r"graph=\[\] must be True, False or None"),
         ({"graph": "no"}, "graph='no' must be True, False or None"),
     ],
 )
@@ -244,6 +247,12 @@ def test_options_of_another_type_or_out_of_range_are_named_before_any_work(optio
     monkeypatch.setattr(model, "forward", None)
     with pytest.raises(ValueError, match=words):
         stream(model, tokens(1, 8), **{"max_new_tokens": 4, **options})  # not read yet
+
+
+@pytest.mark.parametrize("said", [None, "yes", [None], [object()]])
+def test_an_answer_that_is_none_is_named(said):
+    with pytest.raises(ValueError, match=r"is_enough gave .* it must say (true or false|it) of each row"):
+        generate(build("L2V4"), torch.ones(1, 3, dtype=torch.int64), 3, is_enough=lambda new: said)
 
 
 def test_numbers_of_other_kinds_are_numbers():

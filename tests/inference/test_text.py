@@ -52,6 +52,12 @@ def test_prompts_of_several_lengths_are_continued_as_if_alone(folder):
         assert each.prompt_tokens == len(folder.tokenizer.encode(prompt).ids)
 
 
+def test_stop_strings_may_come_from_any_iterable(folder):
+    stops = [each.text[5:8] for each in continue_texts(folder, PROMPTS, 20)]
+    said = [continue_texts(folder, PROMPTS, 20, stop=stop) for stop in (stops, iter(stops))]
+    assert said[0] == said[1] and {each.reason for each in said[0]} == {"stop"}
+
+
 def test_a_text_is_what_its_tokens_add_to_the_text_of_the_prompt(tmp_path):
     folder = ModelFolder.load(mark_words(make_checkpoint(tmp_path / "hf")), "cpu")
     prompts = [prose(1, seed) for seed in range(6)]
@@ -169,6 +175,12 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
         (["a"], {"max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be a whole number"),
         (["a"], {"stop": "x"}, "stop='x' must be a list of texts"),
         (["a"], {"stop": ["x", ""]}, "none of them empty"),
+        (["a"], {"stop": None}, "stop=None must be a list of texts"),
+        (["a"], {"stop": 5}, "stop=5 must be a list of texts"),
+        (["a"], {"is_enough": len}, "is_enough: a text ends at its stop strings; leave an iterator"),
+        (["a"], {"lengths": [1]}, "lengths: prompts are given one by one"),
+        (["a"], {"temprature": 1.0}, r"temprature: no such option; there are \['cache', .*'temperature'"),
+        (["a"], {"pool": "x"}, "pool='x' must be a DecodePool"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0"),
         (["a"], {"eos_token_id": 7}, "eos_token_id: a text ends at the tokens that its folder names"),
         (["a"], {"max_new_tokens": 255}, "2 prompt tokens and max_new_tokens=255 make 257"),
@@ -177,3 +189,5 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
 def test_what_cannot_be_continued_is_refused_before_it_begins(folder, prompts, options, words):
     with pytest.raises(ValueError, match=words):
         next(stream_texts(folder, prompts, **{"max_new_tokens": 5, **options}))
+    with pytest.raises(ValueError, match=words):
+        continue_texts(folder, prompts, **{"max_new_tokens": 5, **options})

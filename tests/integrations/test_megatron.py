@@ -466,6 +466,15 @@ def test_weights_that_do_not_fit_are_refused():
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=f"tp_rank={rank} must be one of the 2 ranks"):
             to_megatron(state, config, tp_size=2, tp_rank=rank)
+    for wrong, said in (
+        ({"vocab_size": 64.0}, r"vocab_size=64\.0 must be a whole number"),
+        ({"tp_size": "2"}, "tp_size='2' must be a whole number"),
+        ({"tp_size": True}, "tp_size=True must be a whole number"),
+        ({"tp_size": 0}, "tp_size=0 must be at least 1"),
+        ({"tp_size": 2, "tp_rank": None}, "tp_rank=None must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            to_megatron(state, config, **wrong)
     with pytest.raises(ValueError, match="vocab_size=60 must be at least the model's 61"):
         to_megatron(state, config, vocab_size=60)
 

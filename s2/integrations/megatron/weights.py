@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -80,9 +81,14 @@ def to_megatron(
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; sizes that the ranks cannot divide; no such
-            rank.
+            rank, or a number of another type.
     """
     rows = config.vocab_size if vocab_size is None else vocab_size
+    for name, value in (("vocab_size", rows), ("tp_rank", tp_rank), ("tp_size", tp_size)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name}={value!r} must be a whole number")
+    if tp_size < 1:
+        raise ValueError(f"tp_size={tp_size} must be at least 1")
     if rows < config.vocab_size:
         raise ValueError(f"vocab_size={rows} must be at least the model's {config.vocab_size}")
     if not 0 <= tp_rank < tp_size:
