@@ -21,6 +21,7 @@ from .encoding import Message, TextEncoder
 from .folder import ModelFolder
 from .generate import stream
 
+_OPTIONS = ("cache", "generator", "graph", "pool", "prefill_chunk", "temperature", "top_k", "top_p")
 # Options of `s2.inference.generate` that texts have no use for.
 _NOT_FOR_TEXTS = {
     "eos_token_id": "a text ends at the tokens that its folder names (ModelFolder.eos_ids)",
@@ -113,11 +114,12 @@ def stream_texts(
             is not to be the folder's.
 
     Raises:
-        ValueError: no prompt, one without a token, an empty stop string; as `generate` and `TextEncoder`.
+        ValueError: no prompt, one without a token, an empty stop string, no such option; as `generate` and
+            `TextEncoder`.
     """
-    for name, reason in _NOT_FOR_TEXTS.items():
-        if name in options:
-            raise ValueError(f"{name}: {reason}")
+    for name in sorted(options.keys() - set(_OPTIONS)):
+        reason = _NOT_FOR_TEXTS.get(name) or f"no such option; there are {', '.join(_OPTIONS)}"
+        raise ValueError(f"{name}: {reason}")
     stop = _texts(stop)
     ids = encode_prompts(folder, prompts)
     rows = [

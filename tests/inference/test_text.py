@@ -172,6 +172,7 @@ def test_sampling_of_the_folder_is_what_its_file_says(folder, changed):
         (["a"], {"temperature": -1.0}, "temperature=-1.0"),
         (["a"], {"eos_token_id": 7}, "eos_token_id: a text ends at the tokens that its folder names"),
         (["a"], {"is_enough": all}, "is_enough: a text ends at those tokens and at its stop strings"),
+        (["a"], {"temprature": 0.7}, "temprature: no such option; there are cache, generator"),
         (["a"], {"lengths": [1]}, "lengths: prompts are as long as they are"),
         (["a"], {"stop": 7}, "stop=7 must be a list of texts"),
         (["a", [True, False]], {}, r"prompt 2 of 2 must be a text, .*got \[True, False\]"),
