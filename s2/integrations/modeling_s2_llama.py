@@ -27,7 +27,16 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import logging
 
-from .plain_s2_llama import BLOCK_SIZES, DENSE, as_autocast_has_it, layout_rules, plain_attention, plain_documents
+from .plain_s2_llama import (
+    BLOCK_SIZES,
+    DENSE,
+    as_autocast_has_it,
+    check_rope,
+    layout_rules,
+    plain_attention,
+    plain_documents,
+    ropes_by_kind,
+)
 
 try:
     from s2.attention import LayerLayout, s2_attention
@@ -43,19 +52,6 @@ logger = logging.get_logger(__name__)
 NAME = "s2"  # of the attention among transformers' own ("sdpa", "eager")
 # What config.json says. Nobody registers it: where a dense class opens the folder by its own name, it stops.
 MARK = "s2_attention"
-
-
-def _rope_of(kind: str, ropes: list[Any], outside: float | None) -> dict[str, Any]:
-    """The complete rope of a kind of layer, of `rope_theta` and one or both of the two mappings."""
-    own = [{"rope_type": "default", **((rope[kind] if "sparse" in rope else rope) or {})} for rope in ropes]
-    own[0].setdefault("rope_theta", outside or own[-1].get("rope_theta", 10000.0))
-    own[-1].setdefault("rope_theta", own[0]["rope_theta"])
-    if own[0] != own[-1]:
-        raise ValueError(
-            f"rope_theta and rope_scaling say {own[0]} of the {kind} layers, rope_parameters.{kind} {own[-1]}; change"
-            " both or remove one"
-        )
-    return own[-1]
 
 
 @strict
@@ -79,25 +75,23 @@ class S2LlamaConfig(LlamaConfig):
     rope_by_kind: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        outside = kwargs.get("rope_theta")
-        theta = outside or (self.rope_parameters or {}).get("rope_theta") or 10000.0
-        ropes = [rope for rope in (kwargs.get("rope_scaling"), self.rope_parameters) if rope]
-        if ropes and "sparse" not in ropes[-1]:
-            ropes = [rope for rope in ropes if "sparse" in rope]
-        if ropes:
-            self.rope_by_kind = {kind: _rope_of(kind, ropes, outside) for kind in ("dense", "sparse")}
-        if self.rope_by_kind:
+        said = {"rope_by_kind": self.rope_by_kind, "rope_scaling": kwargs.get("rope_scaling")}
+        outside, complete = kwargs.get("rope_theta"), self.rope_parameters or {}
+        if by_kind := ropes_by_kind({**said, "rope_parameters": complete}, outside):
             kwargs.pop("rope_scaling", None)
-            self.rope_parameters, self.rope_theta = dict(self.rope_by_kind["dense"]), theta  # both are saved
+            self.rope_by_kind, self.rope_parameters = by_kind, dict(by_kind["dense"])
+            self.rope_theta = complete.get("rope_theta", 10000.0) if outside is None else outside  # saved beside them
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, NAME, MARK):
             raise ValueError(_no_other(asked))
         super().__post_init__(**kwargs, attn_implementation=NAME)
 
     def __setattr__(self, key: str, value: Any) -> None:
+        if key == "rope_by_kind" and value and getattr(self, "_post_init_done", False):
+            theta = getattr(self, "rope_theta", (self.rope_parameters or {}).get("rope_theta"))
+            value = ropes_by_kind({key: value}, theta)
+            super().__setattr__("rope_parameters", dict(value["dense"]))
         super().__setattr__(key, value)
-        if key == "rope_by_kind" and value:
-            self.rope_parameters = dict(value["dense"])
 
     @property
     def layer_types(self) -> list[str]:
@@ -406,6 +400,8 @@ class S2LlamaModel(LlamaModel):
         rope: Any = config.rope_parameters
         if by_kind and {**rope, **by_kind["dense"]} != rope:
             raise ValueError(f"rope_parameters={rope} would be ignored; assign rope_by_kind, which is {by_kind}")
+        for kind, each in (by_kind or {"": rope}).items():
+            check_rope(each, f"rope_by_kind.{kind}" if kind else "rope_parameters")
         rules = layout_rules(*_sizes(config))
         if config.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size={config.block_size!r} is not supported; use one of {BLOCK_SIZES}")

@@ -1,4 +1,4 @@
-"""Which key blocks the heads of a model see, and attention to them in plain torch.
+"""Which key blocks the heads of a model see, attention to them in plain torch, and how layers turn by their kind.
 
 The file (Apache-2.0) goes with `modeling_s2_llama.py` into every exported folder.
 
@@ -14,13 +14,14 @@ values, D head dimension.
 import functools
 import itertools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+MOST_LAYERS, MOST_HEADS = 10_000, 1 << 16  # as with the package; a layout is written out for as many
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # as with the package
 MOST_SCORES = 1 << 26  # scores that `plain_attention` computes at once
 _FAR = 1 << 30  # a block distance that no context reaches
@@ -50,6 +51,8 @@ def layout_rules(spec: str, num_layers: int, num_heads: int, num_kv_heads: int) 
     match = _LAYOUT.fullmatch(spec)
     if match is None:
         raise ValueError(f"attention_layout={spec!r} is not a layout")
+    if not 1 <= num_layers <= MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={num_layers} must be a whole number from 1 to {MOST_LAYERS}")
     dense = set(range(1, num_layers, 2)) if match[2] else set()
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", match[3] or ""):
         layers = range(int(first), int(last or first) + 1)
@@ -59,7 +62,7 @@ def layout_rules(spec: str, num_layers: int, num_heads: int, num_kv_heads: int) 
     heads: list[Rule] = []
     for part in match[1].split("|"):
         found = _HEADS.fullmatch(part)
-        if found is None or int(found[1] or 1) < 1:
+        if found is None or not 1 <= int(found[1] or 1) <= MOST_HEADS:
             raise ValueError(f"attention_layout={spec!r} is not a layout: {part!r} is no rule")
         heads += [_read(spec, found)] * int(found[1] or 1)
     one_a_head = ("|" in match[1] or "*" in match[1]) and set(heads) != {DENSE}
@@ -176,3 +179,90 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], firs
     mask = seen[:, query // size - first // size] & (key[:, None] <= query[:, None])
     k, v, mask = (x.repeat_interleave(group, dim=-3) for x in (k, v, mask))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
+
+
+# ---------------------------------------------------------------- rotation
+
+KINDS = ("dense", "sparse")
+MOST = 1e15  # of a number in a rope, as with the package
+_LENGTH = "original_max_position_embeddings"  # where it is left out, transformers takes max_position_embeddings
+ROPES: dict[str, tuple[set[str], set[str]]] = {  # by rope_type the keys that it needs, and those that it may have
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {_LENGTH}),
+    "yarn": (
+        {"factor"},
+        {_LENGTH, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+}
+
+
+def ropes_by_kind(said: dict[str, Any], theta: float | None) -> dict[str, dict[str, Any]]:
+    """The complete ropes of dense and of sparse layers; empty where all layers turn alike.
+
+    Args:
+        said: of config.json the `rope_by_kind`, `rope_scaling` and `rope_parameters`, as far as they are there.
+        theta: the `rope_theta` beside them.
+
+    Raises:
+        ValueError: they are no mappings, lack a kind, or do not say the same.
+    """
+    said = {key: rope for key, rope in said.items() if rope}
+    for key, rope in said.items():
+        if not isinstance(rope, dict):
+            raise ValueError(f"{key}={rope!r} must be null or a mapping with a rope_type")
+    own = [key for key, rope in said.items() if key == "rope_by_kind" or not rope.keys().isdisjoint(KINDS)]
+    for key in own:
+        if said[key].keys() != set(KINDS):
+            raise ValueError(f"{key} by kind of layer has the keys {sorted(said[key])}, must have dense and sparse")
+        for kind, rope in said[key].items():
+            if not isinstance(rope, dict | None):
+                raise ValueError(f"{key}.{kind}={rope!r} must be null or a mapping with a rope_type")
+    if "rope_parameters" in own and "rope_by_kind" not in own:
+        own = list(said)  # a `rope_scaling` of all layers counts, too
+    ropes = {kind: _rope_of(kind, {key: said[key] for key in own}, theta) for kind in KINDS} if own else {}
+    alike = {} if "rope_parameters" in own else said.get("rope_parameters", {})  # as the dense layers' is saved, too
+    if "rope_by_kind" in own and alike and {**alike, **ropes["dense"]} != alike:
+        raise ValueError(
+            f"rope_parameters={alike} is not rope_by_kind.dense, {ropes['dense']}; change both or remove one"
+        )
+    return ropes
+
+
+def _rope_of(kind: str, said: dict[str, Any], theta: float | None) -> dict[str, Any]:
+    """The rope of a kind of layer, which all mappings have to say alike."""
+    first, *_, last = [*said, *said]
+    ropes = {key: {"rope_type": "default", **(rope.get(kind, rope) or {})} for key, rope in said.items()}
+    ropes[first].setdefault("rope_theta", ropes[last].get("rope_theta", 10000.0) if theta is None else theta)
+    for key, rope in ropes.items():
+        rope.setdefault("rope_theta", ropes[first]["rope_theta"])
+        if rope != ropes[first]:
+            raise ValueError(
+                f"rope_theta and {first} say {ropes[first]} of the {kind} layers, {key}.{kind} {rope}; change both or "
+                f"remove one"
+            )
+    return ropes[last]
+
+
+def check_rope(rope: Any, key: str) -> None:
+    """Raises ValueError, naming the key and its value, for a rope of which something would be ignored or fail late."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"{key}={rope!r} must be a mapping with a rope_type")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPES:
+        raise ValueError(f"{key}.rope_type={kind!r} is not supported; use one of {list(ROPES)}")
+    needed, more = ROPES[kind]
+    if lacking := sorted(name for name in needed if rope.get(name) is None):
+        raise ValueError(f"{key} of type {kind!r} lacks {lacking}")
+    for name, value in rope.items():
+        if name in ("rope_type", "type") or value is None:
+            continue
+        if name not in {*needed, *more, "rope_theta", "partial_rotary_factor"}:
+            raise ValueError(f"{key}.{name}={value!r} is not supported in a rope of type {kind!r}")
+        if name == "partial_rotary_factor" and value != 1:
+            raise ValueError(f"{key}.{name}={value!r} must be 1.0: all dimensions of a head are rotated")
+        if name == "truncate":
+            if not isinstance(value, bool):
+                raise ValueError(f"{key}.{name}={value!r} must be true or false")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
+            raise ValueError(f"{key}.{name}={value!r} must be a positive number of at most {MOST:.0e}")

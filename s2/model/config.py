@@ -356,6 +356,14 @@ def _read_rope(values: Mapping[str, Any], longest: int, source: str) -> tuple[fl
         if scales_by_kind(rope):
             validate_rope_scaling(rope, source, key)
             _check_same(said, named, key, outside, source)
+        elif said["rope_by_kind"] and key == "rope_by_kind":
+            raise ValueError(f"{source}: rope_by_kind={rope!r} must have dense and sparse")
+        elif said["rope_by_kind"] and key == "rope_parameters" and rope:  # as the dense layers' is saved, too
+            dense = {"rope_type": "default", **(scaling["dense"] or {})}
+            if {**rope, **dense} != rope:
+                raise ValueError(
+                    f"{source}: rope_parameters={rope} is not rope_by_kind.dense, {dense}; change both or remove one"
+                )
     if scales_by_kind(scaling):
         # transformers keeps none outside; our class for it says in rope_parameters what the dense layers have
         lacking = [kind for kind in ("dense", "sparse") if not (scaling[kind] or {}).get("rope_theta")]

@@ -496,6 +496,13 @@ def test_a_rope_beside_those_by_kind_of_layer_is_refused(tmp_path):
     wanted = load_pretrained(tmp_path, overrides={"rope_scaling": changed})
     with torch.no_grad():
         assert_close(theirs(tokens(1, 100)).logits, wanted(tokens(1, 100)))
+    with pytest.raises(ValueError, match=r"rope_by_kind\.dense=5 must be null or a mapping"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, rope_by_kind={"dense": 5, "sparse": linear})
+    unsaid = {"dense": None, "sparse": linear}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, rope_by_kind=unsaid)
+    wanted = load_pretrained(tmp_path, overrides={"rope_scaling": unsaid})
+    with torch.no_grad():
+        assert_close(theirs(tokens(1, 100)).logits, wanted(tokens(1, 100)))
 
 
 def test_probabilities_dropout_and_heads_of_one_rank_are_refused(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from s2.integrations.modeling_s2_llama import RopeByKind, S2LlamaConfig
+from s2.integrations.modeling_s2_llama import RopeByKind, S2LlamaConfig, S2LlamaForCausalLM
 from s2.model import ModelConfig
 from s2.model.rope import rope_frequencies
 
@@ -80,3 +80,56 @@ def test_no_rope_of_a_config_is_ignored(name, said, words):
         ModelConfig.from_hf_dict({"model_type": name, "num_key_value_heads": 2, **SIZES, **said}, "some/config.json")
     for word in ["some/config.json: ", *words]:
         assert word in str(error.value)
+
+
+SPARSE = {**SIZES, "attention_layout": "L2V4+dense1", "block_size": 16}
+BY_KIND = {"dense": {**LINEAR, "rope_theta": 5e4}, "sparse": PLAIN}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"rope_parameters": {"full_attention": PLAIN}}, r"rope_parameters\.full_attention=\{.*500\.0"),
+        ({"rope_scaling": {"factor": 4.0}}, r"rope_(scaling|parameters)\.factor=4\.0"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, r"rope_type=\['linear'\] is not supported"),
+        ({"rope_scaling": {"rope_type": {}, "factor": 2.0}}, r"rope_type=\{\} is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**30}}, r"factor=1000.* must be a positive number"),
+        ({"rope_theta": 0}, "rope_theta.* positive number"),
+        ({"rope_scaling": 5}, "rope_scaling=5 must be null or a mapping"),
+        (
+            {"rope_by_kind": {"dense": PLAIN}},
+            r"rope_by_kind by kind of layer has the keys \['dense'\], must have dense",
+        ),
+        ({"rope_by_kind": PLAIN}, r"rope_by_kind.* must have dense and sparse"),
+        ({"rope_by_kind": {"dense": "x", "sparse": None}}, "rope_by_kind.dense='x' must be null or"),
+        ({"rope_by_kind": {"dense": None, "sparse": {"rope_type": []}}}, r"rope_by_kind.sparse.rope_type=\[\] is not"),
+        ({"rope_by_kind": BY_KIND, "rope_parameters": PLAIN}, r"rope_parameters=\{.*\} is not rope_by_kind.dense"),
+        (
+            {"rope_by_kind": BY_KIND, "rope_scaling": {**BY_KIND, "sparse": LINEAR}},
+            "of the sparse layers, rope_scaling",
+        ),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers.* from 1 to 10000"),
+        ({"attention_layout": "1000000000000*dense"}, "1000000000000"),
+    ],
+)
+def test_what_we_refuse_our_class_of_transformers_refuses(said, words):
+    with pytest.raises(ValueError, match=words):
+        ModelConfig.from_hf_dict({"model_type": "s2_llama", **SPARSE, **said})
+    with pytest.raises(ValueError, match=words):
+        S2LlamaForCausalLM(S2LlamaConfig(**copy.deepcopy({**SPARSE, **said})))
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 7e4}])
+@pytest.mark.parametrize("rope", [None, {"rope_theta": 2e4}, {"rope_type": "linear", "factor": 2.0}])
+def test_a_kind_that_rope_by_kind_leaves_out_turns_as_in_ours(rope, theta):
+    said = {**SPARSE, **theta, "rope_by_kind": {"dense": rope, "sparse": {"rope_theta": 3e4}}}
+    ours = ModelConfig.from_hf_dict({"model_type": "s2_llama", **said})
+    later = S2LlamaConfig(**SPARSE, **theta)
+    later.rope_by_kind = said["rope_by_kind"]
+    for theirs in (S2LlamaConfig(**copy.deepcopy(said)), later):
+        turned = S2LlamaForCausalLM(theirs).model.rotary_emb
+        for kind in ("dense", "sparse"):
+            expected = rope_frequencies(ours.head_dim, *ours.rope(dense=kind == "dense"))[0]
+            torch.testing.assert_close(turned[kind].inv_freq, expected)
+        assert theirs.rope_parameters == theirs.rope_by_kind["dense"]

@@ -115,9 +115,9 @@ MUTANTS = (
         ("test_config.py::test_ropes_by_kind_of_which_one_spelling_was_edited_are_refused",),
     ),
     Mutant(
-        "transformers_reads_one_edited_spelling_of_ropes_by_kind", _MODELING,
-        "    if own[0] != own[-1]:",
-        "    if False:",
+        "transformers_reads_one_edited_spelling_of_ropes_by_kind", _PLAIN,
+        "        if rope != ropes[first]:",
+        "        if False:",
         ("test_config.py::test_ropes_by_kind_of_which_one_spelling_was_edited_are_refused",),
     ),
     Mutant(
@@ -134,8 +134,8 @@ MUTANTS = (
     ),
     Mutant(
         "theta_beside_those_by_kind_is_lost", _MODELING,
-        'self.rope_parameters, self.rope_theta = dict(self.rope_by_kind["dense"]), theta',
-        'self.rope_parameters = dict(self.rope_by_kind["dense"])',
+        'self.rope_theta = complete.get("rope_theta", 10000.0) if outside is None else outside',
+        "pass",
         ("test_transformers.py::test_every_part_of_a_model_comes_there_and_back",),
     ),
 )  # fmt: skip
