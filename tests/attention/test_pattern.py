@@ -195,7 +195,7 @@ def test_equal_patterns_are_equal_and_keys_tell_others_apart():
         (lambda: Pattern.parse("L4V2<4"), "the range up to distance 4 must reach beyond 4 blocks"),
         (lambda: Pattern.parse("L4V8+sinkx"), "at character 5 ('+sinkx')"),
         (lambda: Pattern.parse("2*dense|"), "expected 'dense', 'W<blocks>' or 'L<blocks>V<stride>', at its end"),
-        (lambda: Pattern.parse("W2|0*dense"), "must be at least 1, at character 4 ('0*dense')"),
+        (lambda: Pattern.parse("W2|0*dense"), "must be at least 1, and at most 65536, at character 4 ('0*dense')"),
         (lambda: Pattern.parse("mask"), "masks have no spelling"),
         (lambda: Pattern.parse(""), "''"),
         (lambda: Pattern.parse(8), "must be a string such as 'L8V16', got 8"),
