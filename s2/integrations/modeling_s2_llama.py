@@ -85,9 +85,10 @@ class S2LlamaConfig(LlamaConfig):
         if asked not in (None, NAME, MARK):
             raise ValueError(_no_other(asked))
         super().__post_init__(**kwargs, attn_implementation=NAME)
+        self._is_made = True
 
     def __setattr__(self, key: str, value: Any) -> None:
-        if key == "rope_by_kind" and value and getattr(self, "_post_init_done", False):
+        if key == "rope_by_kind" and value and getattr(self, "_is_made", False):
             theta = getattr(self, "rope_theta", (self.rope_parameters or {}).get("rope_theta"))
             value = ropes_by_kind({key: value}, theta)
             super().__setattr__("rope_parameters", dict(value["dense"]))
@@ -110,7 +111,9 @@ class S2LlamaConfig(LlamaConfig):
         """The types follow from the layout."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "attn_implementation": MARK}
+        return {key: value for key, value in super().to_dict().items() if key != "_is_made"} | {
+            "attn_implementation": MARK
+        }
 
 
 def _no_other(asked: object) -> str:

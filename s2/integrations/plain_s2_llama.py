@@ -211,6 +211,9 @@ def ropes_by_kind(said: dict[str, Any], theta: float | None) -> dict[str, dict[s
     for key, rope in said.items():
         if not isinstance(rope, dict):
             raise ValueError(f"{key}={rope!r} must be null or a mapping with a rope_type")
+        for kind, each in rope.items():
+            if isinstance(each, dict) and kind not in KINDS:  # transformers may look for kinds of its own beside it
+                raise ValueError(f"{key}.{kind}={each!r} is not supported; kinds of layers are dense and sparse")
     own = [key for key, rope in said.items() if key == "rope_by_kind" or not rope.keys().isdisjoint(KINDS)]
     for key in own:
         if said[key].keys() != set(KINDS):
