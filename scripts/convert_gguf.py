@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ try:
 except ImportError:  # optional; `convert` says so
     GGUFReader = None  # type: ignore[assignment, misc]
 
-# Tensors of a layer behind "blk.N.", by the architecture whose models are ours.
-_LAYER = tuple(
-    f"{name}.weight"
-    for name in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-)
+# Tensors of a layer behind "blk.N.", by the architecture whose models are ours, and their sizes: of the embedding (E),
+# the feed-forward (F), all query heads (Q), all key heads (K), one head (D).
+_LAYER = {
+    "attn_norm.weight": "E", "attn_q.weight": "QE", "attn_k.weight": "KE", "attn_v.weight": "KE",
+    "attn_output.weight": "EQ", "ffn_norm.weight": "E", "ffn_gate.weight": "FE", "ffn_up.weight": "FE",
+    "ffn_down.weight": "EF",
+}  # fmt: skip
 _TENSORS = {
     "llama": _LAYER,
-    "qwen2": (*_LAYER, "attn_q.bias", "attn_k.bias", "attn_v.bias"),
-    "qwen3": (*_LAYER, "attn_q_norm.weight", "attn_k_norm.weight"),
+    "qwen2": {**_LAYER, "attn_q.bias": "Q", "attn_k.bias": "K", "attn_v.bias": "K"},
+    "qwen3": {**_LAYER, "attn_q_norm.weight": "D", "attn_k_norm.weight": "D"},
 }
 # Keys behind "<architecture>." and the field of ModelConfig that each must have become.
 _FIELDS = {
@@ -90,18 +92,20 @@ def convert(source: Path, folder: Path) -> Path:
             **place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**place)
-    except (ImportError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{source}: {error}") from None
-    for problem in ("missing", "unexpected", "mismatched"):  # of sizes: (name, in the file, in the model)
-        if keys := loading[f"{problem}_keys"]:
-            raise ValueError(f"{source}: transformers reads it with {problem} weights: {sorted(keys)[0]}")
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # of whatever its readers stumble over
+        raise ValueError(f"{source}: transformers does not read it ({type(error).__name__}: {error})") from error
     values = model.config.to_dict()
     values.pop("quantization_config", None)  # the weights are not quantised any more
     config = ModelConfig.from_hf_dict(values, str(source))
     for key, value in said.items():
         taken = getattr(config, _FIELDS[key])
         if not math.isclose(taken, value, rel_tol=1e-6):  # floats are of 32 bits in the file
-            raise ValueError(f"{source}: {key} is {value}, and transformers takes {taken} from it{_ELSEWHERE}")
+            raise ValueError(f"{source}: {key} is {value:g}, and transformers takes {taken} from it{_ELSEWHERE}")
+    for problem in ("missing", "unexpected", "mismatched"):  # of sizes: (name, in the file, in the model)
+        if keys := loading[f"{problem}_keys"]:
+            raise ValueError(f"{source}: transformers reads it with {problem} weights: {sorted(keys)[0]}")
     with files.temporary_folder() as beside:
         tokenizer.save_pretrained(beside)
         return save_pretrained(model.state_dict(), config, folder, beside / "tokenizer.json", dtype=torch.float32)
@@ -132,32 +136,47 @@ def _read_keys(source: Path) -> dict[str, float]:
             raise ValueError(f"{source}: {architecture}.{key} is {own[key]!r}, and one number for all layers is taken")
     if own["attention.head_count"] < 1:
         raise ValueError(f"{source}: {architecture}.attention.head_count is {own['attention.head_count']}")
-    _check_tensors(source, {tensor.name for tensor in reader.tensors}, architecture, own["block_count"])
     said = {key: own[key] for key in _FIELDS if key in own}
     width = own["embedding_length"] / own["attention.head_count"]
-    return {"rope.freq_base": 10_000.0, "rope.dimension_count": own.get("attention.key_length", width)} | said
+    said = {"rope.freq_base": 10_000.0, "rope.dimension_count": own.get("attention.key_length", width)} | said
+    shapes = {tensor.name: [int(size) for size in reversed(tensor.shape)] for tensor in reader.tensors}
+    _check_tensors(source, shapes, architecture, said)
+    return said
 
 
-def _check_tensors(source: Path, found: set[str], architecture: str, num_layers: int) -> None:
+def _check_tensors(
+    source: Path, found: Mapping[str, Sequence[int]], architecture: str, said: Mapping[str, float]
+) -> None:
     if "rope_freqs.weight" in found:
         raise ValueError(
             f"{source}: its RoPE is scaled, which transformers does not read from GGUF (rope_freqs.weight){_ELSEWHERE}"
         )
+    head = said["rope.dimension_count"]
+    sizes = {"E": said["embedding_length"], "F": said["feed_forward_length"], "D": head}
+    sizes |= {"Q": head * said["attention.head_count"], "K": head * said["attention.head_count_kv"]}
     known = {"output.weight"}  # left out where it is the embedding's
-    for name in _tensor_names(architecture, num_layers):
+    for name, shape in _expected(architecture, said["block_count"]):
         if name not in found:  # at once, however many layers a broken file says
             raise ValueError(f"{source}: it has no tensor {name} (a part of a split file? llama-gguf-split joins them)")
         known.add(name)
-    if left := sorted(found - known):
+        wanted = [sizes.get(letter) for letter in shape]  # None: as many tokens as there are
+        if len(found[name]) != len(wanted) or any(
+            size not in (None, have) for have, size in zip(found[name], wanted, strict=True)
+        ):
+            made = " x ".join("tokens" if size is None else f"{size:g}" for size in wanted)
+            raise ValueError(
+                f"{source}: tensor {name} has shape {list(found[name])}, and by the file's keys it is {made}"
+            )
+    if left := sorted(found.keys() - known):
         raise ValueError(
             f"{source}: a {architecture} model has no tensor {left[0]}, and transformers would leave it out{_ELSEWHERE}"
         )
 
 
-def _tensor_names(architecture: str, num_layers: int) -> Iterator[str]:
-    yield from ("token_embd.weight", "output_norm.weight")
-    for layer in range(num_layers):
-        yield from (f"blk.{layer}.{name}" for name in _TENSORS[architecture])
+def _expected(architecture: str, num_layers: float) -> Iterator[tuple[str, str]]:
+    yield from (("token_embd.weight", "VE"), ("output_norm.weight", "E"))
+    for layer in range(int(num_layers)):
+        yield from ((f"blk.{layer}.{name}", shape) for name, shape in _TENSORS[architecture].items())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
