@@ -160,8 +160,11 @@ def line_pairs(block_count: Tensor, column_count: Tensor) -> float:
 
 
 def lines_for(pairs: float, count: Callable[[int, int], float], tokens: int) -> tuple[int, int]:
-    """How many columns and diagonals, in MInference's proportion, come nearest to `pairs` by `count`."""
-    low, high = NEAREST_DIAGONALS, tokens
+    """How many columns and diagonals, in MInference's proportion, come nearest to `pairs` by `count`, which is never
+    asked for twice as many: its buffer grows with them, and beyond 2^31 entries it writes outside."""
+    low, high = NEAREST_DIAGONALS, min(2 * NEAREST_DIAGONALS, tokens)
+    while high < tokens and count(_vertical(high), high) <= pairs:
+        low, high = high, min(2 * high, tokens)
     while high - low > 1:
         slash = (low + high) // 2
         low, high = (slash, high) if count(_vertical(slash), slash) <= pairs else (low, slash)

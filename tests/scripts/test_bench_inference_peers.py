@@ -229,6 +229,10 @@ def test_as_many_lines_as_do_not_exceed_the_pairs():
     vertical, slash = peer_selection.lines_for(5000.0, count, 4096)
     assert count(vertical, slash) <= 5000 < count(vertical, slash + 1) and vertical == round(slash * 1000 / 6096)
     assert peer_selection.lines_for(1.0, count, 4096) == (30, 30)
+    for pairs in (400.0, 5000.0, 20_000.0, 1e9):
+        asked.clear()
+        _, slash = peer_selection.lines_for(pairs, count, 131_072)
+        assert max(number for _, number in asked) <= 2 * slash, "the buffer grows with what is asked for"
 
 
 # ---------------------------------------------------------------- rows
