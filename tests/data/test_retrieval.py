@@ -144,6 +144,30 @@ def test_lines_that_never_fit_are_given_up(tmp_path, monkeypatch):
     assert len(read) == retrieval._TRIES
 
 
+@pytest.mark.parametrize("length", [{"tokens": (200, 1500)}, {"chars": (200, 1500)}])
+def test_a_filler_without_lines_that_fit_is_refused_before_any_document_is_made(tmp_path, filler, length):
+    """Else the documents are their facts and questions alone, whatever length was asked for."""
+    (tmp_path / "long.txt").write_text("\n".join("a long line " * 300 for _ in range(40)))
+    (tmp_path / "one.txt").write_text("a text of one line " * 3000)
+    for name in ("long", "one"):
+        spec = {
+            "output": str(tmp_path / name),
+            "sources": [str(tmp_path / f"{name}.txt")],
+            "tokenizer": {"path": str(filler / "tokenizer.json")},
+            "heldout_fraction": 0,
+        }
+        prepare(PrepareSpec.parse(spec))
+        wanted = {"documents": 4, "facts": [1, 2], "filler": str(tmp_path / name / "train"), **length}
+        retrieval_spec = spec | {
+            "output": str(tmp_path / "out"),
+            "sources": [{"path": "retrieval", "retrieval": wanted}],
+        }
+        with pytest.raises(ValueError, match=r"filler .*has a whole line of less than 1,500 (tokens|characters)"):
+            prepare(PrepareSpec.parse(retrieval_spec))
+        assert not (tmp_path / "out" / "train").exists()
+    Retrieval(documents=1, facts=(1, 1), filler=str(filler / "train"), **length).check()
+
+
 def test_no_wording_key_or_filler_of_the_evaluations_occurs():
     """A model trained on these documents is measured on other sentences about other things."""
     text = "\n".join(document(Retrieval(documents=2000, facts=(1, 8)), number) for number in range(2000)).lower()

@@ -150,6 +150,12 @@ MUTANTS = (
         ("test_retrieval.py::test_lists_lie_scattered_among_filler_and_are_given_again_line_by_line",),
     ),
     Mutant(
+        "a_filler_without_lines_is_taken", "data/corpus/retrieval.py",
+        "if not _filler(self.filler).has_lines(self.length[1], unit):",
+        "if False:",
+        ("test_retrieval.py::test_a_filler_without_lines_that_fit_is_refused_before_any_document_is_made",),
+    ),
+    Mutant(
         "no_document_with_filler_begins_with_a_fact", "data/corpus/retrieval.py",
         "places[0] = 0",
         "pass",
