@@ -156,6 +156,12 @@ MUTANTS = (
         ("test_retrieval.py::test_a_filler_without_lines_that_fit_is_refused_before_any_document_is_made",),
     ),
     Mutant(
+        "the_filler_of_what_is_trained_on_is_held_out", "data/section.py",
+        "if scored := [each for each in self.heldout_sets if os.path.realpath(each.path) == filler]:",
+        "if scored := [each for each in self.heldout_sets if each.path is None]:",
+        ("test_loader.py::test_what_fills_retrieval_documents_that_are_trained_on_is_not_held_out",),
+    ),
+    Mutant(
         "no_document_with_filler_begins_with_a_fact", "data/corpus/retrieval.py",
         "places[0] = 0",
         "pass",
