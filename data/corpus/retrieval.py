@@ -14,13 +14,14 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
 from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
-from data.shards.reader import TokenShards
+from data.shards.reader import TokenShards, identity_of, read_manifest
 from s2.settings import Check, Count, Positive, Ratio, SettingError, Settings
 
 _ADJECTIVES = (  # noqa: SIM905
@@ -115,6 +116,11 @@ class Retrieval(Settings):
         if self.tokens is not None:
             return 2 * sum(self.tokens)
         return sum(self.chars) // 2 if self.chars is not None else 20 * sum(self.facts) * (1 + sum(self.rounds))
+
+    @property
+    def text(self) -> str | None:
+        """What tells the text of `filler` from another one, as it is now; None without. Raises as `read_manifest`."""
+        return None if self.filler is None else identity_of(read_manifest(Path(self.filler).expanduser()))
 
     def check(self) -> None:
         """Raises FileNotFoundError, ValueError where `filler` is no finished shard folder, or one whose text has hardly

@@ -162,6 +162,12 @@ MUTANTS = (
         ("test_loader.py::test_what_fills_retrieval_documents_that_are_trained_on_is_not_held_out",),
     ),
     Mutant(
+        "documents_keep_a_filler_that_is_no_more", "data/prepare/run.py",
+        "is_same = recorded is None or retrieval.text == recorded",
+        "is_same = True",
+        ("test_retrieval.py::test_documents_whose_filler_was_prepared_anew_are_told_of_and_made_again_where_they_were_begun",),
+    ),
+    Mutant(
         "no_document_with_filler_begins_with_a_fact", "data/corpus/retrieval.py",
         "places[0] = 0",
         "pass",
