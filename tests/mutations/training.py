@@ -127,6 +127,12 @@ MUTANTS = (
         ("test_gate.py::test_an_edited_record_opens_no_stage",),
     ),
     Mutant(
+        "a_resume_names_weights_that_it_never_read", "s2/training/stage.py",
+        "_check_start(meta, self.config.model.init_from, newest)",
+        "pass",
+        ("test_errors.py::test_a_checkpoint_that_began_with_other_weights_is_not_resumed",),
+    ),
+    Mutant(
         "a_callback_finishes_a_stage", "s2/training/saving.py",
         "if step >= last or is_timed:",
         "if step >= 0 or is_timed:",
