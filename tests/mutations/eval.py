@@ -24,6 +24,12 @@ MUTANTS = (
         ("eval/test_layers.py::test_a_table_of_others_is_kept_and_damaged_results_are_named",),
     ),
     Mutant(
+        "parity_of_no_number_passes", "eval/parity.py",
+        "math.nan if any(map(math.isnan, differences)) else max(differences)",
+        "max(differences)",
+        ("eval/test_parity.py::test_a_likelihood_that_is_no_number_is_a_difference",),
+    ),
+    Mutant(
         "rotations_are_tried_with_the_scaling_of_the_checkpoint", "eval/rope.py",
         "max(trained, longest), **rotation)",
         "max(trained, longest), rope_theta=1e6)",
