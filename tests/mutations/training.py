@@ -133,6 +133,12 @@ MUTANTS = (
         ("test_errors.py::test_a_checkpoint_that_began_with_other_weights_is_not_resumed",),
     ),
     Mutant(
+        "passes_count_all_steps_in_the_batches_of_the_last", "s2/training/callbacks.py",
+        "step, tokens = self.checkpoint.began",
+        "step, tokens = 0, 0",
+        ("training/test_resume.py::test_tokens_are_counted_as_they_were_trained_on",),
+    ),
+    Mutant(
         "a_callback_finishes_a_stage", "s2/training/saving.py",
         "if step >= last or is_timed:",
         "if step >= 0 or is_timed:",
