@@ -176,6 +176,18 @@ class DataSection(Settings):
                         f"name a folder that is held out, or another source of this one, or leave the set out"
                     )
                     raise SettingError(f"validation[{i}].path", reason)
+        trained_on = {os.path.realpath(component.path) for component in self.components}
+        for spec in self.specs:
+            fillers = [source.retrieval.filler for source in spec.sources if source.retrieval]
+            if os.path.realpath(spec.folders["train"]) not in trained_on:
+                continue
+            for filler in (os.path.realpath(os.path.expanduser(path)) for path in fillers if path):
+                if scored := [each for each in self.heldout_sets if os.path.realpath(each.path) == filler]:
+                    reason = (
+                        f"{scored[0].path} is trained on too (the filler of the retrieval documents in {spec.output}), "
+                        f"so that its loss says nothing of other text; name a train folder as filler"
+                    )
+                    raise SettingError("validation", reason)
 
     def _check_outputs(self) -> None:
         """Refuse to prepare what nothing reads, as when `output` is another one and the mixture's paths are not."""

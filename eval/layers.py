@@ -149,7 +149,7 @@ def command(argv: Sequence[str]) -> Path:
         "texts": texts.digest,
     }  # fmt: skip
     file = output / "layers.json"
-    found = untrained.known(file, about, "steps") or about | {
+    found = untrained.known(file, about, ("layer", "layout", "losses", "tried")) or about | {
         "as_it_is": texts.losses(checkpoint, checkpoint.config).to_dict(),
         "sparse": texts.losses(checkpoint, sparse).to_dict(),
         "steps": [],

@@ -143,6 +143,11 @@ def evaluate(
     return results
 
 
+def named_tasks(text: str) -> list[str]:
+    """The tasks of `a, b`, each once."""
+    return list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+
+
 def check_tasks(tasks: Sequence[str], data_dir: Path | None) -> list[str]:
     """The stock tasks among `tasks`. Raises ValueError for an unknown name, or local data that no task reads."""
     if not tasks:
@@ -280,7 +285,7 @@ def ready(argv: Sequence[str] | None = None) -> Callable[[], Path]:
     """`command` when all that can be wrong with the arguments has been looked up: what computes."""
     args = _arguments(argv)
     check_folder(args.ckpt)
-    tasks = list(dict.fromkeys(name for part in args.tasks.split(",") if (name := part.strip())))
+    tasks = named_tasks(args.tasks)
     check_amounts(args.limit, args.num_fewshot, check_tasks(tasks, args.data_dir))
     if args.heldout and "s2_heldout" not in tasks:
         raise ValueError(f"--heldout {args.heldout}: only s2_heldout reads it, and --tasks does not name that")

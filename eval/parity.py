@@ -4,12 +4,13 @@
 
 Both see the same requests of the same tasks, in float32 on the CPU; theirs goes through transformers, also where layers
 are sparse (`s2.integrations`). `parity.json` has the log-likelihoods of both and the largest difference of each task; a
-difference above `--tolerance` ends the command with code 2.
+difference above `--tolerance`, or that is no number, ends the command with code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 
 from eval.adapter import S2LM
 from eval.checkpoint import results_folder
-from eval.lm import check_tasks, evaluate
+from eval.lm import check_tasks, evaluate, named_tasks
 from s2 import ending, files
 from s2.arguments import new_parser, path
 from s2.inference.folder import check_folder
@@ -63,7 +64,9 @@ def compare(
     worst = {}
     for name in dict.fromkeys(row["task"] for row in both.rows):
         rows = [row for row in both.rows if row["task"] == name]
-        worst[name] = {"requests": len(rows), "largest_difference": max(abs(r["ours"] - r["hf"]) for r in rows)}
+        differences = [abs(row["ours"] - row["hf"]) for row in rows]
+        largest = math.nan if any(map(math.isnan, differences)) else max(differences)
+        worst[name] = {"requests": len(rows), "largest_difference": largest}
     return {"kind": "parity", **both.checkpoint.describe(), "tasks": worst, "limit": limit, "requests": both.rows}
 
 
@@ -79,19 +82,25 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="of lm-eval's model (%(default)s)")
     add("--output", type=path, help="folder for parity.json (default: the run's results folder)")
     # fmt: on
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("limit", "batch_size"):
+        if (value := getattr(args, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not 0 <= args.tolerance < math.inf:
+        raise ValueError(f"--tolerance {args.tolerance}: expected a number from 0 on")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     output = args.output or results_folder(check_folder(args.ckpt))
     files.require_writable(output)
-    found = compare(args.ckpt, args.tasks.split(","), args.limit, args.data_dir, args.batch_size)
+    found = compare(args.ckpt, named_tasks(args.tasks), args.limit, args.data_dir, args.batch_size)
     files.write_json(output / "parity.json", found)
     for name, row in found["tasks"].items():
         print(f"{name}: {row['requests']} requests, largest difference {row['largest_difference']:.2e}", flush=True)
     print(output / "parity.json", flush=True)
-    if off := [name for name, row in found["tasks"].items() if row["largest_difference"] > args.tolerance]:
+    if off := [name for name, row in found["tasks"].items() if not row["largest_difference"] <= args.tolerance]:
         raise ValueError(f"{output / 'parity.json'}: {', '.join(off)} differ by more than {args.tolerance:g}")
 
 

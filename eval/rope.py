@@ -323,7 +323,7 @@ def command(argv: Sequence[str]) -> Path:
         "texts": samples.digest([jumps.digest, *(each.digest for each in texts.values())]),
     }  # fmt: skip
     file = output / "rope.json"
-    found = untrained.known(file, about, "steps") or about | {"steps": []}
+    found = untrained.known(file, about, ("rotation", "losses", "jumps")) or about | {"steps": []}
     for rotation in rotations:
         if any(step["rotation"] == rotation for step in found["steps"]):
             continue

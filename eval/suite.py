@@ -180,6 +180,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"--parts {unknown[0]}: expected some of {', '.join(PARTS)}")
     if args.parts == ["lm"] and not args.tasks:
         raise ValueError("--parts lm: name the tasks with --tasks")
+    args.kinds = ",".join(kind.strip() for kind in args.kinds.split(","))
     if unknown := [kind for kind in args.kinds.split(",") if kind not in KINDS]:
         raise ValueError(f"--kinds {unknown[0]}: expected some of {', '.join(KINDS)}")
     if args.lengths is not None:
@@ -255,7 +256,7 @@ def command(argv: Sequence[str]) -> Path:
         elif not given.exists():
             raise FileNotFoundError(f"{option} {given}: no such file or folder")
     if args.tasks and "lm" in args.parts:
-        lm.check_tasks(args.tasks.split(","), args.data_dir)
+        lm.check_tasks(lm.named_tasks(args.tasks), args.data_dir)
     files.require_writable(output)
     commands = plan(args, lengths, output)
     about = Checkpoint.open(args.ckpt, args.device, samples.dtype_of(args.dtype)).describe()

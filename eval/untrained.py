@@ -183,17 +183,22 @@ def read(
     return found
 
 
-def known(file: Path, about: dict[str, Any], steps: str) -> dict[str, Any] | None:
+def known(file: Path, about: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
     """What an earlier run of the same checkpoint and texts has found, and left unfinished perhaps; results of others
-    move aside, with their table and picture. steps: the key of the list that says how far it came."""
-    if not file.is_file():
-        return None
-    old = files.read_json(file)
+    move aside, with their table and picture, and so does what else has the name of one of these.
+
+    keys: of each of its `steps`. Raises ValueError where the file lacks one.
+    """
+    old = files.read_json(file) if file.is_file() else None
     if isinstance(old, dict) and about.items() <= old.items():
-        print(f"{file}: {len(old[steps])} {steps} are there already", flush=True)
+        steps = old.get("steps")
+        if not isinstance(steps, list) or not all(isinstance(x, dict) and x.keys() >= set(keys) for x in steps):
+            raise ValueError(f"{file}: not as it was written (steps, each with {', '.join(keys)}); move it away")
+        print(f"{file}: {len(steps)} steps are there already", flush=True)
         return old
+    why = "is of another checkpoint, layout or text" if file.is_file() else f"is there without {file.name}"
     for outdated in filter(Path.is_file, map(file.with_suffix, (".json", ".md", ".png"))):
-        print(f"{outdated} is of another checkpoint, layout or text; kept as {files.move_aside(outdated).name}")
+        print(f"{outdated} {why}; kept as {files.move_aside(outdated).name}")
     return None
 
 

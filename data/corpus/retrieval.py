@@ -14,13 +14,14 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
 from data.corpus.readers import Document
 from data.corpus.tokenizer import TextTokenizer
-from data.shards.reader import TokenShards
+from data.shards.reader import TokenShards, identity_of, read_manifest
 from s2.settings import Check, Count, Positive, Ratio, SettingError, Settings
 
 _ADJECTIVES = (  # noqa: SIM905
@@ -58,6 +59,7 @@ _LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ITEMS = (4, 16)  # of a line in lists among filler; the last may have more
 _SLACK = 64  # tokens that a document of a number of tokens may lack
 _TRIES = 8  # to find a line that fits
+_LOOKS = 64  # for one, before any document is made
 
 
 def _range(most: int) -> Check:
@@ -115,10 +117,23 @@ class Retrieval(Settings):
             return 2 * sum(self.tokens)
         return sum(self.chars) // 2 if self.chars is not None else 20 * sum(self.facts) * (1 + sum(self.rounds))
 
+    @property
+    def text(self) -> str | None:
+        """What tells the text of `filler` from another one, as it is now; None without. Raises as `read_manifest`."""
+        return None if self.filler is None else identity_of(read_manifest(Path(self.filler).expanduser()))
+
     def check(self) -> None:
-        """Raises FileNotFoundError, ValueError where `filler` is no finished shard folder."""
-        if self.filler is not None:
-            _filler(self.filler)
+        """Raises FileNotFoundError, ValueError where `filler` is no finished shard folder, or one whose text has hardly
+        a line that even the longest document has room for."""
+        if self.filler is None or self.length is None:
+            return
+        unit = "characters" if self.tokens is None else "tokens"
+        if not _filler(self.filler).has_lines(self.length[1], unit):
+            raise ValueError(
+                f"retrieval filler {self.filler}: none of {_LOOKS} places in its text has a whole line of less than"
+                f" {self.length[1]:,} {unit}, and whole lines fill up the documents, so that they would be their facts"
+                f" and questions alone; name a folder whose text has more line breaks, or make the documents longer"
+            )
 
 
 def read_retrieval(settings: Retrieval, first: int, stop: int) -> Iterator[Document]:
@@ -193,6 +208,15 @@ class _Filler:
         self.shards = TokenShards(folder)
         self.tokenizer = TextTokenizer(self.shards.tokenizer_file)
         self.frame = [i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None]
+
+    def has_lines(self, length: int, unit: str) -> bool:
+        """Whether one of `_LOOKS` places, the same every time, has a line of less than so many tokens or characters."""
+        rng = random.Random(0)
+        for _ in range(_LOOKS):
+            lines = self._some(length // 2 if unit == "characters" else 2 * length, rng)
+            if min(map(len, lines) if unit == "characters" else self.count(lines), default=length) < length:
+                return True
+        return False
 
     def lines(self, chars: int, rng: random.Random) -> list[str]:
         """About `chars` characters in whole lines, none where that is too few for one."""

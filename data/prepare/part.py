@@ -75,11 +75,13 @@ class Task:
     @property
     def depends_on(self) -> dict[str, Any]:
         """What a record was made for, besides the files' content and the limits of the source."""
+        made = self.spec.sources[self.source].retrieval
         return {
             "place": self.part.place,
             "tokenizer": self.tokenizer,
             "below": self.below,
             "keep": None if self.keep is None else hashlib.blake2b(self.keep.tobytes(), digest_size=16).hexdigest(),
+            **({"filler": made.text} if made and made.filler else {}),
         }
 
     def record(self) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from data.corpus.folders import NamedFile
 from data.corpus.parts import File, plain
+from data.corpus.retrieval import Retrieval
 from data.corpus.sample import sample_texts
 from data.corpus.tokenizer import TextTokenizer, save_tokenizer_json, train_tokenizer
 from data.prepare.output import TOKENIZER, begin_anew, check_output, is_finished, put_tokenizer, remove_work, writing
@@ -72,6 +73,9 @@ def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
         mine = [file for file in shards.source_files if file["source"] == number]
         if source.path == "python-env":
             continue
+        if source.retrieval is not None:
+            lines += _changed_filler(source.retrieval, shards.manifest["sources"][number].get("filler"))
+            continue
         try:
             found = source.resolve().files
         except (FileNotFoundError, ValueError) as error:
@@ -80,6 +84,16 @@ def changed_sources(spec: PrepareSpec, *, content: bool = True) -> list[str]:
             continue
         lines += _changes(mine, found, all_read=shards.manifest["sources"][number]["all_read"], content=content)
     return lines
+
+
+def _changed_filler(retrieval: Retrieval, recorded: str | None) -> list[str]:
+    """A line where the filler is not the text that the documents were made with: what is held out of it may be in
+    them. Nothing is said where it is not there, or an earlier version has not recorded it."""
+    try:
+        is_same = recorded is None or retrieval.text == recorded
+    except FileNotFoundError:
+        return []
+    return [] if is_same else [f"the filler {retrieval.filler} was prepared anew"]
 
 
 def _changes(

@@ -209,6 +209,7 @@ def _summaries(
                 "files": len({file.path for task, _ in done for file in task.part.files}),
                 "all_read": not is_cut,
                 **totals,
+                **({"filler": source.retrieval.text} if source.retrieval and source.retrieval.filler else {}),
                 "skipped": dict(skipped),
                 "bad_rows": list(itertools.chain.from_iterable(record["bad_rows"] for _, record in done))[:EXAMPLES],
             }

@@ -11,6 +11,7 @@ stays.
 
 import hashlib
 import mmap
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if found != FORMAT:
         raise ValueError(f"{file}: format {found!r}, expected {FORMAT!r}; prepare the corpus into another folder")
     return manifest
+
+
+def identity_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over the shards' checksums: equal where the tokens are equal, wherever the folder lies."""
+    joined = "".join(shard["sha256"] + shard["offsets_sha256"] for shard in manifest["shards"])
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 class TokenShards:
@@ -129,9 +136,8 @@ class TokenShards:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the shards' checksums: equal where the tokens are equal, wherever the folder lies."""
-        joined = "".join(shard["sha256"] + shard["offsets_sha256"] for shard in self.manifest["shards"])
-        return hashlib.sha256(joined.encode()).hexdigest()
+        """`identity_of` its manifest."""
+        return identity_of(self.manifest)
 
     @property
     def tokenizer_file(self) -> Path:

@@ -36,7 +36,8 @@ class TrainingLog(gaps.EachStep, Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            tokens = trainer.max_steps * tokens_per_step(trainer)
+            step, tokens = self.checkpoint.began  # maybe in other batches
+            tokens += max(0, trainer.max_steps - step) * tokens_per_step(trainer)
             print(data_report(trainer.datamodule, tokens), flush=True)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

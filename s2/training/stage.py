@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from s2 import ending, files, settings
 from s2.locks import lock
+from s2.model.hf import fingerprint
 from s2.out_of_memory import is_out_of_memory
 from s2.recipe import differences, dump_yaml
 from s2.training import gate, memory, run_folder, slurm
@@ -192,6 +193,7 @@ class Stage:
             return None
         meta, stage = run_folder.read_meta(newest), getattr(strategy, "stage", 0)
         run_folder.check_resumable(meta, asdict(self.module.config), stage, str(self.trainer.precision), newest)
+        _check_start(meta, self.config.model.init_from, newest)
         self.checkpoint.began = (meta["step"], meta["tokens"])
         self._say(f"continuing from {newest} (step {meta['step']}, {meta['tokens']:,} tokens)")
         self._keep_gate(gate.recorded(self.run.folder))
@@ -231,6 +233,30 @@ CPU_PRECISION = "32-true"  # bf16 gains nothing there
 
 def _defaults(cls: type) -> dict[str, Any]:
     return {name: each.default for name, each in settings.parameters(cls).items() if each.default is not each.empty}
+
+
+def _check_start(meta: Mapping[str, Any], init_from: str | None, place: Path) -> None:
+    """Refuse to resume by a recipe that says other weights to start from: they would not be read, and the export and
+    summary.json would name them. The same weights may lie elsewhere; where they lay may be gone.
+
+    Args:
+        meta: of the checkpoint in the folder `place`.
+        init_from: of the recipe.
+
+    Raises:
+        ValueError: names both values and the checkpoint.
+    """
+    if (recipe := meta.get("recipe")) is None or (before := recipe["model"].get("init_from")) == init_from:
+        return  # None: written by a version that did not keep it
+    if before is not None and init_from is not None:
+        then, now = Path(before), Path(init_from)
+        if not then.is_dir() or then.samefile(now) or fingerprint(then) == fingerprint(now):
+            return
+    raise ValueError(
+        f"checkpoint {place} is of a run that began with model.init_from={before!r} but the recipe says "
+        f"{init_from!r}, which a resume does not read; go back to the old value, or start over with run.resume=never "
+        f"or another run.stage"
+    )
 
 
 def _check_strategy(config: StageConfig) -> None:

@@ -73,7 +73,8 @@ def train(kind: str, environment: dict[str, str], step: Step) -> int:
     environment["S2_JOB_RECORD"] = str(record.folder)
     code = step.run(nodes, tasks, cpus, command, environment)
     gate = source.parent / "gates" / source.name
-    if code == ending.DONE and gate.is_file():  # for the next stage, which may wait for this job
+    # For the next stage, which may wait for this job. With run.checkpoint_every=null there is nothing to measure.
+    if code == ending.DONE and gate.is_file() and (run / "hf").is_dir():
         data = ["--data-dir", environment["EVAL_DATA"]] if environment.get("EVAL_DATA") else []
         command = ["-m", "eval.gate", "--ckpt", str(run / "hf"), "--config", str(gate), *data]
         code = step.run(1, 1, cpus, command, environment)

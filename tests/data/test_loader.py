@@ -221,6 +221,30 @@ def test_what_is_trained_on_is_not_held_out(folders):
         datamodule(folders, mixture=[train | mixture], validation=[{"name": "v"} | train | heldout])
 
 
+def test_what_fills_retrieval_documents_that_are_trained_on_is_not_held_out(folders):
+    (folders / "link").symlink_to(folders / "heldout")
+
+    def section(filler, trained):
+        retrieval = {"documents": 5, "facts": [1, 2], "chars": [100, 200], "filler": str(folders / filler)}
+        return {
+            "prepare": {
+                "output": str(folders / "made"),
+                "sources": [{"path": "retrieval", "retrieval": retrieval}],
+                "tokenizer": {"path": str(folders / "tokenizer.json")},
+            },
+            "mixture": [{"path": str(folders / path)} for path in ("train", *trained)],
+            "validation": [{"name": "v", "path": str(folders / "heldout")}],
+        }
+
+    for filler in ("heldout", "link"):
+        with pytest.raises(ValueError, match=r"data\.validation: .*heldout is trained on too \(the filler of the retr"):
+            datamodule(folders, **section(filler, ["made/train"]))
+    datamodule(folders, **section("train", ["made/train"]))
+    scored = section("heldout", [])  # retrieval documents that are scored alone
+    scored["validation"].append({"name": "made", "path": str(folders / "made" / "heldout")})
+    datamodule(folders, **scored)
+
+
 def test_vocabulary_and_tokenizer_are_checked(folders):
     dm = datamodule(folders)
     assert dm.vocab_size == 500

@@ -1,6 +1,8 @@
 """Synthetic retrieval documents: the same everywhere, answerable from their own text, and not what is evaluated."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from data.corpus.retrieval import Retrieval, document
 from data.corpus.sources import Source
 from data.corpus.tokenizer import TextTokenizer
 from data.datamodule import PackedDataModule
-from data.prepare import prepare
+from data.prepare import prepare, prepare_all
+from data.prepare.part import Task
+from data.prepare.run import changed_sources
 from data.prepare.spec import PrepareSpec
 from data.section import prepare_section
 from data.shards import TokenShards
@@ -144,6 +148,30 @@ def test_lines_that_never_fit_are_given_up(tmp_path, monkeypatch):
     assert len(read) == retrieval._TRIES
 
 
+@pytest.mark.parametrize("length", [{"tokens": (200, 1500)}, {"chars": (200, 1500)}])
+def test_a_filler_without_lines_that_fit_is_refused_before_any_document_is_made(tmp_path, filler, length):
+    """Else the documents are their facts and questions alone, whatever length was asked for."""
+    (tmp_path / "long.txt").write_text("\n".join("a long line " * 300 for _ in range(40)))
+    (tmp_path / "one.txt").write_text("a text of one line " * 3000)
+    for name in ("long", "one"):
+        spec = {
+            "output": str(tmp_path / name),
+            "sources": [str(tmp_path / f"{name}.txt")],
+            "tokenizer": {"path": str(filler / "tokenizer.json")},
+            "heldout_fraction": 0,
+        }
+        prepare(PrepareSpec.parse(spec))
+        wanted = {"documents": 4, "facts": [1, 2], "filler": str(tmp_path / name / "train"), **length}
+        retrieval_spec = spec | {
+            "output": str(tmp_path / "out"),
+            "sources": [{"path": "retrieval", "retrieval": wanted}],
+        }
+        with pytest.raises(ValueError, match=r"filler .*has a whole line of less than 1,500 (tokens|characters)"):
+            prepare(PrepareSpec.parse(retrieval_spec))
+        assert not (tmp_path / "out" / "train").exists()
+    Retrieval(documents=1, facts=(1, 1), filler=str(filler / "train"), **length).check()
+
+
 def test_no_wording_key_or_filler_of_the_evaluations_occurs():
     """A model trained on these documents is measured on other sentences about other things."""
     text = "\n".join(document(Retrieval(documents=2000, facts=(1, 8)), number) for number in range(2000)).lower()
@@ -176,6 +204,44 @@ def test_prepares_like_any_source_beside_the_corpus_it_is_filled_from(filler, tm
     train, heldout = TokenShards(tmp_path / "retrieval" / "train"), TokenShards(tmp_path / "retrieval" / "heldout")
     assert train.sources == heldout.sources == ["dense", "hidden"]
     assert len(train.offsets) + len(heldout.offsets) - 2 == 50
+
+
+def test_documents_whose_filler_was_prepared_anew_are_told_of_and_made_again_where_they_were_begun(
+    filler, tmp_path, capsys
+):
+    """What is held out now may lie in them."""
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": f"Line {i} of a text\n" * 30}) + "\n" for i in range(200))
+    )
+    text = {
+        "output": str(tmp_path / "data"),
+        "sources": [str(tmp_path / "corpus.jsonl")],
+        "tokenizer": {"path": str(filler / "tokenizer.json")},
+        "heldout_fraction": 0.2,
+    }
+    wanted = {"documents": 40, "facts": [1, 2], "chars": [300, 400], "filler": str(tmp_path / "data" / "train")}
+    made = {
+        "output": str(tmp_path / "made"),
+        "sources": [{"path": "retrieval", "retrieval": wanted}],
+        "tokenizer": {"path": str(filler / "tokenizer.json")},
+        "heldout_fraction": 0.2,
+        "workers": 1,
+    }
+
+    def both(seed):
+        return [PrepareSpec.parse(text | {"seed": seed}), PrepareSpec.parse(made)]
+
+    prepare_all(both(seed=0))
+    task = Task(PrepareSpec.parse(made), 0, PrepareSpec.parse(made).sources[0].parts()[0][0])
+    begun = task.depends_on
+    capsys.readouterr()
+    prepare_all(both(seed=0))
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(tmp_path / "data")
+    assert changed_sources(PrepareSpec.parse(made)) == []  # on a machine that has the documents alone
+    prepare_all(both(seed=1))
+    assert f"the filler {tmp_path}/data/train was prepared anew; going on with" in capsys.readouterr().err
+    assert task.depends_on != begun
 
 
 def test_a_share_of_a_recipe_is_prepared_mixed_in_and_scored_and_none_is_as_if_it_were_not_there(filler, tmp_path):

@@ -156,6 +156,19 @@ def test_what_another_layout_has_given_is_kept_aside(folder, text, tmp_path, cap
     assert "layers.json is of another checkpoint, layout or text; kept as layers.json.1" in capsys.readouterr().out
 
 
+def test_a_table_of_others_is_kept_and_damaged_results_are_named(folder, text, tmp_path, capsys):
+    (tmp_path / "layers.md").write_text("my notes")
+    command = "--layout", "W1+sink1", "--dense", "1", "--length", "256", "--n", "4"
+    found = run(folder, text, tmp_path, *command)
+    assert (tmp_path / "layers.md.1").read_text() == "my notes"
+    assert "layers.md is there without layers.json; kept as layers.md.1" in capsys.readouterr().out
+    del found["steps"][0]["tried"]
+    for damaged in (found, found | {"steps": 1}):
+        (tmp_path / "layers.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"layers\.json: not as it was written \(steps, each with .*tried\)"):
+            run(folder, text, tmp_path, *command)
+
+
 def test_fewer_documents_than_asked_for_are_counted(folder, text, tmp_path, capsys):
     found = run(folder, text, tmp_path, "--layout", "W1", "--dense", "1", "--length", "256", "--n", "5")
     assert (found["documents"], found["prompts"]) == (4, 5)

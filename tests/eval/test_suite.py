@@ -144,7 +144,7 @@ def test_the_suite_refuses_bad_input_before_any_part(folder, data, tmp_path, arg
         (["--parts", "ruler", "--ruler-tasks", "niah_single_2"], ["--haystack"]),
         (["--parts", "needle"], ["--haystack"]),
         (["--parts", "needle", "--kinds", "passkey"], []),
-        (["--parts", "needle,positions", "--kinds", "passkey,single"], ["--haystack", "--documents"]),
+        (["--parts", "needle,positions", "--kinds", "passkey, single"], ["--haystack", "--documents"]),
         (["--parts", "lm", "--tasks", "s2_passkey"], []),
     ],
 )

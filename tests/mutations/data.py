@@ -150,6 +150,24 @@ MUTANTS = (
         ("test_retrieval.py::test_lists_lie_scattered_among_filler_and_are_given_again_line_by_line",),
     ),
     Mutant(
+        "a_filler_without_lines_is_taken", "data/corpus/retrieval.py",
+        "if not _filler(self.filler).has_lines(self.length[1], unit):",
+        "if False:",
+        ("test_retrieval.py::test_a_filler_without_lines_that_fit_is_refused_before_any_document_is_made",),
+    ),
+    Mutant(
+        "the_filler_of_what_is_trained_on_is_held_out", "data/section.py",
+        "if scored := [each for each in self.heldout_sets if os.path.realpath(each.path) == filler]:",
+        "if scored := [each for each in self.heldout_sets if each.path is None]:",
+        ("test_loader.py::test_what_fills_retrieval_documents_that_are_trained_on_is_not_held_out",),
+    ),
+    Mutant(
+        "documents_keep_a_filler_that_is_no_more", "data/prepare/run.py",
+        "is_same = recorded is None or retrieval.text == recorded",
+        "is_same = True",
+        ("test_retrieval.py::test_documents_whose_filler_was_prepared_anew_are_told_of_and_made_again_where_they_were_begun",),
+    ),
+    Mutant(
         "no_document_with_filler_begins_with_a_fact", "data/corpus/retrieval.py",
         "places[0] = 0",
         "pass",

@@ -18,6 +18,18 @@ MUTANTS = (
         ("eval/test_layers.py::test_what_another_layout_has_given_is_kept_aside",),
     ),
     Mutant(
+        "a_table_of_others_is_overwritten", "eval/untrained.py",
+        'map(file.with_suffix, (".json", ".md", ".png"))):',
+        'map(file.with_suffix, (".json", ".md", ".png") if file.is_file() else ())):',
+        ("eval/test_layers.py::test_a_table_of_others_is_kept_and_damaged_results_are_named",),
+    ),
+    Mutant(
+        "parity_of_no_number_passes", "eval/parity.py",
+        "math.nan if any(map(math.isnan, differences)) else max(differences)",
+        "max(differences)",
+        ("eval/test_parity.py::test_a_likelihood_that_is_no_number_is_a_difference",),
+    ),
+    Mutant(
         "rotations_are_tried_with_the_scaling_of_the_checkpoint", "eval/rope.py",
         "max(trained, longest), **rotation)",
         "max(trained, longest), rope_theta=1e6)",

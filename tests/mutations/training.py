@@ -127,6 +127,18 @@ MUTANTS = (
         ("test_gate.py::test_an_edited_record_opens_no_stage",),
     ),
     Mutant(
+        "a_resume_names_weights_that_it_never_read", "s2/training/stage.py",
+        "_check_start(meta, self.config.model.init_from, newest)",
+        "pass",
+        ("test_errors.py::test_a_checkpoint_that_began_with_other_weights_is_not_resumed",),
+    ),
+    Mutant(
+        "passes_count_all_steps_in_the_batches_of_the_last", "s2/training/callbacks.py",
+        "step, tokens = self.checkpoint.began",
+        "step, tokens = 0, 0",
+        ("training/test_resume.py::test_tokens_are_counted_as_they_were_trained_on",),
+    ),
+    Mutant(
         "a_callback_finishes_a_stage", "s2/training/saving.py",
         "if step >= last or is_timed:",
         "if step >= 0 or is_timed:",

@@ -183,8 +183,14 @@ def test_a_job_that_never_trains_a_step_is_not_requeued_for_ever(repository, mon
     assert said[2].startswith("stopped: 3 starts of job 17 in a row ended before a step was trained")
 
 
-@pytest.mark.parametrize(("trained", "commands"), [(0, ["s2.training.cli", "eval.gate"]), (2, ["s2.training.cli"])])
-def test_a_finished_stage_is_measured_for_the_one_that_waits_for_it(repository, monkeypatch, trained, commands):
+@pytest.mark.parametrize(
+    ("trained", "exports", "commands"),
+    [(0, True, ["s2.training.cli", "eval.gate"]), (2, True, ["s2.training.cli"]), (0, False, ["s2.training.cli"])],
+)
+def test_a_finished_stage_is_measured_for_the_one_that_waits_for_it(
+    repository, monkeypatch, trained, exports, commands
+):
+    """Not one that saves nothing, as when rates alone are measured: its job would fail."""
     (repository / "recipes/demo/gates").mkdir()
     (repository / "recipes/demo/gates/pretrain.yaml").write_text("needle: [{length: 512, min: 0.9}]\n")
     seen = []
@@ -192,9 +198,11 @@ def test_a_finished_stage_is_measured_for_the_one_that_waits_for_it(repository, 
     monkeypatch.setattr(step, "run", lambda *a: seen.append(a[3]) or (trained if len(seen) == 1 else 2))
     monkeypatch.setattr(job, "made_way", lambda *_: False)
     settings = JOB | {"RECIPE": "demo", "EVAL_DATA": "rows"}
-    assert job.train("pretrain", settings, step) == 2  # of the gate, or of the training
+    if exports:
+        (repository / "runs/demo/pretrain/hf").mkdir(parents=True)
+    assert job.train("pretrain", settings, step) == (2 if exports else 0)  # of the gate, or of the training
     assert [command[1] for command in seen] == commands
-    if not trained:
+    if len(commands) > 1:
         assert seen[1][2:6] == ["--ckpt", "runs/demo/pretrain/hf", "--config", "recipes/demo/gates/pretrain.yaml"]
         assert seen[1][6:] == ["--data-dir", "rows"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,6 +206,22 @@ def test_a_checkpoint_of_another_shape_is_not_resumed(refuse: Callable[..., str]
 def test_a_checkpoint_of_other_data_is_not_resumed(refuse: Callable[..., str], tmp_path: Path) -> None:
     train(tmp_path, "trainer.max_steps=3")
     assert "seed" in refuse("data.seed=5")
+
+
+def test_a_checkpoint_that_began_with_other_weights_is_not_resumed(refuse: Callable[..., str], tmp_path: Path) -> None:
+    """A resume reads none, so that summary.json would name a start that there never was."""
+    _, other = train(tmp_path, "trainer.max_steps=3", "seed_everything=8", stage="other")
+    _, run = train(tmp_path, "trainer.max_steps=3")
+    error = refuse(f"model.init_from={other}/hf")
+    assert f"model.init_from=None but the recipe says '{other}/hf'" in error and "step-00000003" in error
+    start = f"model.init_from={run}/hf"
+    train(tmp_path, "trainer.max_steps=3", start, stage="next")
+    assert f"{run}/hf' but the recipe says '{other}/hf'" in refuse(f"model.init_from={other}/hf", "run.stage=next")
+    assert f"{run}/hf' but the recipe says None" in refuse("run.stage=next")
+    alike = shutil.copytree(run / "hf", tmp_path / "copy")
+    assert train(tmp_path, "trainer.max_steps=4", f"model.init_from={alike}", stage="next")[0] == 0
+    moved = shutil.move(alike, tmp_path / "moved")
+    assert train(tmp_path, "trainer.max_steps=5", f"model.init_from={moved}", stage="next")[0] == 0
 
 
 def test_weights_that_do_not_fit_are_named(refuse: Callable[..., str], tmp_path: Path) -> None:

@@ -232,11 +232,13 @@ def test_a_step_that_lightning_and_deepspeed_count_differently_is_refused(
     assert "number 0 of 3 in its step for the trainer, but number 1 for DeepSpeed" in capsys.readouterr().err
 
 
-def test_tokens_are_counted_as_they_were_trained_on(folder: Path) -> None:
+def test_tokens_are_counted_as_they_were_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three steps of 128 tokens and three of 256 are 1,152, whatever the batch is at the end."""
     constant = "model.schedule={name: constant, warmup_steps: 2}"
     train(folder, constant, "trainer.max_steps=3", stage="counted")
+    capsys.readouterr()
     _, run = train(folder, constant, "data.micro_batch_size=4", stage="counted")
+    assert f"data: {folder}/data/train: 1,152 tokens of " in capsys.readouterr().out  # and so many passes
     rows = [row for row in read_metrics(run / "logs" / "metrics.csv") if "train/loss" in row]
     assert [row["tokens"] for row in rows] == [128, 256, 384, 640, 896, 1152]
     assert json.loads((run / "summary.json").read_text())["tokens"] == 1152
