@@ -310,9 +310,11 @@ def test_what_would_stop_a_later_preparation_shows_before_the_first_begins(
 def test_a_later_preparation_may_read_what_an_earlier_one_makes(tokenizer, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare(spec(corpus, "brought"), only_tokenizer=True)
+    rows = (json.dumps({"text": f"line {i} of a text\n" * 20}) for i in range(20))
+    Path("lines.jsonl").write_text("\n".join(rows))  # what fills documents has lines
     facts = {"documents": 4, "facts": [2, 3], "chars": [200, 300], "filler": "first/train"}
     second = {"sources": [{"path": "retrieval", "retrieval": facts}], "tokenizer": {"path": tokenizer}}
-    asked = [spec(corpus, "first"), spec(None, "second", **second, heldout_fraction=0)]
+    asked = [spec("lines.jsonl", "first"), spec(None, "second", **second, heldout_fraction=0)]
     prepare_all(asked)
     assert all(map(is_prepared, asked))
 
