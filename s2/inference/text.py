@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -21,13 +22,13 @@ from .encoding import Message, TextEncoder
 from .folder import ModelFolder
 from .generate import stream
 
-_OPTIONS = ("cache", "generator", "graph", "pool", "prefill_chunk", "temperature", "top_k", "top_p")
 # Options of `s2.inference.generate` that texts have no use for.
 _NOT_FOR_TEXTS = {
     "eos_token_id": "a text ends at the tokens that its folder names (ModelFolder.eos_ids)",
     "is_enough": "a text ends at those tokens and at its stop strings; close the iterator to end all of them",
     "lengths": "prompts are as long as they are",
 }
+_OPTIONS = sorted({*signature(stream).parameters} - {"model", "input_ids", "max_new_tokens", *_NOT_FOR_TEXTS})
 
 Reason = Literal["eos", "stop", "length"]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -110,8 +111,8 @@ def stream_texts(
             it too.
         is_apart: new tokens are decoded without the prompt's, as lm-eval's `hf` does it. Tokenizers that mark words by
             a space before them (SentencePiece) drop that of the first word then.
-        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, graph, pool; prefill_chunk, where it
-            is not to be the folder's.
+        options: of `s2.inference.generate`: temperature, top_p, top_k, generator, cache, graph, pool; prefill_chunk,
+            where it is not to be the folder's.
 
     Raises:
         ValueError: no prompt, one without a token, an empty stop string, no such option; as `generate` and
@@ -171,18 +172,25 @@ def encode_prompts(folder: ModelFolder, prompts: Sequence[Prompt]) -> list[list[
 
 def _encode(encoder: TextEncoder, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
             raise ValueError(
                 f"a prompt holds half a character (a lone surrogate), which no tokenizer takes: {prompt!r:.80}"
-            )
+            ) from None
         return encoder.encode(prompt)
     if isinstance(prompt, Mapping | bytes):  # one message of a chat, a text that is not decoded
         raise TypeError
     if len(prompt) and isinstance(prompt[0], Mapping):
         return encoder.encode_chat(cast(Sequence[Message], prompt))
-    if getattr(prompt, "dtype", None) == torch.bool or any(isinstance(index, bool) for index in prompt):
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else cast(Sequence[int], prompt)
+    return [_token(index) for index in ids]
+
+
+def _token(index: Any) -> int:
+    if isinstance(index, bool):
         raise TypeError
-    return [operator.index(index) for index in cast(Sequence[int], prompt)]
+    return operator.index(index)
 
 
 def cache_size(folder: ModelFolder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
