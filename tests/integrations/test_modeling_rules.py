@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from s2.attention import LayerLayout, s2_attention
+from s2.attention import LayerLayout, grammar, s2_attention
 from s2.attention.pattern import BLOCK_SIZES
 from s2.integrations import plain_s2_llama as plain
+from s2.model import ModelConfig, rope
 
 CASES = 60
 
@@ -124,3 +125,19 @@ def test_what_is_no_layout_is_refused_as_the_package_does(spec):
 
 def test_the_sizes_of_blocks_are_the_packages():
     assert plain.BLOCK_SIZES == BLOCK_SIZES
+
+
+def test_the_bounds_and_ropes_that_are_written_twice_are_the_packages():
+    assert (grammar._MOST_HEADS, rope._LARGEST) == (plain.MOST_HEADS, plain.MOST)
+    assert plain.ROPES.keys() == {"default", *rope._KEYS}
+    for kind, (needed, more) in rope._KEYS.items():
+        theirs = plain.ROPES[kind]
+        assert theirs[0] | theirs[1] == needed | more
+        assert theirs[0] == needed - {plain._LENGTH}  # which transformers fills in
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 1}
+    assert ModelConfig(**sizes, num_hidden_layers=plain.MOST_LAYERS).num_hidden_layers == plain.MOST_LAYERS
+    for count in (0, plain.MOST_LAYERS + 1):
+        with pytest.raises(ValueError, match="num_hidden_layers"):
+            ModelConfig(**sizes, num_hidden_layers=count)
+        with pytest.raises(ValueError, match="num_hidden_layers"):
+            plain.layout_rules("dense", count, 1, 1)
