@@ -194,6 +194,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=parse_lengths, default=parse_lengths("2k,3000,4k,6k,9000,12k,16k,32k"))
     parser.add_argument("--new", type=int, default=64, help="tokens after each prompt (default: %(default)s)")
     add_model_options(parser, "L8V16+sink1+dense0", layers=6, hidden=1024, ffn=2816, vocab=4096)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--cache-gib", type=float, default=4.0, help="memory for pages (default: %(default)s)")
     parser.add_argument("--step", type=int, default=4096, help="tokens of a step, at most (default: %(default)s)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
@@ -219,7 +220,7 @@ def check(args: argparse.Namespace, work: Path, device: str) -> int:
     del model
     gc.collect()
     prompts = prompts_of(args.lengths, config.vocab_size)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
     engine = {
         "dtype": str(dtype).removeprefix("torch."), "kv_cache_memory_bytes": int(args.cache_gib * (1 << 30)),
         "gpu_memory_utilization": 0.1,  # of it nothing is taken, but so much must be free as each engine starts

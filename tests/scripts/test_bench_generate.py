@@ -1,7 +1,9 @@
 """The benchmark of generation without a GPU: what it runs, and what its page says of the figures."""
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,24 @@ def test_every_layout_is_timed_at_every_length(recipe, tmp_path, monkeypatch):
     assert page.with_suffix(".png").stat().st_size > 1000 and json.loads(page.with_suffix(".json").read_text())["rows"]
     text = page.read_text()
     assert "## First token" in text and text.count("| L1V2+dense0,1 |") == 6
+
+
+def test_no_two_caches_are_there_at_once(recipe, tmp_path, monkeypatch):
+    """The peak of a prompt would hold both, and a dense model at 128k run out of memory."""
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(bench_generate.KVCache):
+        def __init__(self, *args, **kwargs):
+            gc.collect()
+            most.append(len(alive))
+            super().__init__(*args, **kwargs)
+            alive.add(self)
+
+    monkeypatch.setattr(bench_generate, "KVCache", Counted)
+    argv = ["--device", "cpu", "--recipe", str(recipe), "--layouts", "dense", "--lengths", "32,64", "--most", "2"]
+    argv += ["--output", str(tmp_path / "out")]
+    bench_generate.run(bench_generate.parse_arguments(argv), argv)
+    assert set(most) == {0} and len(most) >= 8  # each length twice, then one sequence, then the largest batch
 
 
 @pytest.mark.parametrize(("recipe", "ending"), [("7b", "+dense"), ("demo", "-inter")])
