@@ -22,22 +22,25 @@ TO ?= $(firstword $(STAGES))
 IS_STAGE_NAMED = $(filter command environment,$(firstword $(origin TO)))
 EXPORTED = $(wildcard $(foreach s,$(shell printf '%s\n' $(STAGES) | sort -rn),runs/$(RECIPE)/extend-$(s)/hf))
 FIRST = $(if $(wildcard recipes/$(RECIPE)/pretrain.yaml),pretrain,$(if $(TO),extend-$(TO),pretrain))
-CKPT ?= $(if $(IS_STAGE_NAMED),runs/$(RECIPE)/extend-$(TO)/hf,$(firstword $(EXPORTED) runs/$(RECIPE)/$(FIRST)/hf))
+CKPT ?=
+AT_CKPT = $(or $(CKPT),$(if $(IS_STAGE_NAMED),runs/$(RECIPE)/extend-$(TO)/hf,$(firstword $(EXPORTED) runs/$(RECIPE)/$(FIRST)/hf)))
+# a path, whatever is in it, as one word of a command
+quoted = '$(subst ','\'',$(patsubst ~/%,$(HOME)/%,$(1)))'
 AT_HAND = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DEVICES := $(if $(GPUS),trainer.devices=$(GPUS))
 export TOKENIZERS_PARALLELISM ?= true
 
 # what `data`, `tokenizer` and `data-report` work on: the recipe's stage, or SOURCES into OUT
 STAGE := recipes/$(RECIPE)/$(if $(IS_STAGE_NAMED),extend-$(TO),pretrain).yaml
-PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output '$(or $(OUT),$(error SOURCES needs OUT=<folder>))' \
-	$(if $(TOKENIZER),--tokenizer '$(TOKENIZER)'),--recipe $(STAGE))
+PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output $(call quoted,$(or $(OUT),$(error SOURCES needs OUT=<folder>))) \
+	$(if $(TOKENIZER),--tokenizer $(call quoted,$(TOKENIZER))),--recipe $(STAGE))
 
 .PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend gate generate eval suite layers rope needle report results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
-	@echo '  settings: RECIPE=$(RECIPE) TO=$(TO) CKPT=$(CKPT) GPUS=$(GPUS) ARGS="key=value ..."'
+	@echo '  settings: RECIPE=$(RECIPE) TO=$(TO) CKPT=$(AT_CKPT) GPUS=$(GPUS) ARGS="key=value ..."'
 
 setup: ## make .venv with everything installed
 	@wanted=$$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-32); \
@@ -69,7 +72,7 @@ tokenizer: setup ## only the tokenizer of RECIPE (TO), or SOURCES="path ..." OUT
 	$(BIN)/python -m data.prepare $(PREPARE) --only-tokenizer $(ARGS)
 
 data-report: setup ## what is in the data of RECIPE (TO), or in OUT=dir: report/report.md and plots beside the shards
-	$(BIN)/python -m data.report $(if $(OUT),--output '$(OUT)',--recipe $(STAGE)) $(ARGS)
+	$(BIN)/python -m data.report $(if $(OUT),--output $(call quoted,$(OUT)),--recipe $(STAGE)) $(ARGS)
 
 pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finished), then measure its gate, if it has one (GATE=no: do not)
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/pretrain.yaml $(DEVICES) $(ARGS)
@@ -89,38 +92,39 @@ measure = $(if $(filter no,$(GATE)),:,if [ -f $(THRESHOLDS) ]; then $(if $(ELSEW
 	$(MAKE) --no-print-directory gate RECIPE=$(RECIPE) CKPT=runs/$(RECIPE)/$(1)/hf CONFIG= ARGS=; fi); fi)
 
 gate: setup ## CKPT against the thresholds of CONFIG (default: recipes/RECIPE/gates/<stage>.yaml), into gate.json; stages with run.gate=required begin only from what has passed; EVAL_DATA=<folder of jsonl> for its tasks, else the hub
-	$(BIN)/python -m eval.gate --ckpt $(CKPT) --config $(or $(CONFIG),recipes/$(RECIPE)/gates/$(notdir $(patsubst %/hf,%,$(CKPT))).yaml) \
-		$(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) $(ARGS)
+	$(BIN)/python -m eval.gate --ckpt $(call quoted,$(AT_CKPT)) \
+		--config $(call quoted,$(or $(CONFIG),recipes/$(RECIPE)/gates/$(notdir $(patsubst %/hf,%,$(AT_CKPT))).yaml)) \
+		$(if $(EVAL_DATA),--data-dir $(call quoted,$(EVAL_DATA))) $(ARGS)
 
 generate: setup ## continue PROMPT="some text" with CKPT, without PROMPT standard input: ARGS="--max-new-tokens 200 --temperature 0.7 --chat"
-	@$(BIN)/python -m s2.inference.cli --ckpt $(CKPT) $(if $(filter command,$(firstword $(origin PROMPT))),--prompt "$$PROMPT") $(ARGS)
+	@$(BIN)/python -m s2.inference.cli --ckpt $(call quoted,$(AT_CKPT)) $(if $(filter command,$(firstword $(origin PROMPT))),--prompt "$$PROMPT") $(ARGS)
 
 eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap (HELDOUT=<text or shards> of a checkpoint of others)
-	@test -z '$(EVAL_DATA)' -o -n '$(TASKS)' || { echo 'error: EVAL_DATA=$(EVAL_DATA) needs TASKS=<stock tasks>'; exit 2; }
-	$(BIN)/python -m eval.lm --ckpt $(CKPT) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) \
-		$(if $(HELDOUT),$(if $(TASKS),,--heldout $(HELDOUT))) $(ARGS)
-	$(if $(TASKS),,$(MAKE) needle CKPT=$(CKPT) HELDOUT=$(HELDOUT) ARGS=)
+	@test -z $(call quoted,$(EVAL_DATA)) -o -n '$(TASKS)' || { echo $(call quoted,error: EVAL_DATA=$(EVAL_DATA) needs TASKS=<stock tasks>); exit 2; }
+	$(BIN)/python -m eval.lm --ckpt $(call quoted,$(AT_CKPT)) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(call quoted,$(EVAL_DATA))) \
+		$(if $(HELDOUT),$(if $(TASKS),,--heldout $(call quoted,$(HELDOUT)))) $(ARGS)
+	$(if $(TASKS),,$(MAKE) needle CKPT=$(call quoted,$(AT_CKPT)) HELDOUT=$(call quoted,$(HELDOUT)) ARGS=)
 
 suite: setup ## needle, RULER, loss by position and TASKS of CKPT in one table: LENGTHS=4k,8k HAYSTACK=<text> DOCUMENTS=<text> EVAL_DATA=<folder> GPUS=<processes>
-	$(BIN)/python -m eval.suite --ckpt $(CKPT) $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(HAYSTACK),--haystack $(HAYSTACK)) \
-		$(if $(DOCUMENTS),--documents $(DOCUMENTS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(EVAL_DATA)) \
+	$(BIN)/python -m eval.suite --ckpt $(call quoted,$(AT_CKPT)) $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(HAYSTACK),--haystack $(call quoted,$(HAYSTACK))) \
+		$(if $(DOCUMENTS),--documents $(call quoted,$(DOCUMENTS))) $(if $(TASKS),--tasks $(TASKS)) $(if $(EVAL_DATA),--data-dir $(call quoted,$(EVAL_DATA))) \
 		$(if $(GPUS),--processes $(GPUS)) $(ARGS)
 
 layers: setup ## which DENSE=5 layers of the dense checkpoint CKPT stay dense under LAYOUT=L8V12+sink1, by losses without training: HAYSTACK=<text> DOCUMENTS=<text>
 	@test -n '$(and $(LAYOUT),$(DENSE))' || { echo 'error: name the sparse layout and the number of dense layers; for example LAYOUT=L8V12+sink1 DENSE=5'; exit 2; }
-	$(BIN)/python -m eval.layers --ckpt $(CKPT) --layout '$(LAYOUT)' --dense $(DENSE) $(if $(HAYSTACK),--haystack $(HAYSTACK)) \
-		$(if $(DOCUMENTS),--documents $(DOCUMENTS)) $(ARGS)
+	$(BIN)/python -m eval.layers --ckpt $(call quoted,$(AT_CKPT)) --layout '$(LAYOUT)' --dense $(DENSE) $(if $(HAYSTACK),--haystack $(call quoted,$(HAYSTACK))) \
+		$(if $(DOCUMENTS),--documents $(call quoted,$(DOCUMENTS))) $(ARGS)
 
 rope: setup ## which RoPE the checkpoint CKPT begins its extension to LENGTHS=8k,16k,32k with, by losses without training: HAYSTACK=<text> DOCUMENTS=<text>
-	$(BIN)/python -m eval.rope --ckpt $(CKPT) $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(HAYSTACK),--haystack $(HAYSTACK)) \
-		$(if $(DOCUMENTS),--documents $(DOCUMENTS)) $(ARGS)
+	$(BIN)/python -m eval.rope --ckpt $(call quoted,$(AT_CKPT)) $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(HAYSTACK),--haystack $(call quoted,$(HAYSTACK))) \
+		$(if $(DOCUMENTS),--documents $(call quoted,$(DOCUMENTS))) $(ARGS)
 
 needle: setup ## needle-in-a-haystack heatmap of CKPT
-	$(BIN)/python -m eval.needle --ckpt $(CKPT) $(if $(HELDOUT),--haystack $(HELDOUT)) $(ARGS)
+	$(BIN)/python -m eval.needle --ckpt $(call quoted,$(AT_CKPT)) $(if $(HELDOUT),--haystack $(call quoted,$(HELDOUT))) $(ARGS)
 
 report: setup ## runs side by side: RUNS="runs/a/b runs/a/c" into OUT=runs/report.html and .md, or FRONT=front.png (heatmaps with a table below)
 	@test -n '$(RUNS)' || { echo 'error: RUNS names no run folder; for example RUNS="runs/demo/pretrain runs/demo/extend-2k"'; exit 2; }
-	$(BIN)/python -m eval.report $(RUNS) $(if $(FRONT),--front $(FRONT),--output $(or $(OUT),runs/report.html)) $(ARGS)
+	$(BIN)/python -m eval.report $(RUNS) $(if $(FRONT),--front $(call quoted,$(FRONT)),--output $(call quoted,$(or $(OUT),runs/report.html))) $(ARGS)
 
 results: setup ## the experiment NAME=patterns|scale|scale-32k|smollm2 over GPUS, page into docs/results/: ARGS="--minutes 27", "--status"
 	@test -n '$(NAME)' || { echo 'error: NAME names no experiment; there are $(notdir $(patsubst %/plan.yaml,%,$(wildcard recipes/experiments/*/plan.yaml)))'; exit 2; }
