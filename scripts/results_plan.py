@@ -28,9 +28,11 @@ of its own.
 from __future__ import annotations
 
 import glob
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
@@ -273,10 +275,14 @@ class Job:
         if self.command[:3] == ["python", "-m", "eval.suite"]:
             from eval import suite  # torch
 
+            said = io.StringIO()
             try:
-                texts = suite.texts(suite.read_arguments(self.command[3:]))
+                with redirect_stderr(said):  # of argparse, which then leaves
+                    texts = suite.texts(suite.read_arguments(self.command[3:]))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
+            except SystemExit:
+                raise ValueError(f"{where}: {said.getvalue().rpartition('error: ')[2].strip()}") from None
             reads = ("--ckpt", *texts)
         for option, word in pairwise(self.command):
             is_made = any(map(Path(word).is_relative_to, (self.root, *prepared)))

@@ -128,6 +128,8 @@ def test_a_recipe_is_refused_before_anything_runs(tmp_path):
         (["--haystack", "nowhere.jsonl"], FileNotFoundError, r"--haystack nowhere\.jsonl: no such file or folder"),
         (["--documents", "{data}/train"], FileNotFoundError, r"--documents .*data/train: no such file or folder"),
         (["--parts", "needles"], ValueError, r"--parts needles: expected some of"),
+        (["--lenghts", "2k"], ValueError, r"unrecognized arguments: --lenghts 2k$"),
+        (["--needle-n", "few"], ValueError, r"argument --needle-n: invalid int value: 'few'$"),
     ],
 )
 def test_a_command_that_could_not_run_after_training_is_refused_before_it(words, error, sentence, tmp_path):
