@@ -2,8 +2,8 @@
 
     python scripts/bench_generate.py                                 # 7B at 32k and 128k: dense, hybrid, all sparse
     python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml
-    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml --layouts L8V16+sink1 --lengths 1m \
-        --chunk 32k --name million                                       # and memory over the length
+    python scripts/bench_generate.py --recipe recipes/1.3b/pretrain.yaml --layouts L8V16+sink1 \
+        --lengths 64k,128k,256k,512k,1m --chunk 32k --name million       # and a picture of memory over the length
 
 bfloat16. First token: one prompt of random tokens until its next token is known, whole or in pieces of `--chunk`.
 Decode: one token a step for each sequence from a cache that holds `length` tokens of each, at batch 1 and at the
@@ -21,11 +21,12 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench_measure import Timing, machine_limits, noted
+from bench_measure import Timing, add_note, machine_limits, noted
 from bench_record import Record, new_parser, new_record, save, stem
 from bench_report import Row, blank_row
 
@@ -33,21 +34,25 @@ from eval.grid import format_length, parse_length, parse_lengths
 from s2 import ending, files
 from s2.ending import FailureError
 from s2.inference import KVCache
-from s2.inference.graph import WARM_UP, decode_step
+from s2.inference.graph import WARM_UP, DecodeGraph, decode_step
 from s2.model import ModelConfig, Transformer
 from s2.model.flops import flops_per_token
+from s2.model.layouts import kv_bytes_per_token
 from s2.recipe import load_recipe
 from s2.tables import markdown
 
 DTYPE = torch.bfloat16
 STEPS = 32  # decode steps that are timed
+PROMPTS, ENOUGH_S = 3, 10.0  # prompts that are timed: so many, fewer where they take longer than this together
 RESERVE = 0.06  # of the memory, for what decoding needs beside weights and cache
-FIGURES = ("first_token_s", "prefill_gib", "decode_ms", "largest_batch", "batch_ms", "cache_gib")
+FIGURES = ("first_token_s", "prompts", "prefill_gib", "decode_ms", "largest_batch", "batch_ms", "cache_gib")
 METHOD = (
     "random weights and tokens, bfloat16; torch.compile is not used",
-    f"first token: the second of two runs; decode: median of {STEPS} steps in a CUDA graph, a token for each sequence",
-    "share of ceiling: of the rate at which weights and kept keys and values are read once a step as fast as a copy "
-    "moves memory in the same process; times by FLOPs: the dense model's over the layout's, forward",
+    f"first token: median of {PROMPTS} runs after one that compiles (fewer where they take over {ENOUGH_S:g} s); "
+    f"decode: median of {STEPS} steps in a CUDA graph, a token for each sequence, from keys and values drawn at random",
+    "share of ceiling: of the rate at which weights and the keys and values that are still seen are read once a step "
+    "as fast as a copy moves memory in the same process; times by FLOPs: the dense model's over the layout's, forward",
+    "peak: of memory allocated while a prompt is read, weights and its cache included",
 )
 
 
@@ -75,13 +80,12 @@ def split_layouts(text: str) -> list[str]:
 
 @torch.inference_mode()
 def prefill(model: Transformer, cache: KVCache, tokens: torch.Tensor, chunk: int) -> list[dict[str, float]]:
-    """Feed a prompt; after each piece the length, seconds since the beginning, and memory then held in bytes."""
+    """Feed a prompt; after each piece the length, and seconds since the beginning."""
     trace, begin = [], _now(tokens.device)
     for at in range(0, tokens.shape[1], chunk):
         piece = tokens[:, at : at + chunk]
         model(piece, cache=cache, logits_to_keep=1)[:, -1].argmax(dim=-1)
-        held = torch.cuda.memory_allocated() if tokens.is_cuda else cache.num_bytes
-        trace.append({"length": at + piece.shape[1], "seconds": _now(tokens.device) - begin, "bytes": held})
+        trace.append({"length": at + piece.shape[1], "seconds": _now(tokens.device) - begin})
     return trace
 
 
@@ -92,24 +96,30 @@ def _now(device: torch.device) -> float:
 
 
 def filled(config: ModelConfig, batch: int, length: int, device: torch.device | str) -> KVCache:
-    """A cache that holds `length` tokens of each sequence, zeros, with room for the steps to be timed."""
+    """A cache that holds `length` tokens of each sequence, drawn at random, with room for the steps to be timed."""
     cache = KVCache(config, batch, length + STEPS + WARM_UP + 1, device=device, dtype=DTYPE)
+    cache._values.normal_()  # zeros would take less power
     cache.begin(batch, length)
     cache.advance()
     return cache
 
 
 @torch.inference_mode()
-def decode_ms(model: Transformer, cache: KVCache) -> float:
+def decode_ms(model: Transformer, cache: KVCache, row: Row) -> float:
+    """Of a step; without a graph, which a GPU cannot always have, `row` gets a note."""
     device = model.model.embed_tokens.weight.device
     step = decode_step(model, cache, STEPS, None)
-    tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.int64, device=device)
+    if device.type == "cuda" and not isinstance(step, DecodeGraph):
+        add_note(row, f"{len(cache.lengths)} sequences: eager steps")
+    tokens = torch.randint(model.config.vocab_size, (len(cache.lengths), 1), device=device)
     times = []
-    for n in range(WARM_UP + 1 + STEPS):
-        begin = _now(device)
-        step(tokens)
-        if n > WARM_UP:
-            times.append(_now(device) - begin)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="memory ran out while the decode step")  # else it goes on eagerly
+        for n in range(WARM_UP + 1 + STEPS):
+            begin = _now(device)
+            step(tokens)
+            if n > WARM_UP:
+                times.append(_now(device) - begin)
     return 1e3 * statistics.median(times)
 
 
@@ -128,12 +138,17 @@ def measure(model: Transformer, row: Row, length: int, chunk: int, most: int) ->
     room = length + STEPS + WARM_UP + 1
     cache = None
     with noted(row, "first_token_s"):
-        for _ in range(2):  # the first one compiles
+        times: list[float] = []
+        for n in range(PROMPTS + 1):
             cache = None  # else the peak would hold two
             _empty(device)
             cache = KVCache(config, 1, room, device=device, dtype=DTYPE)
             trace = prefill(model, cache, tokens, chunk or length)
-        row["first_token_s"], row["trace"] = trace[-1]["seconds"], trace if len(trace) > 1 else []
+            times += [trace[-1]["seconds"]] if n else []  # the first one compiles
+            if sum(times) > ENOUGH_S:
+                break
+        row["first_token_s"], row["prompts"] = statistics.median(times), len(times)
+        row["trace"] = trace if len(trace) > 1 else []
         row["prefill_gib"] = _peak_gib(device)
         row["cache_gib"] = cache.num_bytes / 2**30
     cache = None
@@ -141,13 +156,13 @@ def measure(model: Transformer, row: Row, length: int, chunk: int, most: int) ->
     with noted(row, "first_token_s", stages):
         stages.append("decode, batch 1")
         _empty(device)
-        row["decode_ms"] = decode_ms(model, filled(config, 1, length, device))
+        row["decode_ms"] = decode_ms(model, filled(config, 1, length, device), row)
         stages.append("decode, largest batch")
         _empty(device)
         free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (1 << 62, 0)
         row["largest_batch"] = largest_batch(config, length, free, total, most)
         if row["largest_batch"]:
-            row["batch_ms"] = decode_ms(model, filled(config, row["largest_batch"], length, device))
+            row["batch_ms"] = decode_ms(model, filled(config, row["largest_batch"], length, device), row)
 
 
 def _empty(device: torch.device) -> None:
@@ -167,7 +182,7 @@ def _peak_gib(device: torch.device) -> float | None:
 def ceilings(config: ModelConfig, length: int, batch: int, parameters: int, copy_tb_s: float) -> dict[str, float]:
     """Milliseconds of a decode step at the rate of a copy, and FLOPs of a prompt's forward."""
     weights = 2 * (parameters - config.vocab_size * config.hidden_size * (not config.tie_word_embeddings))
-    moved = weights + batch * bytes_a_sequence(config, length)
+    moved = weights + batch * length * kv_bytes_per_token(config, length)
     return {"ms": moved / copy_tb_s / 1e9, "flops": length * flops_per_token(config, length, executed=True) / 3}
 
 
@@ -224,19 +239,22 @@ def parts(record: Record) -> list[str]:
 
 
 def draw(record: Record, path: Path) -> None:
-    """Memory and time over the length of prompts in pieces."""
+    """Peak memory of prompts over their lengths, and time within those that are read in pieces."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained", dpi=110)
     memory, seconds = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["name"] for row in record["rows"]):
+        rows = sorted((row for row in record["rows"] if row["name"] == name), key=lambda row: row["seq_len"])
+        for key, words in (("prefill_gib", "peak"), ("cache_gib", "its cache")):
+            there = [(row["seq_len"] / 1024, row[key]) for row in rows if row[key] is not None]
+            memory.plot(*zip(*there, strict=True), marker=".", label=f"{name}, {words}") if there else None
     for row in record["rows"]:
         if trace := row.get("trace"):
-            lengths = [at["length"] / 1024 for at in trace]
-            label = f"{row['name']}, {format_length(row['seq_len'])}"
-            memory.plot(lengths, [at["bytes"] / 2**30 for at in trace], marker=".", label=label)
+            lengths, label = [at["length"] / 1024 for at in trace], f"{row['name']}, {format_length(row['seq_len'])}"
             seconds.plot(lengths, [at["seconds"] for at in trace], marker=".", label=label)
-    memory.set(xlabel="tokens (k)", ylabel="memory held (GiB)", ylim=(0, None))
-    seconds.set(xlabel="tokens (k)", ylabel="seconds since the beginning", ylim=(0, None))
+    memory.set(xlabel="tokens of the prompt (k)", ylabel="memory (GiB)", ylim=(0, None))
+    seconds.set(xlabel="tokens read (k)", ylabel="seconds since the beginning", ylim=(0, None))
     for panel in (memory, seconds):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)

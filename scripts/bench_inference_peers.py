@@ -23,7 +23,17 @@ import peer_calls as peers
 import torch
 import torch.nn.functional as F
 from bench_decode import head_counts, in_turn, layouts, sizes
-from bench_measure import Timing, add_note, first_line, free_memory, graph_ms, median_ms, noted, relative_rmse
+from bench_measure import (
+    LEAST_CALLS,
+    Timing,
+    add_note,
+    first_line,
+    free_memory,
+    graph_ms,
+    median_ms,
+    noted,
+    relative_rmse,
+)
 from bench_record import names, new_parser, new_record, save, stem
 from bench_report import Row
 from peer_decode import Keys, decode_rows
@@ -41,9 +51,10 @@ BLOCK, DTYPE = 64, torch.bfloat16
 SAMPLED = 256  # queries whose result is compared with full attention
 
 METHOD = (
-    "prefill: median of calls outside a graph; decode: one call among many in a CUDA graph, which go around 256 MB of "
-    "keys or all that are there, so that they come from memory (Quest's own kernels cannot be captured: median of "
-    "calls, the L2 cache flushed between them)",
+    f"prefill: median of at least {LEAST_CALLS} calls outside a graph (of three from a second on); decode: one "
+    "call among many in a CUDA graph, which go around 256 MB of keys or all that are there, so that they come from "
+    "memory (Quest's own kernels cannot be captured: median of calls, the L2 cache flushed between them, which may "
+    "hold host time of their launches)",
     "error: relative L2 error to full attention in float32 on the same inputs, of prefill for "
     f"{SAMPLED} queries spread over the sequence, of decode for the first {Keys.compared} sequences; it says how near "
     "a method comes to a model trained densely, while a model is trained with our layouts",

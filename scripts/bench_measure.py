@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 GRAPH_LENGTHS = 16384  # up to here host time counts, and the forward is timed in a CUDA graph too
 SLOW_MS = 1000.0  # beyond this the median of three calls is enough
+LEAST_CALLS = 5  # up to there
 LARGEST_DIFFERENCE = 1e-2  # relative RMSE between two kernels of one pattern in 16 bits
 HOST_CALLS = 200
 COPIED_BYTES, MATRIX_SIZE = 1 << 30, 8192  # for the limits of the machine
@@ -42,7 +44,8 @@ def median_ms(function: Call, timing: Timing) -> float:
     function()  # compiles
     first = event_ms(function)
     if first < SLOW_MS:
-        return triton.testing.do_bench(function, warmup=timing.warmup, rep=timing.rep, return_mode="median")
+        rep = max(timing.rep, math.ceil(LEAST_CALLS * first))
+        return triton.testing.do_bench(function, warmup=timing.warmup, rep=rep, return_mode="median")
     return statistics.median([first, event_ms(function), event_ms(function)])
 
 

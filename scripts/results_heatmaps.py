@@ -108,10 +108,12 @@ def _table(plan: Plan, results: Row, stage: str, sweeps: Sequence[Sweep]) -> lis
         add(f"needles found at {format_length(length)}", "needle", "single", length, "exact")
     measured = [r for r in results["figures"] if r["part"] == "positions" and r["metric"] == "perplexity"]
     tasks = list(dict.fromkeys(r["task"] for r in measured if r["arm"] in plan.front and r["stage"] == stage))
-    for task in [task for task in tasks if task != "loss"] or tasks:  # of one source, where that was measured
+    for task in sorted(tasks):  # all documents before those of one source
         for length in lengths:
-            for metric in ("nats/token", "perplexity"):
-                add(f"{task} at {format_length(length)}, {metric}", "positions", task, length, metric)
+            of = task.removeprefix("loss").strip() or "of all held-out documents"
+            counts = {r["n"] for r in measured if (r["task"], r["length"], r["stage"]) == (task, length, stage)}
+            documents = f", {max(counts)} documents" if counts else ""
+            add(f"perplexity {of} at {format_length(length)}{documents}", "positions", task, length, "perplexity")
     means = [r["task"] for r in results["figures"] if r["part"] == "tasks" and r["metric"] == "acc_norm or acc"]
     for task in dict.fromkeys(means):
         add(f"accuracy, {task} tasks", "tasks", task, None, "acc_norm or acc")

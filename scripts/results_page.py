@@ -36,6 +36,7 @@ ARCHIVE = "runs.tar.gz"  # beside the page: what it is made from
 _KEPT = ("step", "tokens", "seconds", "train/loss")  # of the training log, besides held-out losses
 _MOST_COLUMNS = 8  # of a table
 _MOST_PANELS = 4  # of losses by position
+_COLOURS = (*(f"C{n}" for n in range(10)), "black", "gold", "navy", "limegreen")  # of arms
 
 
 def page_folder(usual: Path, results: Row) -> Path:
@@ -267,7 +268,8 @@ def _figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
 def _style(results: Row, arm: str) -> dict[str, str]:
     """Colour and marker of an arm, the same in all pictures and two of one colour told apart."""
     number = list(results["arms"]).index(arm)
-    return {"color": f"C{number % 10}", "marker": "osD^v<>P"[number % 8], "linestyle": "-" if number < 10 else "--"}
+    colour = _COLOURS[number % len(_COLOURS)]
+    return {"color": colour, "marker": "osD^v<>P"[number % 8], "linestyle": "-" if number < 10 else "--"}
 
 
 def _plain_ticks(axis: Any, label: Callable[[float], str]) -> None:
@@ -309,9 +311,12 @@ def _curves(results: Row, logs: Row) -> Any:
 
 
 def _positions(results: Row, logs: Row) -> Any:
-    """Held-out loss by position, a panel for each stage and length."""
+    """Held-out loss by position at the longest length measured, a panel for each stage and loss."""
     rows = [(span, row) for row in results["figures"] if (span := _span(row))]
-    panels = list(dict.fromkeys((row["stage"], name, row["length"]) for (name, _), row in rows))[:_MOST_PANELS]
+    longest: dict[tuple[str, str], int] = {}
+    for (name, _), row in rows:
+        longest[row["stage"], name] = max(row["length"], longest.get((row["stage"], name), 0))
+    panels = [(stage, name, length) for (stage, name), length in longest.items()][-_MOST_PANELS:]
     if not panels:
         return None
     figure, axes = _figure(2 if len(panels) > 1 else 1, (len(panels) + 1) // 2)
@@ -343,9 +348,10 @@ def _quality_and_speed(results: Row, logs: Row) -> Any:
     """Held-out loss as a difference from the baseline, and needles found, at the longest length trained on, against the
     time of all layers' attention forward and backward; with their intervals."""
     times: dict[str, float] = {}
-    for row in results["figures"]:
-        if row["task"] in ("attention forward", "attention backward"):
-            times[row["arm"]] = times.get(row["arm"], 0.0) + row["value"]
+    timed = [row for row in results["figures"] if row["task"] in ("attention forward", "attention backward")]
+    for row in timed:
+        times[row["arm"]] = times.get(row["arm"], 0.0) + row["value"]
+    at = ", ".join(sorted({format_length(row["length"]) for row in timed if row["length"]}))
     kinds = {("positions", "loss", "nats/token"): "held-out loss", ("needle", "single", "exact"): "needle, single"}
     chosen = [(rows, name) for kind, name in kinds.items() if (rows := _longest_trained(results, kind, times))]
     if not chosen:
@@ -363,7 +369,7 @@ def _quality_and_speed(results: Row, logs: Row) -> Any:
                 bars = [[max(0.0, y - interval[0])], [max(0.0, interval[1] - y)]] if interval else None
                 style = {**_style(results, arm), "linestyle": ""}
                 panel.errorbar(times[arm], y, bars, capsize=3, label=arm, **style)
-        panel.set(xscale="log", xlabel="attention of all layers, forward and backward (ms)",
+        panel.set(xscale="log", xlabel=f"attention of all layers{at and f' at {at}'}, forward and backward (ms)",
                   ylabel=f"{label}, difference from {results['baseline']}" if is_loss else label)  # fmt: skip
         _plain_ticks(panel.xaxis, "{:,.0f}".format)
         if rows[0]["part"] == "needle":

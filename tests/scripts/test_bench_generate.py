@@ -112,7 +112,7 @@ def test_the_ceiling_reads_weights_and_what_is_kept_once():
     parameters = 100_000
     found = bench_generate.ceilings(config, 4096, 3, parameters, 2.0)
     kept = 3 * 4096 * kv_bytes_per_token(config, 4096)
-    assert found["ms"] * 2e9 == pytest.approx(2 * (parameters - 128 * 32) + kept, rel=0.06)
+    assert found["ms"] * 2e9 == pytest.approx(2 * (parameters - 128 * 32) + kept)
     tied = config.replace(tie_word_embeddings=True)  # the table is the head, which is read
     assert bench_generate.ceilings(tied, 4096, 3, parameters, 2.0)["ms"] - found["ms"] == pytest.approx(
         2 * 128 * 32 / 2e9
@@ -143,4 +143,4 @@ def test_the_cache_that_is_decoded_from_holds_the_length():
     assert cache.lengths == (100, 100)
     with torch.device("cpu"):
         model = bench_generate._random_model(config)
-    assert bench_generate.decode_ms(model, cache) > 0 and cache.lengths[0] == 100 + bench_generate.STEPS + 3
+    assert bench_generate.decode_ms(model, cache, {}) > 0 and cache.lengths[0] == 100 + bench_generate.STEPS + 3

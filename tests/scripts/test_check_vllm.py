@@ -103,8 +103,19 @@ def test_another_token_ends_in_exit_code_1(script, monkeypatch, tmp_path):
 
 
 def test_a_token_within_rounding_is_close(script):
-    assert script.is_close({"margin": 0.019, "noise": 0.01}) and not script.is_close({"margin": 0.021, "noise": 0.01})
-    assert not script.is_close({"margin": float("nan"), "noise": 0.01})
+    def is_close(margin, noise=0.01, control_margin=1.0):
+        return script.is_close({"margin": margin, "noise": noise, "control_margin": control_margin})
+
+    assert is_close(0.019) and not is_close(0.021) and not is_close(float("nan"))
+    assert is_close(9e-4, noise=0.0) and not is_close(2e-3, noise=0.0)  # in float32, summed in another order
+    assert not is_close(0.0, control_margin=0.02)  # tokens of another layout would be as close
+    assert not is_close(0.0, control_margin=float("nan"))
+
+
+def test_a_limit_that_dense_layers_keep_too_shows_nothing(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "LEAST_LIMIT", 1e3)
+    assert script.main() == 1
+    assert next(tmp_path.glob("*-vllm.md")).read_text().count("**shows nothing**") == 4
 
 
 def test_prompts_share_beginnings_and_do_not(script):

@@ -281,3 +281,23 @@ def test_pictures_name_the_arms_that_are_in_them():
     for drawn, names in ((results_page._curves, ["dense", "s2"]), (results_page._positions, ["dense"])):
         axes = drawn(results, logs).axes[0]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+
+
+def test_losses_by_position_are_drawn_at_the_longest_length_of_each_stage():
+    common = {"part": "positions", "metric": "nats/token", "arm": "dense", "value": 2.0}
+    figures = [
+        common | {"task": f"{loss} 0-64", "stage": stage, "length": length}
+        for stage, lengths in (("train", (128, 256)), ("extend", (128, 256, 512)))
+        for length in lengths
+        for loss in ("loss", "loss of books")
+    ]
+    drawn = results_page._positions({"arms": {"dense": {}}, "baseline": "dense", "figures": figures}, {})
+    assert [(axes.get_title(), axes.get_ylabel().split(" (")[0]) for axes in drawn.axes] == [
+        ("train, 256", "held-out loss"), ("train, 256", "held-out loss of books"),
+        ("extend, 512", "held-out loss"), ("extend, 512", "held-out loss of books"),
+    ]  # fmt: skip
+
+
+def test_arms_are_told_apart_by_colour():
+    results = {"arms": dict.fromkeys(map(str, range(14)))}
+    assert len({results_page._style(results, arm)["color"] for arm in results["arms"]}) == 14

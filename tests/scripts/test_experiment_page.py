@@ -238,8 +238,10 @@ def test_the_front_picture_has_the_longest_sweep_of_its_arms_above_a_table(path,
     assert "| needles found at 128" in table and "| needles found at 32" not in table
     assert "| dense, blocks of 16 | L1V2+dense0, blocks of 16 |" in table["| attention"]
     assert "| train 25.0%, extend 25.0% |" in table["| of them synthetic retrieval documents"]
-    assert "[+0.1 (" in table["| loss of books at 128, nats/token"] and "| loss at 128, nats/token" not in table
-    assert "[+10.5 % (" in table["| loss of books at 64, perplexity"]
+    books = next(label for label in table if label.startswith("| perplexity of books at 64, "))
+    assert re.fullmatch(r"\| perplexity of books at 64, \d+ documents", books) and "[+10.5 % (" in table[books]
+    every = [label.split(",")[0] for label in table if label.startswith("| perplexity")]
+    assert every == [f"| perplexity {of} at {n}" for of in ("of all held-out documents", "of books") for n in (64, 128)]
     assert "{-0.1 (" in table["| accuracy, mean of 2 tasks"]
     assert "| train 200, extend 200 |" in table["| tokens/s per GPU"]
     assert "[ ] less dense, { } less import, with 95 % intervals" in table["| differences"]
