@@ -6,7 +6,7 @@
     python -m eval.heatmap published_sweep.jsonl --output sweep.png --score-range 1,10
 
 Each file, or folder of files that are parts of one sweep, is a panel of its own; --difference adds one for the second
-less the first. What can be read, `eval.sweep` says. The numbers of the picture, with their intervals, go beside it as
+minus the first. What can be read, `eval.sweep` says. The numbers of the picture, with their intervals, go beside it as
 `<name>.cells.json`.
 """
 
@@ -47,7 +47,7 @@ def draw(
     Args:
         picture: .png, .pdf or .svg; an old one is replaced in one step.
         titles: one a panel; default: the checkpoints' names.
-        difference: of the second of two sweeps less the first; adds a panel for it.
+        difference: of the second of two sweeps minus the first; adds a panel for it.
         table: lines of a label and a text under each panel.
     """
     single = "Needle in a haystack: " if len(sweeps) == 1 else ""
@@ -70,7 +70,7 @@ def draw(
 def draw_differences(
     first: Sweep, others: Sequence[Sweep], differences: Sequence[Difference], picture: Path, titles: Sequence[str]
 ) -> None:
-    """Write what each of `others` is less the first, over the cells that both have, as a picture of its own.
+    """Write what each of `others` is minus the first, over the cells that both have, as a picture of its own.
 
     titles: of the first and the others.
     """
@@ -106,7 +106,7 @@ def _difference_panel(sweeps: Sequence[Sweep], titles: Sequence[str], difference
     caption = f"mean {difference.value:+.3f} (95% {difference.low:+.2f} to {difference.high:+.2f}) · {difference.how}"
     grid = grids[1] - grids[0]
     of = second if first.train_length == second.train_length else replace(second, train_length=None)
-    panel = _panel(f"{titles[1]} less {titles[0]}", caption, grid, np.array(counts), lengths, depths, of)
+    panel = _panel(f"{titles[1]} minus {titles[0]}", caption, grid, np.array(counts), lengths, depths, of)
     return replace(panel, is_difference=True)
 
 
@@ -122,7 +122,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--score-range", help="lowest and highest possible score of the rows, e.g. 1,10")
     add("--train-length", help="draw the training length here: 2k, or one a panel like 512,2k")
     add("--titles", nargs="+", help="one a panel (default: the checkpoints' names)")
-    add("--difference", action="store_true", help="of two results: a third panel, the second less the first")
+    add("--difference", action="store_true", help="of two results: a third panel, the second minus the first")
     return parser.parse_intermixed_args(argv)  # a picture named last, also after options
 
 

@@ -97,7 +97,7 @@ def draw_panels(
     below += sum(heights) + (0.3 if table else 0.0)
     room = panel_width + (0.9 if alone else 0.0)
     titles = [_wrapped(panel.title, room, _measure(canvas, 12, bold=True), 3) for panel in panels]
-    captions = [_wrapped(_whole_notes(panel.caption), room, _measure(canvas, 8.5), 12) for panel in panels]
+    captions = [_wrapped_notes(panel.caption, room, _measure(canvas, 8.5)) for panel in panels]
     title_height = 0.21 * max(map(_lines, titles)) + 0.06
     height = _TOP + title_height + 0.165 * max(map(_lines, captions)) + 0.32 + panel_height + below
     figure.set_size_inches(width, height)
@@ -248,9 +248,10 @@ def _lines(text: str) -> int:
     return text.count("\n") + 1 if text else 0
 
 
-def _whole_notes(caption: str) -> str:
-    """The same, with line breaks allowed between its notes only."""
-    return caption.replace(" ", _HARD_SPACE).replace(f"·{_HARD_SPACE}", "· ")
+def _wrapped_notes(caption: str, room: float, measure: Measure) -> str:
+    """In lines, broken between its notes only; a break stands for the dot there."""
+    whole = caption.replace(" ", _HARD_SPACE).replace(f"·{_HARD_SPACE}", "· ")
+    return _wrapped(whole, room, measure, 12).replace(f"{_HARD_SPACE}·\n", "\n")
 
 
 def _wrapped(text: str, width: float, measure: Measure, most: int) -> str:

@@ -1,4 +1,4 @@
-"""Needle heatmaps of an experiment's arms side by side, what they are less the baseline's, and the picture of a few
+"""Needle heatmaps of an experiment's arms side by side, what they are minus the baseline's, and the picture of a few
 arms with a table of what else was measured (`front` in a plan)."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _sweeps(plan: Plan) -> Found:
 
 
 def heatmaps(plan: Plan, output: Path) -> dict[str, str]:
-    """Draw the arms side by side, the baseline first, and what others are less the baseline; the pictures' names, and
+    """Draw the arms side by side, the baseline first, and what others are minus the baseline; the pictures' names, and
     what they show."""
     made = {}
     for (stage, stem), by_arm in _sweeps(plan).items():
@@ -49,11 +49,11 @@ def heatmaps(plan: Plan, output: Path) -> dict[str, str]:
         sweeps = {arm: read_sweep([file]) for arm, file in by_arm.items()}
         first = sweeps[plan.baseline]
         others = [arm for arm in sweeps if arm != plan.baseline and sweeps[arm].cells.keys() & first.cells.keys()]
-        for name, some in _abreast(f"{stage}-{stem}-less-{plan.baseline}", others):
+        for name, some in _abreast(f"{stage}-{stem}-minus-{plan.baseline}", others):
             contents = {arm: files.read_json(by_arm[arm]) for arm in (plan.baseline, *some)}
             each = [of_sweeps([first, sweeps[arm]], [contents[plan.baseline], contents[arm]], "exact") for arm in some]
             draw_differences(first, [sweeps[arm] for arm in some], each, output / name, [plan.baseline, *some])
-            made[name] = f"needles found, after {stage}, less {plan.baseline}: {', '.join(some)}"
+            made[name] = f"needles found, after {stage}, minus {plan.baseline}: {', '.join(some)}"
     return made
 
 
@@ -123,7 +123,7 @@ def _table(plan: Plan, results: Row, stage: str, sweeps: Sequence[Sweep]) -> lis
 
     rates = [_by_stage(results["arms"][arm], rate(arm)) for arm in plan.front]
     rows += [["tokens/s per GPU", *rates]] if any(text != "-" for text in rates) else []
-    marks = {"[": f"[ ] less {plan.baseline}", "{": f"{{ }} less {plan.also}"}
+    marks = {"[": f"[ ] minus {plan.baseline}", "{": f"{{ }} minus {plan.also}"}
     texts = "".join(text for row in rows for text in row[1:])
     if shown := [words for mark, words in marks.items() if mark in texts]:
         said = f"{', '.join(shown)}, with 95 % intervals; * compared question by question"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -246,12 +247,16 @@ def _commands(results: Row) -> str:
             seed = (record["recipe"] or {}).get("seed_everything")
             lines.append(f"- {arm} {stage} ({record['seconds'] / 60:.1f} min{f', seed {seed}' if seed else ''}): "
                          f"`{shown(['python', *record['command'][1:]])}`")  # fmt: skip
-    launched = {record.get("launched", "") for each in results["arms"].values() for record in each["stages"].values()}
+    records = [record for each in results["arms"].values() for record in each["stages"].values()]
+    launched = {record["launched"] for record in records if record.get("launched")}
     lines += ["", "The recipe of each is in results.json (`arms.<arm>.stages.<stage>.recipe`). They were begun by:", ""]
-    lines += [f"- `{command}`" for command in sorted(filter(None, launched))]
-    again = f"`python scripts/results.py {results['plan']} --import {ARCHIVE}`"
-    whole = f"All figures are in [{ARCHIVE}]({ARCHIVE}); {again}, with the keys that these commands end in, if any,"
-    return "\n".join([*lines, "", f"{whole} makes this page of them."])
+    lines += [f"- `{command}`" for command in sorted(launched)]
+    last = max(records, key=lambda record: record.get("began", ""), default={}).get("launched", "")
+    keys = [word for word in shlex.split(last) if "=" in word and not word.startswith("-")]
+    again = shown(["python", "scripts/results.py", results["plan"], "--import", f"<this folder>/{ARCHIVE}", *keys])
+    lines += ["", f"All figures are in [{ARCHIVE}]({ARCHIVE}). From the root of the repository a page of them, "
+              f"under today's date, is made by `{again}`"]  # fmt: skip
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- pictures

@@ -160,7 +160,7 @@ def _needle(page: Page, runs: Sequence[Run], stem: str) -> None:
         ]
         said = "; ".join(f"{name} {difference}" for name, difference in zip(others, each, strict=True))
         draw = partial(heatmap.draw_differences, sweeps[0], theirs, each, titles=(names[0], *others))
-        page.picture(_numbered(f"{stem}-difference", begin - 1), f"needles found, less {names[0]}: {said}", draw)
+        page.picture(_numbered(f"{stem}-difference", begin - 1), f"needles found, minus {names[0]}: {said}", draw)
 
 
 def _numbered(name: str, begin: int) -> str:

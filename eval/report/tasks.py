@@ -130,7 +130,7 @@ def _means(shared: Shared) -> list[_Metric]:
 
 
 def _less_by_task(shared: Shared, column: int) -> Difference | float | None:
-    """Of the mean: a run's less the first's, task by task."""
+    """Of the mean: a run's minus the first's, task by task."""
     each = [_less(metrics[0], metrics[column]) for metrics in shared.values()]
     sure = [less for less in each if isinstance(less, Difference)]
     if len(sure) == len(each):

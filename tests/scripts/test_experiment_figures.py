@@ -244,7 +244,7 @@ def test_stages_that_began_past_a_gate_are_named_in_a_line_each():
     }
     plan: Any = SimpleNamespace(name="a", about="", specs={}, arms=[SimpleNamespace(name="dense", about="")])
     text = results_page.text(plan, results, {}, {}, "")
-    assert "`python scripts/results.py plans/a.yaml --import runs.tar.gz`" in text
+    assert '`python scripts/results.py plans/a.yaml --import "<this folder>/runs.tar.gz"`' in text
     line = "- dense extend: begun with run.gate=ignore although runs/a/train/hf has not passed its gate\n"
     assert line in text and text.count("begun with") == 1
 

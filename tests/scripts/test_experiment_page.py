@@ -46,7 +46,13 @@ def recipe(seq_len: int) -> dict:
 def finish(job: Job, hybrid: bool) -> None:
     """What a stage leaves, as if it had run."""
     run = job.folder / job.stage
-    about = {"commit": "abc", "versions": {"torch": "9"}, "device": "the CPU", "data": {}, "launched": "results.py"}
+    about = {
+        "commit": "abc",
+        "versions": {"torch": "9"},
+        "device": "the CPU",
+        "data": {},
+        "launched": 'results.py plan --minutes 9 "a.b=[x, y]" c=1',
+    }
     record = {"root": job.root, "command": job.words, "recipe": job.recipe, "exit_code": 0, "seconds": 60.0}
     write_json(job.record_file, record | about | {"attempts": [{"began": "2026-12-01T10:00:00", "exit_code": 0}]})
     for pattern in job.leaves:
@@ -224,8 +230,8 @@ def test_needles_are_drawn_side_by_side_and_less_the_baseline(path, page):
     for stage in ("train", "extend"):
         all_arms = "dense, import, hybrid" if stage == "train" else "dense, hybrid"
         said = f"needles found by length and depth, after {stage}: {all_arms}"
-        less = f"needles found, after {stage}, less dense: {all_arms.removeprefix('dense, ')}"
-        for name, words in ((f"{stage}-needle-x.png", said), (f"{stage}-needle-x-less-dense.png", less)):
+        less = f"needles found, after {stage}, minus dense: {all_arms.removeprefix('dense, ')}"
+        for name, words in ((f"{stage}-needle-x.png", said), (f"{stage}-needle-x-minus-dense.png", less)):
             assert f"![{words}]({name})" in text and (path.parent / "page" / name).stat().st_size > 10_000
 
 
@@ -244,7 +250,7 @@ def test_the_front_picture_has_the_longest_sweep_of_its_arms_above_a_table(path,
     assert every == [f"| perplexity {of} at {n}" for of in ("of all held-out documents", "of books") for n in (64, 128)]
     assert "{-0.1 (" in table["| accuracy, mean of 2 tasks"]
     assert "| train 200, extend 200 |" in table["| tokens/s per GPU"]
-    assert "[ ] less dense, { } less import, with 95 % intervals" in table["| differences"]
+    assert "[ ] minus dense, { } minus import, with 95 % intervals" in table["| differences"]
     drawn = []
     monkeypatch.setattr(results_heatmaps, "draw", lambda sweeps, picture, names, table: drawn.append((sweeps, table)))
     plan, found = load_plan(str(path)), json.loads((path.parent / "page" / "results.json").read_text())
@@ -303,3 +309,8 @@ def test_an_arm_that_was_carried_half_finished_says_what_it_takes_to_go_on(path,
     (runs / "extend" / "hf" / "model.safetensors").write_bytes(b"")
     results.main([str(tmp_path / "plan.yaml"), "--only", "dense", "--dry-run"])
     assert lost_weights(jobs) is None
+
+
+def test_the_command_that_makes_the_page_again_has_the_keys_of_the_last_one(path, page):
+    again = f'`python scripts/results.py {path} --import "<this folder>/runs.tar.gz" "a.b=[x, y]" "c=1"`'
+    assert again in page[0].replace('"' + str(path) + '"', str(path))
