@@ -49,6 +49,9 @@ class LayerLayout:
             seen[pattern] = rotations[-1] + 1
         return cls(spec, patterns, tuple(rotations))
 
+    def __str__(self) -> str:
+        return self.spec
+
     def __getitem__(self, layer: int) -> Pattern:
         return self.patterns[layer]
 

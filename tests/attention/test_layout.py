@@ -68,3 +68,7 @@ def test_errors_name_the_wrong_part(spec, names):
         LayerLayout.parse(spec, num_layers=32)
     assert names in str(error.value)
     assert "attention_layout" in str(error.value)
+
+
+def test_a_layout_prints_as_the_string_it_was_read_from():
+    assert str(LayerLayout.parse("L8V16+sink1+dense1", 4)) == "L8V16+sink1+dense1"
