@@ -29,7 +29,7 @@ from lm_eval.utils import make_table
 from eval import documents
 from eval.adapter import S2LM
 from eval.checkpoint import results_folder
-from eval.heldout import find_heldout
+from eval.heldout import GIVEN, find_heldout
 from eval.local_tasks import LocalTasks, write_local_tasks
 from eval.results import Answers, Conditions, write_results
 from eval.task_manager import CorrectedTasks, templates_compiled_once
@@ -86,7 +86,9 @@ def evaluate(
         raise ValueError(f"--metadata {unknown[0]}: {', '.join(tasks)} take only {', '.join(_OWN_METADATA)}")
     check_amounts(limit, num_fewshot, stock)
     local = LocalTasks()
-    heldout = given.pop("heldout", None) or (find_heldout(lm.checkpoint.folder) if "s2_heldout" in tasks else None)
+    heldout = given.pop("heldout", None)
+    if not heldout and "s2_heldout" in tasks:
+        heldout = find_heldout(lm.checkpoint.folder, GIVEN)
     with temporary_folder() as temporary:
         include = [str(TASKS_FOLDER)]
         if stock and data_dir is not None:
@@ -292,7 +294,7 @@ def ready(argv: Sequence[str] | None = None) -> Callable[[], Path]:
     if args.heldout and not args.heldout.exists():
         raise FileNotFoundError(f"--heldout {args.heldout}: no such file or folder")
     if "s2_heldout" in tasks and not args.heldout:
-        find_heldout(args.ckpt)  # now, and not after the model is loaded
+        find_heldout(args.ckpt, GIVEN)  # now, and not after the model is loaded
     output = args.output or results_folder(args.ckpt)
     require_writable(output)
 
