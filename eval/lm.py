@@ -32,7 +32,7 @@ from eval.checkpoint import results_folder
 from eval.heldout import GIVEN, find_heldout
 from eval.local_tasks import LocalTasks, write_local_tasks
 from eval.results import Answers, Conditions, write_results
-from eval.task_manager import CorrectedTasks, templates_compiled_once
+from eval.task_manager import CorrectedTasks, quiet_about, templates_compiled_once
 from s2 import ending
 from s2.arguments import DTYPES, new_parser, path
 from s2.files import require_writable, temporary_folder
@@ -120,7 +120,7 @@ def evaluate(
         identity = {"fingerprint": lm.checkpoint.fingerprint}
         lm.answers = None if unfinished is None else Answers(unfinished, conditions.name, identity)
         answers = nullcontext() if lm.answers is None else closing(lm.answers)
-        with no_bars_in_logs(), templates_compiled_once(), answers:
+        with no_bars_in_logs(), templates_compiled_once(), quiet_about(OWN_TASKS), answers:
             results = lm_eval.simple_evaluate(
                 lm,
                 tasks=list(tasks),
