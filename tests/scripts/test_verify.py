@@ -158,7 +158,7 @@ def test_the_command_ends_in_a_table_and_a_code(
 
 
 def test_on_a_cpu_the_way_to_shorter_sequences_is_named_for_make_too() -> None:
-    with pytest.raises(ValueError, match='say --max-length 512 \\(from make: ARGS="--max-length 512"\\)$'):
+    with pytest.raises(ValueError, match=r'say --max-length 512 \(from make: ARGS="--max-length 512"\)$'):
         verify.main(["--device", "cpu"])
 
 
