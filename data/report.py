@@ -76,7 +76,8 @@ def _write(folder: Path, lines: Sequence[str]) -> Path:
 def _folder_sections(folder: Path, suffix: str, splits: dict[str, TokenShards], seed: int) -> list[str]:
     train = splits.get("train") or next(iter(splits.values()))
     manifest = train.manifest
-    tokenizer = manifest["tokenizer"]
+    tokenizer, sources = manifest["tokenizer"], manifest["sources"]
+    in_all = sum(source["tokens"] for source in sources)  # of all splits
     lengths = np.diff(train.offsets)
     by_source = {source: lengths[train.documents_of(source)] for source in train.sources}
     curves = {"documents": (lengths, np.ones(len(lengths))), "tokens": (lengths, lengths)}
@@ -96,8 +97,8 @@ def _folder_sections(folder: Path, suffix: str, splits: dict[str, TokenShards], 
             for name, shards in splits.items()
         ),
         "### Sources",
-        _table(_source_row(source, manifest["tokens"]) for source in manifest["sources"]),
-        *_bad_rows(manifest["sources"]),
+        _table(_source_row(source, in_all) for source in sources),
+        *_bad_rows(sources),
         "### Lengths",
         "Training documents by length in tokens: how many there are, and how many tokens they hold"
         + (", in all and by source." if len(by_source) > 1 else "."),

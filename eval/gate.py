@@ -43,7 +43,7 @@ from eval.positions import DOCUMENTS
 from eval.results import threshold
 from eval.suite import Row, rows_of
 from s2 import ending, files
-from s2.arguments import DTYPES, new_parser, path
+from s2.arguments import DTYPES, new_parser, options_named, path
 from s2.inference.folder import check_folder
 from s2.recipe import load_recipe
 from s2.training.gate import holds, thresholds_digest
@@ -56,6 +56,7 @@ Loss = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Change = Annotated[float, Field(strict=True, ge=-1, le=1)]  # of a share
 FILE = "gate.json"
+_KEYS = {"--lengths": "length", "--documents": "documents:", "--haystack": "haystack:", "--limit": "limit"}  # of a YAML
 
 
 class _Section(BaseModel):
@@ -201,9 +202,10 @@ def check_gate(
         check_folder(config.base)
     about = Checkpoint.open(folder, "cpu")
     lengths = [*(check.length for check in config.loss), *(check.length for check in config.needle)]
-    check_lengths(lengths or [1], about.max_length)
     without = lm.unavailable([check.task for check in config.tasks], config.data_dir)
     try:
+        with options_named(_KEYS):
+            check_lengths(lengths or [1], about.max_length)
         for check in config.tasks:
             check.check_direction(lm.is_higher_better(check.task, check.metric))
     except ValueError as error:
@@ -247,7 +249,7 @@ def _check_texts(folder: Path, config: GateConfig, config_file: Path, checks: Se
             continue
         given = getattr(config, key)
         if given is None:
-            find_heldout(folder)
+            find_heldout(folder, f"`{key}: FILE` in {config_file}")
         elif not (given.exists() or glob.glob(str(given))):
             raise FileNotFoundError(f"{config_file}: {key}: {given}: no such file or folder")
 
@@ -324,7 +326,8 @@ class _Figures:
         key = (command, tuple(words))
         if key not in self._known:
             common = [word for word in self._common if word != "--beyond" or command is not lm.command]
-            file = command([*common, *words])
+            with options_named(_KEYS):
+                file = command([*common, *words])
             self._known[key] = file, files.read_json(file)
         return self._known[key]
 

@@ -10,22 +10,22 @@ from data.corpus.sources import Source
 from data.shards import TokenShards
 from s2.model.tokenizer_files import read_tokenizer
 
+GIVEN = "--heldout FILE (make: HELDOUT=FILE)"  # to s2_heldout
 CHARS_A_TOKEN = 64  # a token has seldom more than 16 characters: so many are enough for as many tokens as are wanted
 
 
-def find_heldout(checkpoint: str | Path) -> Path:
+def find_heldout(checkpoint: str | Path, how: str) -> Path:
     """The held-out shards of a run's checkpoint: runs/<recipe>/data/heldout for runs/<recipe>/<stage>/hf.
 
-    Raises FileNotFoundError where there are none.
+    Raises FileNotFoundError where there are none, saying how other documents are given: by an option, make's setting.
     """
     folder = Path(checkpoint).resolve()
     for parent in folder.parents[:3]:
         if (parent / "data" / "heldout" / "manifest.json").is_file():
             return parent / "data" / "heldout"
     raise FileNotFoundError(
-        f"checkpoint {checkpoint} has no held-out shards near it (expected {folder.parent.parent}/data/heldout); name"
-        " documents to read (text, jsonl, parquet or a shard folder): --heldout FILE for s2_heldout, --haystack FILE"
-        " for the needle, --documents FILE for the loss by position"
+        f"checkpoint {checkpoint} has no held-out shards near it (a folder data/heldout beside its run, as a recipe"
+        f" makes it); name text, jsonl, parquet or a shard folder with {how}"
     )
 
 
@@ -61,7 +61,7 @@ def load(pretrained: str, heldout: str | None = None, **_: Any) -> dict[str, Any
     """
     import datasets
 
-    source = heldout or find_heldout(pretrained)
+    source = heldout or find_heldout(pretrained, GIVEN)
     rows = [{"text": text} for text in read_texts(source) if text.strip()]
     if not rows:
         raise ValueError(f"s2_heldout: {source} has no document with text in it")

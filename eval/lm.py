@@ -29,10 +29,10 @@ from lm_eval.utils import make_table
 from eval import documents
 from eval.adapter import S2LM
 from eval.checkpoint import results_folder
-from eval.heldout import find_heldout
+from eval.heldout import GIVEN, find_heldout
 from eval.local_tasks import LocalTasks, write_local_tasks
 from eval.results import Answers, Conditions, write_results
-from eval.task_manager import CorrectedTasks, templates_compiled_once
+from eval.task_manager import CorrectedTasks, quiet_about, templates_compiled_once
 from s2 import ending
 from s2.arguments import DTYPES, new_parser, path
 from s2.files import require_writable, temporary_folder
@@ -86,7 +86,9 @@ def evaluate(
         raise ValueError(f"--metadata {unknown[0]}: {', '.join(tasks)} take only {', '.join(_OWN_METADATA)}")
     check_amounts(limit, num_fewshot, stock)
     local = LocalTasks()
-    heldout = given.pop("heldout", None) or (find_heldout(lm.checkpoint.folder) if "s2_heldout" in tasks else None)
+    heldout = given.pop("heldout", None)
+    if not heldout and "s2_heldout" in tasks:
+        heldout = find_heldout(lm.checkpoint.folder, GIVEN)
     with temporary_folder() as temporary:
         include = [str(TASKS_FOLDER)]
         if stock and data_dir is not None:
@@ -118,7 +120,7 @@ def evaluate(
         identity = {"fingerprint": lm.checkpoint.fingerprint}
         lm.answers = None if unfinished is None else Answers(unfinished, conditions.name, identity)
         answers = nullcontext() if lm.answers is None else closing(lm.answers)
-        with no_bars_in_logs(), templates_compiled_once(), answers:
+        with no_bars_in_logs(), templates_compiled_once(), quiet_about(OWN_TASKS), answers:
             results = lm_eval.simple_evaluate(
                 lm,
                 tasks=list(tasks),
@@ -292,7 +294,7 @@ def ready(argv: Sequence[str] | None = None) -> Callable[[], Path]:
     if args.heldout and not args.heldout.exists():
         raise FileNotFoundError(f"--heldout {args.heldout}: no such file or folder")
     if "s2_heldout" in tasks and not args.heldout:
-        find_heldout(args.ckpt)  # now, and not after the model is loaded
+        find_heldout(args.ckpt, GIVEN)  # now, and not after the model is loaded
     output = args.output or results_folder(args.ckpt)
     require_writable(output)
 

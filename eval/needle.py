@@ -354,7 +354,7 @@ def ready(argv: Sequence[str]) -> Callable[[], Path]:
     if args.kind == "passkey":
         haystack = filler(tokenizer, max(grid.lengths))
     else:
-        source = args.haystack or find_heldout(args.ckpt)
+        source = args.haystack or find_heldout(args.ckpt, "--haystack FILE (make: HELDOUT=FILE)")
         haystack = read_haystack(source, args.text_column, tokenizer, args.haystack_tokens)
     prompts = Prompts(haystack, tokenizer, bos_of(tokenizer), grid)
     prompts.check(readable, checkpoint.config.vocab_size)

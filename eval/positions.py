@@ -210,7 +210,7 @@ def ready(argv: Sequence[str]) -> Callable[[], Path]:
     readable = max(trained, *lengths) if args.beyond else trained
     check_lengths(lengths, readable)
     checkpoint = samples.open_checkpoint(args, readable)
-    source = args.documents or find_heldout(args.ckpt)
+    source = args.documents or find_heldout(args.ckpt, "--documents FILE")
     documents = read_documents(checkpoint, source, args.text_column, lengths, args.n, args.source)
     tokens = {(length, number): row for length, kept in documents.items() for number, row in kept}
 

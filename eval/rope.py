@@ -208,7 +208,7 @@ def read_jumps(args: argparse.Namespace, checkpoint: Checkpoint, longest: int) -
     Raises ValueError where a fact and its question have no room in a prompt.
     """
     tokenizer = checkpoint.tokenizer
-    haystack = read_haystack(args.haystack or find_heldout(args.ckpt), args.text_column, tokenizer)
+    haystack = read_haystack(args.haystack or find_heldout(args.ckpt, untrained.HAYSTACK), args.text_column, tokenizer)
     grid = Grid((min(SHORT, longest),), (25.0,), args.n, seed=args.seed)
     try:
         prompts = list(map(Prompts(haystack, tokenizer, bos_of(tokenizer), grid).build, grid.samples()))

@@ -9,8 +9,9 @@ they may have, and score as RULER's do: the share of the expected texts in them,
 are there, since more text cannot change the score.
 
 `ruler.json` holds every answer, the score of each task and length in percent with a 95 % interval, and the effective
-length: the longest up to which the mean over tasks stays at RULER's threshold. Like `needle.json` it is written while
-it runs, the same command goes on from it, and `--processes` and `--part` split it.
+length: the longest up to which the mean over tasks stays at RULER's threshold. Another one is relative to the score at
+the shortest length; a model that scores below 10 there is near chance and has none. Like `needle.json` the file is
+written while it runs, the same command goes on from it, and `--processes` and `--part` split it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from s2.model.hf import load_config
 SAMPLES = 20
 THRESHOLD, SOURCE = 85.6, "Llama2-7B at 4k, arXiv 2404.06654"
 RELATIVE = 0.9  # of a model's own score at its shortest length
+LEAST = 10.0  # of that score: a share of less is noise
 _VERSION = 1  # of the questions
 _SCORING = "greedy generation, ended where the score can no longer change; string match, case aside"
 
@@ -88,7 +90,9 @@ def summarise(rows: Sequence[Sample]) -> dict[str, Any]:
             "source": SOURCE,
             "length": _longest(lengths, lambda row: row["score"] >= THRESHOLD),
             "relative_threshold": RELATIVE,
-            "relative_length": _longest(lengths, lambda row: (row["relative"] or 0) >= RELATIVE),
+            "relative_length": _longest(lengths, lambda row: row["relative"] >= RELATIVE)
+            if lengths[0]["score"] >= LEAST
+            else None,
         },
         "interval_kind": "Wilson, 95 %",
     }
@@ -120,6 +124,7 @@ def describe(summary: dict[str, Any]) -> str:
     return (
         f"{table}\n\neffective length: {own} at {effective['threshold']} ({effective['source']});"
         f" {relative} at {effective['relative_threshold']:.0%} of the score at {format_length(lengths[0])}"
+        f"{f', which is below {LEAST:g} and so near chance' if summary['lengths'][0]['score'] < LEAST else ''}"
     )
 
 
@@ -167,7 +172,7 @@ def ready(argv: Sequence[str]) -> Callable[[], Path]:
     readable = max(trained, *lengths) if args.beyond else trained
     check_lengths(lengths, readable)
     checkpoint = samples.open_checkpoint(args, readable, args.prefill_chunk)
-    source = args.haystack or find_heldout(args.ckpt)
+    source = args.haystack or find_heldout(args.ckpt, "--haystack FILE")
     haystack = read_haystack(source, args.text_column, checkpoint.tokenizer)
     check_haystack(haystack, lengths)
     reading = Reading.load(args.qa) if args.qa else None

@@ -30,7 +30,7 @@ from eval.needle import check_lengths
 from eval.needle_prompts import KINDS
 from eval.results import is_current
 from s2 import ending, files
-from s2.arguments import new_parser, path
+from s2.arguments import new_parser, options_named, path
 from s2.inference.prefill import PREFILL_CHUNK, add_prefill_chunk
 from s2.model.hf import load_config
 
@@ -39,6 +39,11 @@ PARTS: dict[str, Callable[[Sequence[str]], Callable[[], Path]]] = {
     "ruler": ruler.ready,
     "needle": needle.ready,
     "lm": lm.ready,
+}
+OPTIONS = {  # of the parts, where the suite calls them otherwise
+    "positions": {"--source": "--document-source"},
+    "ruler": {"--tasks": "--ruler-tasks", "--n": "--ruler-n"},
+    "needle": {"--kind": "--kinds", "--n": "--needle-n"},
 }
 
 Row = dict[str, Any]
@@ -124,7 +129,7 @@ def table(suite: dict[str, Any]) -> str:
         )
         lines.append(
             f"- effective length: {own} at {effective['threshold']} ({effective['source']}), {relative} at"
-            f" {effective['relative_threshold']:.0%} of the shortest length's score"
+            f" {effective['relative_threshold']:.0%} of the shortest length's score, if that is {ruler.LEAST:g} or more"
         )
     names = {"needle": "needle, {task} (exact)", "ruler": "RULER {task} (%)", "positions": "{task} (nats/token)"}
     by_length = [row for row in rows if row["length"]]
@@ -209,7 +214,8 @@ def plan(args: argparse.Namespace, lengths: Sequence[int], output: Path) -> list
     """(part, name, arguments) of each command."""
 
     def options(**given: Any) -> list[str]:
-        named = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value not in (None, False)}
+        named = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+        named = {name: value for name, value in named.items() if value is not None and value is not False}  # 0 is said
         return [word for name, value in named.items() for word in ([name] if value is True else [name, str(value)])]
 
     common = options(ckpt=args.ckpt, output=output, device=args.device, dtype=args.dtype)
@@ -252,7 +258,7 @@ def command(argv: Sequence[str]) -> Path:
     check_lengths(lengths, max(trained, *lengths) if args.beyond else trained)
     for option, given in texts(args).items():
         if given is None:
-            find_heldout(args.ckpt)
+            find_heldout(args.ckpt, f"{option} FILE (make: {option.strip('-').upper()}=FILE)")
         elif not given.exists():
             raise FileNotFoundError(f"{option} {given}: no such file or folder")
     if args.tasks and "lm" in args.parts:
@@ -272,13 +278,15 @@ def command(argv: Sequence[str]) -> Path:
         if part == "lm" and old and is_current(output / old["file"]):  # it alone does not know itself what is done
             works.append(partial(_kept, output / old["file"]))
         else:
-            works.append(PARTS[part](words))
+            with options_named(OPTIONS.get(part, {})):
+                works.append(PARTS[part](words))
     for part, name, words in commands:
         shown = _shown(part, words)
         started = time.monotonic()
         old = known.get(shown)
         print(f"\n{shown}", flush=True)
-        result = works.pop(0)()  # nothing else holds its weights
+        with options_named(OPTIONS.get(part, {})):
+            result = works.pop(0)()  # nothing else holds its weights
         seconds = (old["seconds"] if old else 0.0) + time.monotonic() - started
         content = files.read_json(result)
         entry = {"part": part, "name": name, "file": result.name, "seconds": round(seconds, 1), "command": shown}

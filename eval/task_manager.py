@@ -1,7 +1,8 @@
 """lm-eval's tasks, loaded with two corrections that hold for all of them, from the hub and from local files."""
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,12 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 _TEMPLATES = 1024  # that are kept
+# Of lm-eval's warnings, by logger, those that look like faults and say what is meant to be: that a task makes its rows
+# itself, and that some of its metrics are of some of them.
+_MEANT = {
+    "lm_eval.api.task": "{}: Custom kwargs can be passed to",
+    "lm_eval.evaluator_utils": "[{}] Metrics were not scored on the same number of documents",
+}
 
 
 class CorrectedTasks(TaskManager):
@@ -40,6 +47,8 @@ class CorrectedTasks(TaskManager):
             loaded = super().load(task_list)
         except ImportError as error:
             raise ValueError(f"--tasks {', '.join(task_list)}: a package is missing: {error}") from None
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; --data-dir FOLDER (make: EVAL_DATA=FOLDER) reads local files") from None
         except (KeyError, UndefinedError, DatasetGenerationError) as error:
             if self._data_dir is None:
                 raise
@@ -69,6 +78,24 @@ class CorrectedTasks(TaskManager):
         if task.OUTPUT_TYPE == "loglikelihood_rolling" or own == 0:
             return 0  # as lm-eval has it, a task that says 0 stays at 0
         return (own if self._num_fewshot is None else self._num_fewshot) or 0
+
+
+@contextmanager
+def quiet_about(tasks: Collection[str]) -> Iterator[None]:
+    """Within, lm-eval does not warn of what is meant to be in these tasks (`_MEANT`)."""
+
+    def silenced(begin: str) -> Callable[[logging.LogRecord], bool]:
+        begins = tuple(map(begin.format, tasks))
+        return lambda record: not str(record.msg).startswith(begins)
+
+    filters = [(logging.getLogger(name), silenced(begin)) for name, begin in _MEANT.items()]
+    for logger, keeps in filters:
+        logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        for logger, keeps in filters:
+            logger.removeFilter(keeps)
 
 
 @contextmanager

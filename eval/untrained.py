@@ -34,6 +34,7 @@ from s2.model.transformer import Transformer
 from s2.progress import progress
 
 SAMPLES = 16
+HAYSTACK = "--haystack FILE (make: HAYSTACK=FILE)"
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,10 @@ def read(
     short, or a length that the needles do not fit.
     """
     tokenizer, bos = checkpoint.tokenizer, bos_of(checkpoint.tokenizer)
-    haystack = read_haystack(args.haystack or find_heldout(args.ckpt), args.text_column, tokenizer)
+    haystack = read_haystack(args.haystack or find_heldout(args.ckpt, HAYSTACK), args.text_column, tokenizer)
     check_haystack(haystack, lengths, option)
     depths = tuple(100 * i / (args.n - 1) for i in range(args.n))
-    source = args.documents or args.haystack or find_heldout(args.ckpt)
+    source = args.documents or args.haystack or find_heldout(args.ckpt, HAYSTACK)
     documents = read_documents(checkpoint, source, args.text_column, lengths, args.n, option=option)
     found = {}
     for length in lengths:

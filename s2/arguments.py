@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -19,6 +21,17 @@ def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
+
+
+@contextmanager
+def options_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Have what a command says of its options name them as the one that runs it does: {"--n": "--ruler-n"}."""
+    try:
+        yield
+    except Exception as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (re.sub(r"(?<![\w-])--[\w-]+", lambda found: names.get(found[0], found[0]), error.args[0]),)
+        raise
 
 
 def without(argv: Sequence[str], *options: str) -> list[str]:

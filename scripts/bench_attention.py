@@ -342,8 +342,7 @@ def run(args: argparse.Namespace, record: Record) -> Path:
 
 def main() -> None:
     args = parse_arguments()
-    if not torch.cuda.is_available():
-        raise FailureError("bench needs a CUDA device")
+    bench_record.require_gpu("bench")
     record = new_record(args, torch.cuda.get_device_name(), sys.argv[1:])
     print(f"wrote {run(args, record)}.md with its .json and plots")
     rows = [row for section in record["sections"] for row in section["rows"]]

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from bench_attention import CASES, Case, attention_parser, check, entries, random_inputs
 from bench_kernels import Entry
-from bench_record import Record, new_record, save, stem
+from bench_record import Record, new_record, require_gpu, save, stem
 from bench_report import Row
 
 from s2 import ending
@@ -171,14 +171,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    if not torch.cuda.is_available():
-        raise FailureError("bench_counters needs a CUDA device")
+    require_gpu("bench_counters")
     if args.profiled:
         profiled(args)
         return
     ncu = shutil.which("ncu")
     if ncu is None:
-        raise FailureError("bench_counters needs Nsight Compute's ncu on the path")
+        raise FileNotFoundError("bench_counters needs Nsight Compute's ncu on the path")
     result = subprocess.run(profiler_command(ncu, sys.argv[1:]), capture_output=True, text=True, check=False)
     if result.returncode:
         raise FailureError(f"ncu ended with {result.returncode}: {(result.stdout + result.stderr)[-2000:].strip()}")

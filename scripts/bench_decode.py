@@ -18,14 +18,13 @@ from time import perf_counter
 
 import torch
 from bench_measure import Timing, graph_ms, machine_limits, noted
-from bench_record import Record, names, new_parser, new_record, save, stem
+from bench_record import Record, names, new_parser, new_record, require_gpu, save, stem
 from bench_report import Row, blank_row
 from decode_calls import COLD_BYTES, DTYPE, Shape, bytes_of, calls_of, check, chosen_kernel
 from torch import Tensor
 
 from s2 import ending
 from s2.attention import Pattern
-from s2.ending import FailureError
 from s2.tables import markdown
 
 FIGURES = ("us", "plan_us", "bytes", "share")
@@ -156,8 +155,7 @@ def pool_size(args: argparse.Namespace, free: int) -> int:
 
 def main() -> None:
     args = parse_arguments()
-    if not torch.cuda.is_available():
-        raise FailureError("bench_decode needs a CUDA device")
+    require_gpu("bench_decode")
     begin = perf_counter()
     torch.manual_seed(0)
     record = new_record(

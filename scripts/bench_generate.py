@@ -27,12 +27,11 @@ from pathlib import Path
 
 import torch
 from bench_measure import Timing, add_note, machine_limits, noted
-from bench_record import Record, new_parser, new_record, save, stem
+from bench_record import Record, new_parser, new_record, require_gpu, save, stem
 from bench_report import Row, blank_row
 
 from eval.grid import format_length, parse_length, parse_lengths
 from s2 import ending, files
-from s2.ending import FailureError
 from s2.inference import KVCache
 from s2.inference.graph import WARM_UP, DecodeGraph, decode_step
 from s2.model import ModelConfig, Transformer
@@ -333,8 +332,8 @@ def _random_model(config: ModelConfig) -> Transformer:
 
 def main() -> None:
     args = parse_arguments()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise FailureError("bench_generate needs a CUDA device")
+    if args.device == "cuda":
+        require_gpu("bench_generate")
     run(args, sys.argv[1:])
 
 

@@ -34,7 +34,7 @@ from bench_measure import (
     noted,
     relative_rmse,
 )
-from bench_record import names, new_parser, new_record, save, stem
+from bench_record import names, new_parser, new_record, require_gpu, save, stem
 from bench_report import Row
 from peer_decode import Keys, decode_rows
 from peer_inputs import Inputs, draw, full_attention, load, relative_error
@@ -45,7 +45,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2 import ending
 from s2.attention import Pattern, s2_attention
-from s2.ending import FailureError
 
 BLOCK, DTYPE = 64, torch.bfloat16
 SAMPLED = 256  # queries whose result is compared with full attention
@@ -205,8 +204,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    if not torch.cuda.is_available():
-        raise FailureError("bench_inference_peers needs a CUDA device")
+    require_gpu("bench_inference_peers")
     begin = perf_counter()
     given, source = load(args.tensors, args.device, DTYPE) if args.tensors else (None, "")
     record = new_record(

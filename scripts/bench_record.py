@@ -49,6 +49,14 @@ def names(known: Collection[str] = ()) -> Callable[[str], list[str]]:
     return parse
 
 
+def require_gpu(what: str) -> None:
+    """Raises ValueError where there is no GPU to measure."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"{what} needs a CUDA device, and there is none here")
+
+
 def new_record(
     script: str, argv: Sequence[str], machine: str, packages: Iterable[str], *, commit: str | None = None, **more: Any
 ) -> Record:

@@ -110,6 +110,19 @@ def gpus_at_hand(asked: int | None) -> list[int | None]:
     return list(range(asked or there)) or [None]
 
 
+def check_gpus(jobs: Mapping[str, Sequence[Job]], gpus: Sequence[int | None]) -> None:
+    """Raises ValueError where there is no GPU, and an arm that is left trains on one."""
+    left = [job for each in jobs.values() for job in each if job.recipe is not None and not job.is_done]
+    needy = [job for job in left if (job.recipe or {}).get("trainer", {}).get("accelerator") != "cpu"]
+    if needy and list(gpus) == [None]:
+        arms = ", ".join(dict.fromkeys(job.arm for job in needy))
+        raise ValueError(
+            f"there is no GPU here, and {arms} would train on one ({needy[0].stage}: {needy[0].minutes:g} minutes); a "
+            f"recipe that says trainer.accelerator=cpu trains on a CPU, and --data-only, --dry-run, --status, --page, "
+            f"--import and --export need none"
+        )
+
+
 def show(jobs: Mapping[str, Sequence[Job]], gpus: int) -> None:
     """The plan as a table, with commands."""
     rows, left = [], 0.0
@@ -166,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         show(jobs, len(gpus))
         return ending.DONE
+    if not args.data_only:
+        check_gpus(jobs, gpus)
     with lock(_root(plan)):
         began = time.monotonic()
         prepare_data(specs)

@@ -374,5 +374,5 @@ def _check_size(config: ModelConfig, batch_size: int, max_length: int) -> None:
     if whole("max_length", max_length, 1) > config.max_position_embeddings:
         raise ValueError(
             f"a cache of {max_length} tokens is longer than max_position_embeddings="
-            f"{config.max_position_embeddings}; ask for fewer new tokens"
+            f"{config.max_position_embeddings}; lower max_length, or load the model with a larger value"
         )

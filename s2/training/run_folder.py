@@ -79,7 +79,7 @@ def check_disk(run: RunConfig, parameters: int, *, low_precision: bool) -> None:
 
 def is_finished(run: RunConfig, max_steps: int) -> bool:
     """Whether the stage's newest complete checkpoint is its last step. Raises ValueError where it is, but the export is
-    gone."""
+    gone, or where a stage of more steps was stopped beyond `max_steps`."""
     checkpoints = complete_checkpoints(run.folder / "checkpoints")
     if not checkpoints or damage(checkpoints[-1], checksums=False):
         return False
@@ -87,6 +87,11 @@ def is_finished(run: RunConfig, max_steps: int) -> bool:
         return False
     for name in ("hf/config.json", "summary.json"):
         if not (run.folder / name).is_file():
+            if step > max_steps:
+                raise ValueError(
+                    f"trainer.max_steps={max_steps}: {run.folder} is trained to step {step}, unfinished (it has no "
+                    f"{name}); set trainer.max_steps to {step} or more to go on from there"
+                )
             raise ValueError(
                 f"{run.folder} is trained to step {step} but has no {name}; remove {checkpoints[-1]} to train "
                 f"from the checkpoint before it and export again"

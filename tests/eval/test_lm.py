@@ -18,6 +18,7 @@ from data.shards import ShardWriter, write_manifest
 from eval import documents
 from eval.lm import S2LM, evaluate, main, stock_tasks, table
 from eval.local_tasks import write_local_tasks
+from eval.task_manager import quiet_about
 from tests.eval.small_checkpoint import make_checkpoint, prose
 
 
@@ -328,6 +329,26 @@ def test_missing_local_data_is_named(lm, local_data, tmp_path):
             evaluate(lm, ["arc_easy"], data_dir=tmp_path)
 
 
+def test_warnings_of_other_tasks_stay(caplog):
+    of_tasks = logging.getLogger("lm_eval.api.task")
+    with quiet_about(["s2_passkey"]):
+        for task in ("s2_passkey", "ruler_vt"):
+            of_tasks.warning(f"{task}: Custom kwargs can be passed to `--metadata`")
+        of_tasks.warning("s2_passkey: something else")
+    of_tasks.warning("s2_passkey: Custom kwargs can be passed to all")
+    said = [record.getMessage() for record in caplog.records]
+    assert [words.partition(":")[0] for words in said] == ["ruler_vt", "s2_passkey", "s2_passkey"]
+
+
+def test_a_hub_out_of_reach_names_the_way_without_it(lm, monkeypatch):
+    def load(self, names):
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    with pytest.raises(ConnectionError, match=r"on the Hub; --data-dir FOLDER \(make: EVAL_DATA=FOLDER\) reads local"):
+        evaluate(lm, ["hellaswag"])
+
+
 def test_damaged_local_data_is_named(lm, tmp_path):
     packed = gzip.compress(b"".join(b'{"id": %d}\n' % (i * 7919 % 1000) for i in range(2000)))
     (tmp_path / "arc_easy").mkdir()
@@ -357,8 +378,12 @@ def heldout(sparse):
     return texts
 
 
-def test_without_tasks_the_command_line_runs_our_own_and_prints_the_table(sparse, lm, heldout, tmp_path, capsys):
+def test_without_tasks_the_command_line_runs_our_own_and_prints_the_table(
+    sparse, lm, heldout, tmp_path, capsys, caplog
+):
     main(["--ckpt", str(sparse), "--output", str(tmp_path), "--device", "cpu"])
+    warned = [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")]
+    assert not [said for said in warned if "Custom kwargs" in said or "same number of documents" in said]
     printed, log = capsys.readouterr()
     assert "\r" not in log  # no bars, lm-eval's own included
     files = [Path(line) for line in printed.splitlines()[-2:]]
@@ -407,7 +432,7 @@ def test_passkey_prompts_fit_their_length_and_repeat(sparse):
 
 def test_missing_heldout_is_named(tmp_path):
     folder = make_checkpoint(tmp_path / "a" / "b" / "hf")
-    with pytest.raises(FileNotFoundError, match=r"no held-out shards near it.*--heldout FILE .*--haystack FILE"):
+    with pytest.raises(FileNotFoundError, match=r"no held-out shards near it.* --heldout FILE \(make: HELDOUT=FILE\)$"):
         evaluate(S2LM(folder, device="cpu"), ["s2_heldout"])
     with pytest.raises(FileNotFoundError, match=r"--heldout nothing\.jsonl: no such file"):
         main(["--ckpt", str(folder), "--output", str(tmp_path), "--heldout", "nothing.jsonl"])

@@ -228,6 +228,10 @@ def test_the_effective_length_is_the_last_before_the_first_below_the_threshold()
     weak = summarise(rows({4096: 0.5, 8192: 0.48, 16384: 0.3}))["effective"]
     assert weak["length"] is None and weak["relative_length"] == 8192 and weak["threshold"] == 85.6
     assert summarise(rows({4096: 0.0}))["lengths"][0]["relative"] is None
+    chance = summarise(rows({4096: 0.04, 8192: 0.06}))  # a share of so little is noise
+    assert chance["effective"]["relative_length"] is None and chance["lengths"][1]["relative"] == 1.5
+    assert "none at 90% of the score at 4k, which is below 10 and so near chance" in ruler.describe(chance)
+    assert "none at" in ruler.describe(summarise(rows({4096: 0.5}))) and "chance" not in ruler.describe(summary)
 
 
 def test_the_command_writes_every_answer_and_goes_on(folder, squad, tmp_path, capsys):

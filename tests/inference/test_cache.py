@@ -384,7 +384,7 @@ def test_the_memory_of_a_cache_serves_any_size_that_fits():
         (4, 90, "4 sequences of 90 tokens do not fit into the memory of 3 of 90"),
         (2, 200, "2 sequences of 200 tokens do not fit into the memory of 3 of 90"),
         (0, 90, "batch_size=0 must be a whole number of at least 1"),
-        (1, 9000, "a cache of 9000 tokens is longer than max_position_embeddings=8000"),
+        (1, 9000, "a cache of 9000 tokens is longer than max_position_embeddings=8000; lower max_length"),
     ):
         with pytest.raises(ValueError, match=words):
             whole.first(rows, length)

@@ -80,6 +80,21 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, monkeypatch, capsys, pl
     assert not Path("runs").exists()
 
 
+def test_without_a_gpu_arms_that_train_on_one_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "gpus_at_hand", lambda asked: [None])
+    monkeypatch.setattr(results, "prepare_data", lambda specs: pytest.fail("prepares"))
+    Path("plan.yaml").write_text(yaml.safe_dump(PLAN))
+    assert ending.call(lambda: results.main(["plan.yaml"])) == ending.BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: there is no GPU here, and a would train on one (train: 10 min")
+    assert not Path("runs").exists()
+    for more in (["--data-only"], ["stages.0.recipe.trainer.accelerator=cpu"]):
+        with pytest.raises(pytest.fail.Exception, match="prepares"):
+            results.main(["plan.yaml", *more])
+    for option in ("--dry-run", "--status", "--page"):
+        assert results.main(["plan.yaml", option]) == ending.DONE
+
+
 def test_a_text_that_no_chosen_part_reads_may_be_missing(tmp_path, monkeypatch, capsys):
     words = [*SUITE, "--parts", "needle", "--documents", "nowhere", "--haystack"]
     Path(tmp_path / "essays.txt").write_text("text")

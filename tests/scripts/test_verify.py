@@ -149,11 +149,17 @@ def test_the_command_ends_in_a_table_and_a_code(
     assert verify.main(arguments) == 0
     shown = capsys.readouterr().out
     assert shown.count(" right") == 9 and "sdpa has answered in" in shown  # two rotations and dense
+    assert ": the hopper backend does not take such calls: it runs on devices of" in shown
     monkeypatch.setattr(verify, "check", lambda call, settings: verify.Result(call, wrong=["dq is off by 1"]))
     assert verify.main(arguments) == 1
     assert "WRONG: " in capsys.readouterr().out
     monkeypatch.setattr(verify, "check", lambda call, settings: verify.Result(call, out_of_memory=True))
     assert verify.main(arguments) == 5
+
+
+def test_on_a_cpu_the_way_to_shorter_sequences_is_named_for_make_too() -> None:
+    with pytest.raises(ValueError, match=r'say --max-length 512 \(from make: ARGS="--max-length 512"\)$'):
+        verify.main(["--device", "cpu"])
 
 
 def test_calls_follow_the_recipes_and_what_they_extend(monkeypatch: pytest.MonkeyPatch) -> None:
