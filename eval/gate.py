@@ -159,7 +159,12 @@ class GateConfig(_Section):
 
     @classmethod
     def load(cls, file: Path) -> GateConfig:
-        """Raises ValueError that names file, key and value; FileNotFoundError."""
+        """Raises ValueError that names file, key and value; FileNotFoundError that names the gates there are."""
+        if not file.is_file():
+            known = ", ".join(map(str, sorted(Path("recipes").glob("*/gates/*.yaml")))) or "none here"
+            raise FileNotFoundError(
+                f"there is no gate {file}: nothing says what the checkpoint has to show; there are {known}"
+            )
         try:
             return cls.model_validate(load_recipe(file))
         except ValidationError as error:

@@ -104,14 +104,24 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def _those_there_are(path: Path) -> str:
+    """Of a recipe that is not there: the stages beside it, else all recipes."""
+    beside = sorted(file.name for file in path.parent.glob("*.yaml"))
+    if beside and path.parent.parts:
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        return f"did you mean {path.parent / close[0]}?" if close else f"{path.parent} has {', '.join(beside)}"
+    known = {file.parent.name: file.parent for file in sorted(Path("recipes").glob("*/*.yaml"))}
+    close = difflib.get_close_matches(path.parent.name, known, n=1)
+    if close:
+        return f"did you mean {known[close[0]]}?"
+    return f"there are {', '.join(map(str, known.values())) or 'no recipes here'}"
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe. Raises FileNotFoundError that names recipes that exist, or ValueError for what is not YAML (with
     the line) or no mapping."""
     if not path.is_file():
-        known = sorted(str(p) for p in Path("recipes").glob("*/*.yaml"))
-        close = difflib.get_close_matches(str(path), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known) or 'no recipes here'}"
-        raise FileNotFoundError(f"recipe {path} does not exist; {hint}")
+        raise FileNotFoundError(f"recipe {path} does not exist; {_those_there_are(path)}")
     try:
         recipe = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:

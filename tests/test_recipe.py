@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from eval.gate import GateConfig
 from s2.recipe import apply_overrides, dump_yaml, load_recipe, parse_yaml
 
 
@@ -117,3 +118,29 @@ def test_an_override_takes_the_place_of_the_entry_of_a_list() -> None:
     recipe: dict[str, Any] = {"betas": [0.9, 0.95, 0.99]}
     apply_overrides(recipe, ["betas.1=0.5"])
     assert recipe == {"betas": [0.9, 0.5, 0.99]}
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo/pretrain", "demo/extend-2k", "smollm2/extend-8k", "smollm2/extend-32k"):
+        Path(f"recipes/{name}.yaml").parent.mkdir(parents=True, exist_ok=True)
+        Path(f"recipes/{name}.yaml").write_text("run: {}\n")
+    for name, said in (
+        ("smollm2/pretrain", "; recipes/smollm2 has extend-32k.yaml, extend-8k.yaml"),
+        ("demo/pretrian", "; did you mean recipes/demo/pretrain.yaml?"),
+        ("nope/pretrain", "; there are recipes/demo, recipes/smollm2"),
+        ("smolm2/extend-8k", "; did you mean recipes/smollm2?"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            load_recipe(Path(f"recipes/{name}.yaml"))
+        assert str(error.value) == f"recipe recipes/{name}.yaml does not exist{said}"
+
+
+def test_a_gate_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipes/a/gates").mkdir(parents=True)
+    Path("recipes/a/gates/pretrain.yaml").write_text("loss: []\n")
+    with pytest.raises(
+        FileNotFoundError, match=r"no gate recipes/b/gates/x\.yaml: .*; there are recipes/a/gates/pretr"
+    ):
+        GateConfig.load(Path("recipes/b/gates/x.yaml"))

@@ -57,9 +57,21 @@ def _missing_checkpoint(init_from: str) -> str:
         if stage.startswith("extend-"):
             command = f"make extend RECIPE={recipe} TO={stage.removeprefix('extend-')}"
         message += f"; run `{command}` first, or point model.init_from at a Hugging Face folder"
+    elif download := _download(init_from):
+        message += f"; get it with `{download}`, or point model.init_from at another Hugging Face folder"
     else:
-        message += "; recipes that go on from a checkpoint of others begin with how to get it"
+        message += "; point model.init_from at a Hugging Face folder"
     return message
+
+
+def _download(init_from: str) -> str | None:
+    """The command in the head of a recipe that brings a checkpoint to this folder."""
+    for file in sorted(Path("recipes").glob("*/*.yaml")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            words = line.removeprefix("#").split()
+            if line.startswith("#") and words[:2] == ["hf", "download"] and init_from in words:
+                return " ".join(words)
+    return None
 
 
 class PretrainModule(LightningModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from s2.model.transformer import Transformer
 from s2.recipe import load_recipe
 from s2.settings import read
 from s2.training.config import read_stage
-from s2.training.module import resolve_config
+from s2.training.module import _missing_checkpoint, resolve_config
 from s2.training.stage import Stage
 from s2.training.strategy import ZeROStrategy
 from s2.training.weights import sink_warning
@@ -177,3 +178,14 @@ def test_the_demo_extends_a_checkpoint_that_its_own_recipe_makes() -> None:
         assert ROOT / section["tokenizer"]["path"] == folder / "tokenizer.json"
     assert sum(p.numel() for p in load_pretrained(folder).parameters()) == model.num_parameters()
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8 << 20
+
+
+def test_a_missing_checkpoint_of_another_model_is_said_with_the_command_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("smollm2", "llama3.1-8b"):
+        recipe = load_recipe(Path(f"recipes/{name}/extend-8k.yaml"))
+        folder = recipe["model"]["init_from"]
+        assert re.search(f"; get it with `hf download .* --local-dir {folder}[ `]", _missing_checkpoint(folder))
+    assert _missing_checkpoint("elsewhere").endswith("; point model.init_from at a Hugging Face folder")
