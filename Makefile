@@ -97,6 +97,7 @@ gate: setup ## CKPT against the thresholds of CONFIG (default: recipes/RECIPE/ga
 		$(if $(EVAL_DATA),--data-dir $(call quoted,$(EVAL_DATA))) $(ARGS)
 
 generate: setup ## continue PROMPT="some text" with CKPT, without PROMPT standard input: ARGS="--max-new-tokens 200 --temperature 0.7 --chat"
+	@$(if $(CKPT),:,echo $(call quoted,checkpoint: $(AT_CKPT)) >&2)
 	@$(BIN)/python -m s2.inference.cli --ckpt $(call quoted,$(AT_CKPT)) $(if $(filter command,$(firstword $(origin PROMPT))),--prompt "$$PROMPT") $(ARGS)
 
 eval: setup ## lm-eval table of CKPT: TASKS=hellaswag,piqa, EVAL_DATA=<folder of jsonl>; without TASKS our own tasks and the heatmap (HELDOUT=<text or shards> of a checkpoint of others)

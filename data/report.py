@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from data.section import DataSection, data_section, parse_arguments
 from data.shards.mixture import Curriculum
 from data.shards.packing import pack
-from data.shards.reader import TokenShards
+from data.shards.reader import TokenShards, splits_of
 from s2 import ending, files, tables
 from s2.settings import read
 
@@ -33,7 +33,7 @@ def folder_report(output: str | Path, seed: int = 0) -> Path:
     Raises FileNotFoundError where there are none, `s2.files.NotOursError` where `report/` is somebody else's.
     """
     output = Path(output)
-    splits = _splits(output)
+    splits = splits_of(output)
     folder = files.make_folder(output / "report", KIND)
     return _write(folder, [f"# {output}", *_folder_sections(folder, "", splits, seed)])
 
@@ -55,13 +55,8 @@ def recipe_report(recipe: str | Path, seed: int = 0, overrides: Sequence[str] = 
     lines = [f"# {recipe}", *_mixture_sections(folder, rows)]
     for number, output in enumerate(outputs):
         suffix = f"-{number}" if number else ""
-        lines += [f"## {output}", *_folder_sections(folder, suffix, _splits(output), seed)]
+        lines += [f"## {output}", *_folder_sections(folder, suffix, splits_of(output), seed)]
     return _write(folder, lines)
-
-
-def _splits(output: Path) -> dict[str, TokenShards]:
-    found = {name: TokenShards(output / name) for name in ("train", "heldout") if (output / name).is_dir()}
-    return found or {"train": TokenShards(output)}
 
 
 def _write(folder: Path, lines: Sequence[str]) -> Path:

@@ -97,6 +97,12 @@ def test_paths_are_one_word_whatever_is_in_them(name):
         assert {option for option, value in itertools.pairwise(said) if value == name} == options
 
 
+def test_generate_says_which_checkpoint_was_chosen_for_it(clone):
+    said = "echo 'checkpoint: runs/smollm2/extend-32k/hf' >&2"
+    assert said in make("-n", "generate", "RECIPE=smollm2", "PROMPT=a", folder=clone)
+    assert "checkpoint:" not in make("-n", "generate", "CKPT=models/a", "PROMPT=a", folder=clone)
+
+
 def test_an_empty_setting_is_none(clone):
     assert "--ckpt runs/smollm2/extend-32k/hf" in plain("needle", "RECIPE=smollm2", "CKPT=", folder=clone)
     home = Path("~/models/a").expanduser()

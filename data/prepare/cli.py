@@ -13,7 +13,7 @@ from data.prepare.output import TOKENIZER
 from data.prepare.run import changed_note, changed_sources, check, is_prepared, prepare
 from data.prepare.spec import PrepareSpec
 from data.section import parse_arguments, prepare_section
-from data.shards.reader import TokenShards, read_manifest
+from data.shards.reader import read_manifest, splits_of
 
 _OF_SOURCES = ("text_column", "id_column", "url_column")
 _OF_TRAINING = {"vocab_size": 32768, "sample_bytes": 100_000_000}
@@ -30,7 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="recipe YAML with a data.init_args.prepare section")
     what.add_argument("--sources", nargs="+", metavar="PATH", help="files, globs, folders, hf://..., python-env")
-    what.add_argument("--verify", metavar="FOLDER", help="compare a shard folder with its checksums")
+    what.add_argument(
+        "--verify",
+        metavar="FOLDER",
+        help="compare shards, of a folder or of its train/ and heldout/, with their checksums",
+    )
     parser.add_argument("--only-tokenizer", action="store_true", help="stop after <output>/tokenizer.json")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     plain = parser.add_argument_group("with --sources", argument_default=argparse.SUPPRESS)
@@ -54,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     args, overrides = parse_arguments(parser, argv)
     given = {option.dest: getattr(args, option.dest) for option in options if hasattr(args, option.dest)}
     if args.verify:
-        TokenShards(args.verify).verify()
-        print(f"{describe(args.verify)}: checksums match")
+        for shards in splits_of(Path(args.verify)).values():
+            shards.verify()
+            print(f"{describe(shards.folder)}: checksums match")
         return
     if args.recipe and given:
         option = f"--{next(iter(given)).replace('_', '-')}"

@@ -213,6 +213,12 @@ class TokenShards:
                 raise DamagedShardsError(f"{file}: checksum differs from manifest.json; {self._remedy}")
 
 
+def splits_of(output: Path) -> dict[str, TokenShards]:
+    """The shard folders that were prepared into a folder, or the one that it is."""
+    found = {name: TokenShards(output / name) for name in ("train", "heldout") if (output / name).is_dir()}
+    return found or {"train": TokenShards(output)}
+
+
 @lru_cache(maxsize=256)
 def _mapped(file: Path, size: int, modified_ns: int, dtype: np.dtype) -> tuple[mmap.mmap, np.ndarray]:
     """A shard's tokens in memory. Each map holds a file descriptor, so only those in use are kept; size and time tell

@@ -382,6 +382,10 @@ def test_command_line_prepares_a_recipe_and_plain_sources(corpus, tmp_path, caps
     main(["--verify", str(tmp_path / "a" / "train")])
     out = capsys.readouterr().out
     assert "checksums match" in out
+    main(["--verify", str(tmp_path / "a")])  # all that was prepared
+    verified = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in verified] == [str(tmp_path / "a" / name) for name in ("train", "heldout")]
+    assert all(line.endswith(": checksums match") for line in verified)
     assert "vocabulary 300" in out
     tokenizer = TokenShards(tmp_path / "b" / "train").manifest["tokenizer"]
     assert (tokenizer["bos_id"], tokenizer["eos_id"]) == (None, 2)
