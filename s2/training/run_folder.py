@@ -90,11 +90,11 @@ def is_finished(run: RunConfig, max_steps: int) -> bool:
             if step > max_steps:
                 raise ValueError(
                     f"trainer.max_steps={max_steps}: {run.folder} is trained to step {step}, unfinished (it has no "
-                    f"{name}); set trainer.max_steps to {step} or more to go on from there"
+                    f"{name}); raise trainer.max_steps above {step} to go on from there"
                 )
             raise ValueError(
-                f"{run.folder} is trained to step {step} but has no {name}; remove {checkpoints[-1]} to train "
-                f"from the checkpoint before it and export again"
+                f"{run.folder} is trained to step {step} but has no {name}; raise trainer.max_steps above {step} to go "
+                f"on from there, or remove {checkpoints[-1]} to train from the checkpoint before it and export again"
             )
     return True
 

@@ -235,9 +235,11 @@ def test_a_finished_run_without_its_export_says_what_to_do(refuse: Callable[...,
     (run / "hf" / "config.json").unlink()
     error = refuse()
     assert "hf/config.json" in error and "step-00000006" in error
+    assert "raise trainer.max_steps above 6 to go on" in error
     error = refuse("trainer.max_steps=4")  # of a stage that was to be longer
-    assert f"trainer.max_steps=4: {run} is trained to step 6" in error and "set trainer.max_steps to 6 or more" in error
-    assert "remove" not in error
+    assert f"trainer.max_steps=4: {run} is trained to step 6" in error and "remove" not in error
+    assert "raise trainer.max_steps above 6 to go on" in error
+    assert train(tmp_path, "trainer.max_steps=7")[0] == ending.DONE  # as it says
 
 
 def test_a_missing_recipe_and_bad_yaml_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
