@@ -32,7 +32,7 @@ export TOKENIZERS_PARALLELISM ?= true
 
 # what `data`, `tokenizer` and `data-report` work on: the recipe's stage, or SOURCES into OUT
 STAGE := recipes/$(RECIPE)/$(if $(IS_STAGE_NAMED),extend-$(TO),pretrain).yaml
-PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),'$(s)') --output $(call quoted,$(or $(OUT),$(error SOURCES needs OUT=<folder>))) \
+PREPARE = $(if $(SOURCES),--sources $(foreach s,$(SOURCES),$(call quoted,$(s))) --output $(call quoted,$(or $(OUT),$(error SOURCES needs OUT=<folder>))) \
 	$(if $(TOKENIZER),--tokenizer $(call quoted,$(TOKENIZER))),--recipe $(STAGE))
 
 .PHONY: help setup test test-all test-gpu verify mutants lint demo data tokenizer data-report pretrain extend gate generate eval suite layers rope needle report results bench clean
@@ -113,7 +113,7 @@ suite: setup ## needle, RULER, loss by position and TASKS of CKPT in one table: 
 
 layers: setup ## which DENSE=5 layers of the dense checkpoint CKPT stay dense under LAYOUT=L8V12+sink1, by losses without training: HAYSTACK=<text> DOCUMENTS=<text>
 	@test -n '$(and $(LAYOUT),$(DENSE))' || { echo 'error: name the sparse layout and the number of dense layers; for example LAYOUT=L8V12+sink1 DENSE=5'; exit 2; }
-	$(BIN)/python -m eval.layers --ckpt $(call quoted,$(AT_CKPT)) --layout '$(LAYOUT)' --dense $(DENSE) $(if $(HAYSTACK),--haystack $(call quoted,$(HAYSTACK))) \
+	$(BIN)/python -m eval.layers --ckpt $(call quoted,$(AT_CKPT)) --layout $(call quoted,$(LAYOUT)) --dense $(DENSE) $(if $(HAYSTACK),--haystack $(call quoted,$(HAYSTACK))) \
 		$(if $(DOCUMENTS),--documents $(call quoted,$(DOCUMENTS))) $(ARGS)
 
 rope: setup ## which RoPE the checkpoint CKPT begins its extension to LENGTHS=8k,16k,32k with, by losses without training: HAYSTACK=<text> DOCUMENTS=<text>

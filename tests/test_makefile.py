@@ -27,7 +27,7 @@ def make(*words: str, folder: Path = ROOT) -> str:
 def said_by(*words: str, folder: Path = ROOT) -> list[list[str]]:
     """The words of each command that make would run."""
     lines = make("-n", *words, folder=folder).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if re.match(r"\.venv/bin/python -m (eval|s2)\.", line)]
+    return [shlex.split(line) for line in lines if re.match(r"\.venv/bin/python -m (data|eval|s2)\.", line)]
 
 
 def plain(*words: str, folder: Path = ROOT) -> str:
@@ -95,6 +95,11 @@ def test_paths_are_one_word_whatever_is_in_them(name):
     ):
         (said,) = said_by(target, *settings)
         assert {option for option, value in itertools.pairwise(said) if value == name} == options
+
+
+def test_sources_are_a_word_each():
+    (said,) = said_by("data", "SOURCES=it's ~/b", "OUT=c d")
+    assert said[3:] == ["--sources", "it's", str(Path("~/b").expanduser()), "--output", "c d"]
 
 
 def test_generate_says_which_checkpoint_was_chosen_for_it(clone):
