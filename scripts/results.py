@@ -40,7 +40,7 @@ from s2.locks import lock
 from s2.tables import markdown
 
 TITLES = {
-    "curves": "Training loss over tokens and over minutes",
+    "curves": "Losses over tokens and over minutes",
     "positions": "Held-out loss by position",
     "speed": "Quality at the longest length trained on against the time of all layers' attention",
 }

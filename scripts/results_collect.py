@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from results_plan import Job
 from results_record import as_written
 
@@ -306,34 +307,44 @@ def curves(jobs: Sequence[Job]) -> dict[str, list[dict[str, float]]]:
 
 
 def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str, list[Figure]]:
-    """By arm: training loss at as many tokens, and after as many minutes, as every arm of a stage has; the mean over
-    the twentieth before. And held-out losses at the last step that all have validated."""
+    """By arm, up to where every arm of a stage has come: training loss at as many tokens, the mean over the twentieth
+    before, and held-out losses at the last step that all have validated and after as many minutes, between two
+    validations on the line through them. Training losses after as many minutes would be of different texts."""
     found: dict[str, list[Figure]] = {arm: [] for arm in logs}
     trained = {arm: [row for row in rows if "train/loss" in row] for arm, rows in logs.items()}
     if len(logs) < 2 or not all(trained.values()):
         return found
-    for column, unit, scale in (("tokens", "M tokens", 1e6), ("seconds", "minutes", 60.0)):
-        end = min(rows[-1][column] for rows in trained.values())
-        for arm, rows in trained.items():
-            losses = {str(row["step"]): row["train/loss"] for row in rows if 0.95 * end < row[column] <= end}
-            if losses:
-                task = f"train loss at {end / scale:.1f} {unit}"
-                error = statistics.stdev(losses.values()) / math.sqrt(len(losses)) if len(losses) > 1 else None
-                mean = statistics.fmean(losses.values())
-                figure = Figure(stage, "training", task, None, "nats/token", mean, len(losses), None, error, "lower")
-                if column == "tokens":  # the same steps, and so the same batches
-                    figure.samples = losses
-                found[arm].append(figure)
-    names = {key.split("/")[1] for rows in logs.values() for row in rows for key in row if key.startswith("val/")}
-    for name in sorted(names):
+
+    def add(arm: str, task: str, value: float, **more: Any) -> None:
+        found[arm].append(Figure(stage, "training", task, None, "nats/token", value, better="lower", **more))
+
+    end = min(rows[-1]["tokens"] for rows in trained.values())
+    for arm, rows in trained.items():
+        losses = {str(row["step"]): row["train/loss"] for row in rows if 0.95 * end < row["tokens"] <= end}
+        if losses:  # of the same steps, and so of the same batches
+            error = statistics.stdev(losses.values()) / math.sqrt(len(losses)) if len(losses) > 1 else None
+            mean = statistics.fmean(losses.values())
+            add(arm, f"train loss at {end / 1e6:.1f} M tokens", mean, n=len(losses), stderr=error, samples=losses)
+    for name in heldout_names(logs.values()):
         key = f"val/{name}/loss"
-        values = {arm: {row["step"]: row[key] for row in rows if key in row} for arm, rows in logs.items()}
-        if common := set.intersection(*(set(curve) for curve in values.values())):
+        curves = {arm: [row for row in rows if key in row] for arm, rows in logs.items()}
+        values = {arm: {row["step"]: row[key] for row in rows} for arm, rows in curves.items()}
+        if common := set.intersection(*map(set, values.values())):
             step = max(common)
             for arm, curve in values.items():
-                task = f"held-out {name} at step {step:,}"
-                found[arm].append(Figure(stage, "training", task, None, "nats/token", curve[step], better="lower"))
+                add(arm, f"held-out {name} at step {step:,}", curve[step])
+        if all(curves.values()):
+            last = min(rows[-1]["seconds"] for rows in curves.values())
+            for arm, rows in curves.items():
+                value = np.interp(last, [row["seconds"] for row in rows], [row[key] for row in rows])
+                add(arm, f"held-out {name} at {last / 60:.1f} minutes", float(value))
     return found
+
+
+def heldout_names(logs: Iterable[list[dict[str, float]]]) -> list[str]:
+    """Of the sets that were validated on, in the order of the logs."""
+    keys = (key for rows in logs for row in rows for key in row)
+    return list(dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("val/")))
 
 
 def collect(arms: Mapping[str, Sequence[Job]], baseline: str | None, also: str | None = None) -> dict[str, Any]:

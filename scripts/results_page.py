@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from results_cells import Row, cell, title
-from results_collect import SETTLED
+from results_collect import SETTLED, heldout_names
 from results_heatmaps import front, heatmaps
 from results_plan import Plan, shown
 
@@ -36,6 +36,7 @@ PARTS = {
 ARCHIVE = "runs.tar.gz"  # beside the page: what it is made from
 _KEPT = ("step", "tokens", "seconds", "train/loss")  # of the training log, besides held-out losses
 _MOST_COLUMNS = 8  # of a table
+_LEAST_POINTS = 4  # of a curve of held-out losses
 _MOST_PANELS = 4  # of losses by position
 _COLOURS = (*(f"C{n}" for n in range(10)), "black", "gold", "navy", "limegreen")  # of arms
 
@@ -287,29 +288,38 @@ def _plain_ticks(axis: Any, label: Callable[[float], str]) -> None:
 
 
 def _curves(results: Row, logs: Row) -> Any:
-    """Training loss over tokens and over minutes, a row of panels for every stage."""
-    stages = list(dict.fromkeys(stage for each in logs.values() for stage in each))
-    if not stages:
+    """Training loss, and loss on the first held-out set where it was taken often enough for a curve, over tokens and
+    over minutes: a row of panels each for every stage."""
+    rows = []
+    for stage in dict.fromkeys(stage for each in logs.values() for stage in each):
+        here = {arm: each[stage] for arm, each in logs.items() if stage in each}
+        rows.append((f"{stage}: training loss", "train/loss", here))
+        for name in heldout_names(here.values())[:1]:
+            key = f"val/{name}/loss"
+            if max(sum(key in row for row in each) for each in here.values()) >= _LEAST_POINTS:
+                rows.append((f"{stage}: held-out {name}", key, here))
+    if not rows:
         return None
-    figure, axes = _figure(2, len(stages))
-    for i, stage in enumerate(stages):
-        for arm, each in logs.items():
-            style = {**_style(results, arm), "marker": ""}
-            rows = [row for row in each.get(stage, []) if "train/loss" in row]
-            if not rows:
+    figure, axes = _figure(2, len(rows))
+    for i, (heading, key, here) in enumerate(rows):
+        over_tokens, over_minutes = axes[2 * i : 2 * i + 2]
+        tail: list[float] = []  # from where the loss has left its beginning
+        for arm, each in here.items():
+            if not (measured := [row for row in each if key in row]):
                 continue
-            width = max(1, len(rows) // 50)
-            losses = [row["train/loss"] for row in rows]
+            losses = [row[key] for row in measured]
+            is_training = key == "train/loss"
+            tail += losses[SETTLED if is_training else 1 :]
+            width = max(1, len(losses) // 50) if is_training else 0
             smooth = [statistics.fmean(losses[max(0, at - width) : at + 1]) for at in range(len(losses))]
-            for panel, (column, scale) in zip(axes[2 * i : 2 * i + 2], (("tokens", 1e6), ("seconds", 60)), strict=True):
-                xs = [row[column] / scale for row in rows]
-                panel.plot(xs, smooth, label=arm, **style)
-        settled = [row for each in logs.values() for row in each.get(stage, [])[SETTLED:]]
-        tail = [row["train/loss"] for row in settled if "train/loss" in row]
-        for panel, label in zip(axes[2 * i : 2 * i + 2], ("million tokens", "minutes"), strict=True):
-            panel.set(xlabel=label, ylabel="training loss (nats per token)", title=stage)
-            if tail:
-                panel.set_ylim(min(tail) - 0.05, statistics.quantiles(tail, n=10)[-1] if len(tail) > 1 else None)
+            style = _style(results, arm) | ({"marker": ""} if is_training else {"markersize": 4})
+            over_tokens.plot([row["tokens"] / 1e6 for row in measured], smooth, label=arm, **style)
+            over_minutes.plot([row["seconds"] / 60 for row in measured], smooth, label=arm, **style)
+        for panel, label in ((over_tokens, "million tokens"), (over_minutes, "minutes")):
+            panel.set(xlabel=label, ylabel="loss (nats per token)", title=heading)
+            if len(tail) > 1:
+                low, high = min(tail), statistics.quantiles(tail, n=10)[-1]
+                panel.set_ylim(low - max(0.05 * (high - low), 1e-3), high)
             panel.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure

@@ -96,13 +96,15 @@ def test_tasks_and_their_mean_are_paired_by_document(tmp_path):
 def test_losses_are_compared_at_as_many_tokens_and_after_as_many_minutes():
     slow = [{"step": i, "tokens": 100 * i, "seconds": 60.0 * i, "train/loss": 10 - 0.01 * i} for i in range(1, 201)]
     fast = [row | {"seconds": row["seconds"] / 2} for row in slow]
-    slow = slow[:100]  # stopped by time
-    slow[-1]["val/books/loss"] = fast[99]["val/books/loss"] = 3.0
-    fast[-1]["val/books/loss"] = 2.0
+    slow = slow[:90]  # stopped by time
+    slow[49]["val/books/loss"] = fast[49]["val/books/loss"] = 3.5
+    slow[-1]["val/books/loss"] = 3.1
+    fast[99]["val/books/loss"], fast[-1]["val/books/loss"] = 3.0, 2.0  # after 50 and after 100 minutes
     found = {arm: {f.task: f.value for f in figures} for arm, figures in at_equal({"s": slow, "f": fast}, "t").items()}
     assert found["s"]["train loss at 0.0 M tokens"] == found["f"]["train loss at 0.0 M tokens"]
-    assert found["f"]["train loss at 100.0 minutes"] < found["s"]["train loss at 100.0 minutes"] - 0.9
-    assert found["s"]["held-out books at step 100"] == found["f"]["held-out books at step 100"] == 3.0
+    assert found["s"]["held-out books at step 50"] == found["f"]["held-out books at step 50"] == 3.5
+    assert found["s"]["held-out books at 90.0 minutes"] == 3.1
+    assert found["f"]["held-out books at 90.0 minutes"] == pytest.approx(2.2)
 
 
 def test_what_evaluations_write_is_read(tmp_path):
