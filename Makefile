@@ -79,7 +79,7 @@ pretrain: setup ## pretrain RECIPE (resumes by itself; does nothing when finishe
 	@$(call measure,pretrain)
 
 extend: setup ## extend RECIPE's last stage to the context length TO, then measure its gate, if it has one (GATE=no: do not)
-	@test -n '$(TO)' || { echo 'error: recipes/$(RECIPE) has no extend-*.yaml'; exit 2; }
+	@test -n '$(TO)' || { echo 'error: recipes/$(RECIPE) has no extend-*.yaml; recipes that have: $(sort $(patsubst recipes/%/,%,$(dir $(wildcard recipes/*/extend-*.yaml))))'; exit 2; }
 	$(BIN)/python -m s2.training.cli recipes/$(RECIPE)/extend-$(TO).yaml $(DEVICES) $(ARGS)
 	@$(call measure,extend-$(TO))
 

@@ -92,7 +92,13 @@ class PackedDataModule(LightningDataModule):
                 self._last_trainer = weakref.ref(self.trainer) if self.trainer is not None else lambda: None
         if self._rows is not None:
             return
-        opened = {each.path: TokenShards(each.path) for each in (*self.components, *self.heldout_sets)}
+        opened = {}
+        for key, sets in (("mixture", self.components), ("validation", self.heldout_sets)):
+            for i, each in enumerate(sets):
+                try:
+                    opened[each.path] = TokenShards(each.path)
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"data.{key}[{i}].path: {error}") from None
         self._check_one_tokenizer(list(opened.values()))
         phases = self.section.phases
         self._rows = Curriculum(

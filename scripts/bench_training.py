@@ -27,6 +27,7 @@ from typing import Any
 
 from bench_record import Record, new_record, save
 
+from data.shards.reader import MANIFEST
 from s2 import ending, files
 from s2.recipe import load_recipe
 from s2.tables import markdown
@@ -143,13 +144,15 @@ def method(rows: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", required=True, help="comma-separated, such as 1.3b-8k:1,7b-128k-dense:2")
-    parser.add_argument("--data", type=Path, required=True, help="a folder of data.prepare")
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.prepare has made train/ in")
     parser.add_argument("--output", type=Path, required=True, help="without a suffix")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--commit", help="commit to name in the report (default: git)")
     args = parser.parse_args()
     if args.steps <= COMPILING:
         raise ValueError(f"--steps {args.steps} must be above {COMPILING}, the steps that are not timed")
+    if not (args.data / "train" / MANIFEST).is_file():
+        raise FileNotFoundError(f"--data {args.data}: expected the folder that data.prepare has made train/ in")
     import torch
 
     file = Path(f"{args.output}.json")

@@ -165,7 +165,9 @@ class Plan(Settings):
         words, leaves = (_filled(list(each), values, where) for each in (stage.command, stage.leaves))
         command = [str(word) for word in words]
         minutes = float(arm.minutes.get(stage.name, stage.minutes))
-        return Job(arm.name, stage.name, folder, recipe, command, tuple(leaves), minutes)
+        inputs = {key: value for key, value in values.items() if key in self.inputs and key not in arm.inputs}
+        plan = str(self.file or self.name)
+        return Job(arm.name, stage.name, folder, recipe, command, tuple(leaves), minutes, plan, inputs)
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ class Job:
         folder: <root>/<arm>; there <stage>.run.json is the record, <stage>.log what was said, <stage>.yaml the recipe.
         recipe: of a stage that trains, as it is trained.
         command: of other stages; the word `python` stands for this interpreter.
+        plan: its file.
+        inputs: of the plan, by name, as recipe and command have them; those that the arm sets are not among them.
     """
 
     arm: str
@@ -185,6 +189,8 @@ class Job:
     command: list[str]
     leaves: tuple[str, ...]
     minutes: float
+    plan: str = "the plan"
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def root(self) -> str:
@@ -252,7 +258,7 @@ class Job:
                 ModelConfig.from_dict({**base, **(model.get("config") or {})}, f"{where}.config")
             elif not Path(source).is_relative_to(self.folder):  # no earlier stage makes it
                 raise FileNotFoundError(
-                    f"{where}.init_from={source} has no config.json; name a Hugging Face folder with `inputs`"
+                    f"{where}.init_from={source} has no config.json{self._other(source, 'a Hugging Face folder')}"
                 )
         self.check_done()
 
@@ -287,7 +293,13 @@ class Job:
         for option, word in pairwise(self.command):
             is_made = any(map(Path(word).is_relative_to, (self.root, *prepared)))
             if option in reads and not is_made and not Path(word).exists():
-                raise FileNotFoundError(f"{where}: {option} {word}: no such file or folder; name another by `inputs`")
+                raise FileNotFoundError(f"{where}: {option} {word}: no such file or folder{self._other(word)}")
+
+    def _other(self, value: str, what: str = "another") -> str:
+        """How to name something else than `value`: by the input that has it, where one has."""
+        names = [f"inputs.{name}=<path>" for name, each in self.inputs.items() if each == value]
+        how = f"name {what} by {' and '.join(names)}; " if names else ""
+        return f"; {how}{self.plan} says where it comes from"
 
     def check_done(self) -> None:
         """Raises ValueError for a stage that was finished with another recipe or command: figures of two settings do

@@ -108,6 +108,12 @@ def test_generate_says_which_checkpoint_was_chosen_for_it(clone):
     assert "checkpoint:" not in make("-n", "generate", "CKPT=models/a", "PROMPT=a", folder=clone)
 
 
+def test_a_recipe_that_has_no_extension_is_refused_with_those_that_have():
+    done = subprocess.run(["make", "-o", "setup", "extend", "RECIPE=nope"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "recipes/nope has no extend-*.yaml; recipes that have: 1.3b 7b demo llama3.1-8b smollm2" in done.stdout
+
+
 def test_an_empty_setting_is_none(clone):
     assert "--ckpt runs/smollm2/extend-32k/hf" in plain("needle", "RECIPE=smollm2", "CKPT=", folder=clone)
     home = Path("~/models/a").expanduser()

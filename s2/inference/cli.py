@@ -174,8 +174,10 @@ def _sampling(args: argparse.Namespace, folder: ModelFolder) -> dict[str, Any]:
     try:
         check_sampling(**values)
     except ValueError as error:
-        source = f"{folder.folder}/generation_config.json and the command line" if args.own_sampling else "command line"
-        raise ValueError(f"{source}: {error}") from None
+        name, _, said = str(error).partition("=")
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} {said}") from None
+        raise ValueError(f"{folder.folder}/generation_config.json: {error}") from None
     return values
 
 

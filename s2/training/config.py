@@ -170,7 +170,7 @@ class Origin:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Have errors about keys say where the key stands."""
+        """Have errors about keys, and about files that they name, say where the key stands."""
         try:
             yield
         except settings.UnknownKeyError as error:
@@ -180,7 +180,12 @@ class Origin:
                 known |= self.known  # it may belong into another section
             raise ValueError(unknown_key_message(f"{before}{error.name}", known, self.file, self.overridden)) from None
         except settings.SettingError as error:
-            raise ValueError(f"{self.file}: {error}") from error
+            is_given = any(re.match(rf"{re.escape(key)}(?![\w-])", error.key) for key in self.overridden)
+            raise ValueError(f"{self.file}: {error}{' (on the command line)' if is_given else ''}") from error
+        except (ValueError, FileNotFoundError) as error:
+            if type(error) not in (ValueError, FileNotFoundError) or error.args[1:]:
+                raise  # of another kind, or the system's own
+            raise type(error)(f"{self.file}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ def read_stage(recipe: Mapping[str, Any], source: Path, overridden: Sequence[str
         trainer |= settings.arguments(ours, _TrainerLimits, "trainer")
         _check_together(run, trainer)
         seed = settings.convert(recipe.get("seed_everything", 1234), _Seed, "seed_everything")
-    model.schedule.factor(0, trainer["max_steps"])  # refuses a warmup beyond the end
+        model.schedule.factor(0, trainer["max_steps"])  # refuses a warmup beyond the end
     return StageConfig(run, model, sections["data"], trainer, seed, origin)
 
 

@@ -69,8 +69,9 @@ class Stage:
         self.checkpoint = RunCheckpoint(self.run, self.guard)
         self.trainer = self._trainer(arguments)
         self.checkpoint.recipe = self.resolved
-        _check_lengths(self.module, self.data)
-        accumulation = self.run.accumulation(self.data.micro_batch_size, self.data.seq_len, self.trainer.world_size)
+        with config.origin.named():
+            _check_lengths(self.module, self.data)
+            accumulation = self.run.accumulation(self.data.micro_batch_size, self.data.seq_len, self.trainer.world_size)
         gaps.set_accumulation(self.trainer, accumulation, self.run.validate_every)
 
     @cached_property

@@ -30,6 +30,9 @@ def run(tmp_path, monkeypatch):
         return bench_training.main()
 
     monkeypatch.setattr(bench_training, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    Path("d/train").mkdir(parents=True)
+    Path("d/train/manifest.json").write_text("{}")
     run.ran, run.page = ran, tmp_path / "rates.md"
     return run
 
@@ -46,6 +49,13 @@ def test_cases_are_added_to_what_is_there_and_those_that_ran_are_not_run_again(r
     assert record["command"] == (
         "python scripts/bench_training.py --cases 7b-8k-dense:1,7b-8k:2,7b-8k:1 --data d --commit def"
     )
+
+
+def test_data_is_the_folder_with_all_of_a_preparation(run, monkeypatch):
+    words = ["x", "--cases", "7b-8k:1", "--data", "d/train", "--output", "r"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(FileNotFoundError, match="--data d/train: expected the folder that data"):
+        bench_training.main()
 
 
 def test_a_case_is_the_recipe_as_it_ships_on_other_data(monkeypatch):

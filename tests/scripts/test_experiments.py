@@ -126,7 +126,12 @@ def test_a_recipe_is_refused_before_anything_runs(tmp_path):
     ("words", "error", "sentence"),
     [
         (["--haystack", "nowhere.jsonl"], FileNotFoundError, r"--haystack nowhere\.jsonl: no such file or folder"),
-        (["--documents", "{data}/train"], FileNotFoundError, r"--documents .*data/train: no such file or folder"),
+        (["--documents", "{data}/train"], FileNotFoundError, r"--documents .*data/train: no such file or folder; /.*"),
+        (
+            ["--qa", "{questions}"],
+            FileNotFoundError,
+            r"--qa q\.jsonl: .*name another by inputs\.questions=<path>; ",
+        ),
         (["--parts", "needles"], ValueError, r"--parts needles: expected some of"),
         (["--lenghts", "2k"], ValueError, r"unrecognized arguments: --lenghts 2k$"),
         (["--needle-n", "few"], ValueError, r"argument --needle-n: invalid int value: 'few'$"),
@@ -136,7 +141,7 @@ def test_a_command_that_could_not_run_after_training_is_refused_before_it(words,
     suite = ["python", "-m", "eval.suite", "--ckpt", "{arm}/train/hf"]
     stage = {"name": "evaluate", "leaves": ["{arm}/train/results/suite*.json"]}
     data = {"output": "{data}", "sources": [str(tmp_path / "*.yaml")], "tokenizer": {"path": "t.json"}}
-    inputs = {"data": str(tmp_path / "data")}
+    inputs = {"data": str(tmp_path / "data"), "questions": "q.jsonl"}
     stages = [{"name": "train", "recipe": RECIPE}, stage | {"command": suite + words}]
     path = write_plan(tmp_path, "", [{"name": "a"}], stages=stages, inputs=inputs)
     with pytest.raises(error, match=f"arm a, stage evaluate: {sentence}"):

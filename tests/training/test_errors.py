@@ -175,6 +175,20 @@ def test_a_wrong_value_names_key_value_and_remedy(
         key, equals, value = part.partition("=")
         assert re.search(re.escape(key) + ("(=|: .*)" if equals else "") + re.escape(value), error), (part, error)
     assert "Namespace(" not in error and "Union" not in error and "<class" not in error
+    assert "pretrain.yaml" in error or override in ("max_steps", "data.mixture.3.weight=1")  # these are in no file
+
+
+def test_a_value_is_said_to_be_of_the_command_line_where_it_is(refuse: Callable[..., str], tmp_path: Path) -> None:
+    betas = "model.optimizer.betas[0]: expected a number from 0 to below 1, got 2"
+    assert refuse("model.optimizer.betas=[2, 0.9]").endswith(f"pretrain.yaml: {betas} (on the command line)")
+    recipe = tiny_recipe(tmp_path)
+    recipe["model"]["optimizer"]["betas"] = [2, 0.9]
+    assert refuse("model.optimizer.lr=1e-3", recipe=recipe).endswith(f"pretrain.yaml: {betas}")
+
+
+def test_a_folder_of_shards_that_is_not_there_is_named_with_its_key(refuse: Callable[..., str]) -> None:
+    for key in ("data.mixture", "data.validation"):
+        assert f"{key}[0].path: shard folder nowhere does not exist" in refuse(f"{key}.0.path=nowhere")
 
 
 def test_a_missing_corpus_is_named(refuse: Callable[..., str]) -> None:
