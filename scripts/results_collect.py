@@ -333,8 +333,10 @@ def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str
             step = max(common)
             for arm, curve in values.items():
                 add(arm, f"held-out {name} at step {step:,}", curve[step])
-        if all(curves.values()):
-            last = min(rows[-1]["seconds"] for rows in curves.values())
+        if not all(curves.values()):
+            continue
+        last = min(rows[-1]["seconds"] for rows in curves.values())
+        if all(rows[0]["seconds"] <= last for rows in curves.values()):
             for arm, rows in curves.items():
                 value = np.interp(last, [row["seconds"] for row in rows], [row[key] for row in rows])
                 add(arm, f"held-out {name} at {last / 60:.1f} minutes", float(value))

@@ -105,6 +105,9 @@ def test_losses_are_compared_at_as_many_tokens_and_after_as_many_minutes():
     assert found["s"]["held-out books at step 50"] == found["f"]["held-out books at step 50"] == 3.5
     assert found["s"]["held-out books at 90.0 minutes"] == 3.1
     assert found["f"]["held-out books at 90.0 minutes"] == pytest.approx(2.2)
+    late = [{"step": 1, "tokens": 100, "seconds": 9000.0, "train/loss": 1.0, "val/books/loss": 1.0}]
+    figures = at_equal({"s": slow, "late": late}, "t")["late"]  # of a first validation after all of another's
+    assert [figure.task for figure in figures] == ["train loss at 0.0 M tokens"]
 
 
 def test_what_evaluations_write_is_read(tmp_path):
