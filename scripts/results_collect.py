@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from s2 import files
 from s2.model.config import ModelConfig
 from s2.model.flops import flops_per_token, full_square_flops_per_token
 from s2.model.hf import load_config
-from s2.training.metrics import read_metrics
+from s2.training.metrics import heldout_sets, read_metrics
 
 _MOST_LOSS = 100.0  # whose perplexity is a figure
 SETTLED = 2  # logged rows at the start whose rate says nothing: they compile
@@ -325,28 +326,22 @@ def at_equal(logs: Mapping[str, list[dict[str, float]]], stage: str) -> dict[str
             error = statistics.stdev(losses.values()) / math.sqrt(len(losses)) if len(losses) > 1 else None
             mean = statistics.fmean(losses.values())
             add(arm, f"train loss at {end / 1e6:.1f} M tokens", mean, n=len(losses), stderr=error, samples=losses)
-    for name in heldout_names(logs.values()):
+    for name in heldout_sets(chain.from_iterable(logs.values())):
         key = f"val/{name}/loss"
-        curves = {arm: [row for row in rows if key in row] for arm, rows in logs.items()}
-        values = {arm: {row["step"]: row[key] for row in rows} for arm, rows in curves.items()}
+        taken = {arm: [row for row in rows if key in row] for arm, rows in logs.items()}
+        values = {arm: {row["step"]: row[key] for row in rows} for arm, rows in taken.items()}
         if common := set.intersection(*map(set, values.values())):
             step = max(common)
             for arm, curve in values.items():
                 add(arm, f"held-out {name} at step {step:,}", curve[step])
-        if not all(curves.values()):
+        if not all(taken.values()):
             continue
-        last = min(rows[-1]["seconds"] for rows in curves.values())
-        if all(rows[0]["seconds"] <= last for rows in curves.values()):
-            for arm, rows in curves.items():
+        last = min(rows[-1]["seconds"] for rows in taken.values())
+        if all(rows[0]["seconds"] <= last for rows in taken.values()):
+            for arm, rows in taken.items():
                 value = np.interp(last, [row["seconds"] for row in rows], [row[key] for row in rows])
                 add(arm, f"held-out {name} at {last / 60:.1f} minutes", float(value))
     return found
-
-
-def heldout_names(logs: Iterable[list[dict[str, float]]]) -> list[str]:
-    """Of the sets that were validated on, in the order of the logs."""
-    keys = (key for rows in logs for row in rows for key in row)
-    return list(dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("val/")))
 
 
 def collect(arms: Mapping[str, Sequence[Job]], baseline: str | None, also: str | None = None) -> dict[str, Any]:

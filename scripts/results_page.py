@@ -9,11 +9,12 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from results_cells import Row, cell, title
-from results_collect import SETTLED, heldout_names
+from results_collect import SETTLED
 from results_heatmaps import front, heatmaps
 from results_plan import Plan, shown
 
@@ -23,6 +24,7 @@ from eval.report.settings import NO_SYNTHETIC, UNKNOWN, synthetic_share
 from s2 import files
 from s2.tables import markdown
 from s2.training.gate import gate_warning
+from s2.training.metrics import heldout_sets
 
 SIGNATURE = "<!-- written by scripts/results.py, which replaces it -->"
 PARTS = {
@@ -294,7 +296,7 @@ def _curves(results: Row, logs: Row) -> Any:
     for stage in dict.fromkeys(stage for each in logs.values() for stage in each):
         here = {arm: each[stage] for arm, each in logs.items() if stage in each}
         rows.append((f"{stage}: training loss", "train/loss", here))
-        for name in heldout_names(here.values())[:1]:
+        for name in heldout_sets(chain.from_iterable(here.values()))[:1]:
             key = f"val/{name}/loss"
             if max(sum(key in row for row in each) for each in here.values()) >= _LEAST_POINTS:
                 rows.append((f"{stage}: held-out {name}", key, here))

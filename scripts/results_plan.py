@@ -299,7 +299,7 @@ class Job:
         """How to name something else than `value`: by the input that has it, where one has."""
         names = [f"inputs.{name}=<path>" for name, each in self.inputs.items() if each == value]
         how = f"name {what} by {' and '.join(names)}; " if names else ""
-        return f"; {how}{self.plan} says where it comes from"
+        return f"; {how}see {self.plan}"
 
     def check_done(self) -> None:
         """Raises ValueError for a stage that was finished with another recipe or command: figures of two settings do

@@ -14,7 +14,7 @@ from s2.model.config import ModelConfig
 from s2.model.hf import fingerprint, load_config
 from s2.recipe import load_recipe
 from s2.training.gate import BEFORE, what_is_wrong
-from s2.training.metrics import read_metrics
+from s2.training.metrics import heldout_sets, read_metrics
 
 _TABLE = ("results", "versions", "n-shot", "higher_is_better")  # what lm-eval makes a table of
 
@@ -84,8 +84,7 @@ class Run:
 
     @property
     def heldout_sets(self) -> list[str]:
-        names = (key for row in self.log for key in row if key.startswith("val/") and key.endswith("/loss"))
-        return list(dict.fromkeys(key.removeprefix("val/").removesuffix("/loss") for key in names))
+        return heldout_sets(self.log)
 
 
 def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:

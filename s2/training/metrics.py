@@ -92,6 +92,12 @@ def read_metrics(path: Path, *, strict: bool = False) -> list[dict[str, float]]:
     return rows
 
 
+def heldout_sets(rows: Iterable[Mapping[str, float]]) -> list[str]:
+    """Names of the sets that rows of a metrics file have losses of, in their order there."""
+    names = (key for row in rows for key in row if key.startswith("val/") and key.endswith("/loss"))
+    return list(dict.fromkeys(key.removeprefix("val/").removesuffix("/loss") for key in names))
+
+
 def plot_losses(rows: list[dict[str, float]], png: Path, baselines: Mapping[str, float], title: str) -> None:
     """Train and held-out loss over tokens, with each set's unigram loss as a dashed line.
 
@@ -106,8 +112,7 @@ def plot_losses(rows: list[dict[str, float]], png: Path, baselines: Mapping[str,
     train = [(row["tokens"], row["train/loss"]) for row in rows if "train/loss" in row]
     if train:
         axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="train")
-    names = dict.fromkeys(key.split("/")[1] for row in rows for key in row if key.startswith("val/"))
-    for index, name in enumerate(names):
+    for index, name in enumerate(heldout_sets(rows)):
         key, colour = f"val/{name}/loss", f"C{index + 1}"
         curve = [(row["tokens"], row[key]) for row in rows if key in row]
         axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=3, label=f"held-out {name}")

@@ -60,8 +60,8 @@ class Stage:
         if (seed := config.seed_everything) is not False:
             seed_everything(None if seed is True else seed, workers=True)
         register_strategies()
-        _check_strategy(config)
         with config.origin.named():
+            _check_strategy(config.trainer.get("strategy", "auto"))
             arguments = settings.arguments(self.trainer_keys, Trainer, "trainer")
             self.data: Any = settings.instantiate(config.data, LightningDataModule, "data")
             self.module = PretrainModule(config.model)
@@ -116,11 +116,12 @@ class Stage:
         if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_JOB_ID" in os.environ:
             asked = arguments.get("plugins") or []
             arguments["plugins"] = [*(asked if isinstance(asked, list) else [asked]), gaps.cluster_environment()]
-        try:
-            with gaps.value_errors():
-                return Trainer(**arguments)
-        except (TypeError, ValueError, ImportError) as error:  # of devices and accelerators that there are not
-            raise ValueError(f"trainer in {self.config.origin.file}: {error}") from error
+        with self.config.origin.named():
+            try:
+                with gaps.value_errors():
+                    return Trainer(**arguments)
+            except (TypeError, ValueError, ImportError) as error:  # of devices and accelerators that there are not
+                raise settings.SettingError("trainer", str(error)) from error
 
     def train(self) -> None:
         """Train from where the stage stands, or say that there is nothing left to do.
@@ -260,14 +261,12 @@ def _check_start(meta: Mapping[str, Any], init_from: str | None, place: Path) ->
     )
 
 
-def _check_strategy(config: StageConfig) -> None:
+def _check_strategy(name: Any) -> None:
     """Refuse a strategy that Lightning has no name for."""
-    name = config.trainer.get("strategy", "auto")
     known = [*STRATEGIES, "auto", *StrategyRegistry.available_strategies()]
     if isinstance(name, str) and name not in known:
-        hint = "".join(f"did you mean {close}? " for close in difflib.get_close_matches(name, known, n=1))
-        there = f"There are auto, {', '.join(STRATEGIES)}"
-        raise ValueError(f"trainer.strategy={name} in {config.origin.file}: {hint}{there}")
+        hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, known, n=1))
+        raise settings.SettingError("trainer.strategy", f"expected auto, {', '.join(STRATEGIES)}, got {name!r}{hint}")
 
 
 def _check_lengths(module: PretrainModule, data: Any) -> None:
