@@ -1,7 +1,7 @@
 """One block of the network: norm, grouped-query attention under the layer's pattern, SwiGLU.
 
-Every weight is used only inside the forward of the module that owns it, and drawn in that module's
-constructor, which is what DeepSpeed ZeRO-3 needs to gather and partition it.
+Every weight is used only inside the forward of the block that owns it, and drawn in its module's constructor, which is
+what DeepSpeed ZeRO-3 needs to gather and partition it.
 
 Shapes: B batch, S sequence, T = B * S packed tokens, E hidden size, H heads, D head dimension.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from s2.attention import Pattern, s2_attention
 
+from .compiling import compile_whole
 from .config import ModelConfig
-from .recompute import CheckpointMode, run_checkpointed
+from .recompute import CheckpointMode, Halves, run_in_halves, run_selectively
 from .rope import apply_rotary
 
 
@@ -114,7 +115,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, _residual_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
 
 
 class Block(nn.Module):
@@ -131,7 +135,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.checkpointing: CheckpointMode = "none"
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: _Programs | None = None
         self._narrow = max(config.hidden_size, config.num_attention_heads * config.head_dim)
 
     def forward(
@@ -142,23 +146,63 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        if self._compiled is None or cache is not None:  # it would be compiled anew for every cache length
-            return self._run(x, cos, sin, cu_seqlens, cache)
-        if cu_seqlens is not None:
+        if cache is not None:  # eager: it would be compiled anew for every cache length
+            return self._mlp(self._attend(x, cos, sin, cu_seqlens, cache))
+        if self._compiled is not None and cu_seqlens is not None:
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        return self._compiled(x, cos, sin, cu_seqlens, None)
+        programs = self._compiled or self._programs()
+        if self.checkpointing == "full":
+            return run_in_halves(self._halves(programs), x, cos, sin, cu_seqlens)
+        return programs.whole(x, cos, sin, cu_seqlens)
 
-    def compile(self, **options: Any) -> None:
-        """Compile what the block computes by `torch.compile(**options)`, but not the hooks on it; decoding with a cache
-        stays eager."""
-        self._compiled = torch.compile(self._run, **options)
+    def compile(self, graphs: int, *, backend: str = "inductor") -> None:
+        """Compile what the block computes, but not the hooks on it; decoding with a cache stays eager.
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
-        return run_checkpointed(self._forward, self.checkpointing, self._narrow, x, cos, sin, cu_seqlens, cache)
+        Args:
+            graphs: most that all blocks of the model together need.
+            backend: of torch.compile.
+        """
+        self._compiled = _Programs(*(compile_whole(program, graphs, backend=backend) for program in self._programs()))
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def _programs(self) -> _Programs:
+        return _Programs(self._whole, self._attend, self._hidden)
+
+    def _whole(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if self.checkpointing == "selective":
+            return run_selectively(self._forward, self._narrow, x, cos, sin, cu_seqlens)
+        return self._forward(x, cos, sin, cu_seqlens)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return self._mlp(self._attend(x, cos, sin, cu_seqlens))
+
+    def _attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, cache)
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+    def _hidden(self, h: Tensor) -> Tensor:
+        return self.mlp.hidden(self.post_attention_layernorm(h))
+
+    def _halves(self, programs: _Programs) -> Halves:
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        return Halves(
+            programs.attend,
+            programs.hidden,
+            mlp.down_proj,
+            attend_modules=(self.input_layernorm, self.self_attn),
+            hidden_modules=(norm, mlp.gate_proj, mlp.up_proj),
+        )
+
+
+class _Programs(NamedTuple):
+    """What a block computes, compiled or not."""
+
+    whole: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
+    hidden: Callable[..., Tensor]
 
 
 def _residual_std(config: ModelConfig) -> float:

@@ -252,10 +252,7 @@ class Transformer(nn.Module):
             backend: of torch.compile.
         """
         variants = {(block.self_attn.pattern, block.self_attn.rotation) for block in self.model.blocks}
-        # graphs of a pattern: packed or not, with gradients or not, and each for some lengths and any length
-        limit, dynamo = 32 * len(variants), torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
-        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
+        graphs = 32 * len(variants)  # packed or not, with gradients or not, and each for some lengths and any length
         for block in self.model.blocks:
-            block.compile(fullgraph=True, backend=backend)
+            block.compile(graphs, backend=backend)
         self.lm_head.loss_backend = backend

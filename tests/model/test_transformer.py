@@ -1,12 +1,10 @@
-"""The network: documents, losses, initialisation, activation checkpointing, compilation."""
+"""The network: documents, losses, initialisation."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2.model import ModelConfig, Transformer
-from s2.model.layers import MLP
 
 SPARSE = "L2V4+dense1"
 
@@ -142,117 +140,6 @@ def test_layers_of_one_pattern_rotate_residues_and_share_them_where_they_repeat(
     assert rotations == [0, 1, 0, 0, 1, 0]  # stride 4 over 2 heads repeats after two sparse layers
     complete = build("L1V4", num_key_value_heads=6, num_hidden_layers=4)
     assert [b.self_attn.rotation for b in complete.model.blocks] == [0, 0, 0, 0]
-
-
-# -------------------------------------------------------------------- checkpointing, compile
-
-
-def gradients(model, cu_seqlens=None):
-    model.zero_grad()
-    ids = tokens(2, 64)
-    loss, count = model(ids, labels=ids.roll(-1, 1), cu_seqlens=cu_seqlens)
-    (loss / count).backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_checkpointing_changes_no_gradient(mode, packed):
-    model = build()
-    cu_seqlens = borders(0, 20, 64, 128) if packed else None
-    loss, expected = gradients(model, cu_seqlens)
-    model.set_activation_checkpointing(mode)
-    again, recomputed = gradients(model, cu_seqlens)
-    assert torch.equal(loss, again)
-    rounds = packed and mode == "selective"  # which watches ops: on a CPU attention masks then instead of gathering
-    for name, gradient in expected.items():
-        rounding = 4 * torch.finfo().eps * gradient.abs().max().item() if rounds else 0
-        torch.testing.assert_close(recomputed[name], gradient, atol=rounding, rtol=0, msg=name)
-
-
-def calls_in_backward(mode):
-    """How often each op of interest runs from the backward on, for a model of three dense layers."""
-    model = build("dense")
-    model.set_activation_checkpointing(mode)
-    ids = tokens(1, 64)
-    loss, _ = model(ids, labels=ids)
-    seen = {"attention": 0, "mm": 0, "silu": 0}
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func._schema.name
-            seen["attention"] += name.startswith("aten::_scaled_dot_product") and "backward" not in name
-            seen["mm"] += name == "aten::mm"
-            seen["silu"] += name == "aten::silu"
-            return func(*args, **(kwargs or {}))
-
-    with Count():
-        loss.backward()
-    return seen
-
-
-def test_what_each_mode_recomputes():
-    none, selective, full = (calls_in_backward(mode) for mode in ("none", "selective", "full"))
-    assert (none["attention"], none["silu"]) == (0, 0)
-    # gate and up are recomputed in every layer, attention and its projections are not
-    assert selective == {"attention": 0, "mm": none["mm"] + 3 * 2, "silu": 3}
-    # all but down_proj, whose output no gradient needs
-    assert full == {"attention": 3, "mm": none["mm"] + 3 * 6, "silu": 3}
-
-
-def test_unknown_checkpointing_mode_is_an_error():
-    with pytest.raises(ValueError, match=r"activation_checkpointing='some'.*selective"):
-        build().set_activation_checkpointing("some")
-
-
-def assert_compiled_is_the_same(model, mode, backend):
-    names = list(model.state_dict())
-    loss, expected = gradients(model)
-    model.set_activation_checkpointing(mode)
-    torch._dynamo.reset()
-    model.compile_blocks(backend=backend)
-    compiled_loss, compiled = gradients(model)
-    assert list(model.state_dict()) == names
-    torch.testing.assert_close(compiled_loss, loss)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(compiled[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_blocks_are_captured_whole(mode):
-    assert_compiled_is_the_same(build("dense"), mode, "aot_eager")
-
-
-def test_a_block_that_cannot_be_captured_whole_is_an_error_and_not_eager_code(monkeypatch):
-    original = MLP.forward
-
-    def forward(self, x):
-        torch._dynamo.graph_break()
-        return original(self, x)
-
-    monkeypatch.setattr(MLP, "forward", forward)
-    model = build("dense")
-    model.compile_blocks(backend="aot_eager")
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        model(tokens(1, 64))
-
-
-def test_hooks_on_a_block_run_outside_of_what_is_compiled_or_recomputed():
-    model, calls = build("dense", num_hidden_layers=1), []
-    block = model.model.blocks[0]
-    block.register_forward_pre_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
-    for mode, compiled in (("full", False), ("selective", False), ("full", True)):
-        model.set_activation_checkpointing(mode)
-        if compiled:
-            torch._dynamo.reset()
-            model.compile_blocks(backend="aot_eager")
-        calls.clear()
-        gradients(model)
-        assert calls == [False]
-
-
-def test_compiled_blocks_change_no_gradient():
-    assert_compiled_is_the_same(build("dense", num_hidden_layers=2), "selective", "inductor")
 
 
 # -------------------------------------------------------------------- errors

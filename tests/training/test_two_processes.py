@@ -87,11 +87,12 @@ def test_fewer_ranks_after_a_resume_change_nothing(tmp_path: Path, strategy: str
 
 
 @pytest.mark.nightly
-def test_weights_gathered_ahead_do_not_disturb_selective_checkpointing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_weights_gathered_ahead_do_not_disturb_checkpointing(tmp_path: Path, mode: str) -> None:
     """After a validation DeepSpeed knows which weights come next, and gathers them ahead in the first forward of
     training, but not when that forward is recomputed."""
     recipe = tiny_recipe(tmp_path, "whole")
-    recipe["model"] |= {"activation_checkpointing": "selective", "schedule": {"name": "constant"}}
+    recipe["model"] |= {"activation_checkpointing": mode, "schedule": {"name": "constant"}}
     recipe["trainer"]["max_steps"] = 3
     path = write_recipe(tmp_path, recipe)
     assert main([str(path)]) == 0
