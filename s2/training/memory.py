@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from s2.model.config import ModelConfig
+from s2.model.recompute import tile_rows
 
 GIB = 2**30
 
@@ -62,26 +63,37 @@ def estimate_memory(
         weights=parameters * (2 if low else 4) * shard[2],
         gradients=parameters * 4 * shard[1],
         optimizer=0.0 if offload_optimizer else parameters * (12 if low else 8) * shard[0],
-        activations=tokens * _activation_bytes(config, checkpointing, 2 if low else 4),
+        activations=_activations(config, checkpointing, tokens) * (2 if low else 4),
     )
 
 
-def _activation_bytes(config: ModelConfig, checkpointing: str, width: int) -> float:
-    """Bytes kept per token between forward and backward.
+def _activations(config: ModelConfig, checkpointing: str, tokens: int) -> int:
+    """Elements of so many tokens that exist at most between forward and backward.
 
-    A block keeps, in elements: two residual inputs and two norm outputs (4 E), rotated q, k, v (Q + 2 K), with qk_norm
-    what is normed (Q + K), the attention output (Q), and gate, up, their activation and product (4 F). `selective`
-    keeps the block's input, q, k, v, the attention output and its projection, `full` only the input; both hold one
-    whole block at a time in the backward.
+    A block keeps: two residual inputs and two norm outputs (4 E), rotated q, k, v (Q + 2 K), with qk_norm what is
+    normed (Q + K), the attention output (Q), and gate, up, their activation and product (4 F). `selective` keeps the
+    block's input, q, k, v, the attention output and its projection, and holds one whole block at a time in the backward.
+    `full` keeps the block's input, and holds first a tile of the MLP beside what attention keeps, then attention beside
+    its gradients, that of q in fp32 too.
     The head keeps the last hidden states, their norm and their gradient (3 E); its logits exist a chunk at a time.
     """
     E, F = config.hidden_size, config.intermediate_size
     Q = config.num_attention_heads * config.head_dim
     K = config.num_key_value_heads * config.head_dim
-    whole = (4 * E + 2 * Q + 2 * K + config.qk_norm * (Q + K) + 4 * F) * width
-    kept = {"none": whole, "selective": (2 * E + 2 * Q + 2 * K) * width, "full": E * width}[checkpointing]
-    working = 0 if checkpointing == "none" else whole
-    return config.num_hidden_layers * kept + working + 3 * E * width
+    attention = E + 2 * Q + 2 * K + config.qk_norm * (Q + K)
+    whole = tokens * (3 * E + attention + 4 * F)
+    kept, working = {
+        "none": (whole, 0),
+        "selective": (tokens * (2 * E + 2 * Q + 2 * K), whole),
+        "full": (
+            tokens * E,
+            max(
+                tokens * (attention + 3 * E) + tile_rows(tokens, F) * 7 * F,
+                tokens * (attention + 2 * E + 4 * Q + 2 * K),
+            ),
+        ),
+    }[checkpointing]
+    return config.num_hidden_layers * kept + working + tokens * 3 * E
 
 
 def memory_of(module: Any, data: Any, trainer: Any, precision: str | None = None) -> MemoryEstimate:

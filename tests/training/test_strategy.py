@@ -204,6 +204,20 @@ def test_memory_estimate_shards_what_each_zero_stage_shards(stage: int, bytes_pe
     assert memory.total == config.num_parameters() * bytes_per_parameter
 
 
+def test_long_sequences_under_full_checkpointing_hold_no_more_where_the_mlp_is_wider() -> None:
+    """A 7B at 128k, in GiB: 32 of blocks' inputs, 3 at the head, 13 of attention and its gradients."""
+
+    def activations(width: int, mode: str) -> float:
+        config = ModelConfig(
+            vocab_size=1000, hidden_size=4096, intermediate_size=width, num_hidden_layers=32, num_attention_heads=32
+        )
+        settings = {"stage": 3, "world_size": 2, "precision": "bf16-mixed", "checkpointing": mode}
+        return estimate_memory(config, 2**17, **settings).activations / 2**30
+
+    assert activations(11_008, "full") == activations(44_032, "full") == 48
+    assert activations(11_008, "selective") < activations(44_032, "selective")
+
+
 def test_full_checkpointing_keeps_less_than_selective_and_that_less_than_none() -> None:
     config = ModelConfig(
         vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4
