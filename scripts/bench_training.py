@@ -1,12 +1,13 @@
 """Training rates of the recipes on this machine's GPUs: tokens/s, MFU, and memory beside its estimate.
 
     python scripts/bench_training.py --data runs/1.3b/data --output docs/benchmarks/<date>-several-h200 \
-        --cases 1.3b-8k:1,1.3b-8k:2,7b-8k:2,7b-8k-dense:2 [--steps 5]
+        --cases 1.3b-8k:1,1.3b-8k:2,7b-8k:2,7b-8k-dense:2 [--steps 5] [--set trainer.strategy=zero_2_offload]
 
 A case is `<recipe>-<length>[-dense]:<GPUs>`: the recipe's stage of that length as it ships, through its command line,
 but for three things: it starts from random weights, all of its data are `--data` (a folder of `data.prepare` with the
 recipe's vocabulary), and nothing is saved. `-dense` makes every layer dense. A step is `MICRO_BATCHES` micro-batches a
-GPU. The first two steps, which compile, are left out; the rate is the median of the others.
+GPU. Each `--set KEY=VALUE` is a setting of the recipe on top, of all cases of this call, whose rows are named with it.
+The first two steps, which compile, are left out; the rate is the median of the others.
 
 Every case is a run of its own, one after the other. Results are added to <output>.json, which is written after each
 case; cases that are there are not run again. <output>.md is the table of all of them. A case that fails is a row with
@@ -79,15 +80,15 @@ def overrides(case: re.Match[str], path: Path, data: Path, steps: int, root: str
     ]
 
 
-def measure(name: str, data: Path, steps: int) -> dict[str, Any]:
-    """Run one case; its row."""
+def measure(name: str, data: Path, steps: int, changes: list[str]) -> dict[str, Any]:
+    """Run one case with `changes`, settings as `KEY=VALUE`; its row."""
     case = _CASE.fullmatch(name)
     if case is None:
         raise ValueError(f"--cases: expected <recipe>-<length>k[-dense]:<GPUs>, such as 7b-8k:2, got {name!r}")
     path = recipe_file(case["recipe"], int(case["length"]))
     stage = load_recipe(path)["run"]["stage"]
     with files.temporary_folder() as root:
-        settings = overrides(case, path, data, steps, str(root))
+        settings = overrides(case, path, data, steps, str(root)) + changes
         command = [sys.executable, "-m", "s2.training.cli", str(path), *settings]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         metrics = Path(root, case["recipe"], stage, "logs", "metrics.csv")
@@ -115,18 +116,19 @@ def parts(record: Record) -> list[str]:
     """The page's table."""
     header = ("case", "GPUs", "tokens/s/GPU", "over dense", "MFU executed / dense-equivalent", "peak GiB", "estimate",
               "steps")  # fmt: skip
-    rates = {row["case"]: row["tokens_per_second_per_device"] for row in record["rows"].values()}
+    rates = {name: row["tokens_per_second_per_device"] for name, row in record["rows"].items()}
     body = []
     for name, row in record["rows"].items():
-        kind, gpus = name.split(":")
+        case, *changes = name.split(maxsplit=1)
+        kind, gpus = case.split(":")
         if (rate := row["tokens_per_second_per_device"]) is None:
-            body.append([kind, gpus, f"exit code {row['exit_code']}: {row['said']}", *[""] * 5])
+            body.append([" ".join([kind, *changes]), gpus, f"exit code {row['exit_code']}: {row['said']}", *[""] * 5])
             continue
-        dense = rates.get(f"{kind}-dense:{gpus}")
+        dense = rates.get(" ".join([f"{kind}-dense:{gpus}", *changes]))
         mfu = [f"{row[key]:.3f}" for key in ("mfu_executed", "mfu_dense_equivalent") if row[key] is not None]
         over, steps = f"{rate / dense:.2f}x" if dense else "", len(row["tokens_per_second_per_device_all"])
         memory = [f"{row['memory_gib']:.1f}", f"{row['estimate_gib'] or ''}"]
-        body.append([kind, gpus, f"{rate:,.0f}", over, " / ".join(mfu), *memory, str(steps)])
+        body.append([" ".join([kind, *changes]), gpus, f"{rate:,.0f}", over, " / ".join(mfu), *memory, str(steps)])
     return [markdown(header, body)]
 
 
@@ -147,6 +149,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder that data.prepare has made train/ in")
     parser.add_argument("--output", type=Path, required=True, help="without a suffix")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="repeatable; a setting of the recipe"
+    )
     parser.add_argument("--commit", help="commit to name in the report (default: git)")
     args = parser.parse_args()
     if args.steps <= COMPILING:
@@ -161,10 +166,11 @@ def main() -> int:
     packages = ("torch", "triton", "lightning", "deepspeed")
     machine = f"{len(names)} x {names[0]}"
     record = new_record("bench_training", sys.argv[1:], machine, packages, commit=args.commit, rows=rows)
-    for name in args.cases.split(","):
+    for case in args.cases.split(","):
+        name = " ".join([case, *args.set])
         if rows.get(name, {}).get("exit_code") == 0:
             continue
-        row = rows[name] = measure(name, args.data, args.steps) | {"commit": record["commit"]}
+        row = rows[name] = measure(case, args.data, args.steps, args.set) | {"commit": record["commit"]}
         print(name, row["exit_code"], row["tokens_per_second_per_device"], row["memory_gib"], row["said"], flush=True)
         save(record | {"method": method(rows)}, args.output, "Training rates", parts(record))
     print(*parts(record))

@@ -16,16 +16,16 @@ def run(tmp_path, monkeypatch):
     """Cases that take no time; those of 2 GPUs fail."""
     ran = []
 
-    def measure(name, data, steps):
-        ran.append(name)
+    def measure(name, data, steps, changes):
+        ran.append(" ".join([name, *changes]))
         rate = 100.0 * len(ran) if name.endswith(":1") else None
         figures = {"tokens_per_second_per_device": rate, "tokens_per_second_per_device_all": [rate] * 3}
         memory = {"mfu_executed": 0.5, "mfu_dense_equivalent": 0.75, "memory_gib": 40.0, "estimate_gib": 39.5}
         ends = {"exit_code": 0, "said": ""} if rate else {"exit_code": 5, "said": "error: out of memory"}
         return {"case": name, **figures, **memory, **ends}
 
-    def run(cases, commit):
-        words = ["x", "--cases", cases, "--data", "d", "--output", str(tmp_path / "rates"), "--commit", commit]
+    def run(cases, commit, *more):
+        words = ["x", "--cases", cases, "--data", "d", "--output", str(tmp_path / "rates"), "--commit", commit, *more]
         monkeypatch.setattr(sys, "argv", words)
         return bench_training.main()
 
@@ -49,6 +49,16 @@ def test_cases_are_added_to_what_is_there_and_those_that_ran_are_not_run_again(r
     assert record["command"] == (
         "python scripts/bench_training.py --cases 7b-8k-dense:1,7b-8k:2,7b-8k:1 --data d --commit def"
     )
+
+
+def test_cases_with_settings_of_their_own_are_rows_beside_those_without(run):
+    assert run("7b-8k-dense:1,7b-8k:1", "abc") == 0
+    assert run("7b-8k:1,7b-8k-dense:1", "abc", "--set", "trainer.strategy=zero_3", "--set", "a.b=[1, 2]") == 0
+    settings = "trainer.strategy=zero_3 a.b=[1, 2]"
+    assert run.ran == ["7b-8k-dense:1", "7b-8k:1", f"7b-8k:1 {settings}", f"7b-8k-dense:1 {settings}"]
+    page = run.page.read_text()
+    assert "| 7b-8k | 1 | 200 | 2.00x |" in page
+    assert f"| 7b-8k {settings} | 1 | 300 | 0.75x |" in page
 
 
 def test_data_is_the_folder_with_all_of_a_preparation(run, monkeypatch):
