@@ -24,7 +24,7 @@ from data.shards.mixture import Curriculum, Mixture, PackedStream, Passes
 from data.shards.reader import TokenShards
 from data.shards.unigram import target_counts, unigram_loss
 from s2.recipe import difference_lines
-from s2.settings import read
+from s2.settings import SettingError, read
 
 LOST_TEXT = (LOST, UNKNOWN, DROPPED)  # counted in manifests: characters of documents that did not become tokens
 WASTEFUL = 0.05  # share of empty places that is worth a warning; length filters cost some
@@ -98,7 +98,7 @@ class PackedDataModule(LightningDataModule):
                 try:
                     opened[each.path] = TokenShards(each.path)
                 except FileNotFoundError as error:
-                    raise FileNotFoundError(f"data.{key}[{i}].path: {error}") from None
+                    raise SettingError(f"data.{key}[{i}].path", str(error)) from None
         self._check_one_tokenizer(list(opened.values()))
         phases = self.section.phases
         self._rows = Curriculum(
@@ -130,10 +130,11 @@ class PackedDataModule(LightningDataModule):
         first = folders[0]
         for shards in folders[1:]:
             if shards.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
-                raise ValueError(
-                    f"data: {first.folder} and {shards.folder} were tokenized by different tokenizers"
+                raise SettingError(
+                    "data",
+                    f"{first.folder} and {shards.folder} were tokenized by different tokenizers"
                     f" (sha256 {first.manifest['tokenizer']['sha256'][:12]} and"
-                    f" {shards.manifest['tokenizer']['sha256'][:12]}); prepare both with one tokenizer.json"
+                    f" {shards.manifest['tokenizer']['sha256'][:12]}); prepare both with one tokenizer.json",
                 )
 
     @property
@@ -196,11 +197,12 @@ class PackedDataModule(LightningDataModule):
         return self._shards.manifest["tokenizer"]["eos_id"]
 
     def check_vocab_size(self, model_vocab_size: int) -> None:
-        """Raises ValueError where the data has tokens the model has no embedding for."""
+        """Raises SettingError where the data has tokens the model has no embedding for."""
         if model_vocab_size < self.vocab_size:
-            raise ValueError(
-                f"model vocab_size {model_vocab_size} is smaller than the tokenizer's {self.vocab_size}"
-                f" ({self._shards.folder}); set vocab_size to at least {self.vocab_size}"
+            raise SettingError(
+                "model.config.vocab_size",
+                f"{model_vocab_size} is smaller than the tokenizer's {self.vocab_size}"
+                f" ({self._shards.folder}); set it to at least {self.vocab_size}",
             )
 
     # --- Loaders
@@ -275,16 +277,17 @@ class PackedDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a checkpoint's position; does nothing unless the trainer is fitting.
 
-        Raises ValueError where data, mixture, seq_len or seed are not those of the checkpoint: the position
+        Raises SettingError where data, mixture, seq_len or seed are not those of the checkpoint: the position
         would mean nothing. RuntimeError where something drew training batches before the checkpoint was read.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         if lines := difference_lines(state_dict["order"], self.rows.fingerprint()):
-            raise ValueError(
-                "data: the checkpoint was trained on another sample sequence"
+            raise SettingError(
+                "data",
+                "the checkpoint was trained on another sample sequence"
                 f" ({'; '.join(lines[:3])}; checkpoint != recipe). Resume with the same data,"
-                " seq_len and seed, or start a new stage from the weights alone"
+                " seq_len and seed, or start a new stage from the weights alone",
             )
         if self._started_at not in (None, state_dict["consumed_samples"]):
             raise RuntimeError(

@@ -46,7 +46,7 @@ def read_texts(path: str | Path, text_column: str = "text", source: str | None =
     shards = TokenShards(Path(path))
     tokenizer = read_tokenizer(shards.tokenizer_file)
     frame = {shards.manifest["tokenizer"][key] for key in ("bos_id", "eos_id")}
-    for document in shards.documents_of(source, "--documents"):
+    for document in shards.documents_of(source, "--source"):
         start, stop = shards.offsets[document : document + 2]
         tokens = shards.read(int(start), int(stop)).tolist()
         tokens = tokens[1:] if tokens and tokens[0] in frame else tokens

@@ -15,6 +15,7 @@ import numpy as np
 from data.shards.order import PERIOD, Permutation, Quotas
 from data.shards.packing import pack
 from data.shards.reader import TokenShards
+from s2.settings import SettingError
 
 SYNTHETIC = "retrieval"  # the path of sources that `data.corpus.retrieval` makes up
 PACKING = "best-fit/1"  # of `data.shards.packing`; another algorithm is another sequence
@@ -42,26 +43,26 @@ class PackedStream:
     ):
         self.shards, self.seq_len, self.source = shards, seq_len, source
         self.label = _label(shards, source, min_tokens, max_tokens)
-        where = where or str(shards.folder)
         lengths = np.diff(shards.offsets)
-        of_source = shards.documents_of(source, where)
+        of_source = shards.documents_of(source, f"{where}.source" if where else "")
         keep = np.zeros(len(lengths), dtype=bool)
         keep[of_source] = lengths[of_source] >= min_tokens
         if max_tokens is not None:
             keep &= lengths <= max_tokens
         if not keep.any():
             bound = "" if max_tokens is None else f" and at most {max_tokens}"
-            raise ValueError(
-                f"{where}: none of the {len(of_source):,} documents in {shards.folder} has at least"
+            raise SettingError(
+                where,
+                f"none of the {len(of_source):,} documents in {shards.folder} has at least"
                 f" {min_tokens}{bound} tokens; the longest has {lengths[of_source].max():,},"
                 f" the shortest {lengths[of_source].min():,}; change that bound, or prepare other documents (more"
-                " held-out ones by `heldout_fraction`)"
+                " held-out ones by `heldout_fraction`)",
             )
         self.documents = np.flatnonzero(keep).astype(np.int32 if len(keep) < 1 << 31 else np.int64)  # [n] kept ones
         kept = lengths[self.documents]
         self.num_tokens = int(kept.sum())
         if self.num_tokens == len(kept):
-            raise ValueError(f"{where}: every document in {shards.folder} is a single token, so there is no target")
+            raise SettingError(where, f"every document in {shards.folder} is a single token, so there is no target")
         self.packing = pack(kept, seq_len)
 
     @property

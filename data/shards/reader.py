@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from s2 import ending, files
+from s2.settings import SettingError
 
 KIND = "token shards"
 MANIFEST = "manifest.json"
@@ -148,15 +149,14 @@ class TokenShards:
         """Names of the sources, in the order of their documents."""
         return list(dict.fromkeys(shard["source"] for shard in self.manifest["shards"]))
 
-    def documents_of(self, source: str | None, where: str = "") -> np.ndarray:
-        """Indices of a source's documents (all for None), int64. Raises ValueError for a source that is not there."""
+    def documents_of(self, source: str | None, key: str = "") -> np.ndarray:
+        """Indices of a source's documents (all for None), int64. Raises SettingError, which names `key`, for a
+        source that is not there."""
         if source is None:
             return np.arange(len(self.offsets) - 1)
         if source not in self.sources:
-            raise ValueError(
-                f"{where or self.folder}: source: {self.folder} has no source {source!r}; it has: "
-                + ", ".join(self.sources)
-            )
+            known = ", ".join(self.sources)
+            raise SettingError(key, f"{self.folder} has no source {source!r}; it has: {known}")
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         mine = [shard["source"] == source for shard in self.manifest["shards"]]
         return np.flatnonzero(np.repeat(mine, counts))

@@ -171,6 +171,17 @@ class Origin:
     @contextmanager
     def named(self) -> Iterator[None]:
         """Have errors about keys, and about files that they name, say where the key stands."""
+        with self.keys_named():
+            try:
+                yield
+            except (ValueError, FileNotFoundError) as error:
+                if type(error) not in (ValueError, FileNotFoundError) or error.args[1:]:
+                    raise  # of another kind, or the system's own
+                raise type(error)(f"{self.file}: {error}") from error
+
+    @contextmanager
+    def keys_named(self) -> Iterator[None]:
+        """The same for errors about keys alone, where there may be others that are not the recipe's."""
         try:
             yield
         except settings.UnknownKeyError as error:
@@ -180,12 +191,9 @@ class Origin:
                 known |= self.known  # it may belong into another section
             raise ValueError(unknown_key_message(f"{before}{error.name}", known, self.file, self.overridden)) from None
         except settings.SettingError as error:
-            is_given = any(re.match(rf"{re.escape(key)}(?![\w-])", error.key) for key in self.overridden)
+            wrong = re.sub(r"\[(\d+)\]", r".\1", error.key)  # as a command line has it
+            is_given = any(re.match(rf"{re.escape(key)}(?![\w-])", wrong) for key in self.overridden)
             raise ValueError(f"{self.file}: {error}{' (on the command line)' if is_given else ''}") from error
-        except (ValueError, FileNotFoundError) as error:
-            if type(error) not in (ValueError, FileNotFoundError) or error.args[1:]:
-                raise  # of another kind, or the system's own
-            raise type(error)(f"{self.file}: {error}") from error
 
 
 @dataclass(frozen=True)

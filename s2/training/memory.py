@@ -71,8 +71,9 @@ def _activations(config: ModelConfig, checkpointing: str, tokens: int) -> int:
     """Elements of so many tokens that exist at most between forward and backward.
 
     A block keeps: two residual inputs and two norm outputs (4 E), rotated q, k, v (Q + 2 K), with qk_norm what is
-    normed (Q + K), the attention output (Q), and gate, up, their activation and product (4 F). `selective` keeps the
-    block's input, q, k, v, the attention output and its projection, and holds one whole block at a time in the backward.
+    normed (Q + K), the attention output (Q), and gate, up, their activation and product (4 F).
+    `selective` keeps the block's input, q, k, v, the attention output and its projection, and holds one whole block at
+    a time in the backward.
     `full` keeps the block's input, and holds first a tile of the MLP beside what attention keeps, then attention beside
     its gradients, that of q in fp32 too.
     The head keeps the last hidden states, their norm and their gradient (3 E); its logits exist a chunk at a time.

@@ -214,7 +214,7 @@ class Stage:
 
     def _fit(self, resume: Path | None) -> None:
         try:
-            with gaps.value_errors():
+            with self.config.origin.keys_named(), gaps.value_errors():
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=False)
         except BaseException as error:
             full = memory.device_is_full()  # before what holds it is let go

@@ -197,7 +197,7 @@ def test_wrong_settings_name_their_key(folders, tmp_path):
         datamodule(folders, curriculum=[{"seq_len": 8, "tokens": 31}])
     with pytest.raises(ValueError, match=r"data\.mixture: empty"):
         datamodule(folders, mixture=None)
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(ValueError, match=r"data\.mixture\[0\]\.path: .*nowhere does not exist"):
         datamodule(folders, mixture=[{"path": str(tmp_path / "nowhere")}]).setup()
     with pytest.raises(ValueError, match=r"data\.mixture\[0\]: none of the 36 documents"):
         datamodule(folders, mixture=[{"path": str(folders / "train"), "min_tokens": 5000}]).setup()
@@ -249,7 +249,7 @@ def test_vocabulary_and_tokenizer_are_checked(folders):
     dm = datamodule(folders)
     assert dm.vocab_size == 500
     dm.check_vocab_size(512)
-    with pytest.raises(ValueError, match=r"vocab_size 499 is smaller than the tokenizer's 500"):
+    with pytest.raises(ValueError, match=r"model\.config\.vocab_size: 499 is smaller than the tokenizer's 500"):
         dm.check_vocab_size(499)
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: the tokenizer of .*train is missing"):
         _ = dm.tokenizer_file

@@ -75,7 +75,7 @@ def test_a_stream_of_one_source_sees_only_its_documents(tmp_path):
     pieces = [piece for i in range(stream.num_windows) for piece in np.split(*stream.window(i))]
     seen = sorted(int(t) for piece in pieces for t in piece[1:])
     assert seen == sorted(int(t) for d in sources["books"] for t in d[1:])
-    with pytest.raises(ValueError, match=r"mixture\[3\]: source: .* has no source 'code'; it has: web, books"):
+    with pytest.raises(ValueError, match=r"mixture\[3\]\.source: .* has no source 'code'; it has: web, books"):
         PackedStream(shards, 16, source="code", where="data.mixture[3]")
 
 

@@ -271,8 +271,8 @@ MUTANTS = (
     ),
     Mutant(
         "every_source_of_a_folder_is_read", "eval",
-        'for document in shards.documents_of(source, "--documents"):',
-        'for document in shards.documents_of(None, "--documents"):',
+        'for document in shards.documents_of(source, "--source"):',
+        'for document in shards.documents_of(None, "--source"):',
         ("test_positions.py",),
     ),
     Mutant(

@@ -188,7 +188,17 @@ def test_a_value_is_said_to_be_of_the_command_line_where_it_is(refuse: Callable[
 
 def test_a_folder_of_shards_that_is_not_there_is_named_with_its_key(refuse: Callable[..., str]) -> None:
     for key in ("data.mixture", "data.validation"):
-        assert f"{key}[0].path: shard folder nowhere does not exist" in refuse(f"{key}.0.path=nowhere")
+        said = refuse(f"{key}.0.path=nowhere")
+        assert f"pretrain.yaml: {key}[0].path: shard folder nowhere does not exist" in said
+        assert said.endswith("(on the command line)")
+
+
+def test_what_the_data_refuses_is_named_with_its_key_and_the_recipe(refuse: Callable[..., str]) -> None:
+    for settings, said in (
+        ({"data.mixture.0.source": "poems"}, "data.mixture[0].source: "),
+        ({"data.mixture.0.min_tokens": "100000000"}, "data.mixture[0]: none of the "),
+    ):
+        assert f"pretrain.yaml: {said}" in refuse(*(f"{key}={value}" for key, value in settings.items()))
 
 
 def test_a_missing_corpus_is_named(refuse: Callable[..., str]) -> None:
@@ -197,7 +207,7 @@ def test_a_missing_corpus_is_named(refuse: Callable[..., str]) -> None:
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(refuse: Callable[..., str]) -> None:
     error = refuse("model.config.vocab_size=290")
-    assert "290" in error and "300" in error
+    assert "pretrain.yaml: model.config.vocab_size: 290 is smaller than the tokenizer's 300" in error
 
 
 def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
